@@ -1,0 +1,322 @@
+"""One frozen config tree: a TOML file plus dotted overrides, ``CONFIG.toml --train.num_steps 3``."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .types import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    path: str = ""
+    """Hugging Face folder: config.json, safetensors, tokenizer."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Precision of weights and activations; the optimizer keeps fp32 main weights."""
+    reference_path: str = ""
+    """Hugging Face folder of the reference policy; empty means ``path``. Loaded only when ``algorithm.kl_coef`` > 0."""
+
+
+class ParallelConfig(_Section):
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    virtual_pipeline_model_parallel_size: Positive | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    context_parallel_size: Positive = 1
+    expert_model_parallel_size: Positive = 1
+    expert_tensor_parallel_size: Positive = 1
+    sequence_parallel: bool | None = None
+    """None means: on when tensor_model_parallel_size > 1."""
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        on = self.tensor_model_parallel_size > 1
+        return on if self.sequence_parallel is None else self.sequence_parallel and on
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the dense part and share its sequences."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @model_validator(mode="after")
+    def _virtual_needs_pipeline(self) -> ParallelConfig:
+        if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:
+            raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        return self
+
+
+class DataConfig(_Section):
+    path: str = ""
+    """A .jsonl, .json, .csv or .parquet file, a ``save_to_disk`` folder, or a Hugging Face hub name."""
+    split: str = "train"
+    prompt_column: str = "problem"
+    """Column with the prompt: text, or a list of chat messages."""
+    answer_column: str = "answer"
+    template: str = ""
+    """Format string around a text prompt, e.g. "{prompt}\\nAnswer in \\\\boxed{{}}."; applied before the chat template."""
+    system_prompt: str = ""
+    """System message put before the prompt; needs a chat template."""
+    use_chat_template: bool | None = None
+    """None means: when the tokenizer has one."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are left out; the number is printed."""
+    max_prompts: Positive | None = None
+    """Use only the first so many problems (after the length filter, before the shuffle)."""
+    shuffle: bool = True
+
+
+class RolloutConfig(_Section):
+    engine: Literal["embedded"] = "embedded"
+    """``embedded`` runs transformers in the trainer's processes."""
+    prompts_per_step: Positive = 32
+    samples_per_prompt: Positive = 8
+    max_new_tokens: Positive = 1024
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 means: no limit."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, besides the end-of-sequence token."""
+    batch_size: Positive = 64
+    """Responses the embedded engine decodes together on a rank."""
+    dynamic_sampling: Literal["off", "drop", "resample"] = "off"
+    """Groups without reward variance: keep, drop, or replace by new prompts (DAPO)."""
+    max_resample_rounds: Positive = 4
+    """Bound on ``resample``; after it the step goes on with the groups it has."""
+    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    """DAPO's soft overlong penalty falls from 0 to -overlong_penalty over the last so many tokens before max_new_tokens."""
+    overlong_penalty: NonNegative = 1.0
+    save_path: str = ""
+    """Folder that receives every step's groups."""
+    replay_path: str = ""
+    """Folder written by ``save_path``: train on those groups instead of generating."""
+
+
+class RewardConfig(_Section):
+    name: str = "math"
+    """``math``, ``arithmetic``, or ``module:function``, a callable (Prompt, response_text) -> float."""
+    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """Limit for one answer; a timeout scores 0 and is counted."""
+    workers: Positive = 2
+    """Processes that check answers on each rank."""
+
+
+class AlgorithmConfig(_Section):
+    loss: str = "gmpo"
+    """A name in ``megatron_gmpo.algorithms.POLICY_LOSSES``."""
+    clip_low: NonNegative | None = None
+    clip_high: NonNegative | None = None
+    """None means the loss's default; for gmpo 0.4 (dense) or 0.2 (MoE). The run prints which it took and why."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
+    advantage: Literal["normalized", "mean", "leave_one_out"] = "normalized"
+    kl_coef: NonNegative = 0.0
+    """Weight of the k3 KL to the reference policy."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+
+class OptimizerConfig(_Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    min_lr: NonNegative = 0.0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from lr to min_lr over the run's optimizer steps, after warmup."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps from 0 to lr."""
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: NonNegative = 1.0
+    """Largest gradient norm; 0 means: no clipping."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+
+
+class TrainConfig(_Section):
+    num_steps: Positive = 100
+    """Rollout steps; each makes ``minibatches_per_step`` optimizer steps."""
+    minibatches_per_step: Positive = 1
+    max_tokens_per_microbatch: Positive = 8192
+    """Slots of one packed microbatch over all context-parallel ranks; a longer sequence gets a microbatch of its own."""
+    logprob_chunk_tokens: Positive = 1024
+    """Tokens whose logits are turned into log probabilities at a time."""
+
+
+class EvalConfig(_Section):
+    sets: dict[str, DataConfig] = {}
+    """Benchmarks by name, e.g. [eval.sets.math500]."""
+    interval: Annotated[int, Field(ge=0)] = 0
+    """Evaluate every so many steps; 0 means only before and after."""
+    before: bool = True
+    """Evaluate before the first step."""
+    samples_per_prompt: Positive = 1
+    k: tuple[Positive, ...] = (1,)
+    """Values of k for unbiased pass@k; none above samples_per_prompt."""
+    temperature: NonNegative = 0.0
+    """0 means greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive | None = None
+    """None means ``rollout.max_new_tokens``."""
+    pass_reward: float = 1.0
+    """A response passes when its reward is at least this."""
+
+    @model_validator(mode="after")
+    def _k_within_samples(self) -> EvalConfig:
+        if max(self.k, default=1) > self.samples_per_prompt:
+            raise ValueError(f"k = {max(self.k)} needs samples_per_prompt >= {max(self.k)}, not {self.samples_per_prompt}")
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError("samples_per_prompt > 1 needs temperature > 0: greedy samples are all equal")
+        return self
+
+
+class CheckpointConfig(_Section):
+    save_interval: Annotated[int, Field(ge=0)] = 0
+    """Save every so many steps; 0 means only at the end."""
+    keep_last: Positive = 2
+    resume: bool = True
+    """Go on from the newest checkpoint in the run folder."""
+    save_final: bool = True
+    """Save after the last step."""
+
+
+class LogConfig(_Section):
+    tensorboard: bool = True
+    wandb_project: str = ""
+    """Log to this Weights & Biases project (needs the ``wandb`` extra)."""
+    transcripts_per_step: Annotated[int, Field(ge=0)] = 4
+    """Prompt groups whose responses are written to transcripts.jsonl."""
+    progress: bool = True
+
+
+class Config(_Section):
+    run_dir: str = "runs/gmpo"
+    """Everything the run writes goes here."""
+    seed: int = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    distributed_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Limit for one collective."""
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    megatron: dict[str, Any] = {}
+    """Any further field of Megatron's TransformerConfig, by its own name."""
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def load_config(argv: list[str]) -> Config:
+    """Reads ``CONFIG.toml --section.key value ...``.
+
+    Values are TOML (``3``, ``0.5``, ``true``, ``["a", "b"]``) or else plain strings. ``--help`` prints every option.
+
+    Raises:
+        InputError: no such file, bad TOML, an unknown key (naming the nearest), a value of the wrong type or out of range.
+    """
+    if "--help" in argv or "-h" in argv:
+        tyro.cli(Config, prog="CONFIG.toml", args=["--help"], use_underscores=True)
+    tree: dict[str, Any] = {}
+    rest = list(argv)
+    if rest and not rest[0].startswith("--"):
+        tree = _read_toml(Path(rest.pop(0)))
+    for key, value in _overrides(rest):
+        _set(tree, key, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error)) from None
+
+
+def exit_with_one_line(error: InputError) -> None:
+    """Ends the process with code 2; of the ranks of a job only the first prints the line."""
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist: give the path of a TOML file, e.g. examples/moe/tiny_cpu.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
+
+
+def _overrides(argv: list[str]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    rest = list(argv)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise InputError(f"argument {key!r} is not an option: write --section.key value")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise InputError(f"--{key} has no value: write --{key} VALUE")
+            value = rest.pop(0)
+        pairs.append((key.replace("-", "_"), _toml_value(value)))
+    return pairs
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"--{key}: {section} is a value, not a section")
+    tree[name] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(where, _all_keys(Config), n=1, cutoff=0.0)
+        return f"unknown config key {where!r}: did you mean {nearest[0]!r}?"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where} = {first['input']!r}: {message}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if inspect.isclass(kind) and issubclass(kind, BaseModel):
+            keys += _all_keys(kind, f"{prefix}{name}.")
+        elif any(inspect.isclass(arg) and issubclass(arg, BaseModel) for arg in get_args(kind)):
+            keys += _all_keys(get_args(kind)[-1], f"{prefix}{name}.*.")
+        else:
+            keys.append(prefix + name)
+    return keys

@@ -1,0 +1,210 @@
+"""The vocabulary: what travels between the rooms of the project.
+
+The chain, with one example::
+
+    Prompt("gsm8k/17", answer="42", text="What is 6 * 7?", input_ids=[3, 9, 4])
+      -> SampleGroup(prompt, [Sample(tokens=[3, 9, 4, 11, 2], ...), ...])   rollout, reward
+      -> TrainBatch(tokens=(sum of lengths,), lengths=(sequences,), ...)    the whole step, on every rank
+      -> Microbatch(tokens=(local tokens,), ...)                            one pipeline unit of one rank
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Bad input from the user: one line that names the field, the value and the remedy. Entry points exit with code 2."""
+
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass
+class Prompt:
+    """One problem.
+
+    Attributes:
+        id: stable name, unique in its data set, e.g. ``"gsm8k_train/17"``.
+        answer: ground truth handed to the reward, as text.
+        text: the prompt as plain text, or None when ``messages`` is given.
+        messages: chat messages ``[{"role": "user", "content": ...}]``, or None.
+        input_ids: token ids after template and tokenizer; what every engine generates from.
+    """
+
+    id: str
+    answer: str
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+    input_ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Sample:
+    """One sampled response, with everything training needs to know about how it came to be.
+
+    Attributes:
+        tokens: prompt and response token ids, length L.
+        response_mask: length L; True for tokens the policy generated.
+        rollout_logprobs: length L; log probability of each token under the distribution it was sampled from, 0 on the prompt.
+        text: the response, decoded without special tokens.
+        finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``.
+        policy_version: the training step whose weights generated it.
+        reward: filled in by ``rollout.collect``.
+        routed_experts: (L - 1, layers, topk) int32 expert ids of a MoE rollout, or None.
+    """
+
+    tokens: list[int]
+    response_mask: list[bool]
+    rollout_logprobs: list[float]
+    text: str
+    finish_reason: FinishReason
+    policy_version: int
+    reward: float = 0.0
+    routed_experts: np.ndarray | None = None
+
+    @property
+    def response_length(self) -> int:
+        """Number of generated tokens."""
+        return sum(self.response_mask)
+
+
+@dataclass
+class SampleGroup:
+    """The samples of one prompt; advantages are relative to this group."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [sample.reward for sample in self.samples]
+
+
+@dataclass
+class TrainBatch:
+    """The sequences of a step, laid end to end, equal on every rank (S sequences, L = sum of their lengths).
+
+    Per-token tensors are aligned to the token they describe: ``old_logprobs[t]`` is the log probability of ``tokens[t]`` given
+    the tokens before it in its sequence.
+
+    Attributes:
+        tokens: (L,) int64.
+        lengths: (S,) int64, tokens of each sequence, at least 1.
+        response_mask: (L,) bool; tokens that carry loss. Never True on the first token of a sequence.
+        advantages: (S,) fp32.
+        rollout_logprobs: (L,) fp32, from the rollout engine, 0 outside the mask.
+        old_logprobs: (L,) fp32, from the policy before the step's first update, 0 outside the mask; None until computed.
+        ref_logprobs: (L,) fp32, from the reference policy, 0 outside the mask; None without one.
+        sequence_weights: (S,) fp32, importance weights that multiply each sequence's loss; None means 1.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    response_mask: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    sequence_weights: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def starts(self) -> Tensor:
+        """(S,) int64: where each sequence starts in the flat tensors."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @property
+    def num_sequences(self) -> int:
+        """N of the losses: sequences with at least one token in the mask."""
+        owners = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
+        return int(owners[self.response_mask].unique().numel())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the mask."""
+        return int(self.response_mask.sum())
+
+    def split(self, parts: int) -> list[TrainBatch]:
+        """Cuts into at most ``parts`` minibatches of neighbouring sequences whose counts differ by at most one."""
+        parts = min(parts, len(self))
+        bounds = [round(i * len(self) / parts) for i in range(parts + 1)]
+        starts = [*self.starts.tolist(), len(self.tokens)]
+
+        def cut(name: str, lo: int, hi: int) -> Tensor | None:
+            value = getattr(self, name)
+            if value is None:
+                return None
+            per_sequence = name in ("lengths", "advantages", "sequence_weights")
+            return value[lo:hi] if per_sequence else value[starts[lo] : starts[hi]]
+
+        return [
+            replace(self, **{name: cut(name, lo, hi) for name in self.__dataclass_fields__})
+            for lo, hi in zip(bounds, bounds[1:], strict=False)
+        ]
+
+
+@dataclass
+class Microbatch:
+    """One packed pipeline unit as one context-parallel rank sees it (T local tokens, S sequences).
+
+    Each slot holds an input token and the token it predicts; per-token tensors describe the PREDICTED token, so they line up with
+    the logits.
+
+    Attributes:
+        tokens: (T,) int64 inputs.
+        labels: (T,) int64 predicted tokens, 0 where there is none.
+        position_ids: (T,) int64 position of the input in its sequence.
+        cu_seqlens: (S + 1,) int32 padded boundaries of the sequences over all context-parallel ranks (THD layout).
+        mask: (T,) bool; the predicted token carries loss.
+        sequence_ids: (T,) int64, which of the S sequences a slot belongs to (padding belongs to its sequence, with mask False).
+        flat_index: (T,) int64, place of the predicted token in the TrainBatch's flat tensors, -1 where there is none.
+        advantages: (S,) fp32.
+        old_logprobs, ref_logprobs, rollout_logprobs: (T,) fp32 or None.
+        sequence_weights: (S,) fp32 or None.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    mask: Tensor
+    sequence_ids: Tensor
+    flat_index: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    sequence_weights: Tensor | None = None
+
+    def to(self, device: torch.device) -> Microbatch:
+        """Moves every tensor to ``device``."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that can be reduced over microbatches and ranks: a (sum, count) pair, or an extreme.
+
+    ``Metric(total, count)`` is reported as total / count; ``Metric(value, op="max")`` and ``op="min"`` as the extreme.
+    """
+
+    total: Tensor | float
+    count: Tensor | float = 1.0
+    op: Literal["mean", "max", "min"] = "mean"
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a policy loss returns: the SUM over sequences (0-d fp32, with gradient) and its metrics (no gradient)."""
+
+    loss: Tensor
+    metrics: dict[str, Metric]
