@@ -61,7 +61,8 @@ class ParallelConfig(_Section):
 
 class DataConfig(_Section):
     path: str = ""
-    """A .jsonl, .json, .csv or .parquet file, a ``save_to_disk`` folder, or a Hugging Face hub name."""
+    """A .jsonl, .json, .csv or .parquet file, a ``save_to_disk`` folder, or a Hugging Face hub name (``openai/gsm8k:main``
+    where it has subsets)."""
     split: str = "train"
     prompt_column: str = "problem"
     """Column with the prompt: text, or a list of chat messages."""
@@ -153,7 +154,7 @@ class TrainConfig(_Section):
     minibatches_per_step: Positive = 1
     max_tokens_per_microbatch: Positive = 8192
     """Slots of one packed microbatch over all context-parallel ranks; a longer sequence gets a microbatch of its own."""
-    logprob_chunk_tokens: Positive = 1024
+    logprob_chunk_tokens: Positive = 128
     """Tokens whose logits are turned into log probabilities at a time."""
 
 

@@ -1,0 +1,8 @@
+"""Model families: config.json -> Megatron model, and the names of its tensors."""
+
+from .blocks import Family
+from .llama import LLAMA
+from .qwen import QWEN2, QWEN3, QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}
+"""By ``model_type`` of config.json."""

@@ -1,0 +1,64 @@
+"""Rewards: a ``Reward`` is any callable (Prompt, response text) -> float; the built-in ones stand in ``REWARDS``."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import pkgutil
+from collections.abc import Callable
+from math import isfinite, nan
+from typing import Any
+
+from ..config import RewardConfig
+from ..types import InputError, Prompt
+from .arithmetic import arithmetic_reward
+from .math import MathReward
+
+Reward = Callable[[Prompt, str], float]
+
+REWARDS: dict[str, Reward] = {"math": MathReward(), "arithmetic": arithmetic_reward}
+
+
+def resolve_reward(cfg: RewardConfig) -> Reward:
+    """The reward that ``cfg.name`` names: one of ``REWARDS``, or ``module:function`` imported from the Python path.
+
+    Rewards are called from several threads at once. One that counts cut-off checks has an int attribute ``timeouts``
+    (``MathReward``).
+
+    Raises:
+        InputError: no such name, module or function, or it is not callable. The returned reward raises it too, when a function of
+            the user's returns something other than a finite number or a bool.
+    """
+    if cfg.name == "math":
+        return MathReward(timeout_s=cfg.timeout_s, workers=cfg.workers)
+    if cfg.name in REWARDS:
+        return REWARDS[cfg.name]
+    if ":" not in cfg.name:
+        nearest = difflib.get_close_matches(cfg.name, REWARDS, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"reward.name = {cfg.name!r} is unknown: did you mean {nearest!r}? There are {sorted(REWARDS)} and module:function"
+        )
+    try:
+        function = pkgutil.resolve_name(cfg.name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"reward.name = {cfg.name!r} cannot be imported ({error}): give module:function on the Python path"
+        ) from None
+    if not callable(function):
+        raise InputError(f"reward.name = {cfg.name!r} is a {type(function).__name__}: give a callable (Prompt, str) -> float")
+    return _checked(function, cfg.name)
+
+
+def _checked(function: Callable[[Prompt, str], Any], name: str) -> Reward:
+    @functools.wraps(function)
+    def reward(prompt: Prompt, response: str) -> float:
+        value = function(prompt, response)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = nan
+        if not isfinite(number):
+            raise InputError(f"reward.name = {name!r} returned {value!r} for {prompt.id}: return a finite number")
+        return number
+
+    return reward

@@ -1,0 +1,86 @@
+"""The loss of an optimizer step as the config describes it: a policy loss with its settings, penalties, and its divisor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config import AlgorithmConfig
+from ..types import LossOutput, Microbatch, TrainBatch
+from . import POLICY_LOSSES, TOKEN_MEAN_LOSSES, check_loss, default_clip
+from .sequences import TokenPenalty
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Called on one microbatch, it gives that microbatch's SUM; dividing by ``count`` of the whole minibatch gives the loss.
+
+    Attributes:
+        loss: a function of POLICY_LOSSES with its clips and options filled in.
+        per_token: the loss is divided by response tokens instead of non-empty sequences.
+        kl_coef: weight of the KL to the reference policy.
+        entropy_coef: weight of the entropy bonus.
+        description: one line for the user: the loss, its clips, and where they come from.
+    """
+
+    loss: Callable[..., LossOutput]
+    per_token: bool
+    kl_coef: float
+    entropy_coef: float
+    description: str
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup | None) -> LossOutput:
+        """Logprobs and entropy of the predicted tokens, each (T,), with gradient."""
+        assert microbatch.old_logprobs is not None
+        penalty = TokenPenalty(
+            ref_logprobs=microbatch.ref_logprobs,
+            kl_coef=self.kl_coef,
+            entropy=entropy if self.entropy_coef else entropy.detach(),
+            entropy_coef=self.entropy_coef,
+        )
+        return self.loss(
+            logprobs,
+            microbatch.old_logprobs,
+            microbatch.mask,
+            microbatch.sequence_ids,
+            microbatch.advantages,
+            cp_group=cp_group,
+            sequence_weights=microbatch.sequence_weights,
+            penalty=penalty,
+        )
+
+    def count(self, batch: TrainBatch, sequences: list[int] | None = None) -> int:
+        """The divisor: response tokens or non-empty sequences of the batch, or of some of its sequences."""
+        owners = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
+        tokens = torch.zeros(len(batch), dtype=torch.int64).index_add(0, owners, batch.response_mask.long())
+        if sequences is not None:
+            tokens = tokens[sequences]
+        return int(tokens.sum() if self.per_token else (tokens > 0).sum())
+
+
+def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -> Objective:
+    """The objective of ``cfg``; clips left open take the loss's defaults.
+
+    Raises:
+        InputError: an unknown loss or option, or a bad value of one.
+    """
+    check_loss(cfg.loss, cfg.options)
+    default_low, default_high, source = default_clip(cfg.loss, is_moe)
+    clip_low = default_low if cfg.clip_low is None else cfg.clip_low
+    clip_high = default_high if cfg.clip_high is None else cfg.clip_high
+    defaulted = cfg.clip_low is None or cfg.clip_high is None
+    options = dict(cfg.options)
+    if cfg.loss == "dr_grpo":
+        options.setdefault("length_normalizer", float(max_new_tokens))
+    return Objective(
+        loss=partial(POLICY_LOSSES[cfg.loss], clip_low=clip_low, clip_high=clip_high, **options),
+        per_token=cfg.loss in TOKEN_MEAN_LOSSES,
+        kl_coef=cfg.kl_coef,
+        entropy_coef=cfg.entropy_coef,
+        description=f"{cfg.loss}, clip_low {clip_low:g}, clip_high {clip_high:g} ({source if defaulted else 'from the config'})",
+    )

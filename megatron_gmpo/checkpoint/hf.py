@@ -1,0 +1,190 @@
+"""Hugging Face safetensors folders <-> the parameters of a parallel Megatron model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..models.mapping import Mapping, Match, canonical_name, is_expert, with_global_numbers
+from ..types import InputError
+
+
+class SafetensorsFolder:
+    """Tensors of a Hugging Face folder by name, sharded over files or not; one is read at a time.
+
+    Raises:
+        InputError: no safetensors there, an index that names an absent file, a file that cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
+        if index.is_file():
+            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif single.is_file():
+            files = dict.fromkeys(self._open(single.name).keys(), single.name)
+        else:
+            raise InputError(f"{path!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights")
+        self._files = files
+
+    def keys(self) -> set[str]:
+        return set(self._files)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor on the CPU, in its own dtype."""
+        return self._open(self._files[name]).get_tensor(name)
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.path / file, "pt")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path / file} cannot be read ({error}): fetch the model again") from None
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """A parameter this rank holds, under its canonical global name."""
+
+    name: str
+    tensor: torch.nn.Parameter
+    is_expert: bool
+
+
+def local_parameters(chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[LocalParameter]:
+    """This rank's parameters, chunk by chunk (one chunk per virtual pipeline stage)."""
+    for chunk in chunks:
+        model: Any = chunk
+        while hasattr(model, "module"):
+            model = model.module
+        layer_numbers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+        first_expert = groups.ep.rank() * ((model.config.num_moe_experts or 0) // groups.ep.size())
+        for name, parameter in model.named_parameters():
+            name = with_global_numbers(canonical_name(name), layer_numbers, first_expert)
+            yield LocalParameter(name, parameter, is_expert(name))
+
+
+@torch.no_grad()
+def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: ProcessGroupCollection) -> None:
+    """Fills the model from a Hugging Face folder; every rank reads what it holds. Needs no communication but a final agreement.
+
+    Raises:
+        InputError: a tensor of the folder that no parameter of any rank takes, one that is missing, one of the wrong shape; raised
+            on every rank.
+    """
+    used: set[str] = set()
+    try:
+        source = SafetensorsFolder(path)
+        for parameter in local_parameters(chunks, groups):
+            used.update(_load_parameter(parameter, source, mapping, groups))
+        present, problem = source.keys(), None
+    except InputError as error:
+        present, problem = set[str](), str(error)
+    reports = _gather_objects((problem, used), dist.group.WORLD)
+    for problem, _ in reports:  # one rank's problem is everybody's: nobody is left waiting in a collective
+        if problem:
+            raise InputError(problem)
+    tied = {"lm_head.weight"} if mapping.tied else set()
+    extra = sorted(present.difference(tied, *(used for _, used in reports)))
+    if extra:
+        raise InputError(f"{path!r} has {len(extra)} tensors that no Megatron parameter takes, the first {extra[0]!r}")
+
+
+def _load_parameter(
+    parameter: LocalParameter, source: SafetensorsFolder, mapping: Mapping, groups: ProcessGroupCollection
+) -> tuple[str, ...]:
+    match = mapping.find(parameter.name)
+    names = ("model.embed_tokens.weight",) if mapping.tied and match.hf == ("lm_head.weight",) else match.hf
+    missing = [name for name in names if name not in source.keys()]
+    if missing:
+        raise InputError(f"{str(source.path)!r} lacks the tensor {missing[0]!r} that Megatron parameter {parameter.name!r} needs")
+    tp = groups.expt_tp if parameter.is_expert else groups.tp
+    try:
+        shard = match.operation.shard(match.operation.join([source.get(name) for name in names]), tp.rank(), tp.size())
+        fits = shard.shape == parameter.tensor.shape
+    except RuntimeError:  # parts that cannot even be joined
+        fits, shard = False, parameter.tensor
+    if not fits:
+        shapes = ", ".join(f"{name} {tuple(source.get(name).shape)}" for name in names)
+        raise InputError(
+            f"{str(source.path)!r}: {shapes} does not fit Megatron parameter {parameter.name!r}, {tuple(parameter.tensor.shape)} on each "
+            f"of {tp.size()} tensor-parallel ranks: the weights do not belong to this config.json"
+        )
+    parameter.tensor.copy_(shard)
+    return names
+
+
+@torch.no_grad()
+def export_hf(chunks: list[torch.nn.Module], mapping: Mapping, groups: ProcessGroupCollection) -> Iterator[tuple[str, Tensor]]:
+    """Yields ``(Hugging Face name, full tensor)`` in the model's own dtype, one parameter at a time, on every rank.
+
+    Collective: every rank must run the iterator to its end. Tied output layers are yielded once, as the embedding.
+    """
+    device = next(chunks[0].parameters()).device
+    mine = {parameter.name: parameter for parameter in local_parameters(chunks, groups)}
+    for name, owner in _owners(mine, groups).items():
+        match = mapping.find(name)
+        if mapping.tied and match.hf == ("lm_head.weight",):
+            continue
+        full = _gather(mine.get(name), owner, match, groups, device)
+        yield from zip(match.hf, match.operation.separate(full), strict=True)
+
+
+@dataclass(frozen=True)
+class _Owner:
+    pp_rank: int
+    ep_rank: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_expert: bool
+
+
+def _owners(mine: dict[str, LocalParameter], groups: ProcessGroupCollection) -> dict[str, _Owner]:
+    """Which pipeline and expert rank holds each parameter of the model, in a order all ranks share."""
+    local = {
+        name: _Owner(groups.pp.rank(), groups.ep.rank() if p.is_expert else 0, tuple(p.tensor.shape), p.tensor.dtype, p.is_expert)
+        for name, p in mine.items()
+    }
+    owners: dict[str, _Owner] = {}
+    for per_stage in _gather_objects(local, groups.pp):
+        for per_expert_rank in _gather_objects(per_stage, groups.ep):
+            for name, owner in per_expert_rank.items():
+                owners.setdefault(name, owner)  # a tied embedding lives on the first and the last stage
+    return owners
+
+
+def _gather_objects(item: Any, group: dist.ProcessGroup) -> list[Any]:
+    if group.size() == 1:
+        return [item]
+    items: list[Any] = [None] * group.size()
+    dist.all_gather_object(items, item, group=group)
+    return items
+
+
+def _gather(
+    parameter: LocalParameter | None, owner: _Owner, match: Match, groups: ProcessGroupCollection, device: torch.device
+) -> Tensor:
+    tp = groups.expt_tp if owner.is_expert else groups.tp
+    on_stage = groups.pp.rank() == owner.pp_rank
+    shard = parameter.tensor.detach() if parameter and on_stage else torch.empty(owner.shape, dtype=owner.dtype, device=device)
+    if on_stage and owner.is_expert and groups.ep.size() > 1:
+        shard = shard.clone()
+        dist.broadcast(shard, src=dist.get_global_rank(groups.ep, owner.ep_rank), group=groups.ep)
+    shards = [shard]
+    if tp.size() > 1:
+        shards = [torch.empty_like(shard) for _ in range(tp.size())]
+        if on_stage:
+            dist.all_gather(shards, shard.contiguous(), group=tp)
+    full = match.operation.unshard(shards)
+    if groups.pp.size() > 1:
+        full = full.contiguous()
+        dist.broadcast(full, src=dist.get_global_rank(groups.pp, owner.pp_rank), group=groups.pp)
+    return full

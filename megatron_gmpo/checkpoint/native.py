@@ -1,0 +1,331 @@
+"""The whole RL state on disk: model and optimizer with Megatron's dist_checkpointing, the rest as JSON and safetensors.
+
+A run folder holds, with Megatron-LM's names::
+
+    latest_checkpointed_iteration.txt
+    iter_0000010/
+      common.pt, metadata.json, .metadata, __*.distcp    model weights under GPTModel's keys; optimizer under "optimizer.*" keys
+      state.json                                         step, prompt cursor, schedule, config, model identity
+      random/rank_00000.safetensors                      random-number states of a rank
+
+A checkpoint is written beside its place, synced, and renamed into it; the text file changes last. A kill at any moment leaves the
+older ones as they were.
+
+The optimizer is stored by parameter, not by optimizer shard: fp32 main weights and both Adam moments, each with the parameter's own key
+and global shape. That loads in any layout, also with another expert-parallel size, and with or without the distributed optimizer, where
+Megatron's own optimizer state dicts do not (optimizer.py:ChainedOptimizer, distrib_optimizer.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor
+
+from ..types import InputError
+
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+class Trainable(Protocol):
+    """What a checkpoint saves: see ``policy.build.TrainableModel``."""
+
+    @property
+    def chunks(self) -> list[torch.nn.Module]: ...
+    @property
+    def optimizer(self) -> MegatronOptimizer: ...
+    @property
+    def scheduler(self) -> OptimizerParamScheduler: ...
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or None.
+
+    Raises:
+        InputError: the folder names a checkpoint that is not there.
+    """
+    pointer = run_dir / _LATEST
+    if not pointer.is_file():
+        return None
+    checkpoint = run_dir / f"iter_{int(pointer.read_text()):07d}"
+    if not (checkpoint / "state.json").is_file():
+        raise InputError(f"{pointer} names {checkpoint.name}, which is not there or not whole: write an older iteration into it")
+    return checkpoint
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON state given to ``save``, with ``step``."""
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def model_identity(hf: Any) -> dict[str, Any]:
+    """The fields of a Hugging Face config that say which weights fit."""
+    fields = (
+        "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "num_experts num_experts_per_tok moe_intermediate_size tie_word_embeddings"
+    ).split()
+    return {field: getattr(hf, field, None) for field in fields}
+
+
+def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another model.
+
+    Raises:
+        InputError: naming the first field that differs.
+    """
+    saved = read_state(checkpoint)["model"]
+    for field, value in identity.items():
+        if saved.get(field) != value:
+            raise InputError(
+                f"{checkpoint} is of another model ({field} = {saved.get(field)!r}, model.path has {value!r}): choose another run_dir"
+            )
+
+
+def save(
+    run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], groups: ProcessGroupCollection, keep_last: int
+) -> Path:
+    """Writes the checkpoint of ``step`` (collective), then removes all but the newest ``keep_last``.
+
+    Args:
+        run_dir: holds ``iter_*`` folders; the same on every rank.
+        state: JSON-able; comes back from ``load``.
+
+    Returns:
+        The new checkpoint folder.
+    """
+    final = run_dir / f"iter_{step:07d}"
+    partial = run_dir / f".partial_{final.name}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "random").mkdir(parents=True)
+    dist.barrier()
+
+    tensors = _sharded_tensors(trainable, groups)
+    dist_checkpointing.save(tensors, str(partial))
+    safetensors.torch.save_file(_random_states(), partial / "random" / f"rank_{dist.get_rank():05d}.safetensors")
+    dist.barrier()
+
+    if dist.get_rank() == 0:
+        whole = {"step": step, "world_size": dist.get_world_size(), "scheduler": trainable.scheduler.state_dict(), **state}
+        (partial / "state.json").write_text(json.dumps(whole, indent=1))
+        _sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _write_aside(run_dir / _LATEST, str(step))
+        for old in sorted(run_dir.glob("iter_*"))[:-keep_last]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Fills model, optimizer and schedule from a checkpoint of any layout (collective); random states too at equal world size.
+
+    Returns:
+        The ``state`` given to ``save``.
+    """
+    state = read_state(checkpoint)
+    trainable.scheduler.load_state_dict(state["scheduler"])
+    updates = trainable.scheduler.num_steps
+    slots = list(_slots(trainable.optimizer))
+    buffers = _full_state(slots)
+    tensors = _sharded_tensors(trainable, groups, buffers)
+    loaded = dist_checkpointing.load(tensors, str(checkpoint), validate_access_integrity=False)
+    for i, chunk in enumerate(trainable.chunks):
+        _unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+    for i, slot in enumerate(slots):
+        for name, tensor in slot.tensors.items():
+            tensor.copy_(loaded["optimizer"][f"{name}.{i}"].view(-1)[slot.start : slot.stop].view_as(tensor))
+    _set_update_count(trainable.optimizer, updates)
+    trainable.scheduler.step(0)  # learning rate and weight decay of the parameter groups
+    if state["world_size"] == dist.get_world_size():
+        _restore_random_states(checkpoint / "random" / f"rank_{dist.get_rank():05d}.safetensors")
+    return state
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The optimizer's view of one model parameter on this rank.
+
+    Attributes:
+        parameter: the model's parameter, whole as far as model parallelism goes.
+        start, stop: the part of the flattened parameter whose state this rank holds; empty for a rank that holds none.
+        tensors: exp_avg, exp_avg_sq and, for a bf16 model, the fp32 main weights; live tensors of stop - start elements.
+        names: keys of ``tensors`` on the ranks that hold some.
+        group: ranks among which the state is spread, or None when each holds all of it.
+    """
+
+    parameter: torch.nn.Parameter
+    start: int
+    stop: int
+    tensors: dict[str, Tensor]
+    names: tuple[str, ...]
+    group: dist.ProcessGroup | None
+
+
+def _slots(optimizer: MegatronOptimizer) -> Iterator[_Slot]:
+    for part in _parts(optimizer):
+        if part.is_stub_optimizer:
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part, DistributedOptimizer):
+            yield from _distributed_slots(part)
+        elif isinstance(part, FP32Optimizer):
+            for parameter in part.get_parameters():
+                yield _slot(parameter, parameter, part.optimizer.state[parameter], slice(0, parameter.numel()), None)
+        else:  # Float16OptimizerWithFloat16Params
+            pairs = [
+                (model, main)
+                for models, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+                for model, main in zip(models, mains, strict=True)
+            ]
+            pairs += [(parameter, parameter) for group in part.fp32_from_fp32_groups for parameter in group]
+            for model, main in pairs:
+                yield _slot(model, main, part.optimizer.state[main], slice(0, model.numel()), None)
+
+
+def _distributed_slots(part: DistributedOptimizer) -> Iterator[_Slot]:
+    for buffer in part.buffers:
+        for parameter in buffer.params:
+            if parameter not in part.model_param_gbuf_map:  # another data-parallel rank's
+                yield _Slot(parameter, 0, 0, {}, _state_names(parameter), part.data_parallel_group)
+                continue
+            group, place = part.model_param_group_index_map[parameter]
+            main = part.optimizer.param_groups[group]["params"][place]
+            owned = part._get_model_param_range_map(parameter)["param"]
+            yield _slot(parameter, main, part.optimizer.state[main], slice(owned.start, owned.end), part.data_parallel_group)
+
+
+def _slot(model: Any, main: Tensor, state: dict[str, Tensor], owned: slice, group: dist.ProcessGroup | None) -> _Slot:
+    names = _state_names(model)
+    tensors = {name: main.data if name == "main" else state[name] for name in names}
+    return _Slot(model, owned.start, owned.stop, tensors, names, group)
+
+
+def _state_names(model: Tensor) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq") if model.dtype is torch.float32 else ("exp_avg", "exp_avg_sq", "main")
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _full_state(slots: list[_Slot]) -> list[dict[str, Tensor]]:
+    """For each slot its tensors in the parameter's full shape (fp32), put together from the ranks that share them."""
+    full: list[dict[str, Tensor]] = []
+    for slot in slots:
+        whole: dict[str, Tensor] = {}
+        for name in slot.names:
+            flat = torch.zeros(slot.parameter.numel(), device=slot.parameter.device)
+            if slot.tensors:
+                flat[slot.start : slot.stop] = slot.tensors[name].view(-1)
+            if slot.group is not None and slot.group.size() > 1:
+                dist.all_reduce(flat, group=slot.group)
+            whole[name] = flat.view(slot.parameter.shape).cpu()
+        full.append(whole)
+    return full
+
+
+def _sharded_tensors(
+    trainable: Trainable, groups: ProcessGroupCollection, optimizer_state: list[dict[str, Tensor]] | None = None
+) -> dict[str, Any]:
+    """The sharded state dict of model and optimizer; its tensors are saved, or say what to load."""
+    model = {
+        f"model{i}": _unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+        for i, chunk in enumerate(trainable.chunks)
+    }
+    by_parameter = {id(sharded.data): sharded for chunk in model.values() for sharded in _sharded(chunk)}
+    slots = list(_slots(trainable.optimizer))
+    optimizer: dict[str, Any] = {}
+    for i, (slot, state) in enumerate(zip(slots, optimizer_state or _full_state(slots), strict=True)):
+        for name, tensor in state.items():
+            optimizer[f"{name}.{i}"] = make_sharded_optimizer_tensor(by_parameter[id(slot.parameter)], tensor, f"optimizer.{name}")
+    return {**model, "optimizer": optimizer}
+
+
+def _sharded(tree: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    for value in tree.values():
+        if isinstance(value, dict):
+            yield from _sharded(value)
+        elif isinstance(value, ShardedTensor | ShardedTensorFactory):
+            yield value
+
+
+def _set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
+    """Adam's bias correction counts updates: torch keeps the count beside each moment, Transformer Engine and apex in the group."""
+    for part in _parts(optimizer):
+        if part.is_stub_optimizer:
+            continue
+        for group in part.optimizer.param_groups:
+            if isinstance(part.optimizer, torch.optim.Optimizer) and part.optimizer.__module__.startswith("torch."):
+                for parameter in group["params"]:
+                    part.optimizer.state[parameter]["step"] = torch.tensor(float(updates))
+            else:
+                group["step"] = updates
+
+
+def _unwrap(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _random_states() -> dict[str, Tensor]:
+    python = np.array(random.getstate()[1], dtype=np.uint64)
+    _, keys, position, *_ = np.random.get_state()
+    states = {
+        "python": torch.from_numpy(python.view(np.uint8).copy()),
+        "numpy": torch.from_numpy(np.append(keys, position).astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states | {f"megatron.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
+
+
+def _restore_random_states(file: Path) -> None:
+    states = safetensors.torch.load_file(file)
+    random.setstate((3, tuple(int(x) for x in states["python"].numpy().view(np.uint64)), None))
+    numpy = states["numpy"].numpy()
+    np.random.set_state(("MT19937", numpy[:-1].astype(np.uint32), int(numpy[-1])))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    tracker = {name.removeprefix("megatron."): state for name, state in states.items() if name.startswith("megatron.")}
+    get_cuda_rng_tracker().set_states(tracker)
+
+
+def _write_aside(path: Path, text: str) -> None:
+    aside = path.with_name(f".partial_{path.name}")
+    aside.write_text(text)
+    _sync(aside)
+    aside.rename(path)
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file, or a folder with everything in it, to the disk."""
+    for item in [path, *path.rglob("*")]:
+        descriptor = os.open(item, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

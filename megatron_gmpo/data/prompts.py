@@ -1,0 +1,217 @@
+"""Problems from a data set to an endless, resumable stream of prompts."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..config import DataConfig
+from ..types import InputError, Prompt
+
+logger = logging.getLogger(__name__)
+
+# csv as text: type inference would turn the answer "052" into 52 and "NA" into nothing.
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {"dtype": str, "keep_default_na": False}),
+    ".parquet": ("parquet", {}),
+}
+_REMEDY = "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or a name on the hub"
+
+
+def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:
+    """Reads a data set, applies the templates, tokenizes, and leaves out prompts above ``max_prompt_tokens``.
+
+    Args:
+        tokenizer: of the policy; its chat template decides when ``cfg.use_chat_template`` is None.
+        section: where ``cfg`` stands in the config, for messages: ``data`` or ``eval.sets.NAME``.
+
+    Returns:
+        Prompts in the order of the data set with ``id`` = ``"{name}/{row}"`` and ``input_ids``. With a chat template ``messages``
+        is set, without one ``text``.
+
+    Raises:
+        InputError: no such data, split or column; no rows; a prompt or answer that is missing or of the wrong kind; a template
+            that does not fit; nothing left after the length filter.
+    """
+    _check_template(cfg.template, section)
+    chat = tokenizer.chat_template is not None if cfg.use_chat_template is None else cfg.use_chat_template
+    if chat and tokenizer.chat_template is None:
+        raise InputError(f"{section}.use_chat_template = true: the tokenizer has no chat template, leave it out or set it to false")
+    if cfg.system_prompt and not chat:
+        raise InputError(f"{section}.system_prompt = {cfg.system_prompt!r} needs a chat template: put it into {section}.template")
+
+    rows = _load(cfg, section)
+    for field, column in (("prompt_column", cfg.prompt_column), ("answer_column", cfg.answer_column)):
+        if column not in rows.column_names:
+            raise InputError(f"{section}.{field} = {column!r} is not a column of {cfg.path}: choose one of {rows.column_names}")
+    if len(rows) == 0:
+        raise InputError(f"{section}.path = {cfg.path!r} has no rows: give a data set with problems")
+
+    name = Path(cfg.path.partition(":")[0]).stem
+    prompts: list[Prompt] = []
+    for row, (problem, answer) in enumerate(zip(rows[cfg.prompt_column], rows[cfg.answer_column], strict=True)):
+        where = f"{section}.path = {cfg.path!r}, row {row}"
+        if answer is None or not str(answer).strip():
+            raise InputError(f"{where}: column {cfg.answer_column!r} is empty, every problem needs an answer")
+        prompt = Prompt(id=f"{name}/{row}", answer=str(answer))
+        if chat:
+            prompt.messages = _messages(problem, cfg, where)
+        elif isinstance(problem, str) and problem:
+            prompt.text = _fill(cfg.template, problem)
+        else:
+            raise InputError(f"{where}: column {cfg.prompt_column!r} is not text, and only a chat template takes messages")
+        prompts.append(prompt)
+
+    _tokenize(prompts, tokenizer, chat, section)
+    kept = [prompt for prompt in prompts if len(prompt.input_ids) <= cfg.max_prompt_tokens]
+    if not kept:
+        shortest = min(len(prompt.input_ids) for prompt in prompts)
+        raise InputError(
+            f"{section}.max_prompt_tokens = {cfg.max_prompt_tokens} leaves no prompt of {len(prompts)}: give at least {shortest}"
+        )
+    left_out = len(prompts) - len(kept)
+    kept = kept[: cfg.max_prompts]
+    logger.info(
+        "%s: %d prompts from %s; %d longer than %d tokens left out", section, len(kept), cfg.path, left_out, cfg.max_prompt_tokens
+    )
+    return kept
+
+
+class PromptStream:
+    """Prompts without end, reshuffled every epoch; the order depends on ``seed`` and the epoch only.
+
+    Args:
+        prompts: at least one.
+        shuffle: False keeps the order of the data set in every epoch.
+    """
+
+    def __init__(self, prompts: list[Prompt], seed: int, shuffle: bool) -> None:
+        assert prompts
+        self.prompts = prompts
+        self.seed = seed
+        self.shuffle = shuffle
+        self._start_epoch(0)
+
+    def next(self, n: int) -> list[Prompt]:
+        """The next ``n`` prompts; where an epoch ends the next one begins."""
+        taken: list[Prompt] = []
+        while len(taken) < n:
+            if self.position == len(self.order):
+                self._start_epoch(self.epoch + 1)
+            part = self.order[self.position : self.position + n - len(taken)]
+            self.position += len(part)
+            taken += [self.prompts[index] for index in part]
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands: a few ints."""
+        return {"seed": self.seed, "epoch": self.epoch, "position": self.position, "num_prompts": len(self.prompts)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on exactly where ``state`` was taken, under the seed of then.
+
+        Raises:
+            InputError: the state was taken from a data set of another length.
+        """
+        if state["num_prompts"] != len(self.prompts):
+            raise InputError(
+                f"data has {len(self.prompts)} prompts, the checkpoint's data had {state['num_prompts']}: "
+                "resume with the data set and length limits it was saved with"
+            )
+        self.seed = state["seed"]
+        self._start_epoch(state["epoch"])
+        self.position = state["position"]
+
+    def _start_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.position = 0
+        self.order = list(range(len(self.prompts)))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{epoch}").shuffle(self.order)
+
+
+def _check_template(template: str, section: str) -> None:
+    if not template:
+        return
+    field = f"{section}.template = {template!r}"
+    try:
+        fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise InputError(f"{field} is not a format string ({error}): write literal braces as {{{{ and }}}}") from None
+    if fields != {"prompt"}:
+        raise InputError(
+            f"{field} must have the field {{prompt}} and no other, has {sorted(fields)}: write literal braces as {{{{ and }}}}"
+        )
+
+
+def _fill(template: str, problem: str) -> str:
+    return template.format(prompt=problem) if template else problem
+
+
+def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
+    """A file, a folder or a name on the hub."""
+    path = Path(cfg.path)
+    field = f"{section}.path = {cfg.path!r}"
+    if not cfg.path:
+        raise InputError(f"{section}.path is empty: {_REMEDY}")
+    if not path.exists() and (path.suffix in _READERS or path.is_absolute() or cfg.path.startswith(".")):
+        raise InputError(f"{field} does not exist: {_REMEDY}")
+    if path.is_file() and path.suffix not in _READERS:
+        raise InputError(f"{field} has an unknown format: {_REMEDY}")
+    try:
+        if path.is_file():
+            reader, options = _READERS[path.suffix]
+            splits = datasets.load_dataset(reader, data_files=cfg.path, **options)
+        elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            splits = datasets.load_from_disk(cfg.path)
+        else:
+            name, _, subset = cfg.path.partition(":")
+            splits = datasets.load_dataset(name, subset or None)
+    except (DatasetsError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise InputError(f"{field} cannot be loaded ({reason}): {_REMEDY}") from None
+    if isinstance(splits, datasets.Dataset):
+        return splits
+    if cfg.split not in splits:
+        raise InputError(f"{section}.split = {cfg.split!r} is not a split of {cfg.path}: choose one of {list(splits)}")
+    return splits[cfg.split]
+
+
+def _messages(problem: Any, cfg: DataConfig, where: str) -> list[dict[str, str]]:
+    if isinstance(problem, str) and problem:
+        messages = [{"role": "user", "content": _fill(cfg.template, problem)}]
+    elif isinstance(problem, list) and problem and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in problem):
+        if cfg.template:
+            raise InputError(f"{where}: column {cfg.prompt_column!r} holds messages: leave template out, it applies to text")
+        messages = [{"role": message["role"], "content": message["content"]} for message in problem]
+    else:
+        raise InputError(f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages with role and content")
+    if cfg.system_prompt:
+        if messages[0]["role"] == "system":
+            raise InputError(f"{where}: the messages have a system message already: leave system_prompt out")
+        messages.insert(0, {"role": "system", "content": cfg.system_prompt})
+    return messages
+
+
+def _tokenize(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, chat: bool, section: str) -> None:
+    """Fills in ``input_ids``."""
+    if chat:
+        try:
+            conversations = [prompt.messages for prompt in prompts]
+            token_ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)  # pyright: ignore[reportArgumentType]
+        except TemplateError as error:
+            raise InputError(f"{section}: the tokenizer's chat template refuses the messages: {error}") from None
+    else:
+        token_ids = tokenizer([prompt.text for prompt in prompts])["input_ids"]  # pyright: ignore[reportArgumentType]
+    for prompt, ids in zip(prompts, token_ids, strict=True):  # pyright: ignore[reportArgumentType]
+        prompt.input_ids = ids  # pyright: ignore[reportAttributeAccessIssue]

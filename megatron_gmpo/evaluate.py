@@ -1,0 +1,64 @@
+"""pass@1 and pass@k on benchmarks."""
+
+from __future__ import annotations
+
+from math import comb
+from statistics import fmean
+
+from .config import EvalConfig
+from .rollout.collect import Reward, score
+from .rollout.engine import RolloutEngine, SamplingParams
+from .types import Prompt, SampleGroup
+
+
+def evaluate(
+    engine: RolloutEngine,
+    sets: dict[str, list[Prompt]],
+    reward: Reward,
+    cfg: EvalConfig,
+    max_new_tokens: int,
+    stop: tuple[str, ...] = (),
+    records: dict[str, list[SampleGroup]] | None = None,
+) -> dict[str, float]:
+    """Samples every benchmark and scores it; collective, with equal results on every rank.
+
+    Args:
+        engine: with the weights to judge.
+        sets: benchmarks by name.
+        reward: scores a response, which passes at ``cfg.pass_reward``.
+        cfg: samples for each prompt, temperature, values of k.
+        max_new_tokens: limit of a response, unless ``cfg`` has its own.
+        stop: strings that end a response.
+        records: receives the scored groups of each benchmark.
+
+    Returns:
+        ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length``, means over the benchmark.
+    """
+    sampling = SamplingParams(
+        n=cfg.samples_per_prompt,
+        max_new_tokens=cfg.max_new_tokens or max_new_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        stop=stop,
+    )
+    results: dict[str, float] = {}
+    for name, prompts in sets.items():
+        groups = engine.generate(prompts, sampling)
+        score(groups, reward)
+        passed = [sum(value >= cfg.pass_reward for value in group.rewards) for group in groups]
+        for k in cfg.k:
+            results[f"eval/{name}/pass@{k}"] = fmean(pass_at_k(sampling.n, c, k) for c in passed)
+        results[f"eval/{name}/reward"] = fmean(value for group in groups for value in group.rewards)
+        results[f"eval/{name}/response_length"] = fmean(sample.response_length for group in groups for sample in group.samples)
+        if records is not None:
+            records[name] = groups
+    return results
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate, from ``n`` samples of which ``c`` are right, that one of ``k`` is right: 1 - C(n-c, k) / C(n, k).
+
+    Chen et al. 2021, arXiv 2107.03374, equation 1.
+    """
+    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
+    return 1 - comb(n - c, k) / comb(n, k)

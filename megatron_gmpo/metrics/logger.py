@@ -1,0 +1,183 @@
+"""One line of figures a step: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distributed import rank
+from ..types import InputError, Metric
+
+
+def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Merges the metrics of microbatches or minibatches: totals and counts add up, extremes stay extreme.
+
+    Tensors stay tensors, so that nothing waits for the device.
+    """
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for name, new in part.items():
+            old = merged.get(name)
+            if old is None:
+                merged[name] = new
+                continue
+            assert old.op == new.op, f"{name} is both {old.op} and {new.op}"
+            if new.op == "mean":
+                merged[name] = Metric(old.total + new.total, old.count + new.count)
+            else:
+                pick = torch.maximum if new.op == "max" else torch.minimum
+                extremes = (torch.as_tensor(m.total, dtype=torch.float64) for m in (old, new))
+                merged[name] = Metric(pick(*extremes), op=new.op)
+    return merged
+
+
+def value_of(metric: Metric | float) -> float:
+    """The figure to report; NaN for a mean over nothing."""
+    if not isinstance(metric, Metric):
+        return float(metric)
+    if metric.op != "mean":
+        return float(metric.total)
+    return float(metric.total) / float(metric.count) if float(metric.count) else math.nan
+
+
+class MetricLogger:
+    """Writes ``metrics.jsonl`` (one object a step), ``events.jsonl`` and TensorBoard files into the run folder; rank 0 only.
+
+    The figures are this rank's: reduce over ranks before adding.
+
+    Args:
+        run_dir: created when missing.
+        tensorboard: also write ``run_dir/tensorboard``.
+        wandb_project: also log to this Weights & Biases project, when not empty.
+        config: the resolved configuration, for Weights & Biases.
+        resume_step: steps already taken. Lines of later steps, left by a crash between a log and a checkpoint, are cut off; a run
+            from step 0 starts empty files.
+
+    Raises:
+        InputError: ``wandb_project`` is set and wandb is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        tensorboard: bool = True,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+        resume_step: int = 0,
+    ) -> None:
+        self._run_dir = Path(run_dir)
+        self._pending: dict[str, Metric] = {}
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._writes = rank() == 0
+        if not self._writes:
+            return
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        cut_after(self._run_dir / "metrics.jsonl", resume_step)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+        if wandb_project:
+            try:
+                import wandb  # pyright: ignore[reportMissingImports]
+            except ImportError:
+                raise InputError(
+                    f"log.wandb_project = {wandb_project!r} needs wandb: pip install 'megatron_gmpo[wandb]', or leave it empty"
+                ) from None
+            name = self._run_dir.resolve().name
+            self._wandb = wandb.init(project=wandb_project, name=name, dir=str(self._run_dir), config=dict(config or {}))
+
+    def add(self, metrics: Mapping[str, Metric | float]) -> None:
+        """Adds to the current step; a name that comes again is merged as in ``reduce_metrics``."""
+        wrapped = {name: m if isinstance(m, Metric) else Metric(m) for name, m in metrics.items()}
+        self._pending = reduce_metrics([self._pending, wrapped])
+
+    def log(self, step: int, extra: Mapping[str, Metric | float] | None = None) -> dict[str, float]:
+        """Ends the step: writes what was added, and ``extra``, as one line. Figures that are not finite are written as null.
+
+        Returns:
+            The figures, without the step.
+        """
+        self.add(extra or {})
+        figures = {name: value_of(metric) for name, metric in self._pending.items()}
+        self._pending = {}
+        if self._writes:
+            finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            self._append("metrics.jsonl", {"step": step, **finite})
+            if self._tensorboard:
+                for name, value in figures.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.flush()
+            if self._wandb:
+                self._wandb.log(figures, step=step)
+        return figures
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Appends ``{"time", "event", ...}`` to ``events.jsonl``: what happened beside the figures, as a resume or a checkpoint."""
+        if self._writes:
+            self._append("events.jsonl", {"time": time.time(), "event": name, **fields})
+
+    def close(self) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        with (self._run_dir / name).open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Rewrites a JSON-lines file without the lines of steps after ``step``, and without a last line cut short by a crash.
+
+    From step 0 on everything is done again, so nothing is kept.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines() if step else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept))
+    os.replace(aside, path)
+
+
+class Timer:
+    """Where a step's wall time goes, in seconds: ``with timer("rollout"): ...``, then ``logger.add(timer.take())``."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """``time/{name}`` of each phase, ``time/step`` since the last ``take`` and ``time/other``, what no phase covers; starts anew."""
+        now = time.perf_counter()
+        step = now - self._start
+        taken = {f"time/{name}": spent for name, spent in self._spent.items()}
+        taken |= {"time/step": step, "time/other": step - sum(self._spent.values())}
+        self._spent, self._start = {}, now
+        return taken

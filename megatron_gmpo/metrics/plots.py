@@ -1,0 +1,204 @@
+"""Training curves of one or several runs on one page."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from ..types import InputError
+
+Series = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Metric name -> (steps, values), without the steps that have none."""
+
+COLORS = ("#2f6fb2", "#d9772b", "#3a9a5c", "#b8405e", "#7b5ea7", "#8a6d3b", "#3aa6a6", "#6b6b6b")
+INK, MUTED, GRID = "#22262b", "#6a727c", "#e4e7eb"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Some metrics in one frame.
+
+    Attributes:
+        title: what it shows, with the unit.
+        metrics: metric, or a pattern with ``*`` -> name in the legend, where "" stands for what the pattern's ``*`` matched.
+        kind: ``band`` fills the range between the lower and the upper of two metrics, ``stack`` puts parts of a whole on each other.
+        smoothed: draw a running mean over the raw values.
+        log: logarithmic axis.
+    """
+
+    title: str
+    metrics: dict[str, str]
+    kind: Literal["lines", "band", "stack"] = "lines"
+    smoothed: bool = False
+    log: bool = False
+
+
+PANELS = (
+    Panel("Reward, mean of a step", {"reward/mean": ""}, smoothed=True),
+    Panel("Evaluation, pass@k", {"eval/*pass@*": ""}),
+    Panel("Response length, tokens", {"response_length/mean": "mean", "response_length/max": "longest"}),
+    Panel("Policy loss", {"loss": ""}, smoothed=True),
+    Panel("Gradient norm", {"grad_norm": ""}, smoothed=True),
+    Panel("Policy entropy, nats a token", {"policy/entropy": ""}, smoothed=True),
+    Panel("Log ratio to the old policy, range over tokens", {"policy/log_ratio_min": "", "policy/log_ratio_max": ""}, kind="band"),
+    Panel("Clipped tokens, fraction", {"policy/clip_fraction_high": "high", "policy/clip_fraction_low": "low"}),
+    Panel("KL, nats a token", {"policy/kl_old": "to the old policy", "policy/kl_ref": "to the reference"}),
+    Panel("Rollout against trainer", {"rollout/logprob_diff_mean": "mean |Δ log p|", "rollout/k3_kl": "k3 KL"}, log=True),
+    Panel("MoE router", {"moe/*": ""}),
+    Panel("Time of a step, seconds", {"time/*": ""}, kind="stack"),
+)
+
+
+def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> list[str]:
+    """Draws ``metrics.jsonl`` files over each other; a panel without data is left out.
+
+    Args:
+        metrics_paths: label of a run -> its ``metrics.jsonl``.
+        out_png: where the figure goes.
+
+    Returns:
+        Titles of the panels drawn.
+
+    Raises:
+        InputError: a file is missing, is not JSON lines, or no file has anything to draw.
+    """
+    runs = {label: read_metrics(path) for label, path in metrics_paths.items()}
+    drawn = [(panel, chosen) for panel in PANELS if (chosen := _choose(panel, runs))]
+    if not drawn:
+        raise InputError(f"no figures to plot in {', '.join(str(p) for p in metrics_paths.values())}: has the run logged a step?")
+
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.55), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax, (panel, chosen) in zip(axes, drawn, strict=False):
+        _draw(ax, panel, chosen, runs)
+    for ax in axes[len(drawn) :]:
+        ax.set_axis_off()
+    handles = [Line2D([], [], color=COLORS[i % len(COLORS)], lw=2.2, label=label) for i, label in enumerate(runs)]
+    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=10, labelcolor=INK)
+    figure.savefig(str(out_png), dpi=130)
+    return [panel.title for panel, _ in drawn]
+
+
+def read_metrics(path: str | Path) -> Series:
+    """Series of every metric in a ``metrics.jsonl``; of a step that stands there twice the later line counts.
+
+    Raises:
+        InputError: no such file, or a line that is not a JSON object with a step.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give the folder of a run that has logged a step")
+    points: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            step = int(record.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"line {number} of {path} is not a JSON object with a step: remove the line") from None
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                points.setdefault(name, {})[step] = float(value)
+    return {name: (np.array(list(p)), np.array(list(p.values()))) for name, p in points.items()}
+
+
+def _choose(panel: Panel, runs: Mapping[str, Series]) -> dict[str, str]:
+    """Metric -> legend name, of the panel's metrics that some run has."""
+    present = {name for series in runs.values() for name in series}
+    if panel.kind == "stack":  # stacks of several runs would hide each other: show the whole alone
+        if len(runs) > 1:
+            return {"time/step": ""} if "time/step" in present else {}
+        present.discard("time/step")
+    chosen: dict[str, str] = {}
+    for pattern, label in panel.metrics.items():
+        head, star, _ = pattern.partition("*")
+        matches = sorted(fnmatch.filter(present, pattern), key=lambda name: (name == "time/other", name))
+        chosen |= {name: label or (name.removeprefix(head) if star else "") for name in matches}
+    return chosen
+
+
+def _draw(ax: Axes, panel: Panel, chosen: dict[str, str], runs: Mapping[str, Series]) -> None:
+    ax.set_title(panel.title, loc="left", fontsize=9.5, color=INK, pad=7)
+    ax.grid(axis="y", color=GRID, lw=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color(GRID)
+    ax.tick_params(which="both", colors=MUTED, labelsize=8, length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    if panel.log:
+        ax.set_yscale("log")
+    if panel.kind == "stack" and len(runs) == 1:
+        _draw_stack(ax, chosen, *runs.values())
+    else:
+        for number, series in enumerate(runs.values()):
+            if panel.kind == "band" and all(name in series for name in chosen) and len(chosen) == 2:
+                _draw_band(ax, [series[name] for name in chosen], COLORS[number % len(COLORS)])
+            else:
+                _draw_lines(ax, panel, chosen, series, number, alone=len(runs) == 1)
+    if panel.kind == "stack":
+        ax.set_ylim(bottom=0)
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(frameon=False, fontsize=7.5, labelcolor=MUTED, handlelength=1.4, ncols=1 if len(chosen) < 5 else 2)
+
+
+def _draw_lines(ax: Axes, panel: Panel, chosen: dict[str, str], series: Series, number: int, *, alone: bool) -> None:
+    """The metrics of one run. They differ in color when it is alone, else in line style: color then tells the runs apart."""
+    styles = ("-", (0, (3, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
+    for i, (name, label) in enumerate(chosen.items()):
+        if name not in series:
+            continue
+        steps, values = series[name]
+        color = COLORS[(i if alone else number) % len(COLORS)]
+        if panel.smoothed and len(values) >= 20:
+            ax.plot(steps, values, color=color, lw=0.8, alpha=0.28)
+            values = _running_mean(values)
+        ax.plot(
+            steps,
+            values,
+            color=color,
+            lw=1.6,
+            ls="-" if alone else styles[i % len(styles)],
+            marker="o" if len(values) < 20 else None,
+            ms=3.5,
+            label=label if label and number == 0 else None,
+        )
+
+
+def _draw_band(ax: Axes, edges: list[tuple[np.ndarray, np.ndarray]], color: str) -> None:
+    (steps, low), (_, high) = edges
+    ax.fill_between(steps, low, high, color=color, alpha=0.22, lw=0)
+    ax.plot(steps, low, color=color, lw=1.0)
+    ax.plot(steps, high, color=color, lw=1.0)
+    ax.axhline(0, color=MUTED, lw=0.7)
+
+
+def _draw_stack(ax: Axes, chosen: dict[str, str], series: Series) -> None:
+    """Parts of a whole; a part is 0 at steps that do not have it."""
+    steps = np.unique(np.concatenate([series[name][0] for name in chosen]))
+    heights = np.zeros((len(chosen), len(steps)))
+    for row, name in enumerate(chosen):
+        at, values = series[name]
+        heights[row, np.searchsorted(steps, at)] = values
+    ax.stackplot(steps, heights, labels=list(chosen.values()), colors=COLORS, alpha=0.85)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Centred mean over about a twentieth of the run; the window shrinks at both ends."""
+    half = max(2, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)

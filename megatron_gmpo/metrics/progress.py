@@ -1,0 +1,72 @@
+"""The run on the terminal: a bar with live figures, or a line a step when nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from ..distributed import rank
+
+SHOWN = {  # metric -> (label, format)
+    "reward/mean": ("reward", ".3f"),
+    "loss": ("loss", ".3g"),
+    "policy/entropy": ("entropy", ".3f"),
+    "throughput/tokens_per_second": ("tok/s", ",.0f"),
+}
+
+
+class Progress:
+    """``with Progress(num_steps, done=step) as progress: ... progress.update(step, figures)``; silent on ranks above 0.
+
+    Args:
+        total: steps of the run.
+        done: steps taken before, in a resumed run.
+        enabled: False for silence.
+        console: where to write, stderr by default.
+    """
+
+    def __init__(self, total: int, *, done: int = 0, enabled: bool = True, console: Console | None = None) -> None:
+        self._total = total
+        self._console = console or Console(stderr=True)
+        self._enabled = enabled and rank() == 0
+        self._bar: RichProgress | None = None
+        if self._enabled and self._console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=done, figures="")
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
+        """Shows that ``step`` steps are done, with the figures of the last."""
+        texts = [f"{label} {figures[name]:{form}}" for name, (label, form) in SHOWN.items() if name in figures]
+        if self._bar:
+            self._bar.update(self._task, completed=step, figures=" ".join(f"[cyan]{t}[/cyan]" for t in texts))
+        elif self._enabled:
+            seconds = [f"{figures['time/step']:.2f} s"] if "time/step" in figures else []
+            self._console.print(f"step {step}/{self._total}  " + "  ".join(texts + seconds), highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._enabled:
+            self._console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,96 @@
+"""Core attention and RMSNorm in plain torch, for machines without Transformer Engine.
+
+Megatron's own DotProductAttention refuses packed sequences and context parallelism, and its WrappedTorchNorm refuses sequence
+parallelism (megatron/core/transformer/dot_product_attention.py, torch_norm.py); these two take their places in the layer spec.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm whose weight's gradient Megatron sums over the sequence-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention over packed (THD) sequences whose tokens lie zig-zag over the context-parallel ranks.
+
+    Keys and values are gathered over the context-parallel group (the backward reduce-scatters their gradients), put back in order, and
+    each sequence attends by global position.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query (T, heads, d), key and value (T, groups, d), T local tokens -> (T, heads * d)."""
+        assert packed_seq_params is not None, "only packed sequences are supported"
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
+        bounds: list[int] = packed_seq_params.cu_seqlens_q.tolist()
+        key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) if cp > 1 else x for x in (key, value))
+
+        outputs = []
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            local = slice(start // cp, end // cp)
+            if cp == 1:
+                q, k, v, mask = query[local], key[local], value[local], None
+            else:
+                in_order, positions = _zigzag(start, end, bounds[-1], cp, rank)
+                q, k, v = query[local], key[in_order], value[in_order]
+                mask = positions[:, None] >= torch.arange(end - start)
+                mask = mask.to(query.device)
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, d)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+            )
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs).flatten(1)
+
+
+def _zigzag(start: int, end: int, total: int, cp: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Where a sequence's tokens lie in the gathered tensor, in order; and the positions this rank holds, both int64.
+
+    A sequence of 2 * cp chunks gives rank r the chunks r and 2 * cp - 1 - r; the gathered tensor is rank 0's tokens, rank 1's, ...
+    """
+    chunk = (end - start) // (2 * cp)
+    step = torch.arange(chunk)
+    first_slots = [r * (total // cp) + start // cp for r in range(cp)]
+    early = [slot + step for slot in first_slots]
+    late = [slot + chunk + step for slot in reversed(first_slots)]
+    positions = torch.cat([rank * chunk + step, (2 * cp - 1 - rank) * chunk + step])
+    return torch.cat([*early, *late]), positions

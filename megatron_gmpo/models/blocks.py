@@ -1,0 +1,118 @@
+"""The rows and architecture fields that decoder families share; qwen.py and llama.py compose them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+
+from ..types import InputError
+from .mapping import GateUp, QueryKeyValue, Replicated, Row, Split, Vocabulary
+
+HFConfig = Any  # transformers' PreTrainedConfig: its fields differ by family
+
+LAYER = "decoder.layers.{l}."
+HF_LAYER = "model.layers.{l}."
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the project knows about one ``model_type``.
+
+    Attributes:
+        rows: (Hugging Face config, padded vocabulary size) -> the name table.
+        architecture: Hugging Face config -> fields of Megatron's TransformerConfig.
+    """
+
+    rows: Callable[[HFConfig, int], list[Row]]
+    architecture: Callable[[HFConfig], dict[str, Any]]
+
+
+def head_dim(hf: HFConfig) -> int:
+    """Channels of one attention head."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def embedding_and_head(hf: HFConfig, padded_vocab_size: int) -> list[Row]:
+    vocabulary = Vocabulary(0, hf.vocab_size, padded_vocab_size)
+    return [
+        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
+        Row("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
+        Row("output_layer.weight", ("lm_head.weight",), vocabulary),
+    ]
+
+
+def attention(hf: HFConfig, *, bias: bool, qk_norm: bool) -> list[Row]:
+    groups = hf.num_key_value_heads
+    qkv = QueryKeyValue(0, groups, hf.num_attention_heads // groups, head_dim(hf))
+    ours, theirs = LAYER + "self_attention.", HF_LAYER + "self_attn."
+    rows = [
+        Row(LAYER + "input_layernorm.weight", (HF_LAYER + "input_layernorm.weight",), Replicated()),
+        Row(ours + "linear_qkv.weight", tuple(f"{theirs}{x}_proj.weight" for x in "qkv"), qkv),
+        Row(ours + "linear_proj.weight", (theirs + "o_proj.weight",), Split(1)),
+    ]
+    if bias:
+        rows.append(Row(ours + "linear_qkv.bias", tuple(f"{theirs}{x}_proj.bias" for x in "qkv"), qkv))
+    if qk_norm:
+        rows += [Row(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), Replicated()) for x in "qk"]
+    return rows
+
+
+def mlp_norm() -> Row:
+    return Row(LAYER + "pre_mlp_layernorm.weight", (HF_LAYER + "post_attention_layernorm.weight",), Replicated())
+
+
+def gated_mlp(ours: str, theirs: str) -> list[Row]:
+    return [
+        Row(ours + "linear_fc1.weight", (theirs + "gate_proj.weight", theirs + "up_proj.weight"), GateUp()),
+        Row(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), Split(1)),
+    ]
+
+
+def dense_mlp() -> list[Row]:
+    return gated_mlp(LAYER + "mlp.", HF_LAYER + "mlp.")
+
+
+def routed_experts() -> list[Row]:
+    return [
+        Row(LAYER + "mlp.router.weight", (HF_LAYER + "mlp.gate.weight",), Replicated()),
+        *gated_mlp(LAYER + "mlp.experts.local_experts.{e}.", HF_LAYER + "mlp.experts.{e}."),
+    ]
+
+
+def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
+    """TransformerConfig fields of a pre-norm RMSNorm decoder with gated SiLU MLPs and rotary positions.
+
+    Raises:
+        InputError: the config asks for something the model code does not compute.
+    """
+    refuse(hf, "hidden_act", hf.hidden_act != "silu", "only silu is supported")
+    windows = getattr(hf, "use_sliding_window", False) or "sliding_attention" in (getattr(hf, "layer_types", None) or [])
+    refuse(hf, "use_sliding_window", windows, "sliding-window attention is not supported")
+    refuse(hf, "mlp_bias", getattr(hf, "mlp_bias", False), "biases in the MLP are not supported")
+    return {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "num_query_groups": hf.num_key_value_heads,
+        "kv_channels": head_dim(hf),
+        "layernorm_epsilon": hf.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "activation_func": F.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def no_attention_bias(hf: HFConfig) -> None:
+    refuse(hf, "attention_bias", getattr(hf, "attention_bias", False), "this family's table has no attention biases")
+
+
+def refuse(hf: HFConfig, field: str, wrong: bool, why: str) -> None:
+    if wrong:
+        raise InputError(f"config.json of this {hf.model_type} model has {field} = {getattr(hf, field, None)!r}: {why}")

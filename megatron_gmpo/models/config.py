@@ -1,0 +1,199 @@
+"""Hugging Face config.json + our config -> Megatron's TransformerConfig, checked before any process group starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from transformers import AutoConfig
+
+from ..config import Config, ParallelConfig
+from ..types import InputError
+from . import FAMILIES
+from .blocks import HFConfig
+from .mapping import Mapping
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Everything that says which model to build; no tensor in it.
+
+    Attributes:
+        hf: the Hugging Face config.
+        transformer: Megatron's config, with the parallel layout.
+        mapping: the name table.
+        padded_vocab_size: rows of the embedding, a multiple of 128 that tensor parallelism divides.
+        rope: GPTModel's rotary arguments.
+        use_transformer_engine: the layer spec: TE on a GPU that has it, plain torch elsewhere.
+    """
+
+    hf: HFConfig
+    transformer: TransformerConfig
+    mapping: Mapping
+    padded_vocab_size: int
+    rope: dict[str, Any]
+    use_transformer_engine: bool
+
+    @property
+    def is_moe(self) -> bool:
+        return bool(self.transformer.num_moe_experts)
+
+
+def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelDescription:
+    """Reads ``cfg.model.path`` and checks it against the layout.
+
+    Raises:
+        InputError: no model there, a family without a table, a layout that does not divide the world size, the heads, the layers or
+            the experts, an unknown or contradictory [megatron] field, fp8 without Transformer Engine and a GPU.
+    """
+    hf = read_hf_config(cfg.model.path)
+    family = FAMILIES[hf.model_type]
+    architecture = family.architecture(hf)
+    check_layout(cfg.parallel, architecture, world_size)
+    use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    transformer = _transformer_config(cfg, architecture, use_te)
+    multiple = math.lcm(128, cfg.parallel.tensor_model_parallel_size)
+    padded_vocab_size = -(-hf.vocab_size // multiple) * multiple
+    mapping = Mapping(family.rows(hf, padded_vocab_size), tied=hf.tie_word_embeddings)
+    return ModelDescription(hf, transformer, mapping, padded_vocab_size, _rope(hf), use_te)
+
+
+def read_hf_config(path: str) -> HFConfig:
+    """The config of a model folder.
+
+    Raises:
+        InputError: no config.json there, or a family without a table.
+    """
+    if not path:
+        raise InputError("model.path is empty: give a Hugging Face model folder")
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"model.path = {path!r} has no config.json: give a Hugging Face model folder")
+    try:
+        hf = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"model.path = {path!r}: config.json cannot be read ({_one_line(error)})") from None
+    if hf.model_type not in FAMILIES:
+        raise InputError(f"model.path = {path!r} is a {hf.model_type!r} model, a family without a table: use one of {', '.join(FAMILIES)}")
+    return hf
+
+
+def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_size: int) -> None:
+    """Refuses a layout that does not divide the world or the model, naming the fields and both numbers."""
+    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    experts = architecture.get("num_moe_experts")
+
+    def divides(field: str, value: int, what: str, number: int) -> None:
+        if number % value:
+            raise InputError(f"parallel.{field} = {value} does not divide {what} = {number}: choose a divisor of {number}")
+
+    size = parallel.model_parallel_size
+    if world_size % size:
+        raise InputError(
+            f"parallel: tensor {tp} x pipeline {pp} x context {cp} = {size} does not divide the world size {world_size}: "
+            f"start a multiple of {size} processes or choose smaller sizes"
+        )
+    divides("tensor_model_parallel_size", tp, "num_attention_heads", architecture["num_attention_heads"])
+    divides("tensor_model_parallel_size", tp, "num_key_value_heads", architecture["num_query_groups"])
+    divides("tensor_model_parallel_size", tp, "intermediate_size", architecture["ffn_hidden_size"])
+    stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
+    divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
+    if not experts:
+        if ep > 1 or etp > 1:
+            field = "expert_model_parallel_size" if ep > 1 else "expert_tensor_parallel_size"
+            raise InputError(f"parallel.{field} = {max(ep, etp)} but this model has no experts: set it to 1")
+        return
+    divides("expert_model_parallel_size", ep, "num_experts", experts)
+    divides("expert_tensor_parallel_size", etp, "moe_intermediate_size", architecture["moe_ffn_hidden_size"])
+    if world_size % (ep * etp * pp):
+        raise InputError(
+            f"parallel: expert {ep} x expert tensor {etp} x pipeline {pp} = {ep * etp * pp} does not divide the world size "
+            f"{world_size}: choose a smaller expert_model_parallel_size"
+        )
+    if tp > 1 and not parallel.uses_sequence_parallel:
+        raise InputError("parallel.sequence_parallel = false with tensor_model_parallel_size > 1 on a MoE model: Megatron needs it true")
+    if tp > 1 and ep == 1 and etp == 1:
+        raise InputError(
+            f"parallel.tensor_model_parallel_size = {tp} with expert_tensor_parallel_size = 1 and expert_model_parallel_size = 1 leaves "
+            f"expert gradients unreduced in Megatron-Core: set expert_tensor_parallel_size = {tp} or expert_model_parallel_size > 1"
+        )
+
+
+_LAYOUT_FIELDS = set(ParallelConfig.model_fields)
+_OUR_FIELDS = {"params_dtype": "model.dtype", "bf16": "model.dtype", "fp16": "model.dtype", "pipeline_dtype": "model.dtype"}
+
+
+def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool) -> TransformerConfig:
+    parallel, dtype = cfg.parallel, DTYPES[cfg.model.dtype]
+    _check_megatron_table(cfg.megatron, architecture, use_te)
+    fields = {
+        **architecture,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "sequence_parallel": parallel.uses_sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "variable_seq_lengths": True,  # packed microbatches differ in length
+        # between two stages of an interleaved pipeline, batched sends match the wrong receives
+        "overlap_p2p_comm": bool(parallel.virtual_pipeline_model_parallel_size),
+        "batch_p2p_comm": not parallel.virtual_pipeline_model_parallel_size,
+        "use_cpu_initialization": not torch.cuda.is_available() or cfg.device == "cpu",
+        "gradient_accumulation_fusion": False,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": use_te,
+        "moe_router_dtype": "fp32",
+    }
+    if not use_te:  # the fused kernels of these need Transformer Engine or apex
+        fields |= {"bias_dropout_fusion": False, "masked_softmax_fusion": False, "persist_layer_norm": False, "apply_rope_fusion": False}
+    try:
+        return TransformerConfig(**(fields | cfg.megatron))
+    except (ValueError, AssertionError, TypeError, ImportError) as error:
+        raise InputError(f"Megatron's TransformerConfig refuses this config: {_one_line(error)}") from None
+
+
+def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], use_te: bool) -> None:
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for name, value in table.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise InputError(f"unknown config key 'megatron.{name}': did you mean 'megatron.{nearest[0]}'?")
+        if name in _LAYOUT_FIELDS or name in _OUR_FIELDS:
+            ours = _OUR_FIELDS.get(name, f"parallel.{name}")
+            raise InputError(f"megatron.{name} = {value!r}: set {ours} instead")
+        if name in architecture:
+            raise InputError(f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; remove it")
+    if table.get("fp8") and not use_te:
+        raise InputError(f"megatron.fp8 = {table['fp8']!r} needs Transformer Engine and a GPU: install the 'gpu' extra there, or remove it")
+    if table.get("gradient_accumulation_fusion") and not use_te:
+        raise InputError("megatron.gradient_accumulation_fusion = true needs Transformer Engine or NVIDIA apex on a GPU: remove it")
+
+
+def _rope(hf: HFConfig) -> dict[str, Any]:
+    rope = hf.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return {"rotary_base": rope["rope_theta"]}
+    # Megatron-Core (rotary_pos_embedding.py:_apply_scaling) has Llama 3's frequency scaling with these constants built in
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(rope[key] == value for key, value in llama3.items()):
+        return {"rotary_base": rope["rope_theta"], "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise InputError(f"config.json of this {hf.model_type} model has rope_parameters = {rope!r}: only default and llama3 are supported")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

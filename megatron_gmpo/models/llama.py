@@ -1,0 +1,18 @@
+"""Llama 2 and 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .blocks import Family, HFConfig, attention, decoder_architecture, dense_mlp, embedding_and_head, mlp_norm, no_attention_bias
+
+
+def _architecture(hf: HFConfig) -> dict[str, Any]:
+    no_attention_bias(hf)
+    return decoder_architecture(hf)
+
+
+LLAMA = Family(
+    lambda hf, vocab: [*embedding_and_head(hf, vocab), *attention(hf, bias=False, qk_norm=False), mlp_norm(), *dense_mlp()],
+    _architecture,
+)

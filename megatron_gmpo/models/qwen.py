@@ -1,0 +1,60 @@
+"""Qwen2 (also Qwen2.5 and DeepSeek-R1-Distill-Qwen), Qwen3, and Qwen3-MoE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .blocks import (
+    Family,
+    HFConfig,
+    attention,
+    decoder_architecture,
+    dense_mlp,
+    embedding_and_head,
+    mlp_norm,
+    no_attention_bias,
+    routed_experts,
+)
+
+
+def _qwen2_architecture(hf: HFConfig) -> dict[str, Any]:
+    return decoder_architecture(hf) | {"add_qkv_bias": True}
+
+
+def _qwen3_architecture(hf: HFConfig) -> dict[str, Any]:
+    no_attention_bias(hf)
+    return decoder_architecture(hf) | {"qk_layernorm": True}
+
+
+def _qwen3_moe_architecture(hf: HFConfig) -> dict[str, Any]:
+    is_moe = [
+        layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0 for layer in range(hf.num_hidden_layers)
+    ]
+    return _qwen3_architecture(hf) | {
+        "num_moe_experts": hf.num_experts,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_layer_freq": 1 if all(is_moe) else [int(moe) for moe in is_moe],
+        # softmax of the chosen logits = softmax of all, renormalised over the chosen (norm_topk_prob)
+        "moe_router_pre_softmax": not hf.norm_topk_prob,
+    }
+
+
+QWEN2 = Family(
+    lambda hf, vocab: [*embedding_and_head(hf, vocab), *attention(hf, bias=True, qk_norm=False), mlp_norm(), *dense_mlp()],
+    _qwen2_architecture,
+)
+QWEN3 = Family(
+    lambda hf, vocab: [*embedding_and_head(hf, vocab), *attention(hf, bias=False, qk_norm=True), mlp_norm(), *dense_mlp()],
+    _qwen3_architecture,
+)
+QWEN3_MOE = Family(
+    lambda hf, vocab: [
+        *embedding_and_head(hf, vocab),
+        *attention(hf, bias=False, qk_norm=True),
+        mlp_norm(),
+        *dense_mlp(),  # layers in mlp_only_layers, or skipped by decoder_sparse_step
+        *routed_experts(),
+    ],
+    _qwen3_moe_architecture,
+)

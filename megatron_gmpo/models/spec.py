@@ -1,0 +1,26 @@
+"""Layer specs: Transformer Engine's on a GPU, plain torch elsewhere. The model above them is the same."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from .attention import PackedAttention, RMSNorm
+
+
+def decoder_spec(config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage (and virtual stage)."""
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+    )
+    if use_transformer_engine:
+        return spec
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs or []:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec

@@ -1,0 +1,143 @@
+"""Megatron-Core on a machine without a GPU: the only place that replaces parts of torch and Megatron.
+
+Megatron-Core names CUDA in three ways, and each gets its CPU meaning here:
+
+- calls into ``torch.cuda`` (current device, streams, events, RNG state);
+- the literal ``"cuda"`` as a device of a new tensor, and ``Tensor.cuda()``;
+- tests of ``tensor.type()`` against ``"torch.cuda.FloatTensor"``.
+
+Two functions of Megatron itself assume a GPU library and are replaced: gradient clipping (clip_grads.py) and the token counts that
+the MoE dispatcher hands to the all-to-all (moe_utils.py). Everything was read from and tested against ``SUPPORTED_VERSION``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import InputError
+
+SUPPORTED_VERSION = "0.16.1"
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+def install() -> None:
+    """Installs the shim once for this process.
+
+    Raises:
+        InputError: this megatron-core is not the version the shim was tested with.
+    """
+    global _installed
+    if _installed:
+        return
+    import megatron.core
+
+    if megatron.core.__version__ != SUPPORTED_VERSION:
+        raise InputError(
+            f"megatron-core {megatron.core.__version__} is not tested on CPU: install megatron-core=={SUPPORTED_VERSION} or use a GPU"
+        )
+    _stand_in_for_cuda()
+    _redirect_devices()
+    _patch_megatron()
+    _installed = True
+
+
+class _Stream:
+    """A stream of work that is always already done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> _Event:
+        return _Event()
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def _stand_in_for_cuda() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.synchronize = lambda *_: None
+    cuda.empty_cache = lambda: None
+    cuda.memory_allocated = lambda *_: 0
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _redirect_devices() -> None:
+    def on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(make)
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+            return make(*args, **kwargs)
+
+        return made
+
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+
+    tensor_type = torch.Tensor.type
+
+    def type_with_cuda_name(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = tensor_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_with_cuda_name
+
+
+def _names_cuda(device: Any) -> bool:
+    return str(device).startswith("cuda")
+
+
+def _patch_megatron() -> None:
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    patched: Any = random
+    patched._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    patched._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    for module in (clip_grads, optimizer):
+        module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
+    for module in (moe_utils, token_dispatcher):
+        module.maybe_move_tensor_to_cpu = _maybe_move_tensor_to_cpu
+    if not hasattr(moe_utils, "te_general_gemm"):  # the name exists only beside Transformer Engine
+        moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _clip_grad_by_total_norm_fp32(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+) -> None:
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    grads = [getattr(p, "decoupled_grad", None) if use_decoupled_grad else p.grad for p in parameters]
+    grads = [grad.detach() for grad in grads if grad is not None]
+    scale = max_norm / (total_norm + 1.0e-6)
+    if scale < 1.0 and grads:
+        torch._foreach_mul_(grads, scale)
+
+
+def _maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    # gloo's all_to_all_single takes plain integers; on CUDA the original gives numpy as well
+    return tensor.numpy() if isinstance(tensor, Tensor) and as_numpy else tensor

@@ -1,0 +1,33 @@
+"""Process groups: the only reader of Megatron's global parallel state. Everyone else gets a ProcessGroupCollection."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ..config import ParallelConfig
+
+
+def start_model_parallel(parallel: ParallelConfig, device: torch.device, seed: int) -> ProcessGroupCollection:
+    """Makes Megatron's groups and seeds its random-number tracker. Needs the default process group.
+
+    Returns:
+        The groups ``tp``, ``pp``, ``cp``, ``dp``, ``dp_cp``, ``ep``, ``expt_tp`` and more (process_groups_config.py).
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def stop_model_parallel() -> None:
+    """Forgets the groups, so that another layout can be set up in the same processes."""
+    parallel_state.destroy_model_parallel()

@@ -1,0 +1,229 @@
+"""The policy: a parallel Megatron model that gives log probabilities, learns, exports and saves itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from ..algorithms.objective import Objective
+from ..checkpoint import native
+from ..checkpoint.hf import export_hf, load_hf
+from ..config import Config
+from ..data.packing import pack, plan_microbatches
+from ..distributed import all_gather_objects
+from ..metrics.logger import reduce_metrics, value_of
+from ..models.config import ModelDescription
+from ..types import Metric, Microbatch, TrainBatch
+from .build import build_chunks, make_trainable
+from .logprobs import vocab_parallel_logprobs
+
+MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
+"""(logprobs (T,), entropy (T,), microbatch, its place) -> (scaled loss, anything to keep), on the last pipeline stage."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient norm that is NaN or infinite; the weights are no longer to be trusted."""
+
+
+class Policy:
+    """One model replica's share of the policy on this rank. Every method is collective: all ranks call it with equal arguments.
+
+    Args:
+        cfg: the run's config.
+        description: the model, from ``models.config.describe_model``.
+        groups: the process groups, from ``policy.parallel.start_model_parallel``.
+        device: where the model lives.
+    """
+
+    def __init__(self, cfg: Config, description: ModelDescription, groups: ProcessGroupCollection, device: torch.device) -> None:
+        self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
+        updates = cfg.train.num_steps * cfg.train.minibatches_per_step
+        self.model = make_trainable(self._load(cfg.model.path), cfg.optimizer, updates, groups)
+        self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
+
+    def _load(self, path: str) -> list[torch.nn.Module]:
+        chunks = build_chunks(self.description, self.groups, self.device)
+        load_hf(chunks, self.description.mapping, path, self.groups)
+        return chunks
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """(L,) fp32 on the CPU: log probability of every response token at the rollout temperature, 0 elsewhere."""
+        return self._logprobs(self.model.chunks, batch)
+
+    def reference_logprobs(self, batch: TrainBatch) -> Tensor:
+        """The same under the reference policy; needs ``algorithm.kl_coef`` > 0."""
+        assert self.reference is not None
+        return self._logprobs(self.reference, batch)
+
+    def train_step(self, minibatch: TrainBatch, objective: Objective) -> dict[str, Metric]:
+        """One optimizer step on the minibatch, whose ``old_logprobs`` are known.
+
+        The loss is the objective's sum over the minibatch divided by its count, in every layout: the schedule multiplies by
+        cp / microbatches and the gradient buffers average over dp * cp (schedules.py, distributed_data_parallel.py), so each
+        microbatch's sum is scaled by dp * microbatches / count.
+
+        Returns:
+            ``loss``, ``grad_norm``, ``learning_rate`` and the objective's metrics, over all ranks.
+
+        Raises:
+            NonFiniteError: the loss or the gradient norm is not finite.
+        """
+        plan = self._plan(minibatch)
+        scale = self.groups.dp.size() * len(plan) / max(1, objective.count(minibatch))
+
+        def loss(logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, place: int) -> tuple[Tensor, dict[str, Any]]:
+            output = objective(logprobs, entropy, microbatch, self.groups.cp)
+            count = objective.count(minibatch, plan[place])
+            return output.loss * scale, {"loss": Metric(output.loss.detach(), count), **output.metrics}
+
+        for chunk in self.model.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
+        self.model.optimizer.zero_grad()
+        metrics = self._reduce(self._run(self.model.chunks, minibatch, plan, loss))
+        _check_finite("loss", metrics["loss"])
+        self.model.scheduler.step(1)
+        _, grad_norm, _ = self.model.optimizer.step()
+        metrics["grad_norm"] = Metric(float(grad_norm or 0.0))
+        metrics["learning_rate"] = Metric(self.model.optimizer.param_groups[0]["lr"])
+        _check_finite("gradient norm", metrics["grad_norm"])
+        return metrics
+
+    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
+        """Lazily yields (Hugging Face name, full tensor) on every rank; all ranks run it to its end."""
+        return export_hf(self.model.chunks, self.description.mapping, self.groups)
+
+    def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
+        """Writes the checkpoint of ``step`` and drops all but the newest ``keep_last``. See ``checkpoint.native.save``."""
+        identity = native.model_identity(self.description.hf)
+        return native.save(run_dir, step, self.model, {"model": identity, **state}, self.groups, keep_last)
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Takes over weights, optimizer, schedule and random states; returns the ``state`` given to ``save``.
+
+        Raises:
+            InputError: the checkpoint is of another model.
+        """
+        native.check_model(checkpoint, native.model_identity(self.description.hf))
+        return native.load(checkpoint, self.model, self.groups)
+
+    def _plan(self, batch: TrainBatch) -> list[list[int]]:
+        """This data-parallel rank's microbatches, as numbers of sequences."""
+        virtual = self.cfg.parallel.virtual_pipeline_model_parallel_size
+        plan = plan_microbatches(
+            batch.lengths.tolist(),
+            max_tokens=self.cfg.train.max_tokens_per_microbatch,
+            data_parallel_size=self.groups.dp.size(),
+            sequence_multiple=self._sequence_multiple,
+            count_multiple=self.groups.pp.size() if virtual else 1,
+        )
+        return plan[self.groups.dp.rank()]
+
+    @property
+    def _sequence_multiple(self) -> int:
+        return 2 * self.groups.cp.size() if self.groups.cp.size() > 1 else 1
+
+    @torch.no_grad()
+    def _logprobs(self, chunks: list[torch.nn.Module], batch: TrainBatch) -> Tensor:
+        def keep(logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int) -> tuple[Tensor, dict[str, Any]]:
+            return logprobs.new_zeros(()), {"at": microbatch.flat_index[microbatch.mask], "logprobs": logprobs[microbatch.mask]}
+
+        for chunk in chunks:
+            chunk.eval()
+        flat = torch.zeros(len(batch.tokens), device=self.device)
+        for found in self._run(chunks, batch, self._plan(batch), keep, forward_only=True):
+            flat[found["at"]] = found["logprobs"].float()
+        if self.groups.pp.rank() == self.groups.pp.size() - 1:
+            dist.all_reduce(flat, group=self.groups.dp_cp)
+        if self.groups.pp.size() > 1:
+            dist.broadcast(flat, src=dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1), group=self.groups.pp)
+        return flat.cpu()
+
+    def _run(
+        self,
+        chunks: list[torch.nn.Module],
+        batch: TrainBatch,
+        plan: list[list[int]],
+        loss: MicrobatchLoss,
+        forward_only: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Runs the pipeline schedule; what ``loss`` kept of each microbatch, on the last stage (elsewhere nothing)."""
+        schedule = get_forward_backward_func()
+        iterators = [self._microbatches(batch, plan) for _ in chunks]
+        return schedule(
+            forward_step_func=partial(self._forward_step, loss),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks,
+            num_microbatches=len(plan),
+            seq_length=self.cfg.train.max_tokens_per_microbatch,  # the real ones travel with the tensors: variable_seq_lengths
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _microbatches(self, batch: TrainBatch, plan: list[list[int]]) -> Iterator[tuple[int, Microbatch]]:
+        cp, tp = self.groups.cp, self.groups.tp
+        for place, sequences in enumerate(plan):
+            microbatch = pack(
+                batch,
+                sequences,
+                cp_size=cp.size(),
+                cp_rank=cp.rank(),
+                sequence_multiple=self._sequence_multiple,
+                total_multiple=cp.size() * (tp.size() if self.cfg.parallel.uses_sequence_parallel else 1),
+            )
+            yield place, microbatch.to(self.device)
+
+    def _forward_step(
+        self, loss: MicrobatchLoss, microbatches: Iterator[tuple[int, Microbatch]], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
+        place, microbatch = next(microbatches)
+        bounds = microbatch.cu_seqlens
+        longest = int((bounds[1:] - bounds[:-1]).max())
+        output = model(
+            microbatch.tokens[None],
+            microbatch.position_ids[None],
+            None,  # causal within each sequence: the attention reads the packing
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=bounds,
+                cu_seqlens_kv=bounds,
+                cu_seqlens_q_padded=bounds,
+                cu_seqlens_kv_padded=bounds,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+            ),
+        )
+
+        def loss_of_logits(logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            logprobs, entropy = vocab_parallel_logprobs(
+                logits[0],
+                microbatch.labels,
+                vocab_size=self.description.hf.vocab_size,
+                tp_group=self.groups.tp,
+                temperature=self.cfg.rollout.temperature,
+                chunk_tokens=self.cfg.train.logprob_chunk_tokens,
+            )
+            return loss(logprobs, entropy, microbatch, place)
+
+        return output, loss_of_logits
+
+    def _reduce(self, kept: list[dict[str, Metric]]) -> dict[str, Metric]:
+        """Metrics over microbatches and ranks, equal on all; tensor-parallel ranks hold copies, so one of them speaks."""
+        merged = reduce_metrics(kept if self.groups.tp.rank() == 0 else [])
+        plain = {name: Metric(float(m.total), float(m.count), m.op) for name, m in merged.items()}
+        return reduce_metrics(all_gather_objects(plain))
+
+
+def _check_finite(what: str, metric: Metric) -> None:
+    if not math.isfinite(value_of(metric)):
+        raise NonFiniteError(f"{what} is {value_of(metric)}")

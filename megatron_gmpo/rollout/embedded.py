@@ -1,0 +1,212 @@
+"""A rollout engine inside the trainer's processes: the transformers model, one whole copy on each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..distributed import all_gather_objects, rank, world_size
+from ..types import FinishReason, InputError, Prompt, Sample, SampleGroup
+from .engine import SamplingParams
+
+
+class EmbeddedEngine:
+    """Samples with a transformers causal language model; a ``RolloutEngine``.
+
+    The responses are dealt out evenly over the ranks. Samples depend only on the weights, the prompts, ``seed``, the policy version,
+    the number of ``generate`` calls since ``update_weights``, ``batch_size`` and the rank: a resumed run draws what the first would have.
+
+    Args:
+        model_path: Hugging Face folder or hub name.
+        tokenizer: its tokenizer.
+        device: where the model lives.
+        dtype: precision of weights and activations; sampling itself is fp32.
+        batch_size: responses decoded together on a rank.
+        seed: of the sampling.
+    """
+
+    def __init__(
+        self, model_path: str, tokenizer: Any, *, device: torch.device | str, dtype: torch.dtype, batch_size: int, seed: int
+    ) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.version = 0
+        self._calls = 0
+        self._slots = _weight_slots(self.model)
+        self._end_ids = _end_token_ids(self.model, tokenizer)
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+        """See ``RolloutEngine.generate``.
+
+        ``rollout_logprobs`` belong to the distribution sampled from, after temperature, top-k and top-p; for greedy decoding to
+        the model's own, at temperature 1.
+        """
+        # Neighbours in length share a batch, and each rank gets every world_size-th of them.
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
+        mine = [(i, s) for i in by_length for s in range(sampling.n)][rank() :: world_size()]
+        drawn: dict[tuple[int, int], Sample] = {}
+        for number, start in enumerate(range(0, len(mine), self.batch_size)):
+            batch = mine[start : start + self.batch_size]
+            key = np.random.SeedSequence([self.seed, self.version, self._calls, number, rank()])
+            generator = torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
+            samples = self._decode([prompts[i].input_ids for i, _ in batch], sampling, generator)
+            drawn.update(zip(batch, samples, strict=True))
+        self._calls += 1
+        everyone = {at: sample for part in all_gather_objects(drawn) for at, sample in part.items()}
+        return [SampleGroup(prompt, [everyone[i, s] for s in range(sampling.n)]) for i, prompt in enumerate(prompts)]
+
+    @torch.no_grad()
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See ``RolloutEngine.update_weights``."""
+        missing = set(self._slots)
+        for name, tensor in named_tensors:
+            slot = self._slots.get(name)
+            if slot is None:
+                raise InputError(f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?")
+            if name not in missing:
+                raise InputError(f"weight sync: tensor {name!r} came twice")
+            if slot.shape != tensor.shape:
+                raise InputError(f"weight sync: {name!r} has shape {tuple(tensor.shape)}, the rollout model {tuple(slot.shape)}")
+            slot.copy_(tensor)
+            missing.remove(name)
+        if missing:
+            raise InputError(f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}")
+        self.version = version
+        self._calls = 0
+
+    @torch.inference_mode()
+    def _decode(self, prompts: list[list[int]], sampling: SamplingParams, generator: torch.Generator) -> list[Sample]:
+        """One batch of B responses, token by token."""
+        distinct = sorted({tuple(ids) for ids in prompts}, key=len)
+        place = {ids: row for row, ids in enumerate(distinct)}
+        width = len(distinct[-1])
+        assert len(distinct[0]) > 0, "a prompt without input_ids"
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in distinct], device=self.device)  # (D, P) left-padded
+        pad = torch.tensor([width - len(p) for p in distinct], device=self.device)[:, None]  # (D, 1)
+        positions = (torch.arange(width, device=self.device)[None] - pad).clamp(min=0)  # (D, P)
+
+        # Every prompt is read once; its responses start from copies of its cache.
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, positions, pad, cache)  # (D, V)
+        spread = torch.tensor([place[tuple(p)] for p in prompts], device=self.device)
+        logits, pad = logits[spread], pad[spread]
+        cache.batch_select_indices(spread)
+
+        rows = torch.arange(len(prompts), device=self.device)  # (b,) rows of the batch still in the cache
+        tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.int64, device=self.device)
+        logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=self.device)
+        lengths = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # 0 while a response goes on
+        end_tokens = torch.tensor(sorted(self._end_ids), dtype=torch.int64, device=self.device)
+        warpers = _warpers(sampling)
+        for step in range(sampling.max_new_tokens):
+            token, logprob = _sample(logits, warpers, generator, greedy=sampling.temperature == 0)  # (b,), (b,)
+            tokens[rows, step], logprobs[rows, step] = token, logprob
+            ends = torch.isin(token, end_tokens)
+            if sampling.stop:
+                ends |= self._ends_with_stop(tokens[rows, : step + 1], sampling.stop)
+            lengths[rows] = torch.where(ends & (lengths[rows] == 0), step + 1, lengths[rows])
+            going = (lengths[rows] == 0).nonzero()[:, 0]
+            if len(going) == 0 or step + 1 == sampling.max_new_tokens:
+                break
+            if len(going) <= 0.75 * len(rows):  # dropping rows copies the cache, as every step does
+                rows, token, pad = rows[going], token[going], pad[going]
+                cache.batch_select_indices(going)
+            logits = self._forward(token[:, None], width + step - pad, pad, cache)
+
+        return [
+            self._sample_of(prompt, tokens[i, : length or None].tolist(), logprobs[i, : length or None].tolist(), length > 0, sampling)
+            for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True))
+        ]
+
+    def _forward(self, ids: Tensor, positions: Tensor, pad: Tensor, cache: DynamicCache) -> Tensor:
+        """(B, T) new tokens after the cached ones -> (B, V) fp32 logits of the last; ``pad`` (B, 1) are empty slots on the left."""
+        slots = torch.arange(cache.get_seq_length() + ids.shape[1], device=self.device)
+        mask = (slots >= pad).long() if bool(pad.any()) else None
+        out = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float()
+
+    def _ends_with_stop(self, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
+        """(b,) bool: a stop string stands in the tail of (b, T) tokens. A token spells at least one byte, so that the tail is enough."""
+        tail = tokens[:, -max(len(s.encode()) for s in stop) :]
+        texts = self.tokenizer.batch_decode(tail.tolist(), skip_special_tokens=True)
+        return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
+
+    def _sample_of(
+        self, prompt: list[int], response: list[int], logprobs: list[float], stopped: bool, sampling: SamplingParams
+    ) -> Sample:
+        spoken = response[:-1] if response[-1] in self._end_ids else response
+        text: str = self.tokenizer.decode(spoken, skip_special_tokens=True)
+        for string in sampling.stop:
+            text = text.split(string, 1)[0]
+        reason: FinishReason = "stop" if stopped else "length"
+        return Sample(
+            tokens=[*prompt, *response],
+            response_mask=[False] * len(prompt) + [True] * len(response),
+            rollout_logprobs=[0.0] * len(prompt) + logprobs,
+            text=text,
+            finish_reason=reason,
+            policy_version=self.version,
+        )
+
+
+def _warpers(sampling: SamplingParams) -> LogitsProcessorList:
+    """In the order of transformers' ``generate``."""
+    warpers = LogitsProcessorList()
+    if sampling.temperature not in (0, 1):
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+def _sample(logits: Tensor, warpers: LogitsProcessorList, generator: torch.Generator, *, greedy: bool) -> tuple[Tensor, Tensor]:
+    """(B, V) fp32 logits -> (B,) tokens and their (B,) log probabilities."""
+    if not greedy:
+        logits = warpers(None, logits)  # pyright: ignore[reportArgumentType]
+    logprobs = logits.log_softmax(-1)
+    token = logprobs.argmax(-1, keepdim=True) if greedy else torch.multinomial(logprobs.exp(), 1, generator=generator)
+    return token[:, 0], logprobs.gather(1, token)[:, 0]
+
+
+def _weight_slots(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Name in the Hugging Face checkpoint -> the memory that holds it.
+
+    The two differ for routed experts: checkpoints name each, transformers 5 stacks them (its ``conversion_mapping.py``, "qwen2_moe").
+    Tied weights appear under their first name, as in checkpoints.
+    """
+    slots: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        prefix, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":  # (E, 2 F, H)
+            for e, both in enumerate(value):
+                slots[f"{prefix}.{e}.gate_proj.weight"], slots[f"{prefix}.{e}.up_proj.weight"] = both.chunk(2)
+        elif kind == "down_proj":  # (E, H, F)
+            slots |= {f"{prefix}.{e}.down_proj.weight": expert for e, expert in enumerate(value)}
+        else:
+            slots[name] = value
+    return slots
+
+
+def _end_token_ids(model: Any, tokenizer: Any) -> set[int]:
+    ids = model.generation_config.eos_token_id
+    return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}

@@ -1,0 +1,87 @@
+"""Rollouts on disk: a step's groups to train on again, and transcripts to read."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..distributed import rank
+from ..types import InputError, Prompt, Sample, SampleGroup
+
+
+def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> None:
+    """Writes ``folder/step_000000.jsonl``, a group on each line, every number exact; rank 0 only, whole or not at all."""
+    if rank() != 0:
+        return
+    path = _step_file(folder, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    with aside.open("w") as file:
+        for group in groups:
+            file.write(json.dumps(asdict(group), default=_encode_array) + "\n")
+    os.replace(aside, path)
+
+
+def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
+    """Reads what ``save_groups`` wrote.
+
+    Raises:
+        InputError: the folder has no such step, or a line of its file is broken.
+    """
+    path = _step_file(folder, step)
+    if not path.exists():
+        steps = sorted(int(p.stem.removeprefix("step_")) for p in Path(folder).glob("step_*.jsonl"))
+        there = f"it has steps {steps[0]} to {steps[-1]}" if steps else "it has no steps at all"
+        raise InputError(f"rollout.replay_path = {str(folder)!r} has no groups for step {step}: {there}")
+    groups = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            groups.append(SampleGroup(Prompt(**record["prompt"]), [_decode_sample(s) for s in record["samples"]]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"rollout.replay_path: line {number} of {path} is broken ({error}): save the step again") from None
+    return groups
+
+
+def append_transcripts(path: str | Path, step: int, groups: list[SampleGroup], limit: int) -> None:
+    """Appends the first ``limit`` groups to a file for people to read, a JSON object on each line; rank 0 only."""
+    if rank() != 0:
+        return
+    with Path(path).open("a") as file:
+        for group in islice(groups, limit):
+            samples = [
+                {"text": s.text, "reward": s.reward, "finish_reason": s.finish_reason, "length": s.response_length}
+                for s in group.samples
+            ]
+            record = {
+                "step": step,
+                "prompt_id": group.prompt.id,
+                "prompt": group.prompt.messages or group.prompt.text,
+                "answer": group.prompt.answer,
+                "samples": samples,
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _step_file(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step_{step:06d}.jsonl"
+
+
+def _encode_array(value: Any) -> dict[str, Any]:
+    """``Sample.routed_experts``: int32, base64."""
+    assert isinstance(value, np.ndarray), type(value)
+    return {"shape": value.shape, "int32": base64.b64encode(value.astype("<i4").tobytes()).decode()}
+
+
+def _decode_sample(record: dict[str, Any]) -> Sample:
+    experts = record["routed_experts"]
+    if experts is not None:
+        record["routed_experts"] = np.frombuffer(base64.b64decode(experts["int32"]), "<i4").reshape(experts["shape"])
+    return Sample(**record)

@@ -1,0 +1,48 @@
+"""Package metadata; every tool's configuration is in pyproject.toml, the tested versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_gmpo",
+    version="0.1.0",
+    description="GMPO reinforcement learning of dense and mixture-of-experts language models on Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_gmpo", "megatron_gmpo.*"]),
+    package_data={"megatron_gmpo": ["py.typed"]},
+    install_requires=[
+        "datasets>=4.0",
+        "math-verify>=0.8",
+        "matplotlib>=3.9",
+        "megatron-core==0.16.1",  # 0.17 needs Python 3.12; the loss contract of its schedules is tested for this version
+        "numpy>=2.0",
+        "pebble>=5.1",
+        "psutil>=6.0",  # without it Megatron's checkpoint writer dies and the save waits for ever
+        "pydantic>=2.12",
+        "rich>=13.9",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "torch>=2.9",
+        "transformers>=5.0",
+        "tyro>=1.0",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # what megatron-core 0.16.1 accepts
+        "modelopt": ["nvidia-modelopt==0.45.0", "requests"],  # modelopt imports requests without declaring it
+        "wandb": ["wandb>=0.19"],
+        "dev": [
+            "hypothesis>=6.130",
+            "import-linter>=2.3",
+            "pyright[nodejs]>=1.1.400",  # node from a wheel: lint needs no network after installation
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "ruff>=0.12",
+            "trl==1.16.0",  # an independent GMPO loss to compare with
+        ],
+    },
+)

@@ -1,0 +1,90 @@
+"""A pool of processes that become gloo ranks: spawned once, used for many cases of many world sizes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+_TIMEOUT_S = 600
+
+
+class RankPool:
+    """``run`` calls one function on several ranks at once and gives back what each returned.
+
+    The function and its arguments are pickled: define it at the top of a module.
+    """
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks")
+        self._tasks = [context.Queue() for _ in range(size)]
+        self._results = context.Queue()
+        self._workers = [
+            context.Process(target=_work, args=(rank, tasks, self._results), daemon=False) for rank, tasks in enumerate(self._tasks)
+        ]
+        for worker in self._workers:
+            worker.start()
+        self._cases = 0
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The results in rank order. A rank's exception fails the case with its traceback."""
+        assert world_size <= len(self._workers)
+        self._cases += 1
+        store = str(Path(self._folder.name) / f"store{self._cases}")
+        for tasks in self._tasks[:world_size]:
+            tasks.put((store, world_size, function, args))
+        results: dict[int, Any] = {}
+        while len(results) < world_size:
+            try:
+                rank, result, failure = self._results.get(timeout=_TIMEOUT_S)
+            except queue.Empty:
+                self.close()
+                raise TimeoutError(f"{function.__name__}: only ranks {sorted(results)} answered within {_TIMEOUT_S} s") from None
+            if failure:
+                self.close()  # the others may wait in a collective for ever
+                raise AssertionError(f"rank {rank} of {world_size}:\n{failure}")
+            results[rank] = result
+        return [results[rank] for rank in range(world_size)]
+
+    @property
+    def alive(self) -> bool:
+        return all(worker.is_alive() for worker in self._workers)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        self._folder.cleanup()
+
+
+def _work(rank: int, tasks: Any, results: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+    import torch.distributed as dist
+
+    from megatron_gmpo.platform import prepare_megatron
+
+    torch.set_num_threads(1)
+    prepare_megatron(torch.device("cpu"))
+    while True:
+        store, world_size, function, args = tasks.get()
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+            )
+            result = function(*args)
+            dist.barrier()
+            results.put((rank, result, None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

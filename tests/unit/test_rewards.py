@@ -1,0 +1,205 @@
+"""Rewards on answers as models write them, the time limit, and functions of the user's own."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megatron_gmpo.config import RewardConfig
+from megatron_gmpo.rewards import REWARDS, MathReward, resolve_reward
+from megatron_gmpo.types import InputError, Prompt
+
+RIGHT = [
+    ("72", "so it is \\boxed{72}"),
+    ("72", "\\boxed{72.}"),
+    ("72", "\\boxed{72.0}"),
+    ("72", "\\boxed{ 72 }"),
+    ("72", "\\boxed {72}"),
+    ("72", "\\boxed{\\$72}"),
+    ("72", "\\boxed{72\\$}"),
+    ("72", "\\boxed{72 \\text{ dollars}}"),
+    ("72", "\\boxed{71}. No: \\boxed{72}"),
+    ("72", "\\boxed{\\boxed{72}}"),
+    ("72", "\\boxed{72} and then \\boxed{7"),
+    ("72", "I get 5 + 67 = 72 dollars."),
+    ("72", "The answer is $72$."),
+    ("Half of 48 is 24, so 48+24=72. #### 72", "\\boxed{72}"),
+    ("72", "3+4=7\n#### 72"),
+    ("1,234", "\\boxed{1234}"),
+    ("1234", "\\boxed{1{,}234}"),
+    ("025", "\\boxed{25}"),
+    ("\\frac{1}{2}", "\\boxed{0.5}"),
+    ("\\frac{1}{2}", "\\boxed{\\dfrac12}"),
+    ("$\\frac12$", "\\boxed{1/2}"),
+    ("\\boxed{\\frac{3}{4}}", "\\boxed{\\frac{\\sqrt{9}}{2^{2}}}"),
+    ("7/2", "\\boxed{3\\frac{1}{2}}"),
+    ("3/4", "\\boxed{75\\%}"),
+    ("50\\%", "\\boxed{50}"),
+    ("2\\sqrt{3}", "\\boxed{\\sqrt{12}}"),
+    ("x^2+2x+1", "\\boxed{(x+1)^2}"),
+    ("p - q", "\\boxed{-q+p}"),
+    ("5", "\\boxed{x=5}"),
+    ("90^\\circ", "\\boxed{90}"),
+    ("(1, 2)", "\\boxed{\\left(1,2\\right)}"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "\\boxed{(3, \\pi/2)}"),
+    ("[0,1)", "\\boxed{x \\in [0, 1)}"),
+    ("(-\\infty,2]", "\\boxed{(-\\infty, 2]}"),
+    ("1,2,3", "\\boxed{3, 2, 1}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}"),
+    ("\\text{Evelyn}", "\\boxed{Evelyn}"),
+    ("\\text{(B)}", "\\boxed{B}"),
+    ("True", "\\boxed{true}"),
+    ("10^{-3}", "\\boxed{0.001}"),
+]
+WRONG = [
+    ("72", "\\boxed{71}"),
+    ("72", "\\boxed{-72}"),
+    ("72", "\\boxed{72} or rather \\boxed{73}"),
+    ("72", "\\boxed{}"),
+    ("72", ""),
+    ("72", "I do not know"),
+    ("\\frac{1}{2}", "\\boxed{2}"),
+    ("\\frac{1}{3}", "\\boxed{0.333}"),
+    ("(1,2)", "\\boxed{(2,1)}"),
+    ("[0,1)", "\\boxed{[0,1]}"),
+    ("1,2,3", "\\boxed{1,2}"),
+    ("\\pi", "\\boxed{3.14}"),
+    ("x+1", "\\boxed{x-1}"),
+    ("\\text{Evelyn}", "\\boxed{Carla}"),
+    ("True", "\\boxed{False}"),
+    ("72", "\\boxed{\\frac{}{\\left}"),
+]
+
+
+@pytest.fixture(scope="module")
+def math_reward() -> Iterator[MathReward]:
+    with MathReward(timeout_s=20) as reward:
+        yield reward
+
+
+def score(reward: MathReward, pairs: list[tuple[str, str]]) -> list[float]:
+    """From several threads at once, as the collector does it."""
+    with ThreadPoolExecutor(8) as threads:
+        return list(threads.map(lambda pair: reward(Prompt("t/0", answer=pair[0]), pair[1]), pairs))
+
+
+def test_right_and_wrong_answers(math_reward: MathReward) -> None:
+    pairs = RIGHT + WRONG
+    scores = score(math_reward, pairs)
+    expected = [1.0] * len(RIGHT) + [0.0] * len(WRONG)
+    assert [pair for pair, got, want in zip(pairs, scores, expected, strict=True) if got != want] == []
+    assert all(type(value) is float for value in scores)
+    assert math_reward.timeouts == 0
+
+
+def test_an_answer_that_does_not_end_is_cut_off_and_counted() -> None:
+    with MathReward(timeout_s=0.5, workers=2) as reward:
+        pairs = [("72", "\\boxed{9^{9^{9^9}}}"), ("72", "\\boxed{72}"), ("3", "\\boxed{10^{10^{10}}}"), ("72", "\\boxed{73}")]
+        assert score(reward, pairs[1:2]) == [1.0]
+        assert score(reward, pairs) == [0.0, 1.0, 0.0, 0.0]
+        assert reward.timeouts == 2
+
+
+def test_a_reward_starts_again_after_close(math_reward: MathReward) -> None:
+    prompt = Prompt("t/0", answer="72")
+    assert math_reward(prompt, "\\boxed{72}") == 1.0
+    math_reward.close()
+    math_reward.close()
+    assert math_reward(prompt, "\\boxed{72}") == 1.0
+
+
+def test_the_registry_works_without_config_and_lets_the_interpreter_end(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from megatron_gmpo.rewards import REWARDS\n"
+        "from megatron_gmpo.types import Prompt\n"
+        "if __name__ == '__main__':\n"
+        "    print(REWARDS['math'](Prompt('t/0', answer='1/2'), '\\\\boxed{0.5}'))\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, script], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1.0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("truth", "response", "value"),
+    [("052", "052", 1.0), ("052", " 052\n", 1.0), ("052", "52", 0.0), ("052", "052 ", 1.0), ("052", "", 0.0)],
+)
+def test_arithmetic(truth: str, response: str, value: float) -> None:
+    assert REWARDS["arithmetic"](Prompt("t/0", answer=truth), response) == value
+
+
+def test_resolve_built_in() -> None:
+    reward = resolve_reward(RewardConfig(timeout_s=3.5, workers=1))
+    assert isinstance(reward, MathReward)
+    assert (reward.timeout_s, reward.workers) == (3.5, 1)
+    assert resolve_reward(RewardConfig(name="arithmetic")) is REWARDS["arithmetic"]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_rewards.py").write_text(
+        "def is_long(prompt, response):\n    return len(response) > 3\n"
+        "def nan(prompt, response):\n    return float('nan')\n"
+        "def nothing(prompt, response):\n    return None\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("own")
+def test_a_function_of_the_users_own() -> None:
+    reward = resolve_reward(RewardConfig(name="own_rewards:is_long"))
+    values = [reward(Prompt("t/0", answer=""), text) for text in ("ab", "abcd")]
+    assert values == [0.0, 1.0]
+    assert all(type(value) is float for value in values)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("function", ["nan", "nothing"])
+def test_a_value_that_is_no_number_names_the_function(function: str) -> None:
+    reward = resolve_reward(RewardConfig(name=f"own_rewards:{function}"))
+    with pytest.raises(InputError, match=f"own_rewards:{function}' returned .* for t/7"):
+        reward(Prompt("t/7", answer=""), "x")
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("maths", ["'maths' is unknown", "did you mean 'math'", "arithmetic", "module:function"]),
+        ("no_such_module:f", ["no_such_module:f", "No module named"]),
+        ("own_rewards:missing", ["own_rewards:missing", "missing"]),
+        ("own_rewards:number", ["own_rewards:number", "is a int", "callable"]),
+        (":f", [":f", "module:function"]),
+    ],
+)
+def test_bad_names(name: str, parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_reward(RewardConfig(name=name))
+    assert all(part in str(caught.value) for part in ["reward.name", *parts]), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_real_answers_equal_themselves_and_not_their_neighbours(math_reward: MathReward) -> None:
+    folder = os.environ.get("MEGATRON_GMPO_DATA")
+    if not folder:
+        pytest.skip("MEGATRON_GMPO_DATA names no folder with math500.parquet and aime24.parquet")
+    import datasets
+
+    for name in ("math500", "aime24"):
+        answers = datasets.Dataset.from_parquet(f"{folder}/{name}.parquet")["answer"][:]
+        spaced = [(answer, f"Hence $\\boxed{{ {answer} }}$.") for answer in answers]
+        assert math.fsum(score(math_reward, spaced)) == len(answers)
+        neighbours = list(zip(answers, (f"\\boxed{{{answer}}}" for answer in answers[1:]), strict=False))
+        different = [pair for pair in neighbours if pair[1] != f"\\boxed{{{pair[0]}}}"]
+        assert math.fsum(score(math_reward, different)) < 0.02 * len(different)
