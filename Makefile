@@ -15,7 +15,7 @@ $(INSTALLED): constraints.txt setup.py
 install: $(INSTALLED)  ## Create .venv with the tested versions
 
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
-	$(PY) tools/demo.py
+	$(PY) -m tools.demo
 
 lint: $(INSTALLED)  ## Style, types and import layers
 	$(VENV)/bin/ruff check .

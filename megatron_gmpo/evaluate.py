@@ -1,14 +1,18 @@
-"""pass@1 and pass@k on benchmarks."""
+"""pass@1 and pass@k on benchmarks: ``python -m megatron_gmpo.evaluate CONFIG.toml --section.key value ...``"""
 
 from __future__ import annotations
 
+import json
 from math import comb
 from statistics import fmean
 
-from .config import EvalConfig
+from .config import Config, EvalConfig
+from .distributed import rank
 from .rollout.collect import Reward, score
 from .rollout.engine import RolloutEngine, SamplingParams
-from .types import Prompt, SampleGroup
+from .rollout.replay import append_transcripts
+from .run import closing_reward, prepare, start_command
+from .types import InputError, Prompt, SampleGroup
 
 
 def evaluate(
@@ -62,3 +66,29 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """
     assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
     return 1 - comb(n - c, k) / comb(n, k)
+
+
+def main(cfg: Config) -> None:
+    """Evaluates the newest checkpoint of ``run_dir``, or ``model.path`` when there is none, on every set of ``eval.sets``."""
+    if not cfg.eval.sets:
+        raise InputError("eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet")
+    run = prepare(cfg, train=False)
+    run.start()
+    engine = run.engine()
+    what = cfg.model.path
+    if run.checkpoint:
+        policy = run.policy()
+        step = policy.load(run.checkpoint)["step"]
+        engine.update_weights(policy.export_hf(), version=step)
+        what = str(run.checkpoint)
+    with closing_reward(run.reward):
+        records: dict[str, list[SampleGroup]] = {}
+        results = evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop, records)
+    for name, groups in records.items():
+        append_transcripts(run.run_dir / f"evaluation_{name}.jsonl", engine.version, groups, len(groups))
+    if rank() == 0:
+        print(json.dumps({"evaluated": what, **results}))
+
+
+if __name__ == "__main__":
+    start_command(main)

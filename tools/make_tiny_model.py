@@ -6,7 +6,7 @@ python -m tools.make_tiny_model --out runs/tiny --family qwen3_moe --tokenizer a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import tyro
@@ -51,9 +51,7 @@ def text_tokenizer(corpus: Path | None = None, column: str = "problem", vocab_si
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     size = vocab_size if corpus else len(specials) + len(alphabet)
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False)
     tokenizer.train_from_iterator(_column(corpus, column) if corpus else [], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -87,9 +85,10 @@ def make_tiny_model(
     num_layers: int = 4,
     hidden_size: int = 64,
     ffn_hidden_size: int = 64,
-    head_dim: int = 24,
+    head_dim: int = 32,
     num_experts: int = 8,
     tie_word_embeddings: bool = False,
+    initializer_range: float = 0.05,
     randomize_norms: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -101,6 +100,8 @@ def make_tiny_model(
         ffn_hidden_size: width of the MLP, of each expert in a MoE.
         head_dim: width of a head in the Qwen3 families; Qwen2 and Llama split ``hidden_size`` over the heads.
         num_experts: experts a layer of a MoE.
+        initializer_range: standard deviation of the weights; at this width the usual 0.02 makes near-uniform logits, near-equal
+            router scores and slow learning.
         randomize_norms: draw norm weights and biases too, which are ones and zeros otherwise, so that a comparison of logits
             catches their mistakes.
         seed: seeds the weights; torch's global generator is left as it was.
@@ -116,7 +117,7 @@ def make_tiny_model(
         "max_position_embeddings": 2048,
         "rope_theta": 1e6,
         "rms_norm_eps": 1e-6,
-        "initializer_range": hidden_size**-0.5,
+        "initializer_range": initializer_range,
         "tie_word_embeddings": tie_word_embeddings,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
@@ -183,7 +184,9 @@ def main(
     model = make_tiny_model(
         out,
         family=family,
-        tokenizer=arithmetic_tokenizer() if tokenizer == "arithmetic" else text_tokenizer(tokenizer_corpus, tokenizer_corpus_column),
+        tokenizer=arithmetic_tokenizer()
+        if tokenizer == "arithmetic"
+        else text_tokenizer(tokenizer_corpus, tokenizer_corpus_column),
         num_layers=num_layers,
         hidden_size=hidden_size,
         ffn_hidden_size=ffn_hidden_size,

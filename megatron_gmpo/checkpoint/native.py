@@ -117,11 +117,12 @@ def save(
     partial = run_dir / f".partial_{final.name}"
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "random").mkdir(parents=True)
+        partial.mkdir(parents=True)
     dist.barrier()
 
     tensors = _sharded_tensors(trainable, groups)
     dist_checkpointing.save(tensors, str(partial))
+    (partial / "random").mkdir(exist_ok=True)
     safetensors.torch.save_file(_random_states(), partial / "random" / f"rank_{dist.get_rank():05d}.safetensors")
     dist.barrier()
 

@@ -9,6 +9,7 @@ from string import Formatter
 from typing import Any
 
 import datasets
+import pandas
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -18,13 +19,7 @@ from ..types import InputError, Prompt
 
 logger = logging.getLogger(__name__)
 
-# csv as text: type inference would turn the answer "052" into 52 and "NA" into nothing.
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {"dtype": str, "keep_default_na": False}),
-    ".parquet": ("parquet", {}),
-}
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _REMEDY = "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or a name on the hub"
 
 
@@ -61,8 +56,8 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
     prompts: list[Prompt] = []
     for row, (problem, answer) in enumerate(zip(rows[cfg.prompt_column], rows[cfg.answer_column], strict=True)):
         where = f"{section}.path = {cfg.path!r}, row {row}"
-        if answer is None or not str(answer).strip():
-            raise InputError(f"{where}: column {cfg.answer_column!r} is empty, every problem needs an answer")
+        if not isinstance(answer, str | int | float) or not str(answer).strip():
+            raise InputError(f"{where}: column {cfg.answer_column!r} is {answer!r}, give every problem an answer: text or a number")
         prompt = Prompt(id=f"{name}/{row}", answer=str(answer))
         if chat:
             prompt.messages = _messages(problem, cfg, where)
@@ -164,19 +159,23 @@ def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
     field = f"{section}.path = {cfg.path!r}"
     if not cfg.path:
         raise InputError(f"{section}.path is empty: {_REMEDY}")
-    if not path.exists() and (path.suffix in _READERS or path.is_absolute() or cfg.path.startswith(".")):
+    if not path.exists() and (path.suffix in _FORMATS or path.is_absolute() or cfg.path.startswith(".")):
         raise InputError(f"{field} does not exist: {_REMEDY}")
-    if path.is_file() and path.suffix not in _READERS:
+    if path.is_file() and path.suffix not in _FORMATS:
         raise InputError(f"{field} has an unknown format: {_REMEDY}")
     try:
-        if path.is_file():
-            reader, options = _READERS[path.suffix]
-            splits = datasets.load_dataset(reader, data_files=cfg.path, **options)
+        if path.suffix == ".csv":
+            # All columns as text: the type inference of datasets' reader turns the answer "052" into 52 and "NA" into nothing.
+            splits = {"train": datasets.Dataset.from_pandas(pandas.read_csv(path, dtype=str, keep_default_na=False))}
+        elif path.is_file():
+            splits = datasets.load_dataset(_FORMATS[path.suffix], data_files=cfg.path)
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             splits = datasets.load_from_disk(cfg.path)
         else:
             name, _, subset = cfg.path.partition(":")
             splits = datasets.load_dataset(name, subset or None)
+    except (StopIteration, IndexError):  # what datasets makes of an empty file and of a saved data set without rows
+        raise InputError(f"{field} has no rows: give a data set with problems") from None
     except (DatasetsError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise InputError(f"{field} cannot be loaded ({reason}): {_REMEDY}") from None

@@ -1,10 +1,11 @@
-"""Megatron-Core on a machine without a GPU: the only place that replaces parts of torch and Megatron.
+"""Megatron-Core on a machine without a GPU: the only place that replaces parts of Megatron.
 
 Megatron-Core names CUDA in three ways, and each gets its CPU meaning here:
 
-- calls into ``torch.cuda`` (current device, streams, events, RNG state);
-- the literal ``"cuda"`` as a device of a new tensor, and ``Tensor.cuda()``;
-- tests of ``tensor.type()`` against ``"torch.cuda.FloatTensor"``.
+- calls into ``torch.cuda`` (current device, streams, events, RNG state) and the literal ``"cuda"`` as the device of a new tensor:
+  Megatron's modules, and no others, get a copy of the ``torch`` module in which these mean the CPU;
+- ``Tensor.cuda()`` and ``Module.cuda()``, which do nothing;
+- tests of ``tensor.type()`` against ``"torch.cuda.FloatTensor"``, which the answer is made to pass.
 
 Two functions of Megatron itself assume a GPU library and are replaced: gradient clipping (clip_grads.py) and the token counts that
 the MoE dispatcher hands to the all-to-all (moe_utils.py). Everything was read from and tested against ``SUPPORTED_VERSION``.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,10 +44,9 @@ def install() -> None:
 
     if megatron.core.__version__ != SUPPORTED_VERSION:
         raise InputError(
-            f"megatron-core {megatron.core.__version__} is not tested on CPU: install megatron-core=={SUPPORTED_VERSION} or use a GPU"
+            f"megatron-core {megatron.core.__version__} was not tested on CPU: install megatron-core=={SUPPORTED_VERSION}, or use a GPU"
         )
-    _stand_in_for_cuda()
-    _redirect_devices()
+    _redirect_tensors()
     _patch_megatron()
     _installed = True
 
@@ -69,8 +71,9 @@ class _Event:
         return 0.0
 
 
-def _stand_in_for_cuda() -> None:
-    cuda: Any = torch.cuda
+def _torch_on_cpu() -> ModuleType:
+    """A copy of the torch module whose ``cuda`` and whose factories of tensors mean the CPU."""
+    cuda = _copy(torch.cuda)
     cuda.current_device = lambda: _CPU
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
@@ -82,8 +85,6 @@ def _stand_in_for_cuda() -> None:
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
-
-def _redirect_devices() -> None:
     def on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(make)
         def made(*args: Any, **kwargs: Any) -> Tensor:
@@ -93,8 +94,21 @@ def _redirect_devices() -> None:
 
         return made
 
+    copy = _copy(torch)
+    copy.cuda = cuda
     for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+        setattr(copy, name, on_cpu(getattr(torch, name)))
+    return copy
+
+
+def _copy(module: ModuleType) -> Any:
+    copy = ModuleType(module.__name__)
+    copy.__dict__.update(module.__dict__)
+    copy.__getattr__ = lambda name: getattr(module, name)  # what the module loads lazily
+    return copy
+
+
+def _redirect_tensors() -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
 
@@ -112,11 +126,20 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _patch_megatron() -> None:
+    import megatron.core.dist_checkpointing
+    import megatron.core.models.gpt
+    import megatron.core.pipeline_parallel
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    patched: Any = random
+    on_cpu = _torch_on_cpu()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            patched: Any = module
+            patched.torch = on_cpu
+
+    patched = random
     patched._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     patched._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     for module in (clip_grads, optimizer):

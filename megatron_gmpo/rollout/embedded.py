@@ -76,7 +76,9 @@ class EmbeddedEngine:
         for name, tensor in named_tensors:
             slot = self._slots.get(name)
             if slot is None:
-                raise InputError(f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?")
+                raise InputError(
+                    f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?"
+                )
             if name not in missing:
                 raise InputError(f"weight sync: tensor {name!r} came twice")
             if slot.shape != tensor.shape:
@@ -84,7 +86,9 @@ class EmbeddedEngine:
             slot.copy_(tensor)
             missing.remove(name)
         if missing:
-            raise InputError(f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}")
+            raise InputError(
+                f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}"
+            )
         self.version = version
         self._calls = 0
 
@@ -128,7 +132,9 @@ class EmbeddedEngine:
             logits = self._forward(token[:, None], width + step - pad, pad, cache)
 
         return [
-            self._sample_of(prompt, tokens[i, : length or None].tolist(), logprobs[i, : length or None].tolist(), length > 0, sampling)
+            self._sample_of(
+                prompt, tokens[i, : length or None].tolist(), logprobs[i, : length or None].tolist(), length > 0, sampling
+            )
             for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True))
         ]
 

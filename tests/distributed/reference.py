@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 
 def load_float64(path: str) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     return model.train()
 
 

@@ -50,6 +50,18 @@ def test_plan(arguments: dict[str, Any]) -> None:
     assert count * arguments["data_parallel_size"] <= math.ceil(most_needed / unit) * unit
 
 
+@quick
+@given(plans())
+def test_ranks_meet_with_microbatches_of_like_cost(arguments: dict[str, Any]) -> None:
+    multiple = arguments["sequence_multiple"]
+    padded = [math.ceil(length / multiple) * multiple for length in arguments["lengths"]]
+    costs = np.array([[sum(cost(padded[i]) for i in members) for members in row] for row in plan_microbatches(**arguments)])
+    # Sorted over the whole plan: nothing in a place is cheaper than anything in the next place.
+    assert (costs.min(axis=0)[:-1] >= costs.max(axis=0)[1:] - 1e-9).all()
+    # Giving the dearest of a place to the least loaded rank keeps loads as close as the unlikest place.
+    assert np.ptp(costs.sum(axis=1)) <= np.ptp(costs, axis=0).max() + 1e-9
+
+
 def test_a_sequence_above_the_limit_is_alone() -> None:
     plan = plan_microbatches([5, 100, 5, 5], max_tokens=16, data_parallel_size=1)
     assert sorted(plan[0]) == [[0, 2, 3], [1]]

@@ -149,12 +149,12 @@ def test_input_errors_name_field_value_and_remedy(jsonl: str, options: dict, par
 @pytest.mark.parametrize(
     ("rows", "part"),
     [
-        ([{"problem": "a", "answer": "1"}, {"problem": "b", "answer": None}], "row 1: column 'answer' is empty"),
+        ([{"problem": "a", "answer": "1"}, {"problem": "b", "answer": None}], "row 1: column 'answer' is None"),
         ([{"problem": "a", "answer": "1"}, {"problem": "", "answer": "1"}], "row 1: column 'problem'"),
         ([{"problem": [{"role": "tool", "content": "x"}], "answer": "1"}], "no tools here"),
         ([{"problem": [{"role": "system", "content": "x"}], "answer": "1"}], "a system message already"),
         ([{"problem": [{"text": "x"}], "answer": "1"}], "role and content"),
-        ([{"problem": "a", "answer": 1}, {"problem": "b", "answer": {"x": 2}}], "eval.sets.sums.path"),
+        ([{"problem": "a", "answer": {"x": 2}}], "row 0: column 'answer' is {'x': 2}"),
     ],
 )
 def test_bad_rows(tmp_path: Path, rows: list[dict], part: str) -> None:
@@ -175,10 +175,20 @@ def test_messages_need_a_chat_template_and_take_no_template(tmp_path: Path) -> N
         load_prompts(DataConfig(path=path, template="{prompt}"), character_tokenizer(CHAT_TEMPLATE))
 
 
-def test_empty_data_set(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"problem": [], "answer": []}).save_to_disk(tmp_path / "empty")
-    with pytest.raises(InputError, match="has no rows"):
-        load_prompts(DataConfig(path=str(tmp_path / "empty")), character_tokenizer())
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "csv", "parquet"])
+def test_empty_data_set(tmp_path: Path, kind: str) -> None:
+    rows = datasets.Dataset.from_dict({"problem": [], "answer": []})
+    path = tmp_path / f"empty.{kind}"
+    if kind == "folder":
+        rows.save_to_disk(path)
+    elif kind == "jsonl":
+        path.touch()
+    elif kind == "csv":
+        rows.to_csv(path)
+    else:
+        rows.to_parquet(path)
+    with pytest.raises(InputError, match=r"data.path = .*(has no rows|corresponds to no data)"):
+        load_prompts(DataConfig(path=str(path)), character_tokenizer())
 
 
 def test_unreachable_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ WRONG = [
     ("\\text{Evelyn}", "\\boxed{Carla}"),
     ("True", "\\boxed{False}"),
     ("72", "\\boxed{\\frac{}{\\left}"),
+    ("72", "\\boxed{9^(9^(9^9))}"),
 ]
 
 
@@ -100,7 +101,7 @@ def test_right_and_wrong_answers(math_reward: MathReward) -> None:
 
 
 def test_an_answer_that_does_not_end_is_cut_off_and_counted() -> None:
-    with MathReward(timeout_s=0.5, workers=2) as reward:
+    with MathReward(timeout_s=2, workers=2) as reward:
         pairs = [("72", "\\boxed{9^{9^{9^9}}}"), ("72", "\\boxed{72}"), ("3", "\\boxed{10^{10^{10}}}"), ("72", "\\boxed{73}")]
         assert score(reward, pairs[1:2]) == [1.0]
         assert score(reward, pairs) == [0.0, 1.0, 0.0, 0.0]

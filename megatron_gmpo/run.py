@@ -1,0 +1,149 @@
+"""From a config to the parts of a run. Everything that can be refused is refused before the process group starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import tomli_w
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoTokenizer
+
+from .checkpoint import native
+from .config import Config, exit_with_one_line, load_config
+from .data.prompts import load_prompts
+from .distributed import rank
+from .models.config import DTYPES, ModelDescription, describe_model
+from .platform import choose_device, prepare_megatron, seed_everything, start_process_group
+from .policy.parallel import start_model_parallel
+from .policy.policy import NonFiniteError, Policy
+from .rewards import Reward, resolve_reward
+from .rollout.embedded import EmbeddedEngine
+from .types import InputError, Prompt
+
+
+@dataclass
+class Run:
+    """A checked config, with what it names loaded, but no process group and no weights yet.
+
+    Attributes:
+        checkpoint: the newest one in the run folder, to go on from, or None.
+        prompts: training problems; empty when saved rollouts are replayed.
+        eval_sets: benchmarks by name.
+    """
+
+    cfg: Config
+    device: torch.device
+    description: ModelDescription
+    tokenizer: Any
+    reward: Reward
+    eval_sets: dict[str, list[Prompt]]
+    prompts: list[Prompt]
+    checkpoint: Path | None
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.cfg.run_dir)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def start(self) -> None:
+        """Joins the process group and seeds every generator."""
+        start_process_group(self.device, self.cfg.distributed_timeout_s)
+        seed_everything(self.cfg.seed)
+
+    def policy(self) -> Policy:
+        """The policy with the weights of ``model.path``; makes the model-parallel groups."""
+        groups = start_model_parallel(self.cfg.parallel, self.device, self.cfg.seed)
+        return Policy(self.cfg, self.description, groups, self.device)
+
+    def engine(self) -> EmbeddedEngine:
+        return EmbeddedEngine(
+            self.cfg.model.path,
+            self.tokenizer,
+            device=self.device,
+            dtype=DTYPES[self.cfg.model.dtype],
+            batch_size=self.cfg.rollout.batch_size,
+            seed=self.cfg.seed,
+        )
+
+    def write_config(self) -> None:
+        """Puts the resolved config into the run folder, as a file that ``load_config`` reads."""
+        if rank() == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.toml").write_text(tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True)))
+
+
+def prepare(cfg: Config, *, train: bool) -> Run:
+    """Checks the config against the model, the data, the world size and the run folder.
+
+    Args:
+        train: whether training prompts are needed and the run folder will be written.
+
+    Raises:
+        InputError: see ``describe_model``, ``load_prompts``, ``resolve_reward``; or a run folder that holds another run.
+    """
+    device = choose_device(cfg.device)
+    prepare_megatron(device)
+    description = describe_model(cfg, int(os.environ.get("WORLD_SIZE", "1")), device)
+    checkpoint = native.latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
+    if checkpoint:
+        native.check_model(checkpoint, native.model_identity(description.hf))
+        if train and not cfg.checkpoint.resume:
+            raise InputError(
+                f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
+            )
+    tokenizer = _load_tokenizer(cfg.model.path)
+    eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}
+    needs_prompts = train and not cfg.rollout.replay_path
+    prompts = load_prompts(cfg.data, tokenizer) if needs_prompts else []
+    return Run(cfg, device, description, tokenizer, resolve_reward(cfg.reward), eval_sets, prompts, checkpoint)
+
+
+def start_command(command: Callable[[Config], None]) -> None:
+    """Runs a command line's function on the config of ``sys.argv``: exit code 2 and one line for bad input, 1 for a run gone wrong."""
+    _keep_children_light()
+    if os.environ.get("RANK", "0") != "0":
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+    try:
+        command(load_config(sys.argv[1:]))
+    except InputError as error:
+        exit_with_one_line(error)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def closing_reward(reward: Reward) -> Any:
+    """A context that stops a reward's processes, where it has some."""
+    return closing(reward) if hasattr(reward, "close") else nullcontext()  # pyright: ignore[reportArgumentType]
+
+
+def _keep_children_light() -> None:
+    """Spares spawned processes (reward workers, Megatron's checkpoint writer) the import of this command with torch and Megatron.
+
+    Each would re-import the main module (multiprocessing/spawn.py:get_preparation_data); nothing they run is defined there.
+    """
+    main: Any = sys.modules["__main__"]
+    main.__spec__ = main.__file__ = None
+
+
+def _load_tokenizer(path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"model.path = {path!r} has no tokenizer that can be loaded ({' '.join(str(error).split())})") from None

@@ -1,0 +1,158 @@
+"""GMPO training: ``torchrun --nproc-per-node N -m megatron_gmpo.train CONFIG.toml --section.key value ...``
+
+Every step: sync the rollout engine's weights, sample and score groups of responses, turn rewards into advantages, take the policy's log
+probabilities before the first update, then make one optimizer step for each minibatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from .algorithms import group_advantages
+from .algorithms.correction import rollout_mismatch
+from .algorithms.objective import make_objective
+from .config import Config
+from .data.packing import make_train_batch
+from .data.prompts import PromptStream
+from .distributed import barrier, rank, world_size
+from .evaluate import evaluate
+from .metrics.logger import MetricLogger, Timer, cut_after
+from .metrics.progress import Progress
+from .policy.policy import NonFiniteError
+from .rollout.collect import Collected, collect
+from .rollout.replay import append_transcripts, load_groups, save_groups
+from .run import Run, closing_reward, prepare, start_command
+from .types import SampleGroup, TrainBatch
+
+
+def train(run: Run) -> None:
+    """The whole run, from the newest checkpoint if there is one to ``train.num_steps``."""
+    cfg = run.cfg
+    objective = make_objective(cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
+    run.start()
+    policy = run.policy()
+    engine = run.engine() if run.prompts or run.eval_sets else None
+    stream = PromptStream(run.prompts, cfg.seed, cfg.data.shuffle) if run.prompts else None
+
+    step = 0
+    if run.checkpoint:
+        state = policy.load(run.checkpoint)
+        step = state["step"]
+        if stream and state["prompts"]:
+            stream.load_state_dict(state["prompts"])
+    run.write_config()
+    transcripts = run.run_dir / "transcripts.jsonl"
+    if rank() == 0:
+        cut_after(transcripts, step)
+
+    logger = MetricLogger(
+        run.run_dir,
+        tensorboard=cfg.log.tensorboard,
+        wandb_project=cfg.log.wandb_project,
+        config=cfg.model_dump(mode="json"),
+        resume_step=step,
+    )
+    timer = Timer()
+
+    def rollout() -> Collected:
+        if cfg.rollout.replay_path:
+            return Collected(load_groups(cfg.rollout.replay_path, step), {})
+        assert engine and stream
+        with timer("weight_sync"):
+            engine.update_weights(policy.export_hf(), version=step)
+        with timer("rollout"):
+            return collect(engine, stream, run.reward, cfg.rollout)
+
+    def evaluation() -> dict[str, float]:
+        if not (engine and run.eval_sets):
+            return {}
+        with timer("evaluation"):
+            engine.update_weights(policy.export_hf(), version=step)
+            return evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop)
+
+    def evaluation_due() -> bool:
+        return step == cfg.train.num_steps or bool(cfg.eval.interval and step % cfg.eval.interval == 0)
+
+    def checkpoint_due() -> bool:
+        final = step == cfg.train.num_steps and cfg.checkpoint.save_final
+        return final or bool(cfg.checkpoint.save_interval and step % cfg.checkpoint.save_interval == 0)
+
+    with closing_reward(run.reward), Progress(cfg.train.num_steps, done=step, enabled=cfg.log.progress) as progress:
+        progress.note(_headline(run, objective.description, step))
+        if step == 0 and cfg.eval.before:
+            if before := evaluation():
+                progress.note(_results("before training", logger.log(0, before)))
+            timer.take()
+
+        while step < cfg.train.num_steps:
+            collected = rollout()
+            batch = make_train_batch(collected.groups, group_advantages(collected.groups, cfg.algorithm.advantage))
+            with timer("logprobs"):
+                batch.old_logprobs = policy.logprobs(batch)
+                if objective.kl_coef:
+                    batch.ref_logprobs = policy.reference_logprobs(batch)
+            with timer("train"):
+                for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each
+                    try:
+                        logger.add(policy.train_step(minibatch, objective))
+                    except NonFiniteError as error:
+                        raise _stopped(error, step + 1, minibatch, run.run_dir, logger) from None
+            step += 1
+
+            logger.add(collected.metrics | rollout_mismatch(batch))
+            results = evaluation() if evaluation_due() else {}
+            if checkpoint_due():
+                with timer("checkpoint"):
+                    state = {"prompts": stream.state_dict() if stream else None, "config": cfg.model_dump(mode="json")}
+                    policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last)
+            _write_rollouts(run, step, collected.groups, transcripts)
+            spent = timer.take()
+            logger.add({"throughput/tokens_per_second": len(batch.tokens) / spent["time/step"]} | spent)
+            progress.update(step, logger.log(step, results))
+            if results:
+                progress.note(_results(f"after step {step}", results))
+        barrier()
+    logger.close()
+
+
+def _write_rollouts(run: Run, step: int, groups: list[SampleGroup], transcripts: Path) -> None:
+    append_transcripts(transcripts, step, groups, run.cfg.log.transcripts_per_step)
+    if run.cfg.rollout.save_path:
+        save_groups(run.cfg.rollout.save_path, step - 1, groups)
+
+
+def _headline(run: Run, loss: str, step: int) -> str:
+    kind = "MoE" if run.description.is_moe else "dense"
+    problems = f"{len(run.prompts)} problems" if run.prompts else f"replay of {run.cfg.rollout.replay_path}"
+    resumed = f"; resumed at step {step}" if step else ""
+    return (
+        f"{run.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; run_dir {run.run_dir}{resumed}"
+    )
+
+
+def _results(when: str, figures: dict[str, float]) -> str:
+    shown = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in figures.items() if "/pass@" in name]
+    return f"evaluation {when}: " + ", ".join(shown)
+
+
+def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch, run_dir: Path, logger: MetricLogger) -> NonFiniteError:
+    """Writes the minibatch that broke the run, and says where."""
+    file = run_dir / f"nonfinite_step_{step:06d}.safetensors"
+    logger.event("nonfinite", step=step, reason=str(error), batch=str(file))
+    if rank() == 0:
+        tensors = {name: value.clone() for name, value in asdict(minibatch).items() if isinstance(value, Tensor)}
+        safetensors.torch.save_file(tensors, file)
+    barrier()
+    return NonFiniteError(f"step {step}: {error}; the batch is in {file}, the last checkpoint is kept")
+
+
+def main(cfg: Config) -> None:
+    train(prepare(cfg, train=True))
+
+
+if __name__ == "__main__":
+    start_command(main)
