@@ -261,9 +261,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(
-            f"config file {path} does not exist: give the path of a TOML file, e.g. examples/moe/tiny_cpu.toml"
-        ) from None
+        raise InputError(f"config file {path} does not exist: give the path of a TOML file, e.g. examples/moe/tiny_cpu.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
 

@@ -64,7 +64,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
     Chen et al. 2021, arXiv 2107.03374, equation 1.
     """
-    assert 0 <= c <= n and 1 <= k <= n, (n, c, k)
+    assert 0 <= c <= n, (c, n)
+    assert 1 <= k <= n, (k, n)
     return 1 - comb(n - c, k) / comb(n, k)
 
 

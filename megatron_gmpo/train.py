@@ -61,7 +61,8 @@ def train(run: Run) -> None:
     def rollout() -> Collected:
         if cfg.rollout.replay_path:
             return Collected(load_groups(cfg.rollout.replay_path, step), {})
-        assert engine and stream
+        assert engine is not None
+        assert stream is not None
         with timer("weight_sync"):
             engine.update_weights(policy.export_hf(), version=step)
         with timer("rollout"):
@@ -129,9 +130,7 @@ def _headline(run: Run, loss: str, step: int) -> str:
     kind = "MoE" if run.description.is_moe else "dense"
     problems = f"{len(run.prompts)} problems" if run.prompts else f"replay of {run.cfg.rollout.replay_path}"
     resumed = f"; resumed at step {step}" if step else ""
-    return (
-        f"{run.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; run_dir {run.run_dir}{resumed}"
-    )
+    return f"{run.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; run_dir {run.run_dir}{resumed}"
 
 
 def _results(when: str, figures: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ The chain, with one example::
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -145,10 +146,7 @@ class TrainBatch:
             per_sequence = name in ("lengths", "advantages", "sequence_weights")
             return value[lo:hi] if per_sequence else value[starts[lo] : starts[hi]]
 
-        return [
-            replace(self, **{name: cut(name, lo, hi) for name in self.__dataclass_fields__})
-            for lo, hi in zip(bounds, bounds[1:], strict=False)
-        ]
+        return [replace(self, **{name: cut(name, lo, hi) for name in self.__dataclass_fields__}) for lo, hi in pairwise(bounds)]
 
 
 @dataclass

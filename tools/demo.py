@@ -14,8 +14,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from tools.make_tiny_model import make_tiny_model
 from tools import arithmetic, plot_metrics
+from tools.make_tiny_model import make_tiny_model
 from tools.warm_up import warm_up
 
 CONFIG = "examples/moe/tiny_cpu.toml"

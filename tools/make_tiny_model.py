@@ -141,9 +141,7 @@ def make_tiny_model(
                     if parameter.ndim == 1:
                         parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(dtype)
-    model.generation_config = GenerationConfig(
-        do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return model
@@ -184,9 +182,7 @@ def main(
     model = make_tiny_model(
         out,
         family=family,
-        tokenizer=arithmetic_tokenizer()
-        if tokenizer == "arithmetic"
-        else text_tokenizer(tokenizer_corpus, tokenizer_corpus_column),
+        tokenizer=arithmetic_tokenizer() if tokenizer == "arithmetic" else text_tokenizer(tokenizer_corpus, tokenizer_corpus_column),
         num_layers=num_layers,
         hidden_size=hidden_size,
         ffn_hidden_size=ffn_hidden_size,

@@ -20,7 +20,7 @@ NO_LOSS = -100  # the label transformers leaves out of its cross entropy
 
 
 def warm_up(
-    model_dir: Path, problems: Sequence[dict[str, str]], *, steps: int = 275, batch_size: int = 64, lr: float = 1e-3, seed: int = 0
+    model_dir: Path, problems: Sequence[dict[str, str]], *, steps: int = 200, batch_size: int = 64, lr: float = 2e-3, seed: int = 0
 ) -> float:
     """Trains the model of a folder on ``problem + answer + end token``, saves it there and returns the last batch's loss.
 
@@ -50,7 +50,7 @@ def warm_up(
     return loss.item()
 
 
-def main(model: Path, data: Path, steps: int = 275, batch_size: int = 64, lr: float = 1e-3, seed: int = 0) -> None:
+def main(model: Path, data: Path, steps: int = 200, batch_size: int = 64, lr: float = 2e-3, seed: int = 0) -> None:
     """Train the model of a Hugging Face folder on the answers of a .jsonl file, in place.
 
     Args:

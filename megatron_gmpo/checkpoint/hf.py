@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..distributed import all_gather_objects
 from ..models.mapping import Mapping, Match, canonical_name, is_expert, with_global_numbers
 from ..types import InputError
 
@@ -36,7 +37,8 @@ class SafetensorsFolder:
             raise InputError(f"{path!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights")
         self._files = files
 
-    def keys(self) -> set[str]:
+    @property
+    def names(self) -> set[str]:
         return set(self._files)
 
     def get(self, name: str) -> Tensor:
@@ -85,10 +87,10 @@ def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: 
         source = SafetensorsFolder(path)
         for parameter in local_parameters(chunks, groups):
             used.update(_load_parameter(parameter, source, mapping, groups))
-        present, problem = source.keys(), None
+        present, problem = source.names, None
     except InputError as error:
         present, problem = set[str](), str(error)
-    reports = _gather_objects((problem, used), dist.group.WORLD)
+    reports = all_gather_objects((problem, used))
     for problem, _ in reports:  # one rank's problem is everybody's: nobody is left waiting in a collective
         if problem:
             raise InputError(problem)
@@ -103,7 +105,7 @@ def _load_parameter(
 ) -> tuple[str, ...]:
     match = mapping.find(parameter.name)
     names = ("model.embed_tokens.weight",) if mapping.tied and match.hf == ("lm_head.weight",) else match.hf
-    missing = [name for name in names if name not in source.keys()]
+    missing = [name for name in names if name not in source.names]
     if missing:
         raise InputError(f"{str(source.path)!r} lacks the tensor {missing[0]!r} that Megatron parameter {parameter.name!r} needs")
     tp = groups.expt_tp if parameter.is_expert else groups.tp
@@ -169,9 +171,7 @@ def _gather_objects(item: Any, group: dist.ProcessGroup) -> list[Any]:
     return items
 
 
-def _gather(
-    parameter: LocalParameter | None, owner: _Owner, match: Match, groups: ProcessGroupCollection, device: torch.device
-) -> Tensor:
+def _gather(parameter: LocalParameter | None, owner: _Owner, match: Match, groups: ProcessGroupCollection, device: torch.device) -> Tensor:
     tp = groups.expt_tp if owner.is_expert else groups.tp
     on_stage = groups.pp.rank() == owner.pp_rank
     shard = parameter.tensor.detach() if parameter and on_stage else torch.empty(owner.shape, dtype=owner.dtype, device=device)

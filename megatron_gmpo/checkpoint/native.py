@@ -45,6 +45,20 @@ from torch import Tensor
 from ..types import InputError
 
 _LATEST = "latest_checkpointed_iteration.txt"
+_IDENTITY = [
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "tie_word_embeddings",
+]
 
 
 class Trainable(Protocol):
@@ -80,11 +94,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def model_identity(hf: Any) -> dict[str, Any]:
     """The fields of a Hugging Face config that say which weights fit."""
-    fields = (
-        "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "num_experts num_experts_per_tok moe_intermediate_size tie_word_embeddings"
-    ).split()
-    return {field: getattr(hf, field, None) for field in fields}
+    return {field: getattr(hf, field, None) for field in _IDENTITY}
 
 
 def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
@@ -101,9 +111,7 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def save(
-    run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], groups: ProcessGroupCollection, keep_last: int
-) -> Path:
+def save(run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], groups: ProcessGroupCollection, keep_last: int) -> Path:
     """Writes the checkpoint of ``step`` (collective), then removes all but the newest ``keep_last``.
 
     Args:
@@ -152,7 +160,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection)
     slots = list(_slots(trainable.optimizer))
     buffers = _full_state(slots)
     tensors = _sharded_tensors(trainable, groups, buffers)
-    loaded = dist_checkpointing.load(tensors, str(checkpoint), validate_access_integrity=False)
+    loaded: Any = dist_checkpointing.load(tensors, str(checkpoint), validate_access_integrity=False)
     for i, chunk in enumerate(trainable.chunks):
         _unwrap(chunk).load_state_dict(loaded[f"model{i}"])
     for i, slot in enumerate(slots):
@@ -253,8 +261,7 @@ def _sharded_tensors(
 ) -> dict[str, Any]:
     """The sharded state dict of model and optimizer; its tensors are saved, or say what to load."""
     model = {
-        f"model{i}": _unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
-        for i, chunk in enumerate(trainable.chunks)
+        f"model{i}": _unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}) for i, chunk in enumerate(trainable.chunks)
     }
     by_parameter = {id(sharded.data): sharded for chunk in model.values() for sharded in _sharded(chunk)}
     slots = list(_slots(trainable.optimizer))
@@ -302,19 +309,20 @@ def _random_states() -> dict[str, Tensor]:
     }
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return states | {f"megatron.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
+    tracker: Any = get_cuda_rng_tracker()
+    return states | {f"megatron.{name}": state.clone() for name, state in tracker.get_states().items()}
 
 
 def _restore_random_states(file: Path) -> None:
     states = safetensors.torch.load_file(file)
     random.setstate((3, tuple(int(x) for x in states["python"].numpy().view(np.uint64)), None))
-    numpy = states["numpy"].numpy()
-    np.random.set_state(("MT19937", numpy[:-1].astype(np.uint32), int(numpy[-1])))
+    *keys, position = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    tracker = {name.removeprefix("megatron."): state for name, state in states.items() if name.startswith("megatron.")}
-    get_cuda_rng_tracker().set_states(tracker)
+    tracker: Any = get_cuda_rng_tracker()
+    tracker.set_states({name.removeprefix("megatron."): state for name, state in states.items() if name.startswith("megatron.")})
 
 
 def _write_aside(path: Path, text: str) -> None:

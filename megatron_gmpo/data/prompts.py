@@ -76,9 +76,7 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
         )
     left_out = len(prompts) - len(kept)
     kept = kept[: cfg.max_prompts]
-    logger.info(
-        "%s: %d prompts from %s; %d longer than %d tokens left out", section, len(kept), cfg.path, left_out, cfg.max_prompt_tokens
-    )
+    logger.info("%s: %d prompts from %s; %d longer than %d tokens left out", section, len(kept), cfg.path, left_out, cfg.max_prompt_tokens)
     return kept
 
 

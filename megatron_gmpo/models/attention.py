@@ -6,13 +6,13 @@ parallelism (megatron/core/transformer/dot_product_attention.py, torch_norm.py);
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
@@ -39,14 +39,13 @@ class PackedAttention(torch.nn.Module):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
-        attention_dropout: float | None = None,
+        pg_collection: Any,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
-        self.cp_group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
+        self.cp_group: dist.ProcessGroup = pg_collection.cp
 
     def forward(
         self,
@@ -65,7 +64,7 @@ class PackedAttention(torch.nn.Module):
         key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) if cp > 1 else x for x in (key, value))
 
         outputs = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             local = slice(start // cp, end // cp)
             if cp == 1:
                 q, k, v, mask = query[local], key[local], value[local], None
@@ -75,9 +74,7 @@ class PackedAttention(torch.nn.Module):
                 mask = positions[:, None] >= torch.arange(end - start)
                 mask = mask.to(query.device)
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, d)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
-            )
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs).flatten(1)
 

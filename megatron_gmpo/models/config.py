@@ -82,9 +82,7 @@ def read_hf_config(path: str) -> HFConfig:
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"model.path = {path!r}: config.json cannot be read ({_one_line(error)})") from None
     if hf.model_type not in FAMILIES:
-        raise InputError(
-            f"model.path = {path!r} is a {hf.model_type!r} model, a family without a table: use one of {', '.join(FAMILIES)}"
-        )
+        raise InputError(f"model.path = {path!r} is a {hf.model_type!r} model, a family without a table: use one of {', '.join(FAMILIES)}")
     return hf
 
 
@@ -122,9 +120,7 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
             f"{world_size}: choose a smaller expert_model_parallel_size"
         )
     if tp > 1 and not parallel.uses_sequence_parallel:
-        raise InputError(
-            "parallel.sequence_parallel = false with tensor_model_parallel_size > 1 on a MoE model: Megatron needs it true"
-        )
+        raise InputError("parallel.sequence_parallel = false with tensor_model_parallel_size > 1 on a MoE model: Megatron needs it true")
     if tp > 1 and ep == 1 and etp == 1:
         raise InputError(
             f"parallel.tensor_model_parallel_size = {tp} with expert_tensor_parallel_size = 1 and expert_model_parallel_size = 1 leaves "
@@ -187,9 +183,7 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
         if name in architecture:
             raise InputError(f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; remove it")
     if table.get("fp8") and not use_te:
-        raise InputError(
-            f"megatron.fp8 = {table['fp8']!r} needs Transformer Engine and a GPU: install the 'gpu' extra there, or remove it"
-        )
+        raise InputError(f"megatron.fp8 = {table['fp8']!r} needs Transformer Engine and a GPU: install the 'gpu' extra there, or remove it")
     if table.get("gradient_accumulation_fusion") and not use_te:
         raise InputError("megatron.gradient_accumulation_fusion = true needs Transformer Engine or NVIDIA apex on a GPU: remove it")
 
@@ -203,9 +197,7 @@ def _rope(hf: HFConfig) -> dict[str, Any]:
     llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind == "llama3" and all(rope[key] == value for key, value in llama3.items()):
         return {"rotary_base": rope["rope_theta"], "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise InputError(
-        f"config.json of this {hf.model_type} model has rope_parameters = {rope!r}: only default and llama3 are supported"
-    )
+    raise InputError(f"config.json of this {hf.model_type} model has rope_parameters = {rope!r}: only default and llama3 are supported")
 
 
 def _one_line(error: Exception) -> str:

@@ -27,9 +27,7 @@ def _qwen3_architecture(hf: HFConfig) -> dict[str, Any]:
 
 
 def _qwen3_moe_architecture(hf: HFConfig) -> dict[str, Any]:
-    is_moe = [
-        layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0 for layer in range(hf.num_hidden_layers)
-    ]
+    is_moe = [layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0 for layer in range(hf.num_hidden_layers)]
     return _qwen3_architecture(hf) | {
         "num_moe_experts": hf.num_experts,
         "moe_router_topk": hf.num_experts_per_tok,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -11,7 +13,7 @@ from .attention import PackedAttention, RMSNorm
 
 def decoder_spec(config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and virtual stage)."""
-    spec = get_gpt_decoder_block_spec(
+    spec: Any = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
     if use_transformer_engine:

@@ -128,7 +128,7 @@ def _names_cuda(device: Any) -> bool:
 def _patch_megatron() -> None:
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt
-    import megatron.core.pipeline_parallel
+    import megatron.core.pipeline_parallel  # noqa: F401
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -136,16 +136,15 @@ def _patch_megatron() -> None:
     on_cpu = _torch_on_cpu()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            patched: Any = module
-            patched.torch = on_cpu
+            module.torch = on_cpu  # pyright: ignore[reportAttributeAccessIssue]
 
-    patched = random
+    patched: Any = random
     patched._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     patched._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    for module in (clip_grads, optimizer):
-        module.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
-    for module in (moe_utils, token_dispatcher):
-        module.maybe_move_tensor_to_cpu = _maybe_move_tensor_to_cpu
+    for patched in (clip_grads, optimizer):
+        patched.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
+    for patched in (moe_utils, token_dispatcher):
+        patched.maybe_move_tensor_to_cpu = _maybe_move_tensor_to_cpu
     if not hasattr(moe_utils, "te_general_gemm"):  # the name exists only beside Transformer Engine
         moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 

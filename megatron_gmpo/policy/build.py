@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -61,14 +62,12 @@ def make_trainable(
 
     The weights must be loaded before: the optimizer copies them as its fp32 main weights.
     """
-    config = chunks[0].config
-    assert not isinstance(config, torch.Tensor)
+    config: Any = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=cfg.use_distributed_optimizer, overlap_grad_reduce=False
     )
-    wrapped: list[torch.nn.Module] = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups)
-        for i, chunk in enumerate(chunks)
+    wrapped: list[Any] = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups) for i, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
     optimizer_config = MegatronOptimizerConfig(

@@ -89,13 +89,14 @@ class Policy:
         for chunk in self.model.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
-        self.model.optimizer.zero_grad()
+        optimizer: Any = self.model.optimizer
+        optimizer.zero_grad()
         metrics = self._reduce(self._run(self.model.chunks, minibatch, plan, loss))
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
-        _, grad_norm, _ = self.model.optimizer.step()
+        _, grad_norm, _ = optimizer.step()
         metrics["grad_norm"] = Metric(float(grad_norm or 0.0))
-        metrics["learning_rate"] = Metric(self.model.optimizer.param_groups[0]["lr"])
+        metrics["learning_rate"] = Metric(optimizer.param_groups[0]["lr"])
         _check_finite("gradient norm", metrics["grad_norm"])
         return metrics
 

@@ -41,9 +41,7 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
     try:
         function = pkgutil.resolve_name(cfg.name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"reward.name = {cfg.name!r} cannot be imported ({error}): give module:function on the Python path"
-        ) from None
+        raise InputError(f"reward.name = {cfg.name!r} cannot be imported ({error}): give module:function on the Python path") from None
     if not callable(function):
         raise InputError(f"reward.name = {cfg.name!r} is a {type(function).__name__}: give a callable (Prompt, str) -> float")
     return _checked(function, cfg.name)

@@ -76,9 +76,7 @@ class EmbeddedEngine:
         for name, tensor in named_tensors:
             slot = self._slots.get(name)
             if slot is None:
-                raise InputError(
-                    f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?"
-                )
+                raise InputError(f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?")
             if name not in missing:
                 raise InputError(f"weight sync: tensor {name!r} came twice")
             if slot.shape != tensor.shape:
@@ -86,9 +84,7 @@ class EmbeddedEngine:
             slot.copy_(tensor)
             missing.remove(name)
         if missing:
-            raise InputError(
-                f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}"
-            )
+            raise InputError(f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}")
         self.version = version
         self._calls = 0
 
@@ -132,9 +128,7 @@ class EmbeddedEngine:
             logits = self._forward(token[:, None], width + step - pad, pad, cache)
 
         return [
-            self._sample_of(
-                prompt, tokens[i, : length or None].tolist(), logprobs[i, : length or None].tolist(), length > 0, sampling
-            )
+            self._sample_of(prompt, tokens[i, : length or None].tolist(), logprobs[i, : length or None].tolist(), length > 0, sampling)
             for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True))
         ]
 
@@ -151,9 +145,7 @@ class EmbeddedEngine:
         texts = self.tokenizer.batch_decode(tail.tolist(), skip_special_tokens=True)
         return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
 
-    def _sample_of(
-        self, prompt: list[int], response: list[int], logprobs: list[float], stopped: bool, sampling: SamplingParams
-    ) -> Sample:
+    def _sample_of(self, prompt: list[int], response: list[int], logprobs: list[float], stopped: bool, sampling: SamplingParams) -> Sample:
         spoken = response[:-1] if response[-1] in self._end_ids else response
         text: str = self.tokenizer.decode(spoken, skip_special_tokens=True)
         for string in sampling.stop:

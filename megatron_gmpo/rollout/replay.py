@@ -57,8 +57,7 @@ def append_transcripts(path: str | Path, step: int, groups: list[SampleGroup], l
     with Path(path).open("a") as file:
         for group in islice(groups, limit):
             samples = [
-                {"text": s.text, "reward": s.reward, "finish_reason": s.finish_reason, "length": s.response_length}
-                for s in group.samples
+                {"text": s.text, "reward": s.reward, "finish_reason": s.finish_reason, "length": s.response_length} for s in group.samples
             ]
             record = {
                 "step": step,

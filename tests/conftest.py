@@ -1,0 +1,45 @@
+"""Fixtures every test may use: tiny models of every family, offline and single-threaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.make_tiny_model import Family, make_tiny_model, text_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model(family, **options of make_tiny_model)`` is the folder of such a model; equal calls share one folder.
+
+    Norm weights and biases are random unless the options say otherwise, so that a mistake in their names shows in the logits.
+    """
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(family: Family = "qwen3_moe", **options: Any) -> Path:
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family)
+            make_tiny_model(made[key], family=family, **{"randomize_norms": True} | options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Qwen3 whose tokenizer has a byte a token and a chat template; its vocabulary of 259 divides by nothing."""
+    out = tmp_path_factory.mktemp("text")
+    make_tiny_model(out, family="qwen3", tokenizer=text_tokenizer(), randomize_norms=True)
+    return out
