@@ -17,16 +17,19 @@ setup(
     package_data={"megatron_gmpo": ["py.typed"]},
     install_requires=[
         "datasets>=4.0",
+        "jinja2>=3.1",
         "math-verify>=0.8",
         "matplotlib>=3.9",
         "megatron-core==0.16.1",  # 0.17 needs Python 3.12; the loss contract of its schedules is tested for this version
         "numpy>=2.0",
+        "pandas>=2.2",
         "pebble>=5.1",
         "psutil>=6.0",  # without it Megatron's checkpoint writer dies and the save waits for ever
         "pydantic>=2.12",
         "rich>=13.9",
         "safetensors>=0.5",
         "tensorboard>=2.18",
+        "tomli-w>=1.0",
         "torch>=2.9",
         "transformers>=5.0",
         "tyro>=1.0",

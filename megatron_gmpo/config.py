@@ -147,6 +147,12 @@ class OptimizerConfig(_Section):
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
 
+    @model_validator(mode="after")
+    def _min_lr_below_lr(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}: choose a smaller one")
+        return self
+
 
 class TrainConfig(_Section):
     num_steps: Positive = 100
@@ -226,6 +232,10 @@ class Config(_Section):
     log: LogConfig = LogConfig()
 
 
+_TABLES = """Further tables: --megatron.FIELD VALUE (any field of Megatron's TransformerConfig), --algorithm.options.KEYWORD VALUE
+(keywords of the loss), --eval.sets.NAME.KEY VALUE (benchmarks, with the keys of data)."""
+
+
 def load_config(argv: list[str]) -> Config:
     """Reads ``CONFIG.toml --section.key value ...``.
 
@@ -235,7 +245,7 @@ def load_config(argv: list[str]) -> Config:
         InputError: no such file, bad TOML, an unknown key (naming the nearest), a value of the wrong type or out of range.
     """
     if "--help" in argv or "-h" in argv:
-        tyro.cli(Config, prog="CONFIG.toml", args=["--help"], use_underscores=True)
+        tyro.cli(Config, prog="CONFIG.toml", description=_TABLES, args=["--help"], use_underscores=True)
     tree: dict[str, Any] = {}
     rest = list(argv)
     if rest and not rest[0].startswith("--"):
@@ -302,16 +312,24 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(where, _all_keys(Config), n=1, cutoff=0.0)
-        return f"unknown config key {where!r}: did you mean {nearest[0]!r}?"
+        nearest = max(_all_keys(Config), key=lambda key: _likeness(key, where) + _likeness(_leaf(key), _leaf(where)))
+        return f"unknown config key {where!r}: did you mean {nearest!r}?"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where} = {first['input']!r}: {message}"
 
 
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys: list[str] = []
+    keys = [prefix[:-1]] if prefix else []
     for name, info in section.model_fields.items():
         kind = info.annotation
         if inspect.isclass(kind) and issubclass(kind, BaseModel):

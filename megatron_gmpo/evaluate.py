@@ -85,9 +85,12 @@ def main(cfg: Config) -> None:
     with closing_reward(run.reward):
         records: dict[str, list[SampleGroup]] = {}
         results = evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop, records)
-    for name, groups in records.items():
-        append_transcripts(run.run_dir / f"evaluation_{name}.jsonl", engine.version, groups, len(groups))
     if rank() == 0:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        for name, groups in records.items():
+            file = run.run_dir / f"evaluation_{name}.jsonl"
+            file.unlink(missing_ok=True)
+            append_transcripts(file, engine.version, groups, len(groups))
         print(json.dumps({"evaluated": what, **results}))
 
 

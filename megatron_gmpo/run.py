@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from .checkpoint import native
-from .config import Config, exit_with_one_line, load_config
+from .config import Config, load_config
 from .data.prompts import load_prompts
 from .distributed import rank
 from .models.config import DTYPES, ModelDescription, describe_model
@@ -27,6 +27,7 @@ from .policy.parallel import start_model_parallel
 from .policy.policy import NonFiniteError, Policy
 from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine
+from .rollout.replay import check_groups
 from .types import InputError, Prompt
 
 
@@ -36,6 +37,7 @@ class Run:
 
     Attributes:
         checkpoint: the newest one in the run folder, to go on from, or None.
+        step: steps taken when it was written, 0 without one.
         prompts: training problems; empty when saved rollouts are replayed.
         eval_sets: benchmarks by name.
     """
@@ -48,6 +50,7 @@ class Run:
     eval_sets: dict[str, list[Prompt]]
     prompts: list[Prompt]
     checkpoint: Path | None
+    step: int
 
     @property
     def run_dir(self) -> Path:
@@ -91,7 +94,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         train: whether training prompts are needed and the run folder will be written.
 
     Raises:
-        InputError: see ``describe_model``, ``load_prompts``, ``resolve_reward``; or a run folder that holds another run.
+        InputError: see ``describe_model``, ``load_prompts``, ``check_groups``, ``resolve_reward``; or a run folder that holds another
+            run.
     """
     device = choose_device(cfg.device)
     prepare_megatron(device)
@@ -105,9 +109,13 @@ def prepare(cfg: Config, *, train: bool) -> Run:
             )
     tokenizer = _load_tokenizer(cfg.model.path)
     eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}
-    needs_prompts = train and not cfg.rollout.replay_path
-    prompts = load_prompts(cfg.data, tokenizer) if needs_prompts else []
-    return Run(cfg, device, description, tokenizer, resolve_reward(cfg.reward), eval_sets, prompts, checkpoint)
+    step: int = native.read_state(checkpoint)["step"] if checkpoint else 0
+    prompts: list[Prompt] = []
+    if train and cfg.rollout.replay_path:
+        check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
+    elif train:
+        prompts = load_prompts(cfg.data, tokenizer)
+    return Run(cfg, device, description, tokenizer, resolve_reward(cfg.reward), eval_sets, prompts, checkpoint, step)
 
 
 def start_command(command: Callable[[Config], None]) -> None:
@@ -118,14 +126,21 @@ def start_command(command: Callable[[Config], None]) -> None:
         transformers.logging.disable_progress_bar()
     try:
         command(load_config(sys.argv[1:]))
-    except InputError as error:
-        exit_with_one_line(error)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+    except (InputError, NonFiniteError) as error:
+        if _speaks():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _speaks() -> bool:
+    """Whether this rank says why the job ends: the first that stops. Before the ranks have met, one on each node: its files may be
+    the only ones that are amiss."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store().add("stopped", 1) == 1
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def closing_reward(reward: Reward) -> Any:

@@ -23,25 +23,28 @@ from .evaluate import evaluate
 from .metrics.logger import MetricLogger, Timer, cut_after
 from .metrics.progress import Progress
 from .policy.policy import NonFiniteError
-from .rollout.collect import Collected, collect
+from .rollout.collect import Collected, collect, rollout_figures
 from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .types import SampleGroup, TrainBatch
 
 
 def train(run: Run) -> None:
-    """The whole run, from the newest checkpoint if there is one to ``train.num_steps``."""
+    """The whole run, from the newest checkpoint if there is one to ``train.num_steps``; a finished run is left as it is."""
     cfg = run.cfg
     objective = make_objective(cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
     run.start()
+    step = run.step
+    if step >= cfg.train.num_steps:
+        if rank() == 0:
+            print(f"{run.checkpoint} has {step} of {cfg.train.num_steps} steps: nothing to do; to go on raise train.num_steps")
+        return
     policy = run.policy()
     engine = run.engine() if run.prompts or run.eval_sets else None
     stream = PromptStream(run.prompts, cfg.seed, cfg.data.shuffle) if run.prompts else None
 
-    step = 0
     if run.checkpoint:
         state = policy.load(run.checkpoint)
-        step = state["step"]
         if stream and state["prompts"]:
             stream.load_state_dict(state["prompts"])
     run.write_config()
@@ -60,7 +63,8 @@ def train(run: Run) -> None:
 
     def rollout() -> Collected:
         if cfg.rollout.replay_path:
-            return Collected(load_groups(cfg.rollout.replay_path, step), {})
+            groups = load_groups(cfg.rollout.replay_path, step)
+            return Collected(groups, rollout_figures(groups))
         assert engine is not None
         assert stream is not None
         with timer("weight_sync"):

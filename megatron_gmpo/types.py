@@ -123,15 +123,10 @@ class TrainBatch:
         return self.lengths.cumsum(0) - self.lengths
 
     @property
-    def num_sequences(self) -> int:
-        """N of the losses: sequences with at least one token in the mask."""
+    def response_lengths(self) -> Tensor:
+        """(S,) int64: tokens in the mask of each sequence."""
         owners = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
-        return int(owners[self.response_mask].unique().numel())
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the mask."""
-        return int(self.response_mask.sum())
+        return torch.zeros_like(self.lengths).index_add(0, owners, self.response_mask.long())
 
     def split(self, parts: int) -> list[TrainBatch]:
         """Cuts into at most ``parts`` minibatches of neighbouring sequences whose counts differ by at most one."""

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..config import AlgorithmConfig
-from ..types import LossOutput, Microbatch, TrainBatch
+from ..types import LossOutput, Microbatch
 from . import POLICY_LOSSES, TOKEN_MEAN_LOSSES, check_loss, default_clip
 from .sequences import TokenPenalty
 
@@ -54,13 +53,9 @@ class Objective:
             penalty=penalty,
         )
 
-    def count(self, batch: TrainBatch, sequences: list[int] | None = None) -> int:
-        """The divisor: response tokens or non-empty sequences of the batch, or of some of its sequences."""
-        owners = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
-        tokens = torch.zeros(len(batch), dtype=torch.int64).index_add(0, owners, batch.response_mask.long())
-        if sequences is not None:
-            tokens = tokens[sequences]
-        return int(tokens.sum() if self.per_token else (tokens > 0).sum())
+    def count(self, response_lengths: Tensor) -> int:
+        """What the sum over sequences of these lengths (S,) is divided by: their tokens, or how many are not empty."""
+        return int(response_lengths.sum() if self.per_token else (response_lengths > 0).sum())
 
 
 def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -> Objective:

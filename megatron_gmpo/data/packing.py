@@ -163,7 +163,7 @@ def pack(
 
     def per_token(values: Tensor, index: Tensor) -> Tensor:
         """``values`` at ``index``, 0 (False) where the index is -1."""
-        return torch.cat([values, values.new_zeros(1)])[index]
+        return values[index.clamp(min=0)].masked_fill(index < 0, 0)
 
     def per_sequence(values: Tensor) -> Tensor:
         return values[chosen] if sequences else values.new_zeros(1)

@@ -126,7 +126,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _patch_megatron() -> None:
-    import megatron.core.dist_checkpointing
+    import megatron.core.dist_checkpointing.strategies.torch
     import megatron.core.models.gpt
     import megatron.core.pipeline_parallel  # noqa: F401
     from megatron.core.optimizer import clip_grads, optimizer

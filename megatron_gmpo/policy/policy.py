@@ -79,11 +79,12 @@ class Policy:
             NonFiniteError: the loss or the gradient norm is not finite.
         """
         plan = self._plan(minibatch)
-        scale = self.groups.dp.size() * len(plan) / max(1, objective.count(minibatch))
+        response_lengths = minibatch.response_lengths
+        scale = self.groups.dp.size() * len(plan) / max(1, objective.count(response_lengths))
 
         def loss(logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, place: int) -> tuple[Tensor, dict[str, Any]]:
             output = objective(logprobs, entropy, microbatch, self.groups.cp)
-            count = objective.count(minibatch, plan[place])
+            count = objective.count(response_lengths[plan[place]])
             return output.loss * scale, {"loss": Metric(output.loss.detach(), count), **output.metrics}
 
         for chunk in self.model.chunks:
@@ -95,7 +96,7 @@ class Policy:
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
         _, grad_norm, _ = optimizer.step()
-        metrics["grad_norm"] = Metric(float(grad_norm or 0.0))
+        metrics["grad_norm"] = Metric(float(optimizer.get_grad_norm() if grad_norm is None else grad_norm))
         metrics["learning_rate"] = Metric(optimizer.param_groups[0]["lr"])
         _check_finite("gradient norm", metrics["grad_norm"])
         return metrics

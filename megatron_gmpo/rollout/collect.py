@@ -62,21 +62,27 @@ def collect(engine: RolloutEngine, prompts: Prompts, reward: Reward, cfg: Rollou
         kept += [g for g in groups if cfg.dynamic_sampling == "off" or len(set(g.rewards)) > 1]
         used += 1
 
-    samples = [s for g in drawn for s in g.samples]
-    lengths = [s.response_length for s in samples]
-    metrics = {
-        "reward/mean": Metric(sum(s.reward for s in samples), len(samples)),
-        "reward/std": Metric(sum(pstdev(g.rewards) for g in drawn), len(drawn)),
+    metrics = rollout_figures(drawn) | {
         "reward/timeouts": Metric(timeouts),
-        "response_length/mean": Metric(sum(lengths), len(samples)),
-        "response_length/max": Metric(max(lengths), op="max"),
-        "rollout/truncated_fraction": Metric(sum(s.finish_reason == "length" for s in samples), len(samples)),
         "rollout/dropped_groups": Metric(len(drawn) - len(kept)),
         "rollout/resample_rounds": Metric(used - 1),
     }
     if cfg.overlong_buffer:
         metrics["reward/raw_mean"] = Metric(sum(raw_rewards), len(raw_rewards))
     return Collected(kept or drawn[: cfg.prompts_per_step], metrics)
+
+
+def rollout_figures(groups: list[SampleGroup]) -> dict[str, Metric]:
+    """Rewards and lengths of scored groups; ``reward/std`` is the mean of the groups' own."""
+    samples = [s for g in groups for s in g.samples]
+    lengths = [s.response_length for s in samples]
+    return {
+        "reward/mean": Metric(sum(s.reward for s in samples), len(samples)),
+        "reward/std": Metric(sum(pstdev(g.rewards) for g in groups), len(groups)),
+        "response_length/mean": Metric(sum(lengths), len(samples)),
+        "response_length/max": Metric(max(lengths), op="max"),
+        "rollout/truncated_fraction": Metric(sum(s.finish_reason == "length" for s in samples), len(samples)),
+    }
 
 
 def score(groups: list[SampleGroup], reward: Reward) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -29,17 +30,27 @@ def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> Non
     os.replace(aside, path)
 
 
+def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
+    """Refuses a folder that lacks the groups of one of ``steps``.
+
+    Raises:
+        InputError: naming the first such step and those there are.
+    """
+    for step in steps:
+        if not _step_file(folder, step).exists():
+            found = sorted(int(p.stem.removeprefix("step_")) for p in Path(folder).glob("step_*.jsonl"))
+            there = f"it has steps {found[0]} to {found[-1]}" if found else "it has no steps at all"
+            raise InputError(f"rollout.replay_path = {str(folder)!r} has no groups for step {step}: {there}")
+
+
 def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
     """Reads what ``save_groups`` wrote.
 
     Raises:
         InputError: the folder has no such step, or a line of its file is broken.
     """
+    check_groups(folder, [step])
     path = _step_file(folder, step)
-    if not path.exists():
-        steps = sorted(int(p.stem.removeprefix("step_")) for p in Path(folder).glob("step_*.jsonl"))
-        there = f"it has steps {steps[0]} to {steps[-1]}" if steps else "it has no steps at all"
-        raise InputError(f"rollout.replay_path = {str(folder)!r} has no groups for step {step}: {there}")
     groups = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:

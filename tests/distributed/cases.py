@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +11,43 @@ import torch
 from torch import Tensor
 
 from megatron_gmpo.algorithms.objective import make_objective
+from megatron_gmpo.checkpoint import native
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.types import TrainBatch
+from megatron_gmpo.types import InputError, TrainBatch
 
 CPU = torch.device("cpu")
 
 
-def open_policy(cfg: Config) -> Policy:
+@contextmanager
+def opened(cfg: Config) -> Iterator[Policy]:
     description = describe_model(cfg, world_size(), CPU)
     groups = start_model_parallel(cfg.parallel, CPU, cfg.seed)
-    return Policy(cfg, description, groups, CPU)
+    try:
+        yield Policy(cfg, description, groups, CPU)
+    finally:
+        stop_model_parallel()
 
 
 def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
-    """``steps`` optimizer steps on one batch; losses, gradient norms, metrics, first logprobs and the weights after."""
-    policy = open_policy(cfg)
-    try:
+    """``steps`` optimizer steps on one batch: logprobs before, metrics of each step, and the weights after."""
+    with opened(cfg) as policy:
         logprobs = policy.logprobs(batch)
-        objective = make_objective(cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
-        history = []
-        for _ in range(steps):
-            metrics = policy.train_step(batch, objective)
-            history.append({name: value_of(metric) for name, metric in metrics.items()})
-        weights = weights_on_rank_0(policy)
-    finally:
-        stop_model_parallel()
-    return {"logprobs": logprobs, "history": history, "weights": weights}
+        if cfg.algorithm.kl_coef:
+            batch.ref_logprobs = policy.reference_logprobs(batch)
+        history = _steps(policy, batch, steps)
+        return {"logprobs": logprobs, "history": history, "weights": weights_on_rank_0(policy)}
 
 
-def export(cfg: Config) -> dict[str, Tensor] | None:
-    """The Hugging Face tensors right after loading."""
-    policy = open_policy(cfg)
-    try:
-        return weights_on_rank_0(policy)
-    finally:
-        stop_model_parallel()
+def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, float]]:
+    objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
+    return [
+        {name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()} for _ in range(steps)
+    ]
 
 
 def weights_on_rank_0(policy: Policy) -> dict[str, Tensor] | None:
@@ -56,21 +55,10 @@ def weights_on_rank_0(policy: Policy) -> dict[str, Tensor] | None:
     return weights if rank() == 0 else None
 
 
-def train_and_save(cfg: Config, batch: TrainBatch, run_dir: Path, *, first: int, last: int) -> dict[str, Any]:
-    """Steps ``first`` to ``last`` of a run that saves after the last one and, when ``first`` > 0, resumes before."""
-    from megatron_gmpo.checkpoint import native
-
-    policy = open_policy(cfg)
+def refusal(cfg: Config) -> str:
+    """The message with which opening the policy is refused."""
     try:
-        if first:
-            checkpoint = native.latest_checkpoint(run_dir)
-            assert checkpoint is not None
-            state = policy.load(checkpoint)
-            assert state["step"] == first
-        objective = make_objective(cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
-        losses = [value_of(policy.train_step(batch, objective)["loss"]) for _ in range(first, last)]
-        policy.save(run_dir, last, {"note": "kept"}, keep_last=2)
-        weights = weights_on_rank_0(policy)
-    finally:
-        stop_model_parallel()
-    return {"losses": losses, "weights": weights}
+        with opened(cfg):
+            return ""
+    except InputError as error:
+        return str(error)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_TIMEOUT_S = 600
+_CASE_S = 300
+_COLLECTIVE_S = 120
+_LOOK_S = 2  # how often a wait looks whether the other side still lives
 
 
 class RankPool:
     """``run`` calls one function on several ranks at once and gives back what each returned.
 
-    The function and its arguments are pickled: define it at the top of a module.
+    The function and its arguments are pickled: define it at the top of a module. A case that fails ends the pool, since its other ranks
+    may wait in a collective for ever; ``alive`` then is False.
     """
 
     def __init__(self, size: int) -> None:
@@ -28,7 +33,7 @@ class RankPool:
         self._results = context.Queue()
         self._workers = [
             context.Process(target=_work, args=(rank, tasks, self._results), daemon=False) for rank, tasks in enumerate(self._tasks)
-        ]
+        ]  # daemons may have no children, and Megatron's checkpoint writer is one
         for worker in self._workers:
             worker.start()
         self._cases = 0
@@ -38,19 +43,24 @@ class RankPool:
         assert world_size <= len(self._workers)
         self._cases += 1
         store = str(Path(self._folder.name) / f"store{self._cases}")
+        # bytes: a queue would share each tensor through a file descriptor that lives as long as the tensor
+        task = pickle.dumps((store, world_size, function, args))
         for tasks in self._tasks[:world_size]:
-            tasks.put((store, world_size, function, args))
+            tasks.put(task)
         results: dict[int, Any] = {}
+        deadline = time.monotonic() + _CASE_S
         while len(results) < world_size:
             try:
-                rank, result, failure = self._results.get(timeout=_TIMEOUT_S)
+                rank, result, failure = self._results.get(timeout=_LOOK_S)
             except queue.Empty:
+                if self.alive and time.monotonic() < deadline:
+                    continue
                 self.close()
-                raise TimeoutError(f"{function.__name__}: only ranks {sorted(results)} answered within {_TIMEOUT_S} s") from None
+                raise TimeoutError(f"{function.__name__}: of {world_size} ranks only {sorted(results)} answered") from None
             if failure:
-                self.close()  # the others may wait in a collective for ever
+                self.close()
                 raise AssertionError(f"rank {rank} of {world_size}:\n{failure}")
-            results[rank] = result
+            results[rank] = pickle.loads(result)
         return [results[rank] for rank in range(world_size)]
 
     @property
@@ -65,7 +75,6 @@ class RankPool:
 
 
 def _work(rank: int, tasks: Any, results: Any) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     import torch.distributed as dist
@@ -74,15 +83,25 @@ def _work(rank: int, tasks: Any, results: Any) -> None:
 
     torch.set_num_threads(1)
     prepare_megatron(torch.device("cpu"))
-    while True:
-        store, world_size, function, args = tasks.get()
+    pool = multiprocessing.parent_process()
+    assert pool is not None
+    while pool.is_alive():
         try:
+            task = tasks.get(timeout=_LOOK_S)
+        except queue.Empty:
+            continue
+        try:
+            store, world_size, function, args = pickle.loads(task)
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=_COLLECTIVE_S),
             )
             result = function(*args)
             dist.barrier()
-            results.put((rank, result, None))
+            results.put((rank, pickle.dumps(result), None))
         except BaseException:
             results.put((rank, None, traceback.format_exc()))
         finally:

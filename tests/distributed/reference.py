@@ -1,58 +1,111 @@
-"""The independent reference: transformers in float64, the paper's formula, torch's AdamW. Shares no code with the project."""
+"""The independent reference: transformers in float64, the papers' formulas, torch's AdamW. Shares no code with the project."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 
-def load_float64(path: str) -> Any:
+def load_float64(path: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     return model.train()
 
 
-def sequence_logprobs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """(L,) log probability of each token given those before it; 0 for the first."""
-    logits = model(tokens[None]).logits[0]
-    logprobs = torch.log_softmax(logits, -1)[:-1].gather(1, tokens[1:, None])[:, 0]
-    return torch.cat([logprobs.new_zeros(1), logprobs])
+def saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a Hugging Face folder, under its name there."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def gmpo_loss(model: Any, batch: Any, clip_low: float, clip_high: float) -> torch.Tensor:
-    """- 1/N sum_i A_i exp(1/n_i sum_t clip(log pi/pi_old)), sequence by sequence, as the paper's equation (4) reads."""
-    total, sequences, start = 0.0, 0, 0
-    for i, length in enumerate(batch.lengths.tolist()):
-        span = slice(start, start + length)
-        start += length
+def sequence_logprobs(model: Any, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(L,) log probability of each token given those before it, and the entropy it was drawn under; both 0 for the first."""
+    logps = torch.log_softmax(model(tokens[None]).logits[0] / temperature, -1)[:-1]
+    zero = logps.new_zeros(1)
+    return torch.cat([zero, logps.gather(1, tokens[1:, None])[:, 0]]), torch.cat([zero, -(logps.exp() * logps).sum(-1)])
+
+
+def spans(batch: Any) -> list[slice]:
+    ends = batch.lengths.cumsum(0).tolist()
+    return [slice(end - length, end) for end, length in zip(ends, batch.lengths.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def batch_logprobs(path: Path, batch: Any, temperature: float = 1.0) -> Tensor:
+    """(L,) float64 log probabilities, 0 outside the response mask."""
+    model = load_float64(path)
+    logprobs = torch.cat([sequence_logprobs(model, batch.tokens[span], temperature)[0] for span in spans(batch)])
+    return logprobs * batch.response_mask
+
+
+def batch_loss(
+    model: Any,
+    batch: Any,
+    ref_logprobs: Tensor,
+    *,
+    loss: str,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    entropy_coef: float,
+    temperature: float,
+) -> Tensor:
+    """One sequence after another, as the papers read.
+
+    ``gmpo``: -1/N sum_i A_i exp(1/n_i sum_t clip(log pi/pi_old)), and penalties averaged over each sequence's tokens, then over sequences.
+    ``dapo``: -1/sum_i n_i sum_i sum_t min(r A, clip(r, 1 - low, 1 + high) A), and penalties averaged over all tokens.
+    """
+    totals: list[Tensor] = []
+    tokens = 0
+    for i, span in enumerate(spans(batch)):
         mask = batch.response_mask[span]
         if not mask.any():
             continue
-        sequences += 1
+        tokens += int(mask.sum())
         advantage = batch.advantages[i].double()
-        ratio_log = (sequence_logprobs(model, batch.tokens[span]) - batch.old_logprobs[span].double())[mask]
-        if advantage > 0:
-            ratio_log = torch.minimum(ratio_log, torch.tensor(clip_high, dtype=torch.float64))
+        logprobs, entropy = sequence_logprobs(model, batch.tokens[span], temperature)
+        delta = (logprobs - batch.old_logprobs[span].double())[mask]
+        off = (ref_logprobs[span].double() - logprobs)[mask]
+        penalty = kl_coef * (off.exp() - off - 1) - entropy_coef * entropy[mask]
+        if loss == "gmpo":
+            clipped = delta.clamp(max=clip_high) if advantage > 0 else delta.clamp(min=-clip_low)
+            totals.append(-advantage * clipped.mean().exp() + penalty.mean())
         else:
-            ratio_log = torch.maximum(ratio_log, torch.tensor(-clip_low, dtype=torch.float64))
-        total = total - advantage * torch.exp(ratio_log.mean())
-    return total / sequences
+            ratio = delta.exp()
+            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+            totals.append((penalty - gain).sum())
+    return torch.stack(totals).sum() / (len(totals) if loss == "gmpo" else tokens)
 
 
-def train(path: str, batch: Any, steps: int, *, lr: float, clip_grad: float, clip_low: float, clip_high: float) -> dict[str, Any]:
-    """Losses, gradient norms and weights (Hugging Face parameter names of the loaded module) of ``steps`` AdamW steps."""
+def train(
+    path: Path,
+    batch: Any,
+    steps: int,
+    folder: Path,
+    *,
+    lr: float,
+    eps: float,
+    clip_grad: float,
+    ref_path: Path | None = None,
+    temperature: float = 1.0,
+    **loss: Any,
+) -> dict[str, Any]:
+    """Losses and unclipped gradient norms of ``steps`` AdamW steps, and the weights after them, by way of ``folder``."""
+    ref_logprobs = batch_logprobs(ref_path or path, batch, temperature)
     model = load_float64(path)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0)
     losses, norms = [], []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = gmpo_loss(model, batch, clip_low, clip_high)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        value = batch_loss(model, batch, ref_logprobs, temperature=temperature, **loss)
+        value.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)))
         optimizer.step()
-        losses.append(float(loss))
-        norms.append(float(norm))
-    return {"losses": losses, "norms": norms, "model": model}
+        losses.append(value.item())
+    model.save_pretrained(folder)
+    return {"losses": losses, "norms": norms, "weights": saved_tensors(folder)}

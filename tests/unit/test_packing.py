@@ -273,7 +273,7 @@ def test_make_train_batch() -> None:
     assert batch.response_mask.tolist() == [False, False, True, True, False, False, False, True, True]
     assert batch.rollout_logprobs.tolist() == [0, 0, -0.5, -0.5, 0, 0, 0, -0.5, -0.5]
     assert batch.advantages.dtype == torch.float32
-    assert (batch.num_sequences, batch.num_tokens) == (2, 4)
+    assert batch.response_lengths.tolist() == [2, 0, 2]
     assert batch.old_logprobs is None
     with pytest.raises(AssertionError):
         make_train_batch(groups, torch.zeros(2))

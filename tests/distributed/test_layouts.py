@@ -1,0 +1,148 @@
+"""Loss, gradient norm and weights after three optimizer steps are those of a float64 single-process reference in every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from megatron_gmpo.config import Config
+from megatron_gmpo.types import TrainBatch
+from tools.make_tiny_model import Family, text_tokenizer
+
+from . import cases, reference
+from .ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
+VOCAB = 259  # of the text tokenizer: prime to 128 and to every layout
+STEPS = 3
+LR, EPS, CLIP_GRAD, CLIP = 5e-3, 1e-4, 0.3, 0.3
+MODELS: dict[Family, dict[str, Any]] = {"qwen3": {}, "qwen3_moe": {}}
+
+
+def make_batch() -> TrainBatch:
+    """Ten sequences: one of a single token, one of two, one fully masked, one with advantage 0, and six others."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [13, 1, 29, 7, 40, 2, 22, 5, 31, 18]
+    prompts = [3, 1, 5, 7, 8, 1, 4, 4, 6, 3]  # sequence 3 is all prompt
+    mask = torch.cat([torch.arange(length) >= prompt for length, prompt in zip(lengths, prompts, strict=True)])
+    advantages = torch.tensor([1.0, 2.0, -1.0, 0.5, -0.5, 2.0, -2.0, 1.0, 0.0, -0.7])
+    tokens = torch.randint(3, VOCAB, (sum(lengths),), generator=generator)  # the embedding of <pad>, 0, has no gradient in transformers
+    return TrainBatch(tokens, torch.tensor(lengths), mask, advantages, torch.zeros(len(tokens)))
+
+
+class Reference:
+    """A model and a batch, and what three steps should do to them; computed once for each set of options."""
+
+    def __init__(self, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> None:
+        self._tiny_model, self._tmp, self._known = tiny_model, tmp_path_factory, {}
+        self._tokenizer = text_tokenizer()
+
+    def model(self, family: Family, seed: int = 0) -> Path:
+        return self._tiny_model(family, tokenizer=self._tokenizer, hidden_size=32, ffn_hidden_size=32, head_dim=16, seed=seed)
+
+    def __call__(self, family: Family, **options: Any) -> dict[str, Any]:
+        key = (family, *sorted(options.items()))
+        if key not in self._known:
+            path, batch = self.model(family), make_batch()
+            old = reference.batch_logprobs(path, batch)
+            noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
+            batch.old_logprobs = torch.where(batch.response_mask, old.float() + noise, 0.0)
+            settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0} | options
+            known = reference.train(
+                path, batch, STEPS, self._tmp.mktemp("reference"), lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings
+            )
+            assert min(known["norms"]) > CLIP_GRAD  # the clip acts
+            known |= {"path": path, "batch": batch, "before": reference.saved_tensors(path)}
+            known["logprobs"] = reference.batch_logprobs(path, batch, options.get("temperature", 1.0))
+            self._known[key] = known
+        return self._known[key]
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tiny_model, tmp_path_factory)
+
+
+def config(path: Path, parallel: dict[str, int], *, max_tokens: int, **changes: Any) -> Config:
+    tree = {
+        "model": {"path": str(path), "dtype": "fp32"},
+        "device": "cpu",
+        "parallel": parallel,
+        "optimizer": {"lr": LR, "adam_eps": EPS, "clip_grad": CLIP_GRAD, "use_distributed_optimizer": False},
+        "algorithm": {"clip_low": CLIP, "clip_high": CLIP},
+        "train": {"max_tokens_per_microbatch": max_tokens, "logprob_chunk_tokens": 16},
+    }
+    for section, fields in changes.items():
+        tree[section] = {**tree.get(section, {}), **fields}
+    return Config.model_validate(tree)
+
+
+def distance(weights: dict[str, Tensor], expected: dict[str, Any]) -> float:
+    """|weights - expected| relative to |update|, over all weights together."""
+    assert weights.keys() == expected["weights"].keys()
+    off = sum((weights[name].double() - tensor).square().sum() for name, tensor in expected["weights"].items())
+    moved = sum((tensor - expected["before"][name].double()).square().sum() for name, tensor in expected["weights"].items())
+    return float((off / moved).sqrt())
+
+
+def check(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for result in results:
+        assert_close(result["logprobs"].double(), expected["logprobs"], atol=1e-4, rtol=0)
+        assert [step["loss"] for step in result["history"]] == pytest.approx(expected["losses"], rel=1e-4)
+        assert [step["grad_norm"] for step in result["history"]] == pytest.approx(expected["norms"], rel=1e-4)
+        assert result["history"] == results[0]["history"]
+    assert distance(results[0]["weights"], expected) < 1e-4
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, int], bool]] = {
+    "one rank": (1, {}, False),
+    "dp2": (2, {}, False),
+    "pp2": (2, {PP: 2}, False),
+    "pp2 vpp2": (2, {PP: 2, VPP: 2}, False),
+    "cp2": (2, {CP: 2}, False),
+    "dp2 distributed optimizer": (2, {}, True),
+    "cp2 pp2": (4, {CP: 2, PP: 2}, False),
+}
+DENSE: dict[str, tuple[int, dict[str, int], bool]] = {
+    "tp2": (2, {TP: 2}, False),
+    "tp2 cp2": (4, {TP: 2, CP: 2}, False),
+    "tp2 pp2 vpp2": (4, {TP: 2, PP: 2, VPP: 2}, True),
+}
+MOE: dict[str, tuple[int, dict[str, int], bool]] = {
+    "ep2": (2, {EP: 2}, False),
+    "ep2 distributed optimizer": (2, {EP: 2}, True),
+    "tp2 etp2": (2, {TP: 2, ETP: 2}, False),
+    "tp2 ep2": (2, {TP: 2, EP: 2}, False),
+    "cp2 ep2": (2, {CP: 2, EP: 2}, False),
+    "etp2": (2, {ETP: 2}, False),
+    "tp2 cp2 ep2": (4, {TP: 2, CP: 2, EP: 2}, False),
+    "tp2 cp2 etp2": (4, {TP: 2, CP: 2, ETP: 2}, True),
+    "pp2 cp2 ep2": (4, {PP: 2, CP: 2, EP: 2}, False),
+    "tp2 pp2 ep2": (4, {TP: 2, PP: 2, EP: 2}, True),
+    "dp2 tp2 ep4": (4, {TP: 2, EP: 4}, True),
+    "dp2 tp2 ep2": (4, {TP: 2, EP: 2}, True),
+}
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4096], ids=["a sequence each", "all in one"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen3", name) for name in LAYOUTS | DENSE] + [("qwen3_moe", name) for name in LAYOUTS | MOE],
+)
+def test_layout_equals_float64_reference(
+    ranks: RankPool, expected: Reference, family: Family, layout: str, max_tokens: int
+) -> None:
+    known = expected(family)
+    world_size, parallel, distributed = (LAYOUTS | DENSE | MOE)[layout]
+    optimizer = {"use_distributed_optimizer": distributed}
+    cfg = config(known["path"], parallel, max_tokens=max_tokens, optimizer=optimizer)
+    check(ranks.run(world_size, cases.train, cfg, known["batch"], STEPS), known)
