@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
+import time
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -258,13 +260,20 @@ def load_config(argv: list[str]) -> Config:
         raise InputError(_explain(error)) from None
 
 
-def exit_with_one_line(error: InputError) -> None:
-    """Ends the process with code 2; of the ranks of a job only the first prints the line."""
-    import os
+ALONE_S = 10.0
+"""Seconds after which a rank that has to stop, in a job that goes on, takes the reason to be its own."""
 
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+
+def exit_with_one_line(error: Exception, code: int = 2) -> NoReturn:
+    """Ends the process with ``code`` and one line, which the first rank of a job prints for all.
+
+    The exit of one rank makes torchrun kill the others. So the others let the first go first; where it does not, because the trouble is
+    theirs alone (a file that one node lacks), they speak for themselves.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(ALONE_S)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -18,17 +20,17 @@ import transformers
 from transformers import AutoTokenizer
 
 from .checkpoint import native
-from .config import Config, load_config
+from .config import Config, exit_with_one_line, load_config
 from .data.prompts import load_prompts
 from .distributed import rank
 from .models.config import DTYPES, ModelDescription, describe_model
 from .platform import choose_device, prepare_megatron, seed_everything, start_process_group
 from .policy.parallel import start_model_parallel
-from .policy.policy import NonFiniteError, Policy
+from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine
 from .rollout.replay import check_groups
-from .types import InputError, Prompt
+from .types import InputError, NonFiniteError, Prompt
 
 
 @dataclass
@@ -121,26 +123,28 @@ def prepare(cfg: Config, *, train: bool) -> Run:
 def start_command(command: Callable[[Config], None]) -> None:
     """Runs a command line's function on the config of ``sys.argv``: exit code 2 and one line for bad input, 1 for a run gone wrong."""
     _keep_children_light()
-    if os.environ.get("RANK", "0") != "0":
-        datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
+    _set_up_messages()
     try:
         command(load_config(sys.argv[1:]))
-    except (InputError, NonFiniteError) as error:
-        if _speaks():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except InputError as error:
+        exit_with_one_line(error)
+    except NonFiniteError as error:
+        exit_with_one_line(error, code=1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _speaks() -> bool:
-    """Whether this rank says why the job ends: the first that stops. Before the ranks have met, one on each node: its files may be
-    the only ones that are amiss."""
-    if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store().add("stopped", 1) == 1
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+def _set_up_messages() -> None:
+    """Our own log lines and the libraries' progress bars from the first rank only."""
+    first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO if first else logging.WARNING)
+    # Megatron and torch disagree on names inside torch.distributed.checkpoint
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
+    if not first:
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
 
 
 def closing_reward(reward: Reward) -> Any:

@@ -22,11 +22,10 @@ from .distributed import barrier, rank, world_size
 from .evaluate import evaluate
 from .metrics.logger import MetricLogger, Timer, cut_after
 from .metrics.progress import Progress
-from .policy.policy import NonFiniteError
 from .rollout.collect import Collected, collect, rollout_figures
 from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
-from .types import SampleGroup, TrainBatch
+from .types import NonFiniteError, SampleGroup, TrainBatch
 
 
 def train(run: Run) -> None:

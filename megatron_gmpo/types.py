@@ -23,6 +23,10 @@ class InputError(ValueError):
     """Bad input from the user: one line that names the field, the value and the remedy. Entry points exit with code 2."""
 
 
+class NonFiniteError(RuntimeError):
+    """A loss, a gradient norm or logits that are NaN or infinite; the weights are no longer to be trusted. Exit code 1."""
+
+
 FinishReason = Literal["stop", "length", "abort"]
 
 

@@ -24,7 +24,7 @@ TINY = Path("runs/tiny")  # where CONFIG looks for model and problems
 console = Console(stderr=True)
 
 
-def make_model(num_steps: int = 350) -> None:
+def make_model() -> None:
     """The warmed-up model and the problems, unless an earlier demo left them."""
     done = TINY / "warm_up.json"
     if done.is_file():
@@ -33,8 +33,8 @@ def make_model(num_steps: int = 350) -> None:
     arithmetic.main(TINY)
     make_tiny_model(TINY / "model")
     train, _ = arithmetic.addition_problems()
-    loss = warm_up(TINY / "model", train, steps=num_steps)
-    done.write_text(json.dumps({"steps": num_steps, "loss": loss}))
+    loss = warm_up(TINY / "model", train)
+    done.write_text(json.dumps({"loss": loss}))
 
 
 def train(run_dir: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor
 from ..distributed import all_gather_objects
 from ..models.mapping import Mapping, Match, canonical_name, is_expert, with_global_numbers
 from ..types import InputError
+
+_DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
 
 
 class SafetensorsFolder:
@@ -38,8 +40,8 @@ class SafetensorsFolder:
         self._files = files
 
     @property
-    def names(self) -> set[str]:
-        return set(self._files)
+    def names(self) -> KeysView[str]:
+        return self._files.keys()
 
     def get(self, name: str) -> Tensor:
         """The tensor on the CPU, in its own dtype."""
@@ -87,7 +89,7 @@ def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: 
         source = SafetensorsFolder(path)
         for parameter in local_parameters(chunks, groups):
             used.update(_load_parameter(parameter, source, mapping, groups))
-        present, problem = source.names, None
+        present, problem = {name for name in source.names if not name.endswith(_DERIVED)}, None
     except InputError as error:
         present, problem = set[str](), str(error)
     reports = all_gather_objects((problem, used))

@@ -121,10 +121,10 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
         )
     if tp > 1 and not parallel.uses_sequence_parallel:
         raise InputError("parallel.sequence_parallel = false with tensor_model_parallel_size > 1 on a MoE model: Megatron needs it true")
-    if tp > 1 and ep == 1 and etp == 1:
+    if ep == 1 and etp != tp:  # Megatron-Core then reduces expert gradients over the ranks of the dense part
         raise InputError(
-            f"parallel.tensor_model_parallel_size = {tp} with expert_tensor_parallel_size = 1 and expert_model_parallel_size = 1 leaves "
-            f"expert gradients unreduced in Megatron-Core: set expert_tensor_parallel_size = {tp} or expert_model_parallel_size > 1"
+            f"parallel.expert_tensor_parallel_size = {etp} with tensor_model_parallel_size = {tp} and expert_model_parallel_size = 1 gives "
+            f"wrong expert gradients in Megatron-Core: set expert_tensor_parallel_size = {tp} or expert_model_parallel_size > 1"
         )
 
 

@@ -7,8 +7,9 @@ Megatron-Core names CUDA in three ways, and each gets its CPU meaning here:
 - ``Tensor.cuda()`` and ``Module.cuda()``, which do nothing;
 - tests of ``tensor.type()`` against ``"torch.cuda.FloatTensor"``, which the answer is made to pass.
 
-Two functions of Megatron itself assume a GPU library and are replaced: gradient clipping (clip_grads.py) and the token counts that
-the MoE dispatcher hands to the all-to-all (moe_utils.py). Everything was read from and tested against ``SUPPORTED_VERSION``.
+Functions of Megatron itself that assume a GPU library are replaced: gradient clipping (clip_grads.py), the token counts that the MoE
+dispatcher hands to the all-to-all (moe_utils.py), and gathers of unequal parts, which NCCL can do and gloo cannot (mappings.py).
+Everything was read from and tested against ``SUPPORTED_VERSION``.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def _patch_megatron() -> None:
     import megatron.core.models.gpt
     import megatron.core.pipeline_parallel  # noqa: F401
     from megatron.core.optimizer import clip_grads, optimizer
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     on_cpu = _torch_on_cpu()
@@ -141,6 +142,9 @@ def _patch_megatron() -> None:
     patched: Any = random
     patched._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     patched._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    patched = mappings
+    patched._gather_along_first_dim = functools.partial(_gather_along_first_dim, mappings._gather_along_first_dim)
+    patched._reduce_scatter_along_first_dim = functools.partial(_reduce_scatter_along_first_dim, mappings._reduce_scatter_along_first_dim)
     for patched in (clip_grads, optimizer):
         patched.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
     for patched in (moe_utils, token_dispatcher):
@@ -158,6 +162,27 @@ def _clip_grad_by_total_norm_fp32(
     scale = max_norm / (total_norm + 1.0e-6)
     if scale < 1.0 and grads:
         torch._foreach_mul_(grads, scale)
+
+
+def _gather_along_first_dim(
+    of_equal_parts: Callable[..., Tensor], x: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    if sizes is None or group.size() == 1:
+        return of_equal_parts(x, group, sizes, use_global_buffer)
+    whole = x.new_zeros(sum(sizes), *x.shape[1:])
+    whole.split(sizes)[group.rank()].copy_(x)
+    torch.distributed.all_reduce(whole, group=group)
+    return whole
+
+
+def _reduce_scatter_along_first_dim(
+    to_equal_parts: Callable[..., Tensor], x: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> Tensor:
+    if sizes is None or group.size() == 1:
+        return to_equal_parts(x, group, sizes, use_global_buffer)
+    total = x.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()]
 
 
 def _maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -23,16 +23,12 @@ from ..data.packing import pack, plan_microbatches
 from ..distributed import all_gather_objects
 from ..metrics.logger import reduce_metrics, value_of
 from ..models.config import ModelDescription
-from ..types import Metric, Microbatch, TrainBatch
+from ..types import Metric, Microbatch, NonFiniteError, TrainBatch
 from .build import build_chunks, make_trainable
 from .logprobs import vocab_parallel_logprobs
 
 MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
 """(logprobs (T,), entropy (T,), microbatch, its place) -> (scaled loss, anything to keep), on the last pipeline stage."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient norm that is NaN or infinite; the weights are no longer to be trusted."""
 
 
 class Policy:
@@ -227,5 +223,5 @@ class Policy:
 
 
 def _check_finite(what: str, metric: Metric) -> None:
-    if not math.isfinite(value_of(metric)):
+    if not math.isfinite(metric.total):
         raise NonFiniteError(f"{what} is {value_of(metric)}")

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..distributed import all_gather_objects, rank, world_size
-from ..types import FinishReason, InputError, Prompt, Sample, SampleGroup
+from ..types import FinishReason, InputError, NonFiniteError, Prompt, Sample, SampleGroup
 from .engine import SamplingParams
 
 
@@ -54,6 +54,9 @@ class EmbeddedEngine:
 
         ``rollout_logprobs`` belong to the distribution sampled from, after temperature, top-k and top-p; for greedy decoding to
         the model's own, at temperature 1.
+
+        Raises:
+            NonFiniteError: the weights give logits that are NaN or infinite.
         """
         # Neighbours in length share a batch, and each rank gets every world_size-th of them.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
@@ -137,7 +140,10 @@ class EmbeddedEngine:
         slots = torch.arange(cache.get_seq_length() + ids.shape[1], device=self.device)
         mask = (slots >= pad).long() if bool(pad.any()) else None
         out = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float()
+        logits = out.logits[:, -1].float()
+        if not logits.isfinite().all():
+            raise NonFiniteError(f"the rollout model's logits are not finite under the weights of step {self.version}")
+        return logits
 
     def _ends_with_stop(self, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
         """(b,) bool: a stop string stands in the tail of (b, T) tokens. A token spells at least one byte, so that the tail is enough."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.types import InputError, TrainBatch
+from megatron_gmpo.types import InputError, NonFiniteError, TrainBatch
 
 CPU = torch.device("cpu")
 
@@ -53,6 +54,13 @@ def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, floa
 def weights_on_rank_0(policy: Policy) -> dict[str, Tensor] | None:
     weights = {name: tensor.clone() for name, tensor in policy.export_hf()}
     return weights if rank() == 0 else None
+
+
+def failure(cfg: Config, batch: TrainBatch) -> str:
+    """The message with which a training step stops."""
+    with opened(cfg) as policy, pytest.raises(NonFiniteError) as error:
+        _steps(policy, batch, 1)
+    return str(error.value)
 
 
 def refusal(cfg: Config) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,6 @@ CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_ten
 VOCAB = 259  # of the text tokenizer: prime to 128 and to every layout
 STEPS = 3
 LR, EPS, CLIP_GRAD, CLIP = 5e-3, 1e-4, 0.3, 0.3
-MODELS: dict[Family, dict[str, Any]] = {"qwen3": {}, "qwen3_moe": {}}
 
 
 def make_batch() -> TrainBatch:
@@ -49,20 +50,19 @@ class Reference:
     def model(self, family: Family, seed: int = 0) -> Path:
         return self._tiny_model(family, tokenizer=self._tokenizer, hidden_size=32, ffn_hidden_size=32, head_dim=16, seed=seed)
 
-    def __call__(self, family: Family, **options: Any) -> dict[str, Any]:
-        key = (family, *sorted(options.items()))
+    def __call__(self, family: Family, minibatches: int = 1, **options: Any) -> dict[str, Any]:
+        """What training on the first of ``minibatches`` gives; ``options`` are those of ``reference.train``."""
+        key = (family, minibatches, *sorted(options.items()))
         if key not in self._known:
-            path, batch = self.model(family), make_batch()
-            old = reference.batch_logprobs(path, batch)
+            path, batch = self.model(family), make_batch().split(minibatches)[0]
+            settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0, "temperature": 1.0}
+            settings |= {"lr": LR, "eps": EPS, "clip_grad": CLIP_GRAD} | options
+            old = reference.batch_logprobs(path, batch, settings["temperature"])
             noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
             batch.old_logprobs = torch.where(batch.response_mask, old.float() + noise, 0.0)
-            settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0} | options
-            known = reference.train(
-                path, batch, STEPS, self._tmp.mktemp("reference"), lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings
-            )
-            assert min(known["norms"]) > CLIP_GRAD  # the clip acts
-            known |= {"path": path, "batch": batch, "before": reference.saved_tensors(path)}
-            known["logprobs"] = reference.batch_logprobs(path, batch, options.get("temperature", 1.0))
+            known = reference.train(path, batch, STEPS, self._tmp.mktemp("reference"), **settings)
+            assert min(known["norms"]) > settings["clip_grad"]  # the clip acts
+            known |= {"path": path, "batch": batch, "before": reference.saved_tensors(path), "logprobs": old}
             self._known[key] = known
         return self._known[key]
 
@@ -123,12 +123,14 @@ MOE: dict[str, tuple[int, dict[str, int], bool]] = {
     "tp2 etp2": (2, {TP: 2, ETP: 2}, False),
     "tp2 ep2": (2, {TP: 2, EP: 2}, False),
     "cp2 ep2": (2, {CP: 2, EP: 2}, False),
-    "etp2": (2, {ETP: 2}, False),
+    "etp2 ep2": (4, {ETP: 2, EP: 2}, False),
     "tp2 cp2 ep2": (4, {TP: 2, CP: 2, EP: 2}, False),
     "tp2 cp2 etp2": (4, {TP: 2, CP: 2, ETP: 2}, True),
     "pp2 cp2 ep2": (4, {PP: 2, CP: 2, EP: 2}, False),
     "tp2 pp2 ep2": (4, {TP: 2, PP: 2, EP: 2}, True),
     "dp2 tp2 ep4": (4, {TP: 2, EP: 4}, True),
+    "tp2 ep2 etp2": (4, {TP: 2, EP: 2, ETP: 2}, False),
+    "cp2 ep2 etp2": (4, {CP: 2, EP: 2, ETP: 2}, False),
     "dp2 tp2 ep2": (4, {TP: 2, EP: 2}, True),
 }
 
@@ -146,3 +148,87 @@ def test_layout_equals_float64_reference(
     optimizer = {"use_distributed_optimizer": distributed}
     cfg = config(known["path"], parallel, max_tokens=max_tokens, optimizer=optimizer)
     check(ranks.run(world_size, cases.train, cfg, known["batch"], STEPS), known)
+
+
+@pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2 cp2"), ("qwen3_moe", "pp2 cp2 ep2")])
+def test_token_mean_loss(ranks: RankPool, expected: Reference, family: Family, layout: str) -> None:
+    known = expected(family, loss="dapo")
+    world_size, parallel, _ = (DENSE | MOE)[layout]
+    cfg = config(known["path"], parallel, max_tokens=40, algorithm={"loss": "dapo"})
+    check(ranks.run(world_size, cases.train, cfg, known["batch"], STEPS), known)
+
+
+@pytest.mark.parametrize(("family", "layout"), [("qwen3", "cp2 pp2"), ("qwen3_moe", "tp2 ep2")])
+def test_kl_and_entropy_penalties(ranks: RankPool, expected: Reference, family: Family, layout: str) -> None:
+    ref_path = expected.model(family, seed=1)
+    known = expected(family, ref_path=ref_path, kl_coef=0.2, entropy_coef=0.05)
+    assert known["losses"][0] != pytest.approx(expected(family)["losses"][0], rel=0.01)
+    world_size, parallel, _ = (LAYOUTS | MOE)[layout]
+    penalties = {"kl_coef": 0.2, "entropy_coef": 0.05}
+    cfg = config(known["path"], parallel, max_tokens=40, algorithm=penalties, model={"reference_path": str(ref_path)})
+    check(ranks.run(world_size, cases.train, cfg, known["batch"], STEPS), known)
+
+
+def test_temperature(ranks: RankPool, expected: Reference) -> None:
+    known = expected("qwen3", temperature=0.7)
+    cfg = config(known["path"], {TP: 2}, max_tokens=40, rollout={"temperature": 0.7})
+    check(ranks.run(2, cases.train, cfg, known["batch"], STEPS), known)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 ep2", "pp2 vpp2"])
+def test_activation_recomputation(ranks: RankPool, expected: Reference, layout: str) -> None:
+    known = expected("qwen3_moe")
+    world_size, parallel, _ = (LAYOUTS | MOE)[layout]
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    cfg = config(known["path"], parallel, max_tokens=40, megatron=recompute)
+    check(ranks.run(world_size, cases.train, cfg, known["batch"], STEPS), known)
+
+
+@pytest.mark.parametrize("layout", ["dp2 distributed optimizer", "ep2"])
+def test_gradient_norm_is_reported_without_clipping(ranks: RankPool, expected: Reference, layout: str) -> None:
+    known = expected("qwen3_moe", clip_grad=1e-9)  # only the first step's norm is comparable, and the update is not
+    world_size, parallel, distributed = (LAYOUTS | MOE)[layout]
+    optimizer = {"clip_grad": 0.0, "use_distributed_optimizer": distributed}
+    cfg = config(known["path"], parallel, max_tokens=40, optimizer=optimizer)
+    for result in ranks.run(world_size, cases.train, cfg, known["batch"], 1):
+        assert result["history"][0]["grad_norm"] == pytest.approx(known["norms"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", [{EP: 2}, {}, {EP: 4}])
+def test_fewer_sequences_than_data_parallel_ranks(ranks: RankPool, expected: Reference, layout: dict[str, int]) -> None:
+    known = expected("qwen3_moe", minibatches=3)
+    assert len(known["batch"]) == 3
+    cfg = config(known["path"], layout, max_tokens=4096)
+    check(ranks.run(4, cases.train, cfg, known["batch"], STEPS), known)
+
+
+def test_minibatch_without_response_tokens(ranks: RankPool, expected: Reference) -> None:
+    known = expected("qwen3")
+    batch = replace(known["batch"], response_mask=torch.zeros_like(known["batch"].response_mask))
+    for result in ranks.run(2, cases.train, config(known["path"], {CP: 2}, max_tokens=40), batch, 1):
+        assert math.isnan(result["history"][0]["loss"])  # a mean over nothing
+        assert result["history"][0]["grad_norm"] == 0
+        for name, tensor in (result["weights"] or {}).items():
+            assert_close(tensor, known["before"][name], atol=0, rtol=0)
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(ranks: RankPool, expected: Reference) -> None:
+    known = expected("qwen3")
+    advantages = known["batch"].advantages.clone()
+    advantages[2] = math.nan
+    cfg = config(known["path"], {PP: 2}, max_tokens=1)
+    assert ranks.run(4, cases.failure, cfg, replace(known["batch"], advantages=advantages)) == ["loss is nan"] * 4
+
+
+@pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2"), ("qwen3_moe", "ep2 distributed optimizer"), ("qwen3_moe", "ep2")])
+def test_bf16(ranks: RankPool, expected: Reference, family: Family, layout: str) -> None:
+    known = expected(family)
+    world_size, parallel, distributed = (DENSE | MOE)[layout]
+    optimizer = {"use_distributed_optimizer": distributed}
+    cfg = config(known["path"], parallel, max_tokens=40, model={"dtype": "bf16"}, optimizer=optimizer)
+    results = ranks.run(world_size, cases.train, cfg, known["batch"], 1)
+    assert results[0]["history"][0]["loss"] == pytest.approx(known["losses"][0], abs=0.03)
+    assert results[0]["history"][0]["grad_norm"] == pytest.approx(known["norms"][0], rel=0.05)
+    assert {tensor.dtype for tensor in results[0]["weights"].values()} == {torch.bfloat16}
+    moved = [not torch.equal(tensor, known["before"][name].bfloat16()) for name, tensor in results[0]["weights"].items()]
+    assert all(moved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_gmpo.config import Config, EvalConfig, ParallelConfig, exit_with_one_line, load_config
+from megatron_gmpo.config import ALONE_S, Config, EvalConfig, ParallelConfig, exit_with_one_line, load_config
 from megatron_gmpo.types import InputError
+
+ROOT = Path(__file__).parents[2]
 
 TOML = """
 run_dir = "runs/a"
@@ -205,20 +208,30 @@ def test_help_lists_every_option_and_exits_0() -> None:
     assert [option for option in options if option not in done.stdout] == []
 
 
-@pytest.mark.parametrize(("rank", "printed"), [(None, True), ("0", True), ("3", False)])
-def test_user_errors_exit_with_code_2_and_one_rank_speaks(
-    rank: str | None, printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("rank", "waits"), [(None, []), ("0", []), ("3", [ALONE_S])])
+def test_user_errors_exit_with_code_2_and_the_first_rank_speaks_first(
+    rank: str | None, waits: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     with pytest.raises(SystemExit) as caught:
         exit_with_one_line(InputError("data.path = 'x' does not exist"))
     assert caught.value.code == 2
-    assert capsys.readouterr().err == ("error: data.path = 'x' does not exist\n" if printed else "")
+    assert waited == waits
+    assert capsys.readouterr().err == "error: data.path = 'x' does not exist\n"
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("examples/**/*.toml")), ids=lambda path: path.name)
+def test_the_readmes_example_loads(tmp_path: Path) -> None:
+    block = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    (tmp_path / "c.toml").write_text(block[1])
+    assert load_config([str(tmp_path / "c.toml")]).algorithm.loss == "gmpo"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.toml")), ids=lambda path: path.name)
 def test_every_example_loads(path: Path) -> None:
     assert load_config([str(path)]) != Config()
     assert tomllib.loads(path.read_text())

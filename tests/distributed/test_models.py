@@ -1,0 +1,257 @@
+"""Conversion: Megatron's log probabilities are transformers', and the export is the source bit for bit, in several layouts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_gmpo.types import TrainBatch
+from tools.make_tiny_model import Family
+
+from . import cases, reference
+from .ranks import RankPool
+from .test_layouts import CP, EP, ETP, PP, TP, VPP, config, make_batch
+
+pytestmark = pytest.mark.distributed
+
+VOCAB = 259  # needs padding in every layout
+
+MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3 one group": ("qwen3", {"num_key_value_heads": 4, "vocab_size": 384}),
+    "llama": ("llama", {}),
+    "llama3 rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            "head_dim": 32,  # wavelengths below 2048 tokens, between, and above 8192
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen3_moe mlp_only_layers": ("qwen3_moe", {"mlp_only_layers": [0, 3], "intermediate_size": 48}),
+    "qwen3_moe decoder_sparse_step": ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 48}),
+}
+
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one rank": (1, {}),
+    "tp2": (2, {TP: 2}),
+    "pp2": (2, {PP: 2}),
+    "pp2 vpp2": (2, {PP: 2, VPP: 2}),
+    "tp2 pp2": (4, {TP: 2, PP: 2}),
+    "cp2": (2, {CP: 2}),
+    "ep2": (2, {EP: 2}),
+    "tp2 ep2": (2, {TP: 2, EP: 2}),
+    "tp2 etp2": (2, {TP: 2, ETP: 2}),
+    "pp2 vpp2 ep2": (4, {PP: 2, VPP: 2, EP: 2}),
+    "tp2 ep2 etp2": (4, {TP: 2, EP: 2, ETP: 2}),
+    "ep4": (4, {EP: 4}),
+}
+
+COVERED = {
+    "qwen2": ["one rank", "tp2", "pp2 vpp2"],
+    "qwen2 tied": ["tp2 pp2"],
+    "qwen3": ["one rank", "tp2", "pp2 vpp2", "tp2 pp2"],
+    "qwen3 tied": ["one rank", "tp2", "pp2", "pp2 vpp2", "tp2 pp2"],
+    "qwen3 one group": ["tp2"],
+    "llama": ["one rank", "tp2 pp2"],
+    "llama3 rope": ["one rank", "cp2"],
+    "qwen3_moe": ["one rank", "ep2", "tp2 ep2", "tp2 etp2", "pp2 vpp2 ep2", "tp2 ep2 etp2", "ep4"],
+    "qwen3_moe not normalised": ["one rank", "tp2 ep2"],
+    "qwen3_moe mlp_only_layers": ["one rank", "pp2 vpp2 ep2"],
+    "qwen3_moe decoder_sparse_step": ["pp2", "tp2 ep2"],
+}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of one of MODELS, every weight random, and large enough for attention to look at some tokens only."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            family, changes = MODELS[name]
+            hf = AutoConfig.from_pretrained(tiny_model(family, hidden_size=32, ffn_hidden_size=32, head_dim=16))
+            hf.update({"vocab_size": VOCAB, "max_position_embeddings": 131072, **changes})
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3 if parameter.ndim > 1 else 0.1)
+            made[name] = tmp_path_factory.mktemp("model")
+            model.save_pretrained(made[name])
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, layouts in COVERED.items() for layout in layouts])
+def test_logprobs_are_transformers_and_export_is_the_source(
+    ranks: RankPool, model_folder: Callable[[str], Path], model: str, layout: str
+) -> None:
+    path, batch = model_folder(model), long_batch() if "rope" in model else make_batch()
+    world_size, parallel = LAYOUTS[layout]
+    results = ranks.run(world_size, cases.train, config(path, parallel, max_tokens=64), batch, 0)
+    for result in results:
+        assert_close(result["logprobs"].double(), reference.batch_logprobs(path, batch), atol=1e-4, rtol=0)
+    assert_same_tensors(results[0]["weights"], reference.saved_tensors(path))
+
+
+def long_batch() -> TrainBatch:
+    """One sequence long enough to turn the slow channels of rotary embeddings."""
+    tokens = torch.randint(3, VOCAB, (700,), generator=torch.Generator().manual_seed(0))
+    return TrainBatch(tokens, torch.tensor([700]), torch.arange(700) >= 1, torch.ones(1), torch.zeros(700))
+
+
+def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path]) -> None:
+    """Else the llama3 case above would prove nothing."""
+    path, tokens = model_folder("llama3 rope"), long_batch().tokens
+    scaled = reference.load_float64(path)
+    hf = AutoConfig.from_pretrained(path)
+    hf.rope_parameters = {"rope_type": "default", "rope_theta": hf.rope_parameters["rope_theta"]}
+    plain = AutoModelForCausalLM.from_config(hf, dtype=torch.float64, attn_implementation="eager")
+    plain.load_state_dict(scaled.state_dict())
+    with torch.no_grad():
+        scaled, plain = (reference.sequence_logprobs(model, tokens, 1.0)[0] for model in (scaled, plain))
+    assert (scaled - plain).abs().max() > 0.1
+
+
+def test_a_folder_with_shards_and_an_index_and_bf16_weights(
+    ranks: RankPool, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = AutoModelForCausalLM.from_pretrained(model_folder("qwen3_moe"), dtype=torch.bfloat16)
+    source.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    cfg = config(tmp_path, {TP: 2, EP: 2}, max_tokens=64, model={"dtype": "bf16"})
+    assert_same_tensors(ranks.run(2, cases.train, cfg, make_batch(), 0)[0]["weights"], reference.saved_tensors(tmp_path))
+
+
+@pytest.fixture
+def broken_folder(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a model whose tensors ``change`` has changed."""
+
+    def make(model: str, change: Callable[[dict[str, Tensor]], Any]) -> Path:
+        source = model_folder(model)
+        tensors = load_file(source / "model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        (tmp_path / "config.json").write_text((source / "config.json").read_text())
+        return tmp_path
+
+    return make
+
+
+NORM, FC2 = "model.layers.3.input_layernorm.weight", "model.layers.2.mlp.experts.5.down_proj.weight"
+REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "missing norm of the last stage": (lambda t: t.pop(NORM), f"lacks the tensor '{NORM}'"),
+    "missing tensor of one expert": (lambda t: t.pop(FC2), f"lacks the tensor '{FC2}'"),
+    "missing head": (lambda t: t.pop("lm_head.weight"), "lacks the tensor 'lm_head.weight'"),
+    "extra bias": (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}), "'model.layers.1.self_attn.q_proj.bias'"),
+    "extra layer": (lambda t: t.update({NORM.replace("3", "4"): t[NORM].clone()}), f"'{NORM.replace('3', '4')}'"),
+    "misshapen expert": (lambda t: t.update({FC2: t[FC2][:, :-2].contiguous()}), f"{FC2} (32, 30)"),
+    "misshapen norm": (lambda t: t.update({NORM: torch.ones(1)}), f"{NORM} (1,)"),
+    "misshapen key": (
+        lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": torch.zeros(31, 32)}),
+        "model.layers.0.self_attn.k_proj.weight (31, 32)",
+    ),
+    "larger vocabulary": (
+        lambda t: t.update({"model.embed_tokens.weight": torch.zeros(VOCAB + 1, 32)}),
+        f"model.embed_tokens.weight ({VOCAB + 1}, 32)",
+    ),
+    "smaller vocabulary": (
+        lambda t: t.update({"model.embed_tokens.weight": torch.zeros(VOCAB - 1, 32)}),
+        f"model.embed_tokens.weight ({VOCAB - 1}, 32)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("layout", ["one rank", "tp2 etp2", "pp2 vpp2 ep2"])
+def test_a_folder_that_does_not_fit_is_refused_on_every_rank(
+    ranks: RankPool, broken_folder: Callable[..., Path], layout: str, name: str
+) -> None:
+    change, named = REFUSED[name]
+    world_size, parallel = LAYOUTS[layout]
+    messages = ranks.run(world_size, cases.refusal, config(broken_folder("qwen3_moe", change), parallel, max_tokens=64))
+    for message in messages:
+        assert named in message
+        assert "\n" not in message
+
+
+def test_weights_that_are_no_safetensors(ranks: RankPool, broken_folder: Callable[..., Path]) -> None:
+    path = broken_folder("qwen3", lambda tensors: None)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert all(str(file) in message for message in ranks.run(2, cases.refusal, config(path, {}, max_tokens=64)))
+    file.unlink()
+    assert all("no model.safetensors" in message for message in ranks.run(2, cases.refusal, config(path, {}, max_tokens=64)))
+
+
+def test_buffers_that_old_folders_store_are_no_parameters(ranks: RankPool, broken_folder: Callable[..., Path]) -> None:
+    path = broken_folder("llama", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    assert ranks.run(1, cases.refusal, config(path, {}, max_tokens=64)) == [""]
+
+
+SHIM = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM
+from megatron_gmpo.platform import prepare_megatron
+
+def answer():
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        return tensors, model(torch.arange(3, 40)[None]).logits
+
+tensors, logits = answer()
+prepare_megatron(torch.device("cpu"))
+prepare_megatron(torch.device("cpu"))
+after, logits_after = answer()
+assert tensors.keys() == after.keys() and len(tensors) > 40
+assert any(name.endswith("inv_freq") for name in after)
+for name, tensor in after.items():
+    assert tensor.device.type == "cpu" and torch.equal(tensor, tensors[name]), name
+assert torch.equal(logits, logits_after)
+with torch.device("meta"):
+    assert torch.zeros(1).is_meta and torch.empty(1).is_meta
+assert torch.zeros(1, device="meta").is_meta
+assert not torch.cuda.is_available()
+try:
+    torch.zeros(1, device="cuda")
+except (RuntimeError, AssertionError):
+    pass
+else:
+    raise AssertionError("outside Megatron, cuda no longer means cuda")
+"""
+
+
+def test_transformers_is_as_it_was_beside_the_cpu_shim(model_folder: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-c", SHIM, str(model_folder("qwen3_moe"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,210 @@
+"""Bad input is refused before any work starts: exit code 2 and one line that names the field and the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gmpo.checkpoint import native
+from megatron_gmpo.models.config import read_hf_config
+from tools import arithmetic
+
+from .commands import CONFIG, ROOT, error_lines, options, run_module
+
+pytestmark = pytest.mark.distributed
+
+Case = dict[str, Any]
+
+
+def case(world_size: int = 1, **values: object) -> Case:
+    return {"argv": options(**values), "env": {"WORLD_SIZE": str(world_size)}}
+
+
+# what is wrong -> (options, what the line must say); {tmp} is the folder of the fixture ``folder``
+CASES: dict[str, tuple[Case, str]] = {
+    "unknown key": (case(optimizer__learning_rat=1), r"unknown config key 'optimizer\.learning_rat': did you mean '"),
+    "unknown megatron field": (case(megatron__moe_aux_loss_coef=0.1), r"'megatron\.moe_aux_loss_coef'.*'megatron\.moe_aux_loss_coeff'"),
+    "fp8 without TE": (case(megatron__fp8="hybrid"), r"megatron\.fp8 = 'hybrid' needs Transformer Engine and a GPU"),
+    "world size": (case(world_size=3, parallel__pipeline_model_parallel_size=2), r"= 2 does not divide the world size 3"),
+    "expert world size": (
+        case(world_size=2, parallel__expert_model_parallel_size=4),
+        r"expert 4 .* = 4 does not divide the world size 2",
+    ),
+    "heads": (
+        case(world_size=3, parallel__tensor_model_parallel_size=3),
+        r"tensor_model_parallel_size = 3 does not divide num_attention_heads = 4: choose a divisor of 4",
+    ),
+    "key-value heads": (
+        case(world_size=4, parallel__tensor_model_parallel_size=4),
+        r"tensor_model_parallel_size = 4 does not divide num_key_value_heads = 2",
+    ),
+    "layers": (
+        case(world_size=3, parallel__pipeline_model_parallel_size=3),
+        r"pipeline_model_parallel_size.* = 3 does not divide num_layers = 2",
+    ),
+    "experts": (
+        case(world_size=3, parallel__expert_model_parallel_size=3),
+        r"expert_model_parallel_size = 3 does not divide num_experts = 8",
+    ),
+    "tensor parallel MoE without sequence parallel": (
+        case(
+            world_size=2,
+            parallel__tensor_model_parallel_size=2,
+            parallel__expert_model_parallel_size=2,
+            parallel__sequence_parallel="false",
+        ),
+        r"parallel\.sequence_parallel = false .* MoE model: Megatron needs it true",
+    ),
+    "tensor parallel experts left unreduced": (
+        case(world_size=2, parallel__tensor_model_parallel_size=2),
+        r"expert_tensor_parallel_size = 1 with tensor_model_parallel_size = 2 .*: set expert_tensor_parallel_size = 2",
+    ),
+    "no config file": ({"argv": [], "env": {}}, r"config file nowhere\.toml does not exist: give the path of a TOML file"),
+    "bad TOML": ({"argv": [], "env": {}}, r"config file .*broken\.toml cannot be read as TOML: .*line 2"),
+    "no value": ({"argv": ["--train.num_steps"], "env": {}}, r"--train\.num_steps has no value"),
+    "no model": (case(model__path="nowhere"), r"model\.path = 'nowhere' has no config\.json: give a Hugging Face model folder"),
+    "model family": (case(model__path="{tmp}/gpt2"), r"is a 'gpt2' model, a family without a table: use one of .*qwen3_moe"),
+    "no data file": (case(data__path="nowhere.jsonl"), r"data\.path = 'nowhere\.jsonl' does not exist: give a \.jsonl"),
+    "no column": (case(data__prompt_column="question"), r"data\.prompt_column = 'question' is not a column of .*choose one of"),
+    "no rows": (case(data__path="{tmp}/empty.jsonl"), r"data\.path = '.*empty\.jsonl' has no rows"),
+    "no benchmark file": (case(eval__sets__heldout__path="nowhere.csv"), r"eval\.sets\.heldout\.path = 'nowhere\.csv' does not exist"),
+    "negative clip": (case(algorithm__clip_low=-0.2), r"algorithm\.clip_low = -0\.2: .*greater than or equal to 0"),
+    "unknown loss": (case(algorithm__loss="gmp"), r"algorithm\.loss = 'gmp' is unknown: did you mean 'gmpo'\?"),
+    "unknown loss option": (case(algorithm__options__dual_clp=3.0), r"algorithm\.options\.dual_clp .*did you mean algorithm\.options\.dual_clip"),
+    "unknown reward": (case(reward__name="maths"), r"reward\.name = 'maths' is unknown: did you mean 'math'\?"),
+    "reward import": (case(reward__name="tests.nowhere:reward"), r"reward\.name = 'tests\.nowhere:reward' cannot be imported"),
+    "k above samples": (case(eval__k="[1, 8]"), r"eval: k = 8 needs samples_per_prompt >= 8, not 1"),
+    "checkpoint of another model": (
+        case(run_dir="{tmp}/other"),
+        r"iter_0000007 is of another model \(hidden_size = 128, model\.path has 64\): choose another run_dir",
+    ),
+    "resume refused": (
+        case(run_dir="{tmp}/same", checkpoint__resume="false"),
+        r"run_dir = '.*same' already holds iter_0000007: set checkpoint\.resume = true or choose another run_dir",
+    ),
+    "no replay": (
+        case(rollout__replay_path="nowhere"),
+        r"rollout\.replay_path = 'nowhere' has no groups for step 0, it has no steps at all: save them with rollout\.save_path",
+    ),
+    "replay too short": (
+        case(rollout__replay_path="{tmp}/rollouts", train__num_steps=3),
+        r"has no groups for step 2, it has steps 0 to 1",
+    ),
+    "GPU": (case(device="cuda"), r"device = 'cuda', but this machine has no usable GPU: set device = 'cpu'"),
+}
+if os.path.exists("/dev/nvidia0"):
+    del CASES["GPU"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, problems, and everything the cases name that is there but wrong."""
+    folder = tmp_path_factory.mktemp("bad")
+    arithmetic.main(folder)
+    model = tiny_model("qwen3_moe", num_layers=2)
+    (folder / "model").symlink_to(model)
+    (folder / "empty.jsonl").touch()
+    (folder / "broken.toml").write_text("seed = 1\nrun_dir = runs/x\n")
+    (folder / "gpt2").mkdir()
+    (folder / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (folder / "rollouts").mkdir()
+    for step in range(2):
+        (folder / "rollouts" / f"step_{step:06d}.jsonl").touch()
+    identity = native.model_identity(read_hf_config(str(model)))
+    for name, saved in (("same", identity), ("other", identity | {"hidden_size": 128})):
+        checkpoint = folder / name / "checkpoints" / "iter_0000007"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": 7, "model": saved}))
+        (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("7")
+    return folder
+
+
+def arguments(name: str, folder: Path) -> list[str]:
+    config = {"no config file": "nowhere.toml", "bad TOML": str(folder / "broken.toml")}.get(name, CONFIG)
+    paths = options(
+        run_dir=folder / "run",
+        model__path=folder / "model",
+        data__path=folder / "train.jsonl",
+        data__max_prompts=4,
+        eval__sets__heldout__path=folder / "heldout.jsonl",
+        eval__sets__heldout__max_prompts=4,
+    )
+    return [config, *paths, *(argument.replace("{tmp}", str(folder)) for argument in CASES[name][0]["argv"])]
+
+
+@pytest.fixture(scope="module")
+def refusals(folder: Path) -> dict[str, dict[str, Any]]:
+    """What came of each case, all run in one process."""
+    cases = [{"argv": arguments(name, folder), "env": CASES[name][0]["env"]} for name in CASES]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.refusals"],
+        input=json.dumps(cases),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_with_one_line(name: str, refusals: dict[str, dict[str, Any]], folder: Path) -> None:
+    result = refusals[name]
+    assert result["code"] == 2, result["stderr"]
+    (line,) = error_lines(result["stderr"])
+    assert re.search(CASES[name][1], line), line
+    assert result["stderr"].splitlines()[-1] == line
+    assert "Traceback" not in result["stderr"]
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["unknown key", "bad TOML"])
+def test_the_command_itself_exits_with_code_2(name: str, folder: Path) -> None:
+    done = run_module("megatron_gmpo.train", *arguments(name, folder))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == error_lines(done.stderr)
+    assert re.search(CASES[name][1], done.stderr)
+
+
+def test_evaluate_wants_a_benchmark(folder: Path) -> None:
+    done = run_module("megatron_gmpo.evaluate", *options(model__path=folder / "model", run_dir=folder / "run"))
+    assert done.returncode == 2
+    assert error_lines(done.stderr) == [
+        "error: eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"
+    ]
+
+
+def test_plot_metrics_wants_a_run(tmp_path: Path) -> None:
+    done = run_module("tools.plot_metrics", tmp_path / "nowhere")
+    assert done.returncode == 2
+    (line,) = error_lines(done.stderr)
+    assert "nowhere/metrics.jsonl does not exist: give the folder of a run" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_under_torchrun_one_rank_speaks_for_all(folder: Path) -> None:
+    done = run_module("megatron_gmpo.train", *arguments("unknown loss", folder), ranks=2)
+    assert done.returncode != 0
+    (line,) = error_lines(done.stderr)
+    assert "algorithm.loss = 'gmp' is unknown" in line
+
+
+def test_trouble_of_one_rank_alone_is_not_silent(folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    argv = [*arguments("unknown loss", folder), *options(run_dir=run_dir, algorithm__loss="gmpo")]
+    done = run_module(
+        "megatron_gmpo.train", *argv, *options(reward__name="tests.integration.rewards:broken_on_rank_1", train__num_steps=1), ranks=2
+    )
+    assert done.returncode != 0
+    (line,) = error_lines(done.stderr)
+    assert re.search(r"reward\.name = .* returned None for .*: return a finite number", line)

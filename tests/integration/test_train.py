@@ -1,0 +1,232 @@
+"""Whole runs of the train and evaluate commands on real Megatron-Core."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_gmpo.config import load_config
+from tools import arithmetic
+
+from .commands import CONFIG, error_lines, json_lines, options, run_module
+
+pytestmark = pytest.mark.distributed
+
+STABLE_METRICS = """
+step loss grad_norm reward/mean reward/std response_length/mean policy/entropy policy/log_ratio_max policy/log_ratio_min
+policy/ratio_max policy/ratio_min policy/clip_fraction_high policy/clip_fraction_low policy/kl_old rollout/logprob_diff_mean
+rollout/k3_kl time/step time/rollout time/logprobs time/train time/weight_sync time/other throughput/tokens_per_second
+""".split()
+
+EP2 = {"parallel__expert_model_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The example config on a tiny random model, small steps, and a reward in which its responses differ."""
+    problems = tmp_path_factory.mktemp("problems")
+    arithmetic.main(problems)
+    return [
+        CONFIG,
+        *options(
+            model__path=tiny_model("qwen3_moe", num_layers=2),
+            data__path=problems / "train.jsonl",
+            data__max_prompts=40,
+            eval__sets__heldout__path=problems / "heldout.jsonl",
+            eval__sets__heldout__max_prompts=8,
+            eval__pass_reward=0.5,
+            reward__name="tests.integration.rewards:share_of_digits",
+            rollout__prompts_per_step=6,
+            rollout__samples_per_prompt=4,
+            train__minibatches_per_step=3,
+            train__max_tokens_per_microbatch=64,
+            optimizer__lr=1e-3,
+            log__tensorboard="false",
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_steps(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with expert parallelism, evaluation before, between and after, and its rollouts saved."""
+    run_dir = tmp_path_factory.mktemp("run") / "two_steps"
+    config = [
+        *argv,
+        *options(
+            run_dir=run_dir,
+            train__num_steps=2,
+            eval__interval=1,
+            eval__samples_per_prompt=4,
+            eval__k="[1, 2, 4]",
+            eval__temperature=1.0,
+            rollout__save_path=run_dir / "rollouts",
+            log__tensorboard="true",
+            **EP2,
+        ),
+    ]
+    done = run_module("megatron_gmpo.train", *config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stderr
+    assert load_config([str(run_dir / "config.toml")]) == load_config(config)
+    return run_dir
+
+
+def test_a_run_leaves_its_figures_transcripts_and_checkpoint(two_steps: Path) -> None:
+    figures = json_lines(two_steps / "metrics.jsonl")
+    assert [line["step"] for line in figures] == [0, 1, 2]
+    for line in figures[1:]:
+        assert [name for name in STABLE_METRICS if line.get(name) is None] == []
+        assert 0 < line["reward/mean"] < 1
+        assert line["grad_norm"] > 0
+        assert line["rollout/logprob_diff_mean"] < 1e-5  # the rollout engine has the policy's weights
+    for line in figures:
+        pass_at = [line[f"eval/heldout/pass@{k}"] for k in (1, 2, 4)]
+        assert 0 < pass_at[0] <= pass_at[1] <= pass_at[2] <= 1
+    assert list((two_steps / "tensorboard").glob("events.out.tfevents.*"))
+    transcripts = json_lines(two_steps / "transcripts.jsonl")
+    assert [line["step"] for line in transcripts] == [1] * 4 + [2] * 4
+    assert all(len(line["samples"]) == 4 for line in transcripts)
+    assert (two_steps / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert (two_steps / "checkpoints" / "iter_0000002" / "state.json").is_file()
+
+
+def test_plot_metrics_draws_the_run(two_steps: Path, tmp_path: Path) -> None:
+    done = run_module("tools.plot_metrics", two_steps, "--out", tmp_path / "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_judges_the_newest_checkpoint(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_steps, run_dir)
+    expected = json_lines(run_dir / "metrics.jsonl")[-1]
+    sampled = options(run_dir=run_dir, eval__samples_per_prompt=4, eval__k="[1, 2, 4]", eval__temperature=1.0)
+    (run_dir / "evaluation_heldout.jsonl").write_text("of an earlier evaluation\n")
+    done = run_module("megatron_gmpo.evaluate", *argv, *sampled, *options(**EP2), ranks=2)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["evaluated"] == str(run_dir / "checkpoints" / "iter_0000002")
+    assert {name: result[name] for name in expected if name.startswith("eval/")} == pytest.approx(
+        {name: value for name, value in expected.items() if name.startswith("eval/")}
+    )
+    assert len(json_lines(run_dir / "evaluation_heldout.jsonl")) == 8
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, {}),
+        (4, {"parallel__tensor_model_parallel_size": 2, **EP2}),
+        (2, {"parallel__pipeline_model_parallel_size": 2}),
+    ],
+    ids=["one rank", "tp2 ep2", "pp2"],
+)
+def test_replayed_rollouts_train_the_same_in_another_layout(
+    ranks: int, layout: dict[str, int], argv: list[str], two_steps: Path, tmp_path: Path
+) -> None:
+    replay = options(
+        run_dir=tmp_path,
+        train__num_steps=2,
+        rollout__replay_path=two_steps / "rollouts",
+        eval__before="false",
+        checkpoint__save_final="false",
+        **layout,
+    )
+    done = run_module("megatron_gmpo.train", *argv, *replay, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    expected, found = (json_lines(folder / "metrics.jsonl") for folder in (two_steps, tmp_path))
+    for a, b in zip(expected[1:], found, strict=True):
+        assert abs(a["loss"]) > 1e-4
+        for name in ("loss", "grad_norm", "policy/log_ratio_max", "policy/entropy", "reward/mean"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+
+
+def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    shutil.copytree(two_steps, broken)
+    with (broken / "transcripts.jsonl").open("a") as file:  # what a kill between two checkpoints leaves behind
+        file.write(json.dumps({"step": 3, "prompt_id": "lost"}) + "\n")
+    shared = options(
+        train__num_steps=4,
+        eval__interval=1,
+        eval__samples_per_prompt=4,
+        eval__k="[1, 2, 4]",
+        eval__temperature=1.0,
+        **EP2,
+    )
+    for run_dir in (broken, unbroken):
+        done = run_module("megatron_gmpo.train", *argv, *shared, *options(run_dir=run_dir), ranks=2)
+        assert done.returncode == 0, done.stderr
+    first, second = ([_untimed(line) for line in json_lines(folder / "metrics.jsonl")] for folder in (broken, unbroken))
+    assert [line["step"] for line in first] == [0, 1, 2, 3, 4]
+    assert first == second
+    assert (broken / "transcripts.jsonl").read_text() == (unbroken / "transcripts.jsonl").read_text()
+
+
+def _untimed(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if not name.startswith(("time/", "throughput/"))}
+
+
+def test_a_finished_run_is_left_as_it_is(argv: list[str], two_steps: Path) -> None:
+    def contents() -> dict[Path, tuple[int, bytes]]:
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in two_steps.rglob("*") if path.is_file()}
+
+    before = contents()
+    done = run_module("megatron_gmpo.train", *argv, *options(run_dir=two_steps, train__num_steps=2))
+    assert done.returncode == 0, done.stderr
+    assert "has 2 of 2 steps: nothing to do" in done.stdout
+    assert contents() == before
+
+
+@pytest.mark.parametrize("mode", ["drop", "resample"])
+def test_dynamic_sampling_with_a_reference_policy(mode: str, argv: list[str], tmp_path: Path) -> None:
+    chosen = options(
+        run_dir=tmp_path,
+        train__num_steps=2,
+        train__minibatches_per_step=1,
+        rollout__max_new_tokens=1,  # a digit or not: some groups of two agree
+        rollout__samples_per_prompt=2,
+        rollout__dynamic_sampling=mode,
+        algorithm__kl_coef=0.05,
+        eval__before="false",
+        checkpoint__save_final="false",
+    )
+    done = run_module("megatron_gmpo.train", *argv, *chosen)
+    assert done.returncode == 0, done.stderr
+    first, second = json_lines(tmp_path / "metrics.jsonl")
+    assert first["rollout/dropped_groups"] > 0
+    assert (first["rollout/resample_rounds"] > 0) == (mode == "resample")
+    assert first["reward/std"] > 0
+    # the reference is the model that the run starts from
+    assert first["policy/kl_ref"] == pytest.approx(0, abs=1e-9)
+    assert second["policy/kl_ref"] > 1e-6
+
+
+@pytest.mark.parametrize("minibatches", [3, 1], ids=["in the update", "in the next rollout"])
+def test_a_diverged_run_stops_and_says_where(minibatches: int, argv: list[str], two_steps: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_steps, run_dir)
+    diverging = options(run_dir=run_dir, train__num_steps=9, optimizer__lr=1e30, train__minibatches_per_step=minibatches, **EP2)
+    done = run_module("megatron_gmpo.train", *argv, *diverging, ranks=2)
+    assert done.returncode == 1
+    (line,) = error_lines(done.stderr)
+    assert "[rank" not in done.stderr  # how torchrun marks a rank's traceback
+    assert (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert (run_dir / "checkpoints" / "iter_0000002" / "state.json").is_file()
+    if minibatches == 1:
+        assert line == "error: the rollout model's logits are not finite under the weights of step 3"
+        return
+    file = run_dir / "nonfinite_step_000003.safetensors"
+    assert line.startswith("error: step 3: loss is nan")
+    assert str(file) in line
+    batch = safetensors.torch.load_file(file)
+    assert int(batch["lengths"].sum()) == len(batch["tokens"])
+    assert torch.isfinite(batch["advantages"]).all()
+    assert json_lines(run_dir / "events.jsonl")[-1]["event"] == "nonfinite"
