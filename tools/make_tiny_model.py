@@ -135,6 +135,9 @@ def make_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), dtype=torch.float32)
+        with torch.no_grad():
+            # transformers zeroes the padding token's embedding; should it be sampled, the norm's gradient there is 1 / sqrt(eps)
+            model.get_input_embeddings().weight[tokenizer.pad_token_id].normal_(std=initializer_range)
         if randomize_norms:
             with torch.no_grad():
                 for parameter in model.parameters():

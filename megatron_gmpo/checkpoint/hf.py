@@ -105,7 +105,10 @@ def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: 
 def _load_parameter(
     parameter: LocalParameter, source: SafetensorsFolder, mapping: Mapping, groups: ProcessGroupCollection
 ) -> tuple[str, ...]:
-    match = mapping.find(parameter.name)
+    try:
+        match = mapping.find(parameter.name)
+    except KeyError as error:
+        raise InputError(f"[megatron] asks for more than the model has: {error.args[0]}; remove the field that adds it") from None
     names = ("model.embed_tokens.weight",) if mapping.tied and match.hf == ("lm_head.weight",) else match.hf
     missing = [name for name in names if name not in source.names]
     if missing:

@@ -107,12 +107,12 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
     for field, value in identity.items():
         if saved.get(field) != value:
             raise InputError(
-                f"{checkpoint} is of another model ({field} = {saved.get(field)!r}, model.path has {value!r}): choose another run_dir"
+                f"{checkpoint} is of another model ({field} = {saved.get(field)!r}, this run's is {value!r}): choose another run_dir"
             )
 
 
 def save(run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], groups: ProcessGroupCollection, keep_last: int) -> Path:
-    """Writes the checkpoint of ``step`` (collective), then removes all but the newest ``keep_last``.
+    """Writes the checkpoint of ``step`` (collective), then removes the older ones but for ``keep_last`` in all.
 
     Args:
         run_dir: holds ``iter_*`` folders; the same on every rank.
@@ -124,11 +124,13 @@ def save(run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], 
     final = run_dir / f"iter_{step:07d}"
     partial = run_dir / f".partial_{final.name}"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in run_dir.glob(".partial_iter_*"):  # of a save that was killed
+            shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
 
     tensors = _sharded_tensors(trainable, groups)
+    _set_update_count(trainable.optimizer, trainable.scheduler.num_steps)  # a save before the first update has just made the moments
     dist_checkpointing.save(tensors, str(partial))
     (partial / "random").mkdir(exist_ok=True)
     safetensors.torch.save_file(_random_states(), partial / "random" / f"rank_{dist.get_rank():05d}.safetensors")
@@ -142,7 +144,9 @@ def save(run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], 
             shutil.rmtree(final)
         partial.rename(final)
         _write_aside(run_dir / _LATEST, str(step))
-        for old in sorted(run_dir.glob("iter_*"))[:-keep_last]:
+        # a later one, left by a kill before the text file changed or by going back to an older one, must not push this one out
+        up_to_this = sorted(folder for folder in run_dir.glob("iter_*") if folder.name <= final.name)
+        for old in up_to_this[:-keep_last]:
             shutil.rmtree(old)
     dist.barrier()
     return final

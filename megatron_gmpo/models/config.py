@@ -108,9 +108,9 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
     stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
     if not experts:
-        if ep > 1 or etp > 1:
-            field = "expert_model_parallel_size" if ep > 1 else "expert_tensor_parallel_size"
-            raise InputError(f"parallel.{field} = {max(ep, etp)} but this model has no experts: set it to 1")
+        for field, value in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
+            if value > 1:
+                raise InputError(f"parallel.{field} = {value} but this model has no experts: set it to 1")
         return
     divides("expert_model_parallel_size", ep, "num_experts", experts)
     divides("expert_tensor_parallel_size", etp, "moe_intermediate_size", architecture["moe_ffn_hidden_size"])
@@ -130,6 +130,10 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
 
 _LAYOUT_FIELDS = set(ParallelConfig.model_fields)
 _OUR_FIELDS = {"params_dtype": "model.dtype", "bf16": "model.dtype", "fp16": "model.dtype", "pipeline_dtype": "model.dtype"}
+_FIXED_FIELDS = {
+    "calculate_per_token_loss": "the loss already comes divided, and gradients would be summed over ranks a second time",
+    "variable_seq_lengths": "packed microbatches differ in length",
+}
 
 
 def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool) -> TransformerConfig:
@@ -180,12 +184,15 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
         if name in _LAYOUT_FIELDS or name in _OUR_FIELDS:
             ours = _OUR_FIELDS.get(name, f"parallel.{name}")
             raise InputError(f"megatron.{name} = {value!r}: set {ours} instead")
+        if name in _FIXED_FIELDS:
+            raise InputError(f"megatron.{name} = {value!r}: {_FIXED_FIELDS[name]}; remove it")
         if name in architecture:
             raise InputError(f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; remove it")
     if table.get("fp8") and not use_te:
         raise InputError(f"megatron.fp8 = {table['fp8']!r} needs Transformer Engine and a GPU: install the 'gpu' extra there, or remove it")
-    if table.get("gradient_accumulation_fusion") and not use_te:
-        raise InputError("megatron.gradient_accumulation_fusion = true needs Transformer Engine or NVIDIA apex on a GPU: remove it")
+    for name in ("gradient_accumulation_fusion", "moe_grouped_gemm"):
+        if table.get(name) and not use_te:
+            raise InputError(f"megatron.{name} = true needs Transformer Engine and a GPU: remove it")
 
 
 def _rope(hf: HFConfig) -> dict[str, Any]:

@@ -78,19 +78,20 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
         log_z = sums[0].log()
         entropy = log_z - sums[1] / sums[0]
-        ctx.save_for_backward(logits, local, mine, highest + log_z, entropy)
+        ctx.save_for_backward(logits, local, mine, highest, log_z, entropy)
         ctx.valid, ctx.temperature, ctx.chunk_tokens = valid, temperature, chunk_tokens
         return sums[2] - log_z, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         grad_logprobs, grad_entropy = grads
-        logits, local, mine, log_normaliser, entropy = ctx.saved_tensors
+        logits, local, mine, highest, log_z, entropy = ctx.saved_tensors
         grad = torch.empty_like(logits)
         grad[:, ctx.valid :] = 0
         for chunk in _chunks(len(logits), ctx.chunk_tokens):
             # with p = softmax and log p: d logprob / d y = onehot - p,  d entropy / d y = -p (log p + entropy)
-            logp = logits[chunk, : ctx.valid].to(entropy.dtype, copy=True).div_(ctx.temperature).sub_(log_normaliser[chunk, None])
+            logp = logits[chunk, : ctx.valid].to(entropy.dtype, copy=True).div_(ctx.temperature)
+            logp.sub_(highest[chunk, None]).sub_(log_z[chunk, None])  # one after the other: their sum would round log_z away
             p = logp.exp()
             factor = logp.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None]).sub_(grad_logprobs[chunk, None])
             p.mul_(factor)

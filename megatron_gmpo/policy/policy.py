@@ -102,18 +102,21 @@ class Policy:
         return export_hf(self.model.chunks, self.description.mapping, self.groups)
 
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
-        """Writes the checkpoint of ``step`` and drops all but the newest ``keep_last``. See ``checkpoint.native.save``."""
-        identity = native.model_identity(self.description.hf)
-        return native.save(run_dir, step, self.model, {"model": identity, **state}, self.groups, keep_last)
+        """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``checkpoint.native.save``."""
+        return native.save(run_dir, step, self.model, {"model": self._identity, **state}, self.groups, keep_last)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Takes over weights, optimizer, schedule and random states; returns the ``state`` given to ``save``.
 
         Raises:
-            InputError: the checkpoint is of another model.
+            InputError: the checkpoint is of another model, or of this one in another precision.
         """
-        native.check_model(checkpoint, native.model_identity(self.description.hf))
+        native.check_model(checkpoint, self._identity)
         return native.load(checkpoint, self.model, self.groups)
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {**native.model_identity(self.description.hf), "dtype": self.cfg.model.dtype}
 
     def _plan(self, batch: TrainBatch) -> list[list[int]]:
         """This data-parallel rank's microbatches, as numbers of sequences."""

@@ -16,7 +16,7 @@ from .math import MathReward
 
 Reward = Callable[[Prompt, str], float]
 
-REWARDS: dict[str, Reward] = {"math": MathReward(), "arithmetic": arithmetic_reward}
+REWARDS: dict[str, Reward] = {"math": MathReward(workers=1), "arithmetic": arithmetic_reward}
 
 
 def resolve_reward(cfg: RewardConfig) -> Reward:

@@ -19,6 +19,7 @@ from ..types import Prompt
 # The workers ignore SIGTERM, so pebble need not wait long for it before it kills.
 CONSTS.term_timeout = 0.1
 
+_FAREWELL_S = 5.0
 _STALLED_S = 3600.0
 """No queue of answers is this long: the pool is broken."""
 
@@ -67,8 +68,12 @@ class MathReward:
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:
-            pool.stop()
-            pool.join()
+            pool.close()  # idle workers, and those still starting, end by themselves
+            try:
+                pool.join(timeout=_FAREWELL_S)
+            except TimeoutError:
+                pool.stop()
+                pool.join()
             atexit.unregister(self.close)
 
     def __enter__(self) -> MathReward:

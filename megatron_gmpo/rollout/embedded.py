@@ -39,7 +39,8 @@ class EmbeddedEngine:
     def __init__(
         self, model_path: str, tokenizer: Any, *, device: torch.device | str, dtype: torch.dtype, batch_size: int, seed: int
     ) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        self.model: Any = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.batch_size = batch_size

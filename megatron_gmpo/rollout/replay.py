@@ -40,7 +40,9 @@ def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
         if not _step_file(folder, step).exists():
             found = sorted(int(p.stem.removeprefix("step_")) for p in Path(folder).glob("step_*.jsonl"))
             there = f"it has steps {found[0]} to {found[-1]}" if found else "it has no steps at all"
-            raise InputError(f"rollout.replay_path = {str(folder)!r} has no groups for step {step}, {there}: save them with rollout.save_path")
+            raise InputError(
+                f"rollout.replay_path = {str(folder)!r} has no groups for step {step}, {there}: save them with rollout.save_path"
+            )
 
 
 def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_gmpo.algorithms.objective import make_objective
 from megatron_gmpo.checkpoint import native
+from megatron_gmpo.checkpoint.hf import export_hf
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.platform import seed_everything
+from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.types import InputError, NonFiniteError, TrainBatch
@@ -46,9 +55,71 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
 
 def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, float]]:
     objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
-    return [
-        {name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()} for _ in range(steps)
-    ]
+    return [{name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()} for _ in range(steps)]
+
+
+def run_on(cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int, saves: list[int], keep_last: int = 9) -> dict[str, Any]:
+    """Steps ``first`` to ``last`` of a run, from the latest checkpoint when ``first`` is not 0, saving after the steps ``saves``."""
+    with opened(cfg) as policy:
+        if first:
+            assert resume(policy, run_dir) == {"step": first, "note": {"of step": first}}
+        history: list[dict[str, float]] = []
+        for step in range(first + 1, last + 1):
+            history += _steps(policy, batch, 1)
+            if step in saves:
+                policy.save(run_dir, step, {"note": {"of step": step}}, keep_last)
+        return {"history": history, "weights": weights_on_rank_0(policy)}
+
+
+def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
+    """Loads the latest checkpoint; of its state the step and the note."""
+    checkpoint = native.latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    state = policy.load(checkpoint)
+    return {name: state[name] for name in ("step", "note")}
+
+
+def refused_resume(cfg: Config, run_dir: Path) -> str:
+    """The message with which the latest checkpoint is refused."""
+    with opened(cfg) as policy, pytest.raises(InputError) as error:
+        resume(policy, run_dir)
+    return str(error.value)
+
+
+def random_numbers(cfg: Config, run_dir: Path) -> tuple[list[float], list[float]]:
+    """What every generator gives after a save, and again after loading it."""
+
+    def draw() -> list[float]:
+        with get_cuda_rng_tracker().fork():
+            tracked = torch.rand(()).item()
+        with get_cuda_rng_tracker().fork("expert-parallel-rng"):
+            tracked += torch.rand(()).item()
+        return [random.random(), float(np.random.rand()), torch.rand(()).item(), tracked]
+
+    with opened(cfg) as policy:
+        seed_everything(100 + rank())
+        draw()
+        policy.save(run_dir, 1, {"note": ""}, 1)
+        before = draw()
+        draw()
+        resume(policy, run_dir)
+        return before, draw()
+
+
+def load_with_megatron_alone(cfg: Config, checkpoint: Path) -> tuple[set[str], set[str], dict[str, Tensor]]:
+    """The checkpoint's names, those of GPTModel.sharded_state_dict, and the weights of a fresh GPTModel filled from it."""
+    description = describe_model(cfg, world_size(), CPU)
+    groups = start_model_parallel(cfg.parallel, CPU, cfg.seed)
+    try:
+        (model,) = build_chunks(description, groups, CPU)
+        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(checkpoint)))
+        weights = {name: tensor.clone() for name, tensor in export_hf([model], description.mapping, groups)}
+        tensors = model.sharded_state_dict()
+        apply_factories(tensors)
+        names = {value.key for value in nested_values(tensors) if isinstance(value, ShardedTensor)}
+        return set(dist_checkpointing.load_tensors_metadata(str(checkpoint))), names, weights
+    finally:
+        stop_model_parallel()
 
 
 def weights_on_rank_0(policy: Policy) -> dict[str, Tensor] | None:
@@ -70,3 +141,11 @@ def refusal(cfg: Config) -> str:
             return ""
     except InputError as error:
         return str(error)
+
+
+def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool) -> list[dict[str, float]]:
+    """Two steps of a fresh policy, saved before them or not."""
+    with opened(cfg) as policy:
+        if save:
+            policy.save(run_dir, 0, {"note": ""}, 1)
+        return _steps(policy, batch, 2)

@@ -12,9 +12,7 @@ from transformers import AutoModelForCausalLM
 
 
 def load_float64(path: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
     return model.train()
 
 

@@ -140,9 +140,7 @@ MOE: dict[str, tuple[int, dict[str, int], bool]] = {
     ("family", "layout"),
     [("qwen3", name) for name in LAYOUTS | DENSE] + [("qwen3_moe", name) for name in LAYOUTS | MOE],
 )
-def test_layout_equals_float64_reference(
-    ranks: RankPool, expected: Reference, family: Family, layout: str, max_tokens: int
-) -> None:
+def test_layout_equals_float64_reference(ranks: RankPool, expected: Reference, family: Family, layout: str, max_tokens: int) -> None:
     known = expected(family)
     world_size, parallel, distributed = (LAYOUTS | DENSE | MOE)[layout]
     optimizer = {"use_distributed_optimizer": distributed}

@@ -24,6 +24,8 @@ from .test_layouts import CP, EP, ETP, PP, TP, VPP, config, make_batch
 
 pytestmark = pytest.mark.distributed
 
+ROOT = Path(__file__).parents[2]
+
 VOCAB = 259  # needs padding in every layout
 
 MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
@@ -142,9 +144,7 @@ def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path])
     assert (scaled - plain).abs().max() > 0.1
 
 
-def test_a_folder_with_shards_and_an_index_and_bf16_weights(
-    ranks: RankPool, model_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_folder_with_shards_and_an_index_and_bf16_weights(ranks: RankPool, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     source = AutoModelForCausalLM.from_pretrained(model_folder("qwen3_moe"), dtype=torch.bfloat16)
     source.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
@@ -204,6 +204,13 @@ def test_a_folder_that_does_not_fit_is_refused_on_every_rank(
         assert "\n" not in message
 
 
+def test_megatron_fields_that_add_parameters_are_refused(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
+    cfg = config(model_folder("qwen3_moe"), {PP: 2}, max_tokens=64, megatron={"moe_shared_expert_intermediate_size": 32})
+    for message in ranks.run(2, cases.refusal, cfg):
+        assert "no conversion rule for Megatron parameter" in message
+        assert "shared_experts" in message
+
+
 def test_weights_that_are_no_safetensors(ranks: RankPool, broken_folder: Callable[..., Path]) -> None:
     path = broken_folder("qwen3", lambda tensors: None)
     file = path / "model.safetensors"
@@ -253,5 +260,5 @@ else:
 
 def test_transformers_is_as_it_was_beside_the_cpu_shim(model_folder: Callable[[str], Path]) -> None:
     command = [sys.executable, "-c", SHIM, str(model_folder("qwen3_moe"))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -78,13 +78,16 @@ CASES: dict[str, tuple[Case, str]] = {
     "no benchmark file": (case(eval__sets__heldout__path="nowhere.csv"), r"eval\.sets\.heldout\.path = 'nowhere\.csv' does not exist"),
     "negative clip": (case(algorithm__clip_low=-0.2), r"algorithm\.clip_low = -0\.2: .*greater than or equal to 0"),
     "unknown loss": (case(algorithm__loss="gmp"), r"algorithm\.loss = 'gmp' is unknown: did you mean 'gmpo'\?"),
-    "unknown loss option": (case(algorithm__options__dual_clp=3.0), r"algorithm\.options\.dual_clp .*did you mean algorithm\.options\.dual_clip"),
+    "unknown loss option": (
+        case(algorithm__options__dual_clp=3.0),
+        r"algorithm\.options\.dual_clp .*did you mean algorithm\.options\.dual_clip",
+    ),
     "unknown reward": (case(reward__name="maths"), r"reward\.name = 'maths' is unknown: did you mean 'math'\?"),
     "reward import": (case(reward__name="tests.nowhere:reward"), r"reward\.name = 'tests\.nowhere:reward' cannot be imported"),
     "k above samples": (case(eval__k="[1, 8]"), r"eval: k = 8 needs samples_per_prompt >= 8, not 1"),
     "checkpoint of another model": (
         case(run_dir="{tmp}/other"),
-        r"iter_0000007 is of another model \(hidden_size = 128, model\.path has 64\): choose another run_dir",
+        r"iter_0000007 is of another model \(hidden_size = 128, this run's is 64\): choose another run_dir",
     ),
     "resume refused": (
         case(run_dir="{tmp}/same", checkpoint__resume="false"),
@@ -179,9 +182,7 @@ def test_the_command_itself_exits_with_code_2(name: str, folder: Path) -> None:
 def test_evaluate_wants_a_benchmark(folder: Path) -> None:
     done = run_module("megatron_gmpo.evaluate", *options(model__path=folder / "model", run_dir=folder / "run"))
     assert done.returncode == 2
-    assert error_lines(done.stderr) == [
-        "error: eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"
-    ]
+    assert error_lines(done.stderr) == ["error: eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"]
 
 
 def test_plot_metrics_wants_a_run(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import safetensors.torch
 import torch
@@ -19,11 +20,31 @@ from .commands import CONFIG, error_lines, json_lines, options, run_module
 
 pytestmark = pytest.mark.distributed
 
-STABLE_METRICS = """
-step loss grad_norm reward/mean reward/std response_length/mean policy/entropy policy/log_ratio_max policy/log_ratio_min
-policy/ratio_max policy/ratio_min policy/clip_fraction_high policy/clip_fraction_low policy/kl_old rollout/logprob_diff_mean
-rollout/k3_kl time/step time/rollout time/logprobs time/train time/weight_sync time/other throughput/tokens_per_second
-""".split()
+STABLE_METRICS = [
+    "step",
+    "loss",
+    "grad_norm",
+    "reward/mean",
+    "reward/std",
+    "response_length/mean",
+    "policy/entropy",
+    "policy/log_ratio_max",
+    "policy/log_ratio_min",
+    "policy/ratio_max",
+    "policy/ratio_min",
+    "policy/clip_fraction_high",
+    "policy/clip_fraction_low",
+    "policy/kl_old",
+    "rollout/logprob_diff_mean",
+    "rollout/k3_kl",
+    "time/step",
+    "time/rollout",
+    "time/logprobs",
+    "time/train",
+    "time/weight_sync",
+    "time/other",
+    "throughput/tokens_per_second",
+]
 
 EP2 = {"parallel__expert_model_parallel_size": 2}
 
@@ -230,3 +251,27 @@ def test_a_diverged_run_stops_and_says_where(minibatches: int, argv: list[str], 
     assert int(batch["lengths"].sum()) == len(batch["tokens"])
     assert torch.isfinite(batch["advantages"]).all()
     assert json_lines(run_dir / "events.jsonl")[-1]["event"] == "nonfinite"
+
+
+def test_the_gsm8k_example_runs_on_text_with_the_math_verifier(text_model: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "problems.parquet"
+    pandas.DataFrame({"problem": ["What is $1+1$?", "What is half of 8?"], "answer": ["2", "#### 4"]}).to_parquet(problems)
+    run_dir = tmp_path / "run"
+    chosen = options(
+        run_dir=run_dir,
+        model__path=text_model,
+        data__path=problems,
+        eval__sets__math500__path=problems,
+        eval__sets__aime24__path=problems,
+        rollout__max_new_tokens=8,
+        rollout__prompts_per_step=2,
+        train__num_steps=1,
+        checkpoint__save_final="false",
+    )
+    done = run_module("megatron_gmpo.train", "examples/moe/gsm8k_tiny_cpu.toml", *chosen)
+    assert done.returncode == 0, done.stderr
+    before, after = json_lines(run_dir / "metrics.jsonl")
+    assert {"eval/math500/pass@1", "eval/math500/pass@2", "eval/aime24/pass@1", "eval/aime24/pass@2"} <= before.keys() & after.keys()
+    assert after["reward/timeouts"] == 0
+    prompt = json_lines(run_dir / "transcripts.jsonl")[0]["prompt"]
+    assert prompt[0]["content"].endswith("put the final answer in \\boxed{}.")

@@ -72,9 +72,7 @@ def packed(draw, min_response: int = 0) -> Packed:
     logprobs, delta, ref_delta, entropy = (x.double() for x in (logprobs, delta, ref_delta, entropy))
     per_sequence = torch.stack([advantages[ids == i][0] for i in range(int(ids.max()) + 1)]).double()
     refs = logprobs - ref_delta
-    return Packed(
-        logprobs.requires_grad_(), logprobs.detach() - delta, mask, ids, per_sequence, refs.detach(), entropy.requires_grad_()
-    )
+    return Packed(logprobs.requires_grad_(), logprobs.detach() - delta, mask, ids, per_sequence, refs.detach(), entropy.requires_grad_())
 
 
 _RANGES = [(-8.0, -0.01), (-1.5, 2.0), (-1.0, 1.0), (0.0, 3.0)]  # logprob, delta, ref delta, entropy

@@ -198,9 +198,7 @@ def test_context_parallel_ranks_hold_every_token_once_and_undo_to_the_whole(
 
     sequence_ids = torch.cat([part.sequence_ids for part in parts])
     order = (boundaries[sequence_ids] + torch.cat([part.position_ids for part in parts])).argsort()
-    tokens, labels, flat_index = (
-        torch.cat([getattr(part, name) for part in parts])[order] for name in ("tokens", "labels", "flat_index")
-    )
+    tokens, labels, flat_index = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("tokens", "labels", "flat_index"))
     for s, i in enumerate(sequences):
         start, length = int(boundaries[s]), lengths[i]
         first = int(batch.starts[i])

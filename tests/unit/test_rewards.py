@@ -125,9 +125,7 @@ def test_the_registry_works_without_config_and_lets_the_interpreter_end(tmp_path
         "    print(REWARDS['math'](Prompt('t/0', answer='1/2'), '\\\\boxed{0.5}'))\n"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, script], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1.0\n", "")
 
 

@@ -1,0 +1,61 @@
+"""What does the trainer itself cost? The share of a step outside rollout, log probabilities, training and weight sync, on the demo:
+advantages, packing the batch, transcripts, figures.
+
+Run: python -m benchmarks.step_overhead   (under a minute, and about another to make the demo's model where there is none)
+
+At most 5 % is wanted. The first steps are left out: they load and compile. So is the last, which evaluates.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tools.demo import CONFIG, make_model
+
+STEPS, WARM_UP_STEPS = 40, 5
+WORK = ("rollout", "logprobs", "train", "weight_sync")
+LIMIT = 0.05
+
+
+def time_of_steps(run_dir: Path) -> list[dict[str, float]]:
+    """Runs the demo's training for ``STEPS`` steps; ``time/*`` of each step that counts, in seconds by phase."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_gmpo.train"]
+    options = {
+        "run_dir": run_dir,
+        "parallel.expert_model_parallel_size": 2,
+        "train.num_steps": STEPS,
+        "eval.before": "false",
+        "eval.interval": 0,
+        "checkpoint.save_final": "false",
+    }
+    subprocess.run([*launch, CONFIG, *(str(a) for k, v in options.items() for a in (f"--{k}", v))], check=True, timeout=600)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")} for line in lines[WARM_UP_STEPS:-1]
+    ]
+
+
+def main() -> None:
+    make_model()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = time_of_steps(Path(folder) / "run")
+    mean = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    overhead = 1 - sum(mean[name] for name in WORK) / mean["step"]
+    for name in (*WORK, "other", "step"):
+        print(f"{name:12} {mean[name] * 1000:8.1f} ms {mean[name] / mean['step']:7.1%}")
+    result = {
+        "benchmark": "step_overhead",
+        "overhead": round(overhead, 4),
+        "within_limit": overhead <= LIMIT,
+        "seconds_per_step": round(mean["step"], 4),
+        "steps": len(steps),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Native checkpoints: resuming changes nothing, in the same layout bit for bit and in another to rounding; a kill loses nothing older."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_gmpo.checkpoint import native
+from megatron_gmpo.config import Config
+from megatron_gmpo.types import InputError, TrainBatch
+from tools.make_tiny_model import text_tokenizer
+
+from . import cases, reference
+from .ranks import RankPool
+from .test_layouts import CP, EP, ETP, PP, TP, VPP, config, make_batch
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+
+Layout = tuple[int, dict[str, int], bool]
+LAYOUTS: dict[str, Layout] = {
+    "one rank": (1, {}, False),
+    "dp2": (2, {}, False),
+    "dp2 distributed optimizer": (2, {}, True),
+    "pp2": (2, {PP: 2}, False),
+    "tp2 pp2": (4, {TP: 2, PP: 2}, True),
+    "ep2": (2, {EP: 2}, False),
+    "ep2 distributed optimizer": (2, {EP: 2}, True),
+    "tp2 ep2": (2, {TP: 2, EP: 2}, False),
+    "tp2 etp2": (2, {TP: 2, ETP: 2}, True),
+    "pp2 cp2": (4, {PP: 2, CP: 2}, False),
+    "pp2 vpp2 ep2": (4, {PP: 2, VPP: 2, EP: 2}, True),
+    "dp2 tp2 ep2": (4, {TP: 2, EP: 2}, True),
+}
+
+
+def make_config(layout: str, path: Path, dtype: str = "fp32") -> tuple[int, Config]:
+    world_size, parallel, distributed = LAYOUTS[layout]
+    optimizer = {"use_distributed_optimizer": distributed, "lr_schedule": "linear", "lr_warmup_steps": 3, "weight_decay": 0.1}
+    changes: dict[str, Any] = {"optimizer": optimizer, "model": {"dtype": dtype}, "train": {"num_steps": 8}}
+    return world_size, config(path, parallel, max_tokens=64, **changes)
+
+
+@pytest.fixture(scope="session")
+def model_of(tiny_model: Callable[..., Path]) -> Callable[[str], Path]:
+    """The folder of ``qwen3``, ``qwen3 tied`` or ``qwen3_moe``."""
+    tokenizer = text_tokenizer()
+
+    def make(name: str) -> Path:
+        family, _, tied = name.partition(" ")
+        options = {"hidden_size": 32, "ffn_hidden_size": 32, "head_dim": 16, "tie_word_embeddings": bool(tied)}
+        return tiny_model(family, tokenizer=tokenizer, **options)
+
+    return make
+
+
+def replayed(path: Path) -> TrainBatch:
+    batch = make_batch()
+    batch.old_logprobs = reference.batch_logprobs(path, batch).float()
+    return batch
+
+
+@pytest.fixture(scope="session")
+def straight_runs(model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Four steps in one go in a layout, with a checkpoint after the second: its folder and what rank 0 returned."""
+    done: dict[tuple[str, str, str], tuple[Path, dict[str, Any]]] = {}
+
+    def make(ranks: RankPool, *key: str) -> tuple[Path, dict[str, Any]]:
+        if key not in done:
+            model, layout, dtype = key
+            path = model_of(model)
+            world_size, cfg = make_config(layout, path, dtype)
+            folder = tmp_path_factory.mktemp("run")
+            done[key] = folder, ranks.run(world_size, cases.run_on, cfg, replayed(path), folder, 0, 4, [2])[0]
+        return done[key]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "saved_in", "loaded_in"),
+    [
+        ("qwen3", "fp32", "one rank", "one rank"),
+        ("qwen3", "fp32", "one rank", "tp2 pp2"),
+        ("qwen3", "bf16", "tp2 pp2", "tp2 pp2"),
+        ("qwen3 tied", "fp32", "pp2", "pp2"),
+        ("qwen3 tied", "fp32", "pp2", "one rank"),
+        ("qwen3_moe", "fp32", "one rank", "ep2"),
+        ("qwen3_moe", "fp32", "one rank", "dp2 distributed optimizer"),
+        ("qwen3_moe", "fp32", "dp2 distributed optimizer", "dp2"),
+        ("qwen3_moe", "fp32", "tp2 ep2", "tp2 ep2"),
+        ("qwen3_moe", "fp32", "tp2 ep2", "pp2 cp2"),
+        ("qwen3_moe", "fp32", "ep2 distributed optimizer", "ep2 distributed optimizer"),
+        ("qwen3_moe", "fp32", "ep2 distributed optimizer", "one rank"),
+        ("qwen3_moe", "fp32", "pp2 vpp2 ep2", "pp2 vpp2 ep2"),
+        ("qwen3_moe", "fp32", "pp2 vpp2 ep2", "tp2 etp2"),
+        ("qwen3_moe", "bf16", "dp2 tp2 ep2", "dp2 tp2 ep2"),
+        ("qwen3_moe", "bf16", "ep2 distributed optimizer", "ep2 distributed optimizer"),
+        ("qwen3_moe", "bf16", "ep2 distributed optimizer", "ep2"),
+    ],
+)
+def test_two_steps_and_two_after_resuming_are_four_steps(
+    ranks: RankPool,
+    straight_runs: Callable[..., tuple[Path, dict[str, Any]]],
+    model_of: Callable[[str], Path],
+    model: str,
+    dtype: str,
+    saved_in: str,
+    loaded_in: str,
+) -> None:
+    folder, straight = straight_runs(ranks, model, saved_in, dtype)
+    path = model_of(model)
+    world_size, cfg = make_config(loaded_in, path, dtype)
+    resumed = ranks.run(world_size, cases.run_on, cfg, replayed(path), folder, 2, 4, [])[0]
+    assert resumed["weights"].keys() == straight["weights"].keys()
+    if saved_in == loaded_in:
+        assert resumed["history"] == straight["history"][2:]
+        for name, tensor in straight["weights"].items():
+            assert torch.equal(resumed["weights"][name], tensor), name
+        return
+    tolerance = {"fp32": 1e-5, "bf16": 2e-3}[dtype]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        wanted = [step[name] for step in straight["history"][2:]]
+        assert [step[name] for step in resumed["history"]] == pytest.approx(wanted, rel=tolerance, abs=tolerance), name
+    assert distance(resumed["weights"], straight["weights"], reference.saved_tensors(path)) < 10 * tolerance
+
+
+def distance(weights: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """|weights - expected| relative to how far training went from ``start``."""
+    off = sum((weights[name].double() - tensor.double()).square().sum() for name, tensor in expected.items())
+    moved = sum((start[name].double() - tensor.double()).square().sum() for name, tensor in expected.items())
+    return float((off / moved) ** 0.5)
+
+
+def test_saving_leaves_the_run_as_it_was(ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    path = model_of("qwen3_moe")
+    world_size, cfg = make_config("ep2 distributed optimizer", path, "bf16")
+    saving, plain = (ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path, 0, 3, saves)[0] for saves in ([1, 2], []))
+    assert saving["history"] == plain["history"]
+    for name, tensor in plain["weights"].items():
+        assert torch.equal(saving["weights"][name], tensor), name
+
+
+def test_saving_before_the_first_step(ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    path = model_of("qwen3")
+    for layout in ("one rank", "dp2 distributed optimizer"):
+        world_size, cfg = make_config(layout, path)
+        fresh, after = (ranks.run(world_size, cases.steps_after_saving, cfg, replayed(path), tmp_path, save)[0] for save in (False, True))
+        assert fresh == after
+
+
+def test_every_generator_goes_on_where_it_was(ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    world_size, cfg = make_config("tp2 ep2", model_of("qwen3_moe"))
+    numbers = ranks.run(world_size, cases.random_numbers, cfg, tmp_path)
+    for before, again in numbers:
+        assert again == before
+    assert numbers[0] != numbers[1]  # each rank has its own
+
+
+def test_megatron_alone_reads_a_checkpoint(
+    ranks: RankPool, straight_runs: Callable[..., tuple[Path, dict[str, Any]]], model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = model_of("qwen3_moe")
+    for layout in ("tp2 ep2", "pp2 vpp2 ep2"):
+        world_size, cfg = make_config(layout, path)
+        at_two = ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path / layout, 0, 2, [2])[0]
+        checkpoint = native.latest_checkpoint(tmp_path / layout)
+        saved, names, weights = ranks.run(1, cases.load_with_megatron_alone, make_config("one rank", path)[1], checkpoint)[0]
+        moments = {f"optimizer.{moment}.{name}" for name in names for moment in ("exp_avg", "exp_avg_sq")}
+        assert "embedding.word_embeddings.weight" in names
+        assert saved == names | moments
+        for name, tensor in at_two["weights"].items():
+            assert torch.equal(weights[name], tensor), name
+
+
+def test_another_model_or_precision_is_refused(
+    ranks: RankPool, straight_runs: Callable[..., tuple[Path, dict[str, Any]]], model_of: Callable[[str], Path]
+) -> None:
+    folder, _ = straight_runs(ranks, "qwen3", "one rank", "fp32")
+    others = {"qwen3 tied": "tie_word_embeddings = False", "qwen3_moe": "model_type = 'qwen3'"}
+    for model, named in others.items():
+        for message in ranks.run(2, cases.refused_resume, make_config("dp2", model_of(model))[1], folder):
+            assert "of another model" in message
+            assert named in message
+    (message,) = ranks.run(1, cases.refused_resume, make_config("one rank", model_of("qwen3"), "bf16")[1], folder)
+    assert "dtype = 'fp32'" in message
+
+
+def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    path = model_of("qwen3")
+    world_size, cfg = make_config("dp2", path)
+    batch = replayed(path).split(5)[0]
+
+    def folders() -> list[str]:
+        return sorted(item.name for item in tmp_path.iterdir())
+
+    latest = "latest_checkpointed_iteration.txt"
+    ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 0, 4, [1, 2, 3, 4], 2)
+    assert folders() == ["iter_0000003", "iter_0000004", latest]
+    assert native.latest_checkpoint(tmp_path) == tmp_path / "iter_0000004"
+
+    # back to step 3, as after a kill between the rename and the text file; and what a killed save left
+    (tmp_path / latest).write_text("3")
+    shutil.copytree(tmp_path / "iter_0000004", tmp_path / "iter_0000006")
+    (tmp_path / ".partial_iter_0000009").mkdir()
+    (tmp_path / ".partial_iter_0000009" / "__0_0.distcp").touch()
+    ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 3, 5, [4, 5], 1)
+    assert folders() == ["iter_0000005", "iter_0000006", latest]
+    assert native.latest_checkpoint(tmp_path) == tmp_path / "iter_0000005"
+    assert native.read_state(tmp_path / "iter_0000005")["step"] == 5
+
+    shutil.rmtree(tmp_path / "iter_0000005")
+    with pytest.raises(InputError, match="iter_0000005"):
+        native.latest_checkpoint(tmp_path)
+    assert native.latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.distributed.saver", str(model_of("qwen3")), str(tmp_path / "run"), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    lives = [line.split() for line in done.stdout.splitlines()]
+    assert len(lives) == 9
+    for life, after in itertools.pairwise(lives):
+        assert life[0] == "loaded"
+        steps = [int(word) for word in life[1::2]]
+        assert len(steps) > 2
+        assert steps[-1] <= int(after[1]) <= steps[-1] + 1  # nothing that was reported is lost; the interrupted one may have made it
+    partial = [item.name for item in (tmp_path / "run").iterdir() if item.name.startswith(".partial")]
+    assert len(partial) <= 1

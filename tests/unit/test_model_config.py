@@ -1,0 +1,202 @@
+"""describe_model: what it makes of a config.json and a layout, and everything it refuses in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_gmpo.config import Config
+from megatron_gmpo.models.config import ModelDescription, describe_model
+from megatron_gmpo.types import InputError
+
+CPU = torch.device("cpu")
+TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
+Describe = Callable[..., ModelDescription]
+
+
+@pytest.fixture
+def describe(tiny_model: Callable[..., Path], tmp_path: Path) -> Describe:
+    """``describe(family, world_size, hf={changes of config.json}, **sections)``; 4 layers, 4 heads in 2 groups, 8 experts."""
+
+    def make(family: str = "qwen3_moe", world_size: int = 1, *, hf: dict[str, Any] | None = None, **sections: Any) -> ModelDescription:
+        source = tiny_model(family)
+        path = tmp_path / "model"
+        path.mkdir(exist_ok=True)
+        written = json.loads((source / "config.json").read_text()) | (hf or {})
+        (path / "config.json").write_text(json.dumps(written))
+        tree = {"device": "cpu", "model": {"path": str(path), "dtype": "fp32"}} | sections
+        return describe_model(Config.model_validate(tree), world_size, CPU)
+
+    return make
+
+
+def mistake(describe: Describe, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        describe(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_moe_model(describe: Describe) -> None:
+    description = describe("qwen3_moe", 8, parallel={TP: 2, PP: 2, EP: 2})
+    transformer = description.transformer
+    assert description.is_moe
+    assert (transformer.num_layers, transformer.num_attention_heads, transformer.num_query_groups, transformer.kv_channels) == (4, 4, 2, 32)
+    assert (transformer.num_moe_experts, transformer.moe_router_topk, transformer.moe_ffn_hidden_size) == (8, 2, 64)
+    assert (transformer.tensor_model_parallel_size, transformer.expert_model_parallel_size) == (2, 2)
+    assert transformer.sequence_parallel
+    assert transformer.qk_layernorm
+    assert description.rope == {"rotary_base": 1e6}
+    assert not description.use_transformer_engine
+
+
+def test_a_dense_model(describe: Describe) -> None:
+    description = describe("qwen2")
+    assert not description.is_moe
+    assert description.transformer.add_qkv_bias
+    assert not description.transformer.add_bias_linear
+    assert description.transformer.params_dtype is torch.float32
+
+
+@pytest.mark.parametrize(("vocab_size", "padded"), [(128, 128), (129, 256), (16, 128), (1000, 1024)])
+def test_the_vocabulary_is_padded_to_128(describe: Describe, vocab_size: int, padded: int) -> None:
+    assert describe("qwen3", hf={"vocab_size": vocab_size}).padded_vocab_size == padded
+
+
+def test_layers_of_a_mixed_model(describe: Describe) -> None:
+    assert describe().transformer.moe_layer_freq == 1
+    assert describe(hf={"mlp_only_layers": [0, 3]}).transformer.moe_layer_freq == [0, 1, 1, 0]
+    assert describe(hf={"decoder_sparse_step": 2}).transformer.moe_layer_freq == [0, 1, 0, 1]
+
+
+def test_megatron_fields_pass_through(describe: Describe) -> None:
+    table = {"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "recompute_granularity": "selective"}
+    transformer = describe(megatron=table).transformer
+    assert {name: getattr(transformer, name) for name in table} == table
+
+
+@pytest.mark.parametrize(
+    ("family", "world_size", "parallel", "words"),
+    [
+        ("qwen3", 3, {TP: 2}, ["tensor 2 x pipeline 1 x context 1 = 2", "world size 3", "multiple of 2"]),
+        ("qwen3", 4, {TP: 2, CP: 4}, ["= 8", "world size 4"]),
+        ("qwen3", 3, {TP: 3}, [f"parallel.{TP} = 3", "num_attention_heads = 4"]),
+        ("qwen3", 4, {TP: 4}, [f"parallel.{TP} = 4", "num_key_value_heads = 2"]),
+        ("qwen3", 3, {PP: 3}, ["= 3", "num_layers = 4"]),
+        ("qwen3", 2, {PP: 2, VPP: 4}, ["= 8", "num_layers = 4"]),
+        ("qwen3", 2, {EP: 2}, [f"parallel.{EP} = 2", "no experts", "1"]),
+        ("qwen3", 2, {TP: 2, ETP: 2}, [f"parallel.{ETP} = 2", "no experts"]),
+        ("qwen3", 4, {EP: 2, ETP: 4}, [f"parallel.{EP} = 2", "no experts"]),
+        ("qwen3_moe", 3, {EP: 3}, [f"parallel.{EP} = 3", "num_experts = 8"]),
+        ("qwen3_moe", 3, {ETP: 3, EP: 1}, [f"parallel.{ETP} = 3", "moe_intermediate_size = 64"]),
+        ("qwen3_moe", 4, {EP: 8}, ["expert 8 x expert tensor 1 x pipeline 1 = 8", "world size 4"]),
+        ("qwen3_moe", 4, {PP: 2, EP: 4}, ["expert 4 x expert tensor 1 x pipeline 2 = 8", "world size 4"]),
+        ("qwen3_moe", 2, {TP: 2, EP: 2, "sequence_parallel": False}, ["parallel.sequence_parallel = false", "true"]),
+        ("qwen3_moe", 2, {TP: 2}, [f"parallel.{ETP} = 1", f"{TP} = 2", f"set {ETP} = 2"]),
+        ("qwen3_moe", 2, {ETP: 2}, [f"parallel.{ETP} = 2", f"{TP} = 1", f"set {ETP} = 1"]),
+    ],
+)
+def test_refused_layouts(describe: Describe, family: str, world_size: int, parallel: dict[str, Any], words: list[str]) -> None:
+    message = mistake(describe, family, world_size, parallel=parallel)
+    assert message.startswith("parallel")
+    for word in words:
+        assert word in message
+
+
+def test_the_intermediate_size_is_divided(describe: Describe) -> None:
+    message = mistake(describe, "qwen3", 2, hf={"intermediate_size": 65}, parallel={TP: 2})
+    assert f"parallel.{TP} = 2" in message
+    assert "intermediate_size = 65" in message
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"moe_aux_loss_coef": 0.1}, ["'megatron.moe_aux_loss_coef'", "'megatron.moe_aux_loss_coeff'"]),
+        ({"context_parallel_size": 2}, ["megatron.context_parallel_size = 2", "parallel.context_parallel_size"]),
+        ({"sequence_parallel": True}, ["megatron.sequence_parallel = True", "parallel.sequence_parallel"]),
+        ({"bf16": True}, ["megatron.bf16 = True", "model.dtype"]),
+        ({"params_dtype": "bf16"}, ["megatron.params_dtype", "model.dtype"]),
+        ({"num_layers": 2}, ["megatron.num_layers = 2", "config.json already says 4"]),
+        ({"calculate_per_token_loss": True}, ["megatron.calculate_per_token_loss = True", "remove it"]),
+        ({"variable_seq_lengths": False}, ["megatron.variable_seq_lengths = False", "remove it"]),
+        ({"fp8": "hybrid"}, ["megatron.fp8 = 'hybrid'", "Transformer Engine"]),
+        ({"gradient_accumulation_fusion": True}, ["megatron.gradient_accumulation_fusion = true", "remove it"]),
+        ({"moe_grouped_gemm": True}, ["megatron.moe_grouped_gemm = true", "remove it"]),
+        ({"recompute_granularity": "ful"}, ["TransformerConfig refuses", "recompute"]),
+    ],
+)
+def test_refused_megatron_fields(describe: Describe, table: dict[str, Any], words: list[str]) -> None:
+    message = mistake(describe, megatron=table)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("family", "hf", "words"),
+    [
+        ("qwen3", {"hidden_act": "gelu"}, ["hidden_act = 'gelu'", "silu"]),
+        ("qwen3", {"attention_bias": True}, ["attention_bias = True"]),
+        ("llama", {"attention_bias": True}, ["attention_bias = True"]),
+        ("llama", {"mlp_bias": True}, ["mlp_bias = True"]),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, ["use_sliding_window = True"]),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["rope_parameters", "yarn", "llama3"]),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "low_freq_factor": 2.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            ["rope_parameters", "'low_freq_factor': 2.0"],
+        ),
+    ],
+)
+def test_refused_models(describe: Describe, family: str, hf: dict[str, Any], words: list[str]) -> None:
+    message = mistake(describe, family, hf=hf)
+    assert message.startswith(f"config.json of this {family} model has")
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("", None, ["model.path is empty"]),
+        ("nowhere", None, ["nowhere", "no config.json"]),
+        ("empty", "", ["config.json cannot be read"]),
+        ("broken", "{", ["config.json cannot be read"]),
+        ("untyped", "{}", ["config.json"]),
+        ("gpt2", '{"model_type": "gpt2"}', ["'gpt2'", "qwen3_moe"]),
+        ("new", '{"model_type": "of_tomorrow"}', ["of_tomorrow"]),
+    ],
+)
+def test_refused_folders(tmp_path: Path, path: str, text: str | None, words: list[str]) -> None:
+    folder = tmp_path / path
+    if text is not None:
+        folder.mkdir()
+        (folder / "config.json").write_text(text)
+    cfg = Config.model_validate({"device": "cpu", "model": {"path": str(folder) if path else ""}})
+    message = mistake(lambda: describe_model(cfg, 1, CPU))
+    assert message.startswith("model.path")
+    for word in words:
+        assert word in message
+
+
+def test_nothing_but_config_json_is_needed(describe: Describe, tmp_path: Path) -> None:
+    describe()
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]
+    shutil.rmtree(tmp_path / "model")
