@@ -23,6 +23,7 @@ from .checkpoint import native
 from .config import Config, exit_with_one_line, load_config
 from .data.prompts import load_prompts
 from .distributed import rank
+from .metrics.logger import check_wandb
 from .models.config import DTYPES, ModelDescription, describe_model
 from .platform import choose_device, prepare_megatron, seed_everything, start_process_group
 from .policy.parallel import start_model_parallel
@@ -109,6 +110,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
             raise InputError(
                 f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
             )
+    check_wandb(cfg.log.wandb_project)
     tokenizer = _load_tokenizer(cfg.model.path)
     eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}
     step: int = native.read_state(checkpoint)["step"] if checkpoint else 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from .algorithms import group_advantages
 from .algorithms.correction import rollout_mismatch
 from .algorithms.objective import make_objective
+from .checkpoint import native
 from .config import Config
 from .data.packing import make_train_batch
 from .data.prompts import PromptStream
@@ -104,7 +105,7 @@ def train(run: Run) -> None:
                     try:
                         logger.add(policy.train_step(minibatch, objective))
                     except NonFiniteError as error:
-                        raise _stopped(error, step + 1, minibatch, run.run_dir, logger) from None
+                        raise _stopped(error, step + 1, minibatch, run, logger) from None
             step += 1
 
             logger.add(collected.metrics | rollout_mismatch(batch))
@@ -141,15 +142,16 @@ def _results(when: str, figures: dict[str, float]) -> str:
     return f"evaluation {when}: " + ", ".join(shown)
 
 
-def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch, run_dir: Path, logger: MetricLogger) -> NonFiniteError:
+def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch, run: Run, logger: MetricLogger) -> NonFiniteError:
     """Writes the minibatch that broke the run, and says where."""
-    file = run_dir / f"nonfinite_step_{step:06d}.safetensors"
+    file = run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
     logger.event("nonfinite", step=step, reason=str(error), batch=str(file))
     if rank() == 0:
         tensors = {name: value.clone() for name, value in asdict(minibatch).items() if isinstance(value, Tensor)}
         safetensors.torch.save_file(tensors, file)
     barrier()
-    return NonFiniteError(f"step {step}: {error}; the batch is in {file}, the last checkpoint is kept")
+    kept = native.latest_checkpoint(run.checkpoint_dir)
+    return NonFiniteError(f"step {step}: {error}; the batch is in {file}" + (f", the last good checkpoint is {kept}" if kept else ""))
 
 
 def main(cfg: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -48,6 +49,15 @@ def value_of(metric: Metric | float) -> float:
     return float(metric.total) / float(metric.count) if float(metric.count) else math.nan
 
 
+def check_wandb(project: str) -> None:
+    """
+    Raises:
+        InputError: a project is named and wandb is not installed.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise InputError(f"log.wandb_project = {project!r} needs wandb: pip install 'megatron_gmpo[wandb]', or leave it empty")
+
+
 class MetricLogger:
     """Writes ``metrics.jsonl`` (one object a step), ``events.jsonl`` and TensorBoard files into the run folder; rank 0 only.
 
@@ -60,9 +70,6 @@ class MetricLogger:
         config: the resolved configuration, for Weights & Biases.
         resume_step: steps already taken. Lines of later steps, left by a crash between a log and a checkpoint, are cut off; a run
             from step 0 starts empty files.
-
-    Raises:
-        InputError: ``wandb_project`` is set and wandb is not installed.
     """
 
     def __init__(
@@ -88,12 +95,8 @@ class MetricLogger:
 
             self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
         if wandb_project:
-            try:
-                import wandb  # pyright: ignore[reportMissingImports]
-            except ImportError:
-                raise InputError(
-                    f"log.wandb_project = {wandb_project!r} needs wandb: pip install 'megatron_gmpo[wandb]', or leave it empty"
-                ) from None
+            import wandb  # pyright: ignore[reportMissingImports]
+
             name = self._run_dir.resolve().name
             self._wandb = wandb.init(project=wandb_project, name=name, dir=str(self._run_dir), config=dict(config or {}))
 
