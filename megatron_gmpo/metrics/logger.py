@@ -149,15 +149,16 @@ def cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines() if step else []:
+    # Bytes: a crash may cut a character, and text splits at more than line feeds (U+2028 in a transcript).
+    for line in path.read_bytes().splitlines() if step else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if record["step"] <= step:
-            kept.append(line + "\n")
+            kept.append(line + b"\n")
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(kept))
+    aside.write_bytes(b"".join(kept))
     os.replace(aside, path)
 
 

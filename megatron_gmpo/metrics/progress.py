@@ -64,9 +64,9 @@ class Progress:
             self._bar.update(self._task, completed=step, figures=" ".join(f"[cyan]{t}[/cyan]" for t in texts))
         elif self._enabled:
             seconds = [f"{figures['time/step']:.2f} s"] if "time/step" in figures else []
-            self._console.print(f"step {step}/{self._total}  " + "  ".join(texts + seconds), highlight=False, soft_wrap=True)
+            self._console.out(f"step {step}/{self._total}  " + "  ".join(texts + seconds), highlight=False)
 
     def note(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the bar, as it is: brackets are no markup."""
         if self._enabled:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.out(text, highlight=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
 import queue
+import sys
 import tempfile
 import time
 import traceback
@@ -81,6 +83,8 @@ def _work(rank: int, tasks: Any, results: Any) -> None:
 
     from megatron_gmpo.platform import prepare_megatron
 
+    main: Any = sys.modules["__main__"]
+    main.__spec__ = main.__file__ = None  # what this process spawns, Megatron's checkpoint writer, need not import it
     torch.set_num_threads(1)
     prepare_megatron(torch.device("cpu"))
     pool = multiprocessing.parent_process()
@@ -105,5 +109,6 @@ def _work(rank: int, tasks: Any, results: Any) -> None:
         except BaseException:
             results.put((rank, None, traceback.format_exc()))
         finally:
+            gc.collect()  # a process group ends with its last reference
             if dist.is_initialized():
                 dist.destroy_process_group()

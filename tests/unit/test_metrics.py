@@ -1,0 +1,383 @@
+"""Figures: merging, metrics.jsonl and TensorBoard across crashes and resumes, the terminal and the curves."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_gmpo.metrics import plots
+from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after, reduce_metrics, value_of
+from megatron_gmpo.metrics.plots import PANELS, plot_run, read_metrics
+from megatron_gmpo.metrics.progress import Progress
+from megatron_gmpo.types import InputError, Metric
+
+
+def json_lines(path: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+# --- merging ---
+
+
+def test_means_are_weighted_and_extremes_stay() -> None:
+    parts = [
+        {"loss": Metric(6.0, 2), "high": Metric(1.0, op="max"), "low": Metric(1.0, op="min"), "here": Metric(3.0)},
+        {"loss": Metric(0.0, 1), "high": Metric(-2.0, op="max"), "low": Metric(-2.0, op="min")},
+        {"loss": Metric(torch.tensor(3.0), torch.tensor(6)), "high": Metric(torch.tensor(5.0), op="max")},
+    ]
+    merged = reduce_metrics(parts)
+    assert {name: value_of(metric) for name, metric in merged.items()} == {"loss": 1.0, "high": 5.0, "low": -2.0, "here": 3.0}
+    assert isinstance(merged["loss"].total, torch.Tensor)  # nothing waited for the device
+    assert reduce_metrics([]) == {}
+
+
+numbers = st.floats(-1e6, 1e6)
+
+
+@given(st.lists(st.tuples(numbers, st.integers(1, 50)), min_size=1), st.data())
+def test_any_split_merges_to_the_same(pairs: list[tuple[float, int]], data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(pairs)))
+    parts = [{"mean": Metric(total, count), "max": Metric(total, op="max"), "min": Metric(total, op="min")} for total, count in pairs]
+    merged = reduce_metrics([reduce_metrics(parts[:cut]), reduce_metrics(parts[cut:])])
+    totals, counts = zip(*pairs, strict=True)
+    assert value_of(merged["mean"]) == pytest.approx(math.fsum(totals) / sum(counts), abs=1e-6)
+    assert (value_of(merged["max"]), value_of(merged["min"])) == (max(totals), min(totals))
+
+
+def test_one_name_has_one_kind() -> None:
+    with pytest.raises(AssertionError, match="loss is both mean and max"):
+        reduce_metrics([{"loss": Metric(1.0)}, {"loss": Metric(1.0, op="max")}])
+
+
+def test_a_mean_over_nothing_is_not_a_number() -> None:
+    assert math.isnan(value_of(Metric(0.0, 0)))
+    assert math.isnan(value_of(Metric(torch.tensor(0.0), torch.tensor(0))))
+    assert value_of(2) == 2.0
+
+
+# --- the logger ---
+
+
+def test_a_step_is_a_line_of_strict_json(tmp_path: Path) -> None:
+    logger = MetricLogger(tmp_path / "new" / "run", tensorboard=False)
+    logger.add({"loss": Metric(3.0, 2), "grad_norm": 0.5, "policy/ratio_max": Metric(torch.tensor(1.5), op="max")})
+    logger.add({"loss": Metric(1.0, 2), "grad_norm": 1.5, "policy/ratio_max": Metric(torch.tensor(1.25), op="max")})
+    returned = logger.log(1, {"moe/none": Metric(0.0, 0), "eval/a/pass@1": 0.25})
+    assert returned.pop("moe/none") != returned.get("moe/none")  # nan
+    assert returned == {"loss": 1.0, "grad_norm": 1.0, "policy/ratio_max": 1.5, "eval/a/pass@1": 0.25}
+    logger.log(2, {"loss": math.inf, "reward/mean": -math.inf})
+    logger.close()
+    assert json_lines(tmp_path / "new" / "run" / "metrics.jsonl") == [
+        {"step": 1, "moe/none": None, **returned},
+        {"step": 2, "loss": None, "reward/mean": None},
+    ]
+    assert not (tmp_path / "new" / "run" / "tensorboard").exists()
+
+
+def test_a_step_is_on_disk_when_it_is_logged(tmp_path: Path) -> None:
+    logger = MetricLogger(tmp_path, tensorboard=False)
+    for step in (1, 2, 3):
+        logger.log(step, {"loss": step})
+        assert [line["step"] for line in json_lines(tmp_path / "metrics.jsonl")] == list(range(1, step + 1))
+
+
+def resumed(run_dir: Path, step: int, contents: str) -> list[int]:
+    (run_dir / "metrics.jsonl").write_text(contents)
+    MetricLogger(run_dir, tensorboard=False, resume_step=step)
+    assert [p.name for p in run_dir.iterdir()] == ["metrics.jsonl"]
+    return [line["step"] for line in json_lines(run_dir / "metrics.jsonl")]
+
+
+def test_resuming_cuts_what_a_crash_left(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"step": step, "loss": 0.1}) + "\n" for step in range(5))
+    assert resumed(tmp_path, 2, lines) == [0, 1, 2]
+    assert resumed(tmp_path, 2, lines.replace('{"step": 3, "loss": 0.1}', '{"step": 3, "lo')) == [0, 1, 2]
+    assert resumed(tmp_path, 4, lines[:-1]) == [0, 1, 2, 3, 4]
+    assert resumed(tmp_path, 4, lines[:-5]) == [0, 1, 2, 3]
+    assert resumed(tmp_path, 9, lines) == [0, 1, 2, 3, 4]
+    assert resumed(tmp_path, 0, lines) == []
+
+
+def test_a_resumed_line_starts_on_its_own(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}')
+    logger = MetricLogger(tmp_path, tensorboard=False, resume_step=2)
+    logger.log(3, {"loss": 3.0})
+    assert [line["loss"] for line in json_lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+
+
+def test_cutting_keeps_any_text_and_survives_half_a_character(tmp_path: Path) -> None:
+    file = tmp_path / "transcripts.jsonl"
+    line = json.dumps({"step": 1, "text": "a\u2028b\x85c\u2029 🍎"}, ensure_ascii=False).encode() + b"\n"
+    assert "\u2028".encode() in line  # where str.splitlines would split
+    file.write_bytes(line + line[: line.index("🍎".encode()) + 2])
+    cut_after(file, 1)
+    assert file.read_bytes() == line
+    cut_after(tmp_path / "none.jsonl", 1)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    read = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in read.Scalars(tag)]
+
+
+def test_tensorboard_reads_back_what_was_logged_across_a_resume(tmp_path: Path) -> None:
+    crashed = MetricLogger(tmp_path)
+    for step in (1, 2, 3, 4):
+        crashed.log(step, {"loss": 1.0 / step, "reward/mean": Metric(step, 2)})
+    assert scalars(tmp_path, "reward/mean") == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]  # flushed every step
+    resumed = MetricLogger(tmp_path, resume_step=2)
+    resumed.log(3, {"loss": -1.0})
+    resumed.log(4, {"loss": math.nan})
+    resumed.close()
+    found = scalars(tmp_path, "loss")
+    assert found[:3] == [(1, 1.0), (2, 0.5), (3, -1.0)]
+    assert found[3][0] == 4
+    assert math.isnan(found[3][1])
+    assert scalars(tmp_path, "reward/mean") == [(1, 0.5), (2, 1.0)]
+    crashed.close()
+
+
+def test_events_stand_beside_the_figures(tmp_path: Path) -> None:
+    before = time.time()
+    logger = MetricLogger(tmp_path, tensorboard=False)
+    logger.event("resume", step=3, checkpoint="iter_0000003")
+    MetricLogger(tmp_path, tensorboard=False, resume_step=1).event("done")
+    first, second = json_lines(tmp_path / "events.jsonl")
+    assert before <= first.pop("time") <= second.pop("time") <= time.time()
+    assert (first, second) == ({"event": "resume", "step": 3, "checkpoint": "iter_0000003"}, {"event": "done"})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_wandb_is_asked_for_before_the_run() -> None:
+    check_wandb("")
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match=r"log\.wandb_project = 'gmpo' needs wandb: pip install"):
+            check_wandb("gmpo")
+    else:
+        check_wandb("gmpo")
+
+
+def test_phases_and_the_rest_make_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    timer = Timer()
+    now += 1
+    for name, seconds in (("rollout", 4), ("train", 2), ("rollout", 8)):
+        with timer(name):
+            now += seconds
+    with contextlib.suppress(RuntimeError), timer("broken"):
+        now += 16
+        raise RuntimeError
+    now += 32
+    assert timer.take() == {"time/rollout": 12, "time/train": 2, "time/broken": 16, "time/step": 63, "time/other": 33}
+    now += 5
+    assert timer.take() == {"time/step": 5, "time/other": 5}
+
+
+# --- the terminal ---
+
+
+def console(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=60, color_system=None, legacy_windows=False)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+FIGURES = {"reward/mean": 0.51234, "loss": -0.00123456, "policy/entropy": 1.5, "throughput/tokens_per_second": 12345.6, "time/step": 2.25}
+
+
+def test_nobody_watching_gets_a_plain_line_a_step() -> None:
+    out = console()
+    with Progress(30, done=6, console=out) as progress:
+        progress.update(7, FIGURES | {"moe/ignored": 1.0})
+        progress.update(8, {"loss": math.nan})
+    assert written(out) == "step 7/30  reward 0.512  loss -0.00123  entropy 1.500  tok/s 12,346  2.25 s\nstep 8/30  loss nan\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_notes_are_printed_as_they_are(terminal: bool) -> None:
+    out = console(terminal)
+    note = "gmpo, replay of [runs]/a [/tmp/x] :smile: " + "long " * 20
+    with Progress(3, console=out) as progress:
+        progress.note(note)
+    assert note + "\n" in written(out)
+
+
+def test_silence() -> None:
+    for terminal in (False, True):
+        out = console(terminal)
+        with Progress(30, enabled=False, console=out) as progress:
+            progress.update(1, FIGURES)
+            progress.note("x")
+        assert written(out) == ""
+
+
+def test_a_terminal_gets_a_bar_with_figures() -> None:
+    out = Console(file=io.StringIO(), force_terminal=True, width=140, color_system=None)
+    with Progress(30, done=6, console=out) as progress:
+        progress.update(7, FIGURES)
+    last = written(out).split("step ")[-1]
+    assert "7/30" in last
+    assert "reward 0.512 loss -0.00123 entropy 1.500 tok/s 12,346" in last
+
+
+# --- the curves ---
+
+
+def write_run(folder: Path, steps: int, names: list[str], seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    lines = [{"step": step} | {name: abs(rng.normal()) for name in names} for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "metrics.jsonl"
+
+
+EVERYTHING = [
+    "reward/mean",
+    "eval/math500/pass@1",
+    "eval/math500/pass@4",
+    "response_length/mean",
+    "response_length/max",
+    "loss",
+    "grad_norm",
+    "policy/entropy",
+    "policy/log_ratio_min",
+    "policy/log_ratio_max",
+    "policy/clip_fraction_high",
+    "policy/clip_fraction_low",
+    "policy/kl_old",
+    "policy/kl_ref",
+    "rollout/logprob_diff_mean",
+    "rollout/k3_kl",
+    "moe/load_balance",
+    "time/rollout",
+    "time/train",
+    "time/other",
+    "time/step",
+]
+
+
+def size_of(png: Path) -> tuple[int, int]:
+    assert png.read_bytes().startswith(b"\x89PNG\r\n")
+    image = imread(png)
+    assert 0.01 < (image[..., 0] < 1).mean() < 0.5  # something is drawn, on white
+    return image.shape[1], image.shape[0]
+
+
+def test_one_run_and_several_with_every_metric(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", 60, EVERYTHING)
+    other = write_run(tmp_path / "b", 3, EVERYTHING, seed=1)
+    titles = [panel.title for panel in PANELS]
+    assert plot_run({"gmpo": one}, tmp_path / "one.png") == titles
+    assert plot_run({"gmpo": one, "grpo": other}, tmp_path / "two.png") == titles
+    assert size_of(tmp_path / "one.png") == size_of(tmp_path / "two.png")
+
+
+def test_panels_without_data_are_left_out(tmp_path: Path) -> None:
+    few = write_run(tmp_path / "few", 2, ["reward/mean", "policy/log_ratio_max", "time/step"])
+    loss = write_run(tmp_path / "loss", 2, ["loss"])
+    assert plot_run({"few": few}, tmp_path / "few.png") == ["Reward, mean of a step", "Log ratio to the old policy, range over tokens"]
+    titles = plot_run({"few": few, "loss": loss}, tmp_path / "both.png")
+    assert titles == [
+        "Reward, mean of a step",
+        "Policy loss",
+        "Log ratio to the old policy, range over tokens",
+        "Time of a step, seconds",
+    ]
+    assert size_of(tmp_path / "few.png")[0] < size_of(tmp_path / "both.png")[0]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were drawn, to look into."""
+    kept: list[Figure] = []
+
+    class Kept(Figure):
+        def __init__(self, *args, **options) -> None:
+            super().__init__(*args, **options)
+            kept.append(self)
+
+    monkeypatch.setattr(plots, "Figure", Kept)
+    return kept
+
+
+def test_the_curves_are_the_figures_of_the_run(figures: list[Figure], tmp_path: Path) -> None:
+    names = ["loss", "policy/log_ratio_min", "policy/log_ratio_max", "time/rollout", "time/other", "time/step"]
+    path = write_run(tmp_path / "run", 30, names)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[4]["loss"] = None
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_run({"run": path}, tmp_path / "x.png")
+    loss, band, stack = figures[0].axes[:3]
+    raw, smooth = (np.asarray(line.get_ydata()) for line in loss.get_lines())
+    assert raw.tolist() == [line["loss"] for line in lines if line["loss"] is not None]
+    assert np.asarray(loss.get_lines()[0].get_xdata()).tolist() == [*range(1, 5), *range(6, 31)]
+    half = 2
+    assert smooth == pytest.approx([raw[max(0, i - half) : i + half + 1].mean() for i in range(len(raw))])
+    low, high = (np.asarray(line.get_ydata()) for line in band.get_lines()[:2])
+    assert low.tolist() == [line["policy/log_ratio_min"] for line in lines]
+    assert high.tolist() == [line["policy/log_ratio_max"] for line in lines]
+    tops = [c.get_paths()[0].vertices[:, 1].max() for c in stack.collections]
+    assert tops[-1] == pytest.approx(max(line["time/rollout"] + line["time/other"] for line in lines))
+    assert [text.get_text() for text in stack.get_legend().get_texts()] == ["rollout", "other"]  # the whole is not a part
+
+
+def test_zeros_on_a_logarithmic_axis_and_steps_without_a_value(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    file = tmp_path / "metrics.jsonl"
+    same = {"rollout/k3_kl": 0.0, "rollout/logprob_diff_mean": 1e-7}
+    lines = [{"step": 1, "loss": None} | same, {"step": 2, "time/rollout": 1.0} | same]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_run({"run": file}, tmp_path / "x.png") == ["Rollout against trainer", "Time of a step, seconds"]
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_the_later_line_of_a_step_counts(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0, "note": "x"}\n{"step": 1, "loss": 3.0}\n')
+    steps, values = read_metrics(file)["loss"]
+    assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == {1: 3.0, 2: 2.0}
+    assert "note" not in read_metrics(file)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, r"metrics\.jsonl does not exist: give the folder of a run that has logged a step"),
+        ("", r"no figures to plot in .*metrics\.jsonl: has the run logged a step\?"),
+        ('{"step": 1, "other": 2.0, "loss": null}\n', "no figures to plot in"),
+        ('{"step": 1}\n{"loss": 1.0}\n', r"line 2 of .*metrics\.jsonl is not a JSON object with a step: remove the line"),
+        ('{"step": 1}\n[1]\n', r"line 2 of .* is not a JSON object with a step"),
+        ('{"step": 1}\n{"step": null}\n', r"line 2 of .* is not a JSON object with a step"),
+        ('{"step": 1, "lo', r"line 1 of .* is not a JSON object with a step"),
+    ],
+)
+def test_what_cannot_be_plotted_is_named(contents: str | None, message: str, tmp_path: Path) -> None:
+    if contents is not None:
+        (tmp_path / "metrics.jsonl").write_text(contents)
+    with pytest.raises(InputError, match=message) as error:
+        plot_run({"run": tmp_path / "metrics.jsonl"}, tmp_path / "x.png")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "x.png").exists()

@@ -1,0 +1,240 @@
+"""The objective a config describes against the losses called directly, and the figures of rollout against training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from megatron_gmpo.algorithms import POLICY_LOSSES, TOKEN_MEAN_LOSSES, TokenPenalty
+from megatron_gmpo.algorithms.baselines import dapo_loss, dr_grpo_loss
+from megatron_gmpo.algorithms.correction import rollout_mismatch
+from megatron_gmpo.algorithms.gmpo import gmpo_loss
+from megatron_gmpo.algorithms.objective import Objective, make_objective
+from megatron_gmpo.config import AlgorithmConfig
+from megatron_gmpo.distributed import all_gather_objects, barrier, broadcast_object, rank, sum_over_group, world_size
+from megatron_gmpo.metrics.logger import value_of
+from megatron_gmpo.types import InputError, LossOutput, Microbatch, TrainBatch
+
+SLOTS, SEQUENCES = 24, 4
+
+
+def microbatch() -> Microbatch:
+    """Four sequences of six slots, two of them prompt, with ratios beyond every clip."""
+    g = torch.Generator().manual_seed(0)
+    random = lambda scale=1.0: torch.randn(SLOTS, generator=g) * scale  # noqa: E731
+    slots = torch.arange(SLOTS)
+    return Microbatch(
+        tokens=slots,
+        labels=slots + 1,
+        position_ids=slots % 6,
+        cu_seqlens=torch.arange(0, SLOTS + 1, 6, dtype=torch.int32),
+        mask=slots % 6 >= 2,
+        sequence_ids=slots // 6,
+        flat_index=slots,
+        advantages=torch.tensor([1.0, -1.0, 0.5, -2.0]),
+        old_logprobs=random() - 2,
+        ref_logprobs=random() - 2,
+        rollout_logprobs=random() - 2,
+        sequence_weights=torch.tensor([1.0, 0.5, 2.0, 0.25]),
+    )
+
+
+def predicted() -> tuple[Tensor, Tensor]:
+    """Log probabilities and entropies under the policy, with gradient."""
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(SLOTS, generator=g) - 2).requires_grad_(), torch.rand(SLOTS, generator=g).requires_grad_()
+
+
+def objective_of(*, is_moe: bool = False, max_new_tokens: int = 64, **fields) -> Objective:
+    return make_objective(AlgorithmConfig(**fields), is_moe=is_moe, max_new_tokens=max_new_tokens)
+
+
+def outcome(call, batch: Microbatch) -> tuple[LossOutput, list[Tensor | None]]:
+    logprobs, entropy = predicted()
+    output = call(logprobs, entropy, batch)
+    output.loss.backward()
+    return replace(output, loss=output.loss.detach()), [logprobs.grad, entropy.grad]
+
+
+def assert_same(ours: tuple[LossOutput, list[Tensor | None]], direct: tuple[LossOutput, list[Tensor | None]]) -> None:
+    assert float(direct[0].loss) != 0
+    assert_close(ours[0].loss, direct[0].loss, rtol=0, atol=0)
+    for a, b in zip(ours[1], direct[1], strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, rtol=0, atol=0)
+    values = [{name: value_of(metric) for name, metric in output.metrics.items()} for output, _ in (ours, direct)]
+    assert values[0] == values[1]
+
+
+def direct_call(loss, batch: Microbatch, kl_coef: float = 0.0, entropy_coef: float = 0.0, **options):
+    """The loss called with every argument spelled out."""
+
+    def call(logprobs: Tensor, entropy: Tensor, _: Microbatch) -> LossOutput:
+        return loss(
+            logprobs=logprobs,
+            old_logprobs=batch.old_logprobs,
+            mask=batch.mask,
+            sequence_ids=batch.sequence_ids,
+            advantages=batch.advantages,
+            sequence_weights=batch.sequence_weights,
+            penalty=TokenPenalty(batch.ref_logprobs, kl_coef, entropy if entropy_coef else entropy.detach(), entropy_coef),
+            **options,
+        )
+
+    return outcome(call, batch)
+
+
+def ours(objective: Objective, batch: Microbatch):
+    return outcome(lambda logprobs, entropy, b: objective(logprobs, entropy, b, None), batch)
+
+
+@pytest.mark.parametrize(("is_moe", "clip"), [(False, 0.4), (True, 0.2)])
+def test_gmpo_is_the_default_with_the_clip_of_its_kind_of_model(is_moe: bool, clip: float) -> None:
+    batch = microbatch()
+    objective = objective_of(is_moe=is_moe)
+    assert_same(ours(objective, batch), direct_call(gmpo_loss, batch, clip_low=clip, clip_high=clip))
+    assert objective.description.startswith(f"gmpo, clip_low {clip}, clip_high {clip} (")
+    assert ("MoE" in objective.description) == is_moe
+    assert ("dense" in objective.description) != is_moe
+
+
+def test_clips_of_the_config_come_first() -> None:
+    batch = microbatch()
+    objective = objective_of(clip_low=0.1, clip_high=0.0, is_moe=True)
+    assert_same(ours(objective, batch), direct_call(gmpo_loss, batch, clip_low=0.1, clip_high=0.0))
+    assert objective.description == "gmpo, clip_low 0.1, clip_high 0 (from the config)"
+    half = objective_of(clip_low=0.1, is_moe=True)
+    assert_same(ours(half, batch), direct_call(gmpo_loss, batch, clip_low=0.1, clip_high=0.2))
+    assert "MoE" in half.description
+
+
+def test_options_reach_the_loss() -> None:
+    batch = microbatch()
+    options = {"clip_mode": "sequence", "dual_clip": 0.1, "length_normalize": False}
+    with_options = ours(objective_of(options=options), batch)
+    assert_same(with_options, direct_call(gmpo_loss, batch, **options))
+    assert float(with_options[0].loss) != float(ours(objective_of(), batch)[0].loss)
+
+
+def test_dr_grpo_divides_by_the_token_limit_unless_told() -> None:
+    batch = microbatch()
+    assert_same(ours(objective_of(loss="dr_grpo", max_new_tokens=48), batch), direct_call(dr_grpo_loss, batch, length_normalizer=48.0))
+    told = objective_of(loss="dr_grpo", max_new_tokens=48, options={"length_normalizer": 7})
+    assert_same(ours(told, batch), direct_call(dr_grpo_loss, batch, length_normalizer=7.0))
+
+
+@pytest.mark.parametrize("loss", POLICY_LOSSES)
+def test_every_loss_with_its_own_defaults(loss: str) -> None:
+    batch = microbatch()
+    required = {"length_normalizer": 64.0} if loss == "dr_grpo" else {}
+    objective = objective_of(loss=loss)
+    assert_same(ours(objective, batch), direct_call(POLICY_LOSSES[loss], batch, **required))
+    assert objective.description.startswith(f"{loss}, clip_low ")
+    assert objective.per_token == (loss in TOKEN_MEAN_LOSSES) == (loss in ("dapo", "cispo"))
+
+
+@pytest.mark.parametrize("loss", ["gmpo", "dapo"])
+@pytest.mark.parametrize(("kl_coef", "entropy_coef"), [(0.1, 0.0), (0.0, 0.2), (0.1, -0.2)])
+def test_penalties(loss: str, kl_coef: float, entropy_coef: float) -> None:
+    batch = microbatch()
+    found = ours(objective_of(loss=loss, kl_coef=kl_coef, entropy_coef=entropy_coef), batch)
+    assert_same(found, direct_call({"gmpo": gmpo_loss, "dapo": dapo_loss}[loss], batch, kl_coef, entropy_coef))
+    bare = ours(objective_of(loss=loss), batch)
+    # gmpo takes each sequence's mean over its four tokens, dapo the sum
+    per = 4 if loss == "gmpo" else 1
+    logprobs, entropy = (x.detach()[batch.mask] for x in predicted())
+    log_ratio = batch.ref_logprobs[batch.mask] - logprobs
+    added = (kl_coef * (log_ratio.exp() - 1 - log_ratio).sum() - entropy_coef * entropy.sum()) / per
+    assert_close(found[0].loss - bare[0].loss, added, rtol=1e-4, atol=1e-5)
+    gradient = torch.where(batch.mask, -entropy_coef / per, 0.0)
+    if entropy_coef:
+        assert_close(found[1][1], gradient)
+    else:
+        assert found[1][1] is None
+    assert {"policy/kl_ref", "policy/entropy"} <= bare[0].metrics.keys()  # logged without being part of the loss
+
+
+def test_without_a_reference_there_is_no_kl() -> None:
+    batch = replace(microbatch(), ref_logprobs=None)
+    assert "policy/kl_ref" not in ours(objective_of(), batch)[0].metrics
+    with pytest.raises(AssertionError, match="ref_logprobs"):
+        ours(objective_of(kl_coef=0.1), batch)
+
+
+def test_the_divisor_is_sequences_or_tokens() -> None:
+    lengths = torch.tensor([3, 0, 5, 1])
+    assert [objective_of(loss=loss).count(lengths) for loss in ("gmpo", "grpo", "dr_grpo", "gspo")] == [3] * 4
+    assert [objective_of(loss=loss).count(lengths) for loss in ("dapo", "cispo")] == [9] * 2
+    assert objective_of().count(torch.tensor([0, 0])) == 0
+
+
+def test_an_unknown_loss_is_refused() -> None:
+    with pytest.raises(InputError, match=r"algorithm\.loss = 'gmpoo' is unknown: did you mean 'gmpo'\?"):
+        objective_of(loss="gmpoo")
+    with pytest.raises(InputError, match=r"algorithm\.options\.dual_clip"):
+        objective_of(options={"dual_clip": 0})
+
+
+# --- rollout against training ---
+
+
+def train_batch(old: list[float], rollout: list[float], mask: list[bool]) -> TrainBatch:
+    return TrainBatch(
+        tokens=torch.arange(len(mask)),
+        lengths=torch.tensor([len(mask)]),
+        response_mask=torch.tensor(mask),
+        advantages=torch.ones(1),
+        rollout_logprobs=torch.tensor(rollout),
+        old_logprobs=torch.tensor(old),
+    )
+
+
+def test_mismatch_is_over_response_tokens_only() -> None:
+    batch = train_batch([-9.0, -1.0, -2.0, -0.5], [0.0, -1.5, -1.0, -0.5], [False, True, True, True])
+    found = rollout_mismatch(batch)
+    assert {name: value_of(metric) for name, metric in found.items()} == pytest.approx(
+        {
+            "rollout/logprob_diff_mean": (0.5 + 1.0 + 0.0) / 3,
+            "rollout/k3_kl": ((math.exp(0.5) - 1.5) + (math.exp(-1.0) - 0.0) + 0.0) / 3,
+        }
+    )
+    assert [metric.count for metric in found.values()] == [3, 3]
+
+
+def test_k3_estimates_the_divergence_of_the_rollout_from_the_policy() -> None:
+    g = torch.Generator().manual_seed(0)
+    rollout, policy = ((torch.randn(16, generator=g)).log_softmax(0) for _ in range(2))
+    drawn = torch.multinomial(rollout.exp(), 200_000, replacement=True, generator=g)
+    batch = train_batch(policy[drawn].tolist(), rollout[drawn].tolist(), [True] * len(drawn))
+    forward = float((rollout.exp() * (rollout - policy)).sum())
+    backward = float((policy.exp() * (policy - rollout)).sum())
+    found = value_of(rollout_mismatch(batch)["rollout/k3_kl"])
+    assert found == pytest.approx(forward, rel=0.02)
+    assert abs(forward - backward) > 0.1 * forward
+
+
+def test_engines_that_agree_to_rounding_have_no_negative_divergence() -> None:
+    rollout = torch.linspace(-8, -0.01, 1000)
+    old = torch.nextafter(rollout, torch.zeros(())).tolist()
+    found = rollout_mismatch(train_batch(old, rollout.tolist(), [True] * 1000))
+    assert 0 <= value_of(found["rollout/k3_kl"]) < 1e-12
+    assert 0 < value_of(found["rollout/logprob_diff_mean"]) < 1e-6
+
+
+# --- one process alone ---
+
+
+def test_collectives_of_one_process_are_the_identity() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert sum_over_group(x, None) is x
+    assert (rank(), world_size()) == (0, 1)
+    item = {"a": [1]}
+    assert all_gather_objects(item) == [item]
+    assert broadcast_object(item) is item
+    barrier()

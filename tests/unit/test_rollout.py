@@ -1,0 +1,567 @@
+"""Sampling with the embedded engine against transformers' own forward and generate, collecting groups, and rollouts on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_gmpo.config import RolloutConfig
+from megatron_gmpo.data.prompts import PromptStream
+from megatron_gmpo.metrics.logger import value_of
+from megatron_gmpo.rewards.arithmetic import arithmetic_reward
+from megatron_gmpo.rollout.collect import Collected, collect, overlong_penalty, rollout_figures, score
+from megatron_gmpo.rollout.embedded import EmbeddedEngine
+from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
+from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
+from megatron_gmpo.types import InputError, NonFiniteError, Prompt, Sample, SampleGroup
+
+from .scripted import ScriptedEngine
+
+TEXTS = ["1", "07+45=", "3 - 2 + 10 = 8 + 8 - 5", "12+1=", "12+1=", "99"]
+EOS = 1
+families = pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "llama"])
+
+
+@pytest.fixture(scope="module")
+def folder_of(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
+    """Models of two layers and 16 tokens; with logits this far from uniform a mistake in a probability shows."""
+    return lambda family, **options: tiny_model(family, num_layers=2, initializer_range=0.15, **options)
+
+
+def engine_of(folder: Path, *, batch_size: int = 64, seed: int = 0) -> EmbeddedEngine:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return EmbeddedEngine(str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=seed)
+
+
+def prompts_of(folder: Path, texts: list[str]) -> list[Prompt]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [Prompt(str(i), answer="", text=text, input_ids=tokenizer(text)["input_ids"]) for i, text in enumerate(texts)]
+
+
+@cache
+def model_of(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def response_logits(folder: Path, sample: Sample) -> tuple[Tensor, Tensor]:
+    """(R, V) logits that predict the response, from one forward of the whole sequence without a cache, and its (R,) tokens."""
+    tokens = torch.tensor(sample.tokens)
+    where = torch.tensor(sample.response_mask).nonzero()[:, 0]
+    return model_of(folder)(tokens[None]).logits[0, where - 1], tokens[where]
+
+
+def responses(groups: list[SampleGroup]) -> list[list[int]]:
+    return [[t for t, m in zip(s.tokens, s.response_mask, strict=True) if m] for g in groups for s in g.samples]
+
+
+# --- the embedded engine: what it samples, and with which probabilities ---
+
+
+@families
+def test_logprobs_are_those_of_a_full_forward(family: str, folder_of: Callable[..., Path]) -> None:
+    folder = folder_of(family)
+    prompts = prompts_of(folder, TEXTS)
+    sampling = SamplingParams(n=3, max_new_tokens=16, temperature=0.7)
+    groups = engine_of(folder, batch_size=7).generate(prompts, sampling)
+    assert [g.prompt for g in groups] == prompts
+    assert [len(g.samples) for g in groups] == [3] * len(prompts)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for group in groups:
+        for sample in group.samples:
+            logits, response = response_logits(folder, sample)
+            start = len(group.prompt.input_ids)
+            assert sample.tokens[:start] == group.prompt.input_ids
+            assert sample.response_mask == [False] * start + [True] * len(response)
+            assert len(sample.rollout_logprobs) == len(sample.tokens)
+            assert sample.rollout_logprobs[:start] == [0.0] * start
+            expected = (logits / 0.7).log_softmax(-1).gather(1, response[:, None])[:, 0]
+            assert_close(torch.tensor(sample.rollout_logprobs[start:]), expected, atol=2e-5, rtol=0)
+            assert sample.text == tokenizer.decode(response, skip_special_tokens=True)
+            assert (sample.policy_version, sample.reward, sample.routed_experts) == (0, 0.0, None)
+    samples = [s for g in groups for s in g.samples]
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    assert len({s.response_length for s in samples}) > 2
+
+
+def test_the_end_token_stays_and_ends_the_response(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("qwen3")
+    groups = engine_of(folder).generate(prompts_of(folder, TEXTS), SamplingParams(n=8, max_new_tokens=10))
+    samples = [s for g in groups for s in g.samples]
+    seen = dict.fromkeys(("stop", "length"), 0)
+    for sample, response in zip(samples, responses(groups), strict=True):
+        assert EOS not in response[:-1]
+        assert sample.finish_reason == ("stop" if response[-1] == EOS else "length")
+        assert len(response) == 10 or sample.finish_reason == "stop"
+        seen[sample.finish_reason] += 1
+    assert min(seen.values()) > 5
+
+
+def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Temperature, then the k most likely, then the smallest set of those that holds top_p of the mass; renormalised."""
+    p, order = (logits.double() / temperature).softmax(-1).sort(descending=True)
+    p[:, top_k:] = 0
+    p /= p.sum(-1, keepdim=True)
+    p[p.cumsum(-1) - p >= top_p] = 0
+    p /= p.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter(1, order, p)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (16, 0.6), (6, 0.8)])
+def test_truncated_sampling_reports_the_truncated_distribution(top_k: int, top_p: float, folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("qwen3_moe")
+    sampling = SamplingParams(n=4, max_new_tokens=8, temperature=1.3, top_k=0 if top_k == 16 else top_k, top_p=top_p)
+    groups = engine_of(folder).generate(prompts_of(folder, TEXTS), sampling)
+    whole = []
+    for sample in (s for g in groups for s in g.samples):
+        logits, response = response_logits(folder, sample)
+        expected = truncated(logits, 1.3, top_k, top_p).gather(1, response[:, None])[:, 0]
+        assert (expected > 0).all()
+        found = torch.tensor(sample.rollout_logprobs, dtype=torch.float64)[-len(response) :]
+        assert_close(found, expected.log(), atol=2e-5, rtol=0)
+        whole.append((logits / 1.3).double().log_softmax(-1).gather(1, response[:, None])[:, 0] - found)
+    assert torch.cat(whole).max() < -0.05  # it is another distribution than the whole one
+
+
+def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("qwen3")
+    (prompt,) = prompts_of(folder, ["12+1="])
+    n = 10_000
+    (group,) = engine_of(folder, batch_size=n).generate([prompt], SamplingParams(n=n, max_new_tokens=1, temperature=1.5))
+    counts = torch.bincount(torch.tensor([s.tokens[-1] for s in group.samples]), minlength=16).double()
+    logits, _ = response_logits(folder, group.samples[0])
+
+    def p_value(temperature: float) -> float:
+        expected = n * (logits[0].double() / temperature).softmax(-1)
+        assert expected.min() > 5
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        return float(torch.special.gammaincc(torch.tensor(15 / 2).double(), chi_square / 2))  # its survival function
+
+    assert p_value(1.5) > 0.001
+    assert p_value(1.3) < 1e-6  # the test would notice
+
+
+def test_seed_version_and_call_decide_the_samples(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("qwen3")
+    weights = load_file(folder / "model.safetensors")
+    prompts = prompts_of(folder, TEXTS)
+
+    def draw(engine: EmbeddedEngine) -> list[list[int]]:
+        return responses(engine.generate(prompts, SamplingParams(n=2, max_new_tokens=8)))
+
+    def at(engine: EmbeddedEngine, version: int) -> list[list[int]]:
+        engine.update_weights(weights.items(), version)
+        return draw(engine)
+
+    engine = engine_of(folder, seed=3)
+    first = at(engine, 5)
+    second = draw(engine)
+    assert at(engine, 6) not in (first, second)
+    assert first != second
+    assert at(engine, 5) == first  # what was drawn since, as in an evaluation, does not count
+    torch.manual_seed(99)  # the global generator has no part in it
+    resumed = engine_of(folder, seed=3)
+    assert [at(resumed, 5), draw(resumed)] == [first, second]
+    assert at(engine_of(folder, seed=4), 5) != first
+
+
+@pytest.fixture
+def early_stops(folder_of: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model with several end tokens, so that greedy responses have different lengths."""
+    shutil.copytree(folder_of("qwen3_moe"), tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [EOS, 7, 12]}))
+    return tmp_path / "model"
+
+
+def test_greedy_decoding_is_that_of_generate(early_stops: Path) -> None:
+    prompts = prompts_of(early_stops, [*TEXTS, "5", "44-3", "80+ ", "== 6"])
+    engine = engine_of(early_stops)
+    groups = engine.generate(prompts, SamplingParams(max_new_tokens=12, temperature=0))
+    model = model_of(early_stops)
+    for prompt, response in zip(prompts, responses(groups), strict=True):
+        ids = torch.tensor([prompt.input_ids])
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+        assert response == generated.tolist()
+    for (sample,) in (g.samples for g in groups):
+        logits, response = response_logits(early_stops, sample)
+        spoken = response[:-1] if sample.finish_reason == "stop" else response
+        assert sample.text == engine.tokenizer.decode(spoken)  # 7 and 12 are no special tokens
+        expected = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]  # of the model itself, at temperature 1
+        assert_close(torch.tensor(sample.rollout_logprobs)[-len(response) :], expected, atol=2e-5, rtol=0)
+    assert {len(r) for r in responses(groups)} > {12}
+    assert {g.samples[0].finish_reason for g in groups} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_do_not_depend_on_the_batch(batch_size: int, early_stops: Path) -> None:
+    prompts = prompts_of(early_stops, [*TEXTS, "5", "44-3", "80+ ", "== 6"])
+    greedy = SamplingParams(max_new_tokens=12, temperature=0)
+    together = engine_of(early_stops).generate(prompts, greedy)
+    apart = engine_of(early_stops, batch_size=batch_size).generate(prompts, greedy)
+    assert len({len(r) for r in responses(together)}) > 2  # rows leave the batch at different times
+    for (one,), (other,) in zip((g.samples for g in together), (g.samples for g in apart), strict=True):
+        assert replace(one, rollout_logprobs=[]) == replace(other, rollout_logprobs=[])
+        assert one.rollout_logprobs == pytest.approx(other.rollout_logprobs, abs=2e-5)
+
+
+@pytest.mark.parametrize("stop_of", [lambda t: (t[9:11],), lambda t: ("zzz", t[18:21], t[9:11]), lambda t: (t[9],)])
+def test_stop_strings_end_responses_and_leave_the_text(stop_of: Callable[[str], tuple[str, ...]], folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("qwen3")
+    prompts = prompts_of(folder, ["3 - 2 + 10 = 8"])
+    free = SamplingParams(n=12, max_new_tokens=24)
+    unstopped = engine_of(folder, batch_size=1).generate(prompts, free)[0].samples
+    stop = stop_of(next(s.text for s in unstopped if len(s.text) == 24 and "  " not in s.text))
+    stopped = engine_of(folder, batch_size=1).generate(prompts, replace(free, stop=stop))[0].samples
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cuts = 0
+    for before, after in zip(unstopped, stopped, strict=True):  # a batch of one draws the same tokens until it stops
+        at = min((before.text.find(s) for s in stop if s in before.text), default=None)
+        if at is None:
+            assert after == before
+            continue
+        assert after.text == before.text[:at]
+        assert after.tokens == before.tokens[: len(after.tokens)]
+        response = after.tokens[len(prompts[0].input_ids) :]
+        spoken = tokenizer.decode(response, skip_special_tokens=True)
+        assert any(spoken.endswith(s) for s in stop)
+        assert sum(s in spoken[:-1] for s in stop) == 0
+        assert after.finish_reason == "stop"
+        cuts += 1
+    assert cuts > 0
+    assert any(s.finish_reason == "stop" and b.finish_reason == "length" for s, b in zip(stopped, unstopped, strict=True))
+
+
+def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
+    engine = engine_of(text_model)
+    prompt = Prompt("0", answer="", input_ids=engine.tokenizer("é")["input_ids"])
+    tail = torch.tensor([engine.tokenizer(text)["input_ids"][-4:] for text in ("ab  né", "ab  nè", "abc 🍎")])
+    assert engine._ends_with_stop(tail, ("é",)).tolist() == [True, False, False]
+    assert engine._ends_with_stop(tail, ("zz", "🍎")).tolist() == [False, False, True]
+    (group,) = engine.generate([prompt], SamplingParams(n=2, max_new_tokens=4, stop=("no such text",)))
+    assert all("no such text" not in s.text for s in group.samples)
+
+
+# --- the embedded engine: new weights ---
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen3_moe", {}), ("qwen3", {"tie_word_embeddings": True}), ("qwen2", {}), ("llama", {})],
+    ids=["routed experts", "tied embeddings", "biases", "llama"],
+)
+def test_new_weights_make_the_other_model(family: str, options: dict, folder_of: Callable[..., Path]) -> None:
+    folder, other = folder_of(family, **options), folder_of(family, seed=1, **options)
+    engine = engine_of(folder)
+    prompts = prompts_of(folder, TEXTS)
+    engine.generate(prompts, SamplingParams(max_new_tokens=4))
+    tensors = load_file(other / "model.safetensors")
+    assert any("experts.3.down_proj" in name for name in tensors) == (family == "qwen3_moe")
+    assert ("lm_head.weight" in tensors) != bool(options)
+    engine.update_weights(((name, tensors[name]) for name in reversed(tensors)), version=4)
+    tokens = torch.tensor([prompts[2].input_ids])
+    with torch.no_grad():
+        assert torch.equal(engine.model(tokens).logits, model_of(other)(tokens).logits)
+        assert not torch.allclose(model_of(folder)(tokens).logits, model_of(other)(tokens).logits, atol=0.1)
+    for sample in (s for g in engine.generate(prompts, SamplingParams(max_new_tokens=4)) for s in g.samples):
+        logits, response = response_logits(other, sample)
+        expected = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+        assert_close(torch.tensor(sample.rollout_logprobs)[-len(response) :], expected, atol=2e-5, rtol=0)
+        assert sample.policy_version == 4
+
+
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: [*t.items(), ("model.lost.weight", t["lm_head.weight"])], "has no tensor 'model.lost.weight'"),
+        (lambda t: [*t.items(), (EXPERT, t[EXPERT])], f"tensor '{EXPERT}' came twice"),
+        (lambda t: [(k, v) for k, v in t.items() if k != EXPERT], f"1 tensors of the rollout model were not sent: {EXPERT}"),
+        (lambda t: [], "were not sent: lm_head.weight"),
+        (lambda t: [(k, v[1:] if k == EXPERT else v) for k, v in t.items()], f"'{EXPERT}' has shape (63, 64), the rollout model (64, 64)"),
+    ],
+    ids=["unknown", "repeated", "missing", "none at all", "misshapen"],
+)
+def test_weights_that_do_not_fit_are_named(change: Callable, message: str, folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("qwen3_moe")
+    engine = engine_of(folder)
+    with pytest.raises(InputError) as error:
+        engine.update_weights(change(load_file(folder / "model.safetensors")), version=1)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert engine.version == 0
+
+
+def test_weights_that_are_not_finite_are_an_error(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("qwen3")
+    engine = engine_of(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    engine.update_weights(tensors.items(), version=7)
+    with pytest.raises(NonFiniteError, match="not finite under the weights of step 7"):
+        engine.generate(prompts_of(folder, TEXTS), SamplingParams())
+
+
+# --- collect ---
+
+SCRIPT = {"right": "aa", "wrong": "bb", "mixed": "ab", "mixed too": "ba", "wrong too": "bc"}
+
+
+def collected(order: list[str], **options) -> tuple[Collected, ScriptedEngine]:
+    """Two prompts a step and two samples each, from the stream of these prompts; "a" is right."""
+    engine = ScriptedEngine(SCRIPT)
+    prompts = PromptStream([Prompt(name, answer="a", input_ids=[1, 2]) for name in order], seed=0, shuffle=False)
+    cfg = RolloutConfig(prompts_per_step=2, samples_per_prompt=2, **options)
+    protocol: RolloutEngine = engine
+    return collect(protocol, prompts, arithmetic_reward, cfg), engine
+
+
+def names(groups: list[SampleGroup]) -> list[str]:
+    return [g.prompt.id for g in groups]
+
+
+def values(result: Collected) -> dict[str, float]:
+    return {name: value_of(metric) for name, metric in result.metrics.items()}
+
+
+def test_collect_hands_the_sampling_on_and_scores() -> None:
+    result, engine = collected(["right", "mixed", "wrong"], max_new_tokens=5, temperature=0.5, top_p=0.9, top_k=3, stop=("x",))
+    sampling = SamplingParams(n=2, max_new_tokens=5, temperature=0.5, top_p=0.9, top_k=3, stop=("x",))
+    assert engine.calls == [(["right", "mixed"], sampling)]
+    assert [(g.prompt.id, g.rewards) for g in result.groups] == [("right", [1.0, 1.0]), ("mixed", [1.0, 0.0])]
+    assert values(result) == pytest.approx(
+        {
+            "reward/mean": 0.75,
+            "reward/std": 0.25,
+            "reward/timeouts": 0,
+            "response_length/mean": 1,
+            "response_length/max": 1,
+            "rollout/truncated_fraction": 0,
+            "rollout/dropped_groups": 0,
+            "rollout/resample_rounds": 0,
+        }
+    )
+
+
+def test_drop_leaves_groups_without_variance_out() -> None:
+    result, engine = collected(["right", "mixed", "mixed too"], dynamic_sampling="drop")
+    assert names(result.groups) == ["mixed"]
+    assert len(engine.calls) == 1
+    found = values(result)
+    assert (found["rollout/dropped_groups"], found["rollout/resample_rounds"], found["reward/mean"]) == (1, 0, 0.75)
+
+
+def test_resample_draws_as_many_as_are_missing() -> None:
+    result, engine = collected(["right", "mixed", "wrong", "mixed too", "wrong too"], dynamic_sampling="resample")
+    assert [ids for ids, _ in engine.calls] == [["right", "mixed"], ["wrong"], ["mixed too"]]
+    assert names(result.groups) == ["mixed", "mixed too"]
+    found = values(result)
+    assert (found["rollout/dropped_groups"], found["rollout/resample_rounds"]) == (2, 2)
+    assert found["reward/mean"] == 0.5  # of everything drawn
+    assert found["reward/std"] == 0.25
+
+
+def test_resampling_is_bounded() -> None:
+    order = ["right", "mixed", "wrong", "mixed too"]
+    result, engine = collected(order, dynamic_sampling="resample", max_resample_rounds=1)
+    assert [ids for ids, _ in engine.calls] == [["right", "mixed"], ["wrong"]]
+    assert names(result.groups) == ["mixed"]
+    assert values(result)["rollout/resample_rounds"] == 1
+
+
+@pytest.mark.parametrize(("mode", "rounds"), [("drop", 0), ("resample", 3)])
+def test_without_any_variance_the_first_draw_is_kept(mode: str, rounds: int) -> None:
+    result, engine = collected(["right", "wrong", "wrong too"], dynamic_sampling=mode, max_resample_rounds=3)
+    assert len(engine.calls) == 1 + rounds
+    assert names(result.groups) == ["right", "wrong"]
+    found = values(result)
+    assert found["rollout/dropped_groups"] == 2 + 2 * rounds
+    assert found["rollout/resample_rounds"] == rounds
+    assert result.groups[0].rewards == [1.0, 1.0]
+
+
+def test_overlong_penalty_falls_linearly_over_the_buffer() -> None:
+    cfg = RolloutConfig(max_new_tokens=10, overlong_buffer=4, overlong_penalty=0.5)
+    found = [overlong_penalty(length, cfg) for length in range(11)]
+    assert found == [0, 0, 0, 0, 0, 0, 0, -0.125, -0.25, -0.375, -0.5]
+    assert overlong_penalty(10, RolloutConfig(max_new_tokens=10)) == 0
+
+
+def test_penalised_lengths_count_as_variance_and_the_raw_mean_is_kept() -> None:
+    engine = ScriptedEngine({"p": ["bbb", "bbbb", "bbbbbb"], "q": ["b", "bb", "a"]})
+    prompts = PromptStream([Prompt(name, answer="a") for name in "pq"], seed=0, shuffle=False)
+    cfg = RolloutConfig(
+        prompts_per_step=2, samples_per_prompt=3, max_new_tokens=5, overlong_buffer=2, overlong_penalty=0.5, dynamic_sampling="drop"
+    )
+    result = collect(engine, prompts, arithmetic_reward, cfg)
+    assert [g.rewards for g in result.groups] == [[0.0, -0.25, -0.5], [0.0, 0.0, 1.0]]
+    found = values(result)
+    assert found["reward/raw_mean"] == pytest.approx(1 / 6)
+    assert found["reward/mean"] == pytest.approx((1 - 0.75) / 6)
+    assert found["response_length/max"] == 5
+    assert found["rollout/truncated_fraction"] == pytest.approx(1 / 6)
+
+
+def sample_of(length: int, reward: float) -> Sample:
+    return Sample([5] * (length + 2), [False] * 2 + [True] * length, [0.0] * (length + 2), "", "stop", 0, reward)
+
+
+def test_figures_of_scored_groups() -> None:
+    rewards = [[0.0, 1.0, 1.0, 0.5], [0.25, -1.0]]
+    lengths = iter([3, 9, 1, 4, 7, 2])
+    groups = [SampleGroup(Prompt(str(i), ""), [sample_of(next(lengths), r) for r in row]) for i, row in enumerate(rewards)]
+    groups[0].samples[1].finish_reason = groups[1].samples[0].finish_reason = "length"
+    found = {name: value_of(metric) for name, metric in rollout_figures(groups).items()}
+    assert found == pytest.approx(
+        {
+            "reward/mean": mean(value for row in rewards for value in row),
+            "reward/std": mean(float(np.std(row)) for row in rewards),
+            "response_length/mean": 26 / 6,
+            "response_length/max": 9,
+            "rollout/truncated_fraction": 2 / 6,
+        }
+    )
+
+
+def test_scores_keep_their_place_however_long_they_take() -> None:
+    engine = ScriptedEngine({name: [f"{name}{i}" for i in range(4)] for name in "pqr"})
+    groups = engine.generate([Prompt(name, "") for name in "pqr"], SamplingParams(n=4))
+
+    def slow_first(prompt: Prompt, text: str) -> float:
+        time.sleep(0.01 * (3 - int(text[1])))
+        return 10.0 * "pqr".index(prompt.id) + int(text[1])
+
+    assert score(groups, slow_first) == 0
+    assert [g.rewards for g in groups] == [[0, 1, 2, 3], [10, 11, 12, 13], [20, 21, 22, 23]]
+
+
+def test_timeouts_are_counted_a_step() -> None:
+    class Impatient:
+        timeouts = 5  # of earlier steps
+
+        def __call__(self, prompt: Prompt, text: str) -> float:
+            self.timeouts += text == "b"
+            return 0.0
+
+    engine = ScriptedEngine(SCRIPT)
+    prompts = PromptStream([Prompt(name, "") for name in SCRIPT], seed=0, shuffle=False)
+    cfg = RolloutConfig(prompts_per_step=1, samples_per_prompt=2, dynamic_sampling="resample", max_resample_rounds=2)
+    assert values(collect(engine, prompts, Impatient(), cfg))["reward/timeouts"] == 3  # "aa", "bb", "ab"
+
+
+def test_an_error_in_the_reward_is_not_swallowed() -> None:
+    groups = ScriptedEngine(SCRIPT).generate([Prompt("right", "")], SamplingParams(n=2))
+    with pytest.raises(ZeroDivisionError):
+        score(groups, lambda prompt, text: 1 / 0)
+
+
+# --- rollouts on disk ---
+
+FLOATS = [0.1, -1 / 3, 5e-324, 1.7976931348623157e308, -0.0, math.pi * 1e-9, float(np.float32(-2.7182817))]
+
+
+def groups_to_save() -> list[SampleGroup]:
+    experts = np.random.default_rng(0).integers(-1, 128, (7, 3, 2), dtype=np.int32)
+    chat = Prompt("set/1", answer="42\u2028\n", messages=[{"role": "user", "content": "¿6*7?\x85"}], input_ids=[3, 2, 1])
+    plain = Prompt("set/2", answer="", text='"quoted"\n', input_ids=[9])
+    moe = Sample([3, 2, 1, 4, 5, 6, 7, 8], [False] * 3 + [True] * 5, [0.0, *FLOATS], "Zoë 🍎", "length", 7, -1 / 7, experts)
+    other = Sample([3, 2, 1, 0], [False] * 3 + [True], [0.0] * 3 + [-5.5], "", "abort", 6)
+    empty = replace(other, routed_experts=np.zeros((0, 3, 2), np.int32), finish_reason="stop")
+    return [SampleGroup(chat, [moe, other]), SampleGroup(plain, [empty])]
+
+
+def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
+    groups = groups_to_save()
+    save_groups(tmp_path / "new" / "folder", 12, groups)
+    loaded = load_groups(tmp_path / "new" / "folder", 12)
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["step_000012.jsonl"]
+    for a, b in zip((s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True):
+        if a.routed_experts is None:
+            assert b.routed_experts is None
+        else:
+            assert b.routed_experts.dtype == np.int32
+            assert b.routed_experts.shape == a.routed_experts.shape
+            assert np.array_equal(b.routed_experts, a.routed_experts)
+        a.routed_experts = b.routed_experts = None
+        assert str(a.rollout_logprobs) == str(b.rollout_logprobs)  # repr is exact, and tells -0.0 from 0.0
+    assert [asdict(g) for g in loaded] == [asdict(g) for g in groups]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save_groups(tmp_path, 0, groups_to_save())
+    save_groups(tmp_path, 0, groups_to_save()[1:])
+    assert names(load_groups(tmp_path, 0)) == ["set/2"]
+
+
+def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rollout\.replay_path = '.*' has no groups for step 3, it has no steps at all: save them"):
+        load_groups(tmp_path / "nowhere", 3)
+    for step in (2, 3, 10):
+        save_groups(tmp_path, step, groups_to_save())
+    check_groups(tmp_path, [2, 3, 10])
+    with pytest.raises(InputError, match="has no groups for step 4, it has steps 2 to 10") as error:
+        check_groups(tmp_path, range(2, 11))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda line: line[: len(line) // 2],
+        lambda line: "[1, 2]",
+        lambda line: line.replace('"prompt"', '"prompts"', 1),
+        lambda line: line.replace('"finish_reason"', '"finish"', 1),
+        lambda line: line.replace('"int32": "', '"int32": "AAAA', 1),
+    ],
+    ids=["cut short", "no group", "no prompt", "unknown field", "experts of another shape"],
+)
+def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) -> None:
+    save_groups(tmp_path, 1, groups_to_save()[::-1])
+    file = tmp_path / "step_000001.jsonl"
+    first, second = file.read_text().splitlines()
+    assert broken(second) != second
+    file.write_text(f"{first}\n{broken(second)}\n")
+    with pytest.raises(
+        InputError, match=r"rollout\.replay_path: line 2 of .*step_000001\.jsonl is broken \(.*\): save the step again"
+    ) as error:
+        load_groups(tmp_path, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_transcripts_are_for_people(tmp_path: Path) -> None:
+    file = tmp_path / "transcripts.jsonl"
+    groups = groups_to_save()
+    append_transcripts(file, 1, groups, limit=1)
+    append_transcripts(file, 2, groups, limit=9)
+    append_transcripts(file, 3, groups, limit=0)
+    assert "Zoë 🍎" in file.read_text()
+    lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+    assert [(line["step"], line["prompt_id"]) for line in lines] == [(1, "set/1"), (2, "set/1"), (2, "set/2")]
+    assert lines[0] == {
+        "step": 1,
+        "prompt_id": "set/1",
+        "prompt": groups[0].prompt.messages,
+        "answer": "42\u2028\n",
+        "samples": [
+            {"text": "Zoë 🍎", "reward": -1 / 7, "finish_reason": "length", "length": 5},
+            {"text": "", "reward": 0.0, "finish_reason": "abort", "length": 1},
+        ],
+    }
+    assert lines[2]["prompt"] == '"quoted"\n'
