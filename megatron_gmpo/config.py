@@ -241,7 +241,7 @@ _TABLES = """Further tables: --megatron.FIELD VALUE (any field of Megatron's Tra
 def load_config(argv: list[str]) -> Config:
     """Reads ``CONFIG.toml --section.key value ...``.
 
-    Values are TOML (``3``, ``0.5``, ``true``, ``["a", "b"]``) or else plain strings. ``--help`` prints every option.
+    Values are written as in TOML (``3``, ``0.5``, ``true``, ``["a", "b"]``); strings need no quotes. ``--help`` prints every option.
 
     Raises:
         InputError: no such file, bad TOML, an unknown key (naming the nearest), a value of the wrong type or out of range.
@@ -297,11 +297,14 @@ def _overrides(argv: list[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise InputError(f"--{key} has no value: write --{key} VALUE")
             value = rest.pop(0)
-        pairs.append((key.replace("-", "_"), _toml_value(value)))
+        pairs.append((key, _value(key, value)))
     return pairs
 
 
-def _toml_value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
+    """Quoted strings, lists, tables and values of free tables are TOML; all else is read as the field's type (2025-08-01 is a path)."""
+    if not key.startswith(("megatron.", "algorithm.options.")) and text[:1] not in ('"', "'", "[", "{"):
+        return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -51,15 +51,6 @@ def all_gather_objects(item: Any) -> list[Any]:
     return gathered
 
 
-def broadcast_object(item: Any) -> Any:
-    """Rank 0's ``item`` on every rank."""
-    if world_size() == 1:
-        return item
-    box = [item]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def barrier() -> None:
     """Waits for every rank."""
     if world_size() > 1:

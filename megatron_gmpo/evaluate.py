@@ -36,7 +36,8 @@ def evaluate(
         records: receives the scored groups of each benchmark.
 
     Returns:
-        ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length``, means over the benchmark.
+        ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length``, means over the benchmark, and
+        ``eval/{set}/timeouts``, answers whose check was cut off.
     """
     sampling = SamplingParams(
         n=cfg.samples_per_prompt,
@@ -48,12 +49,13 @@ def evaluate(
     results: dict[str, float] = {}
     for name, prompts in sets.items():
         groups = engine.generate(prompts, sampling)
-        score(groups, reward)
+        timeouts = score(groups, reward)
         passed = [sum(value >= cfg.pass_reward for value in group.rewards) for group in groups]
         for k in cfg.k:
             results[f"eval/{name}/pass@{k}"] = fmean(pass_at_k(sampling.n, c, k) for c in passed)
         results[f"eval/{name}/reward"] = fmean(value for group in groups for value in group.rewards)
         results[f"eval/{name}/response_length"] = fmean(sample.response_length for group in groups for sample in group.samples)
+        results[f"eval/{name}/timeouts"] = timeouts
         if records is not None:
             records[name] = groups
     return results
@@ -78,9 +80,9 @@ def main(cfg: Config) -> None:
     engine = run.engine()
     what = cfg.model.path
     if run.checkpoint:
-        policy = run.policy()
-        step = policy.load(run.checkpoint)["step"]
-        engine.update_weights(policy.export_hf(), version=step)
+        policy = run.policy(trainable=False)
+        policy.load_weights(run.checkpoint)
+        engine.update_weights(policy.export_hf(), version=run.step)
         what = str(run.checkpoint)
     with closing_reward(run.reward):
         records: dict[str, list[SampleGroup]] = {}

@@ -20,11 +20,12 @@ import transformers
 from transformers import AutoTokenizer
 
 from .checkpoint import native
+from .checkpoint.hf import SafetensorsFolder
 from .config import Config, exit_with_one_line, load_config
 from .data.prompts import load_prompts
 from .distributed import rank
 from .metrics.logger import check_wandb
-from .models.config import DTYPES, ModelDescription, describe_model
+from .models.config import DTYPES, ModelDescription, describe_model, read_hf_config
 from .platform import choose_device, prepare_megatron, seed_everything, start_process_group
 from .policy.parallel import start_model_parallel
 from .policy.policy import Policy
@@ -68,10 +69,10 @@ class Run:
         start_process_group(self.device, self.cfg.distributed_timeout_s)
         seed_everything(self.cfg.seed)
 
-    def policy(self) -> Policy:
+    def policy(self, *, trainable: bool = True) -> Policy:
         """The policy with the weights of ``model.path``; makes the model-parallel groups."""
-        groups = start_model_parallel(self.cfg.parallel, self.device, self.cfg.seed)
-        return Policy(self.cfg, self.description, groups, self.device)
+        groups = start_model_parallel(self.cfg.parallel, self.cfg.seed, self.cfg.distributed_timeout_s)
+        return Policy(self.cfg, self.description, groups, self.device, trainable)
 
     def engine(self) -> EmbeddedEngine:
         return EmbeddedEngine(
@@ -103,9 +104,15 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     device = choose_device(cfg.device)
     prepare_megatron(device)
     description = describe_model(cfg, int(os.environ.get("WORLD_SIZE", "1")), device)
+    SafetensorsFolder(cfg.model.path)
+    identity = native.model_identity(description.hf, cfg.model.dtype)
+    if cfg.model.reference_path:
+        SafetensorsFolder(cfg.model.reference_path)
+        if native.model_identity(read_hf_config(cfg.model.reference_path, "model.reference_path"), cfg.model.dtype) != identity:
+            raise InputError(f"model.reference_path = {cfg.model.reference_path!r} is not of the shape of model.path: give one that is")
     checkpoint = native.latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
     if checkpoint:
-        native.check_model(checkpoint, native.model_identity(description.hf))
+        native.check_model(checkpoint, identity)
         if train and not cfg.checkpoint.resume:
             raise InputError(
                 f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
@@ -132,9 +139,9 @@ def start_command(command: Callable[[Config], None]) -> None:
         exit_with_one_line(error)
     except NonFiniteError as error:
         exit_with_one_line(error, code=1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # not after an error: the other ranks may stand in a collective, and NCCL would wait for them
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _set_up_messages() -> None:

@@ -6,6 +6,7 @@ probabilities before the first update, then make one optimizer step for each min
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,11 @@ from .rollout.collect import Collected, collect, rollout_figures
 from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .types import NonFiniteError, SampleGroup, TrainBatch
+
+log = logging.getLogger(__name__)
+
+WORK = ("rollout", "logprobs", "train", "weight_sync")
+"""The phases of a step that throughput counts; evaluation and checkpoints are not in it."""
 
 
 def train(run: Run) -> None:
@@ -59,6 +65,8 @@ def train(run: Run) -> None:
         config=cfg.model_dump(mode="json"),
         resume_step=step,
     )
+    if step:
+        logger.event("resume", step=step, checkpoint=str(run.checkpoint))
     timer = Timer()
 
     def rollout() -> Collected:
@@ -86,40 +94,42 @@ def train(run: Run) -> None:
         final = step == cfg.train.num_steps and cfg.checkpoint.save_final
         return final or bool(cfg.checkpoint.save_interval and step % cfg.checkpoint.save_interval == 0)
 
+    log.info(_headline(run, objective.description))
+    minibatch: TrainBatch | None = None
     with closing_reward(run.reward), Progress(cfg.train.num_steps, done=step, enabled=cfg.log.progress) as progress:
-        progress.note(_headline(run, objective.description, step))
-        if step == 0 and cfg.eval.before:
-            if before := evaluation():
+        try:
+            if step == 0 and cfg.eval.before and (before := evaluation()):
                 progress.note(_results("before training", logger.log(0, before)))
             timer.take()
 
-        while step < cfg.train.num_steps:
-            collected = rollout()
-            batch = make_train_batch(collected.groups, group_advantages(collected.groups, cfg.algorithm.advantage))
-            with timer("logprobs"):
-                batch.old_logprobs = policy.logprobs(batch)
-                if objective.kl_coef:
-                    batch.ref_logprobs = policy.reference_logprobs(batch)
-            with timer("train"):
-                for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each
-                    try:
+            while step < cfg.train.num_steps:
+                collected = rollout()
+                batch = make_train_batch(collected.groups, group_advantages(collected.groups, cfg.algorithm.advantage))
+                with timer("logprobs"):
+                    batch.old_logprobs = policy.logprobs(batch)
+                    if objective.kl_coef:
+                        batch.ref_logprobs = policy.reference_logprobs(batch)
+                with timer("train"):
+                    for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each
                         logger.add(policy.train_step(minibatch, objective))
-                    except NonFiniteError as error:
-                        raise _stopped(error, step + 1, minibatch, run, logger) from None
-            step += 1
+                step += 1
 
-            logger.add(collected.metrics | rollout_mismatch(batch))
-            results = evaluation() if evaluation_due() else {}
-            if checkpoint_due():
-                with timer("checkpoint"):
-                    state = {"prompts": stream.state_dict() if stream else None, "config": cfg.model_dump(mode="json")}
-                    policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last)
-            _write_rollouts(run, step, collected.groups, transcripts)
-            spent = timer.take()
-            logger.add({"throughput/tokens_per_second": len(batch.tokens) / spent["time/step"]} | spent)
-            progress.update(step, logger.log(step, results))
-            if results:
-                progress.note(_results(f"after step {step}", results))
+                logger.add(collected.metrics | rollout_mismatch(batch))
+                results = evaluation() if evaluation_due() else {}
+                spent = timer.take()
+                logger.add({"throughput/tokens_per_second": len(batch.tokens) / sum(spent.get(f"time/{name}", 0) for name in WORK)} | spent)
+                _write_rollouts(run, step, collected.groups, transcripts)
+                progress.update(step, logger.log(step, results))
+                if results:
+                    progress.note(_results(f"after step {step}", results))
+                if checkpoint_due():  # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
+                    with timer("checkpoint"):
+                        state = {"prompts": stream.state_dict() if stream else None, "config": cfg.model_dump(mode="json")}
+                        logger.event(
+                            "checkpoint", step=step, path=str(policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last))
+                        )
+        except NonFiniteError as error:
+            raise _stopped(error, step + 1, minibatch, run, logger) from None
         barrier()
     logger.close()
 
@@ -130,10 +140,10 @@ def _write_rollouts(run: Run, step: int, groups: list[SampleGroup], transcripts:
         save_groups(run.cfg.rollout.save_path, step - 1, groups)
 
 
-def _headline(run: Run, loss: str, step: int) -> str:
+def _headline(run: Run, loss: str) -> str:
     kind = "MoE" if run.description.is_moe else "dense"
     problems = f"{len(run.prompts)} problems" if run.prompts else f"replay of {run.cfg.rollout.replay_path}"
-    resumed = f"; resumed at step {step}" if step else ""
+    resumed = f"; resumed at step {run.step}" if run.step else ""
     return f"{run.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; run_dir {run.run_dir}{resumed}"
 
 
@@ -142,16 +152,18 @@ def _results(when: str, figures: dict[str, float]) -> str:
     return f"evaluation {when}: " + ", ".join(shown)
 
 
-def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch, run: Run, logger: MetricLogger) -> NonFiniteError:
-    """Writes the minibatch that broke the run, and says where."""
-    file = run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
-    logger.event("nonfinite", step=step, reason=str(error), batch=str(file))
-    if rank() == 0:
+def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch | None, run: Run, logger: MetricLogger) -> NonFiniteError:
+    """Writes the last minibatch, the one that broke the run, and says where it and the last checkpoint are."""
+    line = f"step {step}: {error}"
+    if minibatch is not None and rank() == 0:  # no collective here: a rollout may have failed on one rank alone
+        file = run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
         tensors = {name: value.clone() for name, value in asdict(minibatch).items() if isinstance(value, Tensor)}
         safetensors.torch.save_file(tensors, file)
-    barrier()
-    kept = native.latest_checkpoint(run.checkpoint_dir)
-    return NonFiniteError(f"step {step}: {error}; the batch is in {file}" + (f", the last good checkpoint is {kept}" if kept else ""))
+        line += f"; the last minibatch is in {file}"
+    if kept := native.latest_checkpoint(run.checkpoint_dir):
+        line += f"; the last checkpoint is {kept}"
+    logger.event("nonfinite", step=step, reason=line)
+    return NonFiniteError(line)
 
 
 def main(cfg: Config) -> None:

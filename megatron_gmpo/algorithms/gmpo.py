@@ -85,6 +85,7 @@ def gmpo_loss(
         clip_metrics = fractions(events, nonempty.sum())
     else:
         clip_metrics = fractions({name: sums[name] for name in events}, sums["tokens"].sum())
-    ratio = torch.exp(exponent)  # (S,)
-    objective = torch.where(nonempty, tokens.advantages * ratio, 0)
+    ratio = torch.exp(exponent.detach())  # (S,)
+    weighs = nonempty & (tokens.advantages != 0)  # without 1/n the ratio may overflow, and 0 * inf is nan
+    objective = tokens.advantages * torch.exp(exponent.where(weighs, 0)).where(weighs, 0)
     return tokens.output(objective, length, sums, sequence_weights, clip_metrics | extremes("ratio", ratio, nonempty))

@@ -92,9 +92,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def model_identity(hf: Any) -> dict[str, Any]:
-    """The fields of a Hugging Face config that say which weights fit."""
-    return {field: getattr(hf, field, None) for field in _IDENTITY}
+def model_identity(hf: Any, dtype: str) -> dict[str, Any]:
+    """The fields of a Hugging Face config that say which weights fit, and the precision they are held in."""
+    return {**{field: getattr(hf, field, None) for field in _IDENTITY}, "dtype": dtype}
 
 
 def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
@@ -165,16 +165,24 @@ def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection)
     buffers = _full_state(slots)
     tensors = _sharded_tensors(trainable, groups, buffers)
     loaded: Any = dist_checkpointing.load(tensors, str(checkpoint), validate_access_integrity=False)
-    for i, chunk in enumerate(trainable.chunks):
-        _unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+    _fill(trainable.chunks, loaded)
     for i, slot in enumerate(slots):
         for name, tensor in slot.tensors.items():
             tensor.copy_(loaded["optimizer"][f"{name}.{i}"].view(-1)[slot.start : slot.stop].view_as(tensor))
     _set_update_count(trainable.optimizer, updates)
-    trainable.scheduler.step(0)  # learning rate and weight decay of the parameter groups
     if state["world_size"] == dist.get_world_size():
         _restore_random_states(checkpoint / "random" / f"rank_{dist.get_rank():05d}.safetensors")
     return state
+
+
+def load_weights(checkpoint: Path, chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> None:
+    """Fills the model from a checkpoint of any layout (collective); the optimizer's part is not read."""
+    _fill(chunks, dist_checkpointing.load(_sharded_model(chunks, groups), str(checkpoint), validate_access_integrity=False))
+
+
+def _fill(chunks: list[torch.nn.Module], loaded: Any) -> None:
+    for i, chunk in enumerate(chunks):
+        _unwrap(chunk).load_state_dict(loaded[f"model{i}"])
 
 
 @dataclass(frozen=True)
@@ -264,9 +272,7 @@ def _sharded_tensors(
     trainable: Trainable, groups: ProcessGroupCollection, optimizer_state: list[dict[str, Tensor]] | None = None
 ) -> dict[str, Any]:
     """The sharded state dict of model and optimizer; its tensors are saved, or say what to load."""
-    model = {
-        f"model{i}": _unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}) for i, chunk in enumerate(trainable.chunks)
-    }
+    model = _sharded_model(trainable.chunks, groups)
     by_parameter = {id(sharded.data): sharded for chunk in model.values() for sharded in _sharded(chunk)}
     slots = list(_slots(trainable.optimizer))
     optimizer: dict[str, Any] = {}
@@ -274,6 +280,10 @@ def _sharded_tensors(
         for name, tensor in state.items():
             optimizer[f"{name}.{i}"] = make_sharded_optimizer_tensor(by_parameter[id(slot.parameter)], tensor, f"optimizer.{name}")
     return {**model, "optimizer": optimizer}
+
+
+def _sharded_model(chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, Any]:
+    return {f"model{i}": _unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}) for i, chunk in enumerate(chunks)}
 
 
 def _sharded(tree: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:

@@ -67,22 +67,22 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     return ModelDescription(hf, transformer, mapping, padded_vocab_size, _rope(hf), use_te)
 
 
-def read_hf_config(path: str) -> HFConfig:
-    """The config of a model folder.
+def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
+    """The config of a model folder, which ``field`` of our config names.
 
     Raises:
         InputError: no config.json there, or a family without a table.
     """
     if not path:
-        raise InputError("model.path is empty: give a Hugging Face model folder")
+        raise InputError(f"{field} is empty: give a Hugging Face model folder")
     if not (Path(path) / "config.json").is_file():
-        raise InputError(f"model.path = {path!r} has no config.json: give a Hugging Face model folder")
+        raise InputError(f"{field} = {path!r} has no config.json: give a Hugging Face model folder")
     try:
         hf = AutoConfig.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"model.path = {path!r}: config.json cannot be read ({_one_line(error)})") from None
+        raise InputError(f"{field} = {path!r}: config.json cannot be read ({_one_line(error)})") from None
     if hf.model_type not in FAMILIES:
-        raise InputError(f"model.path = {path!r} is a {hf.model_type!r} model, a family without a table: use one of {', '.join(FAMILIES)}")
+        raise InputError(f"{field} = {path!r} is a {hf.model_type!r} model, a family without a table: use one of {', '.join(FAMILIES)}")
     return hf
 
 
@@ -158,7 +158,6 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
         "use_cpu_initialization": not torch.cuda.is_available() or cfg.device == "cpu",
         "gradient_accumulation_fusion": False,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": use_te,
         "moe_router_dtype": "fp32",
     }
@@ -188,7 +187,11 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
             raise InputError(f"megatron.{name} = {value!r}: {_FIXED_FIELDS[name]}; remove it")
         if name in architecture:
             raise InputError(f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; remove it")
-    if table.get("fp8") and not use_te:
+    if table.get("fp8") and use_te:
+        raise InputError(
+            f"megatron.fp8 = {table['fp8']!r} is not supported yet: packed microbatches are not padded as FP8 kernels need; remove it"
+        )
+    if table.get("fp8"):
         raise InputError(f"megatron.fp8 = {table['fp8']!r} needs Transformer Engine and a GPU: install the 'gpu' extra there, or remove it")
     for name in ("gradient_accumulation_fusion", "moe_grouped_gemm"):
         if table.get(name) and not use_te:

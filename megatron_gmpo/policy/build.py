@@ -90,7 +90,7 @@ def make_trainable(
         max_lr=cfg.lr,
         min_lr=cfg.min_lr,
         lr_warmup_steps=cfg.lr_warmup_steps,
-        lr_decay_steps=max(total_updates, cfg.lr_warmup_steps + 1),
+        lr_decay_steps=max(total_updates, cfg.lr_warmup_steps) + 1,  # min_lr would come after the last update
         lr_decay_style=cfg.lr_schedule,
         start_wd=cfg.weight_decay,
         end_wd=cfg.weight_decay,

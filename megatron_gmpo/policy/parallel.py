@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..config import ParallelConfig
 
 
-def start_model_parallel(parallel: ParallelConfig, device: torch.device, seed: int) -> ProcessGroupCollection:
+def start_model_parallel(parallel: ParallelConfig, seed: int, timeout_s: float) -> ProcessGroupCollection:
     """Makes Megatron's groups and seeds its random-number tracker. Needs the default process group.
+
+    Args:
+        timeout_s: limit for one collective, rounded up to whole minutes.
 
     Returns:
         The groups ``tp``, ``pp``, ``cp``, ``dp``, ``dp_cp``, ``ep``, ``expt_tp`` and more (process_groups_config.py).
@@ -23,6 +27,7 @@ def start_model_parallel(parallel: ParallelConfig, device: torch.device, seed: i
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()

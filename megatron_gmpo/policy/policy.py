@@ -39,13 +39,24 @@ class Policy:
         description: the model, from ``models.config.describe_model``.
         groups: the process groups, from ``policy.parallel.start_model_parallel``.
         device: where the model lives.
+        trainable: False leaves out gradient buffers, optimizer and reference; then only weights can be loaded and exported.
     """
 
-    def __init__(self, cfg: Config, description: ModelDescription, groups: ProcessGroupCollection, device: torch.device) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        description: ModelDescription,
+        groups: ProcessGroupCollection,
+        device: torch.device,
+        trainable: bool = True,
+    ) -> None:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
-        updates = cfg.train.num_steps * cfg.train.minibatches_per_step
-        self.model = make_trainable(self._load(cfg.model.path), cfg.optimizer, updates, groups)
-        self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
+        self.chunks = self._load(cfg.model.path)
+        if trainable:
+            updates = cfg.train.num_steps * cfg.train.minibatches_per_step
+            self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
+            self.chunks = self.model.chunks
+            self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
 
     def _load(self, path: str) -> list[torch.nn.Module]:
         chunks = build_chunks(self.description, self.groups, self.device)
@@ -54,7 +65,7 @@ class Policy:
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
         """(L,) fp32 on the CPU: log probability of every response token at the rollout temperature, 0 elsewhere."""
-        return self._logprobs(self.model.chunks, batch)
+        return self._logprobs(self.chunks, batch)
 
     def reference_logprobs(self, batch: TrainBatch) -> Tensor:
         """The same under the reference policy; needs ``algorithm.kl_coef`` > 0."""
@@ -83,23 +94,23 @@ class Policy:
             count = objective.count(response_lengths[plan[place]])
             return output.loss * scale, {"loss": Metric(output.loss.detach(), count), **output.metrics}
 
-        for chunk in self.model.chunks:
+        for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer: Any = self.model.optimizer
         optimizer.zero_grad()
-        metrics = self._reduce(self._run(self.model.chunks, minibatch, plan, loss))
+        metrics = self._reduce(self._run(self.chunks, minibatch, plan, loss))
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
         _, grad_norm, _ = optimizer.step()
-        metrics["grad_norm"] = Metric(float(optimizer.get_grad_norm() if grad_norm is None else grad_norm))
+        metrics["grad_norm"] = Metric(float(grad_norm))
         metrics["learning_rate"] = Metric(optimizer.param_groups[0]["lr"])
         _check_finite("gradient norm", metrics["grad_norm"])
         return metrics
 
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
         """Lazily yields (Hugging Face name, full tensor) on every rank; all ranks run it to its end."""
-        return export_hf(self.model.chunks, self.description.mapping, self.groups)
+        return export_hf(self.chunks, self.description.mapping, self.groups)
 
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
         """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``checkpoint.native.save``."""
@@ -114,9 +125,18 @@ class Policy:
         native.check_model(checkpoint, self._identity)
         return native.load(checkpoint, self.model, self.groups)
 
+    def load_weights(self, checkpoint: Path) -> None:
+        """Takes over the weights alone.
+
+        Raises:
+            InputError: as ``load``.
+        """
+        native.check_model(checkpoint, self._identity)
+        native.load_weights(checkpoint, self.chunks, self.groups)
+
     @property
     def _identity(self) -> dict[str, Any]:
-        return {**native.model_identity(self.description.hf), "dtype": self.cfg.model.dtype}
+        return native.model_identity(self.description.hf, self.cfg.model.dtype)
 
     def _plan(self, batch: TrainBatch) -> list[list[int]]:
         """This data-parallel rank's microbatches, as numbers of sequences."""

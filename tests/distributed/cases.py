@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 @contextmanager
 def opened(cfg: Config) -> Iterator[Policy]:
     description = describe_model(cfg, world_size(), CPU)
-    groups = start_model_parallel(cfg.parallel, CPU, cfg.seed)
+    groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
         policy = Policy(cfg, description, groups, CPU)
         yield policy
@@ -51,7 +51,7 @@ def _let_go(policy: Policy) -> None:
 
     The dispatcher's graph leads to the gradient hooks and so back to the model, a cycle the garbage collector does not see.
     """
-    for module in (module for chunk in policy.model.chunks for module in chunk.modules()):
+    for module in (module for chunk in policy.chunks for module in chunk.modules()):
         if hasattr(module, "token_dispatcher"):
             module.token_dispatcher.probs = None
     RotaryEmbedding.forward.cache_clear()
@@ -123,7 +123,7 @@ def random_numbers(cfg: Config, run_dir: Path) -> tuple[list[float], list[float]
 def load_with_megatron_alone(cfg: Config, checkpoint: Path) -> tuple[set[str], set[str], dict[str, Tensor]]:
     """The checkpoint's names, those of GPTModel.sharded_state_dict, and the weights of a fresh GPTModel filled from it."""
     description = describe_model(cfg, world_size(), CPU)
-    groups = start_model_parallel(cfg.parallel, CPU, cfg.seed)
+    groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
         (model,) = build_chunks(description, groups, CPU)
         model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(checkpoint)))

@@ -121,7 +121,7 @@ def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     (folder / "rollouts").mkdir()
     for step in range(2):
         (folder / "rollouts" / f"step_{step:06d}.jsonl").touch()
-    identity = native.model_identity(read_hf_config(str(model)))
+    identity = native.model_identity(read_hf_config(str(model)), "fp32")
     for name, saved in (("same", identity), ("other", identity | {"hidden_size": 128})):
         checkpoint = folder / name / "checkpoints" / "iter_0000007"
         checkpoint.mkdir(parents=True)

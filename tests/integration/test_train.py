@@ -242,11 +242,13 @@ def test_a_diverged_run_stops_and_says_where(minibatches: int, argv: list[str], 
     assert (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert (run_dir / "checkpoints" / "iter_0000002" / "state.json").is_file()
     if minibatches == 1:
-        assert line == "error: the rollout model's logits are not finite under the weights of step 3"
-        return
-    file = run_dir / "nonfinite_step_000003.safetensors"
-    assert line.startswith("error: step 3: loss is nan")
+        file = run_dir / "nonfinite_step_000004.safetensors"
+        assert line.startswith("error: step 4: the rollout model's logits are not finite under the weights of step 3")
+    else:
+        file = run_dir / "nonfinite_step_000003.safetensors"
+        assert line.startswith("error: step 3: loss is nan")
     assert str(file) in line
+    assert line.endswith("iter_0000002")
     batch = safetensors.torch.load_file(file)
     assert int(batch["lengths"].sum()) == len(batch["tokens"])
     assert torch.isfinite(batch["advantages"]).all()

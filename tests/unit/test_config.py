@@ -73,7 +73,7 @@ def test_toml_fills_the_tree_and_leaves_the_other_defaults(toml: str) -> None:
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(toml: str) -> None:
-    cfg = load_config([toml, "--train.num_steps", "8", "--run-dir=runs/b", "--train.num_steps", "9", "--eval.sets.aime24.max_prompts=3"])
+    cfg = load_config([toml, "--train.num_steps", "8", "--run_dir=runs/b", "--train.num_steps", "9", "--eval.sets.aime24.max_prompts=3"])
     assert (cfg.train.num_steps, cfg.run_dir) == (9, "runs/b")
     assert (cfg.eval.sets["aime24"].max_prompts, cfg.eval.sets["aime24"].path) == (3, "aime24.parquet")
 
@@ -103,6 +103,11 @@ def test_values_are_toml_or_plain_strings(text: str, field: str, value: object) 
     found = getattr(getattr(load_config([text]), section), name)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["2025-08-01", "1e3", "12_000", "1979-05-27T07:32:00Z", "007", "true"])
+def test_text_that_looks_like_another_type_stays_text(text: str) -> None:
+    assert load_config(["--run_dir", text, "--data.path", text]).data.path == text
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])))

@@ -56,11 +56,13 @@ def test_every_benchmark_has_its_figures() -> None:
             "eval/first/pass@4": 2 / 3,
             "eval/first/reward": 5 / 12,
             "eval/first/response_length": (4 + 6 + 6) / 12,
+            "eval/first/timeouts": 0,
             "eval/second/pass@1": 1 / 2,
             "eval/second/pass@2": 1 - 1 / 6,
             "eval/second/pass@4": 1,
             "eval/second/reward": 1 / 2,
             "eval/second/response_length": 1,
+            "eval/second/timeouts": 0,
         }
     )
     sampling = SamplingParams(n=4, max_new_tokens=9, temperature=0.6, top_p=0.95, stop=("\n",))
@@ -74,7 +76,7 @@ def test_every_benchmark_has_its_figures() -> None:
 def test_defaults_are_one_greedy_answer() -> None:
     engine, sets = benchmarks()
     results = evaluate(engine, sets, arithmetic_reward, EvalConfig(), max_new_tokens=9)
-    assert set(results) == {f"eval/{name}/{figure}" for name in sets for figure in ("pass@1", "reward", "response_length")}
+    assert set(results) == {f"eval/{name}/{figure}" for name in sets for figure in ("pass@1", "reward", "response_length", "timeouts")}
     assert results["eval/first/pass@1"] == pytest.approx(1 / 3)
     assert engine.calls[0][1] == SamplingParams(n=1, max_new_tokens=9, temperature=0.0)
 

@@ -538,3 +538,15 @@ def test_check_loss_names_field_value_and_remedy(name: str, options: dict, messa
 def test_check_loss_accepts_the_defaults(name: str):
     check_loss(name, {})
     check_loss("gmpo", {"clip_mode": "none", "dual_clip": 3, "length_normalize": False})
+
+
+def test_an_overflowing_ratio_without_1_over_n_is_nothing_where_the_advantage_is_0() -> None:
+    logprobs = torch.zeros(2000, requires_grad=True)
+    old = torch.full((2000,), -0.05)
+    output = POLICY_LOSSES["gmpo"](
+        logprobs, old, torch.ones(2000, dtype=torch.bool), torch.zeros(2000, dtype=torch.int64), torch.zeros(1), length_normalize=False
+    )
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert logprobs.grad is not None
+    assert logprobs.grad.abs().max() == 0
