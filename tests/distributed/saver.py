@@ -30,8 +30,8 @@ SAVES_BEFORE_DEATH = 2
 RANDOM_MOMENTS = 3
 
 
-def live(model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[Any, str] | None) -> None:
-    """Loads, checks, and saves until killed; by itself at the call of ``place`` in the save after the last reported one."""
+def live(model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[Any, str, int] | None) -> None:
+    """Loads, checks, and saves until killed: by itself, with a ``place``, in the save after those it has reported."""
     start_process_group(cases.CPU, 60)
     with cases.opened(config(model, {}, max_tokens=64)) as policy:
         for state in states(policy):
@@ -45,9 +45,22 @@ def live(model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[
             for state in states(policy):
                 state.fill_(step)
             if place and step > first + SAVES_BEFORE_DEATH:
-                setattr(*place, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+                die_at(*place)
+                place = None
             policy.save(run_dir, step, {}, keep_last=2)
             report(f"saved {step}")
+
+
+def die_at(owner: Any, name: str, call: int) -> None:
+    """Makes the so-manieth call of a function the end of this process."""
+    original, calls = getattr(owner, name), iter(range(1, call + 1))
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
 
 
 def states(policy: Policy) -> list[torch.Tensor]:
@@ -61,11 +74,11 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
     prepare_megatron(cases.CPU)
     torch.set_num_threads(1)
     choose = random.Random(seed)
-    places: list[tuple[Any, str] | None] = [
-        (Path, "rename"),  # the new checkpoint is whole, but not in its place
-        (native, "_write_aside"),  # in its place, but not the latest
-        (shutil, "rmtree"),  # the latest, with one too many before it
-        (native.dist_checkpointing, "save"),
+    places: list[tuple[Any, str, int] | None] = [
+        (Path, "rename", 1),  # the new checkpoint is whole, but not in its place
+        (Path, "rename", 2),  # in its place, but not the latest
+        (shutil, "rmtree", 1),  # the latest, with one too many before it
+        (native.dist_checkpointing, "save", 1),
         *[None] * RANDOM_MOMENTS,
     ]
     for place in [*places, None]:
