@@ -75,10 +75,10 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
     torch.set_num_threads(1)
     choose = random.Random(seed)
     places: list[tuple[Any, str, int] | None] = [
-        (Path, "rename", 1),  # the new checkpoint is whole, but not in its place
-        (Path, "rename", 2),  # in its place, but not the latest
+        (Path, "rename", 1),  # Megatron gives the new checkpoint its metadata
+        (Path, "rename", 2),  # it is whole, but not in its place
+        (Path, "rename", 3),  # in its place, but not the latest
         (shutil, "rmtree", 1),  # the latest, with one too many before it
-        (native.dist_checkpointing, "save", 1),
         *[None] * RANDOM_MOMENTS,
     ]
     for place in [*places, None]:
