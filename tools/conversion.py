@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ _TIMEOUT_S = 4 * 3600  # of a collective: the ranks meet only before and after t
 @contextmanager
 def processes() -> Iterator[None]:
     """Joins the group of processes torchrun describes; bad input ends in one line and exit code 2."""
+    # Megatron and torch disagree on names inside torch.distributed.checkpoint
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
     try:
         start_process_group(_CPU, _TIMEOUT_S)
         yield

@@ -116,7 +116,7 @@ class SafetensorsFolder:
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
         with (self.path / stored.file).open("rb", buffering=0) as file:
             file.seek(stored.start)
-            view, done = memoryview(data.numpy()), 0
+            view, done = data.numpy().data, 0
             while done < stored.nbytes:
                 got = file.readinto(view[done:])
                 if not got:
@@ -164,7 +164,7 @@ class SafetensorsFile:
     def write(self, name: str, tensor: Tensor) -> None:
         expected, (start, end) = self._todo.pop(0)
         assert (name, tensor.nbytes) == (expected, end - start)
-        data, done = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), 0
+        data, done = tensor.contiguous().view(-1).view(torch.uint8).numpy().data, 0
         while done < len(data):
             done += self._file.write(data[done:])
 

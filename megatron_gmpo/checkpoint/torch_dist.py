@@ -196,6 +196,8 @@ class _StreamingPlanner(SavePlanner):
 
     def __init__(self, pieces: list[Piece], extra_states: list[Place]) -> None:
         self._pieces = {(piece.place.key, _chunk(piece).offsets): piece for piece in pieces}
+        torch.save([None], buffer := io.BytesIO())
+        self._empty_state = buffer.getvalue()
         self._extra_states = [
             f"{place.key}/shard_{'.'.join(map(str, place.index or (0,)))}_{'.'.join(map(str, place.axes or (1,)))}"
             for place in extra_states
@@ -221,8 +223,7 @@ class _StreamingPlanner(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
-            torch.save([None], empty := io.BytesIO())
-            return empty
+            return io.BytesIO(self._empty_state)
         assert write_item.tensor_data
         assert write_item.index.offset is not None
         tensor = self._pieces[write_item.index.fqn, write_item.index.offset].read()
