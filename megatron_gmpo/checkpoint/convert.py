@@ -133,10 +133,10 @@ class ConversionTable:
             return (place,)
         return (place, fused) if entry.name.split(".pre_mlp_")[0] in self._moe_layers else (fused,)
 
-    def extra_states(self, entries: list[Entry]) -> list[Place]:
+    def extra_states(self) -> list[Place]:
         """Modules to which one of Megatron's layer specs gives an ``_extra_state``."""
         states: dict[Place, None] = {}
-        for entry in entries:
+        for entry in self.entries:
             place = self.places(entry)[0]
             module, _, what = place.key.rpartition(".")
             if what in ("weight", "layer_norm_weight") and module.startswith("decoder.") and not module.endswith(".router"):
@@ -196,7 +196,7 @@ class HFToMegatron:
             mine = _share(self.table.entries, [self._nbytes(entry) for entry in self.table.entries])
             with _agreed():
                 pieces = [piece for entry in mine for piece in self._pieces(entry, advance)]
-                write_torch_dist(folder, pieces, self.table.extra_states(mine))
+                write_torch_dist(folder, pieces, self.table.extra_states()[rank() :: world_size()])
                 if rank() == 0:
                     _copy_companions(self.table.folder, partial / "hf", drop_quantization=self._source.is_quantized)
                     (partial / LATEST).write_text("0")

@@ -25,7 +25,7 @@ from ..distributed import cases
 from ..distributed.conftest import _pools, ranks  # noqa: F401
 from ..distributed.ranks import RankPool
 from ..distributed.test_checkpoint import make_config, replayed
-from ..distributed.test_layouts import EP, ETP, PP, TP, VPP, config
+from ..distributed.test_layouts import EP, ETP, PP, TP, config
 from . import conversions
 from .commands import ROOT, error_lines, run_module
 
