@@ -339,8 +339,8 @@ def test_bad_megatron_folder_is_refused(
 def test_template_of_another_model_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
     ranks.run(1, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
     cases_ = {
-        "qwen3_moe mixed": "lacks 'decoder.layers.mlp.linear_fc1.weight'",
-        "qwen3": "lacks 'decoder.layers.mlp.linear_fc1.weight'",
+        "qwen3_moe mixed": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
+        "qwen3": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
         "qwen3_moe tied": "1 tensors that config.json does not ask for, the first 'output_layer.weight'",
     }
     for template, expected in cases_.items():
