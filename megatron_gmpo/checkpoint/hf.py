@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, KeysView
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..distributed import all_gather_objects
 from ..models.mapping import Mapping, Match, canonical_name, is_expert, with_global_numbers
 from ..types import InputError
+from .safetensors_folder import SafetensorsFolder
 
 _DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
-
-
-class SafetensorsFolder:
-    """Tensors of a Hugging Face folder by name, sharded over files or not; one is read at a time.
-
-    Raises:
-        InputError: no safetensors there, an index that names an absent file, a file that cannot be read.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if index.is_file():
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif single.is_file():
-            files = dict.fromkeys(self._open(single.name).keys(), single.name)
-        else:
-            raise InputError(f"{path!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights")
-        self._files = files
-
-    @property
-    def names(self) -> KeysView[str]:
-        return self._files.keys()
-
-    def get(self, name: str) -> Tensor:
-        """The tensor on the CPU, in its own dtype."""
-        return self._open(self._files[name]).get_tensor(name)
-
-    def _open(self, file: str) -> Any:
-        try:
-            return safe_open(self.path / file, "pt")
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{self.path / file} cannot be read ({error}): fetch the model again") from None
 
 
 @dataclass(frozen=True)

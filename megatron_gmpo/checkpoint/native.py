@@ -139,7 +139,7 @@ def save(run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], 
     if dist.get_rank() == 0:
         whole = {"step": step, "world_size": dist.get_world_size(), "scheduler": trainable.scheduler.state_dict(), **state}
         (partial / "state.json").write_text(json.dumps(whole, indent=1))
-        _sync(partial)
+        sync(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -342,11 +342,11 @@ def _restore_random_states(file: Path) -> None:
 def _write_aside(path: Path, text: str) -> None:
     aside = path.with_name(f".partial_{path.name}")
     aside.write_text(text)
-    _sync(aside)
+    sync(aside)
     aside.rename(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flushes a file, or a folder with everything in it, to the disk."""
     for item in [path, *path.rglob("*")]:
         descriptor = os.open(item, os.O_RDONLY)

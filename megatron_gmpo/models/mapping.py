@@ -76,6 +76,8 @@ class Vocabulary(Split):
     padded_size: int
 
     def join(self, tensors: list[Tensor]) -> Tensor:
+        if self.padded_size == self.size:  # the largest tensor of a model need not be copied
+            return tensors[0]
         return torch.nn.functional.pad(tensors[0], (0, 0, 0, self.padded_size - self.size))
 
     def separate(self, tensor: Tensor) -> list[Tensor]:

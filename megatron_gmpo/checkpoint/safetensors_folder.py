@@ -1,0 +1,210 @@
+"""Hugging Face safetensors folders, one tensor in memory at a time.
+
+The file format is 8 bytes of header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, and the tensors' bytes end to end
+(github.com/huggingface/safetensors). The library maps files into memory, which counts every byte read as resident, and writes only whole
+dictionaries; reading and writing by offset does neither.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, KeysView
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ..types import InputError
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SCALE = "_scale_inv"
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: ``start`` is its first byte in ``file``."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFolder:
+    """Tensors of a Hugging Face folder by the names its family has on the hub, sharded over files or not.
+
+    Experts that newer transformers stores fused, ``experts.gate_up_proj`` (E, 2F, H) and ``experts.down_proj`` (E, H, F), appear one by
+    one as ``experts.{e}.gate_proj.weight`` (F, H), ``up_proj`` and ``down_proj``. FP8 weights with block scales
+    (``weight_scale_inv``, DeepSeek's layout) appear as bfloat16.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        InputError: no safetensors there, weights in pickle files, an index that names an absent file, a file that is truncated or is
+            no safetensors file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if pickles := sorted(file.name for file in self.path.glob("*") if file.suffix in _PICKLES):
+            raise InputError(f"{str(path)!r} holds {pickles[0]!r}, a pickle, which can run code when read: keep safetensors only")
+        self.files: set[str]
+        if (self.path / INDEX).is_file():
+            listed = _read_index(self.path / INDEX)
+            self.files = set(listed.values())
+        elif (self.path / _SINGLE).is_file():
+            listed, self.files = None, {_SINGLE}
+        else:
+            raise InputError(f"{str(path)!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights")
+        stored = {file: self._read_header(file) for file in sorted(self.files)}
+        flat = {name: tensor for tensors in stored.values() for name, tensor in tensors.items()}
+        for name, file in (listed or {}).items():
+            if name not in stored[file]:
+                raise InputError(f"{self.path / INDEX} says that {file} holds {name!r}, which it does not: fetch the model again")
+        self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(_SCALE)}
+        self._tensors: dict[str, StoredTensor] = {}
+        for name, tensor in flat.items():
+            if name not in self._scales:
+                self._tensors.update(_unfused(name, tensor))
+
+    @property
+    def names(self) -> KeysView[str]:
+        return self._tensors.keys()
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(self._scales)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype ``get`` gives."""
+        return torch.bfloat16 if name + _SCALE in self._scales else self._tensors[name].dtype
+
+    def get(self, name: str) -> Tensor:
+        """The tensor on the CPU."""
+        tensor = self._read(self._tensors[name])
+        scale = self._scales.get(name + _SCALE)
+        return tensor if scale is None else _dequantize(tensor, self._read(scale))
+
+    def _read(self, stored: StoredTensor) -> Tensor:
+        data = torch.empty(stored.nbytes, dtype=torch.uint8)
+        with (self.path / stored.file).open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            view, done = data.numpy().data, 0
+            while done < stored.nbytes:
+                got = file.readinto(view[done:])
+                if not got:
+                    raise InputError(f"{self.path / stored.file} ends too early: fetch the model again")
+                done += got
+        return data.view(stored.dtype).view(stored.shape)
+
+    def _read_header(self, name: str) -> dict[str, StoredTensor]:
+        path = self.path / name
+        if not path.is_file():
+            raise InputError(f"{self.path / INDEX} names {name!r}, which is not there: fetch the model again")
+        size = path.stat().st_size
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header: dict[str, Any] = json.loads(file.read(length if length <= size else 0))
+            header.pop("__metadata__", None)
+            tensors = {
+                tensor: StoredTensor(name, _DTYPES[about["dtype"]], tuple(about["shape"]), 8 + length + about["data_offsets"][0])
+                for tensor, about in header.items()
+            }
+            ends = [8 + length + about["data_offsets"][1] for about in header.values()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read as safetensors ({type(error).__name__}: {error}): fetch the model again") from None
+        if max(ends, default=0) != size or any(tensor.start + tensor.nbytes > size for tensor in tensors.values()):
+            raise InputError(f"{path} has {size} bytes where its header tells of {max(ends, default=0)}: fetch the model again")
+        return tensors
+
+
+class SafetensorsFile:
+    """One file, written tensor by tensor in the order announced; ``with SafetensorsFile(path, [(name, dtype, shape)]) as file``."""
+
+    def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, dtype, shape in tensors:
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._todo = [(name, about["data_offsets"]) for name, about in header.items() if name != "__metadata__"]
+        self._file: IO[bytes] = path.open("wb", buffering=0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        expected, (start, end) = self._todo.pop(0)
+        assert (name, tensor.nbytes) == (expected, end - start)
+        data, done = tensor.contiguous().view(-1).view(torch.uint8).numpy().data, 0
+        while done < len(data):
+            done += self._file.write(data[done:])
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if not kind:
+            os.fsync(self._file.fileno())
+        self._file.close()
+        assert kind or not self._todo
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} cannot be read ({type(error).__name__}): fetch the model again") from None
+
+
+def _unfused(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
+    """A fused expert tensor as the per-expert ones it consists of; any other as itself."""
+    before, _, what = name.rpartition(".")
+    if not before.endswith(".experts") or what not in ("gate_up_proj", "down_proj") or len(tensor.shape) != 3:
+        return {name: tensor}
+    experts, rows, columns = tensor.shape
+    parts = ["gate_proj", "up_proj"] if what == "gate_up_proj" else ["down_proj"]
+    shape = (rows // len(parts), columns)
+    nbytes = math.prod(shape) * tensor.dtype.itemsize
+    return {
+        f"{before}.{expert}.{part}.weight": StoredTensor(
+            tensor.file, tensor.dtype, shape, tensor.start + (expert * len(parts) + place) * nbytes
+        )
+        for expert in range(experts)
+        for place, part in enumerate(parts)
+    }
+
+
+def _dequantize(tensor: Tensor, scale: Tensor) -> Tensor:
+    """FP8 (rows, columns) times one scale a block -> bfloat16. Blocks are 128 x 128, the last ones smaller."""
+    rows, columns = tensor.shape
+    blocks = scale.float().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    return (tensor.float() * blocks).bfloat16()

@@ -1,0 +1,274 @@
+"""Megatron-Core's ``torch_dist`` checkpoints as named tensors, one in memory at a time and with no model built.
+
+``GPTModel.sharded_state_dict`` gives keys that do not depend on the parallel layout: layers of one kind are stacked along a first axis,
+routed experts along a second one, and every tensor is whole, as if tensor parallelism were 1 (transformer_block.py, mlp.py, experts.py
+of megatron-core 0.16). The files are those of torch.distributed.checkpoint; ``.metadata`` says where each piece lies.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+
+from ..types import InputError
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies in a checkpoint.
+
+    Attributes:
+        key: the stored tensor, which may hold many parameters.
+        index: the parameter's place along the leading axes: (layer,), (layer, expert), (expert,) or ().
+        axes: sizes of those axes.
+    """
+
+    key: str
+    index: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+
+
+def place_of(name: str, *, num_layers: int, num_experts: int, stacked: bool) -> Place:
+    """The place of a parameter by its canonical Megatron name (see ``models.mapping``).
+
+    Args:
+        stacked: whether all layers are of one kind; Megatron keeps layers apart where some are MoE and some dense.
+    """
+    index: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+    if stacked and (found := re.match(r"decoder\.layers\.(\d+)\.", name)):
+        index, axes = (int(found[1]),), (num_layers,)
+        name = "decoder.layers." + name[found.end() :]
+    if found := re.search(r"\.local_experts\.(\d+)\.", name):
+        index, axes = (*index, int(found[1])), (*axes, num_experts)
+        name = name.replace(found[0], ".experts.")
+    return Place(re.sub(r"(layers\.(?:\d+\.)?)input_layernorm\.", r"\1self_attention.linear_qkv.layer_norm_", name), index, axes)
+
+
+def fused_norm_key(key: str) -> str:
+    """The other key of a norm before the MLP: fused into its first linear layer by name.
+
+    Megatron's plain layer spec stores it there in every layer, Transformer Engine's in dense layers only (gpt_layer_specs.py).
+    """
+    return key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The ``iter_*`` folder that ``path`` is or that its latest_checkpointed_iteration.txt names.
+
+    Raises:
+        InputError: there is none, or it is not of the torch_dist format.
+    """
+    folder = path
+    if (path / LATEST).is_file():
+        named = (path / LATEST).read_text().strip()
+        folder = path / (f"iter_{int(named):07d}" if named.isdigit() else named)
+    if not (folder / ".metadata").is_file():
+        raise InputError(f"{str(folder)!r} holds no .metadata: give a whole Megatron checkpoint in the torch_dist format")
+    return folder
+
+
+class TorchDistReader:
+    """The tensors of an ``iter_*`` folder.
+
+    Raises:
+        InputError: metadata that cannot be read, a file that is absent or truncated.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        metadata = _read_metadata(folder / ".metadata")
+        stored = metadata.state_dict_metadata
+        self.tensors = {key: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)}
+        self._storage: dict[tuple[str, tuple[int, ...]], Any] = {}
+        ends: dict[str, int] = {}
+        for index, info in (metadata.storage_data or {}).items():
+            self._storage[index.fqn, tuple(index.offset or ())] = info
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        self.files = set(ends)
+        for file, end in ends.items():
+            if not (folder / file).is_file():
+                raise InputError(f"{folder / '.metadata'} names {file!r}, which is not there: the checkpoint is not whole")
+            if (size := (folder / file).stat().st_size) < end:
+                raise InputError(f"{folder / file} has {size} bytes where .metadata tells of {end}: the checkpoint is not whole")
+        self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
+        for key, about in self.tensors.items():
+            for chunk in about.chunks:  # by the first two offsets, the layer's and the expert's in the largest tensors
+                self._chunks.setdefault((key, tuple(chunk.offsets[:2])), []).append(chunk)
+
+    def get(self, place: Place) -> Tensor:
+        """The parameter, whole, on the CPU."""
+        about = self.tensors[place.key]
+        depth = len(place.index)
+        full = torch.empty(about.size[depth:], dtype=about.properties.dtype)
+        filled = 0
+        for chunk in self._candidates(place):
+            inside = tuple(at - first for at, first in zip(place.index, chunk.offsets, strict=False))
+            if any(not 0 <= at < size for at, size in zip(inside, chunk.sizes, strict=False)):
+                continue
+            piece = self._read(place.key, chunk)[inside] if inside else self._read(place.key, chunk)
+            if piece.shape == full.shape:
+                return piece
+            target = full
+            for dim, (first, size) in enumerate(zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)):
+                target = target.narrow(dim, first, size)
+            target.copy_(piece)
+            filled += piece.numel()
+        if filled != full.numel():
+            raise InputError(f"{self.folder}: {place.key!r} has only {filled} of {full.numel()} elements at {place.index}")
+        return full
+
+    def _candidates(self, place: Place) -> list[ChunkStorageMetadata]:
+        return self._chunks.get((place.key, place.index)) or self.tensors[place.key].chunks
+
+    def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._storage[key, tuple(chunk.offsets)]
+        with (self.folder / info.relative_path).open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            try:
+                tensor: Tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                line = " ".join(str(error).split())[:100]
+                raise InputError(f"{self.folder / info.relative_path}: {key!r} cannot be read ({line})") from None
+        assert tensor.shape == chunk.sizes, f"{key}: {tensor.shape} stored for {chunk.sizes}"
+        return tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter to write: ``read`` makes it when its turn comes."""
+
+    place: Place
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterable[Place]) -> None:
+    """Writes this rank's pieces into an empty ``iter_*`` folder (collective).
+
+    Args:
+        extra_states: modules whose empty ``_extra_state`` (FP8 scales, were there any) Megatron wants to find.
+
+    Raises:
+        InputError: raised by a piece's ``read`` on any rank; raised on every rank.
+        OSError: likewise.
+    """
+    # the checksum of torch's own files costs four times as long as writing them; the file system has its own
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+        dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(list(pieces), list(extra_states)))
+    except CheckpointException as error:
+        raise next(cause for cause, _ in error.failures.values()) from None
+    finally:
+        torch.serialization.set_crc32_options(checksums)
+    if not torch.distributed.get_rank():
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        torch.save({"iteration": 0, "checkpoint_version": 3.0}, folder / "common.pt")
+
+
+class _StreamingPlanner(SavePlanner):
+    """Plans from shapes alone and reads each tensor when the writer asks for it."""
+
+    def __init__(self, pieces: list[Piece], extra_states: list[Place]) -> None:
+        self._pieces = {(piece.place.key, _chunk(piece).offsets): piece for piece in pieces}
+        torch.save([None], buffer := io.BytesIO())
+        self._empty_state = buffer.getvalue()
+        self._extra_states = [
+            f"{place.key}/shard_{'.'.join(map(str, place.index or (0,)))}_{'.'.join(map(str, place.axes or (1,)))}"
+            for place in extra_states
+        ]
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        extra = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._extra_states]
+        return SavePlan([*extra, *(self._item(piece) for piece in self._pieces.values())])
+
+    def _item(self, piece: Piece) -> WriteItem:
+        place, chunk = piece.place, _chunk(piece)
+        data = TensorWriteData(chunk, TensorProperties(piece.dtype), torch.Size((*place.axes, *piece.shape)))
+        return WriteItem(MetadataIndex(place.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            return io.BytesIO(self._empty_state)
+        assert write_item.tensor_data
+        assert write_item.index.offset is not None
+        tensor = self._pieces[write_item.index.fqn, write_item.index.offset].read()
+        return tensor.view(tuple(write_item.tensor_data.chunk.sizes))
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    """The box of the stored tensor that a piece fills: one step along each leading axis, all of the others."""
+    index = piece.place.index
+    return ChunkStorageMetadata(torch.Size((*index, *[0] * len(piece.shape))), torch.Size((*[1] * len(index), *piece.shape)))
+
+
+_METADATA_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles ``.metadata``, and nothing that is not a plain record of it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _METADATA_RECORDS.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            return _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
+        raise InputError(f"{path} cannot be trusted or read ({error}): save the checkpoint again") from None

@@ -1,0 +1,436 @@
+"""Conversions lose nothing, in any number of processes, and leave nothing that looks whole when they fail."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_gmpo.checkpoint.convert import ConversionTable, inspect_checkpoint
+from tools.make_tiny_model import text_tokenizer
+
+from ..distributed import cases
+from ..distributed.conftest import _pools, ranks  # noqa: F401
+from ..distributed.ranks import RankPool
+from ..distributed.test_checkpoint import make_config, replayed
+from ..distributed.test_layouts import EP, ETP, PP, TP, config
+from . import conversions
+from .commands import ROOT, error_lines, run_module
+
+pytestmark = pytest.mark.distributed
+
+TO_MEGATRON, TO_HF = "tools.convert_hf_to_megatron", "tools.convert_megatron_to_hf"
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of ``qwen3``, ``qwen3 tied``, ``qwen3_moe mixed`` (dense layers among the MoE ones) ... in a dtype."""
+    tokenizer = text_tokenizer()  # 259 tokens: Megatron pads them
+    options = {"hidden_size": 32, "ffn_hidden_size": 32, "tokenizer": tokenizer}
+
+    def make(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        family, _, variant = name.partition(" ")
+        if variant != "mixed":
+            return tiny_model(family, tie_word_embeddings=variant == "tied", dtype=dtype, **options)
+        plain = tiny_model(family, dtype=dtype, **options)
+        folder = tmp_path_factory.mktemp("mixed")
+        shutil.copytree(plain, folder, dirs_exist_ok=True)
+        hf = AutoConfig.from_pretrained(plain, mlp_only_layers=[0, 2])
+        AutoModelForCausalLM.from_config(hf, dtype=dtype).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same(folder: Path, expected: dict[str, Tensor] | Path) -> None:
+    wanted = tensors(expected) if isinstance(expected, Path) else expected
+    found = tensors(folder)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def left_over(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith((".partial", "out"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "writers", "readers"),
+    [
+        ("qwen3_moe", torch.bfloat16, 1, 1),
+        ("qwen3_moe", torch.float32, 4, 2),
+        ("qwen3_moe mixed", torch.bfloat16, 2, 4),
+        ("qwen3", torch.bfloat16, 2, 1),
+        ("qwen3 tied", torch.bfloat16, 1, 4),
+        ("qwen2", torch.float32, 4, 1),
+        ("llama", torch.bfloat16, 2, 2),
+    ],
+)
+def test_there_and_back_is_bit_exact(
+    ranks: RankPool,  # noqa: F811
+    model: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    dtype: torch.dtype,
+    writers: int,
+    readers: int,
+) -> None:
+    source = model(name, dtype)
+    nbytes = sum(tensor.nbytes for tensor in tensors(source).values())
+    shares = ranks.run(writers, conversions.to_megatron, source, tmp_path / "megatron")
+    assert min(shares) > 0
+    assert sum(shares) >= nbytes
+    assert (tmp_path / "megatron/latest_checkpointed_iteration.txt").read_text() == "0"
+    shares = ranks.run(readers, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
+    assert min(shares) > 0
+    assert sum(shares) == nbytes
+    assert_same(tmp_path / "back", source)
+    companions = {path.name for path in source.iterdir() if not path.name.startswith("model")}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= companions
+    for file in companions:
+        assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
+    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("qwen3_moe", {}),
+        ("qwen3_moe", {TP: 2, EP: 2}),
+        ("qwen3_moe", {TP: 2, ETP: 2, PP: 2}),
+        ("qwen3_moe mixed", {PP: 2, EP: 2}),
+        ("qwen3", {TP: 2, PP: 2}),
+        ("qwen3 tied", {PP: 2}),
+    ],
+)
+def test_megatron_loads_it_in_every_layout(
+    ranks: RankPool,  # noqa: F811
+    model: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    parallel: dict[str, int],
+) -> None:
+    source = model(name)
+    ranks.run(2, conversions.to_megatron, source, tmp_path / "megatron")
+    cfg = config(source, parallel, max_tokens=64, model={"dtype": "bf16"})
+    weights = ranks.run(4, conversions.weights_loaded_by_megatron, cfg, tmp_path / "megatron")[0]
+    assert weights.keys() == tensors(source).keys()
+    for tensor_name, tensor in tensors(source).items():
+        assert torch.equal(weights[tensor_name], tensor), tensor_name
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype"),
+    [
+        ("qwen3_moe", "one rank", "fp32"),
+        ("qwen3_moe", "dp2 tp2 ep2", "bf16"),
+        ("qwen3_moe", "pp2 vpp2 ep2", "bf16"),
+        ("qwen3_moe mixed", "ep2", "fp32"),
+        ("qwen3 tied", "pp2", "bf16"),
+        ("qwen3", "tp2 pp2", "bf16"),
+    ],
+)
+def test_training_checkpoint_of_any_layout(
+    ranks: RankPool,  # noqa: F811
+    model: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    layout: str,
+    dtype: str,
+) -> None:
+    source = model(name)
+    world_size, cfg = make_config(layout, source, dtype)
+    trained = ranks.run(world_size, cases.run_on, cfg, replayed(source), tmp_path / "run", 0, 2, [1, 2])[0]["weights"]
+    before = tensors(source)
+    assert any(not torch.equal(trained[key].bfloat16(), before[key]) for key in before)
+    ranks.run(2, conversions.to_hf, tmp_path / "run", tmp_path / "out", source)
+    assert_same(tmp_path / "out", trained)
+    ranks.run(1, conversions.to_hf, tmp_path / "run/iter_0000002", tmp_path / "out2", source, "bf16")
+    assert_same(tmp_path / "out2", {key: tensor.bfloat16() for key, tensor in trained.items()})
+    assert json.loads((tmp_path / "out2/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    """With every byte that no weight needs overwritten, the weights still come out."""
+    source = model("qwen3")
+    _, cfg = make_config("one rank", source, "bf16")
+    trained = ranks.run(1, cases.run_on, cfg, replayed(source), tmp_path / "run", 0, 1, [1])[0]["weights"]
+    folder = tmp_path / "run/iter_0000001"
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    spoiled = 0
+    for index, info in metadata.storage_data.items():
+        if index.fqn.startswith("optimizer."):
+            with (folder / info.relative_path).open("r+b") as file:
+                file.seek(info.offset)
+                file.write(b"\xff" * info.length)
+            spoiled += info.length
+    assert spoiled > 0
+    ranks.run(1, conversions.to_hf, tmp_path / "run", tmp_path / "out", source)
+    assert_same(tmp_path / "out", trained)
+
+
+def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    """The layout transformers keeps in memory: all experts of a layer in one tensor."""
+    source = model("qwen3_moe")
+    fused = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
+    assert fused["model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 64, 32)
+    folder = copied(source, tmp_path)
+    save_file({name: tensor.contiguous() for name, tensor in fused.items()}, folder / "model.safetensors")
+    ranks.run(2, conversions.to_megatron, folder, tmp_path / "megatron")
+    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
+    assert_same(tmp_path / "back", source)
+
+
+def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    folder = copied(model("qwen3"), tmp_path)
+    stored = tensors(folder)
+    stored["model.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
+    expected = dict(stored)
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        rows, columns = stored[name].shape
+        scale = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.5
+        stored[name] = (stored[name].float() * 8).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = scale
+        expected[name] = torch.empty(rows, columns, dtype=torch.bfloat16)
+        for row in range(rows):
+            for column in range(columns):
+                expected[name][row, column] = float(stored[name][row, column]) * float(scale[row // 128, column // 128])
+    save_file(stored, folder / "model.safetensors")
+    about = json.loads((folder / "config.json").read_text())
+    about["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(about))
+    ranks.run(1, conversions.to_megatron, folder, tmp_path / "megatron")
+    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
+    assert_same(tmp_path / "back", expected)
+    assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
+
+
+def test_shards_keep_to_their_size(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    source = model("qwen3_moe")
+    ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
+    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back", None, None, 100_000)
+    files = list((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= 100_000 for file in files)
+    assert_same(tmp_path / "back", source)
+
+
+def copied(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "copy"))
+
+
+GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
+Spoil = Callable[[Path], None]
+
+
+def changed(**changes: Callable[[dict[str, Tensor]], Any]) -> Spoil:
+    def spoil(folder: Path) -> None:
+        stored = load_file(folder / "model.safetensors")
+        for change in changes.values():
+            change(stored)
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+    return spoil
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def indexed(**files: str) -> Spoil:
+    def spoil(folder: Path) -> None:
+        names = load_file(folder / "model.safetensors")
+        weight_map = dict.fromkeys(names, "model.safetensors") | {GATE: files["file"]}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return spoil
+
+
+HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
+    "missing": (changed(pop=lambda t: t.pop(GATE)), f"lacks the tensor '{GATE}'"),
+    "extra": (changed(add=lambda t: t.update(surplus=torch.ones(3))), "1 tensors that config.json does not ask for, the first 'surplus'"),
+    "misshapen": (changed(cut=lambda t: t.update({GATE: t[GATE][1:].clone()})), f"'{GATE}' is (31, 32), config.json asks for (32, 32)"),
+    "another dtype": (changed(cast=lambda t: t.update({GATE: t[GATE].float()})), f"'{GATE}' is torch.float32 where its like are"),
+    "NaN": (changed(nan=lambda t: t[GATE][3].fill_(float("nan"))), f"'{GATE}' holds NaN or infinite numbers"),
+    "infinite": (changed(inf=lambda t: t[GATE][3].fill_(float("-inf"))), f"'{GATE}' holds NaN or infinite numbers"),
+    "truncated": (truncated, "model.safetensors has "),
+    "not safetensors": (
+        lambda folder: (folder / "model.safetensors").write_text("lorem ipsum dolor") and None,
+        "cannot be read as safetensors",
+    ),
+    "absent file": (indexed(file="model-7.safetensors"), "names 'model-7.safetensors', which is not there"),
+    "pickle": (lambda folder: (folder / "pytorch_model.bin").touch(), "holds 'pytorch_model.bin', a pickle"),
+    "unknown family": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}') and None,
+        "is a 'gpt2' model, a family without a table",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", HF_PROBLEMS)
+def test_bad_hf_folder_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, problem: str) -> None:  # noqa: F811
+    spoil, expected = HF_PROBLEMS[problem]
+    folder = copied(model("qwen3_moe"), tmp_path)
+    spoil(folder)
+    for message in ranks.run(2, conversions.refusal, "to_megatron", folder, tmp_path / "out"):
+        assert expected in message
+        assert "\n" not in message
+    assert left_over(tmp_path) == []
+
+
+def truncated_distcp(folder: Path) -> None:
+    file = max(folder.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("evil"),))
+
+
+MEGATRON_PROBLEMS: dict[str, tuple[Spoil, str]] = {
+    "truncated": (truncated_distcp, "bytes where .metadata tells of"),
+    "absent file": (lambda folder: max(folder.glob("*.distcp")).unlink(), "which is not there: the checkpoint is not whole"),
+    "no metadata": (lambda folder: (folder / ".metadata").unlink(), "holds no .metadata"),
+    "code in the metadata": (
+        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Evil())) and None,
+        "cannot be trusted or read (it asks for pathlib.Path.touch)",
+    ),
+    "no config": (lambda folder: shutil.rmtree(folder.parent / "hf"), "give --template"),
+}
+
+
+@pytest.mark.parametrize("problem", MEGATRON_PROBLEMS)
+def test_bad_megatron_folder_is_refused(
+    ranks: RankPool,  # noqa: F811
+    model: Callable[..., Path],
+    tmp_path: Path,
+    problem: str,
+) -> None:
+    spoil, expected = MEGATRON_PROBLEMS[problem]
+    ranks.run(2, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
+    spoil(tmp_path / "megatron/iter_0000000")
+    for message in ranks.run(2, conversions.refusal, "to_hf", tmp_path / "megatron", tmp_path / "out"):
+        assert expected in message
+        assert "\n" not in message
+    assert left_over(tmp_path) == []
+    assert not Path("evil").exists()
+
+
+def test_template_of_another_model_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    ranks.run(1, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
+    cases_ = {
+        "qwen3_moe mixed": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
+        "qwen3": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
+        "qwen3_moe tied": "1 tensors that config.json does not ask for, the first 'output_layer.weight'",
+    }
+    for template, expected in cases_.items():
+        (message,) = ranks.run(1, conversions.refusal, "to_hf", tmp_path / "megatron", tmp_path / "out", model(template))
+        assert expected in message
+    assert left_over(tmp_path) == []
+
+
+def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(model: Callable[..., Path], tmp_path: Path) -> None:
+    source, out = model("qwen3"), tmp_path / "out"
+    command = [sys.executable, "-m", "tests.integration.conversions", str(source), str(out), "5"]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL
+    assert left_over(tmp_path) == [".partial_out"]
+    done = run_module(TO_MEGATRON, "--hf", source, "--megatron", out, "--verify")
+    assert done.returncode == 0, done.stderr
+    assert left_over(tmp_path) == ["out"]
+    assert "largest difference" in done.stdout
+    assert "MB/s" in done.stdout.splitlines()[-1]
+    back = run_module(TO_HF, "--megatron", out, "--hf", tmp_path / "back", "--verify", "--max_shard_size", "20KB", ranks=2)
+    assert back.returncode == 0, back.stderr
+    assert_same(tmp_path / "back", source)
+
+
+@pytest.mark.parametrize("tool", [TO_MEGATRON, TO_HF])
+def test_full_disk(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, tool: str) -> None:  # noqa: F811
+    """A limit on the size of a file fails a write as a full disk does, in the middle."""
+    source, out = model("qwen3_moe"), tmp_path / "out"
+    ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
+    arguments = ["--hf", source, "--megatron", out] if tool == TO_MEGATRON else ["--megatron", tmp_path / "megatron", "--hf", out]
+    line = f"ulimit -f 64; exec {sys.executable} -m {tool} {' '.join(map(str, arguments))}"
+    failed = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert failed.returncode == 2, failed.stderr
+    (error,) = error_lines(failed.stderr)
+    assert "free space or choose another disk" in error
+    assert left_over(tmp_path) == []
+
+
+def test_too_small_a_disk_is_refused_before_writing(monkeypatch: pytest.MonkeyPatch, model: Callable[..., Path], tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # pyright: ignore
+    message = conversions.refusal("to_megatron", model("qwen3"), tmp_path / "out")
+    assert "its disk has 0.00 GB free: choose another disk" in message
+    assert left_over(tmp_path) == []
+
+
+def test_existing_folder_is_refused(model: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").touch()
+    failed = run_module(TO_MEGATRON, "--hf", model("qwen3"), "--megatron", tmp_path / "out", ranks=2)
+    assert failed.returncode != 0
+    assert error_lines(failed.stderr) == [f"error: '{tmp_path}/out' exists: choose another folder or remove it"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_dry_run_prints_the_table(model: Callable[..., Path], tmp_path: Path) -> None:
+    source = model("qwen3_moe")
+    done = run_module(TO_MEGATRON, "--hf", source, "--megatron", tmp_path / "out", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    expected = (
+        "model.layers.1.mlp.experts.3.gate_proj.weight + model.layers.1.mlp.experts.3.up_proj.weight"
+        " <-> decoder.layers.mlp.experts.experts.linear_fc1.weight[1, 3] <-> (64, 32) bfloat16"
+    )
+    assert expected in done.stdout.splitlines()
+    named = [name for line in done.stdout.splitlines() for name in line.split(" <-> ")[0].split(" + ")]
+    assert sorted(named) == sorted(tensors(source))
+    assert left_over(tmp_path) == []
+
+
+def test_inspection(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    source = model("qwen3_moe")
+    ranks.run(2, conversions.to_megatron, source, tmp_path / "megatron")
+    total = sum(tensor.numel() for tensor in tensors(source).values())
+    routed = sum(tensor.numel() for name, tensor in tensors(source).items() if ".experts." in name)
+    for folder in (source, tmp_path / "megatron", tmp_path / "megatron/iter_0000000"):
+        about = inspect_checkpoint(folder)
+        assert about["family"] == "qwen3_moe"
+        assert about["parameters"] == f"{total:,} in all, {total - routed * 6 // 8:,} active"
+        assert about["dtypes"].startswith("bfloat16")
+        assert about["whole"] == "yes"
+    truncated_distcp(tmp_path / "megatron/iter_0000000")
+    assert inspect_checkpoint(tmp_path / "megatron")["whole"].startswith("no: ")
+    refused = run_module("tools.inspect_checkpoint", tmp_path)
+    assert refused.returncode == 2
+    assert len(error_lines(refused.stderr)) == 1
+
+
+def test_table_order_and_sizes(model: Callable[..., Path]) -> None:
+    """Every tensor of the model once; a layer after the one before."""
+    table = ConversionTable(model("qwen3_moe mixed"))
+    names = list(table.hf_names)
+    assert len(names) == len(set(names))
+    layers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]
+    assert layers == sorted(layers)

@@ -1,0 +1,117 @@
+"""What the conversion commands share: processes, the progress bar, and logits of both sides on a text."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+import transformers
+from megatron.core import dist_checkpointing
+from megatron.core.packed_seq_params import PackedSeqParams
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
+from megatron_gmpo.config import Config, exit_with_one_line
+from megatron_gmpo.distributed import rank, world_size
+from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.platform import prepare_megatron, start_process_group
+from megatron_gmpo.policy.build import build_chunks
+from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
+from megatron_gmpo.types import InputError
+
+TEXT = "A train leaves at 9:40 and travels 126 km at 84 km/h. It arrives at 11:10, since 126 / 84 = 1.5 hours."
+DIGITS = "12+34=46 90-17=73"  # for a tokenizer that knows no letters
+_CPU = torch.device("cpu")
+_TIMEOUT_S = 4 * 3600  # of a collective: the ranks meet only before and after their shares
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Joins the group of processes torchrun describes; bad input ends in one line and exit code 2."""
+    # Megatron and torch disagree on names inside torch.distributed.checkpoint
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
+    try:
+        start_process_group(_CPU, _TIMEOUT_S)
+        yield
+    except InputError as error:
+        exit_with_one_line(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def converting(nbytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the bytes of this rank's share, on the first rank where somebody watches."""
+    console = Console(stderr=True)
+    columns = [TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=rank() > 0 or not console.is_terminal) as bar:
+        task = bar.add_task("converting", total=nbytes / world_size())
+        yield lambda done: bar.advance(task, done)
+
+
+@torch.no_grad()
+def compare_logits(hf: Path, megatron: Path) -> str:
+    """How far apart the logits of both sides are on a text, in fp32, or why they were not compared.
+
+    Raises:
+        InputError: they differ by more than rounding.
+    """
+    if world_size() > 1:
+        return "logits: compared in a single process only"
+    weights = sum(file.stat().st_size for file in hf.glob("*.safetensors"))
+    if psutil.virtual_memory().available < 8 * weights:  # both models in fp32, twice the bytes of bf16
+        return "logits: not compared, both models in fp32 do not fit into memory"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(hf)
+    except (ValueError, OSError, KeyError):
+        return "logits: not compared, there is no tokenizer"
+    tokens = torch.tensor(_encode(tokenizer))
+    transformers.logging.disable_progress_bar()
+    theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)(tokens[None]).logits[0]
+    ours = _megatron_logits(hf, megatron, tokens)[:, : theirs.shape[1]]
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    line = f"logits: {len(tokens)} tokens, largest difference {difference:.1e} of the largest logit"
+    if not difference < 1e-3:
+        raise InputError(f"{line}: {megatron} is not the model transformers computes from {hf}")
+    return line
+
+
+def _encode(tokenizer: Any) -> list[int]:
+    try:
+        return tokenizer(TEXT)["input_ids"]
+    except Exception:  # tokenizers raises nothing more special for a character it does not know
+        return tokenizer(DIGITS)["input_ids"]
+
+
+def _megatron_logits(hf: Path, megatron: Path, tokens: torch.Tensor) -> torch.Tensor:
+    prepare_megatron(_CPU)
+    cfg = Config.model_validate({"model": {"path": str(hf), "dtype": "fp32"}, "device": "cpu"})
+    description = describe_model(cfg, 1, _CPU)
+    groups = start_model_parallel(cfg.parallel, _CPU, cfg.seed)
+    try:
+        (model,) = build_chunks(description, groups, _CPU)
+        gpt: Any = model
+        loaded: Any = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, str(checkpoint_folder(megatron)))
+        gpt.load_state_dict(loaded["model"])
+        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        packing = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            cu_seqlens_q_padded=bounds,
+            cu_seqlens_kv_padded=bounds,
+            max_seqlen_q=len(tokens),
+            max_seqlen_kv=len(tokens),
+        )
+        return gpt.eval()(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packing)[0]
+    finally:
+        stop_model_parallel()

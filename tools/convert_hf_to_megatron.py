@@ -1,0 +1,38 @@
+"""Converts a Hugging Face folder into a Megatron checkpoint: python -m tools.convert_hf_to_megatron --hf DIR --megatron DIR
+
+Under torchrun (torchrun --nproc-per-node N -m tools.convert_hf_to_megatron ...) each process converts its share.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tyro
+
+from megatron_gmpo.checkpoint.convert import HFToMegatron
+from megatron_gmpo.distributed import rank
+from tools.conversion import compare_logits, converting, processes
+
+
+def main(hf: Path, megatron: Path, dry_run: bool = False, verify: bool = False) -> None:
+    """Convert a Hugging Face folder into a Megatron checkpoint, which loads in any layout.
+
+    Args:
+        hf: Hugging Face folder with safetensors weights.
+        megatron: Folder to write.
+        dry_run: Check everything and print the table name <-> name <-> shape, but write nothing.
+        verify: Read back and compare every tensor bit by bit, and where the model fits the logits with transformers' on a text.
+    """
+    with processes():
+        conversion = HFToMegatron(hf)
+        lines = conversion.lines() if dry_run else []
+        if not dry_run:
+            with converting(conversion.nbytes) as advance:
+                done = conversion.convert(megatron, verify=verify, advance=advance)
+            lines = [*([compare_logits(hf, megatron)] if verify else []), f"{megatron}: {done}"]
+        if rank() == 0:
+            print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, use_underscores=True)
