@@ -239,4 +239,5 @@ def test_bf16(ranks: RankPool, expected: Reference, family: Family, layout: str)
     assert results[0]["history"][0]["grad_norm"] == pytest.approx(known["norms"][0], rel=0.05)
     assert {tensor.dtype for tensor in results[0]["weights"].values()} == {torch.bfloat16}
     for name, tensor in results[0]["weights"].items():
-        assert tensor.ndim == 1 or not torch.equal(tensor, known["before"][name].bfloat16()), name  # a norm near 1 may round back
+        may_stay = tensor.ndim == 1 or ".experts." in name  # a norm near 1 may round back, an expert may see no token
+        assert may_stay or not torch.equal(tensor, known["before"][name].bfloat16()), name

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "no column": (case(data__prompt_column="question"), r"data\.prompt_column = 'question' is not a column of .*choose one of"),
     "no rows": (case(data__path="{tmp}/empty.jsonl"), r"data\.path = '.*empty\.jsonl' has no rows"),
     "no benchmark file": (case(eval__sets__heldout__path="nowhere.csv"), r"eval\.sets\.heldout\.path = 'nowhere\.csv' does not exist"),
-    "negative clip": (case(algorithm__clip_low=-0.2), r"algorithm\.clip_low = -0\.2: .*greater than or equal to 0"),
+    "negative clip": (case(algorithm__clip_low=-0.2), r"algorithm\.clip_low = '-0\.2': .*greater than or equal to 0"),
     "unknown loss": (case(algorithm__loss="gmp"), r"algorithm\.loss = 'gmp' is unknown: did you mean 'gmpo'\?"),
     "unknown loss option": (
         case(algorithm__options__dual_clp=3.0),

@@ -69,6 +69,7 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             train__minibatches_per_step=3,
             train__max_tokens_per_microbatch=64,
             optimizer__lr=1e-3,
+            optimizer__lr_schedule="constant",
             log__tensorboard="false",
         ),
     ]
