@@ -96,7 +96,7 @@ def _megatron_logits(hf: Path, megatron: Path, tokens: torch.Tensor) -> torch.Te
     prepare_megatron(_CPU)
     cfg = Config.model_validate({"model": {"path": str(hf), "dtype": "fp32"}, "device": "cpu"})
     description = describe_model(cfg, 1, _CPU)
-    groups = start_model_parallel(cfg.parallel, _CPU, cfg.seed)
+    groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
         (model,) = build_chunks(description, groups, _CPU)
         gpt: Any = model

@@ -51,7 +51,7 @@ def refusal(conversion: str, *arguments: Any) -> str:
 def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tensor] | None:
     """On rank 0: what Megatron's own loader makes of a checkpoint in a layout, under Hugging Face names."""
     description = describe_model(cfg, world_size(), CPU)
-    groups = start_model_parallel(cfg.parallel, CPU, cfg.seed)
+    groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
         chunks = build_chunks(description, groups, CPU)
         for chunk in chunks:
