@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import pickle
 import queue
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,12 +73,16 @@ class RankPool:
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.kill()
+            if worker.is_alive():
+                with suppress(ProcessLookupError):  # it is so young that it has no group yet
+                    os.killpg(worker.pid, signal.SIGKILL)  # with Megatron's checkpoint writer, which would outlive it
+                worker.kill()
             worker.join()
         self._folder.cleanup()
 
 
 def _work(rank: int, tasks: Any, results: Any) -> None:
+    os.setpgrp()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
     import torch.distributed as dist
