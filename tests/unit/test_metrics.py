@@ -220,7 +220,7 @@ def test_nobody_watching_gets_a_plain_line_a_step() -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_notes_are_printed_as_they_are(terminal: bool) -> None:
     out = console(terminal)
-    note = "gmpo, replay of [runs]/a [/tmp/x] :smile: " + "long " * 20
+    note = "gmpo, replay of [runs]/a [/runs/x] :smile: " + "long " * 20
     with Progress(3, console=out) as progress:
         progress.note(note)
     assert note + "\n" in written(out)
