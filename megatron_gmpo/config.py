@@ -83,8 +83,17 @@ class DataConfig(_Section):
 
 
 class RolloutConfig(_Section):
-    engine: Literal["embedded"] = "embedded"
-    """``embedded`` runs transformers in the trainer's processes."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """``embedded`` runs transformers in the trainer's processes, ``sglang`` asks SGLang servers."""
+    num_servers: Positive = 1
+    """SGLang servers to start on the first trainer's machine, each with weights of its own."""
+    server_urls: tuple[str, ...] = ()
+    """Running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]; their keys come from the environment variables
+    SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """``colocated``: the servers share the trainer's devices, and give their memory back while it trains."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Generate up to so many steps ahead while training runs; 0 generates and trains in turn."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
@@ -107,6 +116,45 @@ class RolloutConfig(_Section):
     """Folder that receives every step's groups."""
     replay_path: str = ""
     """Folder written by ``save_path``: train on those groups instead of generating."""
+
+
+class SGLangConfig(_Section):
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter of the servers' own environment (``make sglang``)."""
+    host: str = "127.0.0.1"
+    """Address the servers bind to. Only the loopback address keeps other machines out."""
+    tensor_parallel_size: Positive = 1
+    """Devices of one server."""
+    args: dict[str, Any] = {}
+    """Any further option of sglang.launch_server by its own name, e.g. ``mem_fraction_static = 0.8``."""
+    max_concurrent_requests: Positive = 256
+    """Requests one server has at a time; the others wait in the client."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Limit for one response."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Limit for a server to load and answer."""
+    health_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    """How often a server is asked whether it lives."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """A server that answers nothing for so long is killed and started again."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Of each server in a row, without a weight sync between; after them the run ends."""
+
+
+class WeightSyncConfig(_Section):
+    route: Literal["disk", "distributed", "tensor"] = "disk"
+    """How weights reach the servers: a folder both see, a process group (NCCL or gloo), or memory both share."""
+    bucket_bytes: Positive = 512 * 2**20
+    """Most bytes of tensors on their way at a time."""
+    in_flight: Literal["retract", "in_place", "abort"] = "retract"
+    """Responses a sync finds unfinished go on with the new weights: with their cache computed anew, with the old cache, or aborted and
+    sent again as a longer prompt."""
+    verify: bool = False
+    """Compare checksums of the servers' weights after each sync."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Limit for one request of a sync."""
+    folder: str = ""
+    """Where the ``disk`` route writes; empty means weight_sync in run_dir. The servers must see it under the same name."""
 
 
 class RewardConfig(_Section):
@@ -225,6 +273,8 @@ class Config(_Section):
     """Any further field of Megatron's TransformerConfig, by its own name."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    sglang: SGLangConfig = SGLangConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
