@@ -94,6 +94,8 @@ class RolloutConfig(_Section):
     """``colocated``: the servers share the trainer's devices, and give their memory back while it trains."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Generate up to so many steps ahead while training runs; 0 generates and trains in turn."""
+    routed_experts: bool = False
+    """Record the experts of every token (MoE)."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
@@ -116,6 +118,18 @@ class RolloutConfig(_Section):
     """Folder that receives every step's groups."""
     replay_path: str = ""
     """Folder written by ``save_path``: train on those groups instead of generating."""
+
+    @model_validator(mode="after")
+    def _only_servers_are_asynchronous(self) -> RolloutConfig:
+        if self.engine == "embedded":
+            for field in ("server_urls", "max_staleness", "routed_experts"):
+                if value := getattr(self, field):
+                    raise ValueError(f"{field} = {value!r} needs engine = 'sglang'")
+            if self.placement == "colocated":
+                raise ValueError("placement = 'colocated' needs engine = 'sglang'")
+        if self.placement == "colocated" and self.max_staleness:
+            raise ValueError(f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers rest while it trains")
+        return self
 
 
 class SGLangConfig(_Section):
@@ -175,6 +189,11 @@ class AlgorithmConfig(_Section):
     options: dict[str, Any] = {}
     """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
     advantage: Literal["normalized", "mean", "leave_one_out"] = "normalized"
+    correction: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Importance weights for what the rollout engine's probabilities differ from the policy's: of each token, of each sequence, or the
+    sequence's geometric mean, the one that fits gmpo and gspo."""
+    correction_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Larger weights are cut to this."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 KL to the reference policy."""
     entropy_coef: float = 0.0
@@ -285,7 +304,8 @@ class Config(_Section):
 
 
 _TABLES = """Further tables: --megatron.FIELD VALUE (any field of Megatron's TransformerConfig), --algorithm.options.KEYWORD VALUE
-(keywords of the loss), --eval.sets.NAME.KEY VALUE (benchmarks, with the keys of data)."""
+(keywords of the loss), --sglang.args.OPTION VALUE (any option of sglang.launch_server), --eval.sets.NAME.KEY VALUE (benchmarks, with
+the keys of data)."""
 
 
 def load_config(argv: list[str]) -> Config:
@@ -353,7 +373,7 @@ def _overrides(argv: list[str]) -> list[tuple[str, Any]]:
 
 def _value(key: str, text: str) -> Any:
     """Quoted strings, lists, tables and values of free tables are TOML; all else is read as the field's type (2025-08-01 is a path)."""
-    if not key.startswith(("megatron.", "algorithm.options.")) and text[:1] not in ('"', "'", "[", "{"):
+    if not key.startswith(("megatron.", "algorithm.options.", "sglang.args.")) and text[:1] not in ('"', "'", "[", "{"):
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -374,7 +394,11 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        nearest = max(_all_keys(Config), key=lambda key: _likeness(key, where) + _likeness(_leaf(key), _leaf(where)))
+        section = where.rpartition(".")[0]
+        nearest = max(
+            _all_keys(Config),
+            key=lambda key: _likeness(key, where) + _likeness(_leaf(key), _leaf(where)) + 0.3 * (key.rpartition(".")[0] == section),
+        )
         return f"unknown config key {where!r}: did you mean {nearest!r}?"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":

@@ -27,6 +27,10 @@ class NonFiniteError(RuntimeError):
     """A loss, a gradient norm or logits that are NaN or infinite; the weights are no longer to be trusted. Exit code 1."""
 
 
+class ServerError(RuntimeError):
+    """A rollout server that cannot be started or reached: one line that says what was waited for and where its log is. Exit code 1."""
+
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -59,9 +63,10 @@ class Sample:
         rollout_logprobs: length L; log probability of each token under the distribution it was sampled from, 0 on the prompt.
         text: the response, decoded without special tokens.
         finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``.
-        policy_version: the training step whose weights generated it.
+        policy_version: the training step whose weights generated it, or its first token.
         reward: filled in by ``rollout.collect``.
         routed_experts: (L - 1, layers, topk) int32 expert ids of a MoE rollout, or None.
+        token_versions: length L; the training step behind each generated token, -1 on the prompt. None: ``policy_version`` for all.
     """
 
     tokens: list[int]
@@ -72,6 +77,7 @@ class Sample:
     policy_version: int
     reward: float = 0.0
     routed_experts: np.ndarray | None = None
+    token_versions: list[int] | None = None
 
     @property
     def response_length(self) -> int:
@@ -107,6 +113,7 @@ class TrainBatch:
         old_logprobs: (L,) fp32, from the policy before the step's first update, 0 outside the mask; None until computed.
         ref_logprobs: (L,) fp32, from the reference policy, 0 outside the mask; None without one.
         sequence_weights: (S,) fp32, importance weights that multiply each sequence's loss; None means 1.
+        token_weights: (L,) fp32, the same for each token's; None means 1.
     """
 
     tokens: Tensor
@@ -117,6 +124,7 @@ class TrainBatch:
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     sequence_weights: Tensor | None = None
+    token_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -164,7 +172,7 @@ class Microbatch:
         sequence_ids: (T,) int64, which of the S sequences a slot belongs to (padding belongs to its sequence, with mask False).
         flat_index: (T,) int64, place of the predicted token in the TrainBatch's flat tensors, -1 where there is none.
         advantages: (S,) fp32.
-        old_logprobs, ref_logprobs, rollout_logprobs: (T,) fp32 or None.
+        old_logprobs, ref_logprobs, rollout_logprobs, token_weights: (T,) fp32 or None.
         sequence_weights: (S,) fp32 or None.
     """
 
@@ -180,6 +188,7 @@ class Microbatch:
     ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
     sequence_weights: Tensor | None = None
+    token_weights: Tensor | None = None
 
     def to(self, device: torch.device) -> Microbatch:
         """Moves every tensor to ``device``."""

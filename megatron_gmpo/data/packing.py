@@ -181,4 +181,5 @@ def pack(
         ref_logprobs=None if batch.ref_logprobs is None else per_token(batch.ref_logprobs, flat_index),
         rollout_logprobs=per_token(batch.rollout_logprobs, flat_index),
         sequence_weights=None if batch.sequence_weights is None else per_sequence(batch.sequence_weights),
+        token_weights=None if batch.token_weights is None else per_token(batch.token_weights, flat_index),
     )

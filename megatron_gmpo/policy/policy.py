@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,9 @@ class Policy:
         _check_finite("gradient norm", metrics["grad_norm"])
         return metrics
 
-    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
-        """Lazily yields (Hugging Face name, full tensor) on every rank; all ranks run it to its end."""
-        return export_hf(self.chunks, self.description.mapping, self.groups)
+    def export_hf(self) -> Export:
+        """(Hugging Face name, full tensor) on every rank, gathered as it is iterated."""
+        return Export(self)
 
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
         """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``checkpoint.native.save``."""
@@ -243,6 +244,16 @@ class Policy:
         merged = reduce_metrics(kept if self.groups.tp.rank() == 0 else [])
         plain = {name: Metric(float(m.total), float(m.count), m.op) for name, m in merged.items()}
         return reduce_metrics(all_gather_objects(plain))
+
+
+@dataclass(frozen=True)
+class Export:
+    """The weights a policy has when this is iterated, as often as that is; all ranks run each iteration to its end."""
+
+    policy: Policy
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return export_hf(self.policy.chunks, self.policy.description.mapping, self.policy.groups)
 
 
 def _check_finite(what: str, metric: Metric) -> None:

@@ -17,8 +17,8 @@ from transformers.generation.logits_process import (
 )
 
 from ..distributed import all_gather_objects, rank, world_size
-from ..types import FinishReason, InputError, NonFiniteError, Prompt, Sample, SampleGroup
-from .engine import SamplingParams
+from ..types import FinishReason, InputError, Metric, NonFiniteError, Prompt, Sample, SampleGroup
+from .engine import SamplingParams, end_token_ids, response_text
 
 
 class EmbeddedEngine:
@@ -48,7 +48,7 @@ class EmbeddedEngine:
         self.version = 0
         self._calls = 0
         self._slots = _weight_slots(self.model)
-        self._end_ids = _end_token_ids(self.model, tokenizer)
+        self._end_ids = end_token_ids(self.model.generation_config, tokenizer)
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
@@ -91,6 +91,16 @@ class EmbeddedEngine:
             raise InputError(f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}")
         self.version = version
         self._calls = 0
+
+    def sleep(self) -> None:
+        """Keeps its memory: a copy of the weights, which the next sync overwrites."""
+
+    def take_metrics(self) -> dict[str, Metric]:
+        """There is nothing to tell."""
+        return {}
+
+    def close(self) -> None:
+        """It started nothing."""
 
     @torch.inference_mode()
     def _decode(self, prompts: list[list[int]], sampling: SamplingParams, generator: torch.Generator) -> list[Sample]:
@@ -153,16 +163,12 @@ class EmbeddedEngine:
         return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
 
     def _sample_of(self, prompt: list[int], response: list[int], logprobs: list[float], stopped: bool, sampling: SamplingParams) -> Sample:
-        spoken = response[:-1] if response[-1] in self._end_ids else response
-        text: str = self.tokenizer.decode(spoken, skip_special_tokens=True)
-        for string in sampling.stop:
-            text = text.split(string, 1)[0]
         reason: FinishReason = "stop" if stopped else "length"
         return Sample(
             tokens=[*prompt, *response],
             response_mask=[False] * len(prompt) + [True] * len(response),
             rollout_logprobs=[0.0] * len(prompt) + logprobs,
-            text=text,
+            text=response_text(self.tokenizer, response, self._end_ids, sampling.stop),
             finish_reason=reason,
             policy_version=self.version,
         )
@@ -210,8 +216,3 @@ def _weight_slots(model: torch.nn.Module) -> dict[str, Tensor]:
         else:
             slots[name] = value
     return slots
-
-
-def _end_token_ids(model: Any, tokenizer: Any) -> set[int]:
-    ids = model.generation_config.eos_token_id
-    return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}

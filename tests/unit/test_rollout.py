@@ -24,7 +24,7 @@ from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.prompts import PromptStream
 from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
-from megatron_gmpo.rollout.collect import Collected, collect, overlong_penalty, rollout_figures, score
+from megatron_gmpo.rollout.collect import Collected, Collector, overlong_penalty, rollout_figures, score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
@@ -330,7 +330,7 @@ def collected(order: list[str], **options) -> tuple[Collected, ScriptedEngine]:
     prompts = PromptStream([Prompt(name, answer="a", input_ids=[1, 2]) for name in order], seed=0, shuffle=False)
     cfg = RolloutConfig(prompts_per_step=2, samples_per_prompt=2, **options)
     protocol: RolloutEngine = engine
-    return collect(protocol, prompts, arithmetic_reward, cfg), engine
+    return Collector(protocol, prompts, arithmetic_reward, cfg).collect(), engine
 
 
 def names(groups: list[SampleGroup]) -> list[str]:
@@ -410,7 +410,7 @@ def test_penalised_lengths_count_as_variance_and_the_raw_mean_is_kept() -> None:
     cfg = RolloutConfig(
         prompts_per_step=2, samples_per_prompt=3, max_new_tokens=5, overlong_buffer=2, overlong_penalty=0.5, dynamic_sampling="drop"
     )
-    result = collect(engine, prompts, arithmetic_reward, cfg)
+    result = Collector(engine, prompts, arithmetic_reward, cfg).collect()
     assert [g.rewards for g in result.groups] == [[0.0, -0.25, -0.5], [0.0, 0.0, 1.0]]
     found = values(result)
     assert found["reward/raw_mean"] == pytest.approx(1 / 6)
@@ -463,7 +463,77 @@ def test_timeouts_are_counted_a_step() -> None:
     engine = ScriptedEngine(SCRIPT)
     prompts = PromptStream([Prompt(name, "") for name in SCRIPT], seed=0, shuffle=False)
     cfg = RolloutConfig(prompts_per_step=1, samples_per_prompt=2, dynamic_sampling="resample", max_resample_rounds=2)
-    assert values(collect(engine, prompts, Impatient(), cfg))["reward/timeouts"] == 3  # "aa", "bb", "ab"
+    assert values(Collector(engine, prompts, Impatient(), cfg).collect())["reward/timeouts"] == 3  # "aa", "bb", "ab"
+
+
+class AheadEngine(ScriptedEngine):
+    """One that answers when its ticket is redeemed, with the weights it had at ``submit``, ``late`` steps older."""
+
+    def __init__(self, script: dict[str, str], late: dict[str, int] | None = None) -> None:
+        super().__init__(script)
+        self.late = late or {}
+        self.submitted: list[tuple[int, list[str]]] = []
+
+    def submit(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+        self.submitted.append((self.version, [p.id for p in prompts]))
+        groups = self.generate(prompts, sampling)
+        for group in groups:
+            group.samples[0].policy_version -= self.late.get(group.prompt.id, 0)
+        return groups
+
+    def wait(self, ticket: list[SampleGroup]) -> list[SampleGroup]:
+        return ticket
+
+
+def test_generation_runs_ahead_by_the_staleness_and_no_further_than_the_last_step() -> None:
+    engine = AheadEngine(SCRIPT)
+    stream = PromptStream([Prompt(name, answer="a") for name in SCRIPT], seed=0, shuffle=False)
+    cfg = RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=2, max_staleness=2)
+    collector = Collector(engine, stream, arithmetic_reward, cfg)
+    trained, ages, positions = [], [], []
+    for step in range(5):
+        engine.update_weights([], step)
+        positions.append(collector.state_dict()["position"])
+        result = collector.collect(steps_left=5 - step)
+        trained += names(result.groups)
+        ages.append(values(result)["rollout/staleness_max"])
+    assert trained == list(SCRIPT)
+    assert engine.submitted == [(0, ["right"]), (0, ["wrong"]), (0, ["mixed"]), (1, ["mixed too"]), (2, ["wrong too"])]
+    assert ages == [0, 1, 2, 2, 2]
+    assert positions == [0, 1, 2, 3, 4]  # a resume draws again what was under way
+    assert collector.state_dict() == stream.state_dict()
+
+
+def test_stale_groups_are_dropped_whole_and_counted() -> None:
+    engine = AheadEngine({"old": ["a"], "fresh": ["a"]}, late={"old": 2})
+    stream = PromptStream([Prompt("old", answer="a"), Prompt("fresh", answer="a")], seed=0, shuffle=False)
+    cfg = RolloutConfig(engine="sglang", prompts_per_step=2, samples_per_prompt=3, max_staleness=1)
+    engine.update_weights([], 4)
+    result = Collector(engine, stream, arithmetic_reward, cfg).collect()
+    assert names(result.groups) == ["fresh"]
+    assert values(result)["rollout/stale_groups"] == 1
+    engine.late = {"old": 2, "fresh": 2}  # nothing is left: the prompts are answered again
+    again = Collector(engine, stream, arithmetic_reward, cfg).collect()
+    assert names(again.groups) == ["old", "fresh"]
+    assert values(again)["rollout/stale_groups"] == 2
+    assert values(again)["rollout/staleness_max"] == 0
+
+
+def test_staleness_is_counted_by_token() -> None:
+    engine = AheadEngine({"p": ["abc"]})
+    stream = PromptStream([Prompt("p", answer="a", input_ids=[1])], seed=0, shuffle=False)
+    engine.update_weights([], 5)
+    collector = Collector(engine, stream, arithmetic_reward, RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=1, max_staleness=2))
+    wait = engine.wait
+
+    def partial_rollout(ticket: list[SampleGroup]) -> list[SampleGroup]:
+        ticket[0].samples[0].token_versions, ticket[0].samples[0].policy_version = [-1, 3, 3, 5], 3
+        return wait(ticket)
+
+    engine.wait = partial_rollout
+    found = values(collector.collect())
+    assert found["rollout/staleness_mean"] == pytest.approx(4 / 3)
+    assert found["rollout/staleness_max"] == 2
 
 
 def test_an_error_in_the_reward_is_not_swallowed() -> None:
