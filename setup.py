@@ -16,7 +16,9 @@ setup(
     packages=find_packages(include=["megatron_gmpo", "megatron_gmpo.*"]),
     package_data={"megatron_gmpo": ["py.typed"]},
     install_requires=[
+        "anyio>=4.0",
         "datasets>=4.0",
+        "httpx>=0.28,<1",
         "jinja2>=3.1",
         "math-verify>=0.8",
         "matplotlib>=3.9",
