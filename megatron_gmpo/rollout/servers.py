@@ -99,7 +99,7 @@ class LocalServers:
     ) -> None:
         args = {name.replace("-", "_"): value for name, value in cfg.args.items()}
         for name in sorted(_OURS & args.keys()):
-            raise InputError(f"sglang.args.{name} = {args[name]!r} is set by the run itself: leave it out")
+            raise InputError(f"sglang.args.{name} is set by the run itself: leave it out")
         self._cfg, self._log_dir = cfg, log_dir
         self._ports = [_hold_port(cfg.host) for _ in range(num_servers)]
         self._api_key, self._admin_key = secrets.token_hex(16), secrets.token_hex(16)
