@@ -10,6 +10,7 @@ import secrets
 import shlex
 import socket
 import subprocess
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +129,8 @@ class LocalServers:
         self._environment = _server_environment(device)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._started: dict[int, float] = {}
+        self._changing = threading.Lock()
+        self._stopped = False
 
     def start(self) -> None:
         """Starts all of them and returns at once."""
@@ -162,14 +165,21 @@ class LocalServers:
         return self._processes[index].poll() is None
 
     def restart(self, index: int) -> None:
-        """Kills its process group, stopped or not, starts it again with the weights of ``model_path``, and returns at once."""
-        self._kill(index)
-        self._launch(index)
+        """Kills its process group, stopped or not, starts it again with the weights of ``model_path``, and returns at once.
+
+        A thread may still be at it when another calls ``stop``, after which nothing is started.
+        """
+        with self._changing:
+            if not self._stopped:
+                self._kill(index)
+                self._launch(index)
 
     def stop(self) -> None:
         """Kills all of them; nothing is left when it returns."""
-        for index in self._processes:
-            self._kill(index)
+        with self._changing:
+            self._stopped = True
+            for index in self._processes:
+                self._kill(index)
 
     def _launch(self, index: int) -> None:
         command = [str(Path(self._cfg.python).absolute()), "-I", str(_LAUNCHER), *_command_line(self._options[index])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -76,6 +77,7 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
             seed=cfg.seed,
             device=device,
             options=options,
+            first_gpu=0 if rollout.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
         servers = local.servers
     sync = make_weight_sync(cfg.weight_sync, rollout.placement, device, run_dir)
