@@ -175,7 +175,7 @@ class RolloutClient:
     # samples
 
     def submit(self, prompts: list[list[int]], sampling: SamplingParams, end_ids: Sequence[int]) -> Future[list[list[Response]]]:
-        """Starts sampling; the future's result has ``sampling.n`` responses for each prompt, in order.
+        """Starts sampling; the future's result has ``sampling.n`` responses for each prompt, in order. ``end_ids`` end a response.
 
         Its exception is an InputError for a request the servers refuse, a ServerError for a sample that could not be had.
         """
@@ -185,6 +185,7 @@ class RolloutClient:
             "top_k": sampling.top_k or -1,
             "stop": list(sampling.stop),
             "stop_token_ids": list(end_ids),
+            "ignore_eos": not end_ids,
             "no_stop_trim": True,
             "skip_special_tokens": False,
         }

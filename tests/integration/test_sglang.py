@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,8 +29,9 @@ from megatron_gmpo.rollout.servers import LocalServers
 from megatron_gmpo.rollout.sglang import SGLangEngine, start_sglang
 from megatron_gmpo.rollout.weight_sync import make_weight_sync
 from megatron_gmpo.types import Prompt, Sample, ServerError
+from tools import arithmetic
 
-from .commands import CONFIG, json_lines, options, run_module
+from .commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
 from .sglang_servers import CPU, PYTHON, local_servers, needs_sglang, process_group, wait_until_gone
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -194,7 +197,6 @@ def test_weights_of_somebody_else_are_never_sampled_from(
         assert sample.policy_version == 0
         assert_made_by(sample, models)
     assert value_of(served.take_metrics()["rollout/retries"]) > 0
-    other.close()
 
 
 def test_a_request_no_server_takes_is_one_error(engine: Callable[..., SGLangEngine], weights: list[Weights]) -> None:
@@ -227,25 +229,15 @@ def groups_of(pair: SGLangEngine) -> list[int]:
     return [process_group(pair._client.local, index) for index in range(2)]
 
 
-def once(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
+def wait_for_both(pair: SGLangEngine) -> None:
+    """Until both servers are up and have the weights: whoever waits for samples syncs what has come back."""
+    assert pair._client
+    members, deadline = pair._client._members, time.monotonic() + 300
+    while not all(member.ready for member in members):
         assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def later(action: Callable[[], None]) -> Future[None]:
-    """Does it in a thread that reports what goes wrong."""
-    future: Future[None] = Future()
-
-    def act() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=act, daemon=True).start()
-    return future
+        if any(member.wants_weights for member in members):
+            samples(pair, n=1, max_new_tokens=2)
+        time.sleep(0.1)
 
 
 def test_a_full_queue_only_delays(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
@@ -275,32 +267,28 @@ def test_one_server_killed_and_one_hung_during_a_rollout(pair: SGLangEngine, wei
 
 
 def test_a_server_killed_during_a_sync(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
-    client = pair._client
-    assert client
-    once(lambda: all(member.ready for member in client._members), 300)
+    wait_for_both(pair)
     victim = groups_of(pair)[0]
-
-    def deadly() -> Iterator[tuple[str, Tensor]]:
-        for place, item in enumerate(weights[2].items()):
-            if place == len(weights[2]) // 2 and not killed:
-                os.killpg(victim, signal.SIGKILL)
-                killed.append(victim)
-            yield item
+    iterations = []
 
     class Export:
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            return deadly()
+        """Weights whose first iteration kills a server half-way."""
 
-    killed: list[int] = []
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            iterations.append(victim)
+            for place, item in enumerate(weights[2].items()):
+                if len(iterations) == 1 and place == len(weights[2]) // 2:
+                    os.killpg(victim, signal.SIGKILL)
+                yield item
+
     pair.update_weights(Export(), 2)
-    drawn = samples(pair, n=2, max_new_tokens=20)
-    for sample in drawn:
+    for sample in samples(pair, n=2, max_new_tokens=20):
         assert sample.policy_version == 2
         assert_made_by(sample, models)
-    once(lambda: any(member.wants_weights for member in client._members), 300)
-    samples(pair, n=1, max_new_tokens=2)  # whoever waits for samples syncs what has come back
-    assert all(member.ready for member in client._members)
-    assert killed
+    wait_for_both(pair)
+    assert len(iterations) > 1  # the restarted server got the whole export
+    for sample in samples(pair, n=8, max_new_tokens=5):
+        assert_made_by(sample, models)
 
 
 def test_servers_that_keep_dying_end_the_run(sglang_model: Path, tmp_path: Path, weights: list[Weights]) -> None:
@@ -315,3 +303,87 @@ def test_servers_that_keep_dying_end_the_run(sglang_model: Path, tmp_path: Path,
         os.killpg(process_group(engine._client.local), signal.SIGKILL)
         with pytest.raises(ServerError, match="every SGLang server was lost"):
             engine.wait(ticket)
+
+
+# --- whole runs ---
+
+
+def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Two trainer ranks that share experts, two servers, weights in shared memory, generation one step ahead; and nothing is left."""
+    problems = tmp_path / "problems"
+    arithmetic.main(problems)
+    run_dir = tmp_path / "run"
+    config = options(
+        run_dir=run_dir,
+        model__path=tiny_model("qwen3_moe", num_layers=2),
+        data__path=problems / "train.jsonl",
+        eval__sets__heldout__path=problems / "heldout.jsonl",
+        eval__sets__heldout__max_prompts=8,
+        eval__pass_reward=0.5,
+        reward__name="tests.integration.rewards:share_of_digits",
+        rollout__engine="sglang",
+        rollout__num_servers=2,
+        rollout__max_staleness=1,
+        rollout__prompts_per_step=16,
+        sglang__python=PYTHON,
+        weight_sync__route="tensor",
+        weight_sync__verify="true",
+        algorithm__correction="geometric",
+        optimizer__lr=3e-3,
+        optimizer__lr_schedule="constant",
+        parallel__expert_model_parallel_size=2,
+        train__num_steps=8,
+        log__tensorboard="false",
+    )
+    done = run_module("megatron_gmpo.train", CONFIG, *config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    figures = json_lines(run_dir / "metrics.jsonl")[1:]
+    rewards = [line["reward/mean"] for line in figures]
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1
+    assert max(line["rollout/logprob_diff_mean"] for line in figures[:1]) < 1e-4  # the first rollout has the policy's weights
+    assert [line["rollout/staleness_max"] for line in figures] == [0] + [1] * 7
+    for line in figures:
+        assert line["weight_sync/gigabytes_per_second"] > 0
+        assert line["rollout/weight_mean"] == pytest.approx(1, abs=0.2)
+        assert line["rollout/stale_groups"] == line["rollout/server_restarts"] == 0
+    assert not servers_of(run_dir)
+
+
+def servers_of(run_dir: Path) -> list[int]:
+    """Process groups that servers of the run left behind."""
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(process.info["cmdline"] or [])]
+
+
+def test_a_killed_trainer_leaves_no_server(sglang_model: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "problems"
+    arithmetic.main(problems)
+    model = shutil.copytree(sglang_model, tmp_path / "model")  # its path marks the processes of this run
+    config = options(
+        run_dir=tmp_path / "run",
+        model__path=model,
+        data__path=problems / "train.jsonl",
+        eval__sets__heldout__path=problems / "heldout.jsonl",
+        rollout__engine="sglang",
+        sglang__python=PYTHON,
+        log__tensorboard="false",
+    )
+    trainer = subprocess.Popen([sys.executable, "-m", "megatron_gmpo.train", CONFIG, *config], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(servers_of(tmp_path / "model")) < 3:  # trainer, server and its watcher
+        assert time.monotonic() < deadline
+        assert trainer.poll() is None
+        time.sleep(0.2)
+    os.killpg(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    while servers_of(tmp_path / "model"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_without_the_servers_environment_a_run_is_refused(sglang_model: Path, tmp_path: Path) -> None:
+    config = options(model__path=sglang_model, rollout__engine="sglang", sglang__python=tmp_path / "python", run_dir=tmp_path / "run")
+    done = run_module("megatron_gmpo.train", CONFIG, *config)
+    assert done.returncode == 2
+    assert error_lines(done.stderr) == [
+        f"error: sglang.python = '{tmp_path}/python' is not there: run make sglang, or give rollout.server_urls"
+    ]
