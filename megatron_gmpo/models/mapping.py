@@ -169,6 +169,7 @@ def canonical_name(name: str) -> str:
     Example: ``decoder.layers.0.mlp.experts.linear_fc1.weight3`` -> ``decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight``.
     """
     name = name.replace(".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight")
+    name = re.sub(r"\.linear_(q|kv)_up_proj\.layer_norm_weight$", r".\1_layernorm.weight", name)
     name = name.replace(".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight")
     return re.sub(r"\.experts\.(linear_fc[12])\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
 

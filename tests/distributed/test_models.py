@@ -28,6 +28,9 @@ ROOT = Path(__file__).parents[2]
 
 VOCAB = 259  # needs padding in every layout
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 128}
+WIDE = {"qk_rope_head_dim": 32, "head_dim": 32}  # wavelengths that YaRN leaves, mixes and stretches
+
 MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -53,6 +56,13 @@ MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
     "qwen3_moe not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
     "qwen3_moe mlp_only_layers": ("qwen3_moe", {"mlp_only_layers": [0, 3], "intermediate_size": 48}),
     "qwen3_moe decoder_sparse_step": ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 48}),
+    "deepseek_v3": ("deepseek_v3", {"v_head_dim": 12}),
+    "deepseek_v3 no query rank": ("deepseek_v3", {"q_lora_rank": None, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}),
+    "deepseek_v3 all experts": ("deepseek_v3", {"first_k_dense_replace": 0, "n_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-2}),
+    "deepseek_v3 yarn rope": ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, **WIDE}),
+    "deepseek_v3 yarn rope without mscale": ("deepseek_v3", {"rope_parameters": YARN, **WIDE}),
+    "glm4_moe": ("glm4_moe", {}),
+    "glm4_moe plain attention": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "first_k_dense_replace": 2}),
 }
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
@@ -82,6 +92,13 @@ COVERED = {
     "qwen3_moe not normalised": ["one rank", "tp2 ep2"],
     "qwen3_moe mlp_only_layers": ["one rank", "pp2 vpp2 ep2"],
     "qwen3_moe decoder_sparse_step": ["pp2", "tp2 ep2"],
+    "deepseek_v3": ["one rank", "tp2 ep2", "tp2 etp2", "cp2", "pp2 vpp2 ep2"],
+    "deepseek_v3 no query rank": ["one rank", "tp2 ep2"],
+    "deepseek_v3 all experts": ["one rank", "pp2 vpp2 ep2"],
+    "deepseek_v3 yarn rope": ["one rank", "cp2", "tp2 ep2"],
+    "deepseek_v3 yarn rope without mscale": ["one rank"],
+    "glm4_moe": ["one rank", "tp2 ep2", "tp2 etp2", "cp2", "pp2 vpp2 ep2"],
+    "glm4_moe plain attention": ["one rank", "tp2 ep2"],
 }
 
 
@@ -98,8 +115,8 @@ def model_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempP
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
             with torch.no_grad():
-                for parameter in model.parameters():
-                    torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3 if parameter.ndim > 1 else 0.1)
+                for tensor in model.state_dict().values():
+                    torch.nn.init.normal_(tensor, mean=float(tensor.ndim == 1), std=0.3 if tensor.ndim > 1 else 0.1)
             made[name] = tmp_path_factory.mktemp("model")
             model.save_pretrained(made[name])
         return made[name]
