@@ -91,6 +91,7 @@ def _torch_on_cpu() -> ModuleType:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             if _names_cuda(kwargs.get("device")):
                 kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)  # there is no GPU to copy it to
             return make(*args, **kwargs)
 
         return made

@@ -148,13 +148,14 @@ def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
         assert torch.equal(ours[name], tensor), name
 
 
-def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path]) -> None:
-    """Else the llama3 case above would prove nothing."""
-    path, tokens = model_folder("llama3 rope"), long_batch().tokens
+@pytest.mark.parametrize("name", ["llama3 rope", "deepseek_v3 yarn rope"])
+def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path], name: str) -> None:
+    """Else their cases above would prove nothing."""
+    path, tokens = model_folder(name), long_batch().tokens
     scaled = reference.load_float64(path)
     hf = AutoConfig.from_pretrained(path)
     hf.rope_parameters = {"rope_type": "default", "rope_theta": hf.rope_parameters["rope_theta"]}
-    plain = AutoModelForCausalLM.from_config(hf, dtype=torch.float64, attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_config(hf, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
     plain.load_state_dict(scaled.state_dict())
     with torch.no_grad():
         scaled, plain = (reference.sequence_logprobs(model, tokens, 1.0)[0] for model in (scaled, plain))
