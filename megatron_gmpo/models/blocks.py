@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from ..types import InputError
-from .mapping import GateUp, QueryKeyValue, Replicated, Row, Split, Vocabulary
+from .mapping import ROUTER_BIAS, GateUp, QueryKeyValue, Replicated, Row, Split, Vocabulary
 
 HFConfig = Any  # transformers' PreTrainedConfig: its fields differ by family
 
@@ -83,8 +83,8 @@ def routed_experts() -> list[Row]:
 
 
 def biased_router() -> list[Row]:
-    """The bias that is added to the scores when experts are chosen; fp32, and no gradient trains it."""
-    return [Row(LAYER + "mlp.router.expert_bias", (HF_LAYER + "mlp.gate.e_score_correction_bias",), Replicated())]
+    """The bias that is added to the scores when experts are chosen; no gradient trains it."""
+    return [Row(LAYER.rstrip(".") + ROUTER_BIAS, (HF_LAYER + "mlp.gate.e_score_correction_bias",), Replicated())]
 
 
 def shared_experts() -> list[Row]:
@@ -147,9 +147,10 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
     }
 
 
-def prediction_layers(hf: HFConfig) -> range:
-    """Layers of a folder behind the model's own, for multi-token prediction. Neither transformers' model nor ours has them."""
-    return range(hf.num_hidden_layers, hf.num_hidden_layers + (getattr(hf, "num_nextn_predict_layers", None) or 0))
+def prediction_layers(hf: HFConfig) -> tuple[str, ...]:
+    """How tensors of multi-token prediction layers are named in a folder; neither transformers' model nor ours has these layers."""
+    first, count = hf.num_hidden_layers, getattr(hf, "num_nextn_predict_layers", None) or 0
+    return tuple(HF_LAYER.format(l=layer) for layer in range(first, first + count))
 
 
 def no_attention_bias(hf: HFConfig) -> None:

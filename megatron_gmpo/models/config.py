@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from ..config import Config, ParallelConfig
 from ..types import InputError
 from . import FAMILIES
-from .blocks import HFConfig
+from .blocks import HFConfig, prediction_layers
 from .mapping import Mapping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -63,7 +63,7 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     transformer = _transformer_config(cfg, architecture, use_te)
     multiple = math.lcm(128, cfg.parallel.tensor_model_parallel_size)
     padded_vocab_size = -(-hf.vocab_size // multiple) * multiple
-    mapping = Mapping(family.rows(hf, padded_vocab_size), tied=hf.tie_word_embeddings)
+    mapping = Mapping(family.rows(hf, padded_vocab_size), tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
     return ModelDescription(hf, transformer, mapping, padded_vocab_size, _rope(hf, architecture), use_te)
 
 

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 
+ROUTER_BIAS = ".mlp.router.expert_bias"
+"""How the canonical name of a router's bias ends. Megatron has it as a buffer, in fp32 whatever the model's dtype."""
+
+
 class Operation(Protocol):
     """An invertible step between full Hugging Face tensors and the shards of one Megatron parameter."""
 
@@ -144,10 +148,11 @@ class Mapping:
     Args:
         rows: the table.
         tied: the output layer shares the embedding's weight, and Hugging Face stores it once.
+        left_out: beginnings of Hugging Face names that a folder may have and the model does not.
     """
 
-    def __init__(self, rows: list[Row], tied: bool) -> None:
-        self.tied = tied
+    def __init__(self, rows: list[Row], tied: bool, left_out: tuple[str, ...] = ()) -> None:
+        self.tied, self.left_out = tied, left_out
         self._rows = [(_pattern(row.megatron), row) for row in rows]
 
     def find(self, name: str) -> Match:
