@@ -54,7 +54,7 @@ def test_a_moe_model(describe: Describe) -> None:
     assert (transformer.tensor_model_parallel_size, transformer.expert_model_parallel_size) == (2, 2)
     assert transformer.sequence_parallel
     assert transformer.qk_layernorm
-    assert description.rope == {"rotary_base": 1e6}
+    assert description.rope == {"rotary_base": 1e6, "rotary_percent": 1.0}
     assert not description.use_transformer_engine
 
 
