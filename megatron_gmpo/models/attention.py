@@ -90,6 +90,7 @@ class LatentAttention(MLASelfAttention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        module: Any
         for module in self.children():
             if hasattr(module, "eps"):  # the norms, or the up projections that Transformer Engine fuses them into
                 module.eps = 1e-6

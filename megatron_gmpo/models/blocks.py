@@ -84,7 +84,7 @@ def routed_experts() -> list[Row]:
 
 def biased_router() -> list[Row]:
     """The bias that is added to the scores when experts are chosen; no gradient trains it."""
-    return [Row(LAYER.rstrip(".") + ROUTER_BIAS, (HF_LAYER + "mlp.gate.e_score_correction_bias",), Replicated())]
+    return [Row(LAYER + ROUTER_BIAS, (HF_LAYER + "mlp.gate.e_score_correction_bias",), Replicated())]
 
 
 def shared_experts() -> list[Row]:
@@ -130,7 +130,7 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
     refuse(hf, "first_k_dense_replace", dense >= layers, "a model without experts is not supported")
     refuse(hf, "n_shared_experts", not hf.n_shared_experts, "a model without shared experts is not supported")
     refuse(hf, "norm_topk_prob", hf.norm_topk_prob != (topk > 1), "scores are normalised over the chosen experts, but for a single one")
-    # the group's score is the sum of its best num_experts_per_tok // topk_group (moe_utils.py:group_limited_topk), in transformers of its best 2
+    # a group's score is the sum of its best 2 in transformers, of its best topk // topk_group in moe_utils.py:group_limited_topk
     wrong = in_groups and topk // hf.topk_group != 2
     refuse(hf, "topk_group", wrong, f"only half of num_experts_per_tok = {topk} is supported, or all n_group = {hf.n_group}")
     return {

@@ -114,6 +114,8 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
         return
     divides("expert_model_parallel_size", ep, "num_experts", experts)
     divides("expert_tensor_parallel_size", etp, "moe_intermediate_size", architecture["moe_ffn_hidden_size"])
+    shared = architecture.get("moe_shared_expert_intermediate_size", 0)
+    divides("tensor_model_parallel_size", tp, "moe_intermediate_size of the shared experts", shared)
     if world_size % (ep * etp * pp):
         raise InputError(
             f"parallel: expert {ep} x expert tensor {etp} x pipeline {pp} = {ep * etp * pp} does not divide the world size "

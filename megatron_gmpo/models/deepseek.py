@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and -R1, and others of their ``model_type`` such as Moonlight: multi-head latent attention (arXiv 2412.19437, section 2.1)."""
+"""DeepSeek-V3 and -R1, and others of their ``model_type`` such as Moonlight: multi-head latent attention (arXiv 2412.19437)."""
 
 from __future__ import annotations
 

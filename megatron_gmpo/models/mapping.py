@@ -17,8 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
-ROUTER_BIAS = ".mlp.router.expert_bias"
+ROUTER_BIAS = "mlp.router.expert_bias"
 """How the canonical name of a router's bias ends. Megatron has it as a buffer, in fp32 whatever the model's dtype."""
 
 

@@ -118,7 +118,9 @@ def test_canonical_names(transformer_engine: str, plain: str) -> None:
     assert canonical_name(plain) == plain
 
 
-@pytest.mark.parametrize("name", ["output_layer.weight", LAYER + "mlp.shared_experts.linear_fc1.weight", LAYER + "self_attention.linear_qkv.bias"])
+@pytest.mark.parametrize(
+    "name", ["output_layer.weight", LAYER + "mlp.shared_experts.linear_fc1.weight", LAYER + "self_attention.linear_qkv.bias"]
+)
 def test_other_names_are_canonical_already(name: str) -> None:
     assert canonical_name(name) == name
 
