@@ -58,7 +58,7 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]
     architecture = family.architecture(hf)
-    check_layout(cfg.parallel, architecture, world_size)
+    check_layout(cfg.parallel, architecture, world_size, uneven_stages=not _UNEVEN_STAGES.isdisjoint(cfg.megatron))
     use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     transformer = _transformer_config(cfg, architecture, use_te)
     multiple = math.lcm(128, cfg.parallel.tensor_model_parallel_size)
@@ -86,8 +86,14 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
     return hf
 
 
-def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_size: int) -> None:
-    """Refuses a layout that does not divide the world or the model, naming the fields and both numbers."""
+_UNEVEN_STAGES = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
+
+
+def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_size: int, *, uneven_stages: bool = False) -> None:
+    """Refuses a layout that does not divide the world or the model, naming the fields and both numbers.
+
+    With ``uneven_stages`` the layers are left to Megatron, which is told how many the first or last stage has.
+    """
     tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     experts = architecture.get("num_moe_experts")
@@ -106,7 +112,8 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
     divides("tensor_model_parallel_size", tp, "num_key_value_heads", architecture["num_query_groups"])
     divides("tensor_model_parallel_size", tp, "intermediate_size", architecture["ffn_hidden_size"])
     stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
-    divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
+    if not uneven_stages:
+        divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
     if not experts:
         for field, value in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
             if value > 1:

@@ -136,6 +136,16 @@ def test_logprobs_are_transformers_and_export_is_the_source(
     assert_same_tensors(results[0]["weights"], reference.saved_tensors(path))
 
 
+def test_stages_of_unequal_length(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
+    """DeepSeek-V3's 61 layers divide by nothing."""
+    path, batch = model_folder("deepseek_v3"), make_batch()
+    cfg = config(path, {PP: 2}, max_tokens=64, megatron={"num_layers_in_first_pipeline_stage": 3})
+    results = ranks.run(2, cases.train, cfg, batch, 0)
+    for result in results:
+        assert_close(result["logprobs"].double(), reference.batch_logprobs(path, batch), atol=1e-4, rtol=0)
+    assert_same_tensors(results[0]["weights"], reference.saved_tensors(path))
+
+
 def long_batch() -> TrainBatch:
     """One sequence long enough to turn the slow channels of rotary embeddings."""
     tokens = torch.randint(3, VOCAB, (700,), generator=torch.Generator().manual_seed(0))

@@ -91,6 +91,13 @@ def test_a_router_with_a_bias(describe: Describe, family: str) -> None:
     assert describe(family, hf={"topk_group": 2}).transformer.moe_router_num_groups is None  # no group is left out
 
 
+def test_uneven_stages_are_left_to_megatron(describe: Describe) -> None:
+    table = {"num_layers_in_last_pipeline_stage": 2}
+    assert describe("deepseek_v3", 3, parallel={PP: 3}, megatron=table).transformer.num_layers_in_last_pipeline_stage == 2
+    message = mistake(describe, "deepseek_v3", 3, parallel={PP: 3}, megatron=table | {"num_layers_in_first_pipeline_stage": 2})
+    assert "TransformerConfig refuses" in message
+
+
 def test_only_some_channels_rotate(describe: Describe) -> None:
     description = describe("glm4_moe")
     assert description.rope["rotary_percent"] == 0.5
