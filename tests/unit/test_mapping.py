@@ -145,7 +145,7 @@ def test_an_unknown_parameter_is_an_error_that_names_it(name: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tables_are_one_to_one(family: str) -> None:
-    hf = SimpleNamespace(vocab_size=100, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    hf = SimpleNamespace(vocab_size=100, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, qkv_bias=True)
     rows = list(expand(FAMILIES[family].rows(hf, 128), num_layers=3, num_experts=4))
     ours = [row.megatron for row in rows]
     theirs = [name for row in rows for name in row.hf]
