@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.models import FAMILIES
+from megatron_gmpo.models.hub import hub_names
 from megatron_gmpo.models.mapping import (
     GateUp,
     Mapping,
@@ -152,3 +157,12 @@ def test_tables_are_one_to_one(family: str) -> None:
     assert len(set(ours)) == len(ours)
     assert len(set(theirs)) == len(theirs)
     assert not any("{" in name for name in ours + theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hub_names_are_those_transformers_saves(tiny_model: Callable[..., Path], family: str) -> None:
+    saved = load_file(tiny_model(family) / "model.safetensors").keys()
+    held = AutoModelForCausalLM.from_pretrained(tiny_model(family)).state_dict()
+    assert {part.format(e=e) for name in held for part in hub_names(name, family) for e in range(8)} == saved
+    for name in saved:
+        assert hub_names(name, family) == (name,)
