@@ -2,7 +2,15 @@
 
 from .blocks import Family
 from .llama import LLAMA
-from .qwen import QWEN2, QWEN3, QWEN3_MOE
+from .mixtral import MIXTRAL
+from .qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mixtral": MIXTRAL,
+    "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+}
 """By ``model_type`` of config.json."""

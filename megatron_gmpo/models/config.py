@@ -105,6 +105,8 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
     divides("tensor_model_parallel_size", tp, "num_attention_heads", architecture["num_attention_heads"])
     divides("tensor_model_parallel_size", tp, "num_key_value_heads", architecture["num_query_groups"])
     divides("tensor_model_parallel_size", tp, "intermediate_size", architecture["ffn_hidden_size"])
+    if shared := architecture.get("moe_shared_expert_intermediate_size"):
+        divides("tensor_model_parallel_size", tp, "shared_expert_intermediate_size", shared)
     stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
     if not experts:
