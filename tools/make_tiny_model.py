@@ -17,7 +17,7 @@ from transformers.utils import logging
 from megatron_gmpo.config import exit_with_one_line
 from megatron_gmpo.types import InputError
 
-Family = Literal["qwen3_moe", "qwen3", "qwen2", "llama", "deepseek_v3", "glm4_moe"]
+Family = Literal["qwen3_moe", "qwen3", "qwen2_moe", "qwen2", "mixtral", "llama", "deepseek_v3", "glm4_moe"]
 
 PAD, EOS = "<pad>", "<eos>"
 CHATML = (
@@ -98,7 +98,8 @@ def make_tiny_model(
     Args:
         tokenizer: saved beside the model and the source of its vocabulary size; None means ``arithmetic_tokenizer()``.
         ffn_hidden_size: width of the MLP, of each expert in a MoE.
-        head_dim: width of a head; Qwen2 and Llama split ``hidden_size`` over the heads. DeepSeek's has half as many rotary channels more.
+        head_dim: width of a head in the Qwen3 families and GLM, where DeepSeek's has half as many rotary channels more; the others split
+            ``hidden_size`` over the heads.
         num_experts: experts a layer of a MoE.
         initializer_range: standard deviation of the weights; at this width the usual 0.02 makes near-uniform logits, near-equal
             router scores and slow learning.
@@ -155,6 +156,15 @@ def make_tiny_model(
         }
     if family == "glm4_moe":
         shape |= {"head_dim": head_dim, "attention_bias": True, "use_qk_norm": True}
+    if family == "qwen2_moe":
+        shape |= {
+            "num_experts": num_experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": ffn_hidden_size,
+            "shared_expert_intermediate_size": 2 * ffn_hidden_size,
+        }
+    if family == "mixtral":
+        shape |= {"num_local_experts": num_experts, "num_experts_per_tok": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), dtype=torch.float32)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import rank
+from ..models.hub import hub_names
 from ..types import InputError
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,12 @@ class StoredTensor:
 class SafetensorsFolder:
     """Tensors of a Hugging Face folder by the names its family has on the hub, sharded over files or not.
 
-    Experts that newer transformers stores fused, ``experts.gate_up_proj`` (E, 2F, H) and ``experts.down_proj`` (E, H, F), appear one by
-    one as ``experts.{e}.gate_proj.weight`` (F, H), ``up_proj`` and ``down_proj``. FP8 weights with block scales
+    Tensors stored under transformers' own names appear under those of the hub: experts fused in one tensor, one by one (see
+    ``models.hub``). FP8 weights with block scales
     (``weight_scale_inv``, DeepSeek's layout) appear as bfloat16.
 
     Args:
-        path: the folder.
+        path: the folder, with a config.json.
         left_out: tensors whose names begin so are passed over, with a warning.
 
     Raises:
@@ -99,9 +100,10 @@ class SafetensorsFolder:
                 )
         self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(_SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
+        model_type: str = json.loads((self.path / "config.json").read_text())["model_type"]
         for name, tensor in flat.items():
             if name not in self._scales:
-                self._tensors.update(_unfused(name, tensor))
+                self._tensors.update(_unfused(hub_names(name, model_type), tensor))
 
     @property
     def names(self) -> KeysView[str]:
@@ -197,21 +199,17 @@ def _read_index(index: Path) -> dict[str, str]:
         raise InputError(f"{index} cannot be read ({type(error).__name__}): fetch the model again") from None
 
 
-def _unfused(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
+def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTensor]:
     """A fused expert tensor as the per-expert ones it consists of; any other as itself."""
-    before, _, what = name.rpartition(".")
-    if not before.endswith(".experts") or what not in ("gate_up_proj", "down_proj") or len(tensor.shape) != 3:
-        return {name: tensor}
+    if "{e}" not in names[0] or len(tensor.shape) != 3:
+        return {names[0]: tensor}
     experts, rows, columns = tensor.shape
-    parts = ["gate_proj", "up_proj"] if what == "gate_up_proj" else ["down_proj"]
-    shape = (rows // len(parts), columns)
+    shape = (rows // len(names), columns)
     nbytes = math.prod(shape) * tensor.dtype.itemsize
     return {
-        f"{before}.{expert}.{part}.weight": StoredTensor(
-            tensor.file, tensor.dtype, shape, tensor.start + (expert * len(parts) + place) * nbytes
-        )
+        part.format(e=expert): StoredTensor(tensor.file, tensor.dtype, shape, tensor.start + (expert * len(names) + place) * nbytes)
         for expert in range(experts)
-        for place, part in enumerate(parts)
+        for place, part in enumerate(names)
     }
 
 

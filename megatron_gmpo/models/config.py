@@ -111,6 +111,8 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
     divides("tensor_model_parallel_size", tp, "num_attention_heads", architecture["num_attention_heads"])
     divides("tensor_model_parallel_size", tp, "num_key_value_heads", architecture["num_query_groups"])
     divides("tensor_model_parallel_size", tp, "intermediate_size", architecture["ffn_hidden_size"])
+    if shared := architecture.get("moe_shared_expert_intermediate_size"):
+        divides("tensor_model_parallel_size", tp, "shared_expert_intermediate_size", shared)
     stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     if not uneven_stages:
         divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
@@ -121,8 +123,6 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
         return
     divides("expert_model_parallel_size", ep, "num_experts", experts)
     divides("expert_tensor_parallel_size", etp, "moe_intermediate_size", architecture["moe_ffn_hidden_size"])
-    shared = architecture.get("moe_shared_expert_intermediate_size", 0)
-    divides("tensor_model_parallel_size", tp, "moe_intermediate_size of the shared experts", shared)
     if world_size % (ep * etp * pp):
         raise InputError(
             f"parallel: expert {ep} x expert tensor {etp} x pipeline {pp} = {ep * etp * pp} does not divide the world size "

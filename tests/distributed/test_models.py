@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_gmpo.types import TrainBatch
-from tools.make_tiny_model import Family
 
 from . import cases, reference
 from .ranks import RankPool
@@ -31,13 +30,10 @@ VOCAB = 259  # needs padding in every layout
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 128}
 WIDE = {"qk_rope_head_dim": 32, "head_dim": 32}  # wavelengths that YaRN leaves, mixes and stretches
 
-MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
-    "qwen2": ("qwen2", {}),
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3 one group": ("qwen3", {"num_key_value_heads": 4, "vocab_size": 384}),
-    "llama": ("llama", {}),
     "llama3 rope": (
         "llama",
         {
@@ -52,7 +48,8 @@ MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
             "head_dim": 32,  # wavelengths below 2048 tokens, between, and above 8192
         },
     ),
-    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen2_moe normalised, without biases": ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False}),
+    "qwen2_moe mlp_only_layers": ("qwen2_moe", {"mlp_only_layers": [0, 3], "intermediate_size": 48}),
     "qwen3_moe not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
     "qwen3_moe mlp_only_layers": ("qwen3_moe", {"mlp_only_layers": [0, 3], "intermediate_size": 48}),
     "qwen3_moe decoder_sparse_step": ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 48}),
@@ -61,9 +58,9 @@ MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
     "deepseek_v3 all experts": ("deepseek_v3", {"first_k_dense_replace": 0, "n_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-2}),
     "deepseek_v3 yarn rope": ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, **WIDE}),
     "deepseek_v3 yarn rope without mscale": ("deepseek_v3", {"rope_parameters": YARN, **WIDE}),
-    "glm4_moe": ("glm4_moe", {}),
     "glm4_moe plain attention": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "first_k_dense_replace": 2}),
 }
+"""Families with changes of config.json; a family's own name is the family as ``tiny_model`` makes it."""
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one rank": (1, {}),
@@ -88,6 +85,10 @@ COVERED = {
     "qwen3 one group": ["tp2"],
     "llama": ["one rank", "tp2 pp2"],
     "llama3 rope": ["one rank", "cp2"],
+    "qwen2_moe": ["one rank", "tp2 etp2", "tp2 ep2", "pp2 vpp2 ep2", "tp2 ep2 etp2"],
+    "qwen2_moe normalised, without biases": ["one rank"],
+    "qwen2_moe mlp_only_layers": ["pp2 vpp2 ep2"],
+    "mixtral": ["one rank", "tp2 etp2", "tp2 ep2", "pp2 vpp2 ep2"],
     "qwen3_moe": ["one rank", "ep2", "tp2 ep2", "tp2 etp2", "pp2 vpp2 ep2", "tp2 ep2 etp2", "ep4"],
     "qwen3_moe not normalised": ["one rank", "tp2 ep2"],
     "qwen3_moe mlp_only_layers": ["one rank", "pp2 vpp2 ep2"],
@@ -104,12 +105,12 @@ COVERED = {
 
 @pytest.fixture(scope="session")
 def model_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of one of MODELS, every weight random, and large enough for attention to look at some tokens only."""
+    """The folder of a family or of one of MODELS, every weight random, and large enough for attention to look at some tokens only."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
-            family, changes = MODELS[name]
+            family, changes = MODELS.get(name, (name, {}))
             hf = AutoConfig.from_pretrained(tiny_model(family, hidden_size=32, ffn_hidden_size=32, head_dim=16))
             hf.update({"vocab_size": VOCAB, "max_position_embeddings": 131072, **changes})
             torch.manual_seed(0)

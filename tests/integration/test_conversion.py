@@ -88,6 +88,9 @@ def left_over(folder: Path) -> list[str]:
         ("deepseek_v3", torch.bfloat16, 2, 1),
         ("deepseek_v3 alike", torch.bfloat16, 1, 2),
         ("glm4_moe", torch.bfloat16, 1, 2),
+        ("qwen2_moe", torch.bfloat16, 2, 1),
+        ("qwen2_moe mixed", torch.float32, 1, 2),
+        ("mixtral", torch.bfloat16, 1, 2),
     ],
 )
 def test_there_and_back_is_bit_exact(
@@ -129,6 +132,9 @@ def test_there_and_back_is_bit_exact(
         ("deepseek_v3", {TP: 2, EP: 2}),
         ("deepseek_v3 alike", {PP: 2, EP: 2}),
         ("glm4_moe", {TP: 2, ETP: 2, PP: 2}),
+        ("qwen2_moe", {TP: 2, EP: 2, PP: 2}),
+        ("qwen2_moe mixed", {TP: 2, ETP: 2}),
+        ("mixtral", {TP: 2, EP: 2, PP: 2}),
     ],
 )
 def test_megatron_loads_it_in_every_layout(
@@ -159,6 +165,9 @@ def test_megatron_loads_it_in_every_layout(
         ("deepseek_v3", "dp2 tp2 ep2", "bf16"),
         ("deepseek_v3 alike", "one rank", "bf16"),
         ("glm4_moe", "pp2 vpp2 ep2", "bf16"),
+        ("qwen2_moe", "tp2 ep2", "fp32"),
+        ("qwen2_moe mixed", "pp2", "bf16"),
+        ("mixtral", "tp2 ep2", "bf16"),
     ],
 )
 def test_training_checkpoint_of_any_layout(
@@ -201,9 +210,10 @@ def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], t
     assert_same(tmp_path / "out", trained)
 
 
-def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:  # noqa: F811
     """The layout transformers keeps in memory: all experts of a layer in one tensor."""
-    source = model("qwen3_moe")
+    source = model(name)
     fused = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
     assert fused["model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 64, 32)
     folder = copied(source, tmp_path)

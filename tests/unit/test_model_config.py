@@ -60,6 +60,24 @@ def test_a_moe_model(describe: Describe) -> None:
     assert not description.use_transformer_engine
 
 
+def test_a_shared_expert(describe: Describe) -> None:
+    transformer = describe("qwen2_moe").transformer
+    assert (transformer.moe_shared_expert_intermediate_size, transformer.moe_ffn_hidden_size) == (128, 64)
+    assert transformer.moe_shared_expert_gate
+    assert transformer.moe_router_pre_softmax
+    assert transformer.add_qkv_bias
+    assert not describe("qwen2_moe", hf={"norm_topk_prob": True}).transformer.moe_router_pre_softmax
+    assert not describe("qwen2_moe", hf={"qkv_bias": False}).transformer.add_qkv_bias
+    assert describe("qwen2_moe", hf={"mlp_only_layers": [0, 3]}).transformer.moe_layer_freq == [0, 1, 1, 0]
+
+
+def test_mixtral(describe: Describe) -> None:
+    transformer = describe("mixtral").transformer
+    assert (transformer.num_moe_experts, transformer.moe_router_topk, transformer.moe_ffn_hidden_size) == (8, 2, 64)
+    assert not transformer.moe_router_pre_softmax
+    assert transformer.moe_shared_expert_intermediate_size is None
+
+
 def test_a_dense_model(describe: Describe) -> None:
     description = describe("qwen2")
     assert not description.is_moe
@@ -156,6 +174,12 @@ def test_the_intermediate_size_is_divided(describe: Describe) -> None:
     assert "intermediate_size = 65" in message
 
 
+def test_the_shared_experts_size_is_divided(describe: Describe) -> None:
+    message = mistake(describe, "qwen2_moe", 2, hf={"shared_expert_intermediate_size": 65}, parallel={TP: 2, ETP: 2})
+    assert f"parallel.{TP} = 2" in message
+    assert "shared_expert_intermediate_size = 65" in message
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
@@ -188,6 +212,8 @@ def test_refused_megatron_fields(describe: Describe, table: dict[str, Any], word
         ("llama", {"attention_bias": True}, ["attention_bias = True"]),
         ("llama", {"mlp_bias": True}, ["mlp_bias = True"]),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, ["use_sliding_window = True"]),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 16}, ["use_sliding_window = True"]),
+        ("mixtral", {"sliding_window": 4096}, ["sliding_window = 4096"]),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["rope_parameters", "yarn", "llama3"]),
         (
             "llama",
