@@ -8,6 +8,7 @@ dictionaries; reading and writing by offset does neither.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, KeysView
@@ -18,8 +19,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ..distributed import rank
 from ..models.hub import hub_names
 from ..types import InputError
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -63,13 +67,14 @@ class SafetensorsFolder:
 
     Args:
         path: the folder, with a config.json.
+        left_out: tensors whose names begin so are passed over, with a warning.
 
     Raises:
         InputError: no safetensors there, weights in pickle files, an index that names an absent file, a file that is truncated or is
             no safetensors file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, left_out: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
         if pickles := sorted(file.name for file in self.path.glob("*") if file.suffix in _PICKLES):
             raise InputError(f"{str(path)!r} holds {pickles[0]!r}, a pickle, which can run code when read: keep safetensors only")
@@ -86,6 +91,13 @@ class SafetensorsFolder:
         for name, file in (listed or {}).items():
             if name not in stored[file]:
                 raise InputError(f"{self.path / INDEX} says that {file} holds {name!r}, which it does not: fetch the model again")
+        if passed_over := [name for name in flat if name.startswith(left_out)]:
+            flat = {name: tensor for name, tensor in flat.items() if not name.startswith(left_out)}
+            if rank() == 0:
+                logger.warning(
+                    f"{str(path)!r}: {len(passed_over)} tensors of layers for multi-token prediction are not carried over, "
+                    f"the first {min(passed_over)!r}"
+                )
         self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(_SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
         model_type: str = json.loads((self.path / "config.json").read_text())["model_type"]

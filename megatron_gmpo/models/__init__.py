@@ -1,11 +1,15 @@
 """Model families: config.json -> Megatron model, and the names of its tensors."""
 
 from .blocks import Family
+from .deepseek import DEEPSEEK_V3
+from .glm import GLM4_MOE
 from .llama import LLAMA
 from .mixtral import MIXTRAL
 from .qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
     "llama": LLAMA,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,

@@ -107,6 +107,8 @@ def straight_runs(model_of: Callable[[str], Path], tmp_path_factory: pytest.Temp
         ("qwen3_moe", "bf16", "dp2 tp2 ep2", "dp2 tp2 ep2"),
         ("qwen3_moe", "bf16", "ep2 distributed optimizer", "ep2 distributed optimizer"),
         ("qwen3_moe", "bf16", "ep2 distributed optimizer", "ep2"),
+        ("deepseek_v3", "fp32", "tp2 ep2", "pp2 cp2"),
+        ("glm4_moe", "bf16", "dp2 tp2 ep2", "dp2 tp2 ep2"),
         ("qwen2_moe", "fp32", "tp2 ep2", "pp2"),
     ],
 )

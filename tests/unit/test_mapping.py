@@ -112,6 +112,8 @@ LAYER = "decoder.layers.3."
     [
         (LAYER + "self_attention.linear_qkv.layer_norm_weight", LAYER + "input_layernorm.weight"),
         (LAYER + "mlp.linear_fc1.layer_norm_weight", LAYER + "pre_mlp_layernorm.weight"),
+        (LAYER + "self_attention.linear_q_up_proj.layer_norm_weight", LAYER + "self_attention.q_layernorm.weight"),
+        (LAYER + "self_attention.linear_kv_up_proj.layer_norm_weight", LAYER + "self_attention.kv_layernorm.weight"),
         (LAYER + "mlp.experts.linear_fc1.weight12", LAYER + "mlp.experts.local_experts.12.linear_fc1.weight"),
         (LAYER + "mlp.experts.linear_fc2.weight0", LAYER + "mlp.experts.local_experts.0.linear_fc2.weight"),
     ],
@@ -121,7 +123,9 @@ def test_canonical_names(transformer_engine: str, plain: str) -> None:
     assert canonical_name(plain) == plain
 
 
-@pytest.mark.parametrize("name", ["output_layer.weight", LAYER + "mlp.linear_fc1.weight", LAYER + "self_attention.linear_qkv.bias"])
+@pytest.mark.parametrize(
+    "name", ["output_layer.weight", LAYER + "mlp.shared_experts.linear_fc1.weight", LAYER + "self_attention.linear_qkv.bias"]
+)
 def test_other_names_are_canonical_already(name: str) -> None:
     assert canonical_name(name) == name
 
