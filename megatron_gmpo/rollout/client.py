@@ -295,9 +295,7 @@ class RolloutClient:
 
     async def _abort(self, server: Server, rid: str) -> None:
         try:
-            await self._http.post(
-                f"{server.url}/abort_request", json={"rid": rid}, headers=server.admin_headers, timeout=PROBE_TIMEOUT_S
-            )
+            await self._http.post(f"{server.url}/abort_request", json={"rid": rid}, headers=server.admin_headers, timeout=PROBE_TIMEOUT_S)
         except httpx.TransportError:
             pass  # it is gone, and the request with it
 
@@ -340,7 +338,9 @@ class RolloutClient:
             await self._watch_one_life(member)
         log.error("SGLang server %s was lost %d times without a weight sync between: given up", member.server.url, member.losses)
         if all(m.losses > self.cfg.max_restarts for m in self._members):
-            self._problem = ServerError(f"every SGLang server was lost {member.losses} times in a row: see the log of the last, {member.server.url}")
+            self._problem = ServerError(
+                f"every SGLang server was lost {member.losses} times in a row: see the log of the last, {member.server.url}"
+            )
 
     async def _watch_one_life(self, member: _Member) -> None:
         """Returns when the server is lost."""
@@ -383,7 +383,9 @@ def versions_of(answer: dict[str, Any], nonce: str) -> list[int]:
     """The training step behind each output token, -1 for weights that are not this run's; one entry more when there is no token."""
     about, count = answer["meta_info"], len(answer["output_ids"])
     spans = about.get("weight_versions") or [{"version": about["weight_version"], "start": 0, "end": max(1, count)}]
-    return [_step(span["version"], nonce) for span in spans for _ in range(span["start"], span["end"])] or [_step(about["weight_version"], nonce)]
+    return [_step(span["version"], nonce) for span in spans for _ in range(span["start"], span["end"])] or [
+        _step(about["weight_version"], nonce)
+    ]
 
 
 def _step(version: str, nonce: str) -> int:

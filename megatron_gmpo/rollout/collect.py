@@ -121,7 +121,10 @@ class Collector:
             for place in np.flatnonzero(sample.response_mask)
         ]
         ages = self._engine.version - np.array(versions)
-        return {"rollout/staleness_mean": Metric(float(ages.sum()), len(ages)), "rollout/staleness_max": Metric(float(ages.max()), op="max")}
+        return {
+            "rollout/staleness_mean": Metric(float(ages.sum()), len(ages)),
+            "rollout/staleness_max": Metric(float(ages.max()), op="max"),
+        }
 
 
 def rollout_figures(groups: list[SampleGroup]) -> dict[str, Metric]:

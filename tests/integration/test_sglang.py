@@ -32,7 +32,7 @@ from megatron_gmpo.types import Prompt, Sample, ServerError
 from tools import arithmetic
 
 from .commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
-from .sglang_servers import CPU, PYTHON, local_servers, needs_sglang, process_group, wait_until_gone
+from .sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_until_gone
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -108,7 +108,10 @@ def test_samples_are_what_transformers_says(engine: Callable[..., SGLangEngine],
     assert len(drawn) == 16
     for sample in drawn:
         assert_made_by(sample, models)
-        assert (sample.policy_version, sample.finish_reason) == (0, "stop" if sample.tokens[-1] == served._tokenizer.eos_token_id else "length")
+        assert (sample.policy_version, sample.finish_reason) == (
+            0,
+            "stop" if sample.tokens[-1] == served._tokenizer.eos_token_id else "length",
+        )
         assert sample.response_length <= 9
     assert len({tuple(s.tokens) for s in drawn}) > 12  # sampled, not all alike
     greedy = samples(served, PROMPTS[:1], n=1, max_new_tokens=5, temperature=0)[0]

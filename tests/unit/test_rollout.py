@@ -534,7 +534,9 @@ def test_staleness_is_counted_by_token() -> None:
     engine = AheadEngine({"p": ["abc"]})
     stream = PromptStream([Prompt("p", answer="a", input_ids=[1])], seed=0, shuffle=False)
     engine.update_weights([], 5)
-    collector = Collector(engine, stream, arithmetic_reward, RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=1, max_staleness=2))
+    collector = Collector(
+        engine, stream, arithmetic_reward, RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=1, max_staleness=2)
+    )
     wait = engine.wait
 
     def partial_rollout(ticket: list[SampleGroup]) -> list[SampleGroup]:

@@ -13,6 +13,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
 
     def kernel(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"sgl_kernel.{name} is not part of the CPU installation: start the server with --attention-backend torch_native")
+        raise NotImplementedError(
+            f"sgl_kernel.{name} is not part of the CPU installation: start the server with --attention-backend torch_native"
+        )
 
     return kernel
