@@ -71,7 +71,7 @@ class _Member:
     posts: dict[asyncio.Task[httpx.Response], str] = field(default_factory=dict)  # to their request ids
 
 
-class _WorthAnotherTry(Exception):
+class _RetryError(Exception):
     """An answer that did not come or cannot be used, through no fault of the request."""
 
 
@@ -203,7 +203,7 @@ class RolloutClient:
         short responses, which are seldom caught unfinished."""
         response = Response()
         failures = 0
-        while response.finish_reason in ("", "abort"):
+        while response.finish_reason in ("", "abort") and len(response.tokens) < limit:
             body = {
                 "rid": f"{self.nonce}-{uuid.uuid4().hex}",
                 "input_ids": prompt + response.tokens,
@@ -215,8 +215,8 @@ class RolloutClient:
                 version = self.version
                 self._append(response, await self._ask(body))
                 if response.finish_reason == "abort" and version == self.version:
-                    raise _WorthAnotherTry("aborted, and not by a weight sync")
-            except _WorthAnotherTry as error:
+                    raise _RetryError("aborted, and not by a weight sync")
+            except _RetryError as error:
                 self.retries += 1
                 failures += 1
                 if failures == ATTEMPTS:
@@ -234,10 +234,10 @@ class RolloutClient:
             except httpx.TimeoutException as error:
                 await self._abort(member.server, body["rid"])
                 self._doubt(member)
-                raise _WorthAnotherTry(f"{member.server.url} did not answer within {self.cfg.request_timeout_s:g} s") from error
+                raise _RetryError(f"{member.server.url} did not answer within {self.cfg.request_timeout_s:g} s") from error
             except httpx.TransportError as error:
                 self._doubt(member)
-                raise _WorthAnotherTry(f"{member.server.url}: {error or type(error).__name__}") from error
+                raise _RetryError(f"{member.server.url}: {error or type(error).__name__}") from error
             finally:
                 async with self._changed:
                     self._changed.notify()
@@ -246,7 +246,7 @@ class RolloutClient:
                 if min(versions_of(answer, self.nonce)) >= oldest:
                     return answer
                 self._doubt(member)
-                raise _WorthAnotherTry(f"{member.server.url} answered from old weights")
+                raise _RetryError(f"{member.server.url} answered from old weights")
             if reply.status_code in (401, 403):
                 raise ServerError(f"{member.server.url} refuses the API key (HTTP {reply.status_code}): set SGLANG_API_KEY to the server's")
             if reply.status_code != 429 and reply.status_code < 500:
@@ -273,7 +273,7 @@ class RolloutClient:
             return await post
         except asyncio.CancelledError:
             if post.cancelled() and not asyncio.current_task().cancelling():  # pyright: ignore[reportOptionalMemberAccess]
-                raise _WorthAnotherTry(f"{member.server.url} was lost") from None
+                raise _RetryError(f"{member.server.url} was lost") from None
             post.cancel()
             raise
         finally:
@@ -290,14 +290,12 @@ class RolloutClient:
             flat = np.frombuffer(base64.b64decode(about["routed_experts"]), "<i4")
             routed = about["prompt_tokens"] + len(answer["output_ids"]) - 1
             if not routed or len(flat) % routed:
-                raise _WorthAnotherTry(f"{len(flat)} routed experts for {routed} tokens")
+                raise _RetryError(f"{len(flat)} routed experts for {routed} tokens")
             response.routed_experts = flat.reshape(routed, -1)
 
     async def _abort(self, server: Server, rid: str) -> None:
-        try:
+        with suppress(httpx.TransportError):  # it is gone, and the request with it
             await self._http.post(f"{server.url}/abort_request", json={"rid": rid}, headers=server.admin_headers, timeout=PROBE_TIMEOUT_S)
-        except httpx.TransportError:
-            pass  # it is gone, and the request with it
 
     # servers
 

@@ -205,7 +205,7 @@ def test_weights_of_somebody_else_are_never_sampled_from(
 def test_a_request_no_server_takes_is_one_error(engine: Callable[..., SGLangEngine], weights: list[Weights]) -> None:
     served = engine()
     served.update_weights(weights[0].items(), 0)
-    with pytest.raises(ValueError, match="refuses a request: .*longer than") as error:
+    with pytest.raises(ValueError, match=r"refuses a request: .*longer than") as error:
         samples(served, [Prompt("long", "", input_ids=[5] * 40_000)])
     assert "\n" not in str(error.value)
 

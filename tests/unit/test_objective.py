@@ -274,7 +274,7 @@ def test_importance_weights_are_the_formulas_in_float64() -> None:
 def test_token_weights_multiply_each_tokens_term() -> None:
     """Against the sum of single-token losses, each weighted: one token a sequence, where Dr. GRPO's term is the token's."""
     generator = torch.Generator().manual_seed(1)
-    new, old, weights, advantages = (torch.randn(6, generator=generator) for _ in range(4))
+    new, old, weights = (torch.randn(6, generator=generator) for _ in range(3))
     arguments = (new, old, torch.ones(6, dtype=torch.bool), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1.5, -0.5]))
     found = float(POLICY_LOSSES["dr_grpo"](*arguments, length_normalizer=4.0, token_weights=weights).loss)
     expected = 0.0
