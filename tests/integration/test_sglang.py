@@ -270,6 +270,7 @@ def test_one_server_killed_and_one_hung_during_a_rollout(pair: SGLangEngine, wei
 
 
 def test_a_server_killed_during_a_sync(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
+    pair.update_weights(weights[1].items(), 1)
     wait_for_both(pair)
     victim = groups_of(pair)[0]
     iterations = []
