@@ -12,6 +12,7 @@ import logging
 import math
 import shutil
 import socket
+import ssl
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,8 +158,10 @@ class _Session:
         self._everyone = tuple(servers)
         self._http = httpx.Client(
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
-            limits=httpx.Limits(max_connections=None),
+            # an idle connection is given up before the server does it (after 5 s, SGLANG_TIMEOUT_KEEP_ALIVE)
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
             trust_env=False,  # no proxy stands between trainer and servers
+            verify=_certificates(),
         )
         self._threads = ThreadPoolExecutor(len(servers) + 2)  # a request to each server, a broadcast, and the one that waits for them
 
@@ -224,6 +228,11 @@ class _Session:
                 return
             except (_SyncError, InputError):
                 continue
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    return httpx.create_ssl_context()  # reading them takes as long as a small sync
 
 
 class _Bucket:
@@ -654,9 +663,8 @@ class _Pickler(ForkingPickler):
         if not (isinstance(obj, Tensor) and obj.is_cuda):
             return NotImplemented
         rebuild, args = reduce_tensor(obj)
-        args: list[Any] = list(args)
-        args[6] = str(torch.cuda.get_device_properties(obj.device).uuid)
-        return rebuild, tuple(args)
+        uuid = str(torch.cuda.get_device_properties(obj.device).uuid)
+        return rebuild, (*args[:6], uuid, *args[7:])  # the seventh argument is the device
 
 
 def _serialize(bucket: _Bucket) -> str:
