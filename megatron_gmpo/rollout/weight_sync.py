@@ -10,18 +10,17 @@ import base64
 import io
 import logging
 import math
+import os
 import shutil
 import socket
-import ssl
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,14 +36,14 @@ from ..checkpoint.safetensors_folder import SafetensorsFile
 from ..config import WeightSyncConfig
 from ..distributed import all_gather_objects, broadcast_object, rank, world_size
 from ..types import InputError, ServerError
+from .buckets import Bucket
 from .servers import Server
+from .weight_session import FAREWELL_TIMEOUT_S, NoAnswerError, Session, SyncError
 
 log = logging.getLogger(__name__)
 
 INCOMPLETE = "incomplete"
 """Weight version of a server between the first and the last bucket: whatever it generates then belongs to no version."""
-_FAREWELL_TIMEOUT_S = 5.0  # for requests whose failure changes nothing
-_CONNECT_TIMEOUT_S = 10.0
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -126,140 +125,14 @@ def resume_memory(servers: Sequence[Server], tags: Sequence[str], timeout_s: flo
 
 
 def _change_memory(servers: Sequence[Server], path: str, body: dict[str, Any], timeout_s: float) -> None:
-    session = _Session(servers, timeout_s)
+    session = Session(servers, timeout_s)
     for server, reply in session.start(path, body).items():
         try:
             reply.result()
-        except _NoAnswerError as error:
+        except NoAnswerError as error:
             log.warning("SGLang server %s %s", server.url, error)
-        except _SyncError as error:
+        except SyncError as error:
             raise ServerError(f"SGLang server {server.url} {error}") from None
-
-
-class _SyncError(Exception):
-    """Why a server cannot take part any longer."""
-
-
-class _NoAnswerError(_SyncError):
-    """It does not answer at all."""
-
-
-class _Session:
-    """The servers of one sync, as the first rank sees them. One that fails leaves and the others go on.
-
-    Attributes:
-        servers: those still taking part.
-        problem: what no retry can mend.
-    """
-
-    def __init__(self, servers: Sequence[Server], timeout_s: float) -> None:
-        self.servers = list(servers)
-        self.problem: InputError | None = None
-        self._everyone = tuple(servers)
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
-            # an idle connection is given up before the server does it (after 5 s, SGLANG_TIMEOUT_KEEP_ALIVE)
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
-            trust_env=False,  # no proxy stands between trainer and servers
-            verify=_certificates(),
-        )
-        self._threads = ThreadPoolExecutor(len(servers) + 2)  # a request to each server, a broadcast, and the one that waits for them
-
-    @property
-    def failed(self) -> tuple[Server, ...]:
-        return tuple(server for server in self._everyone if server not in self.servers)
-
-    def run(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        return self._threads.submit(function, *args)
-
-    def start(self, path: str, body: Any) -> dict[Server, Future[httpx.Response]]:
-        """Sends a request to every server: a POST of ``body``, or of ``body(server)``, or a GET when it is None."""
-        return {server: self.run(self._request, server, path, body(server) if callable(body) else body) for server in self.servers}
-
-    def ask(self, path: str, body: Any = None) -> dict[Server, httpx.Response]:
-        """As ``start``; the answers of those that took it."""
-        replies = self.start(path, body)
-        for server, reply in replies.items():
-            if error := reply.exception():
-                self.drop(server, error)
-        return {server: reply.result() for server, reply in replies.items() if server in self.servers}
-
-    def attempt(self, servers: Iterable[Server], *requests: tuple[str, dict[str, Any]]) -> None:
-        """POSTs one after the other to each server at once; what comes of them does not matter."""
-        wait([self.run(self._attempt, server, requests) for server in servers])
-
-    def drop(self, server: Server, error: BaseException | str) -> None:
-        if isinstance(error, InputError):
-            self.problem = self.problem or error
-            self.servers.clear()
-        elif isinstance(error, _SyncError | str):
-            log.warning("weight sync: SGLang server %s %s", server.url, error)
-            self.servers.remove(server)
-        else:
-            raise error
-
-    def close(self) -> None:
-        """Lets every server generate again. A failed one first gives up the sync and the requests it would answer from odd weights."""
-        self.attempt(self.failed, ("/end_weight_update", {}), ("/abort_request", {"abort_all": True}), ("/continue_generation", {}))
-        self.attempt(self.servers, ("/continue_generation", {}))
-        self._threads.shutdown(wait=False)
-        self._http.close()
-
-    def _request(self, server: Server, path: str, body: Any, **options: Any) -> httpx.Response:
-        method, headers = ("GET", server.headers) if body is None else ("POST", server.admin_headers)
-        try:
-            reply = self._http.request(method, f"{server.url}{path}", json=body, headers=headers, **options)
-        except httpx.TransportError as error:
-            raise _NoAnswerError(f"gave no answer to {path}: {error or type(error).__name__}") from None
-        if reply.status_code in (401, 403):
-            key = "SGLANG_API_KEY" if body is None else "SGLANG_ADMIN_API_KEY"
-            raise InputError(f"{server.url} refuses the API key (HTTP {reply.status_code} to {path}): set {key} to the server's")
-        if reply.status_code == 404:
-            raise InputError(f"{server.url} does not know {path}: it must be SGLang 0.5.23 or newer")
-        if reply.status_code != 200:
-            raise _SyncError(f"refused {path} (HTTP {reply.status_code}): {' '.join(reply.text.split())[:300]}")
-        return reply
-
-    def _attempt(self, server: Server, requests: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        for path, body in requests:
-            try:
-                self._request(server, path, body, timeout=_FAREWELL_TIMEOUT_S)
-            except _NoAnswerError:
-                return
-            except (_SyncError, InputError):
-                continue
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    return httpx.create_ssl_context()  # reading them takes as long as a small sync
-
-
-class _Bucket:
-    """Tensors end to end in a buffer of bytes, each aligned to its dtype."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self._buffer = buffer
-        self.contents: list[tuple[str, torch.dtype, torch.Size, int]] = []  # name, dtype, shape, first byte
-        self.nbytes = 0
-
-    def takes(self, tensor: Tensor) -> bool:
-        # the servers expect no gaps; where dtypes change at an odd length, a new bucket begins
-        return self.nbytes + tensor.nbytes <= len(self._buffer) and self.nbytes % tensor.itemsize == 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.contents.append((name, tensor.dtype, tensor.shape, self.nbytes))
-        self._buffer[self.nbytes : self.nbytes + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self.nbytes += tensor.nbytes
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, dtype, shape, start in self.contents:
-            yield name, self._buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-    @property
-    def data(self) -> Tensor:
-        """(nbytes,) uint8"""
-        return self._buffer[: self.nbytes]
 
 
 class _Route(ABC):
@@ -295,7 +168,7 @@ class _Route(ABC):
     def _lead(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: str) -> SyncReport:
         started = time.monotonic()
         nbytes = 0
-        session = _Session(servers, self._cfg.timeout_s)
+        session = Session(servers, self._cfg.timeout_s)
         try:
             session.ask("/pause_generation", {"mode": self._cfg.in_flight})
             noise = self._scramble(session) if self._cfg.verify else {}
@@ -327,31 +200,31 @@ class _Route(ABC):
         """What the other ranks do beside iterating."""
         return
 
-    def _begin(self, session: _Session, version: str) -> None:
+    def _begin(self, session: Session, version: str) -> None:
         session.ask("/begin_weight_update", {})
 
-    def _seal(self, bucket: _Bucket) -> Any:
+    def _seal(self, bucket: Bucket) -> Any:
         """What ``_send`` gets of a bucket; called where all ranks are in step."""
         return bucket
 
     @abstractmethod
-    def _send(self, session: _Session, bucket: Any, about: dict[str, Any], last: bool) -> None:
+    def _send(self, session: Session, bucket: Any, about: dict[str, Any], last: bool) -> None:
         """Brings a bucket to the servers, in a thread. It is packed again two buckets later."""
 
-    def _end(self, session: _Session, version: str) -> None:
+    def _end(self, session: Session, version: str) -> None:
         session.ask("/end_weight_update", {})
 
     def _allocate(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def _buckets(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[_Bucket, bool]]:
+    def _buckets(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[Bucket, bool]]:
         """Full buckets, and whether each is the last. A tensor that is too large for a bucket is one by itself."""
         bucket, count = None, 0
         for name, tensor in tensors:
             if bucket is None or not bucket.takes(tensor):
                 if bucket:
                     yield bucket, False
-                bucket = _Bucket(self._buffer(count, tensor.nbytes))
+                bucket = Bucket(self._buffer(count, tensor.nbytes))
                 count += 1
             bucket.add(name, tensor)
         if bucket:
@@ -365,12 +238,12 @@ class _Route(ABC):
             self._buffers.append(self._allocate(self._capacity))
         return self._buffers[count % 2]
 
-    def _scramble(self, session: _Session) -> dict[Server, list[dict[str, str]]]:
+    def _scramble(self, session: Session) -> dict[Server, list[dict[str, str]]]:
         """Fills the servers' weights with noise, whose checksums are returned."""
         session.ask("/weights_checker", {"action": "reset_tensors"})
         return _checksums(session)
 
-    def _verify(self, session: _Session, noise: dict[Server, list[dict[str, str]]], version: str) -> None:
+    def _verify(self, session: Session, noise: dict[Server, list[dict[str, str]]], version: str) -> None:
         """Every weight must have been replaced, and servers of one layout must agree: among themselves, and with those that took part in
         an earlier sync of this version."""
         checksums = _checksums(session)
@@ -391,7 +264,7 @@ class _Route(ABC):
                 self._verified[1][size] = agreed
 
 
-def _checksums(session: _Session) -> dict[Server, list[dict[str, str]]]:
+def _checksums(session: Session) -> dict[Server, list[dict[str, str]]]:
     """Checksum of every weight by the server's own name, for each tensor-parallel rank."""
     replies = session.ask("/weights_checker", {"action": "checksum"})
     return {server: [rank["checksums"] for rank in reply.json()["ranks"]] for server, reply in replies.items()}
@@ -408,19 +281,20 @@ class _DiskSync(_Route):
     def __init__(self, cfg: WeightSyncConfig, folder: Path) -> None:
         super().__init__(cfg, torch.device("cpu"))
         self._folder = folder.absolute()
-        self._draft = self._current = self._folder
+        self._draft = self._current = self._folder / "none"
         self._files = 0
 
     def close(self) -> None:
-        self._remove()
+        for folder in (self._draft, self._current):
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def _begin(self, session: _Session, version: str) -> None:
+    def _begin(self, session: Session, version: str) -> None:
         with self._writing():
             self._draft, self._files = self._folder / f"{version}.incomplete", 0
             shutil.rmtree(self._draft, ignore_errors=True)
             self._draft.mkdir(parents=True)
 
-    def _send(self, session: _Session, bucket: _Bucket, about: dict[str, Any], last: bool) -> None:
+    def _send(self, session: Session, bucket: Bucket, about: dict[str, Any], last: bool) -> None:
         with self._writing():
             self._files += 1
             path = self._draft / f"model-{self._files:05}.safetensors"
@@ -434,14 +308,10 @@ class _DiskSync(_Route):
             self._draft.rename(whole)
         session.ask("/update_weights_from_disk", {"model_path": str(whole), **about})
 
-    def _end(self, session: _Session, version: str) -> None:
-        if self._current != self._folder / version:
-            self._remove()
-        self._current = self._folder / version
-
-    def _remove(self) -> None:
-        if self._current != self._folder:
-            shutil.rmtree(self._current, ignore_errors=True)
+    def _end(self, session: Session, version: str) -> None:
+        previous, self._current = self._current, self._folder / version
+        if previous != self._current:
+            shutil.rmtree(previous, ignore_errors=True)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -470,21 +340,21 @@ class _DistributedSync(_Route):
 
     def close(self) -> None:
         if self._members:
-            session = _Session(self._members, _FAREWELL_TIMEOUT_S)
+            session = Session(self._members, FAREWELL_TIMEOUT_S)
             self._disband(session)
             session.close()
 
-    def _begin(self, session: _Session, version: str) -> None:
+    def _begin(self, session: Session, version: str) -> None:
         super()._begin(session, version)
         versions = {reply.json()["weight_version"] for reply in session.ask("/model_info").values()}
         if (self._members, {self._version}) != (tuple(session.servers), versions):  # one more, one less, or one that was restarted
             self._disband(session)
 
-    def _end(self, session: _Session, version: str) -> None:
+    def _end(self, session: Session, version: str) -> None:
         self._version = version
         super()._end(session, version)
 
-    def _send(self, session: _Session, bucket: _Bucket, about: dict[str, Any], last: bool) -> None:
+    def _send(self, session: Session, bucket: Bucket, about: dict[str, Any], last: bool) -> None:
         body = {
             "names": [name for name, *_ in bucket.contents],
             "dtypes": [str(dtype).removeprefix("torch.") for _, dtype, *_ in bucket.contents],
@@ -499,7 +369,7 @@ class _DistributedSync(_Route):
             if self._agreed(session, session.run(self._broadcast, bucket.data), replies):
                 return
 
-    def _connect(self, session: _Session) -> bool:
+    def _connect(self, session: Session) -> bool:
         """Makes a group of this process and the servers' ranks, as SGLang's ``init_custom_process_group`` does (srt/utils/common.py)."""
         address = _address_towards(session.servers)
         listener = socket.create_server((address, 0))
@@ -540,15 +410,15 @@ class _DistributedSync(_Route):
                 options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
                 self._group = dist.ProcessGroupGloo(store, 0, size, options)
         except RuntimeError as error:
-            raise _SyncError(str(error)) from None
+            raise SyncError(str(error)) from None
 
     def _broadcast(self, data: Tensor) -> None:
         try:
             self._group.broadcast(data, 0).wait()  # no variable: an exception would keep it, and with it the connections
         except RuntimeError as error:
-            raise _SyncError(str(error)) from None
+            raise SyncError(str(error)) from None
 
-    def _agreed(self, session: _Session, ours: Future[None], replies: dict[Server, Future[httpx.Response]]) -> bool:
+    def _agreed(self, session: Session, ours: Future[None], replies: dict[Server, Future[httpx.Response]]) -> bool:
         """Waits for what this process and all servers do together. If one fails it ends it for all, and drops who is to blame."""
         everything: list[Future[Any]] = [ours, *replies.values()]
         wait(everything, return_when=FIRST_EXCEPTION)
@@ -569,7 +439,7 @@ class _DistributedSync(_Route):
         session.attempt(session.servers, ("/destroy_weights_update_group", {"group_name": self._name}))
         return False
 
-    def _disband(self, session: _Session) -> None:
+    def _disband(self, session: Session) -> None:
         session.attempt(self._members, ("/destroy_weights_update_group", {"group_name": self._name}))
         self._group = self._store = None
         self._members = ()
@@ -594,7 +464,7 @@ class _TensorSync(_Route):
     ``flattened_bucket`` by its attributes (srt/model_executor/model_runner_components/weight_updater.py), so plain namespaces do.
     """
 
-    def _send(self, session: _Session, bucket: Any, about: dict[str, Any], last: bool) -> None:
+    def _send(self, session: Session, bucket: Any, about: dict[str, Any], last: bool) -> None:
         handles = {server: self._handles(bucket, server) for server in session.servers}
         session.ask(
             "/update_weights_from_tensor",
@@ -616,10 +486,10 @@ class _SharedMemorySync(_TensorSync):
                 f"weight_sync.bucket_bytes = {self._cfg.bucket_bytes} needs {nbytes} bytes in {_SHARED_MEMORY}, where {free} are free: "
                 "lower it, enlarge that file system, or use another weight_sync.route"
             )
-        with _sharing_by_name():
+        with _sharing_by_name(), _stderr_to_nowhere():
             return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(nbytes))
 
-    def _handles(self, bucket: _Bucket, server: Server) -> list[str]:
+    def _handles(self, bucket: Bucket, server: Server) -> list[str]:
         with _sharing_by_name():
             return [_serialize(bucket) for _ in range(server.tensor_parallel_size)]  # each is read once, and counts as a reader
 
@@ -649,7 +519,7 @@ class _CudaTensorSync(_TensorSync):
     def _buffer(self, count: int, nbytes: int) -> Tensor:
         return self._allocate(max(nbytes, self._capacity))  # torch frees it once the last reader has let it go
 
-    def _seal(self, bucket: _Bucket) -> list[str]:
+    def _seal(self, bucket: Bucket) -> list[str]:
         return all_gather_objects(_serialize(bucket))
 
     def _handles(self, bucket: list[str], server: Server) -> list[str]:
@@ -667,7 +537,7 @@ class _Pickler(ForkingPickler):
         return rebuild, (*args[:6], uuid, *args[7:])  # the seventh argument is the device
 
 
-def _serialize(bucket: _Bucket) -> str:
+def _serialize(bucket: Bucket) -> str:
     metadata = [
         SimpleNamespace(name=name, shape=shape, dtype=dtype, start_idx=start, end_idx=start + size, numel=size)
         for name, dtype, shape, start in bucket.contents
@@ -687,3 +557,18 @@ def _sharing_by_name() -> Iterator[None]:
         yield
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
+
+
+@contextmanager
+def _stderr_to_nowhere() -> Iterator[None]:
+    """The first shared file starts torch_shm_manager, which keeps the stderr of that moment for as long as a server runs: a pipe behind the
+    trainer would not end with the trainer."""
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
