@@ -105,34 +105,47 @@ def make_weight_sync(
 
 
 def release_memory(servers: Sequence[Server], timeout_s: float) -> None:
-    """Makes idle servers give back the memory of weights and cache. One that has gone is passed over.
+    """Makes idle servers give back the memory of weights and cache; one that is not idle does not survive it.
 
-    A server that is not idle does not survive it, nor does ``resume_memory`` one that has released nothing.
-
-    Raises:
-        ServerError: a server refuses.
-    """
-    _change_memory(servers, "/release_memory_occupation", {}, timeout_s)
-
-
-def resume_memory(servers: Sequence[Server], tags: Sequence[str], timeout_s: float) -> None:
-    """Makes servers take memory again for ``tags``: ``weights``, whose values are lost, and ``kv_cache``. See ``release_memory``.
+    A server that has gone, or has not been synced since it started, is passed over.
 
     Raises:
         ServerError: a server refuses.
     """
-    _change_memory(servers, "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)
+    _answers(_synced(servers, timeout_s), "/release_memory_occupation", {"tags": ["kv_cache", "weights"]}, timeout_s)
 
 
-def _change_memory(servers: Sequence[Server], path: str, body: dict[str, Any], timeout_s: float) -> None:
+def resume_memory(servers: Sequence[Server], tags: Sequence[Literal["weights", "kv_cache"]], timeout_s: float) -> tuple[Server, ...]:
+    """Makes servers take again what ``release_memory`` took; the weights' values are lost.
+
+    Returns:
+        Those that had released it: not the ones that have started since. Only these may resume further tags after a sync.
+
+    Raises:
+        ServerError: a server refuses.
+    """
+    asleep = _synced(servers, timeout_s)
+    _answers(asleep, "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)
+    return asleep
+
+
+def _synced(servers: Sequence[Server], timeout_s: float) -> tuple[Server, ...]:
+    """Those with weights from a sync; the others still have what they started with."""
+    replies = _answers(servers, "/model_info", None, timeout_s)
+    return tuple(server for server, reply in replies.items() if reply.json()["weight_version"] != "default")
+
+
+def _answers(servers: Sequence[Server], path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[Server, httpx.Response]:
     session = Session(servers, timeout_s)
+    answers = {}
     for server, reply in session.start(path, body).items():
         try:
-            reply.result()
+            answers[server] = reply.result()
         except NoAnswerError as error:
             log.warning("SGLang server %s %s", server.url, error)
         except SyncError as error:
             raise ServerError(f"SGLang server {server.url} {error}") from None
+    return answers
 
 
 class _Route(ABC):
