@@ -128,9 +128,7 @@ class RolloutConfig(_Section):
             if self.placement == "colocated":
                 raise ValueError("placement = 'colocated' needs engine = 'sglang'")
         if self.placement == "colocated" and self.max_staleness:
-            raise ValueError(
-                f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers rest while it trains"
-            )
+            raise ValueError(f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers rest while it trains")
         return self
 
 

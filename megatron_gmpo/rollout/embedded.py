@@ -158,12 +158,11 @@ class EmbeddedEngine:
 
         samples = []
         for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
-            sample = self._sample_of(
-                prompt, tokens[i, : length or None].tolist(), logprobs[i, : length or None].tolist(), length > 0, sampling
-            )
+            response = slice(length or None)
+            sample = self._sample_of(prompt, tokens[i, response].tolist(), logprobs[i, response].tolist(), length > 0, sampling)
             if prompt_experts is not None and experts is not None:
-                read = torch.cat([prompt_experts[spread[i], width - len(prompt) :], experts[i, : sample.response_length - 1]])
-                sample.routed_experts = read.cpu().numpy()
+                routed = torch.cat([prompt_experts[spread[i], width - len(prompt) :], experts[i, : sample.response_length - 1]])
+                sample.routed_experts = routed.cpu().numpy()
             samples.append(sample)
         return samples
 
