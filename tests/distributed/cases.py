@@ -82,10 +82,13 @@ def replay(cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_log
         compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(batch).items()}
         logprobs = batch.old_logprobs
         batch.old_logprobs = logprobs if old_logprobs is None else old_logprobs
+        if cfg.algorithm.kl_coef:
+            batch.ref_logprobs = policy.reference_logprobs(batch)
         chosen = watch_routers(policy)
         history = [step for _ in range(steps) for minibatch in batch.split(minibatches) for step in _steps(policy, minibatch, 1)]
         return {
             "logprobs": logprobs,
+            "ref_logprobs": batch.ref_logprobs,
             "routed_experts": batch.routed_experts,
             "compared": compared,
             "history": history,

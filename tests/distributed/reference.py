@@ -34,7 +34,10 @@ def spans(batch: Any) -> list[slice]:
 
 
 def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
-    """Sends each of the (L,) tokens, all different, to its row of ``experts`` (L, layers, topk), weighted by the softmax over them."""
+    """Sends each of the (L,) tokens, all different, to its row of ``experts`` (L, layers, topk), weighted by the softmax over them.
+
+    ``layers`` are all of the model's; those without experts stay as they are.
+    """
     place = {token: i for i, token in enumerate(tokens.tolist())}
     rows: list[list[int]] = []
     model.register_forward_pre_hook(lambda _, args: rows.append([place[token] for token in args[0][0].tolist()]))
@@ -44,7 +47,8 @@ def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
         return output[0], output[0].gather(1, chosen).softmax(-1), chosen
 
     for layer, module in enumerate(model.model.layers):
-        module.mlp.gate.register_forward_hook(lambda _, __, output, layer=layer: replace(layer, output))
+        if hasattr(module.mlp, "gate"):
+            module.mlp.gate.register_forward_hook(lambda _, __, output, layer=layer: replace(layer, output))
 
 
 @torch.no_grad()

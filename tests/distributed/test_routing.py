@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_gmpo.config import Config
 from megatron_gmpo.types import TrainBatch
@@ -44,22 +46,24 @@ def own(expected: Reference, batch: TrainBatch) -> Tensor:
     return reference.own_routing(expected.model("qwen3_moe"), batch)
 
 
-@pytest.fixture(scope="session")
-def forced(expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Training with random experts, those of last tokens unknown to the record."""
-    path = expected.model("qwen3_moe")
+def train_forced(path: Path, batch: TrainBatch, folder: Path, **options: Any) -> dict[str, Any]:
+    """What training with random experts gives, and the batch with a record of them, which as an engine's lacks the last tokens'."""
     experts = torch.rand(len(batch.tokens), 4, 4, generator=torch.Generator().manual_seed(2)).topk(2).indices
     old = reference.batch_logprobs(path, batch, experts=experts)
     noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
     noisy = replace(batch, old_logprobs=torch.where(batch.response_mask, old.float() + noise, 0.0))
-    settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0}
-    folder = tmp_path_factory.mktemp("forced")
+    settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0} | options
     known = reference.train(path, noisy, STEPS, folder, lr=LR, eps=EPS, clip_grad=CLIP_GRAD, experts=experts, **settings)
     record = experts.short()
     record[batch.lengths.cumsum(0) - 1] = -1
     recorded = replace(batch, routed_experts=record)
     before = reference.saved_tensors(path)
     return known | {"path": path, "before": before, "batch": recorded, "logprobs": old, "old_logprobs": noisy.old_logprobs}
+
+
+@pytest.fixture(scope="session")
+def forced(expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train_forced(expected.model("qwen3_moe"), batch, tmp_path_factory.mktemp("forced"))
 
 
 def replaying(path: Any, layout: str, kind: str, *, max_tokens: int, **sections: Any) -> tuple[int, Config]:
@@ -97,6 +101,33 @@ def test_random_experts_in_every_layout(ranks: RankPool, forced: dict[str, Any],
 def test_recomputed_activations_take_the_same_experts(ranks: RankPool, forced: dict[str, Any], layout: str) -> None:
     world_size, cfg = replaying(forced["path"], layout, "rollout", max_tokens=40, megatron=RECOMPUTE)
     check(ranks.run(world_size, cases.replay, cfg, forced["batch"], 1, STEPS, forced["old_logprobs"]), forced)
+
+
+@pytest.mark.parametrize("layout", ["tp2 ep2", "pp2 cp2 ep2", "pp2 vpp2 ep2"])
+def test_layers_without_experts(ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str, tmp_path: Path) -> None:
+    """Two stages share the layers as 0 1 | 2 3, two virtual ones of each as 0 2 | 1 3: one stage, or some chunks, have no router."""
+    hf = AutoConfig.from_pretrained(expected.model("qwen3_moe"))
+    hf.mlp_only_layers = [0, 1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(hf).save_pretrained(tmp_path / "mixed")
+    known = train_forced(tmp_path / "mixed", batch, tmp_path / "trained")
+    world_size, cfg = replaying(known["path"], layout, "rollout", max_tokens=40)
+    nonsense = known["batch"].routed_experts.clone()
+    nonsense[:, [0, 1]] = -1
+    recorded = replace(known["batch"], routed_experts=nonsense)
+    results = ranks.run(world_size, cases.replay, cfg, recorded, 1, STEPS, known["old_logprobs"])
+    check(results, known)
+    assert {layer for result in results for _, layer in result["chosen"]} == {2, 3}
+
+
+def test_the_reference_policy_routes_for_itself(ranks: RankPool, expected: Reference, forced: dict[str, Any]) -> None:
+    ref_path = expected.model("qwen3_moe", seed=1)
+    penalty = {"algorithm": {"moe_routing_replay": "rollout", "kl_coef": 0.2}, "model": {"reference_path": str(ref_path)}}
+    world_size, cfg = replaying(forced["path"], "tp2 ep2", "rollout", max_tokens=40, **penalty)
+    own = reference.batch_logprobs(ref_path, forced["batch"])
+    for result in ranks.run(world_size, cases.replay, cfg, forced["batch"], 1, 1):
+        assert_close(result["ref_logprobs"].double(), own, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
