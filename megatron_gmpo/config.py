@@ -95,7 +95,7 @@ class RolloutConfig(_Section):
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Generate up to so many steps ahead while training runs; 0 generates and trains in turn."""
     routed_experts: bool = False
-    """Record the experts of every token (MoE)."""
+    """Record the experts of every token (MoE), to replay them or to measure how far the policy's differ."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
@@ -122,7 +122,7 @@ class RolloutConfig(_Section):
     @model_validator(mode="after")
     def _only_servers_are_asynchronous(self) -> RolloutConfig:
         if self.engine == "embedded":
-            for field in ("server_urls", "max_staleness", "routed_experts"):
+            for field in ("server_urls", "max_staleness"):
                 if value := getattr(self, field):
                     raise ValueError(f"{field} = {value!r} needs engine = 'sglang'")
             if self.placement == "colocated":
@@ -196,6 +196,9 @@ class AlgorithmConfig(_Section):
     sequence's geometric mean, the one that fits gmpo and gspo."""
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
     """Larger weights are cut to this."""
+    moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
+    """Send every token of the training passes to the experts that the policy chose before the step's first update (``policy``), or that
+    the rollout engine chose (``rollout``); its old log probabilities then too."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 KL to the reference policy."""
     entropy_coef: float = 0.0
@@ -304,6 +307,17 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def needs_rollout_routing(self) -> bool:
+        """Samples must carry ``routed_experts``."""
+        return self.rollout.routed_experts or self.algorithm.moe_routing_replay == "rollout"
+
+    @model_validator(mode="after")
+    def _replayed_routing_is_recorded(self) -> Config:
+        if self.needs_rollout_routing and not (self.rollout.routed_experts or self.rollout.replay_path):
+            raise ValueError("algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true: set it, or choose 'policy'")
+        return self
+
 
 _TABLES = """Further tables: --megatron.FIELD VALUE (any field of Megatron's TransformerConfig), --algorithm.options.KEYWORD VALUE
 (keywords of the loss), --sglang.args.OPTION VALUE (any option of sglang.launch_server), --eval.sets.NAME.KEY VALUE (benchmarks, with
@@ -404,7 +418,7 @@ def _explain(error: ValidationError) -> str:
         return f"unknown config key {where!r}: did you mean {nearest!r}?"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{where}: {message}"
+        return f"{where}: {message}" if where else message
     return f"{where} = {first['input']!r}: {message}"
 
 
