@@ -211,7 +211,7 @@ class SGLangEngine:
         return "waiting", None
 
     def _sync_weights(self, servers: list[Server]) -> None:
-        waking: list[Server] = []
+        waking: tuple[Server, ...] = ()
         if self._asleep:
             if self._client:
                 waking = resume_memory(servers, ("weights",), self._cfg.weight_sync.timeout_s)
