@@ -2,6 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+SGLANG := .venv-sglang/.installed
 export OMP_NUM_THREADS ?= 1
 
 help:  ## Show the targets
@@ -13,6 +14,12 @@ $(INSTALLED): constraints.txt setup.py
 	touch $@
 
 install: $(INSTALLED)  ## Create .venv with the tested versions
+
+$(SGLANG): $(wildcard tools/install_sglang/*)
+	PYTHON=$(PYTHON) tools/install_sglang/install.sh $(@D)
+	touch $@
+
+sglang: $(SGLANG)  ## Create .venv-sglang, the rollout servers' own environment
 
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
 	$(PY) -m tools.demo
@@ -36,6 +43,6 @@ test-gpu: $(INSTALLED)  ## Tests that need an NVIDIA GPU
 	$(PY) -m pytest tests/gpu
 
 clean:  ## Remove the environment and everything the tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf $(VENV) .venv-sglang build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: help install demo lint test test-fast test-gpu clean
+.PHONY: help install sglang demo lint test test-fast test-gpu clean

@@ -83,8 +83,19 @@ class DataConfig(_Section):
 
 
 class RolloutConfig(_Section):
-    engine: Literal["embedded"] = "embedded"
-    """``embedded`` runs transformers in the trainer's processes."""
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """``embedded`` runs transformers in the trainer's processes, ``sglang`` asks SGLang servers."""
+    num_servers: Positive = 1
+    """SGLang servers to start on the first trainer's machine, each with weights of its own."""
+    server_urls: tuple[str, ...] = ()
+    """Running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]; their keys come from the environment variables
+    SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    """``colocated``: the servers share the trainer's devices, and give their memory back while it trains."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Generate up to so many steps ahead while training runs; 0 generates and trains in turn."""
+    routed_experts: bool = False
+    """Record the experts of every token (MoE), to replay them or to measure how far the policy's differ."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
@@ -108,6 +119,59 @@ class RolloutConfig(_Section):
     replay_path: str = ""
     """Folder written by ``save_path``: train on those groups instead of generating."""
 
+    @model_validator(mode="after")
+    def _only_servers_are_asynchronous(self) -> RolloutConfig:
+        if self.engine == "embedded":
+            for field in ("server_urls", "max_staleness"):
+                if value := getattr(self, field):
+                    raise ValueError(f"{field} = {value!r} needs engine = 'sglang'")
+            if self.placement == "colocated":
+                raise ValueError("placement = 'colocated' needs engine = 'sglang'")
+        if self.placement == "colocated" and self.max_staleness:
+            raise ValueError(
+                f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers rest while it trains"
+            )
+        return self
+
+
+class SGLangConfig(_Section):
+    python: str = ".venv-sglang/bin/python"
+    """Interpreter of the servers' own environment (``make sglang``)."""
+    host: str = "127.0.0.1"
+    """Address the servers bind to. Only the loopback address keeps other machines out."""
+    tensor_parallel_size: Positive = 1
+    """Devices of one server."""
+    args: dict[str, Any] = {}
+    """Any further option of sglang.launch_server by its own name, e.g. ``mem_fraction_static = 0.8``."""
+    max_concurrent_requests: Positive = 256
+    """Requests one server has at a time; the others wait in the client."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Limit for one response."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Limit for a server to load and answer."""
+    health_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    """How often a server is asked whether it lives."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """A server that answers nothing for so long is killed and started again."""
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Of each server in a row, without a weight sync between; after them the run ends."""
+
+
+class WeightSyncConfig(_Section):
+    route: Literal["disk", "distributed", "tensor"] = "disk"
+    """How weights reach the servers: a folder both see, a process group (NCCL or gloo), or memory both share."""
+    bucket_bytes: Positive = 512 * 2**20
+    """Most bytes of tensors on their way at a time."""
+    in_flight: Literal["retract", "in_place", "abort"] = "retract"
+    """Responses a sync finds unfinished go on with the new weights: with their cache computed anew, with the old cache, or aborted and
+    sent again as a longer prompt."""
+    verify: bool = False
+    """Compare checksums of the servers' weights after each sync."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Limit for one request of a sync."""
+    folder: str = ""
+    """Where the ``disk`` route writes; empty means weight_sync in run_dir. The servers must see it under the same name."""
+
 
 class RewardConfig(_Section):
     name: str = "math"
@@ -127,6 +191,14 @@ class AlgorithmConfig(_Section):
     options: dict[str, Any] = {}
     """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
     advantage: Literal["normalized", "mean", "leave_one_out"] = "normalized"
+    correction: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Importance weights for what the rollout engine's probabilities differ from the policy's: of each token, of each sequence, or the
+    sequence's geometric mean, the one that fits gmpo and gspo."""
+    correction_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Larger weights are cut to this."""
+    moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
+    """Send every token of the training passes to the experts that the policy chose before the step's first update (``policy``), or that
+    the rollout engine chose (``rollout``); its old log probabilities then too."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 KL to the reference policy."""
     entropy_coef: float = 0.0
@@ -225,6 +297,8 @@ class Config(_Section):
     """Any further field of Megatron's TransformerConfig, by its own name."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    sglang: SGLangConfig = SGLangConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
     reward: RewardConfig = RewardConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -233,9 +307,21 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def needs_rollout_routing(self) -> bool:
+        """Samples must carry ``routed_experts``."""
+        return self.rollout.routed_experts or self.algorithm.moe_routing_replay == "rollout"
+
+    @model_validator(mode="after")
+    def _replayed_routing_is_recorded(self) -> Config:
+        if self.needs_rollout_routing and not (self.rollout.routed_experts or self.rollout.replay_path):
+            raise ValueError("algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true: set it, or choose 'policy'")
+        return self
+
 
 _TABLES = """Further tables: --megatron.FIELD VALUE (any field of Megatron's TransformerConfig), --algorithm.options.KEYWORD VALUE
-(keywords of the loss), --eval.sets.NAME.KEY VALUE (benchmarks, with the keys of data)."""
+(keywords of the loss), --sglang.args.OPTION VALUE (any option of sglang.launch_server), --eval.sets.NAME.KEY VALUE (benchmarks, with
+the keys of data)."""
 
 
 def load_config(argv: list[str]) -> Config:
@@ -303,7 +389,7 @@ def _overrides(argv: list[str]) -> list[tuple[str, Any]]:
 
 def _value(key: str, text: str) -> Any:
     """Quoted strings, lists, tables and values of free tables are TOML; all else is read as the field's type (2025-08-01 is a path)."""
-    if not key.startswith(("megatron.", "algorithm.options.")) and text[:1] not in ('"', "'", "[", "{"):
+    if not key.startswith(("megatron.", "algorithm.options.", "sglang.args.")) and text[:1] not in ('"', "'", "[", "{"):
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -324,11 +410,15 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        nearest = max(_all_keys(Config), key=lambda key: _likeness(key, where) + _likeness(_leaf(key), _leaf(where)))
+        section = where.rpartition(".")[0]
+        nearest = max(
+            _all_keys(Config),
+            key=lambda key: _likeness(key, where) + _likeness(_leaf(key), _leaf(where)) + 0.3 * (key.rpartition(".")[0] == section),
+        )
         return f"unknown config key {where!r}: did you mean {nearest!r}?"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{where}: {message}"
+        return f"{where}: {message}" if where else message
     return f"{where} = {first['input']!r}: {message}"
 
 

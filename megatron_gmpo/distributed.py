@@ -51,6 +51,15 @@ def all_gather_objects(item: Any) -> list[Any]:
     return gathered
 
 
+def broadcast_object(item: Any) -> Any:
+    """Rank 0's ``item``, on every rank."""
+    if world_size() == 1:
+        return item
+    items = [item]
+    dist.broadcast_object_list(items, src=0, device=torch.device("cpu"))
+    return items[0]
+
+
 def barrier() -> None:
     """Waits for every rank."""
     if world_size() > 1:

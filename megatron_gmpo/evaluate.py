@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from math import comb
 from statistics import fmean
 
@@ -77,14 +78,13 @@ def main(cfg: Config) -> None:
         raise InputError("eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet")
     run = prepare(cfg, train=False)
     run.start()
-    engine = run.engine()
     what = cfg.model.path
-    if run.checkpoint:
+    with closing(run.engine()) as engine, closing_reward(run.reward):
         policy = run.policy(trainable=False)
-        policy.load_weights(run.checkpoint)
+        if run.checkpoint:
+            policy.load_weights(run.checkpoint)
+            what = str(run.checkpoint)
         engine.update_weights(policy.export_hf(), version=run.step)
-        what = str(run.checkpoint)
-    with closing_reward(run.reward):
         records: dict[str, list[SampleGroup]] = {}
         results = evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop, records)
     if rank() == 0:

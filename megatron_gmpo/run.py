@@ -31,8 +31,10 @@ from .policy.parallel import start_model_parallel
 from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine
+from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups
-from .types import InputError, NonFiniteError, Prompt
+from .rollout.sglang import check_servers, start_sglang
+from .types import InputError, NonFiniteError, Prompt, ServerError
 
 
 @dataclass
@@ -74,7 +76,10 @@ class Run:
         groups = start_model_parallel(self.cfg.parallel, self.cfg.seed, self.cfg.distributed_timeout_s)
         return Policy(self.cfg, self.description, groups, self.device, trainable)
 
-    def engine(self) -> EmbeddedEngine:
+    def engine(self) -> RolloutEngine:
+        """The rollout engine; servers of ours are started and load while the policy is built."""
+        if self.cfg.rollout.engine == "sglang":
+            return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device)
         return EmbeddedEngine(
             self.cfg.model.path,
             self.tokenizer,
@@ -82,6 +87,7 @@ class Run:
             dtype=DTYPES[self.cfg.model.dtype],
             batch_size=self.cfg.rollout.batch_size,
             seed=self.cfg.seed,
+            routed_experts=self.cfg.rollout.routed_experts,
         )
 
     def write_config(self) -> None:
@@ -119,6 +125,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
                 f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
             )
     check_wandb(cfg.log.wandb_project)
+    if cfg.rollout.engine == "sglang":
+        check_servers(cfg)
     tokenizer = _load_tokenizer(cfg.model.path)
     eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}
     step: int = native.read_state(checkpoint)["step"] if checkpoint else 0
@@ -138,7 +146,7 @@ def start_command(command: Callable[[Config], None]) -> None:
         command(load_config(sys.argv[1:]))
     except InputError as error:
         exit_with_one_line(error)
-    except NonFiniteError as error:
+    except (NonFiniteError, ServerError) as error:
         exit_with_one_line(error, code=1)
     # not after an error: the other ranks may stand in a collective, and NCCL would wait for them
     if dist.is_initialized():

@@ -7,6 +7,7 @@ probabilities before the first update, then make one optimizer step for each min
 from __future__ import annotations
 
 import logging
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import safetensors.torch
 from torch import Tensor
 
 from .algorithms import group_advantages
-from .algorithms.correction import rollout_mismatch
-from .algorithms.objective import make_objective
+from .algorithms.correction import correct, rollout_mismatch
+from .algorithms.objective import Objective, make_objective
 from .checkpoint import native
 from .config import Config
 from .data.packing import make_train_batch
@@ -24,7 +25,8 @@ from .distributed import barrier, rank, world_size
 from .evaluate import evaluate
 from .metrics.logger import MetricLogger, Timer, cut_after
 from .metrics.progress import Progress
-from .rollout.collect import Collected, collect, rollout_figures
+from .rollout.collect import Collected, Collector, rollout_figures
+from .rollout.engine import RolloutEngine
 from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .types import NonFiniteError, SampleGroup, TrainBatch
@@ -45,8 +47,13 @@ def train(run: Run) -> None:
         if rank() == 0:
             print(f"{run.checkpoint} has {step} of {cfg.train.num_steps} steps: nothing to do; to go on raise train.num_steps")
         return
-    policy = run.policy()
-    engine = run.engine() if run.prompts or run.eval_sets else None
+    with closing_reward(run.reward), closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine:
+        _train(run, objective, engine)
+
+
+def _train(run: Run, objective: Objective, engine: RolloutEngine | None) -> None:
+    cfg, step = run.cfg, run.step
+    policy = run.policy()  # while servers start
     stream = PromptStream(run.prompts, cfg.seed, cfg.data.shuffle) if run.prompts else None
 
     if run.checkpoint:
@@ -68,24 +75,30 @@ def train(run: Run) -> None:
     if step:
         logger.event("resume", step=step, checkpoint=str(run.checkpoint))
     timer = Timer()
+    collector = Collector(engine, stream, run.reward, cfg.rollout) if engine and stream else None
+    routing = run.description.routing if cfg.needs_rollout_routing else None
 
     def rollout() -> Collected:
         if cfg.rollout.replay_path:
             groups = load_groups(cfg.rollout.replay_path, step)
             return Collected(groups, rollout_figures(groups))
-        assert engine is not None
-        assert stream is not None
+        assert engine
+        assert collector
         with timer("weight_sync"):
             engine.update_weights(policy.export_hf(), version=step)
         with timer("rollout"):
-            return collect(engine, stream, run.reward, cfg.rollout)
+            collected = collector.collect(steps_left=cfg.train.num_steps - step)
+            engine.sleep()
+        return Collected(collected.groups, collected.metrics | engine.take_metrics())
 
     def evaluation() -> dict[str, float]:
         if not (engine and run.eval_sets):
             return {}
         with timer("evaluation"):
             engine.update_weights(policy.export_hf(), version=step)
-            return evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop)
+            results = evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop)
+            engine.sleep()
+        return results
 
     def evaluation_due() -> bool:
         return step == cfg.train.num_steps or bool(cfg.eval.interval and step % cfg.eval.interval == 0)
@@ -96,7 +109,7 @@ def train(run: Run) -> None:
 
     log.info(_headline(run, objective.description))
     minibatch: TrainBatch | None = None
-    with closing_reward(run.reward), Progress(cfg.train.num_steps, done=step, enabled=cfg.log.progress) as progress:
+    with Progress(cfg.train.num_steps, done=step, enabled=cfg.log.progress) as progress:
         try:
             if step == 0 and cfg.eval.before and (before := evaluation()):
                 progress.note(_results("before training", logger.log(0, before)))
@@ -104,9 +117,12 @@ def train(run: Run) -> None:
 
             while step < cfg.train.num_steps:
                 collected = rollout()
-                batch = make_train_batch(collected.groups, group_advantages(collected.groups, cfg.algorithm.advantage))
+                advantages = group_advantages(collected.groups, cfg.algorithm.advantage)
+                batch = make_train_batch(collected.groups, advantages, routing)
                 with timer("logprobs"):
-                    batch.old_logprobs = policy.logprobs(batch)
+                    logger.add(policy.set_old_logprobs(batch))
+                    if cfg.algorithm.correction != "none":
+                        logger.add(correct(batch, cfg.algorithm.correction, cfg.algorithm.correction_cap))
                     if objective.kl_coef:
                         batch.ref_logprobs = policy.reference_logprobs(batch)
                 with timer("train"):
@@ -124,7 +140,7 @@ def train(run: Run) -> None:
                     progress.note(_results(f"after step {step}", results))
                 if checkpoint_due():  # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
                     with timer("checkpoint"):
-                        state = {"prompts": stream.state_dict() if stream else None, "config": cfg.model_dump(mode="json")}
+                        state = {"prompts": collector.state_dict() if collector else None, "config": cfg.model_dump(mode="json")}
                         logger.event(
                             "checkpoint", step=step, path=str(policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last))
                         )

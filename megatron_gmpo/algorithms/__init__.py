@@ -31,7 +31,7 @@ sequence_weights and penalty; ``.loss`` is a SUM."""
 TOKEN_MEAN_LOSSES = frozenset({"dapo", "cispo"})
 """Losses whose sum the caller divides by the response tokens of the optimizer step; all others by its non-empty sequences."""
 
-_FROM_TRAINER = frozenset({"clip_low", "clip_high", "cp_group", "sequence_weights", "penalty"})
+_FROM_TRAINER = frozenset({"clip_low", "clip_high", "cp_group", "sequence_weights", "token_weights", "penalty"})
 
 
 def default_clip(loss: str, is_moe: bool) -> tuple[float, float, str]:

@@ -1,6 +1,7 @@
 """The policy losses GMPO is compared with. Arguments not described here are those of ``gmpo_loss``.
 
-Their clip intervals are in ratio space: a ratio is clipped to ``[1 - clip_low, 1 + clip_high]``.
+Their clip intervals are in ratio space: a ratio is clipped to ``[1 - clip_low, 1 + clip_high]``. Losses that are sums over tokens also
+take ``token_weights``, (T,) importance weights that multiply each token's term.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def grpo_loss(
     clip_high: float = 0.2,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
     """GRPO (arXiv 2402.03300): PPO's clipped objective, its mean over each sequence's tokens.
@@ -35,7 +37,7 @@ def grpo_loss(
         The SUM over sequences; the caller divides by the sequences of the optimizer step.
     """
     tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
-    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, divisor=None)
+    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, token_weights, divisor=None)
 
 
 def dr_grpo_loss(
@@ -50,6 +52,7 @@ def dr_grpo_loss(
     clip_high: float = 0.2,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
     """Dr. GRPO (arXiv 2503.20783): PPO's clipped objective, summed over each sequence's tokens and divided by a constant.
@@ -63,7 +66,7 @@ def dr_grpo_loss(
         The SUM over sequences; the caller divides by the sequences of the optimizer step.
     """
     tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
-    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, divisor=length_normalizer)
+    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, token_weights, divisor=length_normalizer)
 
 
 def dapo_loss(
@@ -77,6 +80,7 @@ def dapo_loss(
     clip_high: float = 0.28,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
     """DAPO (arXiv 2503.14476): PPO's objective with a higher upper clip, its mean over all tokens of the optimizer step.
@@ -85,7 +89,7 @@ def dapo_loss(
         The SUM over tokens; the caller divides by the response tokens of the optimizer step.
     """
     tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
-    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, divisor=1.0)
+    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, token_weights, divisor=1.0)
 
 
 def gspo_loss(
@@ -128,6 +132,7 @@ def cispo_loss(
     clip_high: float = 4.0,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
     """CISPO (MiniMax-M1, arXiv 2506.13585): ``- stop_gradient(clip(ratio)) A logprob``; no token loses its gradient.
@@ -143,7 +148,7 @@ def cispo_loss(
     low, high = 1 - clip_low, 1 + clip_high
     objective = ratio.clamp(low, high) * tokens.token_advantages * tokens.logprobs
     events = {"clip_fraction_high": ratio > high, "clip_fraction_low": ratio < low}
-    return _token_loss(tokens, objective, ratio, events, cp_group, sequence_weights, divisor=1.0)
+    return _token_loss(tokens, objective, ratio, events, cp_group, sequence_weights, token_weights, divisor=1.0)
 
 
 def _ppo(
@@ -152,13 +157,14 @@ def _ppo(
     clip_high: float,
     cp_group: dist.ProcessGroup | None,
     sequence_weights: Tensor | None,
+    token_weights: Tensor | None,
     divisor: float | None,
 ) -> LossOutput:
     ratio = torch.exp(tokens.log_ratio)  # (T,)
     interval = 1 - clip_low, 1 + clip_high
     objective = tokens.token_advantages * clip_one_sided(ratio, tokens.token_advantages, *interval)
     events = clip_events(ratio, tokens.token_advantages, *interval)
-    return _token_loss(tokens, objective, ratio, events, cp_group, sequence_weights, divisor)
+    return _token_loss(tokens, objective, ratio, events, cp_group, sequence_weights, token_weights, divisor)
 
 
 def _token_loss(
@@ -168,9 +174,12 @@ def _token_loss(
     events: dict[str, Tensor],
     cp_group: dist.ProcessGroup | None,
     sequence_weights: Tensor | None,
+    token_weights: Tensor | None,
     divisor: float | None,
 ) -> LossOutput:
     """Sums a (T,) objective over each sequence and divides by ``divisor``, None meaning the sequence's number of tokens."""
+    if token_weights is not None:
+        objective = objective * tokens.masked(token_weights)
     sums = tokens.sum_per_sequence(cp_group, {"objective": objective, **events})
     per = sums["tokens"].clamp(min=1) if divisor is None else divisor
     metrics = fractions({name: sums[name] for name in events}, sums["tokens"].sum()) | extremes("ratio", ratio, tokens.mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import AlgorithmConfig
-from ..types import LossOutput, Microbatch
+from ..types import InputError, LossOutput, Microbatch
 from . import POLICY_LOSSES, TOKEN_MEAN_LOSSES, check_loss, default_clip
 from .sequences import TokenPenalty
 
@@ -51,6 +52,7 @@ class Objective:
             cp_group=cp_group,
             sequence_weights=microbatch.sequence_weights,
             penalty=penalty,
+            **({} if microbatch.token_weights is None else {"token_weights": microbatch.token_weights}),
         )
 
     def count(self, response_lengths: Tensor) -> int:
@@ -62,9 +64,11 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
     """The objective of ``cfg``; clips left open take the loss's defaults.
 
     Raises:
-        InputError: an unknown loss or option, or a bad value of one.
+        InputError: an unknown loss or option, or a bad value of one, or a correction that does not fit the loss.
     """
     check_loss(cfg.loss, cfg.options)
+    if cfg.correction == "token" and "token_weights" not in inspect.signature(POLICY_LOSSES[cfg.loss]).parameters:
+        raise InputError(f"algorithm.correction = 'token': {cfg.loss} weighs whole sequences; choose 'geometric'")
     default_low, default_high, source = default_clip(cfg.loss, is_moe)
     clip_low = default_low if cfg.clip_low is None else cfg.clip_low
     clip_high = default_high if cfg.clip_high is None else cfg.clip_high

@@ -76,12 +76,13 @@ class PackedTokens:
         self.mask = mask
         self.sequence_ids = sequence_ids
         self.penalty = penalty or TokenPenalty()
-        self.logprobs = self._masked(logprobs)
-        self.log_ratio = self.logprobs - self._masked(old_logprobs)
+        self.logprobs = self.masked(logprobs)
+        self.log_ratio = self.logprobs - self.masked(old_logprobs)
         self.advantages = advantages.to(self.dtype)
         self.token_advantages = self.advantages[sequence_ids]
 
-    def _masked(self, x: Tensor) -> Tensor:
+    def masked(self, x: Tensor) -> Tensor:
+        """``x`` in the arithmetic's dtype, 0 outside the mask."""
         # Selecting before any arithmetic keeps inf and nan in padding slots out of values and gradients.
         return torch.where(self.mask, x.to(self.dtype), 0)
 
@@ -92,10 +93,10 @@ class PackedTokens:
         """
         columns = columns | {"tokens": self.mask, "kl_old": k3(self.log_ratio.detach())}
         if self.penalty.ref_logprobs is not None:
-            columns["kl_ref"] = k3(self._masked(self.penalty.ref_logprobs) - self.logprobs)
+            columns["kl_ref"] = k3(self.masked(self.penalty.ref_logprobs) - self.logprobs)
         if self.penalty.entropy is not None:
             columns["entropy"] = self.penalty.entropy
-        stacked = torch.stack([self._masked(column) for column in columns.values()], dim=1)  # (T, C)
+        stacked = torch.stack([self.masked(column) for column in columns.values()], dim=1)  # (T, C)
         # float64: one after another, fp32 additions lose four digits over 20k tokens.
         zeros = stacked.new_zeros(len(self.advantages), len(columns), dtype=torch.float64)
         sums = zeros.index_add(0, self.sequence_ids, stacked.double()).to(self.dtype)  # (S, C)

@@ -54,7 +54,11 @@ PANELS = (
     Panel("Log ratio to the old policy, range over tokens", {"policy/log_ratio_min": "", "policy/log_ratio_max": ""}, kind="band"),
     Panel("Clipped tokens, fraction", {"policy/clip_fraction_high": "high", "policy/clip_fraction_low": "low"}),
     Panel("KL, nats a token", {"policy/kl_old": "to the old policy", "policy/kl_ref": "to the reference"}),
-    Panel("Rollout against trainer", {"rollout/logprob_diff_mean": "mean |Δ log p|", "rollout/k3_kl": "k3 KL"}, log=True),
+    Panel(
+        "Rollout against trainer",
+        {"rollout/logprob_diff_mean": "mean |Δ log p|", "rollout/logprob_diff_max": "largest", "rollout/k3_kl": "k3 KL"},
+        log=True,
+    ),
     Panel("MoE router", {"moe/*": ""}),
     Panel("Time of a step, seconds", {"time/*": ""}, kind="stack"),
 )

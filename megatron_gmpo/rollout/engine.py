@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..types import Prompt, SampleGroup
+from ..types import Metric, Prompt, SampleGroup
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,13 @@ class SamplingParams:
 
 
 class RolloutEngine(Protocol):
-    """Both methods are collective: every rank calls them in the same order, with the same prompts and sampling."""
+    """Every method is collective: all ranks call it in the same order, with the same prompts and sampling.
+
+    Attributes:
+        version: the training step whose weights it has.
+    """
+
+    version: int
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """Samples ``sampling.n`` responses from ``input_ids`` of each prompt; rewards are left at 0.
@@ -47,10 +53,37 @@ class RolloutEngine(Protocol):
         """Replaces all weights; later samples carry ``policy_version = version``.
 
         Args:
-            named_tensors: the policy's export, under the names of its Hugging Face checkpoint.
+            named_tensors: the policy's export, under the names of its Hugging Face checkpoint; may be iterated more than once.
             version: training steps taken.
 
         Raises:
             InputError: a tensor is unknown, missing, repeated or of another shape than the engine's.
         """
         ...
+
+    def sleep(self) -> None:
+        """Gives back the device memory it shares with the trainer, if any, until the next ``update_weights``."""
+        ...
+
+    def take_metrics(self) -> dict[str, Metric]:
+        """Figures on the engine's own work since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Ends whatever it started."""
+        ...
+
+
+def end_token_ids(generation_config: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end a response: those of transformers' generation config, and the tokenizer's."""
+    ids = generation_config.eos_token_id
+    return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+
+
+def response_text(tokenizer: Any, response: list[int], end_ids: set[int], stop: tuple[str, ...]) -> str:
+    """What a reward reads: a response without its end token and special tokens, up to the first stop string."""
+    spoken = response[:-1] if response[-1] in end_ids else response
+    text: str = tokenizer.decode(spoken, skip_special_tokens=True)
+    for string in stop:
+        text = text.split(string, 1)[0]
+    return text

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.types import Prompt, Sample, SampleGroup
+from megatron_gmpo.types import Metric, Prompt, Sample, SampleGroup
 
 
 class ScriptedEngine:
@@ -33,6 +33,13 @@ class ScriptedEngine:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = version
+
+    def sleep(self) -> None: ...
+
+    def take_metrics(self) -> dict[str, Metric]:
+        return {}
+
+    def close(self) -> None: ...
 
     def _sample(self, prompt: Prompt, sampling: SamplingParams) -> Sample:
         responses = self.script[prompt.id]

@@ -173,6 +173,7 @@ def test_unknown_key_in_the_file(tmp_path: Path) -> None:
         ),
         (["--eval.k", "[1, 8]", "--eval.temperature", "1"], ["k = 8", "samples_per_prompt >= 8"]),
         (["--eval.samples_per_prompt", "4"], ["samples_per_prompt > 1", "temperature > 0"]),
+        (["--algorithm.moe_routing_replay", "rollout"], ["algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true"]),
     ],
 )
 def test_fields_that_contradict_each_other(argv: list[str], parts: list[str]) -> None:
@@ -183,6 +184,9 @@ def test_fields_that_contradict_each_other(argv: list[str], parts: list[str]) ->
 def test_fields_that_fit_together() -> None:
     assert ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2).model_parallel_size == 2
     assert EvalConfig(k=(1, 8), samples_per_prompt=8, temperature=0.6).k == (1, 8)
+    saved = load_config(["--algorithm.moe_routing_replay", "rollout", "--rollout.replay_path", "rollouts"])
+    assert saved.needs_rollout_routing
+    assert not load_config(["--algorithm.moe_routing_replay", "policy"]).needs_rollout_routing
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from megatron_gmpo.algorithms import POLICY_LOSSES, TOKEN_MEAN_LOSSES, TokenPenalty
 from megatron_gmpo.algorithms.baselines import dapo_loss, dr_grpo_loss
-from megatron_gmpo.algorithms.correction import rollout_mismatch
+from megatron_gmpo.algorithms.correction import correct, importance_weights, rollout_mismatch
 from megatron_gmpo.algorithms.gmpo import gmpo_loss
 from megatron_gmpo.algorithms.objective import Objective, make_objective
 from megatron_gmpo.config import AlgorithmConfig
@@ -36,6 +36,7 @@ def microbatch() -> Microbatch:
         mask=slots % 6 >= 2,
         sequence_ids=slots // 6,
         flat_index=slots,
+        input_index=slots - 1,
         advantages=torch.tensor([1.0, -1.0, 0.5, -2.0]),
         old_logprobs=random() - 2,
         ref_logprobs=random() - 2,
@@ -201,10 +202,12 @@ def test_mismatch_is_over_response_tokens_only() -> None:
     assert {name: value_of(metric) for name, metric in found.items()} == pytest.approx(
         {
             "rollout/logprob_diff_mean": (0.5 + 1.0 + 0.0) / 3,
+            "rollout/logprob_diff_max": 1.0,
+            "rollout/logprob_diff_far": 2 / 3,
             "rollout/k3_kl": ((math.exp(0.5) - 1.5) + (math.exp(-1.0) - 0.0) + 0.0) / 3,
         }
     )
-    assert [metric.count for metric in found.values()] == [3, 3]
+    assert [metric.count for metric in found.values() if metric.op == "mean"] == [3, 3, 3]
 
 
 def test_k3_estimates_the_divergence_of_the_rollout_from_the_policy() -> None:
@@ -237,3 +240,53 @@ def test_collectives_of_one_process_are_the_identity() -> None:
     item = {"a": [1]}
     assert all_gather_objects(item) == [item]
     barrier()
+
+
+def test_importance_weights_are_the_formulas_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [4, 1, 7]
+    mask = [False, True, True, True, False, False, False, True, False, True, True, True]
+    old = torch.where(torch.tensor(mask), -torch.rand(12, generator=generator), 0)
+    rollout = torch.where(torch.tensor(mask), -torch.rand(12, generator=generator), 0)
+    batch = TrainBatch(torch.zeros(12, dtype=torch.int64), torch.tensor(lengths), torch.tensor(mask), torch.ones(3), rollout, old)
+    difference = [(float(old[i]) - float(rollout[i])) if mask[i] else 0.0 for i in range(12)]
+    per_sequence = [difference[0:4], difference[4:5], difference[5:12]]
+    sums = [math.fsum(row) for row in per_sequence]
+    cap = 1.1
+    expected = {
+        "token": [min(math.exp(d), cap) for d in difference],
+        "sequence": [min(math.exp(total), cap) for total in sums],
+        "geometric": [min(math.exp(total / n), cap) for total, n in zip(sums, (3, 1, 4), strict=True)],
+    }
+    for level, values in expected.items():
+        weights, metrics = importance_weights(batch, level, cap)
+        assert_close(weights, torch.tensor(values), atol=1e-6, rtol=0)
+        counted = [w for w, m in zip(values, mask, strict=True) if m] if level == "token" else [values[0], values[2]]
+        assert value_of(metrics["rollout/weight_mean"]) == pytest.approx(sum(counted) / len(counted))
+        assert value_of(metrics["rollout/weight_truncated"]) == sum(w >= cap for w in counted) / len(counted)
+    assert float(importance_weights(batch, "sequence", cap)[0][1]) == 1  # no response tokens
+    correct(batch, "geometric", cap)
+    assert batch.token_weights is None
+    assert_close(batch.sequence_weights, torch.tensor(expected["geometric"]))
+    correct(batch, "token", cap)
+    assert_close(batch.split(3)[2].token_weights, torch.tensor(expected["token"][5:]))
+
+
+def test_token_weights_multiply_each_tokens_term() -> None:
+    """Against the sum of single-token losses, each weighted: one token a sequence, where Dr. GRPO's term is the token's."""
+    generator = torch.Generator().manual_seed(1)
+    new, old, weights = (torch.randn(6, generator=generator) for _ in range(3))
+    arguments = (new, old, torch.ones(6, dtype=torch.bool), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1.5, -0.5]))
+    found = float(POLICY_LOSSES["dr_grpo"](*arguments, length_normalizer=4.0, token_weights=weights).loss)
+    expected = 0.0
+    for t in range(6):
+        advantage = [1.5, -0.5][t // 3]
+        ratio = math.exp(float(new[t]) - float(old[t]))
+        expected -= float(weights[t]) * min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage) / 4
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["gmpo", "gspo"])
+def test_token_correction_is_refused_for_sequence_losses(loss: str) -> None:
+    with pytest.raises(InputError, match="choose 'geometric'"):
+        make_objective(AlgorithmConfig(loss=loss, correction="token"), is_moe=False, max_new_tokens=8)

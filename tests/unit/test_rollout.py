@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.prompts import PromptStream
 from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
-from megatron_gmpo.rollout.collect import Collected, collect, overlong_penalty, rollout_figures, score
+from megatron_gmpo.rollout.collect import Collected, Collector, overlong_penalty, rollout_figures, score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
@@ -43,9 +43,11 @@ def folder_of(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
     return lambda family, **options: tiny_model(family, num_layers=2, initializer_range=0.15, **options)
 
 
-def engine_of(folder: Path, *, batch_size: int = 64, seed: int = 0) -> EmbeddedEngine:
+def engine_of(folder: Path, *, batch_size: int = 64, seed: int = 0, routed_experts: bool = False) -> EmbeddedEngine:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return EmbeddedEngine(str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=seed)
+    return EmbeddedEngine(
+        str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=seed, routed_experts=routed_experts
+    )
 
 
 def prompts_of(folder: Path, texts: list[str]) -> list[Prompt]:
@@ -257,6 +259,37 @@ def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
     assert all("no such text" not in s.text for s in group.samples)
 
 
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops: Path) -> None:
+    """With prompts of several lengths, prompts shared by samples, and rows that leave the batch."""
+    engine = engine_of(early_stops, batch_size=batch_size, routed_experts=True)
+    groups = engine.generate(prompts_of(early_stops, TEXTS), SamplingParams(n=3, max_new_tokens=12))
+    samples = [s for g in groups for s in g.samples]
+    assert len({s.response_length for s in samples}) > 3
+    for sample in samples:
+        router_logits = model_of(early_stops)(torch.tensor([sample.tokens]), output_router_logits=True).router_logits
+        assert sample.routed_experts is not None
+        assert sample.routed_experts.dtype == np.int32
+        assert sample.routed_experts.shape == (len(sample.tokens) - 1, 2, 2)
+        for layer, logits in enumerate(router_logits):
+            chosen = logits.topk(2).indices.sort().values[:-1]
+            assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
+
+
+def test_routed_experts_of_a_model_with_dense_layers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_model("qwen3_moe"))
+    config.mlp_only_layers = [0, 2]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model("qwen3_moe")).save_pretrained(tmp_path)
+    engine = engine_of(tmp_path, routed_experts=True)
+    (group,) = engine.generate(prompts_of(tmp_path, ["07+45="]), SamplingParams(max_new_tokens=4))
+    experts = group.samples[0].routed_experts
+    assert experts is not None
+    assert experts.shape[1:] == (4, 2)
+    assert (experts[:, [0, 2]] == -1).all()
+    assert (experts[:, [1, 3]] >= 0).all()
+
+
 # --- the embedded engine: new weights ---
 
 
@@ -341,7 +374,7 @@ def collected(order: list[str], **options) -> tuple[Collected, ScriptedEngine]:
     prompts = PromptStream([Prompt(name, answer="a", input_ids=[1, 2]) for name in order], seed=0, shuffle=False)
     cfg = RolloutConfig(prompts_per_step=2, samples_per_prompt=2, **options)
     protocol: RolloutEngine = engine
-    return collect(protocol, prompts, arithmetic_reward, cfg), engine
+    return Collector(protocol, prompts, arithmetic_reward, cfg).collect(), engine
 
 
 def names(groups: list[SampleGroup]) -> list[str]:
@@ -421,7 +454,7 @@ def test_penalised_lengths_count_as_variance_and_the_raw_mean_is_kept() -> None:
     cfg = RolloutConfig(
         prompts_per_step=2, samples_per_prompt=3, max_new_tokens=5, overlong_buffer=2, overlong_penalty=0.5, dynamic_sampling="drop"
     )
-    result = collect(engine, prompts, arithmetic_reward, cfg)
+    result = Collector(engine, prompts, arithmetic_reward, cfg).collect()
     assert [g.rewards for g in result.groups] == [[0.0, -0.25, -0.5], [0.0, 0.0, 1.0]]
     found = values(result)
     assert found["reward/raw_mean"] == pytest.approx(1 / 6)
@@ -474,7 +507,79 @@ def test_timeouts_are_counted_a_step() -> None:
     engine = ScriptedEngine(SCRIPT)
     prompts = PromptStream([Prompt(name, "") for name in SCRIPT], seed=0, shuffle=False)
     cfg = RolloutConfig(prompts_per_step=1, samples_per_prompt=2, dynamic_sampling="resample", max_resample_rounds=2)
-    assert values(collect(engine, prompts, Impatient(), cfg))["reward/timeouts"] == 3  # "aa", "bb", "ab"
+    assert values(Collector(engine, prompts, Impatient(), cfg).collect())["reward/timeouts"] == 3  # "aa", "bb", "ab"
+
+
+class AheadEngine(ScriptedEngine):
+    """One that answers when its ticket is redeemed, with the weights it had at ``submit``, ``late`` steps older."""
+
+    def __init__(self, script: dict[str, str], late: dict[str, int] | None = None) -> None:
+        super().__init__(script)
+        self.late = late or {}
+        self.submitted: list[tuple[int, list[str]]] = []
+
+    def submit(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+        self.submitted.append((self.version, [p.id for p in prompts]))
+        groups = self.generate(prompts, sampling)
+        for group in groups:
+            group.samples[0].policy_version -= self.late.get(group.prompt.id, 0)
+        return groups
+
+    def wait(self, ticket: list[SampleGroup]) -> list[SampleGroup]:
+        return ticket
+
+
+def test_generation_runs_ahead_by_the_staleness_and_no_further_than_the_last_step() -> None:
+    engine = AheadEngine(SCRIPT)
+    stream = PromptStream([Prompt(name, answer="a") for name in SCRIPT], seed=0, shuffle=False)
+    cfg = RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=2, max_staleness=2)
+    collector = Collector(engine, stream, arithmetic_reward, cfg)
+    trained, ages, positions = [], [], []
+    for step in range(5):
+        engine.update_weights([], step)
+        positions.append(collector.state_dict()["position"])
+        result = collector.collect(steps_left=5 - step)
+        trained += names(result.groups)
+        ages.append(values(result)["rollout/staleness_max"])
+    assert trained == list(SCRIPT)
+    assert engine.submitted == [(0, ["right"]), (0, ["wrong"]), (0, ["mixed"]), (1, ["mixed too"]), (2, ["wrong too"])]
+    assert ages == [0, 1, 2, 2, 2]
+    assert positions == [0, 1, 2, 3, 4]  # a resume draws again what was under way
+    assert collector.state_dict() == stream.state_dict()
+
+
+def test_stale_groups_are_dropped_whole_and_counted() -> None:
+    engine = AheadEngine({"old": ["a"], "fresh": ["a"]}, late={"old": 2})
+    stream = PromptStream([Prompt("old", answer="a"), Prompt("fresh", answer="a")], seed=0, shuffle=False)
+    cfg = RolloutConfig(engine="sglang", prompts_per_step=2, samples_per_prompt=3, max_staleness=1)
+    engine.update_weights([], 4)
+    result = Collector(engine, stream, arithmetic_reward, cfg).collect()
+    assert names(result.groups) == ["fresh"]
+    assert values(result)["rollout/stale_groups"] == 1
+    engine.late = {"old": 2, "fresh": 2}  # nothing is left: the prompts are answered again
+    again = Collector(engine, stream, arithmetic_reward, cfg).collect()
+    assert names(again.groups) == ["old", "fresh"]
+    assert values(again)["rollout/stale_groups"] == 2
+    assert values(again)["rollout/staleness_max"] == 0
+
+
+def test_staleness_is_counted_by_token() -> None:
+    engine = AheadEngine({"p": ["abc"]})
+    stream = PromptStream([Prompt("p", answer="a", input_ids=[1])], seed=0, shuffle=False)
+    engine.update_weights([], 5)
+    collector = Collector(
+        engine, stream, arithmetic_reward, RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=1, max_staleness=2)
+    )
+    wait = engine.wait
+
+    def partial_rollout(ticket: list[SampleGroup]) -> list[SampleGroup]:
+        ticket[0].samples[0].token_versions, ticket[0].samples[0].policy_version = [-1, 3, 3, 5], 3
+        return wait(ticket)
+
+    engine.wait = partial_rollout
+    found = values(collector.collect())
+    assert found["rollout/staleness_mean"] == pytest.approx(4 / 3)
+    assert found["rollout/staleness_max"] == 2
 
 
 def test_an_error_in_the_reward_is_not_swallowed() -> None:

@@ -1,0 +1,248 @@
+"""The rollout engine that asks SGLang servers. The first rank speaks to them; every rank takes part in the weight syncs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..config import Config
+from ..distributed import broadcast_object, rank
+from ..types import InputError, Metric, Prompt, Sample, SampleGroup, ServerError
+from .client import Response, RolloutClient
+from .engine import SamplingParams, end_token_ids, response_text
+from .servers import LocalServers, Server, external_servers
+from .weight_sync import WeightSync, make_weight_sync, release_memory, resume_memory
+
+_POLL_S = 0.2
+_SIGN_OF_LIFE_S = 20.0
+"""The other ranks wait in a collective for the first one's news; it never takes longer than this."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Samples on their way: ``SGLangEngine.submit`` gives it, ``wait`` redeems it. The future is on the first rank only."""
+
+    prompts: list[Prompt]
+    sampling: SamplingParams
+    future: Future[list[list[Response]]] | None
+
+
+def check_servers(cfg: Config) -> None:
+    """
+    Raises:
+        InputError: no environment to start servers from, or one of ``rollout.server_urls`` that cannot be used.
+    """
+    if cfg.rollout.server_urls:
+        external_servers(cfg.rollout.server_urls)
+    elif not Path(cfg.sglang.python).is_file():
+        raise InputError(f"sglang.python = {cfg.sglang.python!r} is not there: run make sglang, or give rollout.server_urls")
+
+
+def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
+    """The engine of ``cfg``, on the first rank with its servers starting; collective.
+
+    Args:
+        hf: the model's Hugging Face config.
+        tokenizer: the model's.
+        device: where the policy lives.
+    """
+    rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
+    servers: list[Server] = []
+    local = None
+    if rank() == 0 and rollout.server_urls:
+        servers = external_servers(rollout.server_urls)
+    elif rank() == 0:
+        options: dict[str, Any] = {}
+        if rollout.routed_experts:
+            options["enable_return_routed_experts"] = True
+        if rollout.placement == "colocated":
+            options["enable_memory_saver"] = True
+        local = LocalServers(
+            cfg.model.path,
+            rollout.num_servers,
+            cfg.sglang,
+            run_dir / "servers",
+            dtype=cfg.model.dtype,
+            seed=cfg.seed,
+            device=device,
+            options=options,
+            first_gpu=0 if rollout.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
+        servers = local.servers
+    weight_sync = cfg.weight_sync
+    if not rollout.max_staleness:  # nothing is ever in flight, and a server that is paused to retract spins on a core
+        weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
+    sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir)
+    routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
+    return SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
+
+
+class SGLangEngine:
+    """A ``RolloutEngine`` over SGLang servers, which may generate while the trainer trains.
+
+    A server that was lost comes back without the current weights. As long as samples are waited for, all ranks then sync it together,
+    so the weights must not change between ``update_weights`` and the ``generate`` or ``wait`` calls that belong to it.
+
+    Args:
+        cfg: the run's config.
+        servers: whom to ask.
+        local: the processes behind them, on the first rank, when they are ours.
+        sync: the route of the weights.
+        tokenizer: of the model, to decode responses.
+        routed_experts: (layers, topk) to record every token's experts, or None.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        servers: list[Server],
+        local: LocalServers | None,
+        sync: WeightSync,
+        tokenizer: Any,
+        routed_experts: tuple[int, int] | None = None,
+    ) -> None:
+        self.version = -1
+        self._cfg, self._servers, self._sync, self._tokenizer, self._routed_experts = cfg, servers, sync, tokenizer, routed_experts
+        self._end_ids = end_token_ids(GenerationConfig.from_pretrained(cfg.model.path), tokenizer)
+        self._nonce = secrets.token_hex(4)
+        self._client = RolloutClient(servers, local, cfg.sglang, self._nonce, bool(routed_experts)) if rank() == 0 else None
+        self._asleep = False
+        self._figures: dict[str, Metric] = {}
+        self._counted = (0, 0)
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+        """See ``RolloutEngine.generate``.
+
+        ``rollout_logprobs`` belong to the distribution after temperature, before top-k and top-p.
+
+        Raises:
+            ServerError: no server is left, or none gives an answer within its limits; on every rank.
+            InputError: the servers refuse a request; on every rank.
+        """
+        return self.wait(self.submit(prompts, sampling))
+
+    def submit(self, prompts: list[Prompt], sampling: SamplingParams) -> Ticket:
+        """Starts sampling and returns at once."""
+        future = self._client and self._client.submit([p.input_ids for p in prompts], sampling, sorted(self._end_ids))
+        return Ticket(prompts, sampling, future)
+
+    def wait(self, ticket: Ticket) -> list[SampleGroup]:
+        """The groups of a ticket, on every rank; raises as ``generate``."""
+
+        def finished() -> list[list[Sample]] | None:
+            if not (ticket.future and ticket.future.done()):
+                return None
+            rows = zip(ticket.prompts, ticket.future.result(), strict=True)
+            return [[self._sample_of(p.input_ids, r, ticket.sampling) for r in responses] for p, responses in rows]
+
+        return [SampleGroup(prompt, samples) for prompt, samples in zip(ticket.prompts, self._until(finished), strict=True)]
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See ``RolloutEngine.update_weights``. ``named_tensors`` is kept, to be iterated again for a server that comes back.
+
+        Unfinished responses go on as ``weight_sync.in_flight`` says. Does nothing when ``version`` is what the servers have.
+        """
+        if version == self.version and not self._asleep:
+            return
+        self.version, self._named_tensors = version, named_tensors
+        if self._client:
+            self._client.expect(version)
+        self._until(lambda: self._client and self._client.any_ready() and not self._client.servers_to_sync())
+
+    def sleep(self) -> None:
+        """See ``RolloutEngine.sleep``: with colocated placement the servers give back their memory, all responses being in."""
+        if self._cfg.rollout.placement == "colocated" and not self._asleep:
+            if self._client:
+                release_memory(self._servers, self._cfg.weight_sync.timeout_s)
+            broadcast_object(None)  # nobody allocates before
+            self._asleep = True
+
+    def take_metrics(self) -> dict[str, Metric]:
+        """See ``RolloutEngine.take_metrics``."""
+        taken, self._figures = self._figures, {}
+        if self._client:
+            now = (self._client.retries, self._client.restarts)
+            retries, restarts = (new - old for new, old in zip(now, self._counted, strict=True))
+            self._counted = now
+            taken |= {"rollout/retries": Metric(retries), "rollout/server_restarts": Metric(restarts)}
+        return taken
+
+    def close(self) -> None:
+        """Ends unfinished requests and our servers."""
+        if self._client:
+            self._client.close()
+        self._sync.close()
+
+    def _until(self, finished: Callable[[], Any]) -> Any:
+        """Waits for the first rank to have something true from ``finished``, and gives it to every rank. Servers that come back
+        meanwhile are synced."""
+        while True:
+            news, result = broadcast_object(self._news(finished) if self._client else None)
+            if news == "finished":
+                return result
+            if news == "failed":
+                raise result
+            if news == "sync":
+                self._sync_weights(result)
+
+    def _news(self, finished: Callable[[], Any]) -> tuple[str, Any]:
+        assert self._client
+        until = time.monotonic() + _SIGN_OF_LIFE_S
+        try:
+            while time.monotonic() < until:
+                if servers := self._client.servers_to_sync():
+                    return "sync", servers
+                if result := finished():
+                    return "finished", result
+                time.sleep(_POLL_S)
+        except (InputError, ServerError) as error:  # raised again on every rank, which would else wait for this one
+            return "failed", error
+        return "waiting", None
+
+    def _sync_weights(self, servers: list[Server]) -> None:
+        waking: tuple[Server, ...] = ()
+        if self._asleep:
+            if self._client:
+                waking = resume_memory(servers, ("weights",), self._cfg.weight_sync.timeout_s)
+            broadcast_object(None)
+        report = self._sync.update(servers, self._named_tensors, f"{self._nonce}-{self.version}")
+        if waking:
+            resume_memory(waking, ("kv_cache",), self._cfg.weight_sync.timeout_s)
+        self._asleep = False
+        self._figures["weight_sync/gigabytes_per_second"] = Metric(report.nbytes / 1e9, report.seconds)
+        if self._client:
+            self._client.synced(servers, report.failed)
+
+    def _sample_of(self, prompt: list[int], response: Response, sampling: SamplingParams) -> Sample:
+        padding = [0] * len(prompt)
+        return Sample(
+            tokens=prompt + response.tokens,
+            response_mask=[False] * len(prompt) + [True] * len(response.tokens),
+            rollout_logprobs=[0.0 for _ in padding] + response.logprobs,
+            text=response_text(self._tokenizer, response.tokens, self._end_ids, sampling.stop),
+            finish_reason="stop" if response.finish_reason == "stop" else "length",
+            policy_version=min(response.versions),
+            token_versions=[-1 for _ in padding] + response.versions,
+            routed_experts=self._routing(response, len(prompt)),
+        )
+
+    def _routing(self, response: Response, prompt_length: int) -> np.ndarray | None:
+        if not self._routed_experts:
+            return None
+        layers, topk = self._routed_experts
+        expected = (prompt_length + len(response.tokens) - 1, layers * topk)
+        if response.routed_experts is None or response.routed_experts.shape != expected:
+            found = None if response.routed_experts is None else response.routed_experts.shape
+            raise ServerError(f"SGLang recorded routed experts of shape {found}, not {expected}: does it serve the model of model.path?")
+        return response.routed_experts.reshape(-1, layers, topk)

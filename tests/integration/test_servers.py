@@ -1,0 +1,184 @@
+"""Real SGLang servers: their life, their death, and who may ask them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_gmpo.config import SGLangConfig
+from megatron_gmpo.rollout.servers import LocalServers, Server, external_servers
+from megatron_gmpo.types import InputError, ServerError
+
+from .commands import ROOT
+from .sglang_servers import CPU, generate, local_servers, members, needs_sglang, process_group, wait_until_gone
+
+PROMPT = [5, 6, 7, 8]
+
+
+@needs_sglang
+def test_generates_what_transformers_does(sglang_server: LocalServers, sglang_model: Path) -> None:
+    answer = generate(sglang_server.servers[0], PROMPT, max_new_tokens=6).json()
+    model = AutoModelForCausalLM.from_pretrained(sglang_model, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([PROMPT + answer["output_ids"]])).logits[0].log_softmax(-1)
+    for step, token in enumerate(answer["output_ids"], start=len(PROMPT) - 1):
+        assert token == logprobs[step].argmax()
+    ours = [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
+    theirs = [logprobs[len(PROMPT) - 1 + i, token].item() for i, token in enumerate(answer["output_ids"])]
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@needs_sglang
+def test_keys_open_and_stay_secret(sglang_server: LocalServers) -> None:
+    server = sglang_server.servers[0]
+    assert generate(server, PROMPT, max_new_tokens=1).status_code == 200
+    for wrong in ({}, {"Authorization": "Bearer wrong"}, server.admin_headers):
+        assert generate(server, PROMPT, headers=wrong, max_new_tokens=1).status_code == 401
+    for headers, code in (({}, 401), (server.headers, 401), (server.admin_headers, 200)):
+        assert httpx.post(f"{server.url}/flush_cache", headers=headers, timeout=60).status_code == code
+
+    log = sglang_server._log(0).read_text()
+    assert "'api_key': '***'" in log
+    processes = members(process_group(sglang_server))
+    assert len(processes) >= 3  # HTTP, scheduler, detokenizer
+    shown = [*(" ".join(p.cmdline()) + str(p.environ()) for p in psutil.process_iter(["pid"]) if p in processes), log, repr(server)]
+    for key in (server.api_key, server.admin_key):
+        assert len(key) == 32
+        assert not [text for text in shown if key in text]
+
+
+@needs_sglang
+def test_external_servers(sglang_server: LocalServers, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = sglang_server.servers[0]
+    monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
+    monkeypatch.setenv("SGLANG_ADMIN_API_KEY", server.admin_key)
+    assert external_servers((server.url + "/",)) == [server]
+    version = httpx.get(f"{server.url}/model_info", headers=server.headers, timeout=60).json()["weight_version"]
+    assert version == "default"  # asking changed nothing
+
+    for name in ("SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "wrong")
+            with pytest.raises(InputError, match=rf"rollout.server_urls: '{server.url}' refuses the key .* {name}: "):
+                external_servers((server.url,))
+
+
+def test_external_servers_that_are_none() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(InputError, match=rf"'http://127.0.0.1:{port}' cannot be reached \(.*refused\): start the server"):
+        external_servers((f"http://127.0.0.1:{port}",))
+    for url in ("127.0.0.1:30000", "http://host:port", ""):
+        with pytest.raises(InputError, match="is not a URL: give http://HOST:PORT"):
+            external_servers((url,))
+
+
+@needs_sglang
+def test_a_stopped_and_a_killed_server_come_back(sglang_server: LocalServers) -> None:
+    """Stopped, it does not answer; killed, it is known as dead; after a restart it serves on the same URL."""
+    servers, before = sglang_server, list(sglang_server.servers)
+    assert servers.is_ready(0)
+    stopped = process_group(servers)
+    os.killpg(stopped, signal.SIGSTOP)
+    assert not before[0].answers(timeout_s=2.0)
+    assert servers.is_alive(0)
+
+    servers.restart(0)
+    assert not wait_until_gone(stopped)
+    os.kill(process_group(servers), signal.SIGKILL)
+    with pytest.raises(ServerError, match=r"^SGLang server 0 died before it was ready: .*server_0.log\)$"):
+        servers.wait_ready(0)
+    assert not servers.is_alive(0)
+    assert not servers.is_ready(0)
+
+    servers.restart(0)
+    servers.wait_ready(0)
+    assert servers.is_ready(0)
+    assert servers.servers == before
+    assert generate(before[0], PROMPT, max_new_tokens=1).status_code == 200
+    assert servers._log(0).read_text().count("=== started") == 3
+
+
+@needs_sglang
+def test_the_reason_of_a_start_that_fails(tmp_path: Path) -> None:
+    cases: dict[str, tuple[str, dict[str, Any], str]] = {
+        "option": ("no model", {"no_such_option": 3}, "error: unrecognized arguments: --no-such-option 3"),
+        "model": (str(tmp_path / "no_model"), {}, "OSError: .*no_model"),
+    }
+    for name, (model, args, reason) in cases.items():
+        with local_servers(model, tmp_path / name, args=args) as servers:
+            servers.start()
+            with pytest.raises(ServerError, match=rf"^SGLang server 0 died before it was ready: .*{reason}.*\(see .*server_0.log\)$"):
+                servers.wait_ready()
+
+
+@needs_sglang
+def test_start_timeout_and_stop(tmp_path: Path) -> None:
+    with local_servers("no model", tmp_path, num_servers=2, start_timeout_s=0.1) as servers:
+        servers.start()
+        groups = [process_group(servers, i) for i in range(2)]
+        with pytest.raises(ServerError, match=r"^SGLang server 0 was not ready within sglang.start_timeout_s = 0.1; .*server_0.log\)$"):
+            servers.wait_ready()
+        assert all(servers.is_alive(i) for i in range(2))
+        servers.stop()
+        assert [members(group) for group in groups] == [[], []]
+        assert not any(servers.is_alive(i) for i in range(2))
+        servers.stop()
+
+
+@needs_sglang
+def test_no_server_outlives_a_killed_trainer(tmp_path: Path) -> None:
+    """Neither one that runs nor one that is stopped, and although a fork of the trainer lives on."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.sglang_servers", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as trainer:
+        assert trainer.stdout
+        started = json.loads(trainer.stdout.readline())
+        try:
+            running, stopped = started["servers"]
+            os.killpg(stopped, signal.SIGSTOP)
+            assert members(running)
+            assert members(stopped)
+            trainer.kill()
+            trainer.wait(30)
+            assert psutil.pid_exists(started["fork"])
+            assert not wait_until_gone(running)
+            assert not wait_until_gone(stopped)
+        finally:
+            os.kill(started["fork"], signal.SIGKILL)
+
+
+def test_ports_are_held(tmp_path: Path) -> None:
+    """Nobody else gets a port between its choice and the server's bind, and a server is not kept from it."""
+    servers = LocalServers("no model", 3, SGLangConfig(), tmp_path, dtype="fp32", seed=1, device=CPU)
+    ports = [httpx.URL(server.url).port for server in servers.servers]
+    assert len(set(ports)) == 3
+    for port in ports:
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", port))
+        socket.create_server(("127.0.0.1", port)).close()  # sets SO_REUSEADDR, as uvicorn does
+
+
+def test_refuses_settings_it_cannot_use(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"host": "192.0.2.1"}, r"sglang.host = '192.0.2.1' has no port to bind to \(.*\): give an address of this machine"),
+        ({"args": {"admin-api-key": "k"}}, r"sglang.args.admin_api_key is set by the run itself: leave it out"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}$"):
+            LocalServers("no model", 1, SGLangConfig(**settings), tmp_path, dtype="fp32", seed=1, device=CPU)
+
+
+def test_keys_are_not_printed() -> None:
+    assert "secret" not in repr(Server("http://127.0.0.1:1", "secret1", "secret2"))

@@ -1,0 +1,397 @@
+"""The SGLang rollout engine on real servers: what it samples, which weights made it, and what it survives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from megatron_gmpo.config import Config
+from megatron_gmpo.metrics.logger import value_of
+from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.servers import LocalServers
+from megatron_gmpo.rollout.sglang import SGLangEngine, start_sglang
+from megatron_gmpo.rollout.weight_sync import make_weight_sync
+from megatron_gmpo.types import Prompt, Sample, ServerError
+from tools import arithmetic
+
+from .commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
+from .sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_until_gone
+
+pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+PROMPTS = [Prompt(str(i), "", input_ids=[5, 6, 7, 8 + i]) for i in range(4)]
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def weights(sglang_model: Path) -> list[Weights]:
+    """Three sets of weights of the served model: the folder's, and two that answer differently."""
+    first = load_file(sglang_model / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    return [first] + [{name: t + 0.3 * t.std() * torch.randn(t.shape, generator=generator) for name, t in first.items()} for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def models(sglang_model: Path, weights: list[Weights], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """The same in transformers."""
+    made = []
+    for each in weights:
+        folder = tmp_path_factory.mktemp("weights")
+        AutoConfig.from_pretrained(sglang_model).save_pretrained(folder)
+        save_file(each, folder / "model.safetensors", {"format": "pt"})
+        made.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False))
+    return made
+
+
+def config(model: Path, run_dir: Path, **sections: dict[str, Any]) -> Config:
+    rollout = {"engine": "sglang"} | sections.pop("rollout", {})
+    sglang = {"python": str(PYTHON), "health_interval_s": 1.0, "start_timeout_s": 400.0} | sections.pop("sglang", {})
+    model_table = {"path": str(model), "dtype": "fp32"}
+    return Config.model_validate(dict(run_dir=str(run_dir), model=model_table, rollout=rollout, sglang=sglang, **sections))
+
+
+@pytest.fixture
+def engine(sglang_server: LocalServers, sglang_model: Path, tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
+    """Makes an engine on the running server, as on a foreign one."""
+    made: list[SGLangEngine] = []
+
+    def make(routed_experts: tuple[int, int] | None = None, **sections: dict[str, Any]) -> SGLangEngine:
+        cfg = config(sglang_model, tmp_path, **sections)
+        sync = make_weight_sync(cfg.weight_sync, "disaggregated", CPU, tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(sglang_model)
+        made.append(SGLangEngine(cfg, sglang_server.servers, None, sync, tokenizer, routed_experts))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def samples(engine: SGLangEngine, prompts: list[Prompt] = PROMPTS, **sampling: Any) -> list[Sample]:
+    groups = engine.generate(prompts, SamplingParams(**sampling))
+    assert [g.prompt for g in groups] == prompts
+    return [s for g in groups for s in g.samples]
+
+
+def assert_made_by(sample: Sample, models: list[Any], prompt_length: int = 4) -> None:
+    """The log probability of each token is that of the model whose version it carries."""
+    assert sample.token_versions is not None
+    assert sample.token_versions[:prompt_length] == [-1] * prompt_length
+    assert sample.response_mask == [False] * prompt_length + [True] * (len(sample.tokens) - prompt_length)
+    expected = [model(torch.tensor([sample.tokens])).logits[0].log_softmax(-1) for model in models]
+    places = range(prompt_length, len(sample.tokens))
+    wanted = [float(expected[sample.token_versions[t]][t - 1, sample.tokens[t]]) for t in places]
+    assert_close(torch.tensor(sample.rollout_logprobs[prompt_length:]), torch.tensor(wanted), atol=1e-4, rtol=0)
+
+
+def test_samples_are_what_transformers_says(engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any]) -> None:
+    served = engine()
+    served.update_weights(weights[0].items(), 0)
+    drawn = samples(served, n=4, max_new_tokens=9)
+    assert len(drawn) == 16
+    for sample in drawn:
+        assert_made_by(sample, models)
+        assert (sample.policy_version, sample.finish_reason) == (
+            0,
+            "stop" if sample.tokens[-1] == served._tokenizer.eos_token_id else "length",
+        )
+        assert sample.response_length <= 9
+    assert len({tuple(s.tokens) for s in drawn}) > 12  # sampled, not all alike
+    greedy = samples(served, PROMPTS[:1], n=1, max_new_tokens=5, temperature=0)[0]
+    for t in range(4, len(greedy.tokens)):
+        assert greedy.tokens[t] == int(models[0](torch.tensor([greedy.tokens[:t]])).logits[0, -1].argmax())
+
+
+def test_temperature_is_in_the_logprobs_and_a_stop_string_ends(
+    engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any]
+) -> None:
+    served = engine()
+    served.update_weights(weights[0].items(), 0)
+    (hot,) = samples(served, PROMPTS[:1], max_new_tokens=20, temperature=2.0)
+    logprobs = (models[0](torch.tensor([hot.tokens])).logits[0] / 2).log_softmax(-1)
+    wanted = [float(logprobs[t - 1, hot.tokens[t]]) for t in range(4, len(hot.tokens))]
+    assert_close(torch.tensor(hot.rollout_logprobs[4:]), torch.tensor(wanted), atol=1e-4, rtol=0)
+    stopped = [s for s in samples(served, n=8, max_new_tokens=60, stop=("7",)) if "7" in served._tokenizer.decode(s.tokens[4:])]
+    assert stopped
+    for sample in stopped:
+        assert sample.finish_reason == "stop"
+        assert "7" not in sample.text
+        assert served._tokenizer.decode(sample.tokens[-1:]) == "7"
+
+
+def test_routed_experts_are_aligned_with_the_tokens(
+    engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any], sglang_model: Path
+) -> None:
+    """Also where a prompt is found in the prefix cache."""
+    hf = AutoConfig.from_pretrained(sglang_model)
+    served = engine(routed_experts=(hf.num_hidden_layers, hf.num_experts_per_tok))
+    served.update_weights(weights[0].items(), 0)
+    for sample in [*samples(served, n=2, max_new_tokens=12), *samples(served, n=2, max_new_tokens=12)]:
+        router_logits = models[0](torch.tensor([sample.tokens]), output_router_logits=True).router_logits
+        assert sample.routed_experts is not None
+        assert sample.routed_experts.shape == (len(sample.tokens) - 1, hf.num_hidden_layers, hf.num_experts_per_tok)
+        for layer, logits in enumerate(router_logits):
+            chosen = logits.topk(hf.num_experts_per_tok).indices.sort().values[:-1]
+            assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
+
+
+def during(served: SGLangEngine, weights: Weights, version: int, ticket: Any) -> list[Sample]:
+    """Syncs while the responses of ``ticket`` are being made, each at least one token long."""
+    time.sleep(0.5)
+    assert not ticket.future.done()
+    served.update_weights(weights.items(), version)
+    return [s for g in served.wait(ticket) for s in g.samples]
+
+
+@pytest.mark.parametrize("in_flight", ["retract", "abort"])
+def test_a_sync_lets_unfinished_responses_go_on_with_the_new_weights(
+    engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any], in_flight: str
+) -> None:
+    served = engine(weight_sync={"in_flight": in_flight})
+    served._end_ids = set()  # long responses
+    served.update_weights(weights[0].items(), 0)
+    ticket = served.submit(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=300))
+    drawn = during(served, weights[1], 1, ticket)
+    assert len(drawn) == 4
+    for sample in drawn:
+        assert_made_by(sample, models)
+        assert sample.policy_version == 0
+        assert sample.token_versions[4:] == sorted(sample.token_versions[4:])
+        assert {0, 1} <= set(sample.token_versions[4:])
+        assert sample.response_length == 300
+
+
+def test_a_sync_in_place_keeps_the_cache(engine: Callable[..., SGLangEngine], weights: list[Weights]) -> None:
+    served = engine(weight_sync={"in_flight": "in_place"})
+    served._end_ids = set()
+    served.update_weights(weights[0].items(), 0)
+    for sample in during(served, weights[1], 1, served.submit(PROMPTS[:2], SamplingParams(n=1, max_new_tokens=300))):
+        assert {0, 1} <= set(sample.token_versions[4:])
+        assert sample.response_length == 300
+    served.update_weights(weights[0].items(), 2)  # leaves no cache of other weights behind for later tests
+
+
+def test_weights_of_somebody_else_are_never_sampled_from(
+    engine: Callable[..., SGLangEngine], sglang_server: LocalServers, weights: list[Weights], models: list[Any]
+) -> None:
+    """Another run takes the server over; the answers that come from its weights are thrown away, and the server synced again."""
+    served, other = engine(), engine()
+    served.update_weights(weights[0].items(), 0)
+    assert_made_by(samples(served, PROMPTS[:1], max_new_tokens=3)[0], models)
+    other.update_weights(weights[1].items(), 7)
+    for sample in samples(served, n=2, max_new_tokens=5):
+        assert sample.policy_version == 0
+        assert_made_by(sample, models)
+    assert value_of(served.take_metrics()["rollout/retries"]) > 0
+
+
+def test_a_request_no_server_takes_is_one_error(engine: Callable[..., SGLangEngine], weights: list[Weights]) -> None:
+    served = engine()
+    served.update_weights(weights[0].items(), 0)
+    with pytest.raises(ValueError, match=r"refuses a request: .*longer than") as error:
+        samples(served, [Prompt("long", "", input_ids=[5] * 40_000)])
+    assert "\n" not in str(error.value)
+
+
+# --- faults, on two servers that run two requests and queue two more ---
+
+
+@pytest.fixture(scope="module")
+def pair(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEngine]:
+    cfg = config(
+        sglang_model,
+        tmp_path_factory.mktemp("pair"),
+        rollout={"num_servers": 2},
+        sglang={"hang_timeout_s": 15.0, "args": {"max_running_requests": 2, "max_queued_requests": 2}},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(sglang_model)
+    with closing(start_sglang(cfg, AutoConfig.from_pretrained(sglang_model), tokenizer, CPU)) as engine:
+        yield engine
+
+
+def groups_of(pair: SGLangEngine) -> list[int]:
+    assert pair._client
+    assert pair._client.local
+    return [process_group(pair._client.local, index) for index in range(2)]
+
+
+def wait_for_both(pair: SGLangEngine) -> None:
+    """Until both servers are up and have the weights: whoever waits for samples syncs what has come back."""
+    assert pair._client
+    members, deadline = pair._client._members, time.monotonic() + 300
+    while not all(member.ready for member in members):
+        assert time.monotonic() < deadline
+        if any(member.wants_weights for member in members):
+            samples(pair, n=1, max_new_tokens=2)
+        time.sleep(0.1)
+
+
+def test_a_full_queue_only_delays(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
+    pair.update_weights(weights[0].items(), 0)
+    drawn = samples(pair, n=8, max_new_tokens=16)
+    assert len(drawn) == 32
+    for sample in drawn:
+        assert_made_by(sample, models)
+    assert value_of(pair.take_metrics()["rollout/retries"]) > 0
+
+
+def test_one_server_killed_and_one_hung_during_a_rollout(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
+    """No sample is lost or doubled, and both servers are started again and synced before they answer."""
+    pair.update_weights(weights[1].items(), 1)
+    killed, hung = groups_of(pair)
+    ticket = pair.submit(PROMPTS, SamplingParams(n=8, max_new_tokens=120))
+    time.sleep(0.5)
+    os.killpg(killed, signal.SIGKILL)
+    os.killpg(hung, signal.SIGSTOP)
+    groups = pair.wait(ticket)
+    assert [len(g.samples) for g in groups] == [8] * 4
+    for sample in (s for g in groups for s in g.samples):
+        assert_made_by(sample, models)
+        assert sample.policy_version == 1
+    assert wait_until_gone(killed) == wait_until_gone(hung) == []
+    assert value_of(pair.take_metrics()["rollout/server_restarts"]) == 2
+
+
+def test_a_server_killed_during_a_sync(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
+    pair.update_weights(weights[1].items(), 1)
+    wait_for_both(pair)
+    victim = groups_of(pair)[0]
+    iterations = []
+
+    class Export:
+        """Weights whose first iteration kills a server half-way."""
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            iterations.append(victim)
+            for place, item in enumerate(weights[2].items()):
+                if len(iterations) == 1 and place == len(weights[2]) // 2:
+                    os.killpg(victim, signal.SIGKILL)
+                yield item
+
+    pair.update_weights(Export(), 2)
+    for sample in samples(pair, n=2, max_new_tokens=20):
+        assert sample.policy_version == 2
+        assert_made_by(sample, models)
+    wait_for_both(pair)
+    assert len(iterations) > 1  # the restarted server got the whole export
+    for sample in samples(pair, n=8, max_new_tokens=5):
+        assert_made_by(sample, models)
+
+
+def test_servers_that_keep_dying_end_the_run(sglang_model: Path, tmp_path: Path, weights: list[Weights]) -> None:
+    """With no restart allowed, the first death of the only server is the last."""
+    cfg = config(sglang_model, tmp_path, sglang={"max_restarts": 0})
+    tokenizer = AutoTokenizer.from_pretrained(sglang_model)
+    with closing(start_sglang(cfg, AutoConfig.from_pretrained(sglang_model), tokenizer, CPU)) as engine:
+        engine.update_weights(weights[0].items(), 0)
+        ticket = engine.submit(PROMPTS, SamplingParams(n=8, max_new_tokens=200))
+        assert engine._client
+        assert engine._client.local
+        os.killpg(process_group(engine._client.local), signal.SIGKILL)
+        with pytest.raises(ServerError, match="every SGLang server was lost"):
+            engine.wait(ticket)
+
+
+# --- whole runs ---
+
+
+def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Two trainer ranks that share experts, two servers whose routing they replay, weights in shared memory, generation one step ahead;
+    and nothing is left."""
+    problems = tmp_path / "problems"
+    arithmetic.main(problems)
+    run_dir = tmp_path / "run"
+    config = options(
+        run_dir=run_dir,
+        model__path=tiny_model("qwen3_moe", num_layers=2),
+        data__path=problems / "train.jsonl",
+        eval__sets__heldout__path=problems / "heldout.jsonl",
+        eval__sets__heldout__max_prompts=8,
+        eval__pass_reward=0.5,
+        reward__name="tests.integration.rewards:share_of_digits",
+        rollout__engine="sglang",
+        rollout__num_servers=2,
+        rollout__max_staleness=1,
+        rollout__prompts_per_step=16,
+        rollout__routed_experts="true",
+        sglang__python=PYTHON,
+        weight_sync__route="tensor",
+        weight_sync__verify="true",
+        algorithm__correction="geometric",
+        algorithm__moe_routing_replay="rollout",
+        optimizer__lr=3e-3,
+        optimizer__lr_schedule="constant",
+        parallel__expert_model_parallel_size=2,
+        train__num_steps=8,
+        log__tensorboard="false",
+    )
+    done = run_module("megatron_gmpo.train", CONFIG, *config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    figures = json_lines(run_dir / "metrics.jsonl")[1:]
+    rewards = [line["reward/mean"] for line in figures]
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1
+    assert max(line["rollout/logprob_diff_mean"] for line in figures[:1]) < 1e-4  # the first rollout has the policy's weights
+    assert [line["rollout/staleness_max"] for line in figures] == [0] + [1] * 7
+    assert figures[0]["moe/routing_differs"] < 0.01  # equal weights, so only rounding can choose another expert
+    for line in figures:
+        assert line["weight_sync/gigabytes_per_second"] > 0
+        assert line["rollout/weight_mean"] == pytest.approx(1, abs=0.2)
+        assert line["rollout/stale_groups"] == line["rollout/server_restarts"] == 0
+    assert not servers_of(run_dir)
+
+
+def servers_of(run_dir: Path) -> list[int]:
+    """Process groups that servers of the run left behind."""
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(process.info["cmdline"] or [])]
+
+
+def test_a_killed_trainer_leaves_no_server(sglang_model: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "problems"
+    arithmetic.main(problems)
+    model = shutil.copytree(sglang_model, tmp_path / "model")  # its path marks the processes of this run
+    config = options(
+        run_dir=tmp_path / "run",
+        model__path=model,
+        data__path=problems / "train.jsonl",
+        eval__sets__heldout__path=problems / "heldout.jsonl",
+        rollout__engine="sglang",
+        sglang__python=PYTHON,
+        log__tensorboard="false",
+    )
+    trainer = subprocess.Popen([sys.executable, "-m", "megatron_gmpo.train", CONFIG, *config], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(servers_of(tmp_path / "model")) < 3:  # trainer, server and its watcher
+        assert time.monotonic() < deadline
+        assert trainer.poll() is None
+        time.sleep(0.2)
+    os.killpg(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    while servers_of(tmp_path / "model"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_without_the_servers_environment_a_run_is_refused(sglang_model: Path, tmp_path: Path) -> None:
+    config = options(model__path=sglang_model, rollout__engine="sglang", sglang__python=tmp_path / "python", run_dir=tmp_path / "run")
+    done = run_module("megatron_gmpo.train", CONFIG, *config)
+    assert done.returncode == 2
+    assert error_lines(done.stderr) == [
+        f"error: sglang.python = '{tmp_path}/python' is not there: run make sglang, or give rollout.server_urls"
+    ]

@@ -1,0 +1,384 @@
+"""Weight syncs to real SGLang servers: right weights by every route, whatever happens to a server or to the responses on their way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
+from megatron_gmpo.config import WeightSyncConfig
+from megatron_gmpo.rollout.servers import LocalServers, Server
+from megatron_gmpo.rollout.weight_sync import INCOMPLETE, WeightSync, make_weight_sync, release_memory, resume_memory
+from megatron_gmpo.types import InputError
+
+from ..distributed.ranks import RankPool
+from .sglang_servers import generate, local_servers, needs_sglang, process_group
+
+pytestmark = needs_sglang
+
+ROUTES = ("disk", "distributed", "tensor")
+CPU = torch.device("cpu")
+PROMPT = [5, 6, 7, 8, 9, 10]
+BUCKET_BYTES = 40_000  # many buckets, and some tensors are too large for one
+NamedTensors = list[tuple[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_model: Callable[..., Path]) -> tuple[Path, Path]:
+    """Two models of one shape: the one that servers start with, and another."""
+    return tiny_model("qwen3", num_layers=2), tiny_model("qwen3", num_layers=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def pair(dense: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServers]:
+    """Two servers in bf16; a test that kills one starts it again. Weights and versions are what the last test left."""
+    with local_servers(dense[0], tmp_path_factory.mktemp("pair"), num_servers=2, dtype="bf16") as servers:
+        servers.start()
+        servers.wait_ready()
+        yield servers
+
+
+@pytest.fixture
+def weight_sync(tmp_path: Path) -> Iterator[Callable[..., WeightSync]]:
+    """``weight_sync(route, **fields of WeightSyncConfig)``, closed at the end."""
+    made: list[WeightSync] = []
+
+    def make(route: str, **fields: Any) -> WeightSync:
+        cfg = WeightSyncConfig.model_validate({"route": route, "bucket_bytes": BUCKET_BYTES, "timeout_s": 60.0} | fields)
+        made.append(make_weight_sync(cfg, "disaggregated", CPU, tmp_path))
+        return made[-1]
+
+    yield make
+    for sync in made:
+        sync.close()
+
+
+def tensors_of(model: Path) -> NamedTensors:
+    folder = SafetensorsFolder(model)
+    return [(name, folder.get(name)) for name in folder.names]
+
+
+def version_of(server: Server) -> str:
+    return httpx.get(f"{server.url}/model_info", headers=server.headers, timeout=60).json()["weight_version"]
+
+
+def post(server: Server, path: str, **body: Any) -> None:
+    httpx.post(f"{server.url}/{path}", json=body, headers=server.admin_headers, timeout=60).raise_for_status()
+
+
+def logprob_error(model: Path, input_ids: list[int], response: list[int], logprobs: list[float]) -> float:
+    """Largest difference to transformers in fp32."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = reference(torch.tensor([input_ids + response])).logits[0, len(input_ids) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    return (torch.tensor(logprobs) - expected).abs().max().item()
+
+
+def assert_serves(server: Server, new: Path, old: Path, version: str, prompt: list[int] = PROMPT) -> None:
+    answer = generate(server, prompt, max_new_tokens=8).json()
+    logprobs = [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
+    assert logprob_error(new, prompt, answer["output_ids"], logprobs) < 0.05
+    assert logprob_error(old, prompt, answer["output_ids"], logprobs) > 0.05
+    assert answer["meta_info"]["weight_version"] == version == version_of(server)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_dense_in_fp32_to_servers_in_bf16(
+    route: str, pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync], tmp_path: Path
+) -> None:
+    sync = weight_sync(route)
+    for step in range(3):  # there, back, and there again
+        old, new = dense[step % 2], dense[(step + 1) % 2]
+        report = sync.update(pair.servers, tensors_of(new), f"{route}-{step}")
+        assert report.failed == ()
+        assert report.nbytes == sum(tensor.nbytes for _, tensor in tensors_of(new))
+        assert report.seconds > 0
+        for server in pair.servers:
+            assert_serves(server, new, old, f"{route}-{step}")
+    if route == "disk":
+        assert [path.name for path in (tmp_path / "weight_sync").iterdir()] == ["disk-2"]
+        assert len(list((tmp_path / "weight_sync/disk-2").iterdir())) > 1
+    sync.close()
+    assert not list((tmp_path / "weight_sync").glob("*"))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_moe(
+    route: str, sglang_server: LocalServers, sglang_model: Path, tiny_model: Callable[..., Path], weight_sync: Callable[..., WeightSync]
+) -> None:
+    other = tiny_model("qwen3_moe", num_layers=2, seed=1)
+    (server,) = sglang_server.servers
+    sync = weight_sync(route, verify=True)
+    for step, (new, old) in enumerate([(other, sglang_model), (sglang_model, other)]):
+        report = sync.update([server], tensors_of(new), f"{route}-{step}")
+        assert report.failed == ()
+        assert_serves(server, new, old, f"{route}-{step}")
+
+
+def test_buckets_are_bounded_and_aligned(tmp_path: Path) -> None:
+    sync: Any = make_weight_sync(WeightSyncConfig(bucket_bytes=2048), "disaggregated", CPU, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7,), (3, 5), (1,), (33, 3), (2, 1024), (5,), (100, 2)]
+    dtypes = [torch.bfloat16, torch.float32, torch.bfloat16]
+    tensors = [
+        (f"{round_}.{i}", torch.randn(shape, generator=generator).to(dtypes[(i + round_) % 3]))
+        for round_ in range(4)
+        for i, shape in enumerate(shapes)
+    ]
+    sent: NamedTensors = []
+    for bucket, last in sync._buckets(iter(tensors)):
+        assert bucket.nbytes <= 1024 or len(bucket.contents) == 1
+        assert bucket.nbytes == len(bucket.data) == sum(tensor.nbytes for _, tensor in bucket.named_tensors())
+        sent += [(name, tensor.clone()) for name, tensor in bucket.named_tensors()]
+        assert last == (len(sent) == len(tensors))
+    assert [name for name, _ in sent] == [name for name, _ in tensors]
+    for (_, a), (_, b) in zip(sent, tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("route", ["disk", "tensor"])
+def test_verification_names_a_weight_that_was_not_sent(
+    route: str, pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]
+) -> None:
+    sync = weight_sync(route, verify=True)
+    some = [(name, tensor) for name, tensor in tensors_of(dense[1]) if "layers.1.mlp.down_proj" not in name]
+    with pytest.raises(InputError, match=r"1 weights of .* were ignored: model\.layers\.1\.mlp\.down_proj\.weight"):
+        sync.update(pair.servers, some, "verify-0")
+    assert sync.update(pair.servers, tensors_of(dense[1]), "verify-1").failed == ()
+    for server in pair.servers:
+        assert_serves(server, dense[1], dense[0], "verify-1")
+
+
+def test_verification_finds_the_server_with_a_wrong_tensor(
+    pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]
+) -> None:
+    sync = weight_sync("tensor", verify=True)
+    right, wrong = pair.servers
+    assert sync.update([right], tensors_of(dense[1]), "wrong-0").failed == ()
+
+    def export() -> Iterator[tuple[str, Tensor]]:
+        *most, last = tensors_of(dense[1])
+        yield from most
+        wait_for(lambda: version_of(wrong) == INCOMPLETE)
+        post(wrong, "weights_checker", action="reset_tensors")
+        yield last
+
+    assert sync.update([wrong], export(), "wrong-0").failed == (wrong,)
+    assert sync.update([wrong], tensors_of(dense[1]), "wrong-0").failed == ()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def long_response(server: Server, sync: Callable[[], None]) -> dict[str, Any]:
+    """The last message of a streamed response of 300 tokens, whose tenth is followed by ``sync``."""
+    body = {
+        "input_ids": PROMPT,
+        "sampling_params": {"temperature": 0, "ignore_eos": True, "max_new_tokens": 300},
+        "return_logprob": True,
+        "stream": True,
+    }
+    message: dict[str, Any] = {}
+    syncing = threading.Thread(target=sync)
+    with httpx.stream("POST", f"{server.url}/generate", json=body, headers=server.headers, timeout=120) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                message = json.loads(line.removeprefix("data: "))
+                if message["meta_info"]["completion_tokens"] >= 10 and not syncing.ident:
+                    syncing.start()
+    syncing.join()
+    return message
+
+
+@pytest.mark.parametrize("in_flight", ["retract", "in_place", "abort"])
+def test_a_response_on_its_way(
+    in_flight: str, pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]
+) -> None:
+    sync = weight_sync("tensor", in_flight=in_flight)
+    server = pair.servers[0]
+    assert sync.update([server], tensors_of(dense[0]), "flight-0").failed == ()
+    failed: list[Any] = []
+    answer = long_response(server, lambda: failed.append(sync.update([server], tensors_of(dense[1]), "flight-1").failed))
+    assert failed == [()]
+    about = answer["meta_info"]
+    if in_flight == "abort":
+        assert about["finish_reason"]["type"] == "abort"
+        assert 10 <= about["completion_tokens"] < 300
+    else:
+        assert about["finish_reason"]["type"] == "length"
+        first, second = about["weight_versions"]
+        assert (first["version"], second["version"]) == ("flight-0", "flight-1")
+        assert first["start"] == 0 < first["end"] == second["start"] < second["end"] == 300
+    if in_flight == "retract":  # the rest is what the new weights make of all that came before
+        cut, tokens = about["weight_versions"][1]["start"], answer["output_ids"]
+        logprobs = [logprob for logprob, *_ in about["output_token_logprobs"]]
+        assert logprob_error(dense[1], PROMPT + tokens[:cut], tokens[cut:], logprobs[cut:]) < 0.05
+    # the cache that an unfinished response kept also serves later prompts that begin like it
+    assert_serves(server, dense[1], dense[0], "flight-1", PROMPT[::-1] if in_flight == "in_place" else PROMPT)
+
+
+@pytest.mark.parametrize("route", ["distributed", "tensor"])
+def test_a_server_that_refuses_a_bucket(
+    route: str, pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]
+) -> None:
+    """It must not hold up the other, which waits in the same broadcast."""
+    sync = weight_sync(route)
+    good, bad = pair.servers
+    assert sync.update(pair.servers, tensors_of(dense[0]), "refusal-0").failed == ()
+
+    def export() -> Iterator[tuple[str, Tensor]]:
+        for i, item in enumerate(tensors_of(dense[1])):
+            if i == 5:
+                wait_for(lambda: version_of(bad) == INCOMPLETE)
+                post(bad, "end_weight_update")
+            yield item
+
+    start = time.monotonic()
+    assert sync.update(pair.servers, export(), "refusal-1").failed == (bad,)
+    assert time.monotonic() - start < 60
+    assert_serves(good, dense[1], dense[0], "refusal-1")
+    assert version_of(bad) == INCOMPLETE
+    assert sync.update(pair.servers, tensors_of(dense[1]), "refusal-2").failed == ()
+    assert_serves(bad, dense[1], dense[0], "refusal-2")
+
+
+def test_a_wrong_key_is_the_users_error(pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]) -> None:
+    servers = [replace(server, admin_key="wrong") for server in pair.servers]
+    with pytest.raises(InputError, match=r"refuses the API key .* set SGLANG_ADMIN_API_KEY to the server's"):
+        weight_sync("tensor").update(servers, tensors_of(dense[1]), "key-0")
+
+
+def test_a_folder_that_cannot_be_written(
+    pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"weight_sync.folder = .*file' cannot be written"):
+        weight_sync("disk", folder=str(tmp_path / "file")).update(pair.servers, tensors_of(dense[1]), "folder-0")
+    assert generate(pair.servers[0], PROMPT, max_new_tokens=1).status_code == 200  # it generates again
+
+
+def test_memory_is_released_and_taken_again(
+    sglang_server: LocalServers, sglang_model: Path, tiny_model: Callable[..., Path], weight_sync: Callable[..., WeightSync]
+) -> None:
+    other = tiny_model("qwen3_moe", num_layers=2, seed=1)
+    (server,) = sglang_server.servers
+    sync = weight_sync("tensor")
+    assert sync.update([server], tensors_of(sglang_model), "memory-0").failed == ()
+    release_memory([server], 60)
+    assert resume_memory([server], ("weights",), 60) == (server,)
+    assert sync.update([server], tensors_of(other), "memory-1").failed == ()
+    assert resume_memory([server], ("kv_cache",), 60) == (server,)
+    assert_serves(server, other, sglang_model, "memory-1")
+
+
+def test_memory_of_a_server_that_has_just_started_is_left_alone(pair: LocalServers) -> None:
+    """It would die of resuming what it has not released."""
+    pair.restart(1)
+    pair.wait_ready(1)
+    release_memory(pair.servers[1:], 60)
+    assert resume_memory(pair.servers[1:], ("weights", "kv_cache"), 60) == ()
+    assert generate(pair.servers[1], PROMPT, max_new_tokens=1).status_code == 200
+
+
+def sync_on_a_rank(server: Server, model: Path, folder: Path) -> list[Any]:
+    """One rank's syncs from a policy of which it holds its share of every tensor: as planned, and with a key that is refused."""
+    tensors = tensors_of(model)
+    done = 0
+
+    def export() -> Iterator[tuple[str, Tensor]]:
+        nonlocal done
+        for name, tensor in tensors:
+            shards = [torch.empty_like(tensor.view(2, -1)[0]) for _ in range(2)]
+            dist.all_gather(shards, tensor.view(2, -1)[dist.get_rank()])
+            done += 1
+            yield name, torch.stack(shards).view(tensor.shape)
+
+    results: list[Any] = []
+    for route in ROUTES:
+        sync = make_weight_sync(WeightSyncConfig(route=route, bucket_bytes=BUCKET_BYTES, timeout_s=60.0), "disaggregated", CPU, folder)
+        for target in (replace(server, admin_key="wrong"), server):
+            try:
+                results.append(sync.update([target], export(), f"ranks-{route}"))
+            except InputError as error:
+                results.append(str(error))
+            assert done == len(tensors)
+            done = 0
+        sync.close()
+    return results
+
+
+def test_two_ranks_export_to_the_end(pair: LocalServers, dense: tuple[Path, Path], tmp_path: Path) -> None:
+    pool = RankPool(2)
+    try:
+        first, second = pool.run(2, sync_on_a_rank, pair.servers[0], dense[1], tmp_path)
+    finally:
+        pool.close()
+    assert first == second
+    for refused, report in zip(first[::2], first[1::2], strict=True):
+        assert "SGLANG_ADMIN_API_KEY" in refused
+        assert report.failed == ()
+    assert_serves(pair.servers[0], dense[1], dense[0], "ranks-tensor")
+
+
+@pytest.mark.parametrize("route", ["distributed", "tensor"])
+def test_a_server_dies_between_buckets_and_comes_back(
+    route: str, pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]
+) -> None:
+    sync = weight_sync(route)
+    alive, dead = pair.servers
+    assert sync.update(pair.servers, tensors_of(dense[0]), "death-0").failed == ()
+
+    def export() -> Iterator[tuple[str, Tensor]]:
+        for i, item in enumerate(tensors_of(dense[1])):
+            if i == 5:
+                wait_for(lambda: version_of(dead) == INCOMPLETE)
+                os.killpg(process_group(pair, 1), signal.SIGKILL)
+            yield item
+
+    start = time.monotonic()
+    assert sync.update(pair.servers, export(), "death-1").failed == (dead,)
+    assert time.monotonic() - start < 60
+    assert_serves(alive, dense[1], dense[0], "death-1")
+
+    pair.restart(1)
+    pair.wait_ready(1)
+    assert version_of(dead) == "default"
+    assert sync.update([dead], tensors_of(dense[1]), "death-1").failed == ()
+    assert sync.update(pair.servers, tensors_of(dense[1]), "death-2").failed == ()
+    for server in pair.servers:
+        assert_serves(server, dense[1], dense[0], "death-2")
+
+
+@pytest.mark.parametrize("route", ["distributed", "tensor"])
+def test_a_server_that_hangs_is_waited_for_no_longer_than_the_timeout(
+    route: str, pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]
+) -> None:
+    alive, hung = pair.servers
+    sync = weight_sync(route, timeout_s=10.0)
+    os.killpg(process_group(pair, 1), signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        assert sync.update(pair.servers, tensors_of(dense[1]), "hung-0").failed == (hung,)
+        assert time.monotonic() - start < 40
+    finally:
+        os.killpg(process_group(pair, 1), signal.SIGCONT)
+    assert_serves(alive, dense[1], dense[0], "hung-0")

@@ -1,0 +1,65 @@
+"""What SGLang's wheel needs to be importable beside a CPU build of torch. A .pth file loads this in every process of its environment."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+_libraries: list[Any] = []  # a torch Library lives as long as its object
+
+
+def _declare_torchvision_operators() -> None:
+    """torchvision's own library links CUDA; its Python part registers fakes for two operators that must exist."""
+    import torch
+
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)
+
+
+def _leave_host_memory_unpinned(module: Any) -> None:
+    """--enable-return-routed-experts pins its buffer through the CUDA runtime."""
+    import torch
+
+    if not torch.cuda.is_available():
+        module._cuda_host_register = lambda *_, **__: None
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Runs one fix before torchvision is imported, and one after the module that pins memory."""
+
+    def __init__(self) -> None:
+        self._before = {"torchvision": _declare_torchvision_operators}
+        self._after = {"sglang.srt.mem_cache.pool_host.common": _leave_host_memory_unpinned}
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if before := self._before.pop(fullname, None):
+            before()
+        if not (after := self._after.pop(fullname, None)):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec and spec.loader:
+            spec.loader = _Then(spec.loader, after)
+        return spec
+
+
+class _Then(importlib.abc.Loader):
+    """A loader that calls ``after`` on the module once it is executed."""
+
+    def __init__(self, loader: Any, after: Callable[[Any], None]) -> None:
+        self._loader, self._do_after = loader, after
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._do_after(module)
+
+
+sys.meta_path.insert(0, _Finder())
