@@ -7,12 +7,14 @@ Every measurement runs in a process of its own. Peak memory is the process's hig
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import tyro
@@ -56,8 +58,9 @@ def write_model(folder: Path, gigabytes: float) -> None:
             file.write(name, noise[start : start + size].view(shape))
 
 
-def plain_copy(source: Path, target: Path) -> None:
-    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+def plain_copy(source: Path, folder: Path) -> None:
+    folder.mkdir()
+    with source.open("rb", buffering=0) as reader, (folder / source.name).open("wb", buffering=0) as writer:
         while block := reader.read(BLOCK):
             writer.write(block)
         os.fsync(writer.fileno())
@@ -71,18 +74,19 @@ def memory(field: str) -> int:
 
 def measure(what: str, folder: Path) -> None:
     """Does one thing in this process and prints ``seconds peak-bytes``."""
+    out = folder / what
+    shutil.rmtree(out, ignore_errors=True)
     os.sync()  # what others left to be written is not ours to pay for
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before, started = memory("VmRSS"), time.perf_counter()
     with processes():
         if what == "plain":
-            plain_copy(folder / "hf/model.safetensors", folder / "copy")
+            plain_copy(folder / "hf/model.safetensors", out)
         elif what == "to_megatron":
-            HFToMegatron(folder / "hf").convert(folder / "megatron", verify=False, advance=lambda _: None)
+            HFToMegatron(folder / "hf").convert(out, verify=False, advance=lambda _: None)
         else:
-            MegatronToHF(folder / "megatron", None, None).convert(
-                folder / "back", max_shard_size=5 * 10**9, verify=False, advance=lambda _: None
-            )
+            conversion = MegatronToHF(folder / "to_megatron", None, None)
+            conversion.convert(out, max_shard_size=5 * 10**9, verify=False, advance=lambda _: None)
     print(time.perf_counter() - started, memory("VmHWM") - before)
 
 
@@ -93,12 +97,17 @@ def in_its_own_process(what: str, folder: Path) -> tuple[float, int]:
     return float(seconds), int(peak)
 
 
-def main(folder: Path, gigabytes: float = 3.0, only: str | None = None) -> None:
+def print_row(what: str, seconds: float, plain: float, nbytes: int, peak: int) -> None:
+    print(f"{what:<24}{seconds:>8.1f}{plain:>8.1f}{nbytes / 1e6 / seconds:>8.0f}{plain / seconds:>10.2f}{peak / 1e6:>9.0f}", flush=True)
+
+
+def main(folder: Path, gigabytes: float = 3.0, repeats: int = 5, only: str | None = None) -> None:
     """Measure, print a table, and remove what was written.
 
     Args:
         folder: A folder to make and remove, with room for four times the model.
         gigabytes: Size of the model.
+        repeats: How often each conversion is measured, with a plain copy before each.
         only: Which measurement this process is for.
     """
     if only:
@@ -108,14 +117,15 @@ def main(folder: Path, gigabytes: float = 3.0, only: str | None = None) -> None:
     try:
         write_model(folder / "hf", gigabytes)
         nbytes = (folder / "hf/model.safetensors").stat().st_size
-        print(f"{nbytes / 1e9:.2f} GB\n{'':<24}{'seconds':>8}{'MB/s':>8}{'of plain':>10}{'peak MB':>9}")
-        plain, _ = in_its_own_process("plain", folder)
-        for what in ("plain", "to_megatron", "plain", "to_hf"):
-            seconds, peak = in_its_own_process(what, folder)
-            plain = seconds if what == "plain" else plain
-            print(f"{what:<24}{seconds:>8.1f}{nbytes / 1e6 / seconds:>8.0f}{plain / seconds:>10.2f}{peak / 1e6:>9.0f}", flush=True)
-        same = (folder / "back/model.safetensors").stat().st_size == nbytes
-        same = same and subprocess.run(["cmp", "-s", folder / "hf/model.safetensors", folder / "back/model.safetensors"]).returncode == 0
+        print(f"{nbytes / 1e9:.2f} GB\n{'':<24}{'seconds':>8}{'plain':>8}{'MB/s':>8}{'of plain':>10}{'peak MB':>9}")
+        for what in ("to_megatron", "to_hf"):
+            rows = [(*in_its_own_process("plain", folder)[:1], *in_its_own_process(what, folder)) for _ in range(repeats)]
+            for plain, seconds, peak in rows:
+                print_row(what, seconds, plain, nbytes, peak)
+            plains, times, peaks = zip(*rows, strict=True)
+            print_row(f"{what}, median", median(times), median(plains), nbytes, max(peaks))
+            print_row(f"{what}, best", min(times), min(plains), nbytes, max(peaks))
+        same = filecmp.cmp(folder / "hf/model.safetensors", folder / "to_hf/model.safetensors", shallow=False)
         print("there and back: " + ("the same file, byte for byte" if same else "another file"))
     finally:
         shutil.rmtree(folder)

@@ -13,13 +13,15 @@ says what Megatron calls them. Everything is checked against that before anythin
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from ..models.config import DTYPES, read_hf_config
 from ..models.mapping import Operation, Vocabulary, expand
 from ..types import InputError
 from .native import sync
+from .read_ahead import read_ahead
 from .safetensors_folder import INDEX, SafetensorsFile, SafetensorsFolder
 from .torch_dist import LATEST, Piece, Place, TorchDistReader, checkpoint_folder, fused_norm_key, place_of, write_torch_dist
 
@@ -66,7 +69,7 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.hf_shapes)
+        return sum(map(math.prod, self.hf_shapes))
 
     @property
     def is_routed(self) -> bool:
@@ -310,7 +313,8 @@ class MegatronToHF:
         return entry.numel * self._entry_dtype(entry).itemsize
 
     def _read(self, entry: Entry) -> list[Tensor]:
-        return [tensor.to(self._dtype or tensor.dtype) for tensor in entry.operation.separate(self._source.get(self._places[entry.name]))]
+        tensors = entry.operation.separate(self._source.get(self._places[entry.name]))
+        return [_finite(name, tensor.to(self._entry_dtype(entry))) for name, tensor in zip(entry.hf, tensors, strict=True)]
 
     def _verify(self, written: SafetensorsFolder, entries: list[Entry]) -> None:
         for entry in entries:
@@ -337,10 +341,10 @@ class MegatronToHF:
         announced = [
             (name, self._entry_dtype(entry), shape) for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
         ]
-        with SafetensorsFile(path, announced) as file:
-            for entry in entries:
-                for name, tensor in zip(entry.hf, self._read(entry), strict=True):
-                    file.write(name, _finite(name, tensor))
+        with SafetensorsFile(path, announced) as file, closing(read_ahead(entries, self._read, self._nbytes)) as read:
+            for entry, tensors in read:
+                for name, tensor in zip(entry.hf, tensors, strict=True):
+                    file.write(name, tensor)
                 advance(self._nbytes(entry))
 
     def _check(self) -> None:
@@ -454,6 +458,7 @@ def _hub_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not (hf.tie_word_embeddings and name == "lm_head.weight")}
 
 
+@cache  # models repeat a few shapes for thousands of parameters
 def _joined_shape(operation: Operation, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     return tuple(operation.join([torch.empty(shape, device="meta") for shape in shapes]).shape)
 
@@ -472,7 +477,7 @@ def _share(entries: list[Entry], sizes: list[int]) -> list[Entry]:
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself. Its sum is NaN or infinite if an element is, and costs little; only then is it worth looking closer."""
-    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+    if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
         raise InputError(f"tensor {name!r} holds NaN or infinite numbers: the weights are broken, use another copy or step")
     return tensor
 
