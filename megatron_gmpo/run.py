@@ -107,8 +107,9 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     SafetensorsFolder(cfg.model.path)
     identity = native.model_identity(description.hf, cfg.model.dtype)
     if cfg.model.reference_path:
+        reference = read_hf_config(cfg.model.reference_path, "model.reference_path")
         SafetensorsFolder(cfg.model.reference_path)
-        if native.model_identity(read_hf_config(cfg.model.reference_path, "model.reference_path"), cfg.model.dtype) != identity:
+        if native.model_identity(reference, cfg.model.dtype) != identity:
             raise InputError(f"model.reference_path = {cfg.model.reference_path!r} is not of the shape of model.path: give one that is")
     checkpoint = native.latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
     if checkpoint:

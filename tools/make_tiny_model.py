@@ -17,7 +17,7 @@ from transformers.utils import logging
 from megatron_gmpo.config import exit_with_one_line
 from megatron_gmpo.types import InputError
 
-Family = Literal["qwen3_moe", "qwen3", "qwen2", "llama"]
+Family = Literal["qwen3_moe", "qwen3", "qwen2_moe", "qwen2", "mixtral", "llama", "deepseek_v3", "glm4_moe"]
 
 PAD, EOS = "<pad>", "<eos>"
 CHATML = (
@@ -98,7 +98,8 @@ def make_tiny_model(
     Args:
         tokenizer: saved beside the model and the source of its vocabulary size; None means ``arithmetic_tokenizer()``.
         ffn_hidden_size: width of the MLP, of each expert in a MoE.
-        head_dim: width of a head in the Qwen3 families; Qwen2 and Llama split ``hidden_size`` over the heads.
+        head_dim: width of a head in the Qwen3 families and GLM, where DeepSeek's has half as many rotary channels more; the others split
+            ``hidden_size`` over the heads.
         num_experts: experts a layer of a MoE.
         initializer_range: standard deviation of the weights; at this width the usual 0.02 makes near-uniform logits, near-equal
             router scores and slow learning.
@@ -132,6 +133,38 @@ def make_tiny_model(
             "moe_intermediate_size": ffn_hidden_size,
             "norm_topk_prob": True,
         }
+    if family in ("deepseek_v3", "glm4_moe"):
+        shape |= {
+            "n_routed_experts": num_experts,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 2.5,
+            "moe_intermediate_size": ffn_hidden_size,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 0,
+        }
+    if family == "deepseek_v3":
+        shape |= {
+            "num_key_value_heads": 4,
+            "q_lora_rank": hidden_size * 3 // 4,
+            "kv_lora_rank": hidden_size // 2,
+            "qk_nope_head_dim": head_dim,
+            "qk_rope_head_dim": head_dim // 2,
+            "v_head_dim": head_dim,
+        }
+    if family == "glm4_moe":
+        shape |= {"head_dim": head_dim, "attention_bias": True, "use_qk_norm": True}
+    if family == "qwen2_moe":
+        shape |= {
+            "num_experts": num_experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": ffn_hidden_size,
+            "shared_expert_intermediate_size": 2 * ffn_hidden_size,
+        }
+    if family == "mixtral":
+        shape |= {"num_local_experts": num_experts, "num_experts_per_tok": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), dtype=torch.float32)
@@ -140,10 +173,11 @@ def make_tiny_model(
             model.get_input_embeddings().weight[tokenizer.pad_token_id].normal_(std=initializer_range)
         if randomize_norms:
             with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.ndim == 1:
-                        parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype)
+                for tensor in model.state_dict().values():
+                    if tensor.ndim == 1:
+                        tensor.add_(0.1 * torch.randn_like(tensor))
+    for parameter in model.parameters():  # buffers, as a router's bias, stay fp32
+        parameter.data = parameter.data.to(dtype)
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -33,8 +33,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..distributed import all_gather_objects, rank, world_size
 from ..models import FAMILIES
+from ..models.blocks import prediction_layers
 from ..models.config import DTYPES, read_hf_config
-from ..models.mapping import Operation, Vocabulary, expand
+from ..models.mapping import ROUTER_BIAS, Operation, Vocabulary, expand
 from ..types import InputError
 from .native import sync
 from .read_ahead import read_ahead
@@ -92,6 +93,7 @@ class ConversionTable:
         family = FAMILIES[self.hf.model_type]
         self._architecture = family.architecture(self.hf)
         self.num_experts: int = self._architecture.get("num_moe_experts") or 0
+        self._latent_attention: bool = self._architecture.get("multi_latent_attention", False)
         frequency = self._architecture.get("moe_layer_freq", 1)
         self._stacked = isinstance(frequency, int)
         shapes = _hub_shapes(self.hf)
@@ -124,17 +126,21 @@ class ConversionTable:
         return self.numel - routed + routed * self._architecture["moe_router_topk"] // self.num_experts
 
     def places(self, entry: Entry, *, stacked: bool | None = None) -> tuple[Place, ...]:
-        """Where a parameter is written: for the norm before a MoE under both names Megatron's layer specs know, else once."""
+        """Where a parameter is written: for a norm under both names Megatron's layer specs know, Transformer Engine's first, else once."""
         place = place_of(
             entry.name,
             num_layers=self.hf.num_hidden_layers,
             num_experts=self.num_experts,
             stacked=self._stacked if stacked is None else stacked,
+            latent_attention=self._latent_attention,
         )
-        fused = Place(fused_norm_key(place.key), place.index, place.axes)
+        fused = Place(fused_norm_key(place.key, latent_attention=self._latent_attention), place.index, place.axes)
         if fused == place:
             return (place,)
-        return (place, fused) if entry.name.split(".pre_mlp_")[0] in self._moe_layers else (fused,)
+        before_moe = entry.name.split(".pre_mlp_")[0] in self._moe_layers
+        if self._latent_attention:
+            return (place,) if before_moe else (fused, place)
+        return (place, fused) if before_moe else (fused,)
 
     def extra_states(self) -> list[Place]:
         """Modules to which one of Megatron's layer specs gives an ``_extra_state``."""
@@ -175,7 +181,7 @@ class HFToMegatron:
 
     def __init__(self, hf: Path) -> None:
         self.table = ConversionTable(hf)
-        self._source = SafetensorsFolder(hf)
+        self._source = SafetensorsFolder(hf, left_out=prediction_layers(self.table.hf))
         self._check()
         self.nbytes = sum(self._nbytes(entry) for entry in self.table.entries)
 
@@ -256,7 +262,7 @@ class MegatronToHF:
         megatron: folder with latest_checkpointed_iteration.txt, or one ``iter_*`` folder; converted, or of a training run.
         template: Hugging Face folder whose config.json and tokenizer to use; without it the checkpoint's ``hf`` folder, or the model
             the training run started from.
-        dtype: of the tensors written, ``bf16`` or ``fp32``; None keeps each one's own.
+        dtype: of the tensors written but for router biases, ``bf16`` or ``fp32``; None keeps each one's own.
 
     Raises:
         InputError: no torch_dist checkpoint or no config.json there; a parameter that is missing, unknown or misshapen; files that are
@@ -307,7 +313,8 @@ class MegatronToHF:
         return Converted(sum(1 for _ in self.table.hf_names), self.nbytes, time.perf_counter() - started)
 
     def _entry_dtype(self, entry: Entry) -> torch.dtype:
-        return self._dtype or self._source.tensors[self._places[entry.name].key].properties.dtype
+        stored = self._source.tensors[self._places[entry.name].key].properties.dtype
+        return stored if entry.name.endswith(ROUTER_BIAS) else self._dtype or stored
 
     def _nbytes(self, entry: Entry) -> int:
         return entry.numel * self._entry_dtype(entry).itemsize

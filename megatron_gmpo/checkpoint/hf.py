@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..distributed import all_gather_objects
-from ..models.mapping import Mapping, Match, canonical_name, is_expert, with_global_numbers
+from ..models.mapping import ROUTER_BIAS, Mapping, Match, canonical_name, is_expert, with_global_numbers
 from ..types import InputError
 from .safetensors_folder import SafetensorsFolder
 
@@ -21,10 +22,10 @@ _DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time sto
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """A parameter this rank holds, under its canonical global name."""
+    """A parameter, or a router's bias, that this rank holds, under its canonical global name."""
 
     name: str
-    tensor: torch.nn.Parameter
+    tensor: Tensor
     is_expert: bool
 
 
@@ -36,7 +37,8 @@ def local_parameters(chunks: list[torch.nn.Module], groups: ProcessGroupCollecti
             model = model.module
         layer_numbers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
         first_expert = groups.ep.rank() * ((model.config.num_moe_experts or 0) // groups.ep.size())
-        for name, parameter in model.named_parameters():
+        biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(ROUTER_BIAS))
+        for name, parameter in chain(model.named_parameters(), biases):
             name = with_global_numbers(canonical_name(name), layer_numbers, first_expert)
             yield LocalParameter(name, parameter, is_expert(name))
 
@@ -51,7 +53,7 @@ def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: 
     """
     used: set[str] = set()
     try:
-        source = SafetensorsFolder(path)
+        source = SafetensorsFolder(path, left_out=mapping.left_out)
         for parameter in local_parameters(chunks, groups):
             used.update(_load_parameter(parameter, source, mapping, groups))
         present, problem = {name for name in source.names if not name.endswith(_DERIVED)}, None

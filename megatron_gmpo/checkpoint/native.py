@@ -57,6 +57,14 @@ _IDENTITY = [
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
     "tie_word_embeddings",
 ]
 

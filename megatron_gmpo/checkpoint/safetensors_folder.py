@@ -8,6 +8,7 @@ dictionaries; reading and writing by offset does neither.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, KeysView
@@ -18,7 +19,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ..distributed import rank
+from ..models.hub import hub_names
 from ..types import InputError
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -56,19 +61,20 @@ class StoredTensor:
 class SafetensorsFolder:
     """Tensors of a Hugging Face folder by the names its family has on the hub, sharded over files or not.
 
-    Experts that newer transformers stores fused, ``experts.gate_up_proj`` (E, 2F, H) and ``experts.down_proj`` (E, H, F), appear one by
-    one as ``experts.{e}.gate_proj.weight`` (F, H), ``up_proj`` and ``down_proj``. FP8 weights with block scales
+    Tensors stored under transformers' own names appear under those of the hub: experts fused in one tensor, one by one (see
+    ``models.hub``). FP8 weights with block scales
     (``weight_scale_inv``, DeepSeek's layout) appear as bfloat16.
 
     Args:
-        path: the folder.
+        path: the folder, with a config.json.
+        left_out: tensors whose names begin so are passed over, with a warning.
 
     Raises:
         InputError: no safetensors there, weights in pickle files, an index that names an absent file, a file that is truncated or is
             no safetensors file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, left_out: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
         if pickles := sorted(file.name for file in self.path.glob("*") if file.suffix in _PICKLES):
             raise InputError(f"{str(path)!r} holds {pickles[0]!r}, a pickle, which can run code when read: keep safetensors only")
@@ -85,11 +91,19 @@ class SafetensorsFolder:
         for name, file in (listed or {}).items():
             if name not in stored[file]:
                 raise InputError(f"{self.path / INDEX} says that {file} holds {name!r}, which it does not: fetch the model again")
+        if passed_over := [name for name in flat if name.startswith(left_out)]:
+            flat = {name: tensor for name, tensor in flat.items() if not name.startswith(left_out)}
+            if rank() == 0:
+                logger.warning(
+                    f"{str(path)!r}: {len(passed_over)} tensors of layers for multi-token prediction are not carried over, "
+                    f"the first {min(passed_over)!r}"
+                )
         self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(_SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
+        model_type: str = json.loads((self.path / "config.json").read_text())["model_type"]
         for name, tensor in flat.items():
             if name not in self._scales:
-                self._tensors.update(_unfused(name, tensor))
+                self._tensors.update(_unfused(hub_names(name, model_type), tensor))
 
     @property
     def names(self) -> KeysView[str]:
@@ -185,21 +199,17 @@ def _read_index(index: Path) -> dict[str, str]:
         raise InputError(f"{index} cannot be read ({type(error).__name__}): fetch the model again") from None
 
 
-def _unfused(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
+def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTensor]:
     """A fused expert tensor as the per-expert ones it consists of; any other as itself."""
-    before, _, what = name.rpartition(".")
-    if not before.endswith(".experts") or what not in ("gate_up_proj", "down_proj") or len(tensor.shape) != 3:
-        return {name: tensor}
+    if "{e}" not in names[0] or len(tensor.shape) != 3:
+        return {names[0]: tensor}
     experts, rows, columns = tensor.shape
-    parts = ["gate_proj", "up_proj"] if what == "gate_up_proj" else ["down_proj"]
-    shape = (rows // len(parts), columns)
+    shape = (rows // len(names), columns)
     nbytes = math.prod(shape) * tensor.dtype.itemsize
     return {
-        f"{before}.{expert}.{part}.weight": StoredTensor(
-            tensor.file, tensor.dtype, shape, tensor.start + (expert * len(parts) + place) * nbytes
-        )
+        part.format(e=expert): StoredTensor(tensor.file, tensor.dtype, shape, tensor.start + (expert * len(names) + place) * nbytes)
         for expert in range(experts)
-        for place, part in enumerate(parts)
+        for place, part in enumerate(names)
     }
 
 

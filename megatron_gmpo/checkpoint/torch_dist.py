@@ -53,11 +53,12 @@ class Place:
     axes: tuple[int, ...] = ()
 
 
-def place_of(name: str, *, num_layers: int, num_experts: int, stacked: bool) -> Place:
+def place_of(name: str, *, num_layers: int, num_experts: int, stacked: bool, latent_attention: bool = False) -> Place:
     """The place of a parameter by its canonical Megatron name (see ``models.mapping``).
 
     Args:
         stacked: whether all layers are of one kind; Megatron keeps layers apart where some are MoE and some dense.
+        latent_attention: whether the norm before the attention has a key of its own, several linear layers being behind it.
     """
     index: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
@@ -67,14 +68,19 @@ def place_of(name: str, *, num_layers: int, num_experts: int, stacked: bool) -> 
     if found := re.search(r"\.local_experts\.(\d+)\.", name):
         index, axes = (*index, int(found[1])), (*axes, num_experts)
         name = name.replace(found[0], ".experts.")
-    return Place(re.sub(r"(layers\.(?:\d+\.)?)input_layernorm\.", r"\1self_attention.linear_qkv.layer_norm_", name), index, axes)
+    if not latent_attention:
+        name = re.sub(r"(layers\.(?:\d+\.)?)input_layernorm\.", r"\1self_attention.linear_qkv.layer_norm_", name)
+    return Place(name, index, axes)
 
 
-def fused_norm_key(key: str) -> str:
-    """The other key of a norm before the MLP: fused into its first linear layer by name.
+def fused_norm_key(key: str, *, latent_attention: bool = False) -> str:
+    """The other key of a norm before the MLP, or of latents: fused into the linear layer behind it by name.
 
-    Megatron's plain layer spec stores it there in every layer, Transformer Engine's in dense layers only (gpt_layer_specs.py).
+    Megatron's plain layer spec stores the MLP's there in every layer, Transformer Engine's in dense layers only; with latent attention
+    the plain one fuses nothing, and Transformer Engine's also the latents' norms (gpt_layer_specs.py).
     """
+    if latent_attention:
+        key = re.sub(r"\.(q|kv)_layernorm\.", r".linear_\1_up_proj.layer_norm_", key)
     return key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 
 

@@ -1,8 +1,20 @@
 """Model families: config.json -> Megatron model, and the names of its tensors."""
 
 from .blocks import Family
+from .deepseek import DEEPSEEK_V3
+from .glm import GLM4_MOE
 from .llama import LLAMA
-from .qwen import QWEN2, QWEN3, QWEN3_MOE
+from .mixtral import MIXTRAL
+from .qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE}
+FAMILIES: dict[str, Family] = {
+    "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
+    "llama": LLAMA,
+    "mixtral": MIXTRAL,
+    "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+}
 """By ``model_type`` of config.json."""

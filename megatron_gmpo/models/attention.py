@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 
@@ -41,6 +42,8 @@ class PackedAttention(torch.nn.Module):
         attention_type: str,
         pg_collection: Any,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
     ) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query (T, heads, d), key and value (T, groups, d), T local tokens -> (T, heads * d)."""
+        """query (T, heads, d), key (T, groups, d) and value (T, groups, e), T local tokens -> (T, heads * e)."""
         assert packed_seq_params is not None, "only packed sequences are supported"
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         bounds: list[int] = packed_seq_params.cu_seqlens_q.tolist()
@@ -77,6 +80,20 @@ class PackedAttention(torch.nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True)
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs).flatten(1)
+
+
+class LatentAttention(MLASelfAttention):
+    """Multi-head latent attention whose norms of the latents have transformers' epsilon (modeling_deepseek_v3.py).
+
+    Megatron gives them that of the model's other norms.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        module: Any
+        for module in self.children():
+            if hasattr(module, "eps"):  # the norms, or the up projections that Transformer Engine fuses them into
+                module.eps = 1e-6
 
 
 def _zigzag(start: int, end: int, total: int, cp: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from ..types import InputError
-from .mapping import GateUp, QueryKeyValue, Replicated, Row, Split, Vocabulary
+from .mapping import ROUTER_BIAS, GateUp, QueryKeyValue, Replicated, Row, Split, Vocabulary
 
 HFConfig = Any  # transformers' PreTrainedConfig: its fields differ by family
 
@@ -82,6 +82,16 @@ def routed_experts() -> list[Row]:
     ]
 
 
+def biased_router() -> list[Row]:
+    """The bias that is added to the scores when experts are chosen; no gradient trains it."""
+    return [Row(LAYER + ROUTER_BIAS, (HF_LAYER + "mlp.gate.e_score_correction_bias",), Replicated())]
+
+
+def shared_experts() -> list[Row]:
+    """The experts that see every token, which both sides keep as one MLP."""
+    return gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_experts.")
+
+
 def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
     """TransformerConfig fields of a pre-norm RMSNorm decoder with gated SiLU MLPs and rotary positions.
 
@@ -107,6 +117,40 @@ def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
+
+
+def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
+    """TransformerConfig fields of experts chosen by sigmoid scores and a bias, in groups, beside shared ones (arXiv 2412.19437, 2.1.2).
+
+    Raises:
+        InputError: the config asks for something that Megatron's router does not compute.
+    """
+    dense, layers, topk = hf.first_k_dense_replace, hf.num_hidden_layers, hf.num_experts_per_tok
+    in_groups = hf.n_group > hf.topk_group  # else every group is chosen
+    refuse(hf, "first_k_dense_replace", dense >= layers, "a model without experts is not supported")
+    refuse(hf, "n_shared_experts", not hf.n_shared_experts, "a model without shared experts is not supported")
+    refuse(hf, "norm_topk_prob", hf.norm_topk_prob != (topk > 1), "scores are normalised over the chosen experts, but for a single one")
+    # a group's score is the sum of its best 2 in transformers, of its best topk // topk_group in moe_utils.py:group_limited_topk
+    wrong = in_groups and topk // hf.topk_group != 2
+    refuse(hf, "topk_group", wrong, f"only half of num_experts_per_tok = {topk} is supported, or all n_group = {hf.n_group}")
+    return {
+        "num_moe_experts": hf.n_routed_experts,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": hf.moe_intermediate_size * hf.n_shared_experts,
+        "moe_layer_freq": [0] * dense + [1] * (layers - dense) if dense else 1,
+        "moe_router_topk": topk,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_num_groups": hf.n_group if in_groups else None,
+        "moe_router_group_topk": hf.topk_group if in_groups else None,
+        "moe_router_topk_scaling_factor": hf.routed_scaling_factor,
+    }
+
+
+def prediction_layers(hf: HFConfig) -> tuple[str, ...]:
+    """How tensors of multi-token prediction layers are named in a folder; neither transformers' model nor ours has these layers."""
+    first, count = hf.num_hidden_layers, getattr(hf, "num_nextn_predict_layers", None) or 0
+    return tuple(HF_LAYER.format(l=layer) for layer in range(first, first + count))
 
 
 def no_attention_bias(hf: HFConfig) -> None:

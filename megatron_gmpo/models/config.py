@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig
 
 from ..config import Config, ParallelConfig
 from ..types import InputError
 from . import FAMILIES
-from .blocks import HFConfig
+from .blocks import HFConfig, prediction_layers
 from .mapping import Mapping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,13 +58,13 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]
     architecture = family.architecture(hf)
-    check_layout(cfg.parallel, architecture, world_size)
+    check_layout(cfg.parallel, architecture, world_size, uneven_stages=not _UNEVEN_STAGES.isdisjoint(cfg.megatron))
     use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     transformer = _transformer_config(cfg, architecture, use_te)
     multiple = math.lcm(128, cfg.parallel.tensor_model_parallel_size)
     padded_vocab_size = -(-hf.vocab_size // multiple) * multiple
-    mapping = Mapping(family.rows(hf, padded_vocab_size), tied=hf.tie_word_embeddings)
-    return ModelDescription(hf, transformer, mapping, padded_vocab_size, _rope(hf), use_te)
+    mapping = Mapping(family.rows(hf, padded_vocab_size), tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
+    return ModelDescription(hf, transformer, mapping, padded_vocab_size, _rope(hf, architecture), use_te)
 
 
 def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
@@ -86,8 +86,14 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
     return hf
 
 
-def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_size: int) -> None:
-    """Refuses a layout that does not divide the world or the model, naming the fields and both numbers."""
+_UNEVEN_STAGES = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
+
+
+def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_size: int, *, uneven_stages: bool = False) -> None:
+    """Refuses a layout that does not divide the world or the model, naming the fields and both numbers.
+
+    With ``uneven_stages`` the layers are left to Megatron, which is told how many the first or last stage has.
+    """
     tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     experts = architecture.get("num_moe_experts")
@@ -105,8 +111,11 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
     divides("tensor_model_parallel_size", tp, "num_attention_heads", architecture["num_attention_heads"])
     divides("tensor_model_parallel_size", tp, "num_key_value_heads", architecture["num_query_groups"])
     divides("tensor_model_parallel_size", tp, "intermediate_size", architecture["ffn_hidden_size"])
+    if shared := architecture.get("moe_shared_expert_intermediate_size"):
+        divides("tensor_model_parallel_size", tp, "shared_expert_intermediate_size", shared)
     stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
-    divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
+    if not uneven_stages:
+        divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
     if not experts:
         for field, value in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
             if value > 1:
@@ -133,6 +142,7 @@ _OUR_FIELDS = {"params_dtype": "model.dtype", "bf16": "model.dtype", "fp16": "mo
 _FIXED_FIELDS = {
     "calculate_per_token_loss": "the loss already comes divided, and gradients would be summed over ranks a second time",
     "variable_seq_lengths": "packed microbatches differ in length",
+    "moe_router_bias_update_rate": "rollouts are drawn with the router bias as it is",
 }
 
 
@@ -160,6 +170,7 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": use_te,
         "moe_router_dtype": "fp32",
+        "moe_router_bias_update_rate": 0.0,
     }
     if not use_te:  # the fused kernels of these need Transformer Engine or apex
         fields |= {
@@ -169,13 +180,17 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
             "apply_rope_fusion": False,
         }
     try:
-        return TransformerConfig(**(fields | cfg.megatron))
+        return _config_class(architecture)(**(fields | cfg.megatron))
     except (ValueError, AssertionError, TypeError, ImportError) as error:
         raise InputError(f"Megatron's TransformerConfig refuses this config: {_one_line(error)}") from None
 
 
+def _config_class(architecture: dict[str, Any]) -> type[TransformerConfig]:
+    return MLATransformerConfig if architecture.get("multi_latent_attention") else TransformerConfig
+
+
 def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], use_te: bool) -> None:
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    known = {field.name for field in dataclasses.fields(_config_class(architecture))}
     for name, value in table.items():
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -198,15 +213,18 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
             raise InputError(f"megatron.{name} = true needs Transformer Engine and a GPU: remove it")
 
 
-def _rope(hf: HFConfig) -> dict[str, Any]:
+def _rope(hf: HFConfig, architecture: dict[str, Any]) -> dict[str, Any]:
+    if architecture.get("multi_latent_attention"):  # each of its layers rotates by TransformerConfig's own fields
+        return {}
     rope = hf.rope_parameters
+    base = {"rotary_base": rope["rope_theta"], "rotary_percent": rope.get("partial_rotary_factor", 1.0)}
     kind = rope.get("rope_type", "default")
     if kind == "default":
-        return {"rotary_base": rope["rope_theta"]}
+        return base
     # Megatron-Core (rotary_pos_embedding.py:_apply_scaling) has Llama 3's frequency scaling with these constants built in
     llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind == "llama3" and all(rope[key] == value for key, value in llama3.items()):
-        return {"rotary_base": rope["rope_theta"], "rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+        return base | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     raise InputError(f"config.json of this {hf.model_type} model has rope_parameters = {rope!r}: only default and llama3 are supported")
 
 

@@ -17,6 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+ROUTER_BIAS = "mlp.router.expert_bias"
+"""How the canonical name of a router's bias ends. Megatron has it as a buffer, in fp32 whatever the model's dtype."""
+
 
 class Operation(Protocol):
     """An invertible step between full Hugging Face tensors and the shards of one Megatron parameter."""
@@ -144,10 +147,11 @@ class Mapping:
     Args:
         rows: the table.
         tied: the output layer shares the embedding's weight, and Hugging Face stores it once.
+        left_out: beginnings of Hugging Face names that a folder may have and the model does not.
     """
 
-    def __init__(self, rows: list[Row], tied: bool) -> None:
-        self.tied = tied
+    def __init__(self, rows: list[Row], tied: bool, left_out: tuple[str, ...] = ()) -> None:
+        self.tied, self.left_out = tied, left_out
         self._rows = [(_pattern(row.megatron), row) for row in rows]
 
     def find(self, name: str) -> Match:
@@ -169,6 +173,7 @@ def canonical_name(name: str) -> str:
     Example: ``decoder.layers.0.mlp.experts.linear_fc1.weight3`` -> ``decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight``.
     """
     name = name.replace(".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight")
+    name = re.sub(r"\.linear_(q|kv)_up_proj\.layer_norm_weight$", r".\1_layernorm.weight", name)
     name = name.replace(".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight")
     return re.sub(r"\.experts\.(linear_fc[12])\.weight(\d+)$", r".experts.local_experts.\2.\1.weight", name)
 

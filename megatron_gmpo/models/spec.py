@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from .attention import PackedAttention, RMSNorm
+from .attention import LatentAttention, PackedAttention, RMSNorm
 
 
 def decoder_spec(config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -17,16 +18,33 @@ def decoder_spec(config: TransformerConfig, *, use_transformer_engine: bool, vp_
     spec: Any = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
+    layers = spec.layer_specs or []
+    if config.multi_latent_attention:
+        for layer in layers:
+            layer.submodules.self_attention.module = LatentAttention
     if use_transformer_engine:
         return spec
     spec.layer_norm = RMSNorm
-    for layer in spec.layer_specs or []:
+    for layer in layers:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        if layer.submodules.mlp.module is MoELayer:
+        is_moe = layer.submodules.mlp.module is MoELayer
+        if is_moe:
             # a dense layer's norm is stored as part of linear_fc1, which a MoE layer does not have: the key of Transformer Engine's spec
             layer.submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
-        if config.qk_layernorm:
+        if config.multi_latent_attention:
+            attention.q_layernorm = attention.kv_layernorm = RMSNorm
+            # whole on every tensor-parallel rank: Megatron's gather of split ones loses what other ranks' heads add to the gradient of
+            # the rotary key they share (multi_latent_attention.py:get_query_key_value_tensors)
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+            layer.submodules.sharded_state_dict_keys_map = _latent_attention_keys(is_moe)
+        elif config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
+
+
+def _latent_attention_keys(is_moe: bool) -> dict[str, str]:
+    """Where Transformer Engine's spec keeps the norms that it fuses into linear layers."""
+    fused = {f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")}
+    return fused if is_moe else fused | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}

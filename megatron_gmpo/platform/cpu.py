@@ -91,6 +91,7 @@ def _torch_on_cpu() -> ModuleType:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             if _names_cuda(kwargs.get("device")):
                 kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)  # there is no GPU to copy it to
             return make(*args, **kwargs)
 
         return made
@@ -130,8 +131,10 @@ def _patch_megatron() -> None:
     import megatron.core.dist_checkpointing.strategies.torch
     import megatron.core.models.gpt
     import megatron.core.pipeline_parallel  # noqa: F401
+    from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     on_cpu = _torch_on_cpu()
@@ -149,6 +152,7 @@ def _patch_megatron() -> None:
         patched.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
     for patched in (moe_utils, token_dispatcher):
         patched.maybe_move_tensor_to_cpu = _maybe_move_tensor_to_cpu
+    multi_latent_attention.HAVE_TE = HAVE_TE  # it takes the stand-ins that Megatron imports instead for the real thing
     if not hasattr(moe_utils, "te_general_gemm"):  # the name exists only beside Transformer Engine
         moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..distributed import all_gather_objects, rank, world_size
+from ..models.hub import hub_names
 from ..types import FinishReason, InputError, NonFiniteError, Prompt, Sample, SampleGroup
 from .engine import SamplingParams
 
@@ -189,10 +190,9 @@ def _sample(logits: Tensor, warpers: LogitsProcessorList, generator: torch.Gener
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
-def _weight_slots(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Name in the Hugging Face checkpoint -> the memory that holds it.
+def _weight_slots(model: Any) -> dict[str, Tensor]:
+    """Name in the Hugging Face checkpoint -> the memory that holds it, for routed experts a part of what transformers stacks.
 
-    The two differ for routed experts: checkpoints name each, transformers 5 stacks them (its ``conversion_mapping.py``, "qwen2_moe").
     Tied weights appear under their first name, as in checkpoints.
     """
     slots: dict[str, Tensor] = {}
@@ -201,14 +201,12 @@ def _weight_slots(model: torch.nn.Module) -> dict[str, Tensor]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        prefix, _, kind = name.rpartition(".")
-        if kind == "gate_up_proj":  # (E, 2 F, H)
-            for e, both in enumerate(value):
-                slots[f"{prefix}.{e}.gate_proj.weight"], slots[f"{prefix}.{e}.up_proj.weight"] = both.chunk(2)
-        elif kind == "down_proj":  # (E, H, F)
-            slots |= {f"{prefix}.{e}.down_proj.weight": expert for e, expert in enumerate(value)}
-        else:
-            slots[name] = value
+        names = hub_names(name, model.config.model_type)
+        if "{e}" not in names[0]:
+            slots[names[0]] = value
+            continue
+        for e, expert in enumerate(value):
+            slots |= {part.format(e=e): slot for part, slot in zip(names, expert.chunk(len(names)), strict=True)}
     return slots
 
 

@@ -53,7 +53,7 @@ def make_config(layout: str, path: Path, dtype: str = "fp32") -> tuple[int, Conf
 
 @pytest.fixture(scope="session")
 def model_of(tiny_model: Callable[..., Path]) -> Callable[[str], Path]:
-    """The folder of ``qwen3``, ``qwen3 tied`` or ``qwen3_moe``."""
+    """The folder of a family, ``qwen3 tied`` among them."""
     tokenizer = text_tokenizer()
 
     def make(name: str) -> Path:
@@ -107,6 +107,9 @@ def straight_runs(model_of: Callable[[str], Path], tmp_path_factory: pytest.Temp
         ("qwen3_moe", "bf16", "dp2 tp2 ep2", "dp2 tp2 ep2"),
         ("qwen3_moe", "bf16", "ep2 distributed optimizer", "ep2 distributed optimizer"),
         ("qwen3_moe", "bf16", "ep2 distributed optimizer", "ep2"),
+        ("deepseek_v3", "fp32", "tp2 ep2", "pp2 cp2"),
+        ("glm4_moe", "bf16", "dp2 tp2 ep2", "dp2 tp2 ep2"),
+        ("qwen2_moe", "fp32", "tp2 ep2", "pp2"),
     ],
 )
 def test_two_steps_and_two_after_resuming_are_four_steps(

@@ -158,6 +158,40 @@ def test_layout_equals_float64_reference(ranks: RankPool, expected: Reference, f
     check(ranks.run(world_size, cases.train, cfg, known["batch"], STEPS), known)
 
 
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("deepseek_v3", "one rank"),
+        ("deepseek_v3", "tp2 ep2"),
+        ("deepseek_v3", "tp2 cp2 etp2"),
+        ("deepseek_v3", "pp2 cp2 ep2"),
+        ("glm4_moe", "one rank"),
+        ("glm4_moe", "tp2 ep2"),
+    ],
+)
+def test_shared_experts_and_a_router_bias(ranks: RankPool, expected: Reference, family: Family, layout: str) -> None:
+    known = expected(family, clip_grad=0.1)
+    world_size, parallel, distributed = (LAYOUTS | MOE)[layout]
+    optimizer = {"use_distributed_optimizer": distributed, "clip_grad": 0.1}
+    cfg = config(known["path"], parallel, max_tokens=64, optimizer=optimizer)
+    results = ranks.run(world_size, cases.train, cfg, known["batch"], STEPS)
+    check(results, known)
+    biases = [name for name in known["before"] if name.endswith("e_score_correction_bias")]
+    assert biases
+    for name in biases:  # no gradient and no balancing moves it
+        assert torch.equal(results[0]["weights"][name], known["before"][name])
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 ep2", "tp2 cp2 ep2", "tp2 pp2 ep2"])
+def test_shared_expert(ranks: RankPool, expected: Reference, layout: str) -> None:
+    """It is cut over the dense part's ranks, while its gate is whole on each and sees only that rank's part of the sequence."""
+    known = expected("qwen2_moe", clip_grad=0.1)
+    world_size, parallel, distributed = (LAYOUTS | MOE)[layout]
+    optimizer = {"clip_grad": 0.1, "use_distributed_optimizer": distributed}
+    cfg = config(known["path"], parallel, max_tokens=64, optimizer=optimizer)
+    check(ranks.run(world_size, cases.train, cfg, known["batch"], STEPS), known)
+
+
 @pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2 cp2"), ("qwen3_moe", "pp2 cp2 ep2")])
 def test_token_mean_loss(ranks: RankPool, expected: Reference, family: Family, layout: str) -> None:
     known = expected(family, loss="dapo")

@@ -16,7 +16,6 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_gmpo.types import TrainBatch
-from tools.make_tiny_model import Family
 
 from . import cases, reference
 from .ranks import RankPool
@@ -28,13 +27,13 @@ ROOT = Path(__file__).parents[2]
 
 VOCAB = 259  # needs padding in every layout
 
-MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
-    "qwen2": ("qwen2", {}),
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 128}
+WIDE = {"qk_rope_head_dim": 32, "head_dim": 32}  # wavelengths that YaRN leaves, mixes and stretches
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", {}),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}),
     "qwen3 one group": ("qwen3", {"num_key_value_heads": 4, "vocab_size": 384}),
-    "llama": ("llama", {}),
     "llama3 rope": (
         "llama",
         {
@@ -49,11 +48,19 @@ MODELS: dict[str, tuple[Family, dict[str, Any]]] = {
             "head_dim": 32,  # wavelengths below 2048 tokens, between, and above 8192
         },
     ),
-    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen2_moe normalised, without biases": ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False}),
+    "qwen2_moe mlp_only_layers": ("qwen2_moe", {"mlp_only_layers": [0, 3], "intermediate_size": 48}),
     "qwen3_moe not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
     "qwen3_moe mlp_only_layers": ("qwen3_moe", {"mlp_only_layers": [0, 3], "intermediate_size": 48}),
     "qwen3_moe decoder_sparse_step": ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 48}),
+    "deepseek_v3": ("deepseek_v3", {"v_head_dim": 12}),
+    "deepseek_v3 no query rank": ("deepseek_v3", {"q_lora_rank": None, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}),
+    "deepseek_v3 all experts": ("deepseek_v3", {"first_k_dense_replace": 0, "n_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-2}),
+    "deepseek_v3 yarn rope": ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, **WIDE}),
+    "deepseek_v3 yarn rope without mscale": ("deepseek_v3", {"rope_parameters": YARN, **WIDE}),
+    "glm4_moe plain attention": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "first_k_dense_replace": 2}),
 }
+"""Families with changes of config.json; a family's own name is the family as ``tiny_model`` makes it."""
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one rank": (1, {}),
@@ -78,28 +85,39 @@ COVERED = {
     "qwen3 one group": ["tp2"],
     "llama": ["one rank", "tp2 pp2"],
     "llama3 rope": ["one rank", "cp2"],
+    "qwen2_moe": ["one rank", "tp2 etp2", "tp2 ep2", "pp2 vpp2 ep2", "tp2 ep2 etp2"],
+    "qwen2_moe normalised, without biases": ["one rank"],
+    "qwen2_moe mlp_only_layers": ["pp2 vpp2 ep2"],
+    "mixtral": ["one rank", "tp2 etp2", "tp2 ep2", "pp2 vpp2 ep2"],
     "qwen3_moe": ["one rank", "ep2", "tp2 ep2", "tp2 etp2", "pp2 vpp2 ep2", "tp2 ep2 etp2", "ep4"],
     "qwen3_moe not normalised": ["one rank", "tp2 ep2"],
     "qwen3_moe mlp_only_layers": ["one rank", "pp2 vpp2 ep2"],
     "qwen3_moe decoder_sparse_step": ["pp2", "tp2 ep2"],
+    "deepseek_v3": ["one rank", "tp2 ep2", "tp2 etp2", "cp2", "pp2 vpp2 ep2"],
+    "deepseek_v3 no query rank": ["one rank", "tp2 ep2"],
+    "deepseek_v3 all experts": ["one rank", "pp2 vpp2 ep2"],
+    "deepseek_v3 yarn rope": ["one rank", "cp2", "tp2 ep2"],
+    "deepseek_v3 yarn rope without mscale": ["one rank"],
+    "glm4_moe": ["one rank", "tp2 ep2", "tp2 etp2", "cp2", "pp2 vpp2 ep2"],
+    "glm4_moe plain attention": ["one rank", "tp2 ep2"],
 }
 
 
 @pytest.fixture(scope="session")
 def model_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of one of MODELS, every weight random, and large enough for attention to look at some tokens only."""
+    """The folder of a family or of one of MODELS, every weight random, and large enough for attention to look at some tokens only."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
-            family, changes = MODELS[name]
+            family, changes = MODELS.get(name, (name, {}))
             hf = AutoConfig.from_pretrained(tiny_model(family, hidden_size=32, ffn_hidden_size=32, head_dim=16))
             hf.update({"vocab_size": VOCAB, "max_position_embeddings": 131072, **changes})
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
             with torch.no_grad():
-                for parameter in model.parameters():
-                    torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3 if parameter.ndim > 1 else 0.1)
+                for tensor in model.state_dict().values():
+                    torch.nn.init.normal_(tensor, mean=float(tensor.ndim == 1), std=0.3 if tensor.ndim > 1 else 0.1)
             made[name] = tmp_path_factory.mktemp("model")
             model.save_pretrained(made[name])
         return made[name]
@@ -119,6 +137,16 @@ def test_logprobs_are_transformers_and_export_is_the_source(
     assert_same_tensors(results[0]["weights"], reference.saved_tensors(path))
 
 
+def test_stages_of_unequal_length(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
+    """DeepSeek-V3's 61 layers divide by nothing."""
+    path, batch = model_folder("deepseek_v3"), make_batch()
+    cfg = config(path, {PP: 2}, max_tokens=64, megatron={"num_layers_in_first_pipeline_stage": 3})
+    results = ranks.run(2, cases.train, cfg, batch, 0)
+    for result in results:
+        assert_close(result["logprobs"].double(), reference.batch_logprobs(path, batch), atol=1e-4, rtol=0)
+    assert_same_tensors(results[0]["weights"], reference.saved_tensors(path))
+
+
 def long_batch() -> TrainBatch:
     """One sequence long enough to turn the slow channels of rotary embeddings."""
     tokens = torch.randint(3, VOCAB, (700,), generator=torch.Generator().manual_seed(0))
@@ -131,13 +159,14 @@ def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
         assert torch.equal(ours[name], tensor), name
 
 
-def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path]) -> None:
-    """Else the llama3 case above would prove nothing."""
-    path, tokens = model_folder("llama3 rope"), long_batch().tokens
+@pytest.mark.parametrize("name", ["llama3 rope", "deepseek_v3 yarn rope"])
+def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path], name: str) -> None:
+    """Else their cases above would prove nothing."""
+    path, tokens = model_folder(name), long_batch().tokens
     scaled = reference.load_float64(path)
     hf = AutoConfig.from_pretrained(path)
     hf.rope_parameters = {"rope_type": "default", "rope_theta": hf.rope_parameters["rope_theta"]}
-    plain = AutoModelForCausalLM.from_config(hf, dtype=torch.float64, attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_config(hf, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
     plain.load_state_dict(scaled.state_dict())
     with torch.no_grad():
         scaled, plain = (reference.sequence_logprobs(model, tokens, 1.0)[0] for model in (scaled, plain))

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from torch import Tensor
 
 from megatron_gmpo.checkpoint.convert import HFToMegatron, MegatronToHF
@@ -17,6 +21,7 @@ from megatron_gmpo.checkpoint.hf import export_hf
 from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
+from megatron_gmpo.models.attention import PackedAttention
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
@@ -62,6 +67,23 @@ def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tenso
             gpt.load_state_dict(loaded["model"])
         weights = {name: tensor.clone() for name, tensor in export_hf(chunks, description.mapping, groups)}
         return weights if rank() == 0 else None
+    finally:
+        stop_model_parallel()
+
+
+def keys_of_the_plain_spec(cfg: Config) -> set[str]:
+    """What a GPTModel of Megatron's own plain layer spec, but for the core attention, looks for in a checkpoint."""
+    description = describe_model(cfg, world_size(), CPU)
+    groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
+    try:
+        transformer = description.transformer
+        spec: Any = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization="RMSNorm")
+        for layer in spec.layer_specs:  # Megatron's own cannot be built with latent attention
+            layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        gpt = GPTModel(transformer, spec, description.padded_vocab_size, 64, position_embedding_type="rope", pg_collection=groups)
+        sharded = gpt.sharded_state_dict()
+        apply_factories(sharded)
+        return {value.key for value in nested_values(sharded) if isinstance(value, ShardedTensor)}
     finally:
         stop_model_parallel()
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_gmpo.checkpoint.convert import ConversionTable, inspect_checkpoint
+from megatron_gmpo.checkpoint.convert import ConversionTable, HFToMegatron, inspect_checkpoint
+from megatron_gmpo.checkpoint.torch_dist import TorchDistReader
 from tools.make_tiny_model import text_tokenizer
 
 from ..distributed import cases
@@ -36,19 +37,22 @@ TO_MEGATRON, TO_HF = "tools.convert_hf_to_megatron", "tools.convert_megatron_to_
 
 @pytest.fixture(scope="session")
 def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of ``qwen3``, ``qwen3 tied``, ``qwen3_moe mixed`` (dense layers among the MoE ones) ... in a dtype."""
+    """The folder of ``qwen3``, ``qwen3 tied``, ``qwen3_moe mixed`` (dense layers among the MoE ones), ``deepseek_v3 alike`` (none) ..."""
     tokenizer = text_tokenizer()  # 259 tokens: Megatron pads them
     options = {"hidden_size": 32, "ffn_hidden_size": 32, "tokenizer": tokenizer}
 
     def make(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
         family, _, variant = name.partition(" ")
-        if variant != "mixed":
+        changes = {"mixed": {"mlp_only_layers": [0, 2]}, "alike": {"first_k_dense_replace": 0}}
+        if variant not in changes:
             return tiny_model(family, tie_word_embeddings=variant == "tied", dtype=dtype, **options)
         plain = tiny_model(family, dtype=dtype, **options)
-        folder = tmp_path_factory.mktemp("mixed")
+        folder = tmp_path_factory.mktemp(variant)
         shutil.copytree(plain, folder, dirs_exist_ok=True)
-        hf = AutoConfig.from_pretrained(plain, mlp_only_layers=[0, 2])
-        AutoModelForCausalLM.from_config(hf, dtype=dtype).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plain, **changes[variant]), dtype=torch.float32)
+        for parameter in model.parameters():  # buffers stay fp32
+            parameter.data = parameter.data.to(dtype)
+        model.save_pretrained(folder)
         return folder
 
     return make
@@ -81,6 +85,12 @@ def left_over(folder: Path) -> list[str]:
         ("qwen3 tied", torch.bfloat16, 1, 4),
         ("qwen2", torch.float32, 4, 1),
         ("llama", torch.bfloat16, 2, 2),
+        ("deepseek_v3", torch.bfloat16, 2, 1),
+        ("deepseek_v3 alike", torch.bfloat16, 1, 2),
+        ("glm4_moe", torch.bfloat16, 1, 2),
+        ("qwen2_moe", torch.bfloat16, 2, 1),
+        ("qwen2_moe mixed", torch.float32, 1, 2),
+        ("mixtral", torch.bfloat16, 1, 2),
     ],
 )
 def test_there_and_back_is_bit_exact(
@@ -119,6 +129,12 @@ def test_there_and_back_is_bit_exact(
         ("qwen3_moe mixed", {PP: 2, EP: 2}),
         ("qwen3", {TP: 2, PP: 2}),
         ("qwen3 tied", {PP: 2}),
+        ("deepseek_v3", {TP: 2, EP: 2}),
+        ("deepseek_v3 alike", {PP: 2, EP: 2}),
+        ("glm4_moe", {TP: 2, ETP: 2, PP: 2}),
+        ("qwen2_moe", {TP: 2, EP: 2, PP: 2}),
+        ("qwen2_moe mixed", {TP: 2, ETP: 2}),
+        ("mixtral", {TP: 2, EP: 2, PP: 2}),
     ],
 )
 def test_megatron_loads_it_in_every_layout(
@@ -146,6 +162,12 @@ def test_megatron_loads_it_in_every_layout(
         ("qwen3_moe mixed", "ep2", "fp32"),
         ("qwen3 tied", "pp2", "bf16"),
         ("qwen3", "tp2 pp2", "bf16"),
+        ("deepseek_v3", "dp2 tp2 ep2", "bf16"),
+        ("deepseek_v3 alike", "one rank", "bf16"),
+        ("glm4_moe", "pp2 vpp2 ep2", "bf16"),
+        ("qwen2_moe", "tp2 ep2", "fp32"),
+        ("qwen2_moe mixed", "pp2", "bf16"),
+        ("mixtral", "tp2 ep2", "bf16"),
     ],
 )
 def test_training_checkpoint_of_any_layout(
@@ -164,7 +186,8 @@ def test_training_checkpoint_of_any_layout(
     ranks.run(2, conversions.to_hf, tmp_path / "run", tmp_path / "out", source)
     assert_same(tmp_path / "out", trained)
     ranks.run(1, conversions.to_hf, tmp_path / "run/iter_0000002", tmp_path / "out2", source, "bf16")
-    assert_same(tmp_path / "out2", {key: tensor.bfloat16() for key, tensor in trained.items()})
+    bias = "e_score_correction_bias"  # stays fp32
+    assert_same(tmp_path / "out2", {key: tensor if key.endswith(bias) else tensor.bfloat16() for key, tensor in trained.items()})
     assert json.loads((tmp_path / "out2/config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -187,9 +210,10 @@ def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], t
     assert_same(tmp_path / "out", trained)
 
 
-def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:  # noqa: F811
     """The layout transformers keeps in memory: all experts of a layer in one tensor."""
-    source = model("qwen3_moe")
+    source = model(name)
     fused = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
     assert fused["model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 64, 32)
     folder = copied(source, tmp_path)
@@ -199,12 +223,13 @@ def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Pa
     assert_same(tmp_path / "back", source)
 
 
-def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
-    folder = copied(model("qwen3"), tmp_path)
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:  # noqa: F811
+    folder = copied(model(name), tmp_path)
     stored = tensors(folder)
     stored["model.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
     expected = dict(stored)
-    for name in [name for name in stored if name.endswith("_proj.weight")]:
+    for name in [name for name in stored if name.endswith(("_proj.weight", "_proj_with_mqa.weight"))]:
         rows, columns = stored[name].shape
         scale = torch.rand(-(-rows // 128), -(-columns // 128)) + 0.5
         stored[name] = (stored[name].float() * 8).to(torch.float8_e4m3fn)
@@ -221,6 +246,60 @@ def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path)
     ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
     assert_same(tmp_path / "back", expected)
     assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
+
+
+def test_layers_for_multi_token_prediction_are_left_out(
+    ranks: RankPool,  # noqa: F811
+    model: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """DeepSeek-V3 and GLM-4.5 have one such layer on the hub."""
+    source = model("deepseek_v3")
+    folder, further = copied(source, tmp_path), "model.layers.4.mlp.experts.0.up_proj.weight"
+    added = {"model.layers.4.enorm.weight": torch.ones(32), further: torch.ones(32, 32), f"{further}_scale_inv": torch.ones(1, 1)}
+    save_file(tensors(folder) | added, folder / "model.safetensors")
+    assert "2 tensors that config.json does not ask for" in conversions.refusal("to_megatron", folder, tmp_path / "out")
+    about = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(about))
+    HFToMegatron(folder)
+    (warning,) = caplog.messages
+    assert "3 tensors of layers for multi-token prediction are not carried over, the first 'model.layers.4.enorm.weight'" in warning
+    ranks.run(1, conversions.to_megatron, folder, tmp_path / "megatron")
+    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
+    assert_same(tmp_path / "back", source)
+    cfg = config(folder, {}, max_tokens=64, model={"dtype": "bf16"})
+    assert ranks.run(1, cases.refusal, cfg) == [""]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe mixed", "deepseek_v3", "deepseek_v3 alike", "glm4_moe"])
+def test_has_what_the_plain_layer_spec_of_megatron_looks_for(
+    ranks: RankPool,  # noqa: F811
+    model: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    source = model(name)
+    ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
+    (wanted,) = ranks.run(1, conversions.keys_of_the_plain_spec, config(source, {}, max_tokens=64))
+    assert wanted <= TorchDistReader(tmp_path / "megatron/iter_0000000").tensors.keys()
+    assert any(key.endswith("expert_bias") for key in wanted) == ("qwen" not in name)
+
+
+def test_norms_of_latents_have_the_names_of_either_layer_spec(model: Callable[..., Path]) -> None:
+    """Transformer Engine's fused ones (gpt_layer_specs.py) first; of layer 0, a dense one, and of layer 1."""
+    table = ConversionTable(model("deepseek_v3"))
+    keys = {entry.name: [place.key.removeprefix("decoder.layers.") for place in table.places(entry)] for entry in table.entries}
+    expected = {
+        "0.input_layernorm.weight": [],
+        "0.pre_mlp_layernorm.weight": ["0.mlp.linear_fc1.layer_norm_weight"],
+        "1.input_layernorm.weight": [],
+        "1.pre_mlp_layernorm.weight": [],
+        "1.self_attention.q_layernorm.weight": ["1.self_attention.linear_q_up_proj.layer_norm_weight"],
+        "1.self_attention.kv_layernorm.weight": ["1.self_attention.linear_kv_up_proj.layer_norm_weight"],
+    }
+    for name, fused in expected.items():
+        assert keys[f"decoder.layers.{name}"] == [*fused, name]
 
 
 def test_shards_keep_to_their_size(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.models import FAMILIES
+from megatron_gmpo.models.hub import hub_names
 from megatron_gmpo.models.mapping import (
     GateUp,
     Mapping,
@@ -107,6 +112,8 @@ LAYER = "decoder.layers.3."
     [
         (LAYER + "self_attention.linear_qkv.layer_norm_weight", LAYER + "input_layernorm.weight"),
         (LAYER + "mlp.linear_fc1.layer_norm_weight", LAYER + "pre_mlp_layernorm.weight"),
+        (LAYER + "self_attention.linear_q_up_proj.layer_norm_weight", LAYER + "self_attention.q_layernorm.weight"),
+        (LAYER + "self_attention.linear_kv_up_proj.layer_norm_weight", LAYER + "self_attention.kv_layernorm.weight"),
         (LAYER + "mlp.experts.linear_fc1.weight12", LAYER + "mlp.experts.local_experts.12.linear_fc1.weight"),
         (LAYER + "mlp.experts.linear_fc2.weight0", LAYER + "mlp.experts.local_experts.0.linear_fc2.weight"),
     ],
@@ -116,7 +123,9 @@ def test_canonical_names(transformer_engine: str, plain: str) -> None:
     assert canonical_name(plain) == plain
 
 
-@pytest.mark.parametrize("name", ["output_layer.weight", LAYER + "mlp.linear_fc1.weight", LAYER + "self_attention.linear_qkv.bias"])
+@pytest.mark.parametrize(
+    "name", ["output_layer.weight", LAYER + "mlp.shared_experts.linear_fc1.weight", LAYER + "self_attention.linear_qkv.bias"]
+)
 def test_other_names_are_canonical_already(name: str) -> None:
     assert canonical_name(name) == name
 
@@ -145,10 +154,19 @@ def test_an_unknown_parameter_is_an_error_that_names_it(name: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tables_are_one_to_one(family: str) -> None:
-    hf = SimpleNamespace(vocab_size=100, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    hf = SimpleNamespace(vocab_size=100, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, qkv_bias=True)
     rows = list(expand(FAMILIES[family].rows(hf, 128), num_layers=3, num_experts=4))
     ours = [row.megatron for row in rows]
     theirs = [name for row in rows for name in row.hf]
     assert len(set(ours)) == len(ours)
     assert len(set(theirs)) == len(theirs)
     assert not any("{" in name for name in ours + theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hub_names_are_those_transformers_saves(tiny_model: Callable[..., Path], family: str) -> None:
+    saved = load_file(tiny_model(family) / "model.safetensors").keys()
+    held = AutoModelForCausalLM.from_pretrained(tiny_model(family)).state_dict()
+    assert {part.format(e=e) for name in held for part in hub_names(name, family) for e in range(8)} == saved
+    for name in saved:
+        assert hub_names(name, family) == (name,)

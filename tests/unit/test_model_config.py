@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer import MLATransformerConfig
 
 from megatron_gmpo.config import Config
 from megatron_gmpo.models.config import ModelDescription, describe_model
@@ -18,6 +19,7 @@ from megatron_gmpo.types import InputError
 CPU = torch.device("cpu")
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
 Describe = Callable[..., ModelDescription]
 
 
@@ -54,8 +56,26 @@ def test_a_moe_model(describe: Describe) -> None:
     assert (transformer.tensor_model_parallel_size, transformer.expert_model_parallel_size) == (2, 2)
     assert transformer.sequence_parallel
     assert transformer.qk_layernorm
-    assert description.rope == {"rotary_base": 1e6}
+    assert description.rope == {"rotary_base": 1e6, "rotary_percent": 1.0}
     assert not description.use_transformer_engine
+
+
+def test_a_shared_expert(describe: Describe) -> None:
+    transformer = describe("qwen2_moe").transformer
+    assert (transformer.moe_shared_expert_intermediate_size, transformer.moe_ffn_hidden_size) == (128, 64)
+    assert transformer.moe_shared_expert_gate
+    assert transformer.moe_router_pre_softmax
+    assert transformer.add_qkv_bias
+    assert not describe("qwen2_moe", hf={"norm_topk_prob": True}).transformer.moe_router_pre_softmax
+    assert not describe("qwen2_moe", hf={"qkv_bias": False}).transformer.add_qkv_bias
+    assert describe("qwen2_moe", hf={"mlp_only_layers": [0, 3]}).transformer.moe_layer_freq == [0, 1, 1, 0]
+
+
+def test_mixtral(describe: Describe) -> None:
+    transformer = describe("mixtral").transformer
+    assert (transformer.num_moe_experts, transformer.moe_router_topk, transformer.moe_ffn_hidden_size) == (8, 2, 64)
+    assert not transformer.moe_router_pre_softmax
+    assert transformer.moe_shared_expert_intermediate_size is None
 
 
 def test_a_dense_model(describe: Describe) -> None:
@@ -64,6 +84,43 @@ def test_a_dense_model(describe: Describe) -> None:
     assert description.transformer.add_qkv_bias
     assert not description.transformer.add_bias_linear
     assert description.transformer.params_dtype is torch.float32
+
+
+def test_latent_attention(describe: Describe) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 30}
+    transformer = describe("deepseek_v3", hf={"rope_parameters": rope}).transformer
+    assert isinstance(transformer, MLATransformerConfig)
+    assert (transformer.qk_head_dim, transformer.qk_pos_emb_head_dim, transformer.v_head_dim) == (32, 16, 32)
+    assert (transformer.q_lora_rank, transformer.kv_lora_rank) == (48, 32)
+    assert (transformer.rope_type, transformer.rotary_base, transformer.rotary_scaling_factor) == ("yarn", 1e4, 40)
+    assert (transformer.beta_fast, transformer.beta_slow) == (30, 1)
+    assert describe("deepseek_v3", hf={"q_lora_rank": None}).transformer.q_lora_rank is None
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_a_router_with_a_bias(describe: Describe, family: str) -> None:
+    transformer = describe(family, hf={"n_shared_experts": 2, "first_k_dense_replace": 3}).transformer
+    assert transformer.moe_layer_freq == [0, 0, 0, 1]
+    assert (transformer.moe_ffn_hidden_size, transformer.moe_shared_expert_intermediate_size) == (64, 128)
+    assert (transformer.moe_router_num_groups, transformer.moe_router_group_topk) == (2, 1)
+    assert transformer.moe_router_score_function == "sigmoid"
+    assert transformer.moe_router_enable_expert_bias
+    assert transformer.moe_router_bias_update_rate == 0
+    assert describe(family, hf={"topk_group": 2}).transformer.moe_router_num_groups is None  # no group is left out
+
+
+def test_uneven_stages_are_left_to_megatron(describe: Describe) -> None:
+    table = {"num_layers_in_last_pipeline_stage": 2}
+    assert describe("deepseek_v3", 3, parallel={PP: 3}, megatron=table).transformer.num_layers_in_last_pipeline_stage == 2
+    message = mistake(describe, "deepseek_v3", 3, parallel={PP: 3}, megatron=table | {"num_layers_in_first_pipeline_stage": 2})
+    assert "TransformerConfig refuses" in message
+
+
+def test_only_some_channels_rotate(describe: Describe) -> None:
+    description = describe("glm4_moe")
+    assert description.rope["rotary_percent"] == 0.5
+    assert description.transformer.add_qkv_bias
+    assert description.transformer.qk_layernorm
 
 
 @pytest.mark.parametrize(("vocab_size", "padded"), [(128, 128), (129, 256), (16, 128), (1000, 1024)])
@@ -117,6 +174,12 @@ def test_the_intermediate_size_is_divided(describe: Describe) -> None:
     assert "intermediate_size = 65" in message
 
 
+def test_the_shared_experts_size_is_divided(describe: Describe) -> None:
+    message = mistake(describe, "qwen2_moe", 2, hf={"shared_expert_intermediate_size": 65}, parallel={TP: 2, ETP: 2})
+    assert f"parallel.{TP} = 2" in message
+    assert "shared_expert_intermediate_size = 65" in message
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
@@ -128,6 +191,7 @@ def test_the_intermediate_size_is_divided(describe: Describe) -> None:
         ({"num_layers": 2}, ["megatron.num_layers = 2", "config.json already says 4"]),
         ({"calculate_per_token_loss": True}, ["megatron.calculate_per_token_loss = True", "remove it"]),
         ({"variable_seq_lengths": False}, ["megatron.variable_seq_lengths = False", "remove it"]),
+        ({"moe_router_bias_update_rate": 0.001}, ["megatron.moe_router_bias_update_rate = 0.001", "remove it"]),
         ({"fp8": "hybrid"}, ["megatron.fp8 = 'hybrid'", "Transformer Engine"]),
         ({"gradient_accumulation_fusion": True}, ["megatron.gradient_accumulation_fusion = true", "remove it"]),
         ({"moe_grouped_gemm": True}, ["megatron.moe_grouped_gemm = true", "remove it"]),
@@ -148,6 +212,8 @@ def test_refused_megatron_fields(describe: Describe, table: dict[str, Any], word
         ("llama", {"attention_bias": True}, ["attention_bias = True"]),
         ("llama", {"mlp_bias": True}, ["mlp_bias = True"]),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, ["use_sliding_window = True"]),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 16}, ["use_sliding_window = True"]),
+        ("mixtral", {"sliding_window": 4096}, ["sliding_window = 4096"]),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["rope_parameters", "yarn", "llama3"]),
         (
             "llama",
@@ -163,6 +229,17 @@ def test_refused_megatron_fields(describe: Describe, table: dict[str, Any], word
             },
             ["rope_parameters", "'low_freq_factor': 2.0"],
         ),
+        ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave = False"]),
+        ("deepseek_v3", {"attention_bias": True}, ["attention_bias = True"]),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, ["rope_parameters", "yarn"]),
+        ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.5}}, ["rope_parameters", "attention_factor is not supported"]),
+        ("deepseek_v3", {"rope_parameters": YARN | {"truncate": False}}, ["rope_parameters", "truncate = false"]),
+        ("deepseek_v3", {"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, ["rope_parameters", "mscale_all_dim without mscale"]),
+        ("glm4_moe", {"rope_parameters": YARN}, ["rope_parameters", "llama3"]),
+        ("glm4_moe", {"first_k_dense_replace": 4}, ["first_k_dense_replace = 4"]),
+        ("glm4_moe", {"n_shared_experts": 0}, ["n_shared_experts = 0"]),
+        ("glm4_moe", {"norm_topk_prob": False}, ["norm_topk_prob = False"]),
+        ("glm4_moe", {"num_experts_per_tok": 4}, ["topk_group = 1", "num_experts_per_tok = 4", "n_group = 2"]),
     ],
 )
 def test_refused_models(describe: Describe, family: str, hf: dict[str, Any], words: list[str]) -> None:

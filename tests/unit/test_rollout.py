@@ -34,7 +34,7 @@ from .scripted import ScriptedEngine
 
 TEXTS = ["1", "07+45=", "3 - 2 + 10 = 8 + 8 - 5", "12+1=", "12+1=", "99"]
 EOS = 1
-families = pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "llama"])
+families = pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "qwen2_moe", "mixtral", "llama", "deepseek_v3", "glm4_moe"])
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +262,17 @@ def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("qwen3_moe", {}), ("qwen3", {"tie_word_embeddings": True}), ("qwen2", {}), ("llama", {})],
-    ids=["routed experts", "tied embeddings", "biases", "llama"],
+    [
+        ("qwen3_moe", {}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen2", {}),
+        ("llama", {}),
+        ("qwen2_moe", {}),
+        ("mixtral", {}),
+        ("deepseek_v3", {}),
+        ("glm4_moe", {}),
+    ],
+    ids=["routed experts", "tied embeddings", "biases", "llama", "shared expert", "mixtral", "latent attention", "router biases"],
 )
 def test_new_weights_make_the_other_model(family: str, options: dict, folder_of: Callable[..., Path]) -> None:
     folder, other = folder_of(family, **options), folder_of(family, seed=1, **options)
@@ -271,7 +280,9 @@ def test_new_weights_make_the_other_model(family: str, options: dict, folder_of:
     prompts = prompts_of(folder, TEXTS)
     engine.generate(prompts, SamplingParams(max_new_tokens=4))
     tensors = load_file(other / "model.safetensors")
-    assert any("experts.3.down_proj" in name for name in tensors) == (family == "qwen3_moe")
+    routed = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe")
+    assert any(".experts.3." in name for name in tensors) == (family in routed)
+    assert any("e_score_correction_bias" in name for name in tensors) == (family in ("deepseek_v3", "glm4_moe"))
     assert ("lm_head.weight" in tensors) != bool(options)
     engine.update_weights(((name, tensors[name]) for name in reversed(tensors)), version=4)
     tokens = torch.tensor([prompts[2].input_ids])

@@ -1,0 +1,35 @@
+"""Names on the hub of what transformers 5 holds in memory, by its own conversion rules.
+
+On the hub each routed expert has its own tensors; transformers stacks them into ``experts.gate_up_proj`` (E, 2F, H) and
+``experts.down_proj`` (E, H, F), and renames some families' modules (transformers/conversion_mapping.py).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
+
+
+def hub_names(name: str, model_type: str) -> tuple[str, ...]:
+    """The hub's names for the tensor that transformers calls ``name``; names of the hub stay as they are.
+
+    Example: a mixtral's ``model.layers.0.mlp.experts.gate_up_proj`` -> ``model.layers.0.block_sparse_moe.experts.{e}.w1.weight`` and
+    ``...{e}.w3.weight``: along its first axis the experts ``e``, along its second equal parts in the order of the names.
+    """
+    converters, renamings = _rules(model_type)
+    names = (name,)
+    for converter in converters:
+        (fused,) = converter.target_patterns
+        if name.endswith(fused):
+            names = tuple(name.removesuffix(fused) + part.replace("*", "{e}") for part in converter.source_patterns)
+    return tuple(apply_renamings(name, renamings) for name in names)
+
+
+@cache
+def _rules(model_type: str) -> tuple[list[WeightConverter], list[WeightRenaming]]:
+    """What joins tensors when a model is loaded, and what renames them when it is saved."""
+    rules = get_checkpoint_conversion_mapping(model_type) or []
+    reverses = [rule.reverse_transform() for rule in reversed(rules)]
+    return [rule for rule in rules if isinstance(rule, WeightConverter)], [rule for rule in reverses if isinstance(rule, WeightRenaming)]

@@ -1,0 +1,35 @@
+"""Mixtral."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .blocks import HF_LAYER, LAYER, Family, HFConfig, attention, decoder_architecture, embedding_and_head, mlp_norm, refuse
+from .mapping import GateUp, Replicated, Row, Split
+
+_OURS, _THEIRS = LAYER + "mlp.", HF_LAYER + "block_sparse_moe."
+
+
+def _rows(hf: HFConfig, padded_vocab_size: int) -> list[Row]:
+    expert, hf_expert = _OURS + "experts.local_experts.{e}.", _THEIRS + "experts.{e}."
+    return [
+        *embedding_and_head(hf, padded_vocab_size),
+        *attention(hf, bias=False, qk_norm=False),
+        mlp_norm(),
+        Row(_OURS + "router.weight", (_THEIRS + "gate.weight",), Replicated()),
+        Row(expert + "linear_fc1.weight", (hf_expert + "w1.weight", hf_expert + "w3.weight"), GateUp()),
+        Row(expert + "linear_fc2.weight", (hf_expert + "w2.weight",), Split(1)),
+    ]
+
+
+def _architecture(hf: HFConfig) -> dict[str, Any]:
+    refuse(hf, "sliding_window", hf.sliding_window is not None, "sliding-window attention is not supported")
+    return decoder_architecture(hf) | {
+        "num_moe_experts": hf.num_local_experts,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_ffn_hidden_size": hf.intermediate_size,
+        "moe_router_pre_softmax": False,  # softmax of the chosen logits = softmax of all, renormalised over the chosen
+    }
+
+
+MIXTRAL = Family(_rows, _architecture)
