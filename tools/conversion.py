@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
 from megatron_gmpo.config import Config, exit_with_one_line
 from megatron_gmpo.distributed import rank, world_size
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.config import DTYPES, describe_model
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
@@ -34,12 +35,19 @@ _TIMEOUT_S = 4 * 3600  # of a collective: the ranks meet only before and after t
 
 
 @contextmanager
-def processes() -> Iterator[None]:
-    """Joins the group of processes torchrun describes; bad input ends in one line and exit code 2."""
+def processes(*, alone: bool = False) -> Iterator[None]:
+    """Joins the group of processes torchrun describes; bad input ends in one line and exit code 2.
+
+    Args:
+        alone: be a group of one instead.
+    """
     # Megatron and torch disagree on names inside torch.distributed.checkpoint
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
     try:
-        start_process_group(_CPU, _TIMEOUT_S)
+        if alone:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            start_process_group(_CPU, _TIMEOUT_S)
         yield
     except InputError as error:
         exit_with_one_line(error)
@@ -59,25 +67,30 @@ def converting(nbytes: int) -> Iterator[Callable[[int], None]]:
 
 
 @torch.no_grad()
-def compare_logits(hf: Path, megatron: Path) -> str:
-    """How far apart the logits of both sides are on a text, in fp32, or why they were not compared.
+def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
+    """How far apart the logits of both sides are on a text, in fp32, or why they were not compared. For a process alone.
+
+    Args:
+        dtype: to which the Hugging Face side's weights were rounded, and Megatron's are rounded here.
 
     Raises:
         InputError: they differ by more than rounding.
     """
-    if world_size() > 1:
-        return "logits: compared in a single process only"
     weights = sum(file.stat().st_size for file in hf.glob("*.safetensors"))
     if psutil.virtual_memory().available < 8 * weights:  # both models in fp32, twice the bytes of bf16
-        return "logits: not compared, both models in fp32 do not fit into memory"
+        return "logits: not compared, because both models in fp32 do not fit into memory"
     try:
         tokenizer = AutoTokenizer.from_pretrained(hf)
     except (ValueError, OSError, KeyError):
-        return "logits: not compared, there is no tokenizer"
+        return "logits: not compared, because there is no tokenizer"
     tokens = torch.tensor(_encode(tokenizer))
     transformers.logging.disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)(tokens[None]).logits[0]
-    ours = _megatron_logits(hf, megatron, tokens)[:, : theirs.shape[1]]
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).float()  # FP8 weights come as bf16
+    theirs = model(tokens[None]).logits[0]
+    try:
+        ours = _megatron_logits(hf, megatron, tokens, dtype)[:, : theirs.shape[1]]
+    except pickle.UnpicklingError:  # in its common.pt
+        return "logits: not compared, because the checkpoint holds objects that Megatron does not load"
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     line = f"logits: {len(tokens)} tokens, largest difference {difference:.1e} of the largest logit"
     if not difference < 1e-3:
@@ -92,7 +105,7 @@ def _encode(tokenizer: Any) -> list[int]:
         return tokenizer(DIGITS)["input_ids"]
 
 
-def _megatron_logits(hf: Path, megatron: Path, tokens: torch.Tensor) -> torch.Tensor:
+def _megatron_logits(hf: Path, megatron: Path, tokens: torch.Tensor, dtype: str | None) -> torch.Tensor:
     prepare_megatron(_CPU)
     cfg = Config.model_validate({"model": {"path": str(hf), "dtype": "fp32"}, "device": "cpu"})
     description = describe_model(cfg, 1, _CPU)
@@ -102,6 +115,8 @@ def _megatron_logits(hf: Path, megatron: Path, tokens: torch.Tensor) -> torch.Te
         gpt: Any = model
         loaded: Any = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, str(checkpoint_folder(megatron)))
         gpt.load_state_dict(loaded["model"])
+        for parameter in gpt.parameters() if dtype else ():
+            parameter.copy_(parameter.to(DTYPES[dtype]))
         bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
         packing = PackedSeqParams(
             qkv_format="thd",
