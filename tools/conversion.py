@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.packed_seq_params import PackedSeqParams
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -113,8 +114,9 @@ def _megatron_logits(hf: Path, megatron: Path, tokens: torch.Tensor, dtype: str 
     try:
         (model,) = build_chunks(description, groups, _CPU)
         gpt: Any = model
-        loaded: Any = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, str(checkpoint_folder(megatron)))
-        gpt.load_state_dict(loaded["model"])
+        sharded = gpt.sharded_state_dict()
+        weights = {name: tensor for name, tensor in sharded.items() if not isinstance(tensor, ShardedObject)}  # others are pickles
+        gpt.load_state_dict(dist_checkpointing.load(weights, str(checkpoint_folder(megatron))), strict=False)
         for parameter in gpt.parameters() if dtype else ():
             parameter.copy_(parameter.to(DTYPES[dtype]))
         bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)

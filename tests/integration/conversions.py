@@ -90,11 +90,15 @@ def save_as_megatron_lm(cfg: Config, batch: TrainBatch, folder: Path, optimizer_
         gpt: Any = native._unwrap(chunk)
         random_states = [{"random_rng_state": random.getstate(), "torch_rng_state": torch.get_rng_state()}]
         cases._steps(policy, batch, 1)  # which makes the moments
+        model = gpt.sharded_state_dict(metadata=metadata)
+        for extra_state in nested_values(model):
+            if isinstance(extra_state, ShardedObject):
+                extra_state.data = Evil(folder / "evil")
         state = {
-            "args": Namespace(num_layers=3, params_dtype=torch.bfloat16, spec=Evil(folder / "evil")),
+            "args": Namespace(num_layers=3, params_dtype=torch.bfloat16),
             "checkpoint_version": 3.0,
             "iteration": 7,
-            "model": gpt.sharded_state_dict(metadata=metadata),
+            "model": model,
             "optimizer": policy.model.optimizer.sharded_state_dict(gpt.sharded_state_dict(metadata=metadata), metadata=metadata),
             "opt_param_scheduler": policy.model.scheduler.state_dict(),
             "rng_state": ShardedObject("rng_state", random_states, (1, world_size()), (0, rank())),

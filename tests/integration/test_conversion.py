@@ -212,18 +212,19 @@ def test_training_checkpoint_of_any_layout(
 def test_checkpoint_of_megatron_lm(
     ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str, layout: str, dtype: str, optimizer_format: str
 ) -> None:
-    """Its further keys, of the optimizer and the random states, are no weights; its arguments, a pickle, are not read."""
+    """Its further keys, of the optimizer and the random states, are no weights; what in it is a pickle is not read."""
     world_size, cfg = make_config(layout, model(name), dtype)
-    batch = replayed(model(name))
-    weights = ranks.run(world_size, conversions.save_as_megatron_lm, cfg, batch, tmp_path / "run", optimizer_format)[0]
-    (evil := tmp_path / "run/evil").unlink(missing_ok=True)  # the ranks that save send each other pickles
-    stored = TorchDistReader(tmp_path / "run/iter_0000007").tensors
-    assert any("optimizer." in key for key in stored)
-    ranks.run(1, conversions.to_hf, tmp_path / "run", tmp_path / "out", model(name))
+    batch, run, evil = replayed(model(name)), tmp_path / "run", tmp_path / "run/evil"
+    weights = ranks.run(world_size, conversions.save_as_megatron_lm, cfg, batch, run, optimizer_format)[0]
+    assert any("optimizer." in key for key in TorchDistReader(run / "iter_0000007").tensors)
+    assert any(b"evil" in file.read_bytes() for file in run.rglob("*.distcp"))
+    ranks.run(1, conversions.to_hf, run, tmp_path / "out", model(name))
     assert_same(tmp_path / "out", weights)
-    about = inspect_checkpoint(tmp_path / "run")
+    about = inspect_checkpoint(run)
     assert (about["step"], about["optimizer"]) == ("7", "yes")
-    assert "holds objects that Megatron does not load" in ranks.run(1, compare_logits, tmp_path / "out", tmp_path / "run")[0]
+    assert "largest difference" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
+    torch.save({"args": conversions.Evil(evil)}, run / "iter_0000007/common.pt")
+    assert "holds objects that Megatron does not load" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
     assert not evil.exists()
 
 
