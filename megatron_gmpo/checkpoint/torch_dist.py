@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from ..types import InputError
 from .read_ahead import read_ahead
@@ -155,9 +156,8 @@ class TorchDistReader:
     def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._storage[key, tuple(chunk.offsets)]
         with (self.folder / info.relative_path).open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            try:
-                tensor: Tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+            try:  # from the file into the tensor, without a buffer between
+                tensor: Tensor = torch.load(_create_file_view(file, info.offset, info.length), map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 line = " ".join(str(error).split())[:100]
                 raise InputError(f"{self.folder / info.relative_path}: {key!r} cannot be read ({line})") from None
