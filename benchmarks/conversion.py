@@ -1,18 +1,23 @@
-"""Speed and memory of both conversions on a synthetic Qwen3-MoE, beside a plain read and write of the same bytes.
+"""Speed and memory of both conversions on a synthetic Qwen3-MoE, beside a plain read and write of the same bytes, and beside mbridge.
 
-python -m benchmarks.conversion --folder /data/conversion [--gigabytes 3]
+python -m benchmarks.conversion --folder /data/conversion [--gigabytes 3] [--mbridge-python ENVIRONMENT/bin/python]
 
-Every measurement runs in a process of its own. Peak memory is the process's high-water mark over what it had after its imports.
+Every measurement runs in a process of its own. Peak memory is the process's high-water mark over what it had after its imports, with the
+pages of files it maps. mbridge converts a dense model, which is what it can do on a CPU, in an environment of its own with this project's
+dependencies: python -m venv ENVIRONMENT; ENVIRONMENT/bin/pip install -c constraints.txt -e . mbridge==0.15.1 einops
 """
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 import tyro
@@ -23,28 +28,33 @@ from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFile
 from tools.conversion import processes
 
 BLOCK = 16 * 2**20
-EXPERTS = 128
+SHAPE: dict[str, Any] = {
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "dtype": "bfloat16",
+}
+FAMILIES = {
+    "qwen3_moe": SHAPE
+    | {
+        "moe_intermediate_size": 384,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "architectures": ["Qwen3MoeForCausalLM"],
+    },
+    "qwen3": SHAPE | {"intermediate_size": 8192, "tie_word_embeddings": False, "architectures": ["Qwen3ForCausalLM"]},
+}
 
 
-def write_model(folder: Path, gigabytes: float) -> None:
-    """A bf16 Qwen3-MoE of 128 experts a layer, in files of one layer each or so; its weights are noise."""
-    config = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=32768,
-        hidden_size=1024,
-        intermediate_size=2048,
-        moe_intermediate_size=384,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        head_dim=64,
-        num_experts=EXPERTS,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        architectures=["Qwen3MoeForCausalLM"],
-        dtype="bfloat16",
-    )
-    layer_bytes = EXPERTS * 3 * 1024 * 384 * 2
-    config.num_hidden_layers = max(1, round(gigabytes * 1e9 / layer_bytes))
+def write_model(folder: Path, family: str, gigabytes: float) -> None:
+    """A bf16 model in one file, whose weights are noise."""
+    shape = FAMILIES[family]
+    width = shape.get("intermediate_size") or shape["num_experts"] * shape["moe_intermediate_size"]
+    layers = max(1, round(gigabytes * 1e9 / (width * 3 * shape["hidden_size"] * 2)))
+    config = AutoConfig.for_model(family, num_hidden_layers=layers, **shape)
     config.save_pretrained(folder)
     table = ConversionTable(folder)
     tensors = [(name, torch.bfloat16, shape) for entry in table.entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)]
@@ -56,8 +66,9 @@ def write_model(folder: Path, gigabytes: float) -> None:
             file.write(name, noise[start : start + size].view(shape))
 
 
-def plain_copy(source: Path, target: Path) -> None:
-    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
+def plain_copy(folder: Path, out: Path) -> None:
+    out.mkdir()
+    with (folder / "hf/model.safetensors").open("rb", buffering=0) as reader, (out / "copy").open("wb", buffering=0) as writer:
         while block := reader.read(BLOCK):
             writer.write(block)
         os.fsync(writer.fileno())
@@ -69,56 +80,84 @@ def memory(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
+def to_megatron(folder: Path, out: Path) -> None:
+    HFToMegatron(folder / "hf").convert(out, verify=False, advance=lambda _: None)
+
+
+def to_hf(folder: Path, out: Path) -> None:
+    conversion = MegatronToHF(folder / "to_megatron", None, None)
+    conversion.convert(out, max_shard_size=5 * 10**9, verify=False, advance=lambda _: None)
+
+
 def measure(what: str, folder: Path) -> None:
     """Does one thing in this process and prints ``seconds peak-bytes``."""
+    if what.startswith("mbridge"):
+        from . import mbridge_conversion
+
+        conversion = getattr(mbridge_conversion, what.removeprefix("mbridge_"))
+    else:
+        conversion = {"plain": plain_copy, "to_megatron": to_megatron, "to_hf": to_hf}[what]
+    out = folder / what
+    shutil.rmtree(out, ignore_errors=True)
     os.sync()  # what others left to be written is not ours to pay for
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before, started = memory("VmRSS"), time.perf_counter()
     with processes():
-        if what == "plain":
-            plain_copy(folder / "hf/model.safetensors", folder / "copy")
-        elif what == "to_megatron":
-            HFToMegatron(folder / "hf").convert(folder / "megatron", verify=False, advance=lambda _: None)
-        else:
-            MegatronToHF(folder / "megatron", None, None).convert(
-                folder / "back", max_shard_size=5 * 10**9, verify=False, advance=lambda _: None
-            )
+        conversion(folder, out)
     print(time.perf_counter() - started, memory("VmHWM") - before)
 
 
-def in_its_own_process(what: str, folder: Path) -> tuple[float, int]:
-    command = [sys.executable, "-m", "benchmarks.conversion", "--folder", str(folder), "--only", what]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
+def in_its_own_process(what: str, folder: Path, python: str | Path = sys.executable) -> tuple[float, int]:
+    command = [python, "-m", "benchmarks.conversion", "--folder", folder, "--only", what]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=1800)
     seconds, peak = done.stdout.splitlines()[-1].split()
     return float(seconds), int(peak)
 
 
-def main(folder: Path, gigabytes: float = 3.0, only: str | None = None) -> None:
-    """Measure, print a table, and remove what was written.
+def compare(folder: Path, repeats: int, python: dict[str, str | Path]) -> None:
+    """Measures what ``python`` names, with the interpreter it gives, and prints a table.
+
+    Each measurement has a plain copy before it, since other work on the machine slows both.
+    """
+    nbytes = (folder / "hf/model.safetensors").stat().st_size
+    print(f"{nbytes / 1e9:.2f} GB\n{'':<28}{'seconds':>8}{'plain':>8}{'MB/s':>8}{'of plain':>10}{'peak MB':>9}")
+    for what, interpreter in python.items():
+        rows: list[tuple[float, float, int]] = []
+        for _ in range(repeats):
+            plain, _peak = in_its_own_process("plain", folder)
+            rows.append((plain, *in_its_own_process(what, folder, interpreter)))
+        plains, times, peaks = zip(*rows, strict=True)
+        for label, pick in (("median", median), ("best", min)):
+            plain, seconds = pick(plains), pick(times)
+            speed = f"{seconds:>8.1f}{plain:>8.1f}{nbytes / 1e6 / seconds:>8.0f}{plain / seconds:>10.2f}"
+            print(f"{f'{what}, {label}':<28}{speed}{max(peaks) / 1e6:>9.0f}", flush=True)
+    same = filecmp.cmp(folder / "hf/model.safetensors", folder / "to_hf/model.safetensors", shallow=False)
+    print("there and back: " + ("the same file, byte for byte" if same else "another file"))
+
+
+def main(folder: Path, gigabytes: float = 3.0, repeats: int = 5, mbridge_python: Path | None = None, only: str | None = None) -> None:
+    """Measure, print tables, and remove what was written.
 
     Args:
         folder: A folder to make and remove, with room for four times the model.
         gigabytes: Size of the model.
+        repeats: How often each conversion is measured.
+        mbridge_python: Interpreter of mbridge's environment; without it mbridge is left out.
         only: Which measurement this process is for.
     """
     if only:
         measure(only, folder)
         return
-    (folder / "hf").mkdir(parents=True)
-    try:
-        write_model(folder / "hf", gigabytes)
-        nbytes = (folder / "hf/model.safetensors").stat().st_size
-        print(f"{nbytes / 1e9:.2f} GB\n{'':<24}{'seconds':>8}{'MB/s':>8}{'of plain':>10}{'peak MB':>9}")
-        plain, _ = in_its_own_process("plain", folder)
-        for what in ("plain", "to_megatron", "plain", "to_hf"):
-            seconds, peak = in_its_own_process(what, folder)
-            plain = seconds if what == "plain" else plain
-            print(f"{what:<24}{seconds:>8.1f}{nbytes / 1e6 / seconds:>8.0f}{plain / seconds:>10.2f}{peak / 1e6:>9.0f}", flush=True)
-        same = (folder / "back/model.safetensors").stat().st_size == nbytes
-        same = same and subprocess.run(["cmp", "-s", folder / "hf/model.safetensors", folder / "back/model.safetensors"]).returncode == 0
-        print("there and back: " + ("the same file, byte for byte" if same else "another file"))
-    finally:
-        shutil.rmtree(folder)
+    ours: dict[str, str | Path] = dict.fromkeys(("to_megatron", "to_hf"), sys.executable)
+    theirs: dict[str, str | Path] = dict.fromkeys(("mbridge_to_megatron", "mbridge_to_hf"), mbridge_python or "")
+    for family in ["qwen3_moe", *(["qwen3"] if mbridge_python else [])]:
+        (folder / "hf").mkdir(parents=True)
+        try:
+            write_model(folder / "hf", family, gigabytes)
+            print(f"{family}: ", end="")
+            compare(folder, repeats, ours if family == "qwen3_moe" else ours | theirs)
+        finally:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

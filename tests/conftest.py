@@ -1,4 +1,4 @@
-"""Fixtures every test may use: tiny models of every family, offline and single-threaded."""
+"""Fixtures every test may use: tiny models of every family, offline and single-threaded, and processes to be gloo ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from tools.make_tiny_model import Family, make_tiny_model, text_tokenizer
+
+from .distributed.ranks import RankPool
 
 torch.set_num_threads(1)
 
@@ -43,3 +45,19 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("text")
     make_tiny_model(out, family="qwen3", tokenizer=text_tokenizer(), randomize_norms=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def _pools() -> Iterator[list[RankPool]]:
+    pools: list[RankPool] = []
+    yield pools
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture
+def ranks(_pools: list[RankPool]) -> RankPool:
+    """Four processes to run cases on; a failed case ends them and the next test gets new ones."""
+    if not (_pools and _pools[-1].alive):
+        _pools.append(RankPool(4))
+    return _pools[-1]

@@ -25,14 +25,17 @@ def main(hf: Path, megatron: Path, dry_run: bool = False, verify: bool = False) 
     """
     with processes():
         conversion = HFToMegatron(hf)
-        lines = conversion.lines() if dry_run else []
+        lines = list(conversion.lines()) if dry_run else []
         if not dry_run:
             with converting(conversion.nbytes) as advance:
-                done = conversion.convert(megatron, verify=verify, advance=advance)
-            lines = [*([compare_logits(hf, megatron)] if verify else []), f"{megatron}: {done}"]
-        if rank() == 0:
-            print(*lines, sep="\n")
+                lines = [f"{megatron}: {conversion.convert(megatron, verify=verify, advance=advance)}"]
+        first = rank() == 0
+    if first:
+        if verify and not dry_run:
+            with processes(alone=True):
+                print(compare_logits(hf, megatron))
+        print(*lines, sep="\n")
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    tyro.cli(main)

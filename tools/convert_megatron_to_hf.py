@@ -42,22 +42,24 @@ def main(
     with processes():
         limit = _nbytes(max_shard_size)
         conversion = MegatronToHF(megatron, template, dtype)
-        lines = conversion.lines() if dry_run else []
+        lines = list(conversion.lines()) if dry_run else []
         if not dry_run:
             with converting(conversion.nbytes) as advance:
-                done = conversion.convert(hf, max_shard_size=limit, verify=verify, advance=advance)
-            same_weights = verify and dtype is None
-            lines = [*([compare_logits(hf, megatron)] if same_weights else []), f"{hf}: {done}"]
-        if rank() == 0:
-            print(*lines, sep="\n")
+                lines = [f"{hf}: {conversion.convert(hf, max_shard_size=limit, verify=verify, advance=advance)}"]
+        first = rank() == 0
+    if first:
+        if verify and not dry_run:
+            with processes(alone=True):
+                print(compare_logits(hf, megatron, dtype))
+        print(*lines, sep="\n")
 
 
 def _nbytes(size: str) -> int:
     found = re.fullmatch(r"(\d+)\s*([KMG]B)?", size.strip(), re.IGNORECASE)
     if not found or not int(found[1]):
-        raise InputError(f"max_shard_size = {size!r}: give a size such as 5GB or 500MB")
+        raise InputError(f"--max-shard-size {size!r}: give a size such as 5GB or 500MB")
     return int(found[1]) * _UNITS[(found[2] or "").upper()]
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    tyro.cli(main)

@@ -13,13 +13,15 @@ says what Megatron calls them. Everything is checked against that before anythin
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,12 @@ from ..models.blocks import prediction_layers
 from ..models.config import DTYPES, read_hf_config
 from ..models.mapping import ROUTER_BIAS, Operation, Vocabulary, expand
 from ..types import InputError
+from .companions import companion_folder, copy_companions
 from .native import sync
+from .read_ahead import read_ahead
 from .safetensors_folder import INDEX, SafetensorsFile, SafetensorsFolder
 from .torch_dist import LATEST, Piece, Place, TorchDistReader, checkpoint_folder, fused_norm_key, place_of, write_torch_dist
 
-_COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
@@ -67,7 +70,7 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.hf_shapes)
+        return sum(map(math.prod, self.hf_shapes))
 
     @property
     def is_routed(self) -> bool:
@@ -204,7 +207,7 @@ class HFToMegatron:
                 pieces = [piece for entry in mine for piece in self._pieces(entry, advance)]
                 write_torch_dist(folder, pieces, self.table.extra_states()[rank() :: world_size()])
                 if rank() == 0:
-                    _copy_companions(self.table.folder, partial / "hf", drop_quantization=self._source.is_quantized)
+                    copy_companions(self.table.folder, partial / "hf")
                     (partial / LATEST).write_text("0")
             with _agreed():
                 if verify:
@@ -257,8 +260,7 @@ class MegatronToHF:
 
     Args:
         megatron: folder with latest_checkpointed_iteration.txt, or one ``iter_*`` folder; converted, or of a training run.
-        template: Hugging Face folder whose config.json and tokenizer to use; without it the checkpoint's ``hf`` folder, or the model
-            the training run started from.
+        template: Hugging Face folder whose config.json and tokenizer to use; without it the folder ``hf`` beside the checkpoint.
         dtype: of the tensors written but for router biases, ``bf16`` or ``fp32``; None keeps each one's own.
 
     Raises:
@@ -298,7 +300,7 @@ class MegatronToHF:
                 for file, entries in mine:
                     self._write_file(partial / file, entries, advance)
                 if rank() == 0:
-                    _copy_companions(self.table.folder, partial, dtype=self._dtype)
+                    copy_companions(self.table.folder, partial, self._dtype)
                     if len(shards) > 1:
                         weight_map = {name: file for file, entries in shards.items() for entry in entries for name in entry.hf}
                         (partial / INDEX).write_text(
@@ -317,8 +319,8 @@ class MegatronToHF:
         return entry.numel * self._entry_dtype(entry).itemsize
 
     def _read(self, entry: Entry) -> list[Tensor]:
-        dtype = self._entry_dtype(entry)
-        return [tensor.to(dtype) for tensor in entry.operation.separate(self._source.get(self._places[entry.name]))]
+        tensors = entry.operation.separate(self._source.get(self._places[entry.name]))
+        return [_finite(name, tensor.to(self._entry_dtype(entry))) for name, tensor in zip(entry.hf, tensors, strict=True)]
 
     def _verify(self, written: SafetensorsFolder, entries: list[Entry]) -> None:
         for entry in entries:
@@ -345,10 +347,10 @@ class MegatronToHF:
         announced = [
             (name, self._entry_dtype(entry), shape) for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
         ]
-        with SafetensorsFile(path, announced) as file:
-            for entry in entries:
-                for name, tensor in zip(entry.hf, self._read(entry), strict=True):
-                    file.write(name, _finite(name, tensor))
+        with SafetensorsFile(path, announced) as file, closing(read_ahead(entries, self._read, self._nbytes)) as read:
+            for entry, tensors in read:
+                for name, tensor in zip(entry.hf, tensors, strict=True):
+                    file.write(name, tensor)
                 advance(self._nbytes(entry))
 
     def _check(self) -> None:
@@ -374,22 +376,6 @@ class MegatronToHF:
         extra = sorted(key for key in stored if key not in known and not _OPTIMIZER.match(key))
         if extra:
             raise InputError(f"{str(self.folder)!r} has {len(extra)} tensors that config.json does not ask for, the first {extra[0]!r}")
-
-
-def companion_folder(checkpoint: Path) -> Path:
-    """The Hugging Face folder that goes with an ``iter_*`` folder: ``hf`` beside it, or the model its training run started from.
-
-    Raises:
-        InputError: there is neither.
-    """
-    beside = checkpoint.parent / "hf"
-    if (beside / "config.json").is_file():
-        return beside
-    if (state := checkpoint / "state.json").is_file():
-        path = Path(json.loads(state.read_text()).get("config", {}).get("model", {}).get("path", ""))
-        if (path / "config.json").is_file():
-            return path
-    raise InputError(f"{str(checkpoint)!r} comes without a config.json: give --template, the Hugging Face folder of this model")
 
 
 def inspect_checkpoint(path: Path) -> dict[str, str]:
@@ -462,6 +448,7 @@ def _hub_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not (hf.tie_word_embeddings and name == "lm_head.weight")}
 
 
+@cache  # models repeat a few shapes for thousands of parameters
 def _joined_shape(operation: Operation, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     return tuple(operation.join([torch.empty(shape, device="meta") for shape in shapes]).shape)
 
@@ -480,7 +467,7 @@ def _share(entries: list[Entry], sizes: list[int]) -> list[Entry]:
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself. Its sum is NaN or infinite if an element is, and costs little; only then is it worth looking closer."""
-    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+    if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
         raise InputError(f"tensor {name!r} holds NaN or infinite numbers: the weights are broken, use another copy or step")
     return tensor
 
@@ -494,22 +481,6 @@ def _compare(entry: Entry, written: list[Tensor], wanted: list[Tensor]) -> None:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
-
-
-def _copy_companions(source: Path, target: Path, *, dtype: torch.dtype | None = None, drop_quantization: bool = False) -> None:
-    """Config, generation config, tokenizer and chat template; config.json says what dtype the weights now are."""
-    target.mkdir(exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in _COMPANIONS and file.name != INDEX:
-            shutil.copyfile(file, target / file.name)
-    config = json.loads((source / "config.json").read_text())
-    if drop_quantization:
-        config.pop("quantization_config", None)
-        dtype = torch.bfloat16
-    if dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (target / "config.json").write_text(json.dumps(config, indent=2))
 
 
 @contextmanager

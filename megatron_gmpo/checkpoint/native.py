@@ -3,6 +3,7 @@
 A run folder holds, with Megatron-LM's names::
 
     latest_checkpointed_iteration.txt
+    hf/                                                  config.json, generation config, tokenizer, chat template of the model
     iter_0000010/
       common.pt, metadata.json, .metadata, __*.distcp    model weights under GPTModel's keys; optimizer under "optimizer.*" keys
       state.json                                         step, prompt cursor, schedule, config, model identity
@@ -43,8 +44,9 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from ..types import InputError
+from .companions import copy_companions
+from .torch_dist import LATEST
 
-_LATEST = "latest_checkpointed_iteration.txt"
 _IDENTITY = [
     "model_type",
     "vocab_size",
@@ -86,7 +88,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     Raises:
         InputError: the folder names a checkpoint that is not there.
     """
-    pointer = run_dir / _LATEST
+    pointer = run_dir / LATEST
     if not pointer.is_file():
         return None
     checkpoint = run_dir / f"iter_{int(pointer.read_text()):07d}"
@@ -119,12 +121,15 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def save(run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], groups: ProcessGroupCollection, keep_last: int) -> Path:
+def save(
+    run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], groups: ProcessGroupCollection, keep_last: int, hf: Path
+) -> Path:
     """Writes the checkpoint of ``step`` (collective), then removes the older ones but for ``keep_last`` in all.
 
     Args:
         run_dir: holds ``iter_*`` folders; the same on every rank.
         state: JSON-able; comes back from ``load``.
+        hf: the model's Hugging Face folder, whose config and tokenizer go beside the checkpoints with the first of them.
 
     Returns:
         The new checkpoint folder.
@@ -135,6 +140,7 @@ def save(run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], 
         for stale in run_dir.glob(".partial_iter_*"):  # of a save that was killed
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
+        _save_companions(hf, run_dir)
     dist.barrier()
 
     tensors = _sharded_tensors(trainable, groups)
@@ -151,13 +157,22 @@ def save(run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], 
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _write_aside(run_dir / _LATEST, str(step))
+        _write_aside(run_dir / LATEST, str(step))
         # a later one, left by a kill before the text file changed or by going back to an older one, must not push this one out
         up_to_this = sorted(folder for folder in run_dir.glob("iter_*") if folder.name <= final.name)
         for old in up_to_this[:-keep_last]:
             shutil.rmtree(old)
     dist.barrier()
     return final
+
+
+def _save_companions(hf: Path, run_dir: Path) -> None:
+    if not (run_dir / "hf").exists():
+        partial = run_dir / ".partial_hf"
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+        copy_companions(hf, partial)
+        sync(partial)
+        partial.rename(run_dir / "hf")
 
 
 def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -109,10 +109,6 @@ class SafetensorsFolder:
     def names(self) -> KeysView[str]:
         return self._tensors.keys()
 
-    @property
-    def is_quantized(self) -> bool:
-        return bool(self._scales)
-
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 

@@ -8,9 +8,11 @@ of megatron-core 0.16). The files are those of torch.distributed.checkpoint; ``.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from ..types import InputError
+from .read_ahead import read_ahead
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -152,9 +156,8 @@ class TorchDistReader:
     def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._storage[key, tuple(chunk.offsets)]
         with (self.folder / info.relative_path).open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            try:
-                tensor: Tensor = torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+            try:  # from the file into the tensor, without a buffer between
+                tensor: Tensor = torch.load(_create_file_view(file, info.offset, info.length), map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 line = " ".join(str(error).split())[:100]
                 raise InputError(f"{self.folder / info.relative_path}: {key!r} cannot be read ({line})") from None
@@ -171,6 +174,10 @@ class Piece:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterable[Place]) -> None:
     """Writes this rank's pieces into an empty ``iter_*`` folder (collective).
@@ -185,9 +192,11 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
     # the checksum of torch's own files costs four times as long as writing them; the file system has its own
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
+    pieces = list(pieces)
     try:
-        writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
-        dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(list(pieces), list(extra_states)))
+        with closing(read_ahead(pieces, lambda piece: piece.read(), lambda piece: piece.nbytes)) as tensors:
+            writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+            dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(pieces, tensors, list(extra_states)))
     except CheckpointException as error:
         raise next(cause for cause, _ in error.failures.values()) from None
     finally:
@@ -198,10 +207,10 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
 
 
 class _StreamingPlanner(SavePlanner):
-    """Plans from shapes alone and reads each tensor when the writer asks for it."""
+    """Plans from shapes alone and takes each tensor when the writer asks for it, which it does in the order of the plan."""
 
-    def __init__(self, pieces: list[Piece], extra_states: list[Place]) -> None:
-        self._pieces = {(piece.place.key, _chunk(piece).offsets): piece for piece in pieces}
+    def __init__(self, pieces: list[Piece], tensors: Iterator[tuple[Piece, Tensor]], extra_states: list[Place]) -> None:
+        self._pieces, self._tensors = pieces, tensors
         torch.save([None], buffer := io.BytesIO())
         self._empty_state = buffer.getvalue()
         self._extra_states = [
@@ -214,7 +223,7 @@ class _StreamingPlanner(SavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         extra = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._extra_states]
-        return SavePlan([*extra, *(self._item(piece) for piece in self._pieces.values())])
+        return SavePlan([*extra, *map(self._item, self._pieces)])
 
     def _item(self, piece: Piece) -> WriteItem:
         place, chunk = piece.place, _chunk(piece)
@@ -230,9 +239,9 @@ class _StreamingPlanner(SavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(self._empty_state)
+        piece, tensor = next(self._tensors)
         assert write_item.tensor_data
-        assert write_item.index.offset is not None
-        tensor = self._pieces[write_item.index.fqn, write_item.index.offset].read()
+        assert (write_item.index.fqn, write_item.tensor_data.chunk) == (piece.place.key, _chunk(piece))
         return tensor.view(tuple(write_item.tensor_data.chunk.sizes))
 
 

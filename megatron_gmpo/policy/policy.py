@@ -140,7 +140,8 @@ class Policy:
 
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
         """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``checkpoint.native.save``."""
-        return native.save(run_dir, step, self.model, {"model": self._identity, **state}, self.groups, keep_last)
+        state = {"model": self._identity, **state}
+        return native.save(run_dir, step, self.model, state, self.groups, keep_last, Path(self.cfg.model.path))
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Takes over weights, optimizer, schedule and random states; returns the ``state`` given to ``save``.

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from torch import Tensor
 
+from megatron_gmpo.checkpoint import native
 from megatron_gmpo.checkpoint.convert import HFToMegatron, MegatronToHF
 from megatron_gmpo.checkpoint.hf import export_hf
 from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
@@ -25,8 +30,10 @@ from megatron_gmpo.models.attention import PackedAttention
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
-from megatron_gmpo.types import InputError
+from megatron_gmpo.types import InputError, TrainBatch
 from tools.conversion import processes
+
+from ..distributed import cases
 
 CPU = torch.device("cpu")
 
@@ -44,10 +51,10 @@ def to_hf(megatron: Path, hf: Path, template: Path | None = None, dtype: str | N
     return sum(done)
 
 
-def refusal(conversion: str, *arguments: Any) -> str:
-    """The message with which ``to_megatron`` or ``to_hf`` stops."""
+def refusal(conversion: Callable[..., Any], *arguments: Any) -> str:
+    """The message with which one of the above stops."""
     try:
-        globals()[conversion](*arguments)
+        conversion(*arguments)
     except InputError as error:
         return str(error)
     return ""
@@ -69,6 +76,47 @@ def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tenso
         return weights if rank() == 0 else None
     finally:
         stop_model_parallel()
+
+
+def save_as_megatron_lm(cfg: Config, batch: TrainBatch, folder: Path, optimizer_format: str) -> dict[str, Tensor]:
+    """Writes what generate_state_dict of Megatron-LM's training/checkpointing.py puts together, and slime with it; the weights."""
+    with cases.opened(cfg) as policy:
+        metadata = {
+            "distrib_optim_sharding_type": optimizer_format,
+            "chained_optim_avoid_prefix": False,
+            "dp_cp_group": policy.groups.dp_cp,
+        }
+        (chunk,) = policy.chunks
+        gpt: Any = native._unwrap(chunk)
+        random_states = [{"random_rng_state": random.getstate(), "torch_rng_state": torch.get_rng_state()}]
+        cases._steps(policy, batch, 1)  # which makes the moments
+        model = gpt.sharded_state_dict(metadata=metadata)
+        for extra_state in nested_values(model):
+            if isinstance(extra_state, ShardedObject):
+                extra_state.data = Evil(folder / "evil")
+        state = {
+            "args": Namespace(num_layers=3, params_dtype=torch.bfloat16),
+            "checkpoint_version": 3.0,
+            "iteration": 7,
+            "model": model,
+            "optimizer": policy.model.optimizer.sharded_state_dict(gpt.sharded_state_dict(metadata=metadata), metadata=metadata),
+            "opt_param_scheduler": policy.model.scheduler.state_dict(),
+            "rng_state": ShardedObject("rng_state", random_states, (1, world_size()), (0, rank())),
+        }
+        (folder / "iter_0000007").mkdir(parents=True, exist_ok=True)
+        dist_checkpointing.save(state, str(folder / "iter_0000007"))
+        (folder / "latest_checkpointed_iteration.txt").write_text("7")
+        return cases.weights_on_rank_0(policy)
+
+
+@dataclass
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    file: Path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
 
 
 def keys_of_the_plain_spec(cfg: Config) -> set[str]:

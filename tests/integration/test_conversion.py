@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_gmpo.checkpoint.convert import ConversionTable, HFToMegatron, inspect_checkpoint
+from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFile
 from megatron_gmpo.checkpoint.torch_dist import TorchDistReader
+from tools.conversion import compare_logits
 from tools.make_tiny_model import text_tokenizer
 
 from ..distributed import cases
-from ..distributed.conftest import _pools, ranks  # noqa: F401
 from ..distributed.ranks import RankPool
 from ..distributed.test_checkpoint import make_config, replayed
 from ..distributed.test_layouts import EP, ETP, PP, TP, config
@@ -94,7 +99,7 @@ def left_over(folder: Path) -> list[str]:
     ],
 )
 def test_there_and_back_is_bit_exact(
-    ranks: RankPool,  # noqa: F811
+    ranks: RankPool,
     model: Callable[..., Path],
     tmp_path: Path,
     name: str,
@@ -138,7 +143,7 @@ def test_there_and_back_is_bit_exact(
     ],
 )
 def test_megatron_loads_it_in_every_layout(
-    ranks: RankPool,  # noqa: F811
+    ranks: RankPool,
     model: Callable[..., Path],
     tmp_path: Path,
     name: str,
@@ -171,7 +176,7 @@ def test_megatron_loads_it_in_every_layout(
     ],
 )
 def test_training_checkpoint_of_any_layout(
-    ranks: RankPool,  # noqa: F811
+    ranks: RankPool,
     model: Callable[..., Path],
     tmp_path: Path,
     name: str,
@@ -183,15 +188,47 @@ def test_training_checkpoint_of_any_layout(
     trained = ranks.run(world_size, cases.run_on, cfg, replayed(source), tmp_path / "run", 0, 2, [1, 2])[0]["weights"]
     before = tensors(source)
     assert any(not torch.equal(trained[key].bfloat16(), before[key]) for key in before)
-    ranks.run(2, conversions.to_hf, tmp_path / "run", tmp_path / "out", source)
+    ranks.run(2, conversions.to_hf, tmp_path / "run", tmp_path / "out")
     assert_same(tmp_path / "out", trained)
-    ranks.run(1, conversions.to_hf, tmp_path / "run/iter_0000002", tmp_path / "out2", source, "bf16")
+    for file in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (source / file).read_bytes()
+    ranks.run(1, conversions.to_hf, tmp_path / "run/iter_0000002", tmp_path / "out2", None, "bf16")
     bias = "e_score_correction_bias"  # stays fp32
     assert_same(tmp_path / "out2", {key: tensor if key.endswith(bias) else tensor.bfloat16() for key, tensor in trained.items()})
     assert json.loads((tmp_path / "out2/config.json").read_text())["dtype"] == "bfloat16"
+    assert "largest difference" in ranks.run(1, compare_logits, tmp_path / "out2", tmp_path / "run", "bf16")[0]
+    assert "is not the model" in ranks.run(1, conversions.refusal, compare_logits, source, tmp_path / "run")[0]
 
 
-def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype", "optimizer_format"),
+    [
+        ("qwen3_moe", "one rank", "fp32", "fully_reshardable"),
+        ("qwen3_moe", "ep2", "bf16", "fully_reshardable"),
+        ("qwen3_moe", "dp2 tp2 ep2", "bf16", "dp_reshardable"),
+        ("deepseek_v3", "tp2 etp2", "bf16", "fully_reshardable"),
+    ],
+)
+def test_checkpoint_of_megatron_lm(
+    ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str, layout: str, dtype: str, optimizer_format: str
+) -> None:
+    """Its further keys, of the optimizer and the random states, are no weights; what in it is a pickle is not read."""
+    world_size, cfg = make_config(layout, model(name), dtype)
+    batch, run, evil = replayed(model(name)), tmp_path / "run", tmp_path / "run/evil"
+    weights = ranks.run(world_size, conversions.save_as_megatron_lm, cfg, batch, run, optimizer_format)[0]
+    assert any("optimizer." in key for key in TorchDistReader(run / "iter_0000007").tensors)
+    assert any(b"evil" in file.read_bytes() for file in run.rglob("*.distcp"))
+    ranks.run(1, conversions.to_hf, run, tmp_path / "out", model(name))
+    assert_same(tmp_path / "out", weights)
+    about = inspect_checkpoint(run)
+    assert (about["step"], about["optimizer"]) == ("7", "yes")
+    assert "largest difference" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
+    torch.save({"args": conversions.Evil(evil)}, run / "iter_0000007/common.pt")
+    assert "holds objects that Megatron does not load" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
+    assert not evil.exists()
+
+
+def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
     """With every byte that no weight needs overwritten, the weights still come out."""
     source = model("qwen3")
     _, cfg = make_config("one rank", source, "bf16")
@@ -206,12 +243,12 @@ def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], t
                 file.write(b"\xff" * info.length)
             spoiled += info.length
     assert spoiled > 0
-    ranks.run(1, conversions.to_hf, tmp_path / "run", tmp_path / "out", source)
+    ranks.run(1, conversions.to_hf, tmp_path / "run", tmp_path / "out")
     assert_same(tmp_path / "out", trained)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
-def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:  # noqa: F811
+def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:
     """The layout transformers keeps in memory: all experts of a layer in one tensor."""
     source = model(name)
     fused = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
@@ -224,7 +261,7 @@ def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
-def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:  # noqa: F811
+def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:
     folder = copied(model(name), tmp_path)
     stored = tensors(folder)
     stored["model.embed_tokens.weight"] = stored["model.embed_tokens.weight"].clone()
@@ -249,7 +286,7 @@ def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path,
 
 
 def test_layers_for_multi_token_prediction_are_left_out(
-    ranks: RankPool,  # noqa: F811
+    ranks: RankPool,
     model: Callable[..., Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -259,7 +296,7 @@ def test_layers_for_multi_token_prediction_are_left_out(
     folder, further = copied(source, tmp_path), "model.layers.4.mlp.experts.0.up_proj.weight"
     added = {"model.layers.4.enorm.weight": torch.ones(32), further: torch.ones(32, 32), f"{further}_scale_inv": torch.ones(1, 1)}
     save_file(tensors(folder) | added, folder / "model.safetensors")
-    assert "2 tensors that config.json does not ask for" in conversions.refusal("to_megatron", folder, tmp_path / "out")
+    assert "2 tensors that config.json does not ask for" in conversions.refusal(conversions.to_megatron, folder, tmp_path / "out")
     about = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(about))
     HFToMegatron(folder)
@@ -274,7 +311,7 @@ def test_layers_for_multi_token_prediction_are_left_out(
 
 @pytest.mark.parametrize("name", ["qwen3_moe mixed", "deepseek_v3", "deepseek_v3 alike", "glm4_moe"])
 def test_has_what_the_plain_layer_spec_of_megatron_looks_for(
-    ranks: RankPool,  # noqa: F811
+    ranks: RankPool,
     model: Callable[..., Path],
     tmp_path: Path,
     name: str,
@@ -302,7 +339,7 @@ def test_norms_of_latents_have_the_names_of_either_layer_spec(model: Callable[..
         assert keys[f"decoder.layers.{name}"] == [*fused, name]
 
 
-def test_shards_keep_to_their_size(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+def test_shards_keep_to_their_size(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
     source = model("qwen3_moe")
     ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
     ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back", None, None, 100_000)
@@ -366,11 +403,11 @@ HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize("problem", HF_PROBLEMS)
-def test_bad_hf_folder_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, problem: str) -> None:  # noqa: F811
+def test_bad_hf_folder_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, problem: str) -> None:
     spoil, expected = HF_PROBLEMS[problem]
     folder = copied(model("qwen3_moe"), tmp_path)
     spoil(folder)
-    for message in ranks.run(2, conversions.refusal, "to_megatron", folder, tmp_path / "out"):
+    for message in ranks.run(2, conversions.refusal, conversions.to_megatron, folder, tmp_path / "out"):
         assert expected in message
         assert "\n" not in message
     assert left_over(tmp_path) == []
@@ -381,17 +418,12 @@ def truncated_distcp(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("evil"),))
-
-
 MEGATRON_PROBLEMS: dict[str, tuple[Spoil, str]] = {
     "truncated": (truncated_distcp, "bytes where .metadata tells of"),
     "absent file": (lambda folder: max(folder.glob("*.distcp")).unlink(), "which is not there: the checkpoint is not whole"),
     "no metadata": (lambda folder: (folder / ".metadata").unlink(), "holds no .metadata"),
     "code in the metadata": (
-        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Evil())) and None,
+        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(conversions.Evil(folder / "evil"))) and None,
         "cannot be trusted or read (it asks for pathlib.Path.touch)",
     ),
     "no config": (lambda folder: shutil.rmtree(folder.parent / "hf"), "give --template"),
@@ -400,7 +432,7 @@ MEGATRON_PROBLEMS: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize("problem", MEGATRON_PROBLEMS)
 def test_bad_megatron_folder_is_refused(
-    ranks: RankPool,  # noqa: F811
+    ranks: RankPool,
     model: Callable[..., Path],
     tmp_path: Path,
     problem: str,
@@ -408,14 +440,14 @@ def test_bad_megatron_folder_is_refused(
     spoil, expected = MEGATRON_PROBLEMS[problem]
     ranks.run(2, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
     spoil(tmp_path / "megatron/iter_0000000")
-    for message in ranks.run(2, conversions.refusal, "to_hf", tmp_path / "megatron", tmp_path / "out"):
+    for message in ranks.run(2, conversions.refusal, conversions.to_hf, tmp_path / "megatron", tmp_path / "out"):
         assert expected in message
         assert "\n" not in message
     assert left_over(tmp_path) == []
-    assert not Path("evil").exists()
+    assert not list(tmp_path.rglob("evil"))
 
 
-def test_template_of_another_model_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+def test_template_of_another_model_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
     ranks.run(1, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
     cases_ = {
         "qwen3_moe mixed": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
@@ -423,7 +455,7 @@ def test_template_of_another_model_is_refused(ranks: RankPool, model: Callable[.
         "qwen3_moe tied": "1 tensors that config.json does not ask for, the first 'output_layer.weight'",
     }
     for template, expected in cases_.items():
-        (message,) = ranks.run(1, conversions.refusal, "to_hf", tmp_path / "megatron", tmp_path / "out", model(template))
+        (message,) = ranks.run(1, conversions.refusal, conversions.to_hf, tmp_path / "megatron", tmp_path / "out", model(template))
         assert expected in message
     assert left_over(tmp_path) == []
 
@@ -439,13 +471,14 @@ def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(model: Calla
     assert left_over(tmp_path) == ["out"]
     assert "largest difference" in done.stdout
     assert "MB/s" in done.stdout.splitlines()[-1]
-    back = run_module(TO_HF, "--megatron", out, "--hf", tmp_path / "back", "--verify", "--max_shard_size", "20KB", ranks=2)
+    back = run_module(TO_HF, "--megatron", out, "--hf", tmp_path / "back", "--verify", "--max-shard-size", "20KB", ranks=2)
     assert back.returncode == 0, back.stderr
+    assert "largest difference" in back.stdout
     assert_same(tmp_path / "back", source)
 
 
 @pytest.mark.parametrize("tool", [TO_MEGATRON, TO_HF])
-def test_full_disk(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, tool: str) -> None:  # noqa: F811
+def test_full_disk(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, tool: str) -> None:
     """A limit on the size of a file fails a write as a full disk does, in the middle."""
     source, out = model("qwen3_moe"), tmp_path / "out"
     ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
@@ -458,10 +491,20 @@ def test_full_disk(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, 
     assert left_over(tmp_path) == []
 
 
-def test_too_small_a_disk_is_refused_before_writing(monkeypatch: pytest.MonkeyPatch, model: Callable[..., Path], tmp_path: Path) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))  # pyright: ignore
-    message = conversions.refusal("to_megatron", model("qwen3"), tmp_path / "out")
-    assert "its disk has 0.00 GB free: choose another disk" in message
+def test_too_small_a_disk_is_refused_before_writing(model: Callable[..., Path], tmp_path: Path) -> None:
+    """A vocabulary, in a file that is all hole, larger than what this disk has free."""
+    folder = copied(model("qwen3 tied"), tmp_path)
+    about = json.loads((folder / "config.json").read_text())
+    about["vocab_size"] = (shutil.disk_usage(tmp_path).free + 10**9) // (2 * about["hidden_size"])
+    (folder / "config.json").write_text(json.dumps(about))
+    entries = ConversionTable(folder).entries
+    shapes = [(name, torch.bfloat16, shape) for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)]
+    with suppress(AssertionError), SafetensorsFile(folder / "model.safetensors", shapes):
+        pass  # nothing but the header
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size + sum(2 * math.prod(shape) for _, _, shape in shapes))
+    message = conversions.refusal(conversions.to_megatron, folder, tmp_path / "out")
+    assert re.search(r"needs \d+\.\d\d GB and its disk has \d+\.\d\d GB free: choose another disk", message)
     assert left_over(tmp_path) == []
 
 
@@ -476,7 +519,7 @@ def test_existing_folder_is_refused(model: Callable[..., Path], tmp_path: Path) 
 
 def test_dry_run_prints_the_table(model: Callable[..., Path], tmp_path: Path) -> None:
     source = model("qwen3_moe")
-    done = run_module(TO_MEGATRON, "--hf", source, "--megatron", tmp_path / "out", "--dry_run")
+    done = run_module(TO_MEGATRON, "--hf", source, "--megatron", tmp_path / "out", "--dry-run")
     assert done.returncode == 0, done.stderr
     expected = (
         "model.layers.1.mlp.experts.3.gate_proj.weight + model.layers.1.mlp.experts.3.up_proj.weight"
@@ -488,7 +531,7 @@ def test_dry_run_prints_the_table(model: Callable[..., Path], tmp_path: Path) ->
     assert left_over(tmp_path) == []
 
 
-def test_inspection(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+def test_inspection(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
     source = model("qwen3_moe")
     ranks.run(2, conversions.to_megatron, source, tmp_path / "megatron")
     total = sum(tensor.numel() for tensor in tensors(source).values())
