@@ -127,6 +127,8 @@ class RolloutConfig(_Section):
                     raise ValueError(f"{field} = {value!r} needs engine = 'sglang'")
             if self.placement == "colocated":
                 raise ValueError("placement = 'colocated' needs engine = 'sglang'")
+        if len(set(self.server_urls)) < len(self.server_urls):
+            raise ValueError(f"server_urls = {list(self.server_urls)} names a server twice")
         if self.placement == "colocated" and self.max_staleness:
             raise ValueError(
                 f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers rest while it trains"

@@ -125,7 +125,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
                 f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
             )
     check_wandb(cfg.log.wandb_project)
-    if cfg.rollout.engine == "sglang":
+    generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
+    if cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0":  # the only rank that speaks to servers
         check_servers(cfg)
     tokenizer = _load_tokenizer(cfg.model.path)
     eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}

@@ -157,7 +157,8 @@ class TorchDistReader:
         info = self._storage[key, tuple(chunk.offsets)]
         with (self.folder / info.relative_path).open("rb", buffering=0) as file:
             try:  # from the file into the tensor, without a buffer between
-                tensor: Tensor = torch.load(_create_file_view(file, info.offset, info.length), map_location="cpu", weights_only=True)
+                view: Any = _create_file_view(file, info.offset, info.length)
+                tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 line = " ".join(str(error).split())[:100]
                 raise InputError(f"{self.folder / info.relative_path}: {key!r} cannot be read ({line})") from None

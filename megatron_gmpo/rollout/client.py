@@ -68,6 +68,7 @@ class _Member:
     ready: bool = False
     wants_weights: bool = False
     lost: bool = False
+    silent: bool = False  # a request got no answer: it may hang behind a front that answers
     losses: int = 0  # in a row, without a weight sync between
     suspect: asyncio.Event = field(default_factory=asyncio.Event)
     idle: list[httpx.AsyncClient] = field(default_factory=list)  # connections without a request
@@ -116,7 +117,7 @@ class RolloutClient:
     def _connection(self) -> httpx.AsyncClient:
         """One for each request at a time: what a pool spends on a request grows with the connections in it."""
         return httpx.AsyncClient(
-            timeout=httpx.Timeout(self.cfg.request_timeout_s, connect=_CONNECT_TIMEOUT_S),
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),  # each request has its own limit
             limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_S),
             verify=self._tls,
             trust_env=False,
@@ -126,10 +127,12 @@ class RolloutClient:
         """Ends every request, on foreign servers too, our servers, and the thread."""
         for future in self._pending:
             future.cancel()
-        self._portal.call(self._close)
-        if self.local:
-            self.local.stop()
-        self._context.__exit__(None, None, None)
+        try:
+            self._portal.call(self._close)
+            if self.local:
+                self.local.stop()
+        finally:  # the thread would keep the process alive
+            self._context.__exit__(None, None, None)
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -167,7 +170,7 @@ class RolloutClient:
             return []
         if any(member.ready or member.wants_weights for member in self._members):
             self._waiting_since = time.monotonic()
-        elif time.monotonic() - self._waiting_since > self.cfg.start_timeout_s:
+        elif not self.local and time.monotonic() - self._waiting_since > self.cfg.start_timeout_s:  # ours have limits of their own
             urls = ", ".join(member.server.url for member in self._members)
             raise ServerError(f"no SGLang server has answered for {self.cfg.start_timeout_s:g} s: {urls}")
         return [member.server for member in self._members if member.wants_weights]
@@ -181,9 +184,9 @@ class RolloutClient:
 
     async def _synced(self, servers: set[Server], failed: set[Server]) -> None:
         for member in self._members:
-            if member.server in failed:
+            if member.server in failed and member.wants_weights:  # else its watcher has found it dead before
                 self._lose(member, "did not take the weights")
-            elif member.server in servers:
+            elif member.server in servers and not member.lost:
                 member.ready, member.wants_weights, member.losses = True, False, 0
         async with self._changed:
             self._changed.notify_all()
@@ -241,19 +244,18 @@ class RolloutClient:
 
     async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """One answer of one server with the current weights."""
-        pause, deadline = 0.1, time.monotonic() + self.cfg.request_timeout_s
+        pause, refused_since = 0.1, None
         while True:
             member = await self._acquire()
             oldest = self.version
             try:
                 reply = await self._post(member, body)
-            except httpx.TimeoutException as error:
-                await self._abort(member.server, body["rid"])
-                self._doubt(member)
-                raise _RetryError(f"{member.server.url} did not answer within {self.cfg.request_timeout_s:g} s") from error
             except httpx.TransportError as error:
                 self._doubt(member)
                 raise _RetryError(f"{member.server.url}: {error or type(error).__name__}") from error
+            except _RetryError:
+                self._doubt(member)
+                raise
             finally:
                 async with self._changed:
                     self._changed.notify()
@@ -264,10 +266,11 @@ class RolloutClient:
                 self._doubt(member)
                 raise _RetryError(f"{member.server.url} answered from old weights")
             if reply.status_code in (401, 403):
-                raise ServerError(f"{member.server.url} refuses the API key (HTTP {reply.status_code}): set SGLANG_API_KEY to the server's")
+                raise InputError(f"{member.server.url} refuses the API key (HTTP {reply.status_code}): set SGLANG_API_KEY to the server's")
             if reply.status_code != 429 and reply.status_code < 500:
                 raise InputError(f"{member.server.url} refuses a request: {_message(reply)}")
-            if time.monotonic() > deadline:
+            refused_since = refused_since or time.monotonic()
+            if time.monotonic() > refused_since + self.cfg.request_timeout_s:
                 raise ServerError(f"{member.server.url} took no request for {self.cfg.request_timeout_s:g} s: {_message(reply)}")
             self.retries += 1
             await asyncio.sleep(pause)
@@ -283,33 +286,38 @@ class RolloutClient:
                 await self._changed.wait()
 
     async def _post(self, member: _Member, body: dict[str, Any]) -> httpx.Response:
+        """The server's reply. After the time limit it is asked to abort, and what it has made until then is the reply."""
         http = member.idle.pop() if member.idle else self._connection()
         post = asyncio.create_task(http.post(f"{member.server.url}/generate", json=body, headers=member.server.headers))
         member.posts[post] = body["rid"]
         try:
-            return await post
-        except asyncio.CancelledError:
-            if post.cancelled() and not asyncio.current_task().cancelling():  # pyright: ignore[reportOptionalMemberAccess]
-                raise _RetryError(f"{member.server.url} was lost") from None
-            post.cancel()
-            raise
+            await asyncio.wait({post}, timeout=self.cfg.request_timeout_s)
+            if not post.done():
+                await self._abort(member.server, body["rid"])
+                await asyncio.wait({post}, timeout=PROBE_TIMEOUT_S)
+            if not post.done():
+                member.silent = True
+                raise _RetryError(f"{member.server.url} did not answer within {self.cfg.request_timeout_s:g} s")
+            if post.cancelled():
+                raise _RetryError(f"{member.server.url} was lost")
+            return post.result()
         finally:
+            post.cancel()
             del member.posts[post]
             member.idle.append(http)
 
     def _append(self, response: Response, answer: dict[str, Any]) -> None:
-        about = answer["meta_info"]
-        response.tokens += answer["output_ids"]
-        response.logprobs += [logprob for logprob, *_ in about["output_token_logprobs"]]
-        response.versions += versions_of(answer, self.nonce)[: len(answer["output_ids"])]
-        response.finish_reason = about["finish_reason"]["type"]
-        if self._return_routed_experts:
-            # a resubmitted prompt is routed again, under the newer weights
+        about, finish_reason = answer["meta_info"], answer["meta_info"]["finish_reason"]["type"]
+        if self._return_routed_experts and finish_reason != "abort":  # else the longer prompt is routed again, under the newer weights
             flat = np.frombuffer(base64.b64decode(about["routed_experts"]), "<i4")
             routed = about["prompt_tokens"] + len(answer["output_ids"]) - 1
             if not routed or len(flat) % routed:
                 raise _RetryError(f"{len(flat)} routed experts for {routed} tokens")
             response.routed_experts = flat.reshape(routed, -1)
+        response.tokens += answer["output_ids"]
+        response.logprobs += [logprob for logprob, *_ in about["output_token_logprobs"]]
+        response.versions += versions_of(answer, self.nonce)[: len(answer["output_ids"])]
+        response.finish_reason = finish_reason
 
     async def _abort(self, server: Server, rid: str) -> None:
         with suppress(httpx.TransportError):  # it is gone, and the request with it
@@ -324,6 +332,8 @@ class RolloutClient:
 
     def _leave(self, member: _Member, why: str) -> None:
         """Its requests go elsewhere."""
+        if not (self.local or member.ready or member.wants_weights or member.posts):
+            return  # it has been left before
         log.warning("SGLang server %s %s", member.server.url, why)
         member.ready = member.wants_weights = False
         for post in member.posts:
@@ -331,6 +341,8 @@ class RolloutClient:
 
     def _lose(self, member: _Member, why: str) -> None:
         """Ends the server's present life; its watcher starts the next."""
+        if member.lost:
+            return
         self._leave(member, why)
         member.losses += 1
         member.lost = True
@@ -339,15 +351,16 @@ class RolloutClient:
     async def _watch(self, member: _Member) -> None:
         """A server's lives, one after the other."""
         while member.losses <= self.cfg.max_restarts:
-            if self.local and member.losses:
-                self.restarts += 1
-                await asyncio.to_thread(self.local.restart, member.index)
+            member.lost = member.silent = False
             try:
+                if self.local and member.losses:
+                    self.restarts += 1
+                    await asyncio.to_thread(self.local.restart, member.index)
                 if self.local:
                     await asyncio.to_thread(self.local.wait_ready, member.index)
-            except ServerError as error:
+            except (ServerError, OSError) as error:
                 if member.starting:  # the first start: what is wrong will stay wrong
-                    self._problem = error
+                    self._problem = ServerError(str(error))
                     return
                 self._lose(member, f"did not come back ({error})")
                 continue
@@ -360,11 +373,13 @@ class RolloutClient:
 
     async def _watch_one_life(self, member: _Member) -> None:
         """Returns when the server is lost."""
-        member.lost, seen = False, time.monotonic()
+        seen = time.monotonic()
         while not member.lost:
             version = await self._weight_version(member.server)
             silence = time.monotonic() - seen
-            if version is not None:
+            if version is not None and member.silent:  # the question for its version never reaches what generates
+                member.silent = not await asyncio.to_thread(member.server.answers, self.cfg.hang_timeout_s)
+            if version is not None and not member.silent:
                 seen, member.starting = time.monotonic(), False
                 await self._found(member, version)
             elif self.local and not self.local.is_alive(member.index):
@@ -378,9 +393,9 @@ class RolloutClient:
 
     async def _found(self, member: _Member, version: str) -> None:
         """A sign of life, with the weights it has."""
-        if member.ready or member.wants_weights:
+        if member.lost or member.ready or member.wants_weights:
             return
-        if version == f"{self.nonce}-{self.version}":
+        if version == f"{self.nonce}-{self.version}" and not member.losses:  # what failed a sync may wear its label
             member.ready = True
             async with self._changed:
                 self._changed.notify_all()

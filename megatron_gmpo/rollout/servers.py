@@ -178,6 +178,9 @@ class LocalServers:
         """Kills all of them; nothing is left when it returns."""
         with self._changing:
             self._stopped = True
+            for process in self._processes.values():  # all of them before the first is waited for
+                assert process.stdin
+                process.stdin.close()
             for index in self._processes:
                 self._kill(index)
 

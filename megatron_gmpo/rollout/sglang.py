@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from ..config import Config
-from ..distributed import broadcast_object, rank
+from ..distributed import broadcast_object, rank, world_size
 from ..types import InputError, Metric, Prompt, Sample, SampleGroup, ServerError
 from .client import Response, RolloutClient
 from .engine import SamplingParams, end_token_ids, response_text
@@ -52,12 +53,18 @@ def check_servers(cfg: Config) -> None:
 def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
     """The engine of ``cfg``, on the first rank with its servers starting; collective.
 
+    Raises:
+        InputError: as ``LocalServers`` and ``make_weight_sync``; or colocated servers that take more GPUs than the trainer has.
+
     Args:
         hf: the model's Hugging Face config.
         tokenizer: the model's.
         device: where the policy lives.
     """
     rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
+    gpus = rollout.num_servers * cfg.sglang.tensor_parallel_size
+    if device.type == "cuda" and rollout.placement == "colocated" and gpus > world_size():
+        raise InputError(f"rollout.num_servers = {rollout.num_servers} take {gpus} GPUs, the trainer has {world_size()}: start fewer")
     servers: list[Server] = []
     local = None
     if rank() == 0 and rollout.server_urls:
@@ -81,11 +88,20 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         )
         servers = local.servers
     weight_sync = cfg.weight_sync
+    if rank() == 0 and not weight_sync.folder:
+        shutil.rmtree(run_dir / "weight_sync", ignore_errors=True)  # of a run that was killed
     if not rollout.max_staleness:  # nothing is ever in flight, and a server that is paused to retract spins on a core
         weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
     sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir)
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
     return SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
+
+
+def _generation_config(model: str) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:  # as transformers does for a model without one
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
 
 
 class SGLangEngine:
@@ -114,7 +130,7 @@ class SGLangEngine:
     ) -> None:
         self.version = -1
         self._cfg, self._servers, self._sync, self._tokenizer, self._routed_experts = cfg, servers, sync, tokenizer, routed_experts
-        self._end_ids = end_token_ids(GenerationConfig.from_pretrained(cfg.model.path), tokenizer)
+        self._end_ids = end_token_ids(_generation_config(cfg.model.path), tokenizer)
         self._nonce = secrets.token_hex(4)
         self._client = RolloutClient(servers, local, cfg.sglang, self._nonce, bool(routed_experts)) if rank() == 0 else None
         self._asleep = False
@@ -225,15 +241,14 @@ class SGLangEngine:
             self._client.synced(servers, report.failed)
 
     def _sample_of(self, prompt: list[int], response: Response, sampling: SamplingParams) -> Sample:
-        padding = [0] * len(prompt)
         return Sample(
             tokens=prompt + response.tokens,
             response_mask=[False] * len(prompt) + [True] * len(response.tokens),
-            rollout_logprobs=[0.0 for _ in padding] + response.logprobs,
+            rollout_logprobs=[0.0] * len(prompt) + response.logprobs,
             text=response_text(self._tokenizer, response.tokens, self._end_ids, sampling.stop),
             finish_reason="stop" if response.finish_reason == "stop" else "length",
             policy_version=min(response.versions),
-            token_versions=[-1 for _ in padding] + response.versions,
+            token_versions=[-1] * len(prompt) + response.versions,
             routed_experts=self._routing(response, len(prompt)),
         )
 

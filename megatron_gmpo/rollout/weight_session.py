@@ -85,7 +85,7 @@ class Session:
             raise error
 
     def close(self) -> None:
-        """Lets every server generate again. A failed one first gives up the sync and the requests it would answer from odd weights."""
+        """Lets every server generate again; a failed one first gives up the sync and the requests it would answer from odd weights."""
         self.attempt(self.failed, ("/end_weight_update", {}), ("/abort_request", {"abort_all": True}), ("/continue_generation", {}))
         self.attempt(self.servers, ("/continue_generation", {}))
         self._threads.shutdown(wait=False)

@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from ..checkpoint.safetensors_folder import SafetensorsFile
 from ..config import WeightSyncConfig
-from ..distributed import all_gather_objects, broadcast_object, rank, world_size
+from ..distributed import all_gather_objects, broadcast_object, rank
 from ..types import InputError, ServerError
 from .buckets import Bucket
 from .servers import Server
@@ -212,6 +212,7 @@ class _Route(ABC):
                 session.drop(server, f"has weights {reply.json()['weight_version']!r} after the sync, not {version!r}")
         if self._cfg.verify:
             self._verify(session, version)
+        session.ask("/continue_generation", {})
 
     def _follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """What the other ranks do beside iterating."""
@@ -524,9 +525,6 @@ class _CudaTensorSync(_TensorSync):
     def _lead(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: str) -> SyncReport:
         for server in servers:
             self._places.setdefault(server, sum(s.tensor_parallel_size for s in self._places))
-        needed = sum(s.tensor_parallel_size for s in self._places)
-        if needed > world_size():
-            raise InputError(f"rollout.num_servers: the servers take {needed} GPUs, the trainer has {world_size()}: start fewer of them")
         return super()._lead(servers, tensors, version)
 
     def _follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
