@@ -48,6 +48,7 @@ def processes(*, alone: bool = False) -> Iterator[None]:
     _keep_freed_memory()
     # Megatron and torch disagree on names inside torch.distributed.checkpoint
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         if alone:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -156,8 +156,8 @@ class TorchDistReader:
     def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._storage[key, tuple(chunk.offsets)]
         with (self.folder / info.relative_path).open("rb", buffering=0) as file:
-            try:  # from the file into the tensor, without a buffer between
-                view: Any = _create_file_view(file, info.offset, info.length)
+            view: Any = _create_file_view(file, info.offset, info.length)  # read into the tensor without a buffer between
+            try:
                 tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 line = " ".join(str(error).split())[:100]
@@ -197,7 +197,8 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
     try:
         with closing(read_ahead(pieces, lambda piece: piece.read(), lambda piece: piece.nbytes)) as tensors:
             writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
-            dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(pieces, tensors, list(extra_states)))
+            planner = _StreamingPlanner(pieces, tensors, list(extra_states))
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=torch.distributed.get_world_size() == 1)
     except CheckpointException as error:
         raise next(cause for cause, _ in error.failures.values()) from None
     finally:
