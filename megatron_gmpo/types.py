@@ -114,6 +114,7 @@ class TrainBatch:
         ref_logprobs: (L,) fp32, from the reference policy, 0 outside the mask; None without one.
         sequence_weights: (S,) fp32, importance weights that multiply each sequence's loss; None means 1.
         token_weights: (L,) fp32, the same for each token's; None means 1.
+        kept_tokens: (L,) bool; tokens that count in the policy term of the loss, among those of ``response_mask``; None means all.
     """
 
     tokens: Tensor
@@ -125,6 +126,7 @@ class TrainBatch:
     ref_logprobs: Tensor | None = None
     sequence_weights: Tensor | None = None
     token_weights: Tensor | None = None
+    kept_tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -174,6 +176,8 @@ class Microbatch:
         advantages: (S,) fp32.
         old_logprobs, ref_logprobs, rollout_logprobs, token_weights: (T,) fp32 or None.
         sequence_weights: (S,) fp32 or None.
+        kept_tokens: (T,) bool or None.
+        router_shift: (T,) fp32, how far the routing of each token moved since the old policy: see ``algorithms.rspo``; or None.
     """
 
     tokens: Tensor
@@ -189,6 +193,8 @@ class Microbatch:
     rollout_logprobs: Tensor | None = None
     sequence_weights: Tensor | None = None
     token_weights: Tensor | None = None
+    kept_tokens: Tensor | None = None
+    router_shift: Tensor | None = None
 
     def to(self, device: torch.device) -> Microbatch:
         """Moves every tensor to ``device``."""
@@ -198,14 +204,15 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that can be reduced over microbatches and ranks: a (sum, count) pair, or an extreme.
+    """A figure that can be reduced over microbatches and ranks: a (sum, count) pair, an extreme, or a distribution.
 
-    ``Metric(total, count)`` is reported as total / count; ``Metric(value, op="max")`` and ``op="min"`` as the extreme.
+    ``Metric(total, count)`` is reported as total / count; ``Metric(value, op="max")`` and ``op="min"`` as the extreme;
+    ``Metric(counts, op="histogram")``, with the counts of ``histogram.histogram``, as quantiles.
     """
 
     total: Tensor | float
     count: Tensor | float = 1.0
-    op: Literal["mean", "max", "min"] = "mean"
+    op: Literal["mean", "max", "min", "histogram"] = "mean"
 
 
 @dataclass(frozen=True)

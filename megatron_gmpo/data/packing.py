@@ -182,4 +182,5 @@ def pack(
         rollout_logprobs=per_token(batch.rollout_logprobs, flat_index),
         sequence_weights=None if batch.sequence_weights is None else per_sequence(batch.sequence_weights),
         token_weights=None if batch.token_weights is None else per_token(batch.token_weights, flat_index),
+        kept_tokens=None if batch.kept_tokens is None else per_token(batch.kept_tokens, flat_index),
     )

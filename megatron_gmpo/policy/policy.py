@@ -242,7 +242,7 @@ class Policy:
     def _reduce(self, kept: list[dict[str, Metric]]) -> dict[str, Metric]:
         """Metrics over microbatches and ranks, equal on all; tensor-parallel ranks hold copies, so one of them speaks."""
         merged = reduce_metrics(kept if self.groups.tp.rank() == 0 else [])
-        plain = {name: Metric(float(m.total), float(m.count), m.op) for name, m in merged.items()}
+        plain = {name: _on_cpu(m) for name, m in merged.items()}
         return reduce_metrics(all_gather_objects(plain))
 
 
@@ -254,6 +254,11 @@ class Export:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return export_hf(self.policy.chunks, self.policy.description.mapping, self.policy.groups)
+
+
+def _on_cpu(metric: Metric) -> Metric:
+    total = metric.total.cpu() if isinstance(metric.total, Tensor) and metric.op == "histogram" else float(metric.total)
+    return Metric(total, float(metric.count), metric.op)
 
 
 def _check_finite(what: str, metric: Metric) -> None:
