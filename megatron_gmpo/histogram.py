@@ -19,7 +19,8 @@ BINS = 2 * _PER_SIGN + 1
 
 def histogram(values: Tensor, where: Tensor) -> Tensor:
     """(BINS,) float64 counts of the (T,) ``values`` at which the (T,) bool ``where`` holds; nothing waits for the device."""
-    sizes = torch.ceil(torch.log(values.abs().double().clamp(SMALLEST, LARGEST) / SMALLEST) / _GROWTH).long()
+    values = values.double().nan_to_num(nan=LARGEST)
+    sizes = torch.ceil(torch.log(values.abs().clamp(SMALLEST, LARGEST) / SMALLEST) / _GROWTH).long()
     bins = _PER_SIGN + torch.sign(values).long() * sizes.clamp(max=_PER_SIGN)
     counts = torch.zeros(BINS, dtype=torch.float64, device=values.device)
     return counts.index_add(0, bins.where(where, 0), where.double())
