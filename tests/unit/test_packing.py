@@ -110,6 +110,7 @@ def batch_of(lengths: list[int], seed: int = 0, **absent: None) -> TrainBatch:
         "old_logprobs": torch.randn(total, generator=generator) * mask,
         "ref_logprobs": torch.randn(total, generator=generator) * mask,
         "sequence_weights": torch.rand(len(lengths), generator=generator),
+        "kept_tokens": torch.rand(total, generator=generator) < 0.5,
     }
     return TrainBatch(**fields | absent)
 
@@ -129,14 +130,14 @@ def reference_slots(
         for t in range(padded[s]):
             slot: dict[str, float] = {"position_ids": t, "sequence_ids": s, "flat_index": -1}
             slot["tokens"] = int(batch.tokens[first + t]) if t < lengths[s] else 0
-            for field in ("labels", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
+            for field in ("labels", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "kept_tokens"):
                 slot[field] = 0
             if t + 1 < lengths[s]:
                 predicted = first + t + 1
                 slot["flat_index"] = predicted
                 slot["labels"] = int(batch.tokens[predicted])
                 slot["mask"] = bool(batch.response_mask[predicted])
-                for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+                for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "kept_tokens"):
                     slot[field] = float(getattr(batch, field)[predicted])
             slots.append(slot)
         size = padded[s] // (2 * cp_size)
