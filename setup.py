@@ -30,6 +30,7 @@ setup(
         "pydantic>=2.12",
         "rich>=13.9",
         "safetensors>=0.5",
+        "sniffio>=1.3",  # httpcore looks for it at every step of a request, and searches the whole path where it is missing
         "tensorboard>=2.18",
         "tomli-w>=1.0",
         "torch>=2.9",

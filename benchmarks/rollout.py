@@ -1,11 +1,15 @@
-"""How fast do weights reach an SGLang server on this CPU? A model of 200 MB in bf16 by each route, beside a memcpy of the same bytes.
+"""SGLang on this CPU: how fast 200 MB of weights reach it, and what our client costs beside its work.
 
-Run: python -m benchmarks.rollout --only sync   (needs make sglang; about two minutes)
+Run: python -m benchmarks.rollout [--only sync|client]   (needs make sglang; about two minutes each)
 
-A sync is the whole ``update``: pause, pack, requests, the server's own copy into its parameters, its version checked, continue. The
-memcpy is one thread's between two warm buffers, measured in turn with the syncs; of each the best of some rounds counts. The tensor route
-is wanted at 0.4 of the memcpy's bandwidth at least. A scheduler that is paused to ``retract`` spins on a core (SGLang's event_loop_normal);
-nothing is in flight here, so the syncs pause as for ``abort``, which costs a machine of two cores nothing.
+sync: each route beside a memcpy of the same bytes. A sync is the whole ``update``: pause, pack, requests, the server's own copy into its
+parameters, its version checked, continue. The memcpy is one thread's between two warm buffers. ``map_and_copy`` is the least that a
+receiver can do: another process maps the bytes from /dev/shm and copies them once. All are measured in turn, and of each the best round
+counts. The tensor route is wanted at 0.4 of the memcpy's bandwidth at least. A scheduler that is paused to ``retract`` spins on a core
+(SGLang's event_loop_normal); nothing is in flight here, so the syncs pause as for ``abort``, which costs a machine of two cores nothing.
+
+client: CPU seconds of the client's thread over wall seconds of the whole, with 64 requests at a time on a tiny model, whose servers wait
+least for their own computing. Wanted below 0.05.
 """
 
 from __future__ import annotations
@@ -14,22 +18,30 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal, get_args
 
+import httpx
 import torch
 import tyro
+from torch import multiprocessing
 
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import SGLangConfig, WeightSyncConfig
+from megatron_gmpo.rollout.client import RolloutClient
+from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.servers import LocalServers
 from megatron_gmpo.rollout.weight_sync import make_weight_sync
 from tools.make_tiny_model import make_tiny_model
 
 CPU = torch.device("cpu")
 Route = Literal["disk", "distributed", "tensor"]
-ROUNDS = 8
+ROUNDS = 12
 TENSOR_LIMIT = 0.4
+CONCURRENT, NEW_TOKENS = 64, 64
+CLIENT_LIMIT = 0.05
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -38,12 +50,29 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def map_and_copy(connection: Connection) -> None:
+    target = None
+    while (shared := connection.recv()) is not None:
+        target = torch.empty_like(shared) if target is None else target
+        target.copy_(shared)
+        del shared
+        connection.send(True)
+
+
+def make_model(folder: Path) -> None:
+    """200 MB in bf16."""
+    make_tiny_model(folder, family="qwen3", num_layers=8, hidden_size=1024, ffn_hidden_size=4096, dtype=torch.bfloat16)
+
+
 def measure_sync(folder: Path, bucket_bytes: int) -> None:
-    make_tiny_model(folder / "model", family="qwen3", num_layers=8, hidden_size=1024, ffn_hidden_size=4096, dtype=torch.bfloat16)
+    make_model(folder / "model")
     model = SafetensorsFolder(folder / "model")
     tensors = [(name, model.get(name)) for name in model.names]
     source = torch.cat([tensor.view(-1).view(torch.uint8) for _, tensor in tensors])
     target = torch.empty_like(source)
+    shared = source.clone().share_memory_()
+    ours, theirs = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=map_and_copy, args=(theirs,), daemon=True).start()
     servers = LocalServers(str(folder / "model"), 1, SGLangConfig(), folder / "servers", dtype="bf16", seed=0, device=CPU)
     servers.start()
     routes = {
@@ -52,14 +81,16 @@ def measure_sync(folder: Path, bucket_bytes: int) -> None:
     }
     try:
         servers.wait_ready()
-        taken: dict[str, list[float]] = {name: [] for name in ("memcpy", *routes)}
+        taken: dict[str, list[float]] = {name: [] for name in ("memcpy", "map_and_copy", *routes)}
         for number in range(ROUNDS):
             taken["memcpy"].append(seconds(lambda: target.copy_(source)))
+            taken["map_and_copy"].append(seconds(lambda: (ours.send(shared), ours.recv())))
             for name, route in routes.items():
                 report = route.update(servers.servers, tensors, f"{name}-{number}")
                 assert not report.failed
                 assert report.nbytes == len(source)
                 taken[name].append(report.seconds)
+        ours.send(None)
         for route in routes.values():
             route.close()
     finally:
@@ -67,7 +98,7 @@ def measure_sync(folder: Path, bucket_bytes: int) -> None:
     speed = {name: len(source) / min(times) for name, times in taken.items()}
     for name in taken:
         print(f"{name:12} {speed[name] / 1e9:7.2f} GB/s {speed[name] / speed['memcpy']:7.3f} of memcpy")
-    ratios = {name: round(speed[name] / speed["memcpy"], 3) for name in routes}
+    ratios = {name: round(speed[name] / speed["memcpy"], 3) for name in taken if name != "memcpy"}
     result = {
         "benchmark": "weight_sync",
         "megabytes": round(len(source) / 1e6),
@@ -78,15 +109,45 @@ def measure_sync(folder: Path, bucket_bytes: int) -> None:
     print(json.dumps(result))
 
 
-def main(only: Literal["sync"] = "sync", bucket_megabytes: int = 128) -> None:
+def measure_client(folder: Path) -> None:
+    make_tiny_model(folder / "model", family="qwen3", dtype=torch.bfloat16)
+    cfg = SGLangConfig(max_concurrent_requests=CONCURRENT)
+    local = LocalServers(str(folder / "model"), 1, cfg, folder / "servers", dtype="bf16", seed=0, device=CPU)
+    client = RolloutClient(local.servers, local, cfg, "benchmark")
+    try:
+        local.wait_ready()
+        client.expect(0)
+        update = {"new_version": "benchmark-0", "abort_all_requests": False}
+        server = local.servers[0]
+        httpx.post(f"{server.url}/update_weight_version", json=update, headers=server.admin_headers, timeout=60).raise_for_status()
+        client.synced(local.servers, [])
+        prompts = [[5 + i % 11, 6, 7, *range(5, 15)] for i in range(4 * CONCURRENT)]
+        sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
+        client.submit(prompts[:CONCURRENT], sampling, []).result(600)  # warms up, connections too
+        start = time.perf_counter()
+        in_client = client.cpu_seconds()
+        answers = client.submit(prompts, sampling, []).result(1800)
+        total, in_client = time.perf_counter() - start, client.cpu_seconds() - in_client
+    finally:
+        client.close()
+    tokens = sum(len(response.tokens) for row in answers for response in row)
+    assert tokens == len(prompts) * NEW_TOKENS
+    print(f"{len(prompts)} requests, {CONCURRENT} at a time: {tokens / total:.0f} tokens/s; {in_client:.2f} of {total:.1f} s in the client")
+    share = in_client / total
+    result = {"benchmark": "client_overhead", "share": round(share, 4), "within_limit": share < CLIENT_LIMIT}
+    print(json.dumps(result))
+
+
+def main(only: Literal["sync", "client"] | None = None, bucket_megabytes: int = 128) -> None:
     """
     Args:
-        only: What to measure.
+        only: What to measure; both by default.
         bucket_megabytes: ``weight_sync.bucket_bytes``.
     """
-    del only
-    with tempfile.TemporaryDirectory() as folder:
-        measure_sync(Path(folder), bucket_megabytes * 2**20)
+    for name, measure in (("sync", partial(measure_sync, bucket_bytes=bucket_megabytes * 2**20)), ("client", measure_client)):
+        if only in (None, name):
+            with tempfile.TemporaryDirectory() as folder:
+                measure(Path(folder))
 
 
 if __name__ == "__main__":

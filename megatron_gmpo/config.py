@@ -96,7 +96,7 @@ class RolloutConfig(_Section):
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Generate up to so many steps ahead while training runs; 0 generates and trains in turn."""
     routed_experts: bool = False
-    """Record the experts of every token (MoE)."""
+    """Record the experts of every token (MoE), to replay them or to measure how far the policy's differ."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
@@ -123,7 +123,7 @@ class RolloutConfig(_Section):
     @model_validator(mode="after")
     def _only_servers_are_asynchronous(self) -> RolloutConfig:
         if self.engine == "embedded":
-            for field in ("server_urls", "max_staleness", "routed_experts"):
+            for field in ("server_urls", "max_staleness"):
                 if value := getattr(self, field):
                     raise ValueError(f"{field} = {value!r} needs engine = 'sglang'")
             if self.placement == "colocated":
@@ -217,6 +217,9 @@ class AlgorithmConfig(_Section):
     """None means 0.5 and 5 for ``icepop``, 0.99 and 1.01 for ``geometric``."""
     mask_kl: NonNegative = 0.1
     """Bound of ``off_policy``. DeepSeek-V3.2 names none."""
+    moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
+    """Send every token of the training passes to the experts that the policy chose before the step's first update (``policy``), or that
+    the rollout engine chose (``rollout``); its old log probabilities then too."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 KL to the reference policy."""
     entropy_coef: float = 0.0
@@ -344,6 +347,17 @@ class Config(_Section):
     def _adaptive_clip_has_something_to_clip(self) -> Config:
         if self.algorithm.clip == "adaptive" and self.train.minibatches_per_step == 1:
             raise ValueError("algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: with one update a step no ratio leaves 1")
+        return self
+
+    @property
+    def needs_rollout_routing(self) -> bool:
+        """Samples must carry ``routed_experts``."""
+        return self.rollout.routed_experts or self.algorithm.moe_routing_replay == "rollout"
+
+    @model_validator(mode="after")
+    def _replayed_routing_is_recorded(self) -> Config:
+        if self.needs_rollout_routing and not (self.rollout.routed_experts or self.rollout.replay_path):
+            raise ValueError("algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true: set it, or choose 'policy'")
         return self
 
 

@@ -87,6 +87,7 @@ class Run:
             dtype=DTYPES[self.cfg.model.dtype],
             batch_size=self.cfg.rollout.batch_size,
             seed=self.cfg.seed,
+            routed_experts=self.cfg.rollout.routed_experts,
         )
 
     def write_config(self) -> None:

@@ -81,6 +81,7 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
         logger.event("resume", step=step, checkpoint=str(run.checkpoint))
     timer = Timer()
     collector = Collector(engine, stream, run.reward, cfg.rollout) if engine and stream else None
+    routing = run.description.routing if cfg.needs_rollout_routing else None
 
     def rollout() -> Collected:
         if cfg.rollout.replay_path:
@@ -121,9 +122,10 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
 
             while step < cfg.train.num_steps:
                 collected = rollout()
-                batch = make_train_batch(collected.groups, group_advantages(collected.groups, cfg.algorithm.advantage))
+                advantages = group_advantages(collected.groups, cfg.algorithm.advantage)
+                batch = make_train_batch(collected.groups, advantages, routing)
                 with timer("logprobs"):
-                    batch.old_logprobs = policy.logprobs(batch)
+                    logger.add(policy.set_old_logprobs(batch))
                     logger.add(correct(batch, cfg.algorithm))
                     if objective.kl_coef:
                         batch.ref_logprobs = policy.reference_logprobs(batch)

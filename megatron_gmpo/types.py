@@ -65,7 +65,8 @@ class Sample:
         finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``.
         policy_version: the training step whose weights generated it, or its first token.
         reward: filled in by ``rollout.collect``.
-        routed_experts: (L - 1, layers, topk) int32 expert ids of a MoE rollout, or None.
+        routed_experts: (L - 1, layers, topk) int32 expert ids of a MoE rollout, or None. Row t is of the input token t, which predicts
+            t + 1, so the last token has none. All decoder layers count; what stands in those without experts means nothing.
         token_versions: length L; the training step behind each generated token, -1 on the prompt. None: ``policy_version`` for all.
     """
 
@@ -97,6 +98,23 @@ class SampleGroup:
         return [sample.reward for sample in self.samples]
 
 
+@dataclass(frozen=True)
+class RoutingShape:
+    """What the routing of a MoE looks like.
+
+    Attributes:
+        num_layers: decoder layers, with and without experts.
+        moe_layers: numbers, from 0, of those with experts.
+        num_experts: experts of such a layer.
+        topk: experts of a token.
+    """
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    topk: int
+
+
 @dataclass
 class TrainBatch:
     """The sequences of a step, laid end to end, equal on every rank (S sequences, L = sum of their lengths).
@@ -115,6 +133,9 @@ class TrainBatch:
         sequence_weights: (S,) fp32, importance weights that multiply each sequence's loss; None means 1.
         token_weights: (L,) fp32, the same for each token's; None means 1.
         kept_tokens: (L,) bool; tokens that count in the policy term of the loss, among those of ``response_mask``; None means all.
+        routed_experts: (L, layers, topk) int16 on the CPU, the experts each token had as an INPUT, -1 where unknown: in layers without
+            experts, and on last tokens when the rollout engine recorded them. None when nobody recorded. Every rank holds all of it; only
+            the tokens and layers that a rank computes go to its device.
     """
 
     tokens: Tensor
@@ -127,6 +148,7 @@ class TrainBatch:
     sequence_weights: Tensor | None = None
     token_weights: Tensor | None = None
     kept_tokens: Tensor | None = None
+    routed_experts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -163,7 +185,7 @@ class Microbatch:
     """One packed pipeline unit as one context-parallel rank sees it (T local tokens, S sequences).
 
     Each slot holds an input token and the token it predicts; per-token tensors describe the PREDICTED token, so they line up with
-    the logits.
+    the logits. ``routed_experts`` alone describes the input, which is what a router sees.
 
     Attributes:
         tokens: (T,) int64 inputs.
@@ -173,11 +195,13 @@ class Microbatch:
         mask: (T,) bool; the predicted token carries loss.
         sequence_ids: (T,) int64, which of the S sequences a slot belongs to (padding belongs to its sequence, with mask False).
         flat_index: (T,) int64, place of the predicted token in the TrainBatch's flat tensors, -1 where there is none.
+        input_index: (T,) int64, place of the input token, -1 on padding.
         advantages: (S,) fp32.
         old_logprobs, ref_logprobs, rollout_logprobs, token_weights: (T,) fp32 or None.
         sequence_weights: (S,) fp32 or None.
         kept_tokens: (T,) bool or None.
         router_shift: (T,) fp32, how far the routing of each token moved since the old policy: see ``algorithms.rspo``; or None.
+        routed_experts: (T, layers, topk) int16, -1 where unknown, or None; in a policy's passes cut to a rank's own slots and layers.
     """
 
     tokens: Tensor
@@ -187,6 +211,7 @@ class Microbatch:
     mask: Tensor
     sequence_ids: Tensor
     flat_index: Tensor
+    input_index: Tensor
     advantages: Tensor
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -195,6 +220,7 @@ class Microbatch:
     token_weights: Tensor | None = None
     kept_tokens: Tensor | None = None
     router_shift: Tensor | None = None
+    routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> Microbatch:
         """Moves every tensor to ``device``."""

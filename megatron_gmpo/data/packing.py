@@ -15,22 +15,27 @@ import math
 from bisect import bisect_left, insort
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..types import Microbatch, SampleGroup, TrainBatch
+from ..types import InputError, Microbatch, RoutingShape, Sample, SampleGroup, TrainBatch
 
 _ATTENTION_EQUALS_REST = 32768
 """Sequence length at which attention costs as much as everything else in a layer. Of a dense layer's forward FLOPs a token,
 24 h^2 are in matrices and 2 L h in causal attention: equal at L = 12 h, here for a hidden size of 2,700."""
 
 
-def make_train_batch(groups: list[SampleGroup], advantages: Tensor) -> TrainBatch:
+def make_train_batch(groups: list[SampleGroup], advantages: Tensor, routing: RoutingShape | None = None) -> TrainBatch:
     """Lays the samples of all groups end to end.
 
     Args:
         groups: in order; every token list holds at least one prompt token.
         advantages: (S,), one for each sample, group by group.
+        routing: what the samples' records of routed experts must look like; None leaves them out.
+
+    Raises:
+        InputError: see ``stack_routed_experts``.
     """
     samples = [sample for group in groups for sample in group.samples]
     assert advantages.shape == (len(samples),)
@@ -43,7 +48,37 @@ def make_train_batch(groups: list[SampleGroup], advantages: Tensor) -> TrainBatc
         response_mask=mask,
         advantages=advantages.float(),
         rollout_logprobs=rollout_logprobs.where(mask, 0.0),
+        routed_experts=stack_routed_experts(samples, routing) if routing else None,
     )
+
+
+def stack_routed_experts(samples: list[Sample], routing: RoutingShape) -> Tensor:
+    """The samples' records end to end, (L, layers, topk) int16; -1 on each sample's last token and in layers without experts.
+
+    Raises:
+        InputError: a sample has no record, one of another shape, an expert that the model does not have, or one twice for a token.
+    """
+    moe = list(routing.moe_layers)
+    record = np.full((sum(len(sample.tokens) for sample in samples), routing.num_layers, routing.topk), -1, np.int16)
+    start = 0
+    for number, sample in enumerate(samples):
+        found, expected = sample.routed_experts, (len(sample.tokens) - 1, routing.num_layers, routing.topk)
+        if found is None:
+            raise InputError(f"sample {number} has no record of its routed experts: generate with rollout.routed_experts = true")
+        if found.shape != expected:
+            raise InputError(
+                f"sample {number}: routed experts of shape {found.shape}, not {expected} (tokens - 1, layers, topk): "
+                "generate with the model of model.path"
+            )
+        experts = found[:, moe]
+        outside = experts[(experts < 0) | (experts >= routing.num_experts)]
+        if outside.size:
+            raise InputError(f"sample {number}: routed expert {outside[0]} of {routing.num_experts}: generate with the model of model.path")
+        if (np.diff(np.sort(experts)) == 0).any():
+            raise InputError(f"sample {number}: a token has the same routed expert twice: generate with the model of model.path")
+        record[start : start + len(found), moe] = experts
+        start += len(sample.tokens)
+    return torch.from_numpy(record)
 
 
 def cost(length: int) -> float:
@@ -165,6 +200,10 @@ def pack(
         """``values`` at ``index``, 0 (False) where the index is -1."""
         return values[index.clamp(min=0)].masked_fill(index < 0, 0)
 
+    routed_experts = None
+    if batch.routed_experts is not None:
+        routed_experts = batch.routed_experts[input_index.clamp(min=0)].masked_fill((input_index < 0)[:, None, None], -1)
+
     def per_sequence(values: Tensor) -> Tensor:
         return values[chosen] if sequences else values.new_zeros(1)
 
@@ -176,6 +215,7 @@ def pack(
         mask=per_token(batch.response_mask, flat_index),
         sequence_ids=owner,
         flat_index=flat_index,
+        input_index=input_index,
         advantages=per_sequence(batch.advantages),
         old_logprobs=None if batch.old_logprobs is None else per_token(batch.old_logprobs, flat_index),
         ref_logprobs=None if batch.ref_logprobs is None else per_token(batch.ref_logprobs, flat_index),
@@ -183,4 +223,5 @@ def pack(
         sequence_weights=None if batch.sequence_weights is None else per_sequence(batch.sequence_weights),
         token_weights=None if batch.token_weights is None else per_token(batch.token_weights, flat_index),
         kept_tokens=None if batch.kept_tokens is None else per_token(batch.kept_tokens, flat_index),
+        routed_experts=routed_experts,
     )

@@ -15,7 +15,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig
 
 from ..config import Config, ParallelConfig
-from ..types import InputError
+from ..types import InputError, RoutingShape
 from . import FAMILIES
 from .blocks import HFConfig, prediction_layers
 from .mapping import Mapping
@@ -47,13 +47,24 @@ class ModelDescription:
     def is_moe(self) -> bool:
         return bool(self.transformer.num_moe_experts)
 
+    @property
+    def routing(self) -> RoutingShape:
+        """The MoE layers and their experts."""
+        config = self.transformer
+        assert config.num_moe_experts
+        frequency = config.moe_layer_freq  # "every n-th from the first", or a 0 or 1 for each layer (gpt_layer_specs.py)
+        is_moe = frequency if isinstance(frequency, list) else [layer % frequency == 0 for layer in range(config.num_layers)]
+        layers = tuple(layer for layer, moe in enumerate(is_moe) if moe)
+        return RoutingShape(config.num_layers, layers, config.num_moe_experts, config.moe_router_topk)
+
 
 def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelDescription:
     """Reads ``cfg.model.path`` and checks it against the layout.
 
     Raises:
         InputError: no model there, a family without a table, a layout that does not divide the world size, the heads, the layers or
-            the experts, an unknown or contradictory [megatron] field, fp8 without Transformer Engine and a GPU.
+            the experts, an unknown or contradictory [megatron] field, fp8 without Transformer Engine and a GPU, routing to be recorded
+            or replayed that a dense model does not have or a [megatron] field prevents.
     """
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]
@@ -138,7 +149,13 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
 
 
 _LAYOUT_FIELDS = set(ParallelConfig.model_fields)
-_OUR_FIELDS = {"params_dtype": "model.dtype", "bf16": "model.dtype", "fp16": "model.dtype", "pipeline_dtype": "model.dtype"}
+_OUR_FIELDS = {
+    "params_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "pipeline_dtype": "model.dtype",
+    "moe_enable_routing_replay": "algorithm.moe_routing_replay",
+}
 _FIXED_FIELDS = {
     "calculate_per_token_loss": "the loss already comes divided, and gradients would be summed over ranks a second time",
     "variable_seq_lengths": "packed microbatches differ in length",
@@ -149,6 +166,9 @@ _FIXED_FIELDS = {
 def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool) -> TransformerConfig:
     parallel, dtype = cfg.parallel, DTYPES[cfg.model.dtype]
     _check_megatron_table(cfg.megatron, architecture, use_te)
+    routing_field = _routing_field(cfg)
+    if routing_field and not architecture.get("num_moe_experts"):
+        raise InputError(f"{routing_field} but this model has no experts: remove it")
     fields = {
         **architecture,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -171,6 +191,7 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
         "moe_grouped_gemm": use_te,
         "moe_router_dtype": "fp32",
         "moe_router_bias_update_rate": 0.0,
+        "moe_enable_routing_replay": routing_field is not None,
     }
     if not use_te:  # the fused kernels of these need Transformer Engine or apex
         fields |= {
@@ -180,9 +201,32 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
             "apply_rope_fusion": False,
         }
     try:
-        return _config_class(architecture)(**(fields | cfg.megatron))
+        transformer = _config_class(architecture)(**(fields | cfg.megatron))
     except (ValueError, AssertionError, TypeError, ImportError) as error:
         raise InputError(f"Megatron's TransformerConfig refuses this config: {_one_line(error)}") from None
+    if routing_field:
+        _check_routing_can_be_replayed(transformer, routing_field)
+    return transformer
+
+
+def _routing_field(cfg: Config) -> str | None:
+    """The setting that wants routing recorded or replayed, as the user wrote it."""
+    if cfg.algorithm.moe_routing_replay != "none":
+        return f"algorithm.moe_routing_replay = {cfg.algorithm.moe_routing_replay!r}"
+    return "rollout.routed_experts = true" if cfg.rollout.routed_experts else None
+
+
+def _check_routing_can_be_replayed(transformer: TransformerConfig, routing_field: str) -> None:
+    """Refuses what goes past the hook in Megatron's router (moe_utils.py:topk_routing_with_score_function), or changes its result."""
+    for name, harmless, why in (
+        ("moe_router_fusion", False, "the fused router neither records nor replays"),
+        ("moe_expert_capacity_factor", None, "tokens would be dropped from their experts"),
+        ("cuda_graph_impl", "none", "a captured graph does not ask for the routing again"),
+    ):
+        if (value := getattr(transformer, name)) != harmless:
+            raise InputError(f"megatron.{name} = {value!r} with {routing_field}: {why}; remove one of them")
+    if transformer.moe_router_load_balancing_type == "sinkhorn":
+        raise InputError(f"megatron.moe_router_load_balancing_type = 'sinkhorn' with {routing_field}: it neither records nor replays")
 
 
 def _config_class(architecture: dict[str, Any]) -> type[TransformerConfig]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..models.config import ModelDescription
 from ..types import Metric, Microbatch, NonFiniteError, TrainBatch
 from .build import build_chunks, make_trainable
 from .logprobs import vocab_parallel_logprobs
+from .routing import Routing, RoutingPass
 
 MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
 """(logprobs (T,), entropy (T,), microbatch, its place) -> (scaled loss, anything to keep), on the last pipeline stage."""
@@ -58,6 +60,8 @@ class Policy:
             self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
             self.chunks = self.model.chunks
             self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
+            observed = description.transformer.moe_enable_routing_replay
+            self.routing = Routing(self.chunks, description.routing, groups.tp) if observed else None
 
     def _load(self, path: str) -> list[torch.nn.Module]:
         chunks = build_chunks(self.description, self.groups, self.device)
@@ -65,8 +69,26 @@ class Policy:
         return chunks
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
-        """(L,) fp32 on the CPU: log probability of every response token at the rollout temperature, 0 elsewhere."""
-        return self._logprobs(self.chunks, batch)
+        """(L,) fp32 on the CPU: log probability of every response token at the rollout temperature, 0 elsewhere.
+
+        Under routing replay with the batch's ``routed_experts``, once it has some.
+        """
+        return self._logprobs(self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None))
+
+    def set_old_logprobs(self, batch: TrainBatch) -> dict[str, Metric]:
+        """Gives the batch its ``old_logprobs``, and for ``algorithm.moe_routing_replay`` = ``policy`` the ``routed_experts`` behind them.
+
+        Returns:
+            ``moe/routing_differs`` and ``moe/routing_differs_tokens``: how far the routing is from the rollout engine's, if that was
+            recorded; under its replay, how far it would be. See ``RoutingPass.metrics``.
+        """
+        kind = self.cfg.algorithm.moe_routing_replay
+        routing = self._routing_pass(batch, replay=kind == "rollout", record=kind == "policy")
+        batch.old_logprobs = self._logprobs(self.chunks, batch, routing)
+        metrics = routing.metrics("moe/routing_differs") if routing else {}
+        if routing and routing.record:
+            batch.routed_experts = routing.gather()
+        return metrics
 
     def reference_logprobs(self, batch: TrainBatch) -> Tensor:
         """The same under the reference policy; needs ``algorithm.kl_coef`` > 0."""
@@ -81,7 +103,8 @@ class Policy:
         microbatch's sum is scaled by dp * microbatches / count.
 
         Returns:
-            ``loss``, ``grad_norm``, ``learning_rate`` and the objective's metrics, over all ranks.
+            ``loss``, ``grad_norm``, ``learning_rate`` and the objective's metrics, over all ranks; ``moe/routing_drift`` and
+            ``moe/routing_drift_tokens``, how far the current weights' own routing is from the minibatch's ``routed_experts``, if any.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
@@ -100,7 +123,9 @@ class Policy:
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer: Any = self.model.optimizer
         optimizer.zero_grad()
-        metrics = self._reduce(self._run(self.chunks, minibatch, plan, loss))
+        routing = self._routing_pass(minibatch, replay=True)
+        metrics = self._reduce(self._run(self.chunks, minibatch, plan, loss, routing))
+        metrics |= routing.metrics("moe/routing_drift") if routing else {}
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
         _, grad_norm, _ = optimizer.step()
@@ -155,15 +180,22 @@ class Policy:
     def _sequence_multiple(self) -> int:
         return 2 * self.groups.cp.size() if self.groups.cp.size() > 1 else 1
 
+    def _routing_pass(self, batch: TrainBatch, *, replay: bool, record: bool = False) -> RoutingPass | None:
+        """What the routers do in a pass over the batch; None where nobody asks."""
+        if self.routing is None:
+            return None
+        replay = replay and self.cfg.algorithm.moe_routing_replay != "none"
+        return RoutingPass(self.routing, batch, self.device, replay, record)
+
     @torch.no_grad()
-    def _logprobs(self, chunks: list[torch.nn.Module], batch: TrainBatch) -> Tensor:
+    def _logprobs(self, chunks: list[torch.nn.Module], batch: TrainBatch, routing: RoutingPass | None = None) -> Tensor:
         def keep(logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int) -> tuple[Tensor, dict[str, Any]]:
             return logprobs.new_zeros(()), {"at": microbatch.flat_index[microbatch.mask], "logprobs": logprobs[microbatch.mask]}
 
         for chunk in chunks:
             chunk.eval()
         flat = torch.zeros(len(batch.tokens), device=self.device)
-        for found in self._run(chunks, batch, self._plan(batch), keep, forward_only=True):
+        for found in self._run(chunks, batch, self._plan(batch), keep, routing, forward_only=True):
             flat[found["at"]] = found["logprobs"].float()
         if self.groups.pp.rank() == self.groups.pp.size() - 1:
             dist.all_reduce(flat, group=self.groups.dp_cp)
@@ -177,13 +209,14 @@ class Policy:
         batch: TrainBatch,
         plan: list[list[int]],
         loss: MicrobatchLoss,
+        routing: RoutingPass | None = None,
         forward_only: bool = False,
     ) -> list[dict[str, Any]]:
         """Runs the pipeline schedule; what ``loss`` kept of each microbatch, on the last stage (elsewhere nothing)."""
         schedule = get_forward_backward_func()
-        iterators = [self._microbatches(batch, plan) for _ in chunks]
-        return schedule(
-            forward_step_func=partial(self._forward_step, loss),
+        iterators = [self._microbatches(batch, plan, chunk, routing) for chunk in chunks]
+        kept = schedule(
+            forward_step_func=partial(self._forward_step, loss, routing),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks,
             num_microbatches=len(plan),
@@ -191,9 +224,16 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        if routing:
+            routing.end()
+        return kept
 
-    def _microbatches(self, batch: TrainBatch, plan: list[list[int]]) -> Iterator[tuple[int, Microbatch]]:
+    def _microbatches(
+        self, batch: TrainBatch, plan: list[list[int]], chunk: torch.nn.Module, routing: RoutingPass | None
+    ) -> Iterator[tuple[int, Microbatch]]:
         cp, tp = self.groups.cp, self.groups.tp
+        if routing is None:
+            batch = replace(batch, routed_experts=None)
         for place, sequences in enumerate(plan):
             microbatch = pack(
                 batch,
@@ -203,28 +243,35 @@ class Policy:
                 sequence_multiple=self._sequence_multiple,
                 total_multiple=cp.size() * (tp.size() if self.cfg.parallel.uses_sequence_parallel else 1),
             )
+            if routing:
+                microbatch = routing.routing.cut(microbatch, chunk)
             yield place, microbatch.to(self.device)
 
     def _forward_step(
-        self, loss: MicrobatchLoss, microbatches: Iterator[tuple[int, Microbatch]], model: torch.nn.Module
+        self,
+        loss: MicrobatchLoss,
+        routing: RoutingPass | None,
+        microbatches: Iterator[tuple[int, Microbatch]],
+        model: torch.nn.Module,
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
         place, microbatch = next(microbatches)
         bounds = microbatch.cu_seqlens
         longest = int((bounds[1:] - bounds[:-1]).max())
-        output = model(
-            microbatch.tokens[None],
-            microbatch.position_ids[None],
-            None,  # causal within each sequence: the attention reads the packing
-            packed_seq_params=PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=bounds,
-                cu_seqlens_kv=bounds,
-                cu_seqlens_q_padded=bounds,
-                cu_seqlens_kv_padded=bounds,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
-            ),
-        )
+        with routing.of(model, microbatch) if routing else nullcontext():
+            output = model(
+                microbatch.tokens[None],
+                microbatch.position_ids[None],
+                None,  # causal within each sequence: the attention reads the packing
+                packed_seq_params=PackedSeqParams(
+                    qkv_format="thd",
+                    cu_seqlens_q=bounds,
+                    cu_seqlens_kv=bounds,
+                    cu_seqlens_q_padded=bounds,
+                    cu_seqlens_kv_padded=bounds,
+                    max_seqlen_q=longest,
+                    max_seqlen_kv=longest,
+                ),
+            )
 
         def loss_of_logits(logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
             logprobs, entropy = vocab_parallel_logprobs(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import ssl
 import time
 import uuid
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ PROBE_TIMEOUT_S = 5.0
 ATTEMPTS = 5
 """Answers that may go wrong, one after the other, before a sample is given up; a full queue does not count."""
 _CONNECT_TIMEOUT_S = 10.0
+_KEEPALIVE_S = 2.0  # the servers close an idle connection after 5 s (uvicorn), and a request must not meet that
 _LONGEST_PAUSE_S = 5.0
 
 
@@ -68,6 +70,7 @@ class _Member:
     lost: bool = False
     losses: int = 0  # in a row, without a weight sync between
     suspect: asyncio.Event = field(default_factory=asyncio.Event)
+    idle: list[httpx.AsyncClient] = field(default_factory=list)  # connections without a request
     posts: dict[asyncio.Task[httpx.Response], str] = field(default_factory=dict)  # to their request ids
 
 
@@ -104,12 +107,20 @@ class RolloutClient:
         self._portal.call(self._open, servers)
 
     async def _open(self, servers: Sequence[Server]) -> None:
-        connections = httpx.Limits(max_connections=None, max_keepalive_connections=len(servers) * self.cfg.max_concurrent_requests)
-        timeout = httpx.Timeout(self.cfg.request_timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None)
-        self._http = httpx.AsyncClient(limits=connections, timeout=timeout, trust_env=False)
+        self._tls = ssl.create_default_context()
+        self._http = self._connection()
         self._changed = asyncio.Condition()
         self._members = [_Member(server, index) for index, server in enumerate(servers)]
         self._tasks = [asyncio.create_task(self._watch(member)) for member in self._members]
+
+    def _connection(self) -> httpx.AsyncClient:
+        """One for each request at a time: what a pool spends on a request grows with the connections in it."""
+        return httpx.AsyncClient(
+            timeout=httpx.Timeout(self.cfg.request_timeout_s, connect=_CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_S),
+            verify=self._tls,
+            trust_env=False,
+        )
 
     def close(self) -> None:
         """Ends every request, on foreign servers too, our servers, and the thread."""
@@ -125,7 +136,12 @@ class RolloutClient:
             task.cancel()
         if not self.local:
             await asyncio.gather(*(self._abort(m.server, rid) for m in self._members for rid in m.posts.values()))
-        await self._http.aclose()
+        for http in (self._http, *(idle for member in self._members for idle in member.idle)):
+            await http.aclose()
+
+    def cpu_seconds(self) -> float:
+        """What the client's thread has computed since it began."""
+        return self._portal.call(_thread_time)
 
     # weights
 
@@ -267,7 +283,8 @@ class RolloutClient:
                 await self._changed.wait()
 
     async def _post(self, member: _Member, body: dict[str, Any]) -> httpx.Response:
-        post = asyncio.create_task(self._http.post(f"{member.server.url}/generate", json=body, headers=member.server.headers))
+        http = member.idle.pop() if member.idle else self._connection()
+        post = asyncio.create_task(http.post(f"{member.server.url}/generate", json=body, headers=member.server.headers))
         member.posts[post] = body["rid"]
         try:
             return await post
@@ -278,6 +295,7 @@ class RolloutClient:
             raise
         finally:
             del member.posts[post]
+            member.idle.append(http)
 
     def _append(self, response: Response, answer: dict[str, Any]) -> None:
         about = answer["meta_info"]
@@ -375,6 +393,10 @@ class RolloutClient:
         except httpx.TransportError:
             return None
         return str(reply.json().get("weight_version")) if reply.status_code == 200 else None
+
+
+async def _thread_time() -> float:
+    return time.thread_time()
 
 
 def versions_of(answer: dict[str, Any], nonce: str) -> list[int]:

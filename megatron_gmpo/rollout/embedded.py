@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,19 @@ class EmbeddedEngine:
         dtype: precision of weights and activations; sampling itself is fp32.
         batch_size: responses decoded together on a rank.
         seed: of the sampling.
+        routed_experts: record the experts of every token; the model is a MoE.
     """
 
     def __init__(
-        self, model_path: str, tokenizer: Any, *, device: torch.device | str, dtype: torch.dtype, batch_size: int, seed: int
+        self,
+        model_path: str,
+        tokenizer: Any,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        batch_size: int,
+        seed: int,
+        routed_experts: bool = False,
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
         self.model: Any = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
@@ -50,6 +60,7 @@ class EmbeddedEngine:
         self._calls = 0
         self._slots = _weight_slots(self.model)
         self._end_ids = end_token_ids(self.model.generation_config, tokenizer)
+        self._routing = _RoutedExperts(self.model) if routed_experts else None
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
@@ -117,6 +128,7 @@ class EmbeddedEngine:
         # Every prompt is read once; its responses start from copies of its cache.
         cache = DynamicCache(config=self.model.config)
         logits = self._forward(ids, positions, pad, cache)  # (D, V)
+        prompt_experts = self._routing.latest(len(ids)) if self._routing else None  # (D, P, layers, topk)
         spread = torch.tensor([place[tuple(p)] for p in prompts], device=self.device)
         logits, pad = logits[spread], pad[spread]
         cache.batch_select_indices(spread)
@@ -124,6 +136,7 @@ class EmbeddedEngine:
         rows = torch.arange(len(prompts), device=self.device)  # (b,) rows of the batch still in the cache
         tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=self.device)
+        experts = None if prompt_experts is None else prompt_experts.new_zeros(*tokens.shape, *prompt_experts.shape[2:])
         lengths = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # 0 while a response goes on
         end_tokens = torch.tensor(sorted(self._end_ids), dtype=torch.int64, device=self.device)
         warpers = _warpers(sampling)
@@ -141,11 +154,18 @@ class EmbeddedEngine:
                 rows, token, pad = rows[going], token[going], pad[going]
                 cache.batch_select_indices(going)
             logits = self._forward(token[:, None], width + step - pad, pad, cache)
+            if self._routing and experts is not None:
+                experts[rows, step] = self._routing.latest(len(rows))[:, 0]
 
-        return [
-            self._sample_of(prompt, tokens[i, : length or None].tolist(), logprobs[i, : length or None].tolist(), length > 0, sampling)
-            for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True))
-        ]
+        samples = []
+        for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
+            response = slice(length or None)
+            sample = self._sample_of(prompt, tokens[i, response].tolist(), logprobs[i, response].tolist(), length > 0, sampling)
+            if prompt_experts is not None and experts is not None:
+                routed = torch.cat([prompt_experts[spread[i], width - len(prompt) :], experts[i, : sample.response_length - 1]])
+                sample.routed_experts = routed.cpu().numpy()
+            samples.append(sample)
+        return samples
 
     def _forward(self, ids: Tensor, positions: Tensor, pad: Tensor, cache: DynamicCache) -> Tensor:
         """(B, T) new tokens after the cached ones -> (B, V) fp32 logits of the last; ``pad`` (B, 1) are empty slots on the left."""
@@ -173,6 +193,29 @@ class EmbeddedEngine:
             finish_reason=reason,
             policy_version=self.version,
         )
+
+
+class _RoutedExperts:
+    """The routing of a transformers MoE in its latest forward pass, read where the experts of each layer are given it."""
+
+    def __init__(self, model: Any) -> None:
+        self._shape = (model.config.num_hidden_layers, model.config.num_experts_per_tok)
+        self._latest: dict[int, Tensor] = {}
+        for number, layer in enumerate(model.model.layers):
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.experts.register_forward_pre_hook(partial(self._note, number))
+
+    def _note(self, layer: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._latest[layer] = inputs[1]  # (hidden states, experts (B * T, topk), their weights), in every family
+
+    def latest(self, batch_size: int) -> Tensor:
+        """(B, T, layers, topk) int32, -1 in layers without experts."""
+        layers, topk = self._shape
+        some = next(iter(self._latest.values()))
+        experts = some.new_full((len(some), layers, topk), -1, dtype=torch.int32)
+        for layer, chosen in self._latest.items():
+            experts[:, layer] = chosen.int()
+        return experts.view(batch_size, -1, layers, topk)
 
 
 def _warpers(sampling: SamplingParams) -> LogitsProcessorList:

@@ -80,7 +80,10 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
             first_gpu=0 if rollout.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         )
         servers = local.servers
-    sync = make_weight_sync(cfg.weight_sync, rollout.placement, device, run_dir)
+    weight_sync = cfg.weight_sync
+    if not rollout.max_staleness:  # nothing is ever in flight, and a server that is paused to retract spins on a core
+        weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
+    sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir)
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
     return SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
 
@@ -208,13 +211,14 @@ class SGLangEngine:
         return "waiting", None
 
     def _sync_weights(self, servers: list[Server]) -> None:
+        waking: tuple[Server, ...] = ()
         if self._asleep:
             if self._client:
-                resume_memory(servers, ("weights",), self._cfg.weight_sync.timeout_s)
+                waking = resume_memory(servers, ("weights",), self._cfg.weight_sync.timeout_s)
             broadcast_object(None)
         report = self._sync.update(servers, self._named_tensors, f"{self._nonce}-{self.version}")
-        if self._asleep and self._client:
-            resume_memory(servers, ("kv_cache",), self._cfg.weight_sync.timeout_s)
+        if waking:
+            resume_memory(waking, ("kv_cache",), self._cfg.weight_sync.timeout_s)
         self._asleep = False
         self._figures["weight_sync/gigabytes_per_second"] = Metric(report.nbytes / 1e9, report.seconds)
         if self._client:

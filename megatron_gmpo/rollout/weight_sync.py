@@ -105,34 +105,47 @@ def make_weight_sync(
 
 
 def release_memory(servers: Sequence[Server], timeout_s: float) -> None:
-    """Makes idle servers give back the memory of weights and cache. One that has gone is passed over.
+    """Makes idle servers give back the memory of weights and cache; one that is not idle does not survive it.
 
-    A server that is not idle does not survive it, nor does ``resume_memory`` one that has released nothing.
-
-    Raises:
-        ServerError: a server refuses.
-    """
-    _change_memory(servers, "/release_memory_occupation", {}, timeout_s)
-
-
-def resume_memory(servers: Sequence[Server], tags: Sequence[str], timeout_s: float) -> None:
-    """Makes servers take memory again for ``tags``: ``weights``, whose values are lost, and ``kv_cache``. See ``release_memory``.
+    A server that has gone, or has not been synced since it started, is passed over.
 
     Raises:
         ServerError: a server refuses.
     """
-    _change_memory(servers, "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)
+    _answers(_synced(servers, timeout_s), "/release_memory_occupation", {"tags": ["kv_cache", "weights"]}, timeout_s)
 
 
-def _change_memory(servers: Sequence[Server], path: str, body: dict[str, Any], timeout_s: float) -> None:
+def resume_memory(servers: Sequence[Server], tags: Sequence[Literal["weights", "kv_cache"]], timeout_s: float) -> tuple[Server, ...]:
+    """Makes servers take again what ``release_memory`` took; the weights' values are lost.
+
+    Returns:
+        Those that had released it: not the ones that have started since. Only these may resume further tags after a sync.
+
+    Raises:
+        ServerError: a server refuses.
+    """
+    asleep = _synced(servers, timeout_s)
+    _answers(asleep, "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)
+    return asleep
+
+
+def _synced(servers: Sequence[Server], timeout_s: float) -> tuple[Server, ...]:
+    """Those with weights from a sync; the others still have what they started with."""
+    replies = _answers(servers, "/model_info", None, timeout_s)
+    return tuple(server for server, reply in replies.items() if reply.json()["weight_version"] != "default")
+
+
+def _answers(servers: Sequence[Server], path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[Server, httpx.Response]:
     session = Session(servers, timeout_s)
+    answers = {}
     for server, reply in session.start(path, body).items():
         try:
-            reply.result()
+            answers[server] = reply.result()
         except NoAnswerError as error:
             log.warning("SGLang server %s %s", server.url, error)
         except SyncError as error:
             raise ServerError(f"SGLang server {server.url} {error}") from None
+    return answers
 
 
 class _Route(ABC):
@@ -142,6 +155,7 @@ class _Route(ABC):
         self._cfg, self._device = cfg, device
         self._capacity = cfg.bucket_bytes // 2  # one bucket is packed while another is on its way
         self._buffers: list[Tensor] = []
+        self._noise: dict[Server, list[dict[str, str]]] = {}
         self._verified: tuple[str, dict[int, list[Any]]] = ("", {})
 
     @torch.no_grad()
@@ -170,31 +184,34 @@ class _Route(ABC):
         nbytes = 0
         session = Session(servers, self._cfg.timeout_s)
         try:
-            session.ask("/pause_generation", {"mode": self._cfg.in_flight})
-            noise = self._scramble(session) if self._cfg.verify else {}
-            self._begin(session, version)
-            sending: Future[None] | None = None
+            working = session.run(self._open, session, version)
             for bucket, last in self._buckets(tensors):
-                if sending:
-                    sending.result()
+                working.result()
                 about = {"weight_version": version if last else INCOMPLETE, "flush_cache": last and self._cfg.in_flight != "in_place"}
-                sending = session.run(self._send, session, self._seal(bucket), about, last)
+                working = session.run(self._send, session, self._seal(bucket), about, last)
                 nbytes += bucket.nbytes
-            assert sending, "an export without tensors"
-            sending.result()
-            self._end(session, version)
-            if self._cfg.in_flight == "in_place":
-                session.attempt(session.servers, ("/flush_cache", {}))  # refused while unfinished responses need the cache
-            for server, reply in session.ask("/model_info").items():
-                if reply.json()["weight_version"] != version:
-                    session.drop(server, f"has weights {reply.json()['weight_version']!r} after the sync, not {version!r}")
-            if self._cfg.verify:
-                self._verify(session, noise, version)
+            working.result()
+            self._conclude(session, version)
         finally:
             session.close()
         if session.problem:
             raise session.problem
         return SyncReport(nbytes, time.monotonic() - started, session.failed)
+
+    def _open(self, session: Session, version: str) -> None:
+        session.ask("/pause_generation", {"mode": self._cfg.in_flight})
+        self._noise = self._scramble(session) if self._cfg.verify else {}
+        self._begin(session, version)
+
+    def _conclude(self, session: Session, version: str) -> None:
+        self._end(session, version)
+        if self._cfg.in_flight == "in_place":
+            session.attempt(session.servers, ("/flush_cache", {}))  # refused while unfinished responses need the cache
+        for server, reply in session.ask("/model_info").items():
+            if reply.json()["weight_version"] != version:
+                session.drop(server, f"has weights {reply.json()['weight_version']!r} after the sync, not {version!r}")
+        if self._cfg.verify:
+            self._verify(session, version)
 
     def _follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """What the other ranks do beside iterating."""
@@ -243,12 +260,12 @@ class _Route(ABC):
         session.ask("/weights_checker", {"action": "reset_tensors"})
         return _checksums(session)
 
-    def _verify(self, session: Session, noise: dict[Server, list[dict[str, str]]], version: str) -> None:
+    def _verify(self, session: Session, version: str) -> None:
         """Every weight must have been replaced, and servers of one layout must agree: among themselves, and with those that took part in
         an earlier sync of this version."""
         checksums = _checksums(session)
         for server, ranks in checksums.items():
-            same = {name for before, after in zip(noise[server], ranks, strict=True) for name in after if after[name] == before[name]}
+            same = {name for before, after in zip(self._noise[server], ranks, strict=True) for name in after if after[name] == before[name]}
             if same:
                 names = ", ".join(sorted(same)[:8])
                 problem = f"weight sync: {len(same)} weights of {server.url} are not among the tensors sent, or were ignored: {names}"

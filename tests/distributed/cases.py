@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_gmpo.algorithms.objective import make_objective
@@ -72,6 +73,61 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
 def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, float]]:
     objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
     return [{name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()} for _ in range(steps)]
+
+
+def replay(cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_logprobs: Tensor | None = None) -> dict[str, Any]:
+    """``steps`` steps of ``minibatches`` each after ``set_old_logprobs``, or those given; and what each router of this rank chose in them.
+
+    Every token of the batch is another one, by which the routers' choices are told apart: ``chosen`` has (token, layer) -> sets of experts.
+    """
+    with opened(cfg) as policy:
+        compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(batch).items()}
+        logprobs = batch.old_logprobs
+        batch.old_logprobs = logprobs if old_logprobs is None else old_logprobs
+        if cfg.algorithm.kl_coef:
+            batch.ref_logprobs = policy.reference_logprobs(batch)
+        chosen = watch_routers(policy)
+        history = [step for _ in range(steps) for minibatch in batch.split(minibatches) for step in _steps(policy, minibatch, 1)]
+        return {
+            "logprobs": logprobs,
+            "ref_logprobs": batch.ref_logprobs,
+            "routed_experts": batch.routed_experts,
+            "compared": compared,
+            "history": history,
+            "chosen": chosen,
+            "weights": weights_on_rank_0(policy),
+        }
+
+
+def watch_routers(policy: Policy) -> dict[tuple[int, int], set[tuple[int, ...]]]:
+    """Fills as the model runs forward: (token, layer) -> the sets of experts it went to, from the routers' output."""
+    chosen: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    tp = policy.groups.tp
+    for chunk in policy.chunks:
+        running: list[list[int]] = []  # tokens of the microbatch; none while a backward pass recomputes
+
+        def start(_: Any, args: Any, running: list[list[int]] = running) -> None:
+            running.append(args[0][0].chunk(tp.size())[tp.rank()].tolist())
+
+        def stop(_: Any, __: Any, ___: Any, running: list[list[int]] = running) -> None:
+            running.pop()
+
+        def note(router: Any, _: Any, output: tuple[Tensor, Tensor], running: list[list[int]] = running) -> None:
+            for token, experts in zip(running[0] if running else [], output[1], strict=False):
+                chosen.setdefault((token, router.layer_number - 1), set()).add(tuple(experts.nonzero()[:, 0].tolist()))
+
+        chunk.register_forward_pre_hook(start)
+        chunk.register_forward_hook(stop)
+        for router in (module for module in chunk.modules() if isinstance(module, TopKRouter)):
+            router.register_forward_hook(note)
+    return chosen
+
+
+def router_gradients(cfg: Config, batch: TrainBatch) -> list[Tensor]:
+    """Of each layer, after one step without gradient clipping, on one rank."""
+    with opened(cfg) as policy:
+        _steps(policy, batch, 1)
+        return [module.weight.main_grad.clone() for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
 
 
 def run_on(cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int, saves: list[int], keep_last: int = 9) -> dict[str, Any]:

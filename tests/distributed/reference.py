@@ -33,10 +33,42 @@ def spans(batch: Any) -> list[slice]:
     return [slice(end - length, end) for end, length in zip(ends, batch.lengths.tolist(), strict=True)]
 
 
+def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
+    """Sends each of the (L,) tokens, all different, to its row of ``experts`` (L, layers, topk), weighted by the softmax over them.
+
+    ``layers`` are all of the model's; those without experts stay as they are.
+    """
+    place = {token: i for i, token in enumerate(tokens.tolist())}
+    rows: list[list[int]] = []
+    model.register_forward_pre_hook(lambda _, args: rows.append([place[token] for token in args[0][0].tolist()]))
+
+    def replace(layer: int, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = experts[rows[-1], layer].long()
+        return output[0], output[0].gather(1, chosen).softmax(-1), chosen
+
+    for layer, module in enumerate(model.model.layers):
+        if hasattr(module.mlp, "gate"):
+            module.mlp.gate.register_forward_hook(lambda _, __, output, layer=layer: replace(layer, output))
+
+
 @torch.no_grad()
-def batch_logprobs(path: Path, batch: Any, temperature: float = 1.0) -> Tensor:
+def own_routing(path: Path, batch: Any) -> Tensor:
+    """(L, layers, topk) experts of every token."""
+    model = load_float64(path)
+    routed: list[list[Tensor]] = [[] for _ in model.model.layers]
+    for layer, module in enumerate(model.model.layers):
+        module.mlp.gate.register_forward_hook(lambda _, __, output, layer=layer: routed[layer].append(output[2]))
+    for span in spans(batch):
+        model(batch.tokens[span][None])
+    return torch.stack([torch.cat(of_layer) for of_layer in routed], 1)
+
+
+@torch.no_grad()
+def batch_logprobs(path: Path, batch: Any, temperature: float = 1.0, experts: Tensor | None = None) -> Tensor:
     """(L,) float64 log probabilities, 0 outside the response mask."""
     model = load_float64(path)
+    if experts is not None:
+        force_routing(model, batch.tokens, experts)
     logprobs = torch.cat([sequence_logprobs(model, batch.tokens[span], temperature)[0] for span in spans(batch)])
     return logprobs * batch.response_mask
 
@@ -91,11 +123,14 @@ def train(
     clip_grad: float,
     ref_path: Path | None = None,
     temperature: float = 1.0,
+    experts: Tensor | None = None,
     **loss: Any,
 ) -> dict[str, Any]:
     """Losses and unclipped gradient norms of ``steps`` AdamW steps, and the weights after them, by way of ``folder``."""
     ref_logprobs = batch_logprobs(ref_path or path, batch, temperature)
     model = load_float64(path)
+    if experts is not None:
+        force_routing(model, batch.tokens, experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0)
     losses, norms = [], []
     for _ in range(steps):

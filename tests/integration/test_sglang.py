@@ -313,7 +313,8 @@ def test_servers_that_keep_dying_end_the_run(sglang_model: Path, tmp_path: Path,
 
 
 def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Two trainer ranks that share experts, two servers, weights in shared memory, generation one step ahead; and nothing is left."""
+    """Two trainer ranks that share experts, two servers whose routing they replay, weights in shared memory, generation one step ahead;
+    and nothing is left."""
     problems = tmp_path / "problems"
     arithmetic.main(problems)
     run_dir = tmp_path / "run"
@@ -329,10 +330,12 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
         rollout__num_servers=2,
         rollout__max_staleness=1,
         rollout__prompts_per_step=16,
+        rollout__routed_experts="true",
         sglang__python=PYTHON,
         weight_sync__route="tensor",
         weight_sync__verify="true",
         algorithm__correction="geometric",
+        algorithm__moe_routing_replay="rollout",
         optimizer__lr=3e-3,
         optimizer__lr_schedule="constant",
         parallel__expert_model_parallel_size=2,
@@ -346,6 +349,7 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1
     assert max(line["rollout/logprob_diff_mean"] for line in figures[:1]) < 1e-4  # the first rollout has the policy's weights
     assert [line["rollout/staleness_max"] for line in figures] == [0] + [1] * 7
+    assert figures[0]["moe/routing_differs"] < 0.01  # equal weights, so only rounding can choose another expert
     for line in figures:
         assert line["weight_sync/gigabytes_per_second"] > 0
         assert line["rollout/weight_mean"] == pytest.approx(1, abs=0.2)

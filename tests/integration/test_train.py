@@ -180,6 +180,27 @@ def test_replayed_rollouts_train_the_same_in_another_layout(
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
 
 
+def test_the_rollouts_routing_is_replayed_in_another_layout(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
+    replay = options(algorithm__moe_routing_replay="rollout", train__num_steps=2, eval__before="false", checkpoint__save_final="false")
+    sampling = options(run_dir=tmp_path / "ep2", rollout__routed_experts="true", rollout__save_path=tmp_path / "rollouts", **EP2)
+    done = run_module("megatron_gmpo.train", *argv, *replay, *sampling, ranks=2)
+    assert done.returncode == 0, done.stderr
+    saved = options(run_dir=tmp_path / "pp2", rollout__replay_path=tmp_path / "rollouts", parallel__pipeline_model_parallel_size=2)
+    done = run_module("megatron_gmpo.train", *argv, *replay, *saved, ranks=2)
+    assert done.returncode == 0, done.stderr
+    expected, found = (json_lines(tmp_path / name / "metrics.jsonl") for name in ("ep2", "pp2"))
+    for a, b in zip((line for line in expected if line["step"]), found, strict=True):
+        assert max(a["moe/routing_differs"], b["moe/routing_differs"]) < 0.01
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-7)  # a sum of terms near 1 and -1
+        for name in ("grad_norm", "policy/log_ratio_max", "policy/entropy"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    assert found[-1]["moe/routing_drift"] > 0  # so the replay did something
+    without = options(run_dir=tmp_path / "none", rollout__replay_path=two_steps / "rollouts")
+    done = run_module("megatron_gmpo.train", *argv, *replay, *without)
+    assert done.returncode == 2
+    assert error_lines(done.stderr) == ["error: sample 0 has no record of its routed experts: generate with rollout.routed_experts = true"]
+
+
 def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     shutil.copytree(two_steps, broken)

@@ -281,11 +281,22 @@ def test_memory_is_released_and_taken_again(
 ) -> None:
     other = tiny_model("qwen3_moe", num_layers=2, seed=1)
     (server,) = sglang_server.servers
+    sync = weight_sync("tensor")
+    assert sync.update([server], tensors_of(sglang_model), "memory-0").failed == ()
     release_memory([server], 60)
-    resume_memory([server], ("weights",), 60)
-    assert weight_sync("tensor").update([server], tensors_of(other), "memory-0").failed == ()
-    resume_memory([server], ("kv_cache", "cuda_graph"), 60)
-    assert_serves(server, other, sglang_model, "memory-0")
+    assert resume_memory([server], ("weights",), 60) == (server,)
+    assert sync.update([server], tensors_of(other), "memory-1").failed == ()
+    assert resume_memory([server], ("kv_cache",), 60) == (server,)
+    assert_serves(server, other, sglang_model, "memory-1")
+
+
+def test_memory_of_a_server_that_has_just_started_is_left_alone(pair: LocalServers) -> None:
+    """It would die of resuming what it has not released."""
+    pair.restart(1)
+    pair.wait_ready(1)
+    release_memory(pair.servers[1:], 60)
+    assert resume_memory(pair.servers[1:], ("weights", "kv_cache"), 60) == ()
+    assert generate(pair.servers[1], PROMPT, max_new_tokens=1).status_code == 200
 
 
 def sync_on_a_rank(server: Server, model: Path, folder: Path) -> list[Any]:

@@ -14,7 +14,7 @@ from megatron.core.transformer import MLATransformerConfig
 
 from megatron_gmpo.config import Config
 from megatron_gmpo.models.config import ModelDescription, describe_model
-from megatron_gmpo.types import InputError
+from megatron_gmpo.types import InputError, RoutingShape
 
 CPU = torch.device("cpu")
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
@@ -132,6 +132,27 @@ def test_layers_of_a_mixed_model(describe: Describe) -> None:
     assert describe().transformer.moe_layer_freq == 1
     assert describe(hf={"mlp_only_layers": [0, 3]}).transformer.moe_layer_freq == [0, 1, 1, 0]
     assert describe(hf={"decoder_sparse_step": 2}).transformer.moe_layer_freq == [0, 1, 0, 1]
+
+
+def test_routing_of_a_mixed_model(describe: Describe) -> None:
+    assert describe().routing == RoutingShape(num_layers=4, moe_layers=(0, 1, 2, 3), num_experts=8, topk=2)
+    assert describe(hf={"mlp_only_layers": [0, 3]}).routing.moe_layers == (1, 2)
+    assert describe(megatron={}).transformer.moe_enable_routing_replay is False
+    assert describe(algorithm={"moe_routing_replay": "policy"}).transformer.moe_enable_routing_replay
+    assert describe(rollout={"routed_experts": True}).transformer.moe_enable_routing_replay
+
+
+@pytest.mark.parametrize(
+    ("family", "megatron", "words"),
+    [
+        ("qwen3", {}, "no experts"),
+        ("qwen3_moe", {"moe_expert_capacity_factor": 1.0}, "megatron.moe_expert_capacity_factor = 1.0"),
+        ("qwen3_moe", {"moe_router_load_balancing_type": "sinkhorn"}, "sinkhorn"),
+        ("qwen3_moe", {"moe_enable_routing_replay": True}, "set algorithm.moe_routing_replay instead"),
+    ],
+)
+def test_routing_that_cannot_be_replayed_is_refused(describe: Describe, family: str, megatron: dict[str, Any], words: str) -> None:
+    assert words in mistake(describe, family, algorithm={"moe_routing_replay": "policy"}, megatron=megatron)
 
 
 def test_megatron_fields_pass_through(describe: Describe) -> None:

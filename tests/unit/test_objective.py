@@ -36,6 +36,7 @@ def microbatch() -> Microbatch:
         mask=slots % 6 >= 2,
         sequence_ids=slots // 6,
         flat_index=slots,
+        input_index=slots - 1,
         advantages=torch.tensor([1.0, -1.0, 0.5, -2.0]),
         old_logprobs=random() - 2,
         ref_logprobs=random() - 2,

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import packing as benchmark
-from megatron_gmpo.data.packing import cost, make_train_batch, pack, plan_microbatches
-from megatron_gmpo.types import Microbatch, Prompt, Sample, SampleGroup, TrainBatch
+from megatron_gmpo.data.packing import cost, make_train_batch, pack, plan_microbatches, stack_routed_experts
+from megatron_gmpo.types import InputError, Microbatch, Prompt, RoutingShape, Sample, SampleGroup, TrainBatch
 
 quick = settings(deadline=None, max_examples=80)
 
@@ -111,25 +111,28 @@ def batch_of(lengths: list[int], seed: int = 0, **absent: None) -> TrainBatch:
         "ref_logprobs": torch.randn(total, generator=generator) * mask,
         "sequence_weights": torch.rand(len(lengths), generator=generator),
         "kept_tokens": torch.rand(total, generator=generator) < 0.5,
+        "routed_experts": torch.randint(0, 8, (total, 3, 2), generator=generator).short(),
     }
     return TrainBatch(**fields | absent)
 
 
 def reference_slots(
     batch: TrainBatch, sequences: list[int], cp_size: int, cp_rank: int, sequence_multiple: int, total_multiple: int
-) -> tuple[list[dict[str, float]], list[int]]:
+) -> tuple[list[dict[str, Any]], list[int]]:
     """What ``pack`` says of itself, slot by slot."""
     lengths = [int(batch.lengths[i]) for i in sequences]
     padded = [math.ceil(length / sequence_multiple) * sequence_multiple for length in lengths]
     while sum(padded) % total_multiple or padded[-1] % sequence_multiple:
         padded[-1] += 1
-    local: list[dict[str, float]] = []
+    local: list[dict[str, Any]] = []
     for s, i in enumerate(sequences):
         first = sum(int(n) for n in batch.lengths[:i])
-        slots: list[dict[str, float]] = []
+        slots: list[dict[str, Any]] = []
         for t in range(padded[s]):
-            slot: dict[str, float] = {"position_ids": t, "sequence_ids": s, "flat_index": -1}
+            slot: dict[str, Any] = {"position_ids": t, "sequence_ids": s, "flat_index": -1}
             slot["tokens"] = int(batch.tokens[first + t]) if t < lengths[s] else 0
+            slot["input_index"] = first + t if t < lengths[s] else -1
+            slot["routed_experts"] = batch.routed_experts[first + t].tolist() if t < lengths[s] else [[-1, -1]] * 3
             for field in ("labels", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "kept_tokens"):
                 slot[field] = 0
             if t + 1 < lengths[s]:
@@ -176,7 +179,7 @@ def test_pack_equals_the_reference(layout: tuple[list[int], list[int], dict[str,
         assert packed.cu_seqlens.tolist() == boundaries
         assert packed.cu_seqlens.dtype == torch.int32
         assert packed.mask.dtype == torch.bool
-        for field in ("tokens", "labels", "position_ids", "sequence_ids", "flat_index"):
+        for field in ("tokens", "labels", "position_ids", "sequence_ids", "flat_index", "input_index"):
             assert getattr(packed, field).dtype == torch.int64
         for field in ("advantages", "sequence_weights"):
             assert torch.equal(getattr(packed, field), getattr(batch, field)[torch.tensor(sequences)])
@@ -243,10 +246,10 @@ def test_dummy_microbatch(cp_size: int) -> None:
 
 
 def test_absent_tensors_stay_absent() -> None:
-    batch = batch_of([5, 3], old_logprobs=None, ref_logprobs=None, sequence_weights=None)
+    batch = batch_of([5, 3], old_logprobs=None, ref_logprobs=None, sequence_weights=None, routed_experts=None)
     for sequences in ([1, 0], []):
         packed = pack(batch, sequences)
-        assert (packed.old_logprobs, packed.ref_logprobs, packed.sequence_weights) == (None, None, None)
+        assert (packed.old_logprobs, packed.ref_logprobs, packed.sequence_weights, packed.routed_experts) == (None, None, None, None)
         assert packed.rollout_logprobs is not None
 
 
@@ -276,3 +279,46 @@ def test_make_train_batch() -> None:
     assert batch.old_logprobs is None
     with pytest.raises(AssertionError):
         make_train_batch(groups, torch.zeros(2))
+
+
+ROUTING = RoutingShape(num_layers=3, moe_layers=(0, 2), num_experts=8, topk=2)
+
+
+def routed(length: int, seed: int = 0) -> Sample:
+    """A sample with a record whose layer without experts holds nonsense."""
+    experts = np.random.default_rng(seed).random((length - 1, 3, 8)).argsort()[..., :2].astype(np.int32)
+    experts[:, 1] = 70_000
+    return Sample(list(range(length)), [False] + [True] * (length - 1), [0.0] * length, "", "stop", 0, routed_experts=experts)
+
+
+def test_routed_experts_lie_beside_their_input_tokens() -> None:
+    samples = [routed(4), routed(1), routed(3, seed=1)]
+    record = stack_routed_experts(samples, ROUTING)
+    assert record.dtype == torch.int16
+    assert record.shape == (8, 3, 2)
+    for start, sample in ((0, samples[0]), (5, samples[2])):
+        assert sample.routed_experts is not None
+        known = slice(start, start + len(sample.tokens) - 1)
+        assert np.array_equal(record[known, [0, 2]].numpy(), sample.routed_experts[:, [0, 2]])
+    assert (record[:, 1] == -1).all()
+    assert (record[[3, 4, 7]] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda experts: None, "no record"),
+        (lambda experts: experts[:-1], r"shape \(2, 3, 2\), not \(3, 3, 2\)"),
+        (lambda experts: experts[:, [0, 2]], r"shape \(3, 2, 2\), not \(3, 3, 2\)"),
+        (lambda experts: experts[..., :1], r"shape \(3, 3, 1\), not \(3, 3, 2\)"),
+        (lambda experts: np.where([[[True], [False], [True]]], [0, 8], experts), "expert 8 of 8"),
+        (lambda experts: np.where([[[True], [False], [True]]], [-1, 0], experts), "expert -1 of 8"),
+        (lambda experts: np.where([[[False], [False], [True]]], [5, 5], experts), "the same routed expert twice"),
+    ],
+)
+def test_a_wrong_record_of_routed_experts_is_refused(change: Any, words: str) -> None:
+    sample = routed(4)
+    sample.routed_experts = change(sample.routed_experts)
+    with pytest.raises(InputError, match=f"sample 1.*{words}") as error:
+        stack_routed_experts([routed(2), sample], ROUTING)
+    assert "\n" not in str(error.value)

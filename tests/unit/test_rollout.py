@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.prompts import PromptStream
@@ -43,9 +43,11 @@ def folder_of(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
     return lambda family, **options: tiny_model(family, num_layers=2, initializer_range=0.15, **options)
 
 
-def engine_of(folder: Path, *, batch_size: int = 64, seed: int = 0) -> EmbeddedEngine:
+def engine_of(folder: Path, *, batch_size: int = 64, seed: int = 0, routed_experts: bool = False) -> EmbeddedEngine:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return EmbeddedEngine(str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=seed)
+    return EmbeddedEngine(
+        str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=seed, routed_experts=routed_experts
+    )
 
 
 def prompts_of(folder: Path, texts: list[str]) -> list[Prompt]:
@@ -255,6 +257,37 @@ def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
     assert engine._ends_with_stop(tail, ("zz", "🍎")).tolist() == [False, False, True]
     (group,) = engine.generate([prompt], SamplingParams(n=2, max_new_tokens=4, stop=("no such text",)))
     assert all("no such text" not in s.text for s in group.samples)
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops: Path) -> None:
+    """With prompts of several lengths, prompts shared by samples, and rows that leave the batch."""
+    engine = engine_of(early_stops, batch_size=batch_size, routed_experts=True)
+    groups = engine.generate(prompts_of(early_stops, TEXTS), SamplingParams(n=3, max_new_tokens=12))
+    samples = [s for g in groups for s in g.samples]
+    assert len({s.response_length for s in samples}) > 3
+    for sample in samples:
+        router_logits = model_of(early_stops)(torch.tensor([sample.tokens]), output_router_logits=True).router_logits
+        assert sample.routed_experts is not None
+        assert sample.routed_experts.dtype == np.int32
+        assert sample.routed_experts.shape == (len(sample.tokens) - 1, 2, 2)
+        for layer, logits in enumerate(router_logits):
+            chosen = logits.topk(2).indices.sort().values[:-1]
+            assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
+
+
+def test_routed_experts_of_a_model_with_dense_layers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_model("qwen3_moe"))
+    config.mlp_only_layers = [0, 2]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model("qwen3_moe")).save_pretrained(tmp_path)
+    engine = engine_of(tmp_path, routed_experts=True)
+    (group,) = engine.generate(prompts_of(tmp_path, ["07+45="]), SamplingParams(max_new_tokens=4))
+    experts = group.samples[0].routed_experts
+    assert experts is not None
+    assert experts.shape[1:] == (4, 2)
+    assert (experts[:, [0, 2]] == -1).all()
+    assert (experts[:, [1, 3]] >= 0).all()
 
 
 # --- the embedded engine: new weights ---
