@@ -81,8 +81,6 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
         InputError: an unknown loss or option, or a bad value of one, or a loss or correction that does not fit the model or the loss.
     """
     check_loss(cfg.loss, cfg.options)
-    if cfg.loss == "rspo" and not is_moe:
-        raise InputError("algorithm.loss = 'rspo' needs a mixture of experts, and this model is dense: choose 'gmpo'")
     if cfg.correction == "token" and "token_weights" not in inspect.signature(POLICY_LOSSES[cfg.loss]).parameters:
         raise InputError(f"algorithm.correction = 'token': {cfg.loss} weighs whole sequences; choose 'geometric'")
     default_low, default_high, source = default_clip(cfg.loss, is_moe)

@@ -14,17 +14,19 @@ from .gmpo import geometric_mean_loss
 from .sequences import PackedTokens, PolicyMask, TokenPenalty
 
 
-def router_shift_of(scores: Tensor, old_scores: Tensor) -> Tensor:
-    """How far the routing of each token moved: 1 where it did not, towards 0 where it did.
+def log_router_shift(scores: Tensor, old_scores: Tensor) -> Tensor:
+    """How far one layer's routing of each token moved: 0 where it did not, negative where it did.
+
+    The paper's router scores are the log probabilities of a router's distribution over all experts, before top-k.
 
     Args:
-        scores: (T, layers, topk) log router scores under the current policy, of the experts that the OLD policy chose.
+        scores: (T, topk) log router scores under the current policy, of the experts that the OLD policy chose.
         old_scores: the same under the old policy.
 
     Returns:
-        (T,) gamma = exp(- mean over layers and experts of |scores - old_scores|), fp32 without gradient, not yet floored.
+        (T,) - mean over experts of |scores - old_scores|, fp32 without gradient. A token's gamma is exp of the mean over MoE layers.
     """
-    return torch.exp(-(scores.detach().float() - old_scores.float()).abs().mean(dim=(1, 2)))
+    return -(scores.detach().float() - old_scores.float()).abs().mean(1)
 
 
 def rspo_loss(
@@ -50,7 +52,7 @@ def rspo_loss(
     are those of ``gmpo_loss``; the default clip is GMPO's for MoE.
 
     Args:
-        router_shift: (T,) gamma, as ``router_shift_of`` gives it; ignored outside the mask.
+        router_shift: (T,) gamma, see ``log_router_shift``; ignored outside the mask.
         min_router_shift: the floor of gamma; 1 gives GMPO.
 
     Returns:
