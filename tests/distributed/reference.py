@@ -78,9 +78,8 @@ def router_log_probs(model: Any, batch: Any) -> Tensor:
     return torch.stack([torch.cat(of_layer).log_softmax(-1) for of_layer in logits], 1)
 
 
-def router_shift(model: Any, batch: Any, old: Tensor, topk: int) -> Tensor:
-    """(L,) RSPO's gamma of every input token; ``old`` is what ``router_log_probs`` was under the old policy."""
-    experts = old.topk(topk).indices
+def router_shift(model: Any, batch: Any, old: Tensor, experts: Tensor) -> Tensor:
+    """(L,) RSPO's gamma of every input token. Under the old policy, ``router_log_probs`` was ``old``, and its experts (L, layers, topk)."""
     return torch.exp(-(router_log_probs(model, batch) - old).gather(2, experts).abs().mean((1, 2)))
 
 
@@ -162,11 +161,14 @@ def train(
         force_routing(model, batch.tokens, experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0)
     losses, norms, shifts = [], [], []
-    old_routers = router_log_probs(model, batch) if loss["loss"] == "rspo" else None
+    old_routers = None
+    if loss["loss"] == "rspo":
+        old_routers = router_log_probs(model, batch)
+        active = old_routers.topk(model.config.num_experts_per_tok).indices if experts is None else experts
     for _ in range(steps):
         optimizer.zero_grad()
         if old_routers is not None:
-            shifts.append(router_shift(model, batch, old_routers, model.config.num_experts_per_tok))
+            shifts.append(router_shift(model, batch, old_routers, active))
         shift = shifts[-1].clamp(min=min_router_shift) if shifts else None
         value = batch_loss(model, batch, ref_logprobs, temperature=temperature, shift=shift, **loss)
         value.backward()
@@ -174,6 +176,6 @@ def train(
         optimizer.step()
         losses.append(value.item())
     if old_routers is not None:
-        shifts.append(router_shift(model, batch, old_routers, model.config.num_experts_per_tok))
+        shifts.append(router_shift(model, batch, old_routers, active))
     model.save_pretrained(folder)
     return {"losses": losses, "norms": norms, "shifts": shifts, "weights": saved_tensors(folder)}

@@ -112,6 +112,8 @@ def batch_of(lengths: list[int], seed: int = 0, **absent: None) -> TrainBatch:
         "sequence_weights": torch.rand(len(lengths), generator=generator),
         "kept_tokens": torch.rand(total, generator=generator) < 0.5,
         "routed_experts": torch.randint(0, 8, (total, 3, 2), generator=generator).short(),
+        "router_scores": torch.randn(total, 3, 2, generator=generator),
+        "router_shift": torch.rand(total, generator=generator),
     }
     return TrainBatch(**fields | absent)
 
@@ -133,6 +135,8 @@ def reference_slots(
             slot["tokens"] = int(batch.tokens[first + t]) if t < lengths[s] else 0
             slot["input_index"] = first + t if t < lengths[s] else -1
             slot["routed_experts"] = batch.routed_experts[first + t].tolist() if t < lengths[s] else [[-1, -1]] * 3
+            slot["router_scores"] = batch.router_scores[first + t].tolist() if t < lengths[s] else [[0.0, 0.0]] * 3
+            slot["router_shift"] = float(batch.router_shift[first + t]) if t < lengths[s] else 0.0
             for field in ("labels", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "kept_tokens"):
                 slot[field] = 0
             if t + 1 < lengths[s]:
