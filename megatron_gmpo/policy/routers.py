@@ -97,10 +97,9 @@ class OldRouters(RouterPass):
         self._sums = torch.zeros(self.shape.num_layers, self.shape.num_experts + 1, dtype=torch.float64, device=self.device)
 
     def _note(self, microbatch: Microbatch, index: Tensor, place: int, layer: int, log_scores: Tensor, routed: Tensor) -> None:
-        real = index >= 0
-        entropy = -(log_scores.exp() * log_scores).sum(-1)
-        self._sums[layer, :-1] += routed[real].sum(0)
-        self._sums[layer, -1] += entropy[real].sum(dtype=torch.float64)
+        real = (index >= 0)[:, None]
+        self._sums[layer, :-1] += (routed & real).sum(0)
+        self._sums[layer, -1] -= (log_scores.exp() * log_scores * real).sum(dtype=torch.float64)
         if self._keep_scores:
             experts = routed.nonzero()[:, 1].view(-1, self.shape.topk)  # in ascending order
             self._scores[layer].append((index, log_scores.gather(1, experts)))
