@@ -65,17 +65,21 @@ def own_routing(path: Path, batch: Any) -> Tensor:
 
 @torch.no_grad()
 def router_log_probs(model: Any, batch: Any) -> Tensor:
-    """(L, layers, experts): log of each router's distribution for every input token."""
-    logits: list[list[Tensor]] = [[] for _ in model.model.layers]
-    hooks = [
-        module.mlp.gate.register_forward_hook(lambda _, __, output, layer=layer: logits[layer].append(output[0]))
-        for layer, module in enumerate(model.model.layers)
-    ]
+    """(L, MoE layers, experts): log of each router's distribution for every input token; of DeepSeek's kind, sigmoids over their sum."""
+    gates = [module.mlp.gate for module in model.model.layers if hasattr(module.mlp, "gate")]
+    found: list[list[Tensor]] = [[] for _ in gates]
+
+    def note(gate: Any, args: tuple[Tensor], _: Any) -> None:
+        logits = args[0].flatten(0, -2) @ gate.weight.T
+        weights = logits.sigmoid() if hasattr(gate, "e_score_correction_bias") else logits.exp()
+        found[gates.index(gate)].append((weights / weights.sum(-1, keepdim=True)).log())
+
+    hooks = [gate.register_forward_hook(note) for gate in gates]
     for span in spans(batch):
         model(batch.tokens[span][None])
     for hook in hooks:
         hook.remove()
-    return torch.stack([torch.cat(of_layer).log_softmax(-1) for of_layer in logits], 1)
+    return torch.stack([torch.cat(of_layer) for of_layer in found], 1)
 
 
 def router_shift(model: Any, batch: Any, old: Tensor, experts: Tensor) -> Tensor:

@@ -90,6 +90,15 @@ def test_load_and_entropy(ranks: RankPool, expected: Reference, batch: TrainBatc
         assert result["compared"] == pytest.approx(figures, rel=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["one rank", "tp2 ep2"])
+def test_entropy_of_sigmoid_routers(ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str) -> None:
+    path = expected.model("glm4_moe")
+    log_probs = reference.router_log_probs(reference.load_float64(path), batch)
+    world_size, cfg = replaying(path, layout, "none", max_tokens=40, rollout={"routed_experts": False})
+    for result in ranks.run(world_size, cases.replay, cfg, batch, 1, 0):
+        assert result["compared"]["moe/router_entropy"] == pytest.approx(float(-(log_probs.exp() * log_probs).sum(-1).mean()), rel=1e-6)
+
+
 def test_an_expert_without_tokens_is_dead(ranks: RankPool, expected: Reference, batch: TrainBatch) -> None:
     """One token goes to 2 of 4 experts in each of 4 layers; on two ranks there is padding too, which does not count."""
     world_size, cfg = replaying(expected.model("qwen3_moe"), "tp2 cp2 ep2", "none", max_tokens=40, rollout={"routed_experts": False})
