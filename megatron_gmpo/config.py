@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import sys
 import time
@@ -190,6 +191,17 @@ class AlgorithmConfig(_Section):
     clip_low: NonNegative | None = None
     clip_high: NonNegative | None = None
     """None means the loss's default; for gmpo 0.4 (dense) or 0.2 (MoE). The run prints which it took and why."""
+    clip: Literal["fixed", "adaptive"] = "fixed"
+    """``adaptive`` starts at these clips and moves each of them after every step, to hold ``clip_target``."""
+    clip_signal: Literal["fraction", "tail"] = "fraction"
+    """What is held: the ``fraction`` that each side clips (of tokens, or of sequences in a loss that clips those), or the ``tail``, the
+    size of the 0.1 % and 99.9 % quantiles of the tokens' log ratio."""
+    clip_target: Annotated[float, Field(gt=0)] | None = None
+    """None means a ``fraction`` of 0.01; the ``tail`` needs one, e.g. 0.2."""
+    clip_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+    """Smallest and largest clip; None means an eighth and eight times the one the run starts with."""
+    clip_gain: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """How fast: a step changes the logarithm of a clip by this times the signal's relative distance from its target, at most by this."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
     advantage: Literal["normalized", "mean", "leave_one_out"] = "normalized"
@@ -198,6 +210,15 @@ class AlgorithmConfig(_Section):
     sequence's geometric mean, the one that fits gmpo and gspo."""
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
     """Larger weights are cut to this."""
+    mask: Literal["none", "icepop", "geometric", "off_policy"] = "none"
+    """What is left out of the policy term. ``icepop``: tokens whose probability in the policy, over that in the rollout engine, leaves
+    [mask_low, mask_high]; ``geometric``: sequences whose geometric mean of it does; ``off_policy``: sequences with a negative advantage
+    that the current policy finds less likely than the engine did by more than mask_kl nats a token."""
+    mask_low: NonNegative | None = None
+    mask_high: Annotated[float, Field(gt=0)] | None = None
+    """None means 0.5 and 5 for ``icepop``, 0.99 and 1.01 for ``geometric``."""
+    mask_kl: NonNegative = 0.1
+    """Bound of ``off_policy``. DeepSeek-V3.2 names none."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
     """Send every token of the training passes to the experts that the policy chose before the step's first update (``policy``), or that
     the rollout engine chose (``rollout``); its old log probabilities then too."""
@@ -205,6 +226,21 @@ class AlgorithmConfig(_Section):
     """Weight of the k3 KL to the reference policy."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+
+    @property
+    def mask_band(self) -> tuple[float, float]:
+        """(low, high) of ``icepop`` and ``geometric``; of the other masks everything."""
+        low, high = {"icepop": (0.5, 5.0), "geometric": (0.99, 1.01)}.get(self.mask, (0.0, math.inf))
+        return low if self.mask_low is None else self.mask_low, high if self.mask_high is None else self.mask_high
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> AlgorithmConfig:
+        low, high = self.mask_band
+        if low > high:
+            raise ValueError(f"mask_low = {low:g} is above mask_high = {high:g}: choose a smaller one")
+        if self.clip_bounds and self.clip_bounds[0] > self.clip_bounds[1]:
+            raise ValueError(f"clip_bounds = {list(self.clip_bounds)}: the smaller one comes first")
+        return self
 
 
 class OptimizerConfig(_Section):
@@ -308,6 +344,12 @@ class Config(_Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _adaptive_clip_has_something_to_clip(self) -> Config:
+        if self.algorithm.clip == "adaptive" and self.train.minibatches_per_step == 1:
+            raise ValueError("algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: with one update a step no ratio leaves 1")
+        return self
 
     @property
     def needs_rollout_routing(self) -> bool:

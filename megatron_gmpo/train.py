@@ -15,6 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from .algorithms import group_advantages
+from .algorithms.adaptive_clip import AdaptiveClip, make_adaptive_clip
 from .algorithms.correction import correct, rollout_mismatch
 from .algorithms.objective import Objective, make_objective
 from .checkpoint import native
@@ -23,13 +24,13 @@ from .data.packing import make_train_batch
 from .data.prompts import PromptStream
 from .distributed import barrier, rank, world_size
 from .evaluate import evaluate
-from .metrics.logger import MetricLogger, Timer, cut_after
+from .metrics.logger import MetricLogger, Timer, cut_after, reduce_metrics
 from .metrics.progress import Progress
 from .rollout.collect import Collected, Collector, rollout_figures
 from .rollout.engine import RolloutEngine
 from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
-from .types import NonFiniteError, SampleGroup, TrainBatch
+from .types import Metric, NonFiniteError, SampleGroup, TrainBatch
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def train(run: Run) -> None:
     """The whole run, from the newest checkpoint if there is one to ``train.num_steps``; a finished run is left as it is."""
     cfg = run.cfg
     objective = make_objective(cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
+    clip = make_adaptive_clip(cfg.algorithm, objective)
     run.start()
     step = run.step
     if step >= cfg.train.num_steps:
@@ -48,10 +50,10 @@ def train(run: Run) -> None:
             print(f"{run.checkpoint} has {step} of {cfg.train.num_steps} steps: nothing to do; to go on raise train.num_steps")
         return
     with closing_reward(run.reward), closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine:
-        _train(run, objective, engine)
+        _train(run, objective, clip, engine)
 
 
-def _train(run: Run, objective: Objective, engine: RolloutEngine | None) -> None:
+def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None) -> None:
     cfg, step = run.cfg, run.step
     policy = run.policy()  # while servers start
     stream = PromptStream(run.prompts, cfg.seed, cfg.data.shuffle) if run.prompts else None
@@ -60,6 +62,9 @@ def _train(run: Run, objective: Objective, engine: RolloutEngine | None) -> None
         state = policy.load(run.checkpoint)
         if stream and state["prompts"]:
             stream.load_state_dict(state["prompts"])
+        if clip and state.get("clip"):
+            clip.load_state_dict(state["clip"])
+            objective = clip.applied_to(objective)
     run.write_config()
     transcripts = run.run_dir / "transcripts.jsonl"
     if rank() == 0:
@@ -121,13 +126,18 @@ def _train(run: Run, objective: Objective, engine: RolloutEngine | None) -> None
                 batch = make_train_batch(collected.groups, advantages, routing)
                 with timer("logprobs"):
                     logger.add(policy.set_old_logprobs(batch))
-                    if cfg.algorithm.correction != "none":
-                        logger.add(correct(batch, cfg.algorithm.correction, cfg.algorithm.correction_cap))
+                    logger.add(correct(batch, cfg.algorithm))
                     if objective.kl_coef:
                         batch.ref_logprobs = policy.reference_logprobs(batch)
+                updates: list[dict[str, Metric]] = []
                 with timer("train"):
                     for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each
-                        logger.add(policy.train_step(minibatch, objective))
+                        updates.append(policy.train_step(minibatch, objective))
+                learned = reduce_metrics(updates)
+                logger.add(learned | {"policy/clip_low": objective.clip_low, "policy/clip_high": objective.clip_high})
+                if clip:
+                    clip.update(learned)
+                    objective = clip.applied_to(objective)
                 step += 1
 
                 logger.add(collected.metrics | rollout_mismatch(batch))
@@ -140,7 +150,11 @@ def _train(run: Run, objective: Objective, engine: RolloutEngine | None) -> None
                     progress.note(_results(f"after step {step}", results))
                 if checkpoint_due():  # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
                     with timer("checkpoint"):
-                        state = {"prompts": collector.state_dict() if collector else None, "config": cfg.model_dump(mode="json")}
+                        state = {
+                            "prompts": collector.state_dict() if collector else None,
+                            "clip": clip.state_dict() if clip else None,
+                            "config": cfg.model_dump(mode="json"),
+                        }
                         logger.event(
                             "checkpoint", step=step, path=str(policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last))
                         )

@@ -132,9 +132,14 @@ class TrainBatch:
         ref_logprobs: (L,) fp32, from the reference policy, 0 outside the mask; None without one.
         sequence_weights: (S,) fp32, importance weights that multiply each sequence's loss; None means 1.
         token_weights: (L,) fp32, the same for each token's; None means 1.
+        kept_tokens: (L,) bool; tokens that count in the policy term of the loss, among those of ``response_mask``; None means all.
         routed_experts: (L, layers, topk) int16 on the CPU, the experts each token had as an INPUT, -1 where unknown: in layers without
             experts, and on last tokens when the rollout engine recorded them. None when nobody recorded. Every rank holds all of it; only
             the tokens and layers that a rank computes go to its device.
+        router_scores: (L, layers, topk) fp32 on the CPU, for rspo: the log scores that the old policy's routers gave the experts of each
+            input token, in ascending order of the experts; 0 in layers without experts.
+        router_shift: (L,) fp32, for rspo: how far the routing of each INPUT token moved since the old policy, ``algorithms.rspo``'s gamma.
+            The input token t is what the ratio of token t + 1 depends on; of last tokens it means nothing.
     """
 
     tokens: Tensor
@@ -146,7 +151,10 @@ class TrainBatch:
     ref_logprobs: Tensor | None = None
     sequence_weights: Tensor | None = None
     token_weights: Tensor | None = None
+    kept_tokens: Tensor | None = None
     routed_experts: Tensor | None = None
+    router_scores: Tensor | None = None
+    router_shift: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -183,7 +191,7 @@ class Microbatch:
     """One packed pipeline unit as one context-parallel rank sees it (T local tokens, S sequences).
 
     Each slot holds an input token and the token it predicts; per-token tensors describe the PREDICTED token, so they line up with
-    the logits. ``routed_experts`` alone describes the input, which is what a router sees.
+    the logits. What describes routing is of the input instead, which is what a router sees.
 
     Attributes:
         tokens: (T,) int64 inputs.
@@ -197,7 +205,10 @@ class Microbatch:
         advantages: (S,) fp32.
         old_logprobs, ref_logprobs, rollout_logprobs, token_weights: (T,) fp32 or None.
         sequence_weights: (S,) fp32 or None.
+        kept_tokens: (T,) bool or None.
+        router_shift: (T,) fp32, how far the routing of the input token moved since the old policy, 0 on padding; or None.
         routed_experts: (T, layers, topk) int16, -1 where unknown, or None; in a policy's passes cut to a rank's own slots and layers.
+        router_scores: (T, layers, topk) fp32, 0 on padding, or None; cut likewise.
     """
 
     tokens: Tensor
@@ -214,7 +225,10 @@ class Microbatch:
     rollout_logprobs: Tensor | None = None
     sequence_weights: Tensor | None = None
     token_weights: Tensor | None = None
+    kept_tokens: Tensor | None = None
+    router_shift: Tensor | None = None
     routed_experts: Tensor | None = None
+    router_scores: Tensor | None = None
 
     def to(self, device: torch.device) -> Microbatch:
         """Moves every tensor to ``device``."""
@@ -224,14 +238,15 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that can be reduced over microbatches and ranks: a (sum, count) pair, or an extreme.
+    """A figure that can be reduced over microbatches and ranks: a (sum, count) pair, an extreme, or a distribution.
 
-    ``Metric(total, count)`` is reported as total / count; ``Metric(value, op="max")`` and ``op="min"`` as the extreme.
+    ``Metric(total, count)`` is reported as total / count; ``Metric(value, op="max")`` and ``op="min"`` as the extreme;
+    ``Metric(counts, op="histogram")``, with the counts of ``histogram.histogram``, as quantiles.
     """
 
     total: Tensor | float
     count: Tensor | float = 1.0
-    op: Literal["mean", "max", "min"] = "mean"
+    op: Literal["mean", "max", "min", "histogram"] = "mean"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,23 @@ from ..types import InputError, LossOutput
 from .advantages import group_advantages
 from .baselines import cispo_loss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
 from .gmpo import gmpo_loss
-from .sequences import TokenPenalty
+from .rspo import rspo_loss
+from .sequences import PolicyMask, TokenPenalty
 
-__all__ = ["POLICY_LOSSES", "TOKEN_MEAN_LOSSES", "TokenPenalty", "check_loss", "default_clip", "group_advantages"]
+__all__ = [
+    "LOG_CLIP_LOSSES",
+    "POLICY_LOSSES",
+    "TOKEN_MEAN_LOSSES",
+    "PolicyMask",
+    "TokenPenalty",
+    "check_loss",
+    "default_clip",
+    "group_advantages",
+]
 
 POLICY_LOSSES: dict[str, Callable[..., LossOutput]] = {
     "gmpo": gmpo_loss,
+    "rspo": rspo_loss,
     "grpo": grpo_loss,
     "dr_grpo": dr_grpo_loss,
     "dapo": dapo_loss,
@@ -26,17 +37,22 @@ POLICY_LOSSES: dict[str, Callable[..., LossOutput]] = {
     "cispo": cispo_loss,
 }
 """All take (logprobs, old_logprobs, mask, sequence_ids, advantages) and the keywords clip_low, clip_high, cp_group,
-sequence_weights and penalty; ``.loss`` is a SUM."""
+sequence_weights, policy_mask and penalty; ``.loss`` is a SUM. Sums over tokens also take token_weights, and rspo needs router_shift."""
 
 TOKEN_MEAN_LOSSES = frozenset({"dapo", "cispo"})
 """Losses whose sum the caller divides by the response tokens of the optimizer step; all others by its non-empty sequences."""
 
-_FROM_TRAINER = frozenset({"clip_low", "clip_high", "cp_group", "sequence_weights", "token_weights", "penalty"})
+LOG_CLIP_LOSSES = frozenset({"gmpo", "rspo"})
+"""Losses whose clips bound a log ratio; those of the others are distances of a ratio from 1."""
+
+_FROM_TRAINER = frozenset(
+    {"clip_low", "clip_high", "cp_group", "sequence_weights", "token_weights", "policy_mask", "penalty", "router_shift"}
+)
 
 
 def default_clip(loss: str, is_moe: bool) -> tuple[float, float, str]:
     """(clip_low, clip_high, where they come from) of a loss when the user names none."""
-    if loss == "gmpo" and is_moe:
+    if loss in ("gmpo", "rspo") and is_moe:
         return 0.2, 0.2, "MoE: the GMPO authors lower the clip for MoE without a value; 0.2 is the paper's next narrower interval"
     parameters = inspect.signature(POLICY_LOSSES[loss]).parameters
     source = "GMPO paper, dense models" if loss == "gmpo" else f"default of {loss}"

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import LossOutput
-from .sequences import PackedTokens, TokenPenalty, clip_events, clip_one_sided, extremes, fractions
+from .sequences import PackedTokens, PolicyMask, TokenPenalty, clip_events, clip_one_sided, extremes, fractions
 
 
 def grpo_loss(
@@ -28,6 +28,7 @@ def grpo_loss(
     clip_high: float = 0.2,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    policy_mask: PolicyMask | None = None,
     token_weights: Tensor | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
@@ -36,8 +37,8 @@ def grpo_loss(
     Returns:
         The SUM over sequences; the caller divides by the sequences of the optimizer step.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
-    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, token_weights, divisor=None)
+    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    return _ppo(tokens, clip_low, clip_high, cp_group, token_weights, divisor=None)
 
 
 def dr_grpo_loss(
@@ -52,6 +53,7 @@ def dr_grpo_loss(
     clip_high: float = 0.2,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    policy_mask: PolicyMask | None = None,
     token_weights: Tensor | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
@@ -65,8 +67,8 @@ def dr_grpo_loss(
     Returns:
         The SUM over sequences; the caller divides by the sequences of the optimizer step.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
-    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, token_weights, divisor=length_normalizer)
+    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    return _ppo(tokens, clip_low, clip_high, cp_group, token_weights, divisor=length_normalizer)
 
 
 def dapo_loss(
@@ -80,6 +82,7 @@ def dapo_loss(
     clip_high: float = 0.28,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    policy_mask: PolicyMask | None = None,
     token_weights: Tensor | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
@@ -88,8 +91,8 @@ def dapo_loss(
     Returns:
         The SUM over tokens; the caller divides by the response tokens of the optimizer step.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
-    return _ppo(tokens, clip_low, clip_high, cp_group, sequence_weights, token_weights, divisor=1.0)
+    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    return _ppo(tokens, clip_low, clip_high, cp_group, token_weights, divisor=1.0)
 
 
 def gspo_loss(
@@ -103,6 +106,7 @@ def gspo_loss(
     clip_high: float = 4e-4,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    policy_mask: PolicyMask | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
     """GSPO (arXiv 2507.18071): PPO's clipped objective on the sequence ratio ``s_i = exp(mean_t delta_it)``; clips whole sequences.
@@ -110,15 +114,16 @@ def gspo_loss(
     Returns:
         The SUM over sequences; the caller divides by the sequences of the optimizer step. Clip fractions count sequences.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
+    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
     sums = tokens.sum_per_sequence(cp_group, {"log_ratio": tokens.log_ratio})
     length = sums["tokens"].clamp(min=1)
     nonempty = sums["tokens"] > 0
     ratio = torch.exp(sums["log_ratio"] / length)  # (S,)
     interval = 1 - clip_low, 1 + clip_high
-    objective = tokens.advantages * clip_one_sided(ratio, tokens.advantages, *interval)
+    clipped = clip_one_sided(ratio, tokens.advantages, *interval)
     metrics = fractions(clip_events(ratio, tokens.advantages, *interval), nonempty.sum()) | extremes("ratio", ratio, nonempty)
-    return tokens.output(torch.where(nonempty, objective, 0), length, sums, sequence_weights, metrics)
+    metrics |= extremes("token_ratio", torch.exp(tokens.log_ratio), tokens.kept) | extremes("sequence_ratio", clipped, nonempty)
+    return tokens.output(tokens.advantages * clipped, length, sums, metrics)
 
 
 def cispo_loss(
@@ -132,6 +137,7 @@ def cispo_loss(
     clip_high: float = 4.0,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    policy_mask: PolicyMask | None = None,
     token_weights: Tensor | None = None,
     penalty: TokenPenalty | None = None,
 ) -> LossOutput:
@@ -143,12 +149,13 @@ def cispo_loss(
     Returns:
         The SUM over tokens; the caller divides by the response tokens of the optimizer step.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
+    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
     ratio = torch.exp(tokens.log_ratio.detach())  # (T,)
     low, high = 1 - clip_low, 1 + clip_high
-    objective = ratio.clamp(low, high) * tokens.token_advantages * tokens.logprobs
+    clipped = ratio.clamp(low, high)
+    objective = clipped * tokens.token_advantages * tokens.logprobs
     events = {"clip_fraction_high": ratio > high, "clip_fraction_low": ratio < low}
-    return _token_loss(tokens, objective, ratio, events, cp_group, sequence_weights, token_weights, divisor=1.0)
+    return _token_loss(tokens, objective, ratio, clipped, events, cp_group, token_weights, divisor=1.0)
 
 
 def _ppo(
@@ -156,31 +163,36 @@ def _ppo(
     clip_low: float,
     clip_high: float,
     cp_group: dist.ProcessGroup | None,
-    sequence_weights: Tensor | None,
     token_weights: Tensor | None,
     divisor: float | None,
 ) -> LossOutput:
     ratio = torch.exp(tokens.log_ratio)  # (T,)
     interval = 1 - clip_low, 1 + clip_high
-    objective = tokens.token_advantages * clip_one_sided(ratio, tokens.token_advantages, *interval)
+    clipped = clip_one_sided(ratio, tokens.token_advantages, *interval)
     events = clip_events(ratio, tokens.token_advantages, *interval)
-    return _token_loss(tokens, objective, ratio, events, cp_group, sequence_weights, token_weights, divisor)
+    return _token_loss(tokens, tokens.token_advantages * clipped, ratio, clipped, events, cp_group, token_weights, divisor)
 
 
 def _token_loss(
     tokens: PackedTokens,
     objective: Tensor,
     ratio: Tensor,
+    clipped: Tensor,
     events: dict[str, Tensor],
     cp_group: dist.ProcessGroup | None,
-    sequence_weights: Tensor | None,
     token_weights: Tensor | None,
     divisor: float | None,
 ) -> LossOutput:
-    """Sums a (T,) objective over each sequence and divides by ``divisor``, None meaning the sequence's number of tokens."""
+    """Sums a (T,) objective over each sequence and divides by ``divisor``, None meaning the sequence's number of tokens.
+
+    ``clipped`` are the ratios in the objective, for the metrics.
+    """
+    objective = torch.where(tokens.kept, objective, 0)
     if token_weights is not None:
         objective = objective * tokens.masked(token_weights)
-    sums = tokens.sum_per_sequence(cp_group, {"objective": objective, **events})
-    per = sums["tokens"].clamp(min=1) if divisor is None else divisor
-    metrics = fractions({name: sums[name] for name in events}, sums["tokens"].sum()) | extremes("ratio", ratio, tokens.mask)
-    return tokens.output(sums["objective"] / per, per, sums, sequence_weights, metrics)
+    sums = tokens.sum_per_sequence(cp_group, {"objective": objective, "clipped": clipped.detach(), **events})
+    length = sums["tokens"].clamp(min=1)
+    per = length if divisor is None else divisor
+    metrics = fractions({name: sums[name] for name in events}, sums["tokens"].sum()) | extremes("ratio", ratio, tokens.kept)
+    metrics |= extremes("token_ratio", clipped, tokens.kept) | extremes("sequence_ratio", sums["clipped"] / length, sums["tokens"] > 0)
+    return tokens.output(sums["objective"] / per, per, sums, metrics)

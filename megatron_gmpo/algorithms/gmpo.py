@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import LossOutput
-from .sequences import PackedTokens, TokenPenalty, clip_events, clip_one_sided, extremes, fractions
+from .sequences import PackedTokens, PolicyMask, TokenPenalty, clip_events, clip_one_sided, extremes, fractions
 
 
 def gmpo_loss(
@@ -25,6 +25,7 @@ def gmpo_loss(
     clip_high: float = 0.4,
     cp_group: dist.ProcessGroup | None = None,
     sequence_weights: Tensor | None = None,
+    policy_mask: PolicyMask | None = None,
     penalty: TokenPenalty | None = None,
     clip_mode: Literal["token", "sequence", "none"] = "token",
     length_normalize: bool = True,
@@ -51,6 +52,7 @@ def gmpo_loss(
         clip_low, clip_high: half-widths of the interval of a log ratio, so the ratio lies in [exp(-clip_low), exp(clip_high)].
         cp_group: ranks among which a sequence's tokens are split; one all-reduce of (S, C) sums.
         sequence_weights: (S,) importance weights that multiply each sequence's policy term.
+        policy_mask: tokens and sequences left out of the policy term.
         penalty: KL and entropy terms; their mean over a sequence's tokens is added.
         clip_mode: ``token`` clips each delta; ``sequence`` clips the exponent of rho_i once; ``none`` does not clip
             (the last two are the paper's ablations).
@@ -61,7 +63,37 @@ def gmpo_loss(
     Returns:
         The SUM over sequences, and metrics of this microbatch; ratio extremes are those of rho_i.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, penalty)
+    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    return geometric_mean_loss(
+        tokens,
+        tokens.log_ratio,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        cp_group=cp_group,
+        clip_mode=clip_mode,
+        length_normalize=length_normalize,
+        dual_clip=dual_clip,
+    )
+
+
+def geometric_mean_loss(
+    tokens: PackedTokens,
+    log_ratio: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    cp_group: dist.ProcessGroup | None,
+    clip_mode: Literal["token", "sequence", "none"] = "token",
+    length_normalize: bool = True,
+    dual_clip: float | None = None,
+    observed: dict[str, Tensor] | None = None,
+) -> LossOutput:
+    """What gmpo and rspo share: ``- sum_i A_i exp(mean_t clip(log_ratio_it))``, keywords as in ``gmpo_loss``.
+
+    Args:
+        log_ratio: (T,) with gradient, 0 where a token is not kept.
+        observed: (T,) values whose mean over all tokens becomes the metric ``policy/{name}``.
+    """
     if clip_mode == "none":
         clip_low = clip_high = math.inf
 
@@ -73,19 +105,26 @@ def gmpo_loss(
             clipped = torch.where(advantages < 0, clipped.clamp(max=dual_clip), clipped)
         return clipped, events
 
-    log_ratio, events = tokens.log_ratio, {}
+    events: dict[str, Tensor] = {}
+    observed = observed or {}
     if clip_mode != "sequence":
         log_ratio, events = clip(log_ratio, tokens.token_advantages)
-    sums = tokens.sum_per_sequence(cp_group, {"log_ratio": log_ratio, **events})
+    sums = tokens.sum_per_sequence(cp_group, {"log_ratio": log_ratio, **events, **observed})
     length = sums["tokens"].clamp(min=1)
     nonempty = sums["tokens"] > 0
     exponent = sums["log_ratio"] / length if length_normalize else sums["log_ratio"]
     if clip_mode == "sequence":
         exponent, events = clip(exponent, tokens.advantages)
-        clip_metrics = fractions(events, nonempty.sum())
+        metrics = fractions(events, nonempty.sum())
     else:
-        clip_metrics = fractions({name: sums[name] for name in events}, sums["tokens"].sum())
+        metrics = fractions({name: sums[name] for name in events}, sums["tokens"].sum())
+    metrics |= fractions({name: sums[name] for name in observed}, sums["tokens"].sum())
     ratio = torch.exp(exponent.detach())  # (S,)
-    weighs = nonempty & (tokens.advantages != 0)  # without 1/n the ratio may overflow, and 0 * inf is nan
+    metrics |= extremes("ratio", ratio, nonempty) | extremes("sequence_ratio", ratio, nonempty)
+    metrics |= extremes("token_ratio", torch.exp(log_ratio.detach()), tokens.kept)
+    weighs = tokens.kept_sequences(sums) & (tokens.advantages != 0)
+    if tokens.sequence_weights is not None:
+        weighs &= tokens.sequence_weights != 0
+    # without 1/n the ratio may overflow, and 0 * inf is nan
     objective = tokens.advantages * torch.exp(exponent.where(weighs, 0)).where(weighs, 0)
-    return tokens.output(objective, length, sums, sequence_weights, clip_metrics | extremes("ratio", ratio, nonempty))
+    return tokens.output(objective, length, sums, metrics)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import AlgorithmConfig
 from ..types import InputError, LossOutput, Microbatch
 from . import POLICY_LOSSES, TOKEN_MEAN_LOSSES, check_loss, default_clip
-from .sequences import TokenPenalty
+from .sequences import PolicyMask, TokenPenalty
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Objective:
     """Called on one microbatch, it gives that microbatch's SUM; dividing by ``count`` of the whole minibatch gives the loss.
 
     Attributes:
-        loss: a function of POLICY_LOSSES with its clips and options filled in.
+        loss: a function of POLICY_LOSSES with its options filled in.
+        clip_low, clip_high: its clips.
+        max_kl: bound of off-policy sequence masking, in nats a token; None masks none.
         per_token: the loss is divided by response tokens instead of non-empty sequences.
         kl_coef: weight of the KL to the reference policy.
         entropy_coef: weight of the entropy bonus.
@@ -29,6 +31,9 @@ class Objective:
     """
 
     loss: Callable[..., LossOutput]
+    clip_low: float
+    clip_high: float
+    max_kl: float | None
     per_token: bool
     kl_coef: float
     entropy_coef: float
@@ -43,17 +48,26 @@ class Objective:
             entropy=entropy if self.entropy_coef else entropy.detach(),
             entropy_coef=self.entropy_coef,
         )
+        of_some_losses = {"token_weights": microbatch.token_weights, "router_shift": microbatch.router_shift}
         return self.loss(
             logprobs,
             microbatch.old_logprobs,
             microbatch.mask,
             microbatch.sequence_ids,
             microbatch.advantages,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
             cp_group=cp_group,
             sequence_weights=microbatch.sequence_weights,
+            policy_mask=self._policy_mask(microbatch),
             penalty=penalty,
-            **({} if microbatch.token_weights is None else {"token_weights": microbatch.token_weights}),
+            **{name: tensor for name, tensor in of_some_losses.items() if tensor is not None},
         )
+
+    def _policy_mask(self, microbatch: Microbatch) -> PolicyMask | None:
+        if self.max_kl is not None:
+            return PolicyMask(microbatch.kept_tokens, microbatch.rollout_logprobs, self.max_kl)
+        return None if microbatch.kept_tokens is None else PolicyMask(microbatch.kept_tokens)
 
     def count(self, response_lengths: Tensor) -> int:
         """What the sum over sequences of these lengths (S,) is divided by: their tokens, or how many are not empty."""
@@ -64,7 +78,7 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
     """The objective of ``cfg``; clips left open take the loss's defaults.
 
     Raises:
-        InputError: an unknown loss or option, or a bad value of one, or a correction that does not fit the loss.
+        InputError: an unknown loss or option, or a bad value of one, or a loss or correction that does not fit the model or the loss.
     """
     check_loss(cfg.loss, cfg.options)
     if cfg.correction == "token" and "token_weights" not in inspect.signature(POLICY_LOSSES[cfg.loss]).parameters:
@@ -77,7 +91,10 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
     if cfg.loss == "dr_grpo":
         options.setdefault("length_normalizer", float(max_new_tokens))
     return Objective(
-        loss=partial(POLICY_LOSSES[cfg.loss], clip_low=clip_low, clip_high=clip_high, **options),
+        loss=partial(POLICY_LOSSES[cfg.loss], **options),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        max_kl=cfg.mask_kl if cfg.mask == "off_policy" else None,
         per_token=cfg.loss in TOKEN_MEAN_LOSSES,
         kl_coef=cfg.kl_coef,
         entropy_coef=cfg.entropy_coef,

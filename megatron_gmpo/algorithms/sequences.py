@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import sum_over_group
+from ..histogram import histogram
 from ..types import LossOutput, Metric
 
 
@@ -36,6 +38,30 @@ class TokenPenalty:
         assert self.entropy_coef == 0 or self.entropy is not None, "entropy_coef needs entropy"
 
 
+@dataclass(frozen=True)
+class PolicyMask:
+    """What is left out of the policy term of a loss. Divisors and penalties stay as they are: nothing else gets heavier.
+
+    A token left out has no gradient. Where the term is a sum over tokens it loses its summand, as in IcePop's definition; in the
+    geometric mean of gmpo, rspo and gspo its ratio becomes 1 and n_i still counts it, as it does a clipped token. A sequence left out,
+    or without any token kept, contributes exactly 0.
+
+    Attributes:
+        kept: (T,) bool, tokens that stay; None means all.
+        rollout_logprobs: (T,) of the policy that sampled the tokens; needed for a finite ``max_kl``.
+        max_kl: a sequence with A < 0 is left out where the mean over its tokens of rollout_logprobs - logprobs is above this, in nats
+            (off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556, section 3.1). It is that of the CURRENT policy, so it
+            covers the engines' mismatch, stale samples and the drift over the updates of a step.
+    """
+
+    kept: Tensor | None = None
+    rollout_logprobs: Tensor | None = None
+    max_kl: float = math.inf
+
+    def __post_init__(self) -> None:
+        assert self.max_kl == math.inf or self.rollout_logprobs is not None, "max_kl needs rollout_logprobs"
+
+
 def k3(log_ratio: Tensor) -> Tensor:
     """Schulman's k3 estimator ``exp(x) - x - 1`` of KL(q || p) from samples of q, with ``x = log p - log q``."""
     return torch.expm1(log_ratio) - log_ratio
@@ -58,7 +84,9 @@ class PackedTokens:
 
     Attributes:
         logprobs: (T,) with gradient.
-        log_ratio: (T,) log pi_new - log pi_old, with gradient.
+        drift: (T,) log pi_new - log pi_old, without gradient.
+        kept: (T,) bool, tokens that count in the policy term.
+        log_ratio: (T,) the same as ``drift`` with gradient, 0 where a token is not kept.
         advantages: (S,).
         token_advantages: (T,), each token's sequence's.
     """
@@ -70,14 +98,23 @@ class PackedTokens:
         mask: Tensor,
         sequence_ids: Tensor,
         advantages: Tensor,
+        sequence_weights: Tensor | None,
+        policy_mask: PolicyMask | None,
         penalty: TokenPenalty | None,
     ) -> None:
         self.dtype = torch.promote_types(logprobs.dtype, torch.float32)
         self.mask = mask
         self.sequence_ids = sequence_ids
         self.penalty = penalty or TokenPenalty()
+        self.masks = policy_mask is not None
+        self.policy_mask = policy_mask or PolicyMask()
+        self.kept = mask if self.policy_mask.kept is None else mask & self.policy_mask.kept
         self.logprobs = self.masked(logprobs)
-        self.log_ratio = self.logprobs - self.masked(old_logprobs)
+        log_ratio = self.logprobs - self.masked(old_logprobs)
+        self.drift = log_ratio.detach()
+        # Before any exp: the ratio of a token left out may overflow, and 0 * inf is nan.
+        self.log_ratio = torch.where(self.kept, log_ratio, 0)
+        self.sequence_weights = None if sequence_weights is None else sequence_weights.to(self.dtype)
         self.advantages = advantages.to(self.dtype)
         self.token_advantages = self.advantages[sequence_ids]
 
@@ -91,7 +128,10 @@ class PackedTokens:
 
         One all-reduce whose backward is the identity: the results, and the loss made of them, are replicated over ``cp_group``.
         """
-        columns = columns | {"tokens": self.mask, "kl_old": k3(self.log_ratio.detach())}
+        columns = columns | {"tokens": self.mask, "kept": self.kept, "kl_old": k3(self.drift)}
+        if self.policy_mask.max_kl < math.inf:
+            assert self.policy_mask.rollout_logprobs is not None
+            columns["kl_rollout"] = self.masked(self.policy_mask.rollout_logprobs) - self.logprobs.detach()
         if self.penalty.ref_logprobs is not None:
             columns["kl_ref"] = k3(self.masked(self.penalty.ref_logprobs) - self.logprobs)
         if self.penalty.entropy is not None:
@@ -104,17 +144,20 @@ class PackedTokens:
         # Stacking gave every column a gradient: counts and metrics drop theirs.
         return {name: x if columns[name].requires_grad else x.detach() for name, x in zip(columns, sums, strict=True)}
 
-    def output(
-        self,
-        objective: Tensor,
-        divisor: Tensor | float,
-        sums: dict[str, Tensor],
-        sequence_weights: Tensor | None,
-        metrics: dict[str, Metric],
-    ) -> LossOutput:
+    def kept_sequences(self, sums: dict[str, Tensor]) -> Tensor:
+        """(S,) bool: sequences that count in the policy term; one without tokens does not."""
+        kept = sums["kept"] > 0
+        if "kl_rollout" in sums:
+            drifted = sums["kl_rollout"] > self.policy_mask.max_kl * sums["tokens"]
+            kept &= ~(drifted & (self.advantages < 0))
+        return kept
+
+    def output(self, objective: Tensor, divisor: Tensor | float, sums: dict[str, Tensor], metrics: dict[str, Metric]) -> LossOutput:
         """Minus the sum of the (S,) ``objective`` plus the penalties ``sums / divisor``, and the metrics all losses share."""
-        if sequence_weights is not None:
-            objective = objective * sequence_weights.to(self.dtype)
+        kept = self.kept_sequences(sums)
+        objective = torch.where(kept, objective, 0)
+        if self.sequence_weights is not None:
+            objective = objective * self.sequence_weights
         loss = -objective.sum()
         if self.penalty.kl_coef != 0:
             loss = loss + self.penalty.kl_coef * (sums["kl_ref"] / divisor).sum()
@@ -122,8 +165,14 @@ class PackedTokens:
             loss = loss - self.penalty.entropy_coef * (sums["entropy"] / divisor).sum()
         count = sums["tokens"].sum()
         shared = [name for name in ("kl_old", "kl_ref", "entropy") if name in sums]
-        means = {f"policy/{name}": Metric(sums[name].detach().sum(), count) for name in shared}
-        return LossOutput(loss, metrics | means | extremes("log_ratio", self.log_ratio, self.mask))
+        metrics = metrics | {f"policy/{name}": Metric(sums[name].detach().sum(), count) for name in shared}
+        metrics |= extremes("log_ratio", self.drift, self.mask)
+        metrics["policy/log_ratio"] = Metric(histogram(self.drift, self.mask), op="histogram")
+        if self.masks:
+            nonempty = sums["tokens"] > 0
+            metrics |= fractions({"masked_fraction": count - sums["kept"].where(kept, 0).sum()}, count)
+            metrics |= fractions({"masked_sequences": nonempty & ~kept}, nonempty.sum())
+        return LossOutput(loss, metrics)
 
 
 def extremes(name: str, values: Tensor, where: Tensor) -> dict[str, Metric]:

@@ -196,13 +196,9 @@ def pack(
     input_index = torch.where(position < lengths[owner], firsts[owner] + position, -1)
     flat_index = torch.where(position + 1 < lengths[owner], firsts[owner] + position + 1, -1)
 
-    def per_token(values: Tensor, index: Tensor) -> Tensor:
-        """``values`` at ``index``, 0 (False) where the index is -1."""
-        return values[index.clamp(min=0)].masked_fill(index < 0, 0)
-
-    routed_experts = None
-    if batch.routed_experts is not None:
-        routed_experts = batch.routed_experts[input_index.clamp(min=0)].masked_fill((input_index < 0)[:, None, None], -1)
+    def per_token(values: Tensor, index: Tensor, padding: int = 0) -> Tensor:
+        """``values`` at ``index``, ``padding`` where the index is -1."""
+        return values[index.clamp(min=0)].masked_fill((index < 0).view(-1, *[1] * (values.dim() - 1)), padding)
 
     def per_sequence(values: Tensor) -> Tensor:
         return values[chosen] if sequences else values.new_zeros(1)
@@ -222,5 +218,8 @@ def pack(
         rollout_logprobs=per_token(batch.rollout_logprobs, flat_index),
         sequence_weights=None if batch.sequence_weights is None else per_sequence(batch.sequence_weights),
         token_weights=None if batch.token_weights is None else per_token(batch.token_weights, flat_index),
-        routed_experts=routed_experts,
+        kept_tokens=None if batch.kept_tokens is None else per_token(batch.kept_tokens, flat_index),
+        router_shift=None if batch.router_shift is None else per_token(batch.router_shift, input_index),
+        routed_experts=None if batch.routed_experts is None else per_token(batch.routed_experts, input_index, padding=-1),
+        router_scores=None if batch.router_scores is None else per_token(batch.router_scores, input_index),
     )

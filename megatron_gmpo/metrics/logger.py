@@ -15,11 +15,16 @@ from typing import Any
 import torch
 
 from ..distributed import rank
+from ..histogram import effective_sample_size, quantile
 from ..types import InputError, Metric
+
+QUANTILES = {"q001": 0.001, "q01": 0.01, "q99": 0.99, "q999": 0.999}
+"""What a distribution is reported as: suffix of the figure -> share of the values that do not exceed it."""
 
 
 def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Merges the metrics of microbatches or minibatches: totals and counts add up, extremes stay extreme.
+    """Merges the metrics of microbatches or minibatches: totals and counts add up, extremes stay extreme,
+    distributions are joined.
 
     Tensors stay tensors, so that nothing waits for the device.
     """
@@ -31,8 +36,8 @@ def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
                 merged[name] = new
                 continue
             assert old.op == new.op, f"{name} is both {old.op} and {new.op}"
-            if new.op == "mean":
-                merged[name] = Metric(old.total + new.total, old.count + new.count)
+            if new.op in ("mean", "histogram"):
+                merged[name] = Metric(old.total + new.total, old.count + new.count, new.op)
             else:
                 pick = torch.maximum if new.op == "max" else torch.minimum
                 extremes = (torch.as_tensor(m.total, dtype=torch.float64) for m in (old, new))
@@ -41,12 +46,28 @@ def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 
 
 def value_of(metric: Metric | float) -> float:
-    """The figure to report; NaN for a mean over nothing."""
+    """One figure for a metric; NaN for a mean over nothing. Of a distribution it is the median."""
     if not isinstance(metric, Metric):
         return float(metric)
+    if metric.op == "histogram":
+        return quantile(torch.as_tensor(metric.total), 0.5)
     if metric.op != "mean":
         return float(metric.total)
     return float(metric.total) / float(metric.count) if float(metric.count) else math.nan
+
+
+def figures_of(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """The figures to report. A distribution ``a/log_b`` becomes its QUANTILES, ``a/log_b_q001`` and so on, and the effective sample
+    size of weights with these logarithms, ``a/b_effective_sample_size``."""
+    figures: dict[str, float] = {}
+    for name, metric in metrics.items():
+        if metric.op == "histogram":
+            counts = torch.as_tensor(metric.total)
+            figures |= {f"{name}_{suffix}": quantile(counts, q) for suffix, q in QUANTILES.items()}
+            figures[f"{name.replace('/log_', '/')}_effective_sample_size"] = effective_sample_size(counts)
+        else:
+            figures[name] = value_of(metric)
+    return figures
 
 
 def check_wandb(project: str) -> None:
@@ -112,7 +133,7 @@ class MetricLogger:
             The figures, without the step.
         """
         self.add(extra or {})
-        figures = {name: value_of(metric) for name, metric in self._pending.items()}
+        figures = figures_of(self._pending)
         self._pending = {}
         if self._writes:
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}

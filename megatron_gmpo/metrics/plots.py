@@ -52,7 +52,10 @@ PANELS = (
     Panel("Gradient norm", {"grad_norm": ""}, smoothed=True),
     Panel("Policy entropy, nats a token", {"policy/entropy": ""}, smoothed=True),
     Panel("Log ratio to the old policy, range over tokens", {"policy/log_ratio_min": "", "policy/log_ratio_max": ""}, kind="band"),
+    Panel("Log ratio, 0.1 % to 99.9 % of tokens", {"policy/log_ratio_q001": "", "policy/log_ratio_q999": ""}, kind="band"),
     Panel("Clipped tokens, fraction", {"policy/clip_fraction_high": "high", "policy/clip_fraction_low": "low"}),
+    Panel("Clip", {"policy/clip_high": "high", "policy/clip_low": "low"}),
+    Panel("Left out of the policy term, fraction", {"policy/masked_fraction": "tokens", "policy/masked_sequences": "sequences"}),
     Panel("KL, nats a token", {"policy/kl_old": "to the old policy", "policy/kl_ref": "to the reference"}),
     Panel(
         "Rollout against trainer",

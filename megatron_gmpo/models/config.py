@@ -168,7 +168,7 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
     _check_megatron_table(cfg.megatron, architecture, use_te)
     routing_field = _routing_field(cfg)
     if routing_field and not architecture.get("num_moe_experts"):
-        raise InputError(f"{routing_field} but this model has no experts: remove it")
+        raise InputError(f"{routing_field} but this model has no experts: change it")
     fields = {
         **architecture,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -211,6 +211,8 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
 
 def _routing_field(cfg: Config) -> str | None:
     """The setting that wants routing recorded or replayed, as the user wrote it."""
+    if cfg.algorithm.loss == "rspo":
+        return "algorithm.loss = 'rspo'"
     if cfg.algorithm.moe_routing_replay != "none":
         return f"algorithm.moe_routing_replay = {cfg.algorithm.moe_routing_replay!r}"
     return "rollout.routed_experts = true" if cfg.rollout.routed_experts else None

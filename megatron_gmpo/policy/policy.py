@@ -25,9 +25,10 @@ from ..data.packing import pack, plan_microbatches
 from ..distributed import all_gather_objects
 from ..metrics.logger import reduce_metrics, value_of
 from ..models.config import ModelDescription
-from ..types import Metric, Microbatch, NonFiniteError, TrainBatch
+from ..types import Metric, Microbatch, NonFiniteError, RoutingShape, TrainBatch
 from .build import build_chunks, make_trainable
 from .logprobs import vocab_parallel_logprobs
+from .routers import OldRouters, RouterPass, RouterShift
 from .routing import Routing, RoutingPass
 
 MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
@@ -62,6 +63,7 @@ class Policy:
             self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
             observed = description.transformer.moe_enable_routing_replay
             self.routing = Routing(self.chunks, description.routing, groups.tp) if observed else None
+            self._weights_are_old = False  # since ``set_old_logprobs`` no update changed them
 
     def _load(self, path: str) -> list[torch.nn.Module]:
         chunks = build_chunks(self.description, self.groups, self.device)
@@ -76,19 +78,38 @@ class Policy:
         return self._logprobs(self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None))
 
     def set_old_logprobs(self, batch: TrainBatch) -> dict[str, Metric]:
-        """Gives the batch its ``old_logprobs``, and for ``algorithm.moe_routing_replay`` = ``policy`` the ``routed_experts`` behind them.
+        """Gives the batch its ``old_logprobs``, and for rspo or ``algorithm.moe_routing_replay`` = ``policy`` the routing behind them.
 
         Returns:
-            ``moe/routing_differs`` and ``moe/routing_differs_tokens``: how far the routing is from the rollout engine's, if that was
-            recorded; under its replay, how far it would be. See ``RoutingPass.metrics``.
+            Of a MoE, load and entropy of its routers: see ``OldRouters.metrics``; and ``moe/routing_differs`` and
+            ``moe/routing_differs_tokens``: how far the routing is from the rollout engine's, if that was recorded; under its replay, how
+            far it would be. See ``RoutingPass.metrics``.
         """
-        kind = self.cfg.algorithm.moe_routing_replay
-        routing = self._routing_pass(batch, replay=kind == "rollout", record=kind == "policy")
-        batch.old_logprobs = self._logprobs(self.chunks, batch, routing)
-        metrics = routing.metrics("moe/routing_differs") if routing else {}
-        if routing and routing.record:
-            batch.routed_experts = routing.gather()
+        kind, rspo = self.cfg.algorithm.moe_routing_replay, self.cfg.algorithm.loss == "rspo"
+        routing = self._routing_pass(batch, replay=kind == "rollout", record=kind == "policy" or (rspo and kind == "none"))
+        routers = OldRouters(*self._routers_of(batch), keep_scores=rspo) if self.description.is_moe else None
+        batch.old_logprobs = self._logprobs(self.chunks, batch, routing, routers)
+        self._weights_are_old = True
+        metrics = routers.metrics() if routers else {}
+        if routing:
+            metrics |= routing.metrics("moe/routing_differs")
+            if routing.record:
+                batch.routed_experts = routing.gather()
+        if routers and rspo:
+            batch.router_scores = routers.gather_scores()
         return metrics
+
+    def router_shift(self, batch: TrainBatch) -> Tensor:
+        """(L,) fp32 on the CPU: rspo's gamma under the current weights, see ``TrainBatch.router_shift``. Needs ``router_scores``.
+
+        One forward pass, with the routing that training takes; none before the first update after ``set_old_logprobs``.
+        """
+        assert batch.router_scores is not None
+        if self._weights_are_old:
+            return torch.ones(len(batch.tokens))
+        shift = RouterShift(*self._routers_of(batch))
+        self._logprobs(self.chunks, batch, self._routing_pass(batch, replay=True), shift)
+        return shift.gather()
 
     def reference_logprobs(self, batch: TrainBatch) -> Tensor:
         """The same under the reference policy; needs ``algorithm.kl_coef`` > 0."""
@@ -109,6 +130,8 @@ class Policy:
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
         """
+        if self.cfg.algorithm.loss == "rspo":
+            minibatch = replace(minibatch, router_shift=self.router_shift(minibatch), router_scores=None)
         plan = self._plan(minibatch)
         response_lengths = minibatch.response_lengths
         scale = self.groups.dp.size() * len(plan) / max(1, objective.count(response_lengths))
@@ -129,6 +152,7 @@ class Policy:
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
         _, grad_norm, _ = optimizer.step()
+        self._weights_are_old = False
         metrics["grad_norm"] = Metric(float(grad_norm))
         metrics["learning_rate"] = Metric(optimizer.param_groups[0]["lr"])
         _check_finite("gradient norm", metrics["grad_norm"])
@@ -188,15 +212,21 @@ class Policy:
         replay = replay and self.cfg.algorithm.moe_routing_replay != "none"
         return RoutingPass(self.routing, batch, self.device, replay, record)
 
+    def _routers_of(self, batch: TrainBatch) -> tuple[RoutingShape, dist.ProcessGroup, int, torch.device]:
+        """The arguments of a ``RouterPass`` over the batch."""
+        return self.description.routing, self.groups.tp, len(batch.tokens), self.device
+
     @torch.no_grad()
-    def _logprobs(self, chunks: list[torch.nn.Module], batch: TrainBatch, routing: RoutingPass | None = None) -> Tensor:
+    def _logprobs(
+        self, chunks: list[torch.nn.Module], batch: TrainBatch, routing: RoutingPass | None = None, routers: RouterPass | None = None
+    ) -> Tensor:
         def keep(logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int) -> tuple[Tensor, dict[str, Any]]:
             return logprobs.new_zeros(()), {"at": microbatch.flat_index[microbatch.mask], "logprobs": logprobs[microbatch.mask]}
 
         for chunk in chunks:
             chunk.eval()
         flat = torch.zeros(len(batch.tokens), device=self.device)
-        for found in self._run(chunks, batch, self._plan(batch), keep, routing, forward_only=True):
+        for found in self._run(chunks, batch, self._plan(batch), keep, routing, routers, forward_only=True):
             flat[found["at"]] = found["logprobs"].float()
         if self.groups.pp.rank() == self.groups.pp.size() - 1:
             dist.all_reduce(flat, group=self.groups.dp_cp)
@@ -211,13 +241,14 @@ class Policy:
         plan: list[list[int]],
         loss: MicrobatchLoss,
         routing: RoutingPass | None = None,
+        routers: RouterPass | None = None,
         forward_only: bool = False,
     ) -> list[dict[str, Any]]:
         """Runs the pipeline schedule; what ``loss`` kept of each microbatch, on the last stage (elsewhere nothing)."""
         schedule = get_forward_backward_func()
         iterators = [self._microbatches(batch, plan, chunk, routing) for chunk in chunks]
         kept = schedule(
-            forward_step_func=partial(self._forward_step, loss, routing),
+            forward_step_func=partial(self._forward_step, loss, routing, routers),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks,
             num_microbatches=len(plan),
@@ -252,13 +283,17 @@ class Policy:
         self,
         loss: MicrobatchLoss,
         routing: RoutingPass | None,
+        routers: RouterPass | None,
         microbatches: Iterator[tuple[int, Microbatch]],
         model: torch.nn.Module,
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
         place, microbatch = next(microbatches)
         bounds = microbatch.cu_seqlens
         longest = int((bounds[1:] - bounds[:-1]).max())
-        with routing.of(model, microbatch) if routing else nullcontext():
+        with (
+            routing.of(model, microbatch) if routing else nullcontext(),
+            routers.of(model, microbatch) if routers else nullcontext(),
+        ):
             output = model(
                 microbatch.tokens[None],
                 microbatch.position_ids[None],
@@ -290,7 +325,7 @@ class Policy:
     def _reduce(self, kept: list[dict[str, Metric]]) -> dict[str, Metric]:
         """Metrics over microbatches and ranks, equal on all; tensor-parallel ranks hold copies, so one of them speaks."""
         merged = reduce_metrics(kept if self.groups.tp.rank() == 0 else [])
-        plain = {name: Metric(float(m.total), float(m.count), m.op) for name, m in merged.items()}
+        plain = {name: _on_cpu(m) for name, m in merged.items()}
         return reduce_metrics(all_gather_objects(plain))
 
 
@@ -302,6 +337,11 @@ class Export:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return export_hf(self.policy.chunks, self.policy.description.mapping, self.policy.groups)
+
+
+def _on_cpu(metric: Metric) -> Metric:
+    total = metric.total.cpu() if isinstance(metric.total, Tensor) and metric.op == "histogram" else float(metric.total)
+    return Metric(total, float(metric.count), metric.op)
 
 
 def _check_finite(what: str, metric: Metric) -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
 from ..types import Metric, Microbatch, RoutingShape, TrainBatch
+from .routers import own_slots, routers_of, sum_pieces
 
 
 class _Hook(RouterReplay):
@@ -49,7 +49,7 @@ class Routing:
     Args:
         chunks: of a model built with ``moe_enable_routing_replay``.
         shape: what its routing looks like.
-        tp_group: sequence parallelism shares the slots of a microbatch out over it, one stretch each.
+        tp_group: see ``own_slots``.
     """
 
     def __init__(self, chunks: list[torch.nn.Module], shape: RoutingShape, tp_group: dist.ProcessGroup) -> None:
@@ -57,19 +57,17 @@ class Routing:
         self.hooks: dict[torch.nn.Module, dict[int, RouterReplay]] = {}  # by chunk, by the layer's number in the model, from 0
         for chunk in chunks:
             self.hooks[chunk] = {}
-            for router in (module for module in chunk.modules() if isinstance(module, TopKRouter)):
-                assert router.layer_number is not None
-                router.router_replay = self.hooks[chunk][router.layer_number - 1] = _Hook()
+            for layer, router in routers_of(chunk).items():
+                router.router_replay = self.hooks[chunk][layer] = _Hook()
 
     def own(self, slots: Tensor) -> Tensor:
-        """Of (T, ...) slots those that this rank's routers see."""
-        return slots.chunk(self._tp_group.size())[self._tp_group.rank()]
+        return own_slots(slots, self._tp_group)
 
     def cut(self, microbatch: Microbatch, chunk: torch.nn.Module) -> Microbatch:
-        """Leaves of ``routed_experts`` this rank's slots and the MoE layers of ``chunk``."""
-        if microbatch.routed_experts is None:
-            return microbatch
-        return replace(microbatch, routed_experts=self.own(microbatch.routed_experts)[:, list(self.hooks[chunk])])
+        """Leaves of ``routed_experts`` and ``router_scores`` this rank's slots and the MoE layers of ``chunk``."""
+        whole = {name: getattr(microbatch, name) for name in ("routed_experts", "router_scores")}
+        layers = list(self.hooks[chunk])
+        return replace(microbatch, **{name: self.own(tensor)[:, layers] for name, tensor in whole.items() if tensor is not None})
 
 
 @dataclass
@@ -135,13 +133,8 @@ class RoutingPass:
         shape, length = self.routing.shape, len(self.batch.tokens)
         everything = torch.full((length, shape.num_layers, shape.topk), -1, dtype=torch.int16)
         for layer in shape.moe_layers:
-            # one row more than tokens: the index of padding is -1
-            share = torch.zeros(length + 1, shape.topk, dtype=torch.int16, device=self.device)
-            for index, chosen in self._recorded[layer]:
-                share[index] = chosen + 1
-            # each token was one rank's, so that a sum byte by byte carries nothing; NCCL does not know int16
-            dist.all_reduce(share.view(torch.uint8))
-            everything[:, layer] = share[:-1].cpu() - 1
+            pieces = [(index, chosen + 1) for index, chosen in self._recorded[layer]]
+            everything[:, layer] = sum_pieces(pieces, length, shape.topk, torch.int16, self.device) - 1
         assert (everything[:, list(shape.moe_layers)] >= 0).all(), "a token was not routed"
         return everything
 

@@ -95,6 +95,7 @@ def replay(cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_log
             "compared": compared,
             "history": history,
             "chosen": chosen,
+            "router_shift": None if batch.router_scores is None else policy.router_shift(batch),
             "weights": weights_on_rank_0(policy),
         }
 

@@ -64,6 +64,30 @@ def own_routing(path: Path, batch: Any) -> Tensor:
 
 
 @torch.no_grad()
+def router_log_probs(model: Any, batch: Any) -> Tensor:
+    """(L, MoE layers, experts): log of each router's distribution for every input token; of DeepSeek's kind, sigmoids over their sum."""
+    gates = [module.mlp.gate for module in model.model.layers if hasattr(module.mlp, "gate")]
+    found: list[list[Tensor]] = [[] for _ in gates]
+
+    def note(gate: Any, args: tuple[Tensor], _: Any) -> None:
+        logits = args[0].flatten(0, -2) @ gate.weight.T
+        weights = logits.sigmoid() if hasattr(gate, "e_score_correction_bias") else logits.exp()
+        found[gates.index(gate)].append((weights / weights.sum(-1, keepdim=True)).log())
+
+    hooks = [gate.register_forward_hook(note) for gate in gates]
+    for span in spans(batch):
+        model(batch.tokens[span][None])
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([torch.cat(of_layer) for of_layer in found], 1)
+
+
+def router_shift(model: Any, batch: Any, old: Tensor, experts: Tensor) -> Tensor:
+    """(L,) RSPO's gamma of every input token. Under the old policy, ``router_log_probs`` was ``old``, and its experts (L, layers, topk)."""
+    return torch.exp(-(router_log_probs(model, batch) - old).gather(2, experts).abs().mean((1, 2)))
+
+
+@torch.no_grad()
 def batch_logprobs(path: Path, batch: Any, temperature: float = 1.0, experts: Tensor | None = None) -> Tensor:
     """(L,) float64 log probabilities, 0 outside the response mask."""
     model = load_float64(path)
@@ -84,10 +108,12 @@ def batch_loss(
     kl_coef: float,
     entropy_coef: float,
     temperature: float,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """One sequence after another, as the papers read.
 
     ``gmpo``: -1/N sum_i A_i exp(1/n_i sum_t clip(log pi/pi_old)), and penalties averaged over each sequence's tokens, then over sequences.
+    ``rspo``: the same, each ratio first multiplied by ``shift`` (L,) of the token before.
     ``dapo``: -1/sum_i n_i sum_i sum_t min(r A, clip(r, 1 - low, 1 + high) A), and penalties averaged over all tokens.
     """
     totals: list[Tensor] = []
@@ -102,14 +128,16 @@ def batch_loss(
         delta = (logprobs - batch.old_logprobs[span].double())[mask]
         off = (ref_logprobs[span].double() - logprobs)[mask]
         penalty = kl_coef * (off.exp() - off - 1) - entropy_coef * entropy[mask]
-        if loss == "gmpo":
+        if shift is not None:
+            delta = delta + shift[span].log().roll(1)[mask]
+        if loss in ("gmpo", "rspo"):
             clipped = delta.clamp(max=clip_high) if advantage > 0 else delta.clamp(min=-clip_low)
             totals.append(-advantage * clipped.mean().exp() + penalty.mean())
         else:
             ratio = delta.exp()
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
             totals.append((penalty - gain).sum())
-    return torch.stack(totals).sum() / (len(totals) if loss == "gmpo" else tokens)
+    return torch.stack(totals).sum() / (tokens if loss == "dapo" else len(totals))
 
 
 def train(
@@ -124,21 +152,34 @@ def train(
     ref_path: Path | None = None,
     temperature: float = 1.0,
     experts: Tensor | None = None,
+    min_router_shift: float = 0.0,
     **loss: Any,
 ) -> dict[str, Any]:
-    """Losses and unclipped gradient norms of ``steps`` AdamW steps, and the weights after them, by way of ``folder``."""
+    """Losses and unclipped gradient norms of ``steps`` AdamW steps, and the weights after them, by way of ``folder``.
+
+    For rspo also the routers' shift before each step and after the last, from what they were before the first.
+    """
     ref_logprobs = batch_logprobs(ref_path or path, batch, temperature)
     model = load_float64(path)
     if experts is not None:
         force_routing(model, batch.tokens, experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0)
-    losses, norms = [], []
+    losses, norms, shifts = [], [], []
+    old_routers = None
+    if loss["loss"] == "rspo":
+        old_routers = router_log_probs(model, batch)
+        active = old_routers.topk(model.config.num_experts_per_tok).indices if experts is None else experts
     for _ in range(steps):
         optimizer.zero_grad()
-        value = batch_loss(model, batch, ref_logprobs, temperature=temperature, **loss)
+        if old_routers is not None:
+            shifts.append(router_shift(model, batch, old_routers, active))
+        shift = shifts[-1].clamp(min=min_router_shift) if shifts else None
+        value = batch_loss(model, batch, ref_logprobs, temperature=temperature, shift=shift, **loss)
         value.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)))
         optimizer.step()
         losses.append(value.item())
+    if old_routers is not None:
+        shifts.append(router_shift(model, batch, old_routers, active))
     model.save_pretrained(folder)
-    return {"losses": losses, "norms": norms, "weights": saved_tensors(folder)}
+    return {"losses": losses, "norms": norms, "shifts": shifts, "weights": saved_tensors(folder)}

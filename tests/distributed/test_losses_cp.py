@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_gmpo.algorithms import POLICY_LOSSES, TokenPenalty
+from megatron_gmpo.algorithms import POLICY_LOSSES, PolicyMask, TokenPenalty
 
 RANKS = 4
 S = 5
@@ -23,6 +23,9 @@ CASES: list[tuple[str, dict]] = [
     ("gmpo", {"clip_mode": "sequence", "clip_low": 0.05, "clip_high": 0.05}),
     ("gmpo", {"clip_mode": "none"}),
     ("gmpo", {"length_normalize": False}),
+    ("rspo", {"min_router_shift": 0.5, "masked": True}),
+    ("gmpo", {"masked": True}),
+    ("dapo", {"masked": True}),
 ]
 HOLDERS = {
     "every rank has tokens": lambda owner, size: owner >= 0,
@@ -57,12 +60,19 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "advantages": torch.tensor([1.0, -1.5, 0.0, 0.7, 2.0], dtype=dtype),
         "ref_logprobs": (random["ref"] - 2).to(dtype),
         "entropy": random["entropy"].abs().to(dtype),
+        "router_shift": torch.exp(-0.2 * random["entropy"].abs()).to(dtype),
+        "kept": torch.rand(40, generator=g) < 0.7,
         "weights": torch.tensor([1.0, 0.3, 2.0, 0.0, 1.0], dtype=dtype),
     }
 
 
 def run(name: str, options: dict, batch: dict, rows: torch.Tensor, group: dist.ProcessGroup | None):
-    """(output, gradients of logprobs and entropy) on the given slots."""
+    """(output, gradients of logprobs and entropy) on the given slots; ``masked`` leaves tokens and off-policy sequences out."""
+    options = dict(options)
+    if name == "rspo":
+        options["router_shift"] = batch["router_shift"][rows]
+    if options.pop("masked", False):
+        options["policy_mask"] = PolicyMask(batch["kept"][rows], batch["ref_logprobs"][rows], 0.1)
     logprobs, entropy = (batch[key][rows].clone().requires_grad_() for key in ("logprobs", "entropy"))
     output = POLICY_LOSSES[name](
         logprobs,
@@ -93,7 +103,12 @@ def check_case(name: str, options: dict, holders: str, dtype: torch.dtype, group
     assert_close(local_entropy_gradient, entropy_gradient[rows], **tolerance)
     for key, metric in whole.metrics.items():
         local = output.metrics[key]
-        if metric.op == "mean":
+        if metric.op == "histogram":
+            counts = local.total.clone()
+            dist.all_reduce(counts, group=group)
+            assert_close(counts, metric.total, rtol=0, atol=0)
+            assert counts.sum() == batch["mask"].sum()
+        elif metric.op == "mean":
             assert_close(torch.as_tensor(local.total), torch.as_tensor(metric.total), **tolerance)
             assert_close(torch.as_tensor(local.count), torch.as_tensor(metric.count), **tolerance)
         else:

@@ -30,10 +30,17 @@ STABLE_METRICS = [
     "policy/entropy",
     "policy/log_ratio_max",
     "policy/log_ratio_min",
+    "policy/log_ratio_q001",
+    "policy/log_ratio_q999",
+    "policy/ratio_effective_sample_size",
+    "policy/token_ratio_max",
+    "policy/sequence_ratio_max",
     "policy/ratio_max",
     "policy/ratio_min",
     "policy/clip_fraction_high",
     "policy/clip_fraction_low",
+    "policy/clip_low",
+    "policy/clip_high",
     "policy/kl_old",
     "rollout/logprob_diff_mean",
     "rollout/k3_kl",
@@ -47,6 +54,7 @@ STABLE_METRICS = [
 ]
 
 EP2 = {"parallel__expert_model_parallel_size": 2}
+ADAPTIVE = {"algorithm__clip": "adaptive"}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +99,7 @@ def two_steps(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
             rollout__save_path=run_dir / "rollouts",
             log__tensorboard="true",
             **EP2,
+            **ADAPTIVE,
         ),
     ]
     done = run_module("megatron_gmpo.train", *config, ranks=2)
@@ -160,6 +169,7 @@ def test_replayed_rollouts_train_the_same_in_another_layout(
         eval__before="false",
         checkpoint__save_final="false",
         **layout,
+        **ADAPTIVE,
     )
     done = run_module("megatron_gmpo.train", *argv, *replay, ranks=ranks)
     assert done.returncode == 0, done.stderr
@@ -203,6 +213,7 @@ def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, 
         eval__k="[1, 2, 4]",
         eval__temperature=1.0,
         **EP2,
+        **ADAPTIVE,
     )
     for run_dir in (broken, unbroken):
         done = run_module("megatron_gmpo.train", *argv, *shared, *options(run_dir=run_dir), ranks=2)
@@ -210,6 +221,7 @@ def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, 
     first, second = ([_untimed(line) for line in json_lines(folder / "metrics.jsonl")] for folder in (broken, unbroken))
     assert [line["step"] for line in first] == [0, 1, 2, 3, 4]
     assert first == second
+    assert first[3]["policy/clip_low"] != first[1]["policy/clip_low"]  # the adapted clip went through the checkpoint
     assert (broken / "transcripts.jsonl").read_text() == (unbroken / "transcripts.jsonl").read_text()
 
 

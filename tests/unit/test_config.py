@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_gmpo.config import ALONE_S, Config, EvalConfig, ParallelConfig, exit_with_one_line, load_config
+from megatron_gmpo.config import ALONE_S, AlgorithmConfig, Config, EvalConfig, ParallelConfig, exit_with_one_line, load_config
 from megatron_gmpo.types import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +173,9 @@ def test_unknown_key_in_the_file(tmp_path: Path) -> None:
         ),
         (["--eval.k", "[1, 8]", "--eval.temperature", "1"], ["k = 8", "samples_per_prompt >= 8"]),
         (["--eval.samples_per_prompt", "4"], ["samples_per_prompt > 1", "temperature > 0"]),
+        (["--algorithm.clip", "adaptive"], ["algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1"]),
+        (["--algorithm.clip_bounds", "[0.5, 0.1]"], ["clip_bounds = [0.5, 0.1]", "the smaller one comes first"]),
+        (["--algorithm.mask", "icepop", "--algorithm.mask_low", "6"], ["mask_low = 6 is above mask_high = 5"]),
         (["--algorithm.moe_routing_replay", "rollout"], ["algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true"]),
     ],
 )
@@ -182,6 +185,8 @@ def test_fields_that_contradict_each_other(argv: list[str], parts: list[str]) ->
 
 
 def test_fields_that_fit_together() -> None:
+    assert AlgorithmConfig(mask="icepop").mask_band == (0.5, 5.0)
+    assert AlgorithmConfig(mask="geometric", mask_low=0.9).mask_band == (0.9, 1.01)
     assert ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2).model_parallel_size == 2
     assert EvalConfig(k=(1, 8), samples_per_prompt=8, temperature=0.6).k == (1, 8)
     saved = load_config(["--algorithm.moe_routing_replay", "rollout", "--rollout.replay_path", "rollouts"])

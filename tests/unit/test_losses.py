@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_gmpo.algorithms import POLICY_LOSSES, TOKEN_MEAN_LOSSES, TokenPenalty, check_loss, default_clip
+from megatron_gmpo.algorithms import POLICY_LOSSES, TOKEN_MEAN_LOSSES, PolicyMask, TokenPenalty, check_loss, default_clip
+from megatron_gmpo.algorithms.rspo import log_router_shift
 from megatron_gmpo.types import InputError, LossOutput
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -37,6 +38,8 @@ class Packed:
 
     def run(self, name: str, kl_coef: float = 0.0, entropy_coef: float = 0.0, **options) -> LossOutput:
         """The project's loss; gradients land in ``logprobs.grad`` and ``entropy.grad``."""
+        if name == "rspo":
+            options = {"router_shift": router_shift(self.old_logprobs)} | options
         self.logprobs.grad = self.entropy.grad = None
         penalty = TokenPenalty(self.ref_logprobs, kl_coef, self.entropy, entropy_coef)
         positional = self.logprobs, self.old_logprobs, self.mask, self.sequence_ids, self.advantages
@@ -58,6 +61,11 @@ class Packed:
             self.ref_logprobs[tokens],
             leaf(self.entropy),
         )
+
+
+def router_shift(old_logprobs: Tensor) -> Tensor:
+    """Some gamma of each token, on both sides of rspo's floor of 0.8."""
+    return torch.exp(0.5 * torch.cos(40 * old_logprobs.double()) - 0.5)
 
 
 @st.composite
@@ -105,6 +113,12 @@ def gmpo_paper(new, old, A, low=0.4, high=0.4, mode="token", normalize=True):
     return -A * torch.minimum(rho**s, clipped**s).prod() ** (s * power)
 
 
+def rspo_paper(new, old, A, low=0.2, high=0.2, floor=0.8):
+    """Ratio space: GMPO of the ratios gamma_t rho_t."""
+    gamma = router_shift(old).clamp(min=floor)
+    return gmpo_paper(new, old - gamma.log(), A, low, high)
+
+
 def gmpo_dual(new, old, A, cap):
     delta = new - old
     clipped = torch.minimum(delta, delta.new_tensor(0.4)) if A > 0 else torch.maximum(delta, delta.new_tensor(-0.4))
@@ -145,6 +159,12 @@ FORMULAS = {
         lambda new, old, A: gmpo_paper(new, old, A, mode="sequence", normalize=False),
     ),
     "gmpo dual clip": ("gmpo", {"dual_clip": 0.97}, lambda new, old, A: gmpo_dual(new, old, A, 0.97)),
+    "rspo": ("rspo", {}, rspo_paper),
+    "rspo wide, low floor": (
+        "rspo",
+        {"clip_low": 0.5, "clip_high": 0.7, "min_router_shift": 0.5},
+        lambda new, old, A: rspo_paper(new, old, A, 0.5, 0.7, 0.5),
+    ),
     "grpo": ("grpo", {}, lambda new, old, A: -ppo_min(torch.exp(new - old), A, 0.2, 0.2).mean()),
     "grpo asymmetric": (
         "grpo",
@@ -335,7 +355,8 @@ def test_garbage_outside_the_mask_changes_nothing(name: str):
     assert_close(dirty.entropy.grad, clean.entropy.grad, rtol=0, atol=0)
     assert (dirty.logprobs.grad[outside] == 0).all()
     assert (dirty.logprobs.grad[clean.mask] != 0).any()
-    assert {k: float(m.total) for k, m in output.metrics.items()} == {k: float(m.total) for k, m in expected.metrics.items()}
+    totals = [{k: torch.as_tensor(m.total).tolist() for k, m in o.metrics.items()} for o in (output, expected)]
+    assert totals[0] == totals[1]
 
 
 @all_losses
@@ -362,7 +383,9 @@ def test_microbatches_sum_to_the_whole(name: str):
     assert_close(gradient, batch.logprobs.grad, **EXACT)
     for key, metric in whole.metrics.items():
         totals = torch.stack([part.metrics[key].total for part in parts])
-        if metric.op == "mean":
+        if metric.op == "histogram":
+            assert_close(totals.sum(0), metric.total, **EXACT)
+        elif metric.op == "mean":
             assert_close(totals.sum(), metric.total, **EXACT)
             assert_close(sum(part.metrics[key].count for part in parts), metric.count, **EXACT)
         else:
@@ -418,7 +441,7 @@ def test_metrics_are_means_and_extremes_over_tokens(name: str):
     assert mean(output, "policy/kl_old") == pytest.approx(float((delta.exp() - 1 - delta).mean()))
     assert mean(output, "policy/kl_ref") == pytest.approx(float((ref.exp() - 1 - ref).mean()))
     assert mean(output, "policy/entropy") == pytest.approx(float(batch.entropy.detach()[batch.mask].mean()))
-    if name not in ("gmpo", "gspo"):
+    if name not in ("gmpo", "rspo", "gspo"):
         assert float(output.metrics["policy/ratio_max"].total) == pytest.approx(float(delta.max().exp()))
         assert float(output.metrics["policy/ratio_min"].total) == pytest.approx(float(delta.min().exp()))
 
@@ -428,6 +451,156 @@ def example(deltas: list[list[float]], advantages: list[float]) -> Packed:
     batch = random_packed(7, [len(row) for row in deltas], prompt=0)
     delta = torch.tensor([x for row in deltas for x in row], dtype=torch.float64)
     return replace(batch, old_logprobs=batch.logprobs.detach() - delta, advantages=torch.tensor(advantages, dtype=torch.float64))
+
+
+# --- what is left out of the policy term ---
+
+
+def left_out(batch: Packed, kept: Tensor, drifted: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(loss, gradient) by the definition: the formula on the kept tokens alone, its divisor that of all tokens of the sequence."""
+    leaf = batch.logprobs.detach().clone().requires_grad_()
+    loss = leaf.sum() * 0
+    formula = FORMULAS[name][2]
+    for i, A in enumerate(batch.advantages):
+        rows = batch.mask & (batch.sequence_ids == i)
+        stays = rows & kept
+        if drifted[i] or not stays.any():
+            continue
+        if name in ("gmpo", "rspo", "gspo"):  # a token left out has the ratio 1
+            old = torch.where(stays, batch.old_logprobs, leaf.detach())
+            new = torch.where(stays, leaf, leaf.detach())
+            if name == "rspo":
+                gamma = router_shift(batch.old_logprobs).clamp(min=0.8).where(stays, 1.0)
+                loss = loss + gmpo_paper(new[rows], (old - gamma.log())[rows], A, 0.2, 0.2)
+            else:
+                loss = loss + formula(new[rows], old[rows], A)
+        else:
+            term = formula(leaf[stays], batch.old_logprobs[stays], A)
+            loss = loss + (term * stays.sum() / rows.sum() if name == "grpo" else term)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient
+
+
+@all_losses
+@quick
+@given(batch=packed(), seed=st.integers(0, 9))
+def test_tokens_left_out_lose_their_term_and_stay_in_the_divisor(name: str, batch: Packed, seed: int):
+    kept = torch.rand(len(batch.mask), generator=torch.Generator().manual_seed(seed)) < 0.6
+    output = batch.run(name, policy_mask=PolicyMask(kept), kl_coef=0.0)
+    loss, gradient = left_out(batch, kept, torch.zeros(len(batch.advantages), dtype=torch.bool), name)
+    assert_close(output.loss, loss, **EXACT)
+    assert_close(batch.logprobs.grad, gradient, **EXACT)
+    masked = output.metrics["policy/masked_fraction"]
+    assert (masked.total, masked.count) == ((batch.mask & ~kept).sum(), batch.mask.sum())
+
+
+def off_policy(batch: Packed, rollout: Tensor, max_kl: float) -> Tensor:
+    """(S,) bool, DeepSeek-V3.2's rule written out: A < 0 and a mean log(pi_rollout / pi) above the bound."""
+    rows = [batch.mask & (batch.sequence_ids == i) for i in range(len(batch.advantages))]
+    means = [float((rollout - batch.logprobs.detach())[r].mean()) if r.any() else 0.0 for r in rows]
+    return torch.tensor([float(A) < 0 and kl > max_kl for A, kl in zip(batch.advantages, means, strict=True)])
+
+
+@all_losses
+@quick
+@given(batch=packed(), max_kl=st.sampled_from([0.0, 0.1, 0.5]))
+def test_off_policy_sequences_with_a_negative_advantage_are_left_out(name: str, batch: Packed, max_kl: float):
+    mask = PolicyMask(None, batch.ref_logprobs, max_kl)
+    output = batch.run(name, policy_mask=mask)
+    drifted = off_policy(batch, batch.ref_logprobs, max_kl)
+    loss, gradient = left_out(batch, torch.ones_like(batch.mask), drifted, name)
+    assert_close(output.loss, loss, **EXACT)
+    assert_close(batch.logprobs.grad, gradient, **EXACT)
+    nonempty = torch.bincount(batch.sequence_ids[batch.mask], minlength=len(drifted)) > 0
+    masked = output.metrics["policy/masked_sequences"]
+    assert (masked.total, masked.count) == ((drifted & nonempty).sum(), nonempty.sum())
+
+
+@settings(quick, max_examples=15)
+@given(batch=packed(min_response=1))
+def test_off_policy_masking_matches_trl(trl, batch: Packed):
+    width = int(torch.bincount(batch.sequence_ids).max())
+    pad = lambda x: torch.stack([torch.nn.functional.pad(x[r], (0, width - int(r.sum()))) for r in rows])  # noqa: E731
+    rows = [batch.sequence_ids == i for i in range(len(batch.advantages))]
+    keep = trl["grpo"].get_off_policy_mask(
+        batch.advantages[:, None], pad(batch.logprobs.detach()), pad(batch.ref_logprobs), pad(batch.mask.double()), 0.1
+    )
+    assert_close(keep[:, 0] == 0, off_policy(batch, batch.ref_logprobs, 0.1))
+
+
+@all_losses
+def test_a_step_with_everything_left_out_is_nothing(name: str):
+    batch = random_packed(8, [3, 4])
+    batch.old_logprobs[batch.mask] -= 2000  # ratios of infinity
+    nothing = torch.zeros_like(batch.mask)
+    output = batch.run(name, policy_mask=PolicyMask(nothing))
+    assert output.loss == 0
+    assert (batch.logprobs.grad == 0).all()
+    assert output.metrics["policy/masked_fraction"].total == output.metrics["policy/masked_fraction"].count == 7
+    assert output.metrics["policy/masked_sequences"].total == 2
+    with_penalty = batch.run(name, policy_mask=PolicyMask(nothing), kl_coef=0.1)
+    assert float(with_penalty.loss) == pytest.approx(0.1 * float(random_packed(8, [3, 4]).run(name, kl_coef=1.0, **silent(name)).loss))
+
+
+def silent(name: str) -> dict:
+    """Options under which the policy term of two sequences is 0."""
+    return {"sequence_weights": torch.zeros(2, dtype=torch.float64)}
+
+
+def test_gmpo_without_length_normalization_survives_a_weight_of_zero():
+    batch = random_packed(8, [3, 4])
+    batch.old_logprobs[batch.mask] -= 2000
+    batch.advantages = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    output = batch.run("gmpo", length_normalize=False, sequence_weights=torch.zeros(2, dtype=torch.float64))
+    assert output.loss == 0
+    assert (batch.logprobs.grad == 0).all()
+
+
+def test_router_shift_is_the_formula():
+    g = torch.Generator().manual_seed(0)
+    scores, old = (torch.randn(5, 2, generator=g).log_softmax(-1) for _ in range(2))
+    expected = [-sum(abs(float(scores[t, k] - old[t, k])) for k in range(2)) / 2 for t in range(5)]
+    assert_close(log_router_shift(scores.requires_grad_(), old), torch.tensor(expected))
+    assert not log_router_shift(scores, old).requires_grad
+
+
+def test_rspo_without_a_shift_is_gmpo_and_reports_the_shift():
+    batch = random_packed(9, [4, 5])
+    gmpo = batch.run("gmpo", clip_low=0.2, clip_high=0.2)
+    gradient = batch.logprobs.grad
+    still = torch.ones_like(batch.logprobs)
+    assert_close(batch.run("rspo", router_shift=still).loss, gmpo.loss, **EXACT)
+    assert_close(batch.logprobs.grad, gradient, **EXACT)
+    moved = still.clone().requires_grad_()
+    output = batch.run("rspo", router_shift=moved * 0.9)
+    assert mean(output, "policy/router_shift") == pytest.approx(0.9)
+    assert mean(output, "policy/router_shift_floored") == 0
+    assert mean(batch.run("rspo", router_shift=still * 0.5), "policy/router_shift_floored") == 1
+    assert moved.grad is None
+
+
+@all_losses
+def test_ratios_before_and_after_the_mean(name: str):
+    batch = example([[1.0, -1.0, 0.1], [1.0, -1.0, 0.1]], [1.0, -1.0])
+    found = {key: float(m.total) for key, m in batch.run(name, clip_low=0.2, clip_high=0.3).metrics.items() if "ratio_m" in key}
+    delta = [1.0, -1.0, 0.1]
+    if name == "gspo":
+        tokens = [math.exp(d) for d in delta]
+        sequences = [math.exp(sum(delta) / 3)] * 2
+    elif name in ("gmpo", "rspo"):
+        gamma = router_shift(batch.old_logprobs).clamp(min=0.8).log() if name == "rspo" else torch.zeros(6)
+        log = [*(torch.tensor(delta) + gamma[:3]).clamp(max=0.3).tolist(), *(torch.tensor(delta) + gamma[3:]).clamp(min=-0.2).tolist()]
+        tokens = [math.exp(x) for x in log]
+        sequences = [math.exp(sum(log[:3]) / 3), math.exp(sum(log[3:]) / 3)]
+    elif name == "cispo":
+        tokens = [min(max(math.exp(d), 0.8), 1.3) for d in delta]
+        sequences = [sum(tokens) / 3] * 2
+    else:
+        tokens = [*(min(math.exp(d), 1.3) for d in delta), *(max(math.exp(d), 0.8) for d in delta)]
+        sequences = [sum(tokens[:3]) / 3, sum(tokens[3:]) / 3]
+    for which, values in (("token", tokens), ("sequence", sequences)):
+        assert found[f"policy/{which}_ratio_max"] == pytest.approx(max(values))
+        assert found[f"policy/{which}_ratio_min"] == pytest.approx(min(values))
 
 
 def test_gmpo_clip_counts_only_the_active_side():

@@ -140,6 +140,7 @@ def test_routing_of_a_mixed_model(describe: Describe) -> None:
     assert describe(megatron={}).transformer.moe_enable_routing_replay is False
     assert describe(algorithm={"moe_routing_replay": "policy"}).transformer.moe_enable_routing_replay
     assert describe(rollout={"routed_experts": True}).transformer.moe_enable_routing_replay
+    assert describe(algorithm={"loss": "rspo"}).transformer.moe_enable_routing_replay
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,10 @@ def test_routing_of_a_mixed_model(describe: Describe) -> None:
 )
 def test_routing_that_cannot_be_replayed_is_refused(describe: Describe, family: str, megatron: dict[str, Any], words: str) -> None:
     assert words in mistake(describe, family, algorithm={"moe_routing_replay": "policy"}, megatron=megatron)
+
+
+def test_rspo_needs_experts(describe: Describe) -> None:
+    assert mistake(describe, "qwen3", algorithm={"loss": "rspo"}).startswith("algorithm.loss = 'rspo' but this model has no experts")
 
 
 def test_megatron_fields_pass_through(describe: Describe) -> None:

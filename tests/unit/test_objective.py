@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_gmpo.algorithms import POLICY_LOSSES, TOKEN_MEAN_LOSSES, TokenPenalty
+from megatron_gmpo.algorithms import POLICY_LOSSES, TOKEN_MEAN_LOSSES, PolicyMask, TokenPenalty
 from megatron_gmpo.algorithms.baselines import dapo_loss, dr_grpo_loss
-from megatron_gmpo.algorithms.correction import correct, importance_weights, rollout_mismatch
+from megatron_gmpo.algorithms.correction import correct, importance_weights, kept_tokens, rollout_mismatch
 from megatron_gmpo.algorithms.gmpo import gmpo_loss
 from megatron_gmpo.algorithms.objective import Objective, make_objective
 from megatron_gmpo.config import AlgorithmConfig
@@ -42,6 +42,7 @@ def microbatch() -> Microbatch:
         ref_logprobs=random() - 2,
         rollout_logprobs=random() - 2,
         sequence_weights=torch.tensor([1.0, 0.5, 2.0, 0.25]),
+        kept_tokens=torch.rand(SLOTS, generator=g) < 0.8,
     )
 
 
@@ -84,6 +85,7 @@ def direct_call(loss, batch: Microbatch, kl_coef: float = 0.0, entropy_coef: flo
             sequence_ids=batch.sequence_ids,
             advantages=batch.advantages,
             sequence_weights=batch.sequence_weights,
+            policy_mask=PolicyMask(batch.kept_tokens),
             penalty=TokenPenalty(batch.ref_logprobs, kl_coef, entropy if entropy_coef else entropy.detach(), entropy_coef),
             **options,
         )
@@ -133,8 +135,9 @@ def test_dr_grpo_divides_by_the_token_limit_unless_told() -> None:
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
 def test_every_loss_with_its_own_defaults(loss: str) -> None:
     batch = microbatch()
-    required = {"length_normalizer": 64.0} if loss == "dr_grpo" else {}
-    objective = objective_of(loss=loss)
+    required = {"dr_grpo": {"length_normalizer": 64.0}, "rspo": {"router_shift": torch.rand(SLOTS)}}.get(loss, {})
+    batch.router_shift = required.get("router_shift")
+    objective = objective_of(loss=loss, is_moe=loss == "rspo")
     assert_same(ours(objective, batch), direct_call(POLICY_LOSSES[loss], batch, **required))
     assert objective.description.startswith(f"{loss}, clip_low ")
     assert objective.per_token == (loss in TOKEN_MEAN_LOSSES) == (loss in ("dapo", "cispo"))
@@ -159,6 +162,25 @@ def test_penalties(loss: str, kl_coef: float, entropy_coef: float) -> None:
     else:
         assert found[1][1] is None
     assert {"policy/kl_ref", "policy/entropy"} <= bare[0].metrics.keys()  # logged without being part of the loss
+
+
+def test_off_policy_masking_reaches_the_loss() -> None:
+    batch = microbatch()
+    assert batch.rollout_logprobs is not None
+    batch.rollout_logprobs += 2 * (batch.sequence_ids == 3)
+    masked = ours(objective_of(mask="off_policy", mask_kl=0.3), batch)
+    logprobs, _ = predicted()
+    expected = gmpo_loss(
+        logprobs,
+        batch.old_logprobs,
+        batch.mask,
+        batch.sequence_ids,
+        batch.advantages,
+        sequence_weights=batch.sequence_weights,
+        policy_mask=PolicyMask(batch.kept_tokens, batch.rollout_logprobs, 0.3),
+    )
+    assert_close(masked[0].loss, expected.loss.detach(), rtol=0, atol=0)
+    assert 0 < value_of(masked[0].metrics["policy/masked_sequences"]) < 1
 
 
 def test_without_a_reference_there_is_no_kl() -> None:
@@ -205,9 +227,10 @@ def test_mismatch_is_over_response_tokens_only() -> None:
             "rollout/logprob_diff_max": 1.0,
             "rollout/logprob_diff_far": 2 / 3,
             "rollout/k3_kl": ((math.exp(0.5) - 1.5) + (math.exp(-1.0) - 0.0) + 0.0) / 3,
+            "rollout/effective_sample_size": (math.exp(0.5) + math.exp(-1) + 1) ** 2 / (3 * (math.exp(1) + math.exp(-2) + 1)),
         }
     )
-    assert [metric.count for metric in found.values() if metric.op == "mean"] == [3, 3, 3]
+    assert [found[f"rollout/{name}"].count for name in ("logprob_diff_mean", "logprob_diff_far", "k3_kl")] == [3, 3, 3]
 
 
 def test_k3_estimates_the_divergence_of_the_rollout_from_the_policy() -> None:
@@ -242,7 +265,8 @@ def test_collectives_of_one_process_are_the_identity() -> None:
     barrier()
 
 
-def test_importance_weights_are_the_formulas_in_float64() -> None:
+def three_sequences() -> tuple[TrainBatch, list[list[float]]]:
+    """Sequences of 3, 0 and 4 response tokens, and the log ratios old / rollout of each one's."""
     generator = torch.Generator().manual_seed(0)
     lengths = [4, 1, 7]
     mask = [False, True, True, True, False, False, False, True, False, True, True, True]
@@ -250,7 +274,12 @@ def test_importance_weights_are_the_formulas_in_float64() -> None:
     rollout = torch.where(torch.tensor(mask), -torch.rand(12, generator=generator), 0)
     batch = TrainBatch(torch.zeros(12, dtype=torch.int64), torch.tensor(lengths), torch.tensor(mask), torch.ones(3), rollout, old)
     difference = [(float(old[i]) - float(rollout[i])) if mask[i] else 0.0 for i in range(12)]
-    per_sequence = [difference[0:4], difference[4:5], difference[5:12]]
+    return batch, [difference[0:4], difference[4:5], difference[5:12]]
+
+
+def test_importance_weights_are_the_formulas_in_float64() -> None:
+    batch, per_sequence = three_sequences()
+    difference, mask = [d for row in per_sequence for d in row], batch.response_mask.tolist()
     sums = [math.fsum(row) for row in per_sequence]
     cap = 1.1
     expected = {
@@ -264,11 +293,13 @@ def test_importance_weights_are_the_formulas_in_float64() -> None:
         counted = [w for w, m in zip(values, mask, strict=True) if m] if level == "token" else [values[0], values[2]]
         assert value_of(metrics["rollout/weight_mean"]) == pytest.approx(sum(counted) / len(counted))
         assert value_of(metrics["rollout/weight_truncated"]) == sum(w >= cap for w in counted) / len(counted)
+        share = math.fsum(counted) ** 2 / (len(counted) * math.fsum(w * w for w in counted))
+        assert value_of(metrics["rollout/weight_effective_sample_size"]) == pytest.approx(share)
     assert float(importance_weights(batch, "sequence", cap)[0][1]) == 1  # no response tokens
-    correct(batch, "geometric", cap)
+    correct(batch, AlgorithmConfig(correction="geometric", correction_cap=cap))
     assert batch.token_weights is None
     assert_close(batch.sequence_weights, torch.tensor(expected["geometric"]))
-    correct(batch, "token", cap)
+    correct(batch, AlgorithmConfig(correction="token", correction_cap=cap))
     assert_close(batch.split(3)[2].token_weights, torch.tensor(expected["token"][5:]))
 
 
@@ -290,3 +321,36 @@ def test_token_weights_multiply_each_tokens_term() -> None:
 def test_token_correction_is_refused_for_sequence_losses(loss: str) -> None:
     with pytest.raises(InputError, match="choose 'geometric'"):
         make_objective(AlgorithmConfig(loss=loss, correction="token"), is_moe=False, max_new_tokens=8)
+
+
+def test_icepop_keeps_tokens_and_geometric_keeps_sequences_within_the_band() -> None:
+    batch, rows = three_sequences()
+    low, high = 0.8, 1.2
+    tokens = kept_tokens(batch, "icepop", low, high).tolist()
+    assert tokens == [low <= math.exp(d) <= high for row in rows for d in row]
+    assert len({t for t, m in zip(tokens, batch.response_mask.tolist(), strict=True) if m}) == 2  # some of both
+    means = [math.exp(math.fsum(row) / n) for row, n in zip(rows, (3, 1, 4), strict=True)]
+    between = math.sqrt(means[0] * means[2])  # of the two with a response, one is kept
+    low, high = (between, 9.0) if means[0] > means[2] else (0.1, between)
+    sequences = kept_tokens(batch, "geometric", low, high).tolist()
+    assert sequences == [low <= mean <= high for mean, row in zip(means, rows, strict=True) for _ in row]
+    assert sequences[0] != sequences[-1]
+
+
+def test_the_mask_of_the_config_reaches_the_minibatches() -> None:
+    batch, _ = three_sequences()
+    assert correct(batch, AlgorithmConfig()) == {}
+    assert batch.kept_tokens is None
+    correct(batch, AlgorithmConfig(mask="off_policy"))  # the loss does that
+    assert batch.kept_tokens is None
+    correct(batch, AlgorithmConfig(mask="icepop", mask_low=0.8, mask_high=1.2))
+    assert_close(batch.split(3)[2].kept_tokens, kept_tokens(batch, "icepop", 0.8, 1.2)[5:])
+    correct(batch, AlgorithmConfig(mask="geometric"))
+    assert_close(batch.kept_tokens, kept_tokens(batch, "geometric", 0.99, 1.01))
+
+
+def test_a_batch_that_is_masked_altogether_leaves_a_loss_of_zero() -> None:
+    batch = replace(microbatch(), kept_tokens=torch.zeros(SLOTS, dtype=torch.bool))
+    output, (gradient, _) = ours(objective_of(), batch)
+    assert output.loss == 0
+    assert (gradient == 0).all()

@@ -110,7 +110,10 @@ def batch_of(lengths: list[int], seed: int = 0, **absent: None) -> TrainBatch:
         "old_logprobs": torch.randn(total, generator=generator) * mask,
         "ref_logprobs": torch.randn(total, generator=generator) * mask,
         "sequence_weights": torch.rand(len(lengths), generator=generator),
+        "kept_tokens": torch.rand(total, generator=generator) < 0.5,
         "routed_experts": torch.randint(0, 8, (total, 3, 2), generator=generator).short(),
+        "router_scores": torch.randn(total, 3, 2, generator=generator),
+        "router_shift": torch.rand(total, generator=generator),
     }
     return TrainBatch(**fields | absent)
 
@@ -132,14 +135,16 @@ def reference_slots(
             slot["tokens"] = int(batch.tokens[first + t]) if t < lengths[s] else 0
             slot["input_index"] = first + t if t < lengths[s] else -1
             slot["routed_experts"] = batch.routed_experts[first + t].tolist() if t < lengths[s] else [[-1, -1]] * 3
-            for field in ("labels", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
+            slot["router_scores"] = batch.router_scores[first + t].tolist() if t < lengths[s] else [[0.0, 0.0]] * 3
+            slot["router_shift"] = float(batch.router_shift[first + t]) if t < lengths[s] else 0.0
+            for field in ("labels", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "kept_tokens"):
                 slot[field] = 0
             if t + 1 < lengths[s]:
                 predicted = first + t + 1
                 slot["flat_index"] = predicted
                 slot["labels"] = int(batch.tokens[predicted])
                 slot["mask"] = bool(batch.response_mask[predicted])
-                for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+                for field in ("old_logprobs", "ref_logprobs", "rollout_logprobs", "kept_tokens"):
                     slot[field] = float(getattr(batch, field)[predicted])
             slots.append(slot)
         size = padded[s] // (2 * cp_size)

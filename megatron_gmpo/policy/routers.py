@@ -1,0 +1,150 @@
+"""What the routers score during a pass without gradients: their load and entropy, and how far their scores moved (RSPO).
+
+Each of these is asked ``of`` a model chunk and a microbatch, around its forward pass. Every (token, MoE layer) is seen on one rank alone,
+whatever the layout, so that sums over all ranks count it once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from ..algorithms.rspo import log_router_shift
+from ..types import Metric, Microbatch, RoutingShape
+
+
+def routers_of(chunk: torch.nn.Module) -> dict[int, TopKRouter]:
+    """By the layer's number in the model, from 0, ascending."""
+    routers = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return {router.layer_number - 1: router for router in routers}  # pyright: ignore[reportOptionalOperand]
+
+
+def own_slots(slots: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+    """Of (T, ...) slots those that this rank's routers see: sequence parallelism shares them out, one stretch each."""
+    return slots.chunk(tp_group.size())[tp_group.rank()]
+
+
+def sum_pieces(pieces: list[tuple[Tensor, Tensor]], length: int, topk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(L, topk) on the CPU of every rank from all ranks' (index, values) for some of the tokens, 0 where there are none. Collective."""
+    share = torch.zeros(length + 1, topk, dtype=dtype, device=device)  # one row more than tokens: the index of padding is -1
+    for index, values in pieces:
+        share[index] = values
+    # each token was one rank's, so that a sum byte by byte carries nothing, and is exact; NCCL does not know int16
+    dist.all_reduce(share.view(torch.uint8))
+    return share[:-1].cpu()
+
+
+class RouterPass(ABC):
+    """One pass of a batch of L tokens, without gradients, in which something is noted of every router.
+
+    Args:
+        shape: what the model's routing looks like.
+        tp_group: see ``own_slots``.
+        length: L.
+        device: of the model.
+    """
+
+    def __init__(self, shape: RoutingShape, tp_group: dist.ProcessGroup, length: int, device: torch.device) -> None:
+        self.shape, self.length, self.device, self._tp_group = shape, length, device, tp_group
+
+    @contextmanager
+    def of(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Iterator[None]:
+        """Around the forward pass of one microbatch through one chunk."""
+        assert not torch.is_grad_enabled()
+        index = own_slots(microbatch.input_index, self._tp_group)
+        with ExitStack() as hooks:
+            for place, (layer, router) in enumerate(routers_of(chunk).items()):
+
+                def note(
+                    router: TopKRouter, args: tuple[Tensor], output: tuple[Tensor, Tensor], place: int = place, layer: int = layer
+                ) -> None:
+                    self._note(microbatch, index, place, layer, _log_scores(router, args[0]), output[1])
+
+                hooks.callback(router.register_forward_hook(note).remove)
+            yield
+
+    @abstractmethod
+    def _note(self, microbatch: Microbatch, index: Tensor, place: int, layer: int, log_scores: Tensor, routed: Tensor) -> None:
+        """``index``: (T',) input tokens, -1 on padding; ``place``: of the layer in its chunk; ``log_scores``: (T', experts) fp32;
+        ``routed``: (T', experts) bool, which of them the tokens go to."""
+
+
+def _log_scores(router: TopKRouter, hidden: Tensor) -> Tensor:
+    """(T', experts) log of the distribution over all experts, before top-k and without an expert bias; a sigmoid's scores are normalized.
+
+    The gating is computed once more, since Megatron's router does not give it away: a small matrix beside the experts'.
+    """
+    logits = router.gating(hidden).flatten(0, -2).float()
+    scores = torch.nn.functional.logsigmoid(logits) if router.score_function == "sigmoid" else logits
+    return scores.log_softmax(-1)
+
+
+class OldRouters(RouterPass):
+    """The old-logprob pass: load and entropy of the routers, and if ``keep_scores`` the scores that RSPO compares with."""
+
+    def __init__(self, *arguments, keep_scores: bool) -> None:
+        super().__init__(*arguments)
+        self._keep_scores = keep_scores
+        self._scores: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # layer -> (index, (T', topk))
+        # by layer: tokens of each expert, and the sum of the tokens' entropies
+        self._sums = torch.zeros(self.shape.num_layers, self.shape.num_experts + 1, dtype=torch.float64, device=self.device)
+
+    def _note(self, microbatch: Microbatch, index: Tensor, place: int, layer: int, log_scores: Tensor, routed: Tensor) -> None:
+        real = (index >= 0)[:, None]
+        self._sums[layer, :-1] += (routed & real).sum(0)
+        self._sums[layer, -1] -= (log_scores.exp() * log_scores * real).sum(dtype=torch.float64)
+        if self._keep_scores:
+            experts = routed.nonzero()[:, 1].view(-1, self.shape.topk)  # in ascending order
+            self._scores[layer].append((index, log_scores.gather(1, experts)))
+
+    def metrics(self) -> dict[str, Metric]:
+        """Over the batch's tokens, without padding. Collective, equal on all ranks.
+
+        - ``moe/load_max``: tokens of the fullest expert over the mean expert's, in the worst layer;
+        - ``moe/load_cv``: standard deviation over mean of the experts' tokens, averaged over layers;
+        - ``moe/dead_experts``: experts without a token, counted over layers;
+        - ``moe/router_entropy``: nats, of the distribution over all experts, averaged over tokens and layers.
+        """
+        dist.all_reduce(self._sums)
+        sums = self._sums[list(self.shape.moe_layers)].cpu()
+        load, entropy = sums[:, :-1], sums[:, -1]
+        mean = load.mean(1)
+        return {
+            "moe/load_max": Metric(float((load.amax(1) / mean).max()), op="max"),
+            "moe/load_cv": Metric(float((load.std(1, correction=0) / mean).mean())),
+            "moe/dead_experts": Metric(int((load == 0).sum())),
+            "moe/router_entropy": Metric(float(entropy.sum()), self.length * len(entropy)),
+        }
+
+    def gather_scores(self) -> Tensor:
+        """``TrainBatch.router_scores``. Collective, layer by layer as ``RoutingPass.gather``."""
+        everything = torch.zeros(self.length, self.shape.num_layers, self.shape.topk)
+        for layer in self.shape.moe_layers:
+            everything[:, layer] = sum_pieces(self._scores[layer], self.length, self.shape.topk, torch.float32, self.device)
+        return everything
+
+
+class RouterShift(RouterPass):
+    """A pass under the current weights over a batch with ``routed_experts`` and ``router_scores``."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self._log_shift = torch.zeros(self.length + 1, device=self.device)  # a sum over layers; the last row is padding's
+
+    def _note(self, microbatch: Microbatch, index: Tensor, place: int, layer: int, log_scores: Tensor, routed: Tensor) -> None:
+        assert microbatch.routed_experts is not None
+        assert microbatch.router_scores is not None
+        experts = microbatch.routed_experts[:, place].long().clamp(min=0).sort().values
+        self._log_shift[index] += log_router_shift(log_scores.gather(1, experts), microbatch.router_scores[:, place])
+
+    def gather(self) -> Tensor:
+        """``TrainBatch.router_shift``. Collective."""
+        dist.all_reduce(self._log_shift)
+        return torch.exp(self._log_shift[:-1] / len(self.shape.moe_layers)).cpu()

@@ -1,0 +1,112 @@
+"""RSPO's gamma and the routers' figures are in every layout those of a float64 model."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from megatron_gmpo.types import TrainBatch
+
+from . import cases, reference
+from .ranks import RankPool
+from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, STEPS, Reference, check, expected
+from .test_routing import LAYOUTS, RECOMPUTE, batch, replaying, train_forced
+
+pytestmark = pytest.mark.distributed
+
+__all__ = ["batch", "expected"]  # the fixtures
+
+FLOOR = 0.85
+
+
+@pytest.fixture(scope="session")
+def rspo(expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Three steps of RSPO with routing left free."""
+    path = expected.model("qwen3_moe")
+    old = reference.batch_logprobs(path, batch)
+    noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
+    noisy = replace(batch, old_logprobs=torch.where(batch.response_mask, old.float() + noise, 0.0))
+    settings = {"loss": "rspo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0, "min_router_shift": FLOOR}
+    folder = tmp_path_factory.mktemp("rspo")
+    known = reference.train(path, noisy, STEPS, folder, lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings)
+    before = reference.saved_tensors(path)
+    return known | {"path": path, "before": before, "logprobs": old, "old_logprobs": noisy.old_logprobs}
+
+
+def check_shifts(results: list[dict[str, Any]], known: dict[str, Any], batch: TrainBatch) -> None:
+    assert 0.1 < float((known["shifts"][-1] < FLOOR).double().mean()) < 0.9
+    inputs = batch.response_mask.roll(-1)  # of the tokens that carry loss
+    not_last = torch.ones(len(batch.tokens), dtype=torch.bool)
+    not_last[batch.lengths.cumsum(0) - 1] = False
+    for result in results:
+        assert_close(result["router_shift"].double()[not_last], known["shifts"][-1][not_last], atol=1e-4, rtol=0)
+        means = [step["policy/router_shift"] for step in result["history"]]
+        assert means[0] == 1
+        assert means == pytest.approx([float(shift[inputs].mean()) for shift in known["shifts"][:STEPS]], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rspo_in_every_layout(ranks: RankPool, rspo: dict[str, Any], batch: TrainBatch, layout: str) -> None:
+    algorithm = {"loss": "rspo", "options": {"min_router_shift": FLOOR}}
+    world_size, cfg = replaying(rspo["path"], layout, "none", max_tokens=40, algorithm=algorithm, rollout={"routed_experts": False})
+    results = ranks.run(world_size, cases.replay, cfg, batch, 1, STEPS, rspo["old_logprobs"])
+    check(results, rspo)
+    check_shifts(results, rspo, batch)
+
+
+def test_rspo_under_replay_compares_the_replayed_experts(ranks: RankPool, expected: Reference, batch: TrainBatch, tmp_path: Path) -> None:
+    known = train_forced(expected.model("qwen3_moe"), batch, tmp_path, loss="rspo", min_router_shift=FLOOR)
+    algorithm = {"loss": "rspo", "moe_routing_replay": "rollout", "options": {"min_router_shift": FLOOR}}
+    world_size, cfg = replaying(known["path"], "pp2 vpp2 ep2", "rollout", max_tokens=40, algorithm=algorithm, megatron=RECOMPUTE)
+    results = ranks.run(world_size, cases.replay, cfg, known["batch"], 1, STEPS, known["old_logprobs"])
+    check(results, known)
+    check_shifts(results, known, batch)
+
+
+@pytest.fixture(scope="session")
+def figures(expected: Reference, batch: TrainBatch) -> dict[str, float]:
+    """Of the routers, one layer and expert after another."""
+    log_probs = reference.router_log_probs(reference.load_float64(expected.model("qwen3_moe")), batch)
+    loads = [[sum(e in chosen for chosen in layer) for e in range(4)] for layer in log_probs.topk(2).indices.transpose(0, 1).tolist()]
+    return {
+        "moe/load_max": max(max(load) / statistics.mean(load) for load in loads),
+        "moe/load_cv": statistics.mean(statistics.pstdev(load) / statistics.mean(load) for load in loads),
+        "moe/dead_experts": sum(load.count(0) for load in loads),
+        "moe/router_entropy": float(-(log_probs.exp() * log_probs).sum(-1).mean()),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_load_and_entropy(ranks: RankPool, expected: Reference, batch: TrainBatch, figures: dict[str, float], layout: str) -> None:
+    world_size, cfg = replaying(expected.model("qwen3_moe"), layout, "none", max_tokens=40, rollout={"routed_experts": False})
+    assert figures["moe/load_cv"] > 0.05
+    for result in ranks.run(world_size, cases.replay, cfg, batch, 1, 0):
+        assert result["compared"] == pytest.approx(figures, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "tp2 ep2"])
+def test_entropy_of_sigmoid_routers(ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str) -> None:
+    path = expected.model("glm4_moe")
+    log_probs = reference.router_log_probs(reference.load_float64(path), batch)
+    world_size, cfg = replaying(path, layout, "none", max_tokens=40, rollout={"routed_experts": False})
+    for result in ranks.run(world_size, cases.replay, cfg, batch, 1, 0):
+        assert result["compared"]["moe/router_entropy"] == pytest.approx(float(-(log_probs.exp() * log_probs).sum(-1).mean()), rel=1e-6)
+
+
+def test_an_expert_without_tokens_is_dead(ranks: RankPool, expected: Reference, batch: TrainBatch) -> None:
+    """One token goes to 2 of 4 experts in each of 4 layers; on two ranks there is padding too, which does not count."""
+    world_size, cfg = replaying(expected.model("qwen3_moe"), "tp2 cp2 ep2", "none", max_tokens=40, rollout={"routed_experts": False})
+    (result, *_) = ranks.run(world_size, cases.replay, cfg, one_token(batch), 1, 0)
+    found = {name: result["compared"][name] for name in ("moe/load_max", "moe/load_cv", "moe/dead_experts")}
+    assert found == {"moe/load_max": 2, "moe/load_cv": 1, "moe/dead_experts": 8}
+
+
+def one_token(batch: TrainBatch) -> TrainBatch:
+    """Sequence 1, which has no more."""
+    return next(part for part in batch.split(len(batch)) if len(part.tokens) == 1)
