@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
 from megatron_gmpo.config import Config, exit_with_one_line
 from megatron_gmpo.distributed import rank, world_size
-from megatron_gmpo.models.config import DTYPES, describe_model
+from megatron_gmpo.models.config import DTYPES, ModelDescription, describe_model
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
@@ -99,8 +99,14 @@ def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
     transformers.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).float()  # FP8 weights come as bf16
     theirs = model(tokens[None]).logits[0]
+    prepare_megatron(_CPU)
+    cfg = Config.model_validate({"model": {"path": str(hf), "dtype": "fp32"}, "device": "cpu"})
     try:
-        ours = _megatron_logits(hf, megatron, tokens, dtype)[:, : theirs.shape[1]]
+        description = describe_model(cfg, 1, _CPU)
+    except InputError as error:  # a model that converts need not be one that trains
+        return f"logits: not compared, because {error}"
+    try:
+        ours = _megatron_logits(cfg, description, megatron, tokens, dtype)[:, : theirs.shape[1]]
     except pickle.UnpicklingError:  # in its common.pt
         return "logits: not compared, because the checkpoint holds objects that Megatron does not load"
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
@@ -117,10 +123,7 @@ def _encode(tokenizer: Any) -> list[int]:
         return tokenizer(DIGITS)["input_ids"]
 
 
-def _megatron_logits(hf: Path, megatron: Path, tokens: torch.Tensor, dtype: str | None) -> torch.Tensor:
-    prepare_megatron(_CPU)
-    cfg = Config.model_validate({"model": {"path": str(hf), "dtype": "fp32"}, "device": "cpu"})
-    description = describe_model(cfg, 1, _CPU)
+def _megatron_logits(cfg: Config, description: ModelDescription, megatron: Path, tokens: torch.Tensor, dtype: str | None) -> torch.Tensor:
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
         (model,) = build_chunks(description, groups, _CPU)

@@ -24,6 +24,7 @@ def main(hf: Path, megatron: Path, dry_run: bool = False, verify: bool = False) 
         verify: Read back and compare every tensor bit by bit, and where the model fits the logits with transformers' on a text.
     """
     with processes():
+        hf, megatron = hf.absolute(), megatron.absolute()
         conversion = HFToMegatron(hf)
         lines = list(conversion.lines()) if dry_run else []
         if not dry_run:

@@ -41,6 +41,7 @@ def main(
     """
     with processes():
         limit = _nbytes(max_shard_size)
+        megatron, hf = megatron.absolute(), hf.absolute()
         conversion = MegatronToHF(megatron, template, dtype)
         lines = list(conversion.lines()) if dry_run else []
         if not dry_run:

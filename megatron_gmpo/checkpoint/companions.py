@@ -11,7 +11,7 @@ import torch
 from ..types import InputError
 from .safetensors_folder import INDEX
 
-_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # tokenizers may come with code of their own, not run here
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:

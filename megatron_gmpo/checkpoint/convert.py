@@ -13,6 +13,7 @@ says what Megatron calls them. Everything is checked against that before anythin
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -42,6 +43,8 @@ from .native import sync
 from .read_ahead import read_ahead
 from .safetensors_folder import INDEX, SafetensorsFile, SafetensorsFolder
 from .torch_dist import LATEST, Piece, Place, TorchDistReader, checkpoint_folder, fused_norm_key, place_of, write_torch_dist
+
+log = logging.getLogger(__name__)
 
 _DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -249,7 +252,10 @@ class HFToMegatron:
                         f"{where!r}: {name!r} is {source.dtype(name)} where its like are {dtypes[key]}, which Megatron stores together: "
                         f"save the model in one dtype"
                     )
-        tied = {"lm_head.weight"} if self.table.hf.tie_word_embeddings else set[str]()
+        tied = set[str]()
+        if self.table.hf.tie_word_embeddings:
+            source.check_tied()
+            tied = {"lm_head.weight"}
         extra = sorted(name for name in source.names - set(self.table.hf_names) - tied if not name.endswith(_DERIVED))
         if extra:
             raise InputError(f"{where!r} has {len(extra)} tensors that config.json does not ask for, the first {extra[0]!r}")
@@ -300,7 +306,8 @@ class MegatronToHF:
                 for file, entries in mine:
                     self._write_file(partial / file, entries, advance)
                 if rank() == 0:
-                    copy_companions(self.table.folder, partial, self._dtype)
+                    dtype = self._most_common_dtype()
+                    copy_companions(self.table.folder, partial, None if dtype == self.table.hf.dtype else dtype)
                     if len(shards) > 1:
                         weight_map = {name: file for file, entries in shards.items() for entry in entries for name in entry.hf}
                         (partial / INDEX).write_text(
@@ -318,8 +325,21 @@ class MegatronToHF:
     def _nbytes(self, entry: Entry) -> int:
         return entry.numel * self._entry_dtype(entry).itemsize
 
+    def _most_common_dtype(self) -> torch.dtype:
+        """What config.json is to say of the weights."""
+        counts = Counter[torch.dtype]()
+        for entry in self.table.entries:
+            counts[self._entry_dtype(entry)] += entry.numel
+        return counts.most_common(1)[0][0]
+
     def _read(self, entry: Entry) -> list[Tensor]:
-        tensors = entry.operation.separate(self._source.get(self._places[entry.name]))
+        whole = self._source.get(self._places[entry.name])
+        if isinstance(entry.operation, Vocabulary) and whole[entry.operation.size :].any():
+            log.warning(
+                f"{str(self.folder)!r}: {entry.name!r} has {len(whole)} rows, config.json's vocabulary {entry.operation.size}, and rows "
+                f"beyond are not 0: padding of Megatron-LM's, or tokens that --template does not know"
+            )
+        tensors = entry.operation.separate(whole)
         return [_finite(name, tensor.to(self._entry_dtype(entry))) for name, tensor in zip(entry.hf, tensors, strict=True)]
 
     def _verify(self, written: SafetensorsFolder, entries: list[Entry]) -> None:
@@ -404,7 +424,8 @@ def _inspect_megatron(folder: Path) -> dict[str, str]:
         about |= {"family": table.hf.model_type, "parameters": _parameters(table)}
     except InputError:
         about["family"] = "unknown: no config.json comes with it"
-    about["step"] = str(int(folder.name.removeprefix("iter_"))) if folder.name.startswith("iter_") else folder.name
+    numbered = re.fullmatch(r"iter_(\d+)", folder.name)
+    about["step"] = str(int(numbered[1])) if numbered else folder.name
     try:
         source = TorchDistReader(folder)
     except InputError as error:
@@ -416,7 +437,8 @@ def _inspect_megatron(folder: Path) -> dict[str, str]:
         "layout": f"{len(source.files)} files, {len(weights)} tensors, {'layers stacked' if stacked else 'layers apart'}",
         "optimizer": "yes" if len(weights) < len(source.tensors) else "no",
     }
-    return about | {"whole": _whole(lambda: MegatronToHF(folder, None, None))}
+    unknown = about["family"].startswith("unknown")
+    return about | {"whole": about["family"] if unknown else _whole(lambda: MegatronToHF(folder, None, None))}
 
 
 def _whole(opened: Callable[[], Any]) -> str:
@@ -442,8 +464,11 @@ def _line(entry: Entry, place: Place, shape: tuple[int, ...], dtype: torch.dtype
 
 def _hub_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
     """Name on the hub -> shape, of every tensor that transformers would save for this config."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"transformers makes no model of this config.json ({' '.join(str(error).split())}): correct it") from None
     tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
     return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not (hf.tie_word_embeddings and name == "lm_head.weight")}
 
@@ -486,14 +511,18 @@ def _bits(tensor: Tensor) -> Tensor:
 @contextmanager
 def _agreed() -> Iterator[None]:
     """One rank's problem is raised on every rank, so that nobody is left waiting in a collective."""
-    problem = None
+    problem = mistake = None
     try:
         yield
     except InputError as error:
         problem = str(error)
     except OSError as error:
         problem = f"writing failed ({error.strerror or error}): free space or choose another disk, and run again"
+    except Exception as error:  # ours: the others must not wait for this rank, which tells where it happened
+        problem, mistake = f"{type(error).__name__} on rank {rank()}: {error}", error
     problems = [problem for problem in all_gather_objects(problem) if problem]
+    if mistake:
+        raise mistake
     if problems:
         raise InputError(problems[0])
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from ..distributed import all_gather_objects
+from ..distributed import all_gather_objects, rank
 from ..models.mapping import ROUTER_BIAS, Mapping, Match, canonical_name, is_expert, with_global_numbers
 from ..types import InputError
 from .safetensors_folder import SafetensorsFolder
@@ -54,6 +54,8 @@ def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: 
     used: set[str] = set()
     try:
         source = SafetensorsFolder(path, left_out=mapping.left_out)
+        if mapping.tied and rank() == 0:
+            source.check_tied()
         for parameter in local_parameters(chunks, groups):
             used.update(_load_parameter(parameter, source, mapping, groups))
         present, problem = {name for name in source.names if not name.endswith(_DERIVED)}, None

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SCALE = "_scale_inv"
+_BLOCK = 128  # rows and columns of a scale's block, DeepSeek's
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _DTYPES = {
     "F64": torch.float64,
@@ -71,7 +72,7 @@ class SafetensorsFolder:
 
     Raises:
         InputError: no safetensors there, weights in pickle files, an index that names an absent file, a file that is truncated or is
-            no safetensors file.
+            no safetensors file, FP8 weights without scales of 128 x 128 blocks.
     """
 
     def __init__(self, path: str | Path, left_out: tuple[str, ...] = ()) -> None:
@@ -87,8 +88,9 @@ class SafetensorsFolder:
         else:
             raise InputError(f"{str(path)!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights")
         stored = {file: self._read_header(file) for file in sorted(self.files)}
-        flat = {name: tensor for tensors in stored.values() for name, tensor in tensors.items()}
-        for name, file in (listed or {}).items():
+        listed = listed or {}
+        flat = {name: tensor for file, tensors in stored.items() for name, tensor in tensors.items() if listed.get(name, file) == file}
+        for name, file in listed.items():
             if name not in stored[file]:
                 raise InputError(f"{self.path / INDEX} says that {file} holds {name!r}, which it does not: fetch the model again")
         if passed_over := [name for name in flat if name.startswith(left_out)]:
@@ -100,10 +102,31 @@ class SafetensorsFolder:
                 )
         self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(_SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
-        model_type: str = json.loads((self.path / "config.json").read_text())["model_type"]
+        config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
         for name, tensor in flat.items():
             if name not in self._scales:
-                self._tensors.update(_unfused(hub_names(name, model_type), tensor))
+                self._tensors.update(_unfused(hub_names(name, config["model_type"]), tensor))
+        self._check_scales(config.get("quantization_config") or {})
+
+    def _check_scales(self, quantization: dict[str, Any]) -> None:
+        where = f"{str(self.path)!r}"
+        for name, tensor in self._tensors.items():
+            if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point and name + _SCALE not in self._scales:
+                raise InputError(f"{where}: {name!r} is FP8 without a scale for each block: give the model in bf16")
+        for name, scale in self._scales.items():
+            weight = self._tensors.get(name.removesuffix(_SCALE))
+            blocks = weight and tuple(-(-size // _BLOCK) for size in weight.shape)
+            if scale.shape != blocks or quantization.get("weight_block_size", [_BLOCK, _BLOCK]) != [_BLOCK, _BLOCK]:
+                raise InputError(f"{where}: {name!r} {scale.shape} is no scale of blocks of {_BLOCK} x {_BLOCK}: give the model in bf16")
+
+    def check_tied(self) -> None:
+        """For a model whose output layer is its embedding.
+
+        Raises:
+            InputError: it has an output layer of its own all the same, which transformers would use.
+        """
+        if "lm_head.weight" in self.names and not torch.equal(self.get("lm_head.weight"), self.get("model.embed_tokens.weight")):
+            raise InputError(f"{str(self.path)!r}: 'lm_head.weight' is not the embedding: set tie_word_embeddings = false in config.json")
 
     @property
     def names(self) -> KeysView[str]:
@@ -169,12 +192,15 @@ class SafetensorsFile:
         text += b" " * (-len(text) % 8)
         self._todo = [(name, about["data_offsets"]) for name, about in header.items() if name != "__metadata__"]
         self._file: IO[bytes] = path.open("wb", buffering=0)
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._write(memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, name: str, tensor: Tensor) -> None:
         expected, (start, end) = self._todo.pop(0)
         assert (name, tensor.nbytes) == (expected, end - start)
-        data, done = tensor.contiguous().view(-1).view(torch.uint8).numpy().data, 0
+        self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def _write(self, data: memoryview) -> None:
+        done = 0
         while done < len(data):
             done += self._file.write(data[done:])
 
@@ -197,7 +223,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTensor]:
     """A fused expert tensor as the per-expert ones it consists of; any other as itself."""
-    if "{e}" not in names[0] or len(tensor.shape) != 3:
+    if "{e}" not in names[0] or len(tensor.shape) != 3 or tensor.shape[1] % len(names):
         return {names[0]: tensor}
     experts, rows, columns = tensor.shape
     shape = (rows // len(names), columns)
@@ -210,7 +236,7 @@ def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTe
 
 
 def _dequantize(tensor: Tensor, scale: Tensor) -> Tensor:
-    """FP8 (rows, columns) times one scale a block -> bfloat16. Blocks are 128 x 128, the last ones smaller."""
+    """FP8 (rows, columns) times one scale a block -> bfloat16. The last blocks may be smaller."""
     rows, columns = tensor.shape
-    blocks = scale.float().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    blocks = scale.float().repeat_interleave(_BLOCK, 0)[:rows].repeat_interleave(_BLOCK, 1)[:, :columns]
     return (tensor.float() * blocks).bfloat16()

@@ -7,8 +7,10 @@ of megatron-core 0.16). The files are those of torch.distributed.checkpoint; ``.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -199,13 +201,21 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
             writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
             planner = _StreamingPlanner(pieces, tensors, list(extra_states))
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=torch.distributed.get_world_size() == 1)
+        if not torch.distributed.get_rank():
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+            torch.save({"iteration": 0, "checkpoint_version": 3.0}, folder / "common.pt")
     except CheckpointException as error:
-        raise next(cause for cause, _ in error.failures.values()) from None
+        raise _disk_error(next(cause for cause, _ in error.failures.values())) from None
+    except RuntimeError as error:
+        raise _disk_error(error) from None
     finally:
         torch.serialization.set_crc32_options(checksums)
-    if not torch.distributed.get_rank():
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        torch.save({"iteration": 0, "checkpoint_version": 3.0}, folder / "common.pt")
+
+
+def _disk_error(error: BaseException) -> BaseException:
+    """torch's zip writer makes a RuntimeError of the OSError of a full disk (caffe2/serialize/inline_container.cc)."""
+    full = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "iostream" in str(error))
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else error
 
 
 class _StreamingPlanner(SavePlanner):

@@ -126,7 +126,7 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
         InputError: the config asks for something that Megatron's router does not compute.
     """
     dense, layers, topk = hf.first_k_dense_replace, hf.num_hidden_layers, hf.num_experts_per_tok
-    in_groups = hf.n_group > hf.topk_group  # else every group is chosen
+    in_groups = (hf.n_group or 1) > (hf.topk_group or 1)  # else every group is chosen
     refuse(hf, "first_k_dense_replace", dense >= layers, "a model without experts is not supported")
     refuse(hf, "n_shared_experts", not hf.n_shared_experts, "a model without shared experts is not supported")
     refuse(hf, "norm_topk_prob", hf.norm_topk_prob != (topk > 1), "scores are normalised over the chosen experts, but for a single one")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig
 
@@ -90,7 +91,7 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
         raise InputError(f"{field} = {path!r} has no config.json: give a Hugging Face model folder")
     try:
         hf = AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{field} = {path!r}: config.json cannot be read ({_one_line(error)})") from None
     if hf.model_type not in FAMILIES:
         raise InputError(f"{field} = {path!r} is a {hf.model_type!r} model, a family without a table: use one of {', '.join(FAMILIES)}")

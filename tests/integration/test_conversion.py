@@ -388,6 +388,14 @@ HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
     "another dtype": (changed(cast=lambda t: t.update({GATE: t[GATE].float()})), f"'{GATE}' is torch.float32 where its like are"),
     "NaN": (changed(nan=lambda t: t[GATE][3].fill_(float("nan"))), f"'{GATE}' holds NaN or infinite numbers"),
     "infinite": (changed(inf=lambda t: t[GATE][3].fill_(float("-inf"))), f"'{GATE}' holds NaN or infinite numbers"),
+    "FP8 without scales": (
+        changed(cut=lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)})),
+        f"'{GATE}' is FP8 without a scale for each block",
+    ),
+    "scales of other blocks": (
+        changed(cut=lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn), f"{GATE}_scale_inv": torch.ones(2, 2)})),
+        f"'{GATE}_scale_inv' (2, 2) is no scale of blocks of 128 x 128",
+    ),
     "truncated": (truncated, "model.safetensors has "),
     "not safetensors": (
         lambda folder: (folder / "model.safetensors").write_text("lorem ipsum dolor") and None,
@@ -477,18 +485,33 @@ def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(model: Calla
     assert_same(tmp_path / "back", source)
 
 
-@pytest.mark.parametrize("tool", [TO_MEGATRON, TO_HF])
-def test_full_disk(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, tool: str) -> None:
+@pytest.mark.parametrize(("tool", "limit"), [(TO_MEGATRON, 20), (TO_MEGATRON, 47), (TO_MEGATRON, 64), (TO_HF, 64)])
+def test_full_disk(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, tool: str, limit: int) -> None:
     """A limit on the size of a file fails a write as a full disk does, in the middle."""
     source, out = model("qwen3_moe"), tmp_path / "out"
     ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
     arguments = ["--hf", source, "--megatron", out] if tool == TO_MEGATRON else ["--megatron", tmp_path / "megatron", "--hf", out]
-    line = f"ulimit -f 64; exec {sys.executable} -m {tool} {' '.join(map(str, arguments))}"
+    line = f"ulimit -f {limit}; exec {sys.executable} -m {tool} {' '.join(map(str, arguments))}"
     failed = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert failed.returncode == 2, failed.stderr
     (error,) = error_lines(failed.stderr)
     assert "free space or choose another disk" in error
     assert left_over(tmp_path) == []
+
+
+def test_a_head_of_its_own_under_tied_embeddings_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copied(model("qwen3 tied"), tmp_path)
+    changed(add=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))(folder)
+    assert "set tie_word_embeddings = false" in conversions.refusal(conversions.to_megatron, folder, tmp_path / "out")
+    changed(add=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
+    ranks.run(1, conversions.to_megatron, folder, tmp_path / "out")
+
+
+def test_config_tells_the_dtype_of_weights_saved_in_another(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
+    ranks.run(1, conversions.to_megatron, model("qwen3", torch.float32), tmp_path / "megatron")
+    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back", model("qwen3", torch.bfloat16))
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "float32"
+    assert_same(tmp_path / "back", model("qwen3", torch.float32))
 
 
 def test_too_small_a_disk_is_refused_before_writing(model: Callable[..., Path], tmp_path: Path) -> None:
