@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -31,6 +32,8 @@ from megatron_gmpo.rollout.weight_sync import make_weight_sync
 from megatron_gmpo.types import Prompt, Sample, ServerError
 from tools import arithmetic
 
+from ..distributed.ranks import RankPool
+from . import conversions
 from .commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
 from .sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_until_gone
 
@@ -50,13 +53,14 @@ def weights(sglang_model: Path) -> list[Weights]:
 
 @pytest.fixture(scope="module")
 def models(sglang_model: Path, weights: list[Weights], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """The same in transformers."""
+    """The same in transformers, each with the ``folder`` it was read from."""
     made = []
     for each in weights:
         folder = tmp_path_factory.mktemp("weights")
         AutoConfig.from_pretrained(sglang_model).save_pretrained(folder)
         save_file(each, folder / "model.safetensors", {"format": "pt"})
         made.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False))
+        made[-1].folder = folder
     return made
 
 
@@ -150,6 +154,29 @@ def test_routed_experts_are_aligned_with_the_tokens(
         for layer, logits in enumerate(router_logits):
             chosen = logits.topk(hf.num_experts_per_tok).indices.sort().values[:-1]
             assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
+
+
+def test_a_converted_folder_is_served(
+    ranks: RankPool,
+    engine: Callable[..., SGLangEngine],
+    sglang_server: LocalServers,
+    weights: list[Weights],
+    models: list[Any],
+    tmp_path: Path,
+) -> None:
+    """Hugging Face -> Megatron -> Hugging Face, and then a server reads it."""
+    source = tmp_path / "source"
+    shutil.copytree(models[1].folder, source)
+    ranks.run(2, conversions.to_megatron, source, tmp_path / "megatron")
+    ranks.run(2, conversions.to_hf, tmp_path / "megatron", tmp_path / "back", None, None, 100_000)
+    served = engine()
+    served.update_weights(weights[0].items(), 1)
+    server, version = sglang_server.servers[0], f"{served._nonce}-1"
+    body = {"model_path": str(tmp_path / "back"), "weight_version": version}
+    reply = httpx.post(f"{server.url}/update_weights_from_disk", json=body, headers=server.admin_headers, timeout=120)
+    assert reply.status_code == 200, reply.text
+    for sample in samples(served, n=2, max_new_tokens=8):
+        assert_made_by(sample, models)
 
 
 def during(served: SGLangEngine, weights: Weights, version: int, ticket: Any) -> list[Sample]:
