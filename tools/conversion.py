@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gmpo.checkpoint.convert import HFToMegatron, MegatronToHF
 from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
 from megatron_gmpo.config import Config, exit_with_one_line
 from megatron_gmpo.distributed import rank, world_size
@@ -66,6 +67,37 @@ def _keep_freed_memory() -> None:
     """Tells malloc to use the memory of one large tensor for the next; by default each gets new pages, which costs more than reading it."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**30)
+
+
+def run_conversion(
+    opened: Callable[[], HFToMegatron | MegatronToHF],
+    target: Path,
+    *,
+    dry_run: bool,
+    verify: bool,
+    compare: Callable[[], str],
+    **options: Any,
+) -> None:
+    """Opens a conversion and prints its table, or carries it out and prints what was done.
+
+    Args:
+        opened: checks the source; its InputError ends the command.
+        target: what is written.
+        compare: the line on logits, for the first rank alone once the others are done.
+        options: further arguments of ``convert``.
+    """
+    with processes():
+        conversion = opened()
+        lines = list(conversion.lines()) if dry_run else []
+        if not dry_run:
+            with converting(conversion.nbytes) as advance:
+                lines = [f"{target}: {conversion.convert(target, verify=verify, advance=advance, **options)}"]
+        first = rank() == 0
+    if first:
+        if verify and not dry_run:
+            with processes(alone=True):
+                print(compare())
+        print(*lines, sep="\n")
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from pathlib import Path
 import tyro
 
 from megatron_gmpo.checkpoint.convert import HFToMegatron
-from megatron_gmpo.distributed import rank
-from tools.conversion import compare_logits, converting, processes
+from tools.conversion import compare_logits, run_conversion
 
 
 def main(hf: Path, megatron: Path, dry_run: bool = False, verify: bool = False) -> None:
@@ -23,19 +22,8 @@ def main(hf: Path, megatron: Path, dry_run: bool = False, verify: bool = False) 
         dry_run: Check everything and print the table name <-> name <-> shape, but write nothing.
         verify: Read back and compare every tensor bit by bit, and where the model fits the logits with transformers' on a text.
     """
-    with processes():
-        hf, megatron = hf.absolute(), megatron.absolute()
-        conversion = HFToMegatron(hf)
-        lines = list(conversion.lines()) if dry_run else []
-        if not dry_run:
-            with converting(conversion.nbytes) as advance:
-                lines = [f"{megatron}: {conversion.convert(megatron, verify=verify, advance=advance)}"]
-        first = rank() == 0
-    if first:
-        if verify and not dry_run:
-            with processes(alone=True):
-                print(compare_logits(hf, megatron))
-        print(*lines, sep="\n")
+    hf, megatron = hf.absolute(), megatron.absolute()
+    run_conversion(lambda: HFToMegatron(hf), megatron, dry_run=dry_run, verify=verify, compare=lambda: compare_logits(hf, megatron))
 
 
 if __name__ == "__main__":

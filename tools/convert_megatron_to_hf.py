@@ -12,9 +12,9 @@ from typing import Literal
 import tyro
 
 from megatron_gmpo.checkpoint.convert import MegatronToHF
-from megatron_gmpo.distributed import rank
+from megatron_gmpo.config import exit_with_one_line
 from megatron_gmpo.types import InputError
-from tools.conversion import compare_logits, converting, processes
+from tools.conversion import compare_logits, run_conversion
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -39,20 +39,19 @@ def main(
         dry_run: Check everything and print the table name <-> name <-> shape, but write nothing.
         verify: Read back and compare every tensor bit by bit, and where the model fits the logits with transformers' on a text.
     """
-    with processes():
+    megatron, hf = megatron.absolute(), hf.absolute()
+    try:
         limit = _nbytes(max_shard_size)
-        megatron, hf = megatron.absolute(), hf.absolute()
-        conversion = MegatronToHF(megatron, template, dtype)
-        lines = list(conversion.lines()) if dry_run else []
-        if not dry_run:
-            with converting(conversion.nbytes) as advance:
-                lines = [f"{hf}: {conversion.convert(hf, max_shard_size=limit, verify=verify, advance=advance)}"]
-        first = rank() == 0
-    if first:
-        if verify and not dry_run:
-            with processes(alone=True):
-                print(compare_logits(hf, megatron, dtype))
-        print(*lines, sep="\n")
+    except InputError as error:
+        exit_with_one_line(error)
+    run_conversion(
+        lambda: MegatronToHF(megatron, template, dtype),
+        hf,
+        dry_run=dry_run,
+        verify=verify,
+        compare=lambda: compare_logits(hf, megatron, dtype),
+        max_shard_size=limit,
+    )
 
 
 def _nbytes(size: str) -> int:

@@ -46,7 +46,6 @@ from .torch_dist import LATEST, Piece, Place, TorchDistReader, checkpoint_folder
 
 log = logging.getLogger(__name__)
 
-_DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 Advance = Callable[[int], None]
@@ -256,7 +255,7 @@ class HFToMegatron:
         if self.table.hf.tie_word_embeddings:
             source.check_tied()
             tied = {"lm_head.weight"}
-        extra = sorted(name for name in source.names - set(self.table.hf_names) - tied if not name.endswith(_DERIVED))
+        extra = sorted(source.names - set(self.table.hf_names) - tied)
         if extra:
             raise InputError(f"{where!r} has {len(extra)} tensors that config.json does not ask for, the first {extra[0]!r}")
 

@@ -13,11 +13,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..distributed import all_gather_objects, rank
-from ..models.mapping import ROUTER_BIAS, Mapping, Match, canonical_name, is_expert, with_global_numbers
+from ..models.mapping import ROUTER_BIAS, Mapping, Row, canonical_name, is_expert, with_global_numbers
 from ..types import InputError
 from .safetensors_folder import SafetensorsFolder
-
-_DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: 
             source.check_tied()
         for parameter in local_parameters(chunks, groups):
             used.update(_load_parameter(parameter, source, mapping, groups))
-        present, problem = {name for name in source.names if not name.endswith(_DERIVED)}, None
+        present, problem = set(source.names), None
     except InputError as error:
         present, problem = set[str](), str(error)
     reports = all_gather_objects((problem, used))
@@ -145,7 +143,7 @@ def _gather_objects(item: Any, group: dist.ProcessGroup) -> list[Any]:
     return items
 
 
-def _gather(parameter: LocalParameter | None, owner: _Owner, match: Match, groups: ProcessGroupCollection, device: torch.device) -> Tensor:
+def _gather(parameter: LocalParameter | None, owner: _Owner, match: Row, groups: ProcessGroupCollection, device: torch.device) -> Tensor:
     tp = groups.expt_tp if owner.is_expert else groups.tp
     on_stage = groups.pp.rank() == owner.pp_rank
     shard = parameter.tensor.detach() if parameter and on_stage else torch.empty(owner.shape, dtype=owner.dtype, device=device)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SCALE = "_scale_inv"
+_DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
 _BLOCK = 128  # rows and columns of a scale's block, DeepSeek's
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _DTYPES = {
@@ -100,6 +101,7 @@ class SafetensorsFolder:
                     f"{str(path)!r}: {len(passed_over)} tensors of layers for multi-token prediction are not carried over, "
                     f"the first {min(passed_over)!r}"
                 )
+        flat = {name: tensor for name, tensor in flat.items() if not name.endswith(_DERIVED)}
         self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(_SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
         config: dict[str, Any] = json.loads((self.path / "config.json").read_text())

@@ -132,15 +132,6 @@ class Row:
     operation: Operation
 
 
-@dataclass(frozen=True)
-class Match:
-    """A parameter's row, with the numbers filled in."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    operation: Operation
-
-
 class Mapping:
     """A family's table for one model.
 
@@ -154,8 +145,8 @@ class Mapping:
         self.tied, self.left_out = tied, left_out
         self._rows = [(_pattern(row.megatron), row) for row in rows]
 
-    def find(self, name: str) -> Match:
-        """The row of a canonical Megatron name.
+    def find(self, name: str) -> Row:
+        """The row of a canonical Megatron name, with the numbers filled in.
 
         Raises:
             KeyError: the table has no such row; the message names the parameter.
@@ -163,7 +154,7 @@ class Mapping:
         for pattern, row in self._rows:
             if found := pattern.fullmatch(name):
                 numbers = found.groupdict()
-                return Match(name, tuple(hf.format(**numbers) for hf in row.hf), row.operation)
+                return Row(name, tuple(hf.format(**numbers) for hf in row.hf), row.operation)
         raise KeyError(f"no conversion rule for Megatron parameter {name!r}")
 
 

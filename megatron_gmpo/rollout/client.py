@@ -26,7 +26,7 @@ from anyio.from_thread import start_blocking_portal
 from ..config import SGLangConfig
 from ..types import InputError, ServerError
 from .engine import SamplingParams
-from .servers import LocalServers, Server
+from .servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, LocalServers, Server
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,6 @@ PROBE_TIMEOUT_S = 5.0
 """Limit for a server to say which weights it has."""
 ATTEMPTS = 5
 """Answers that may go wrong, one after the other, before a sample is given up; a full queue does not count."""
-_CONNECT_TIMEOUT_S = 10.0
-_KEEPALIVE_S = 2.0  # the servers close an idle connection after 5 s (uvicorn), and a request must not meet that
 _LONGEST_PAUSE_S = 5.0
 
 
@@ -117,8 +115,8 @@ class RolloutClient:
     def _connection(self) -> httpx.AsyncClient:
         """One for each request at a time: what a pool spends on a request grows with the connections in it."""
         return httpx.AsyncClient(
-            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),  # each request has its own limit
-            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_S),
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),  # each request has its own limit
+            limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S),
             verify=self._tls,
             trust_env=False,
         )

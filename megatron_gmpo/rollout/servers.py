@@ -22,6 +22,10 @@ import torch
 from ..config import SGLangConfig
 from ..types import InputError, ServerError
 
+CONNECT_TIMEOUT_S = 10.0
+KEEPALIVE_S = 2.0
+"""An idle connection is given up before the server does it (after 5 s), so that no request meets that."""
+
 _LAUNCHER = Path(__file__).with_name("launch_sglang.py")
 _PORTS = range(20_000, 32_768)  # below those the kernel gives to outgoing connections, so that a restart finds its port free
 _KILL_TIMEOUT_S = 30.0
@@ -155,10 +159,6 @@ class LocalServers:
                         f"SGLang server {i} was not ready within {limit}; its last words: {self._last_words(i)} (see {self._log(i)})"
                     )
                 time.sleep(_POLL_S)
-
-    def is_ready(self, index: int) -> bool:
-        """Whether it generates, asked once: see ``Server.answers``; within ``cfg.health_interval_s``."""
-        return self.servers[index].answers(self._cfg.health_interval_s)
 
     def is_alive(self, index: int) -> bool:
         """Whether its process exists, be it stopped or hung."""

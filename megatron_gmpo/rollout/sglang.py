@@ -25,7 +25,7 @@ from .engine import SamplingParams, end_token_ids, response_text
 from .servers import LocalServers, Server, external_servers
 from .weight_sync import WeightSync, make_weight_sync, release_memory, resume_memory
 
-_POLL_S = 0.2
+_POLL_S = 0.2  # three things may end a wait (samples, a server that came back, a problem), so they are looked at in turn
 _SIGN_OF_LIFE_S = 20.0
 """The other ranks wait in a collective for the first one's news; it never takes longer than this."""
 

@@ -12,13 +12,12 @@ from typing import Any
 import httpx
 
 from ..types import InputError
-from .servers import Server
+from .servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server
 
 log = logging.getLogger(__name__)
 
 FAREWELL_TIMEOUT_S = 5.0
 """Limit for requests whose failure changes nothing."""
-_CONNECT_TIMEOUT_S = 10.0
 
 
 class SyncError(Exception):
@@ -42,9 +41,8 @@ class Session:
         self.problem: InputError | None = None
         self._everyone = tuple(servers)
         self._http = httpx.Client(
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S)),
-            # an idle connection is given up before the server does it (after 5 s, SGLANG_TIMEOUT_KEEP_ALIVE)
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
             trust_env=False,  # no proxy stands between trainer and servers
             verify=_certificates(),
         )
@@ -88,6 +86,10 @@ class Session:
         """Lets every server generate again; a failed one first gives up the sync and the requests it would answer from odd weights."""
         self.attempt(self.failed, ("/end_weight_update", {}), ("/abort_request", {"abort_all": True}), ("/continue_generation", {}))
         self.attempt(self.servers, ("/continue_generation", {}))
+        self.release()
+
+    def release(self) -> None:
+        """Gives up threads and connections."""
         self._threads.shutdown(wait=False)
         self._http.close()
 

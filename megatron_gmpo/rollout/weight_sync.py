@@ -138,13 +138,16 @@ def _synced(servers: Sequence[Server], timeout_s: float) -> tuple[Server, ...]:
 def _answers(servers: Sequence[Server], path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[Server, httpx.Response]:
     session = Session(servers, timeout_s)
     answers = {}
-    for server, reply in session.start(path, body).items():
-        try:
-            answers[server] = reply.result()
-        except NoAnswerError as error:
-            log.warning("SGLang server %s %s", server.url, error)
-        except SyncError as error:
-            raise ServerError(f"SGLang server {server.url} {error}") from None
+    try:
+        for server, reply in session.start(path, body).items():
+            try:
+                answers[server] = reply.result()
+            except NoAnswerError as error:
+                log.warning("SGLang server %s %s", server.url, error)
+            except SyncError as error:
+                raise ServerError(f"SGLang server {server.url} {error}") from None
+    finally:
+        session.release()
     return answers
 
 

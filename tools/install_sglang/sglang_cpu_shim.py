@@ -9,17 +9,13 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-_libraries: list[Any] = []  # a torch Library lives as long as its object
-
 
 def _declare_torchvision_operators() -> None:
-    """torchvision's own library links CUDA; its Python part registers fakes for two operators that must exist."""
-    import torch
+    """torchvision's own binary links CUDA; its Python part registers fakes for two operators that must exist."""
+    from torch import library as operators
 
-    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _libraries.append(library)
+        operators.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _leave_host_memory_unpinned(module: Any) -> None:

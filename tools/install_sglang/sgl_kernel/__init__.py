@@ -13,6 +13,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
 
     def kernel(*_: Any, **__: Any) -> Any:
+        # loud: what a GPU's kernels would compute must never be guessed
         raise NotImplementedError(
             f"sgl_kernel.{name} is not part of the CPU installation: start the server with --attention-backend torch_native"
         )
