@@ -14,7 +14,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_gmpo", "megatron_gmpo.*"]),
-    package_data={"megatron_gmpo": ["py.typed"]},
+    package_data={"megatron_gmpo": ["py.typed", "lab/templates/*.html"]},
     install_requires=[
         "anyio>=4.0",
         "datasets>=4.0",
@@ -23,6 +23,7 @@ setup(
         "math-verify>=0.8",
         "matplotlib>=3.9",
         "megatron-core==0.16.1",  # 0.17 needs Python 3.12; the loss contract of its schedules is tested for this version
+        "mpmath>=1.3",
         "numpy>=2.0",
         "pandas>=2.2",
         "pebble>=5.1",

@@ -381,13 +381,13 @@ def load_config(argv: list[str]) -> Config:
     tree: dict[str, Any] = {}
     rest = list(argv)
     if rest and not rest[0].startswith("--"):
-        tree = _read_toml(Path(rest.pop(0)))
+        tree = read_toml(Path(rest.pop(0)))
     for key, value in _overrides(rest):
         _set(tree, key, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_explain(error)) from None
+        raise InputError(explain(error, Config)) from None
 
 
 ALONE_S = 10.0
@@ -406,7 +406,11 @@ def exit_with_one_line(error: Exception, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        InputError: no such file, or not TOML.
+    """
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -450,13 +454,14 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[name] = value
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line for the first mistake; an unknown key names the nearest key of ``root``."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section = where.rpartition(".")[0]
         nearest = max(
-            _all_keys(Config),
+            _all_keys(root),
             key=lambda key: _likeness(key, where) + _likeness(_leaf(key), _leaf(where)) + 0.3 * (key.rpartition(".")[0] == section),
         )
         return f"unknown config key {where!r}: did you mean {nearest!r}?"

@@ -137,16 +137,21 @@ def _choose(panel: Panel, runs: Mapping[str, Series]) -> dict[str, str]:
     return chosen
 
 
-def _draw(ax: Axes, panel: Panel, chosen: dict[str, str], runs: Mapping[str, Series]) -> None:
-    ax.set_title(panel.title, loc="left", fontsize=9.5, color=INK, pad=7)
+def set_up_axes(ax: Axes, title: str, *, log: bool) -> None:
+    """The look of every picture here: title, scale of y, grid, and steps along x."""
+    ax.set_title(title, loc="left", fontsize=9.5, color=INK, pad=7)
     ax.grid(axis="y", color=GRID, lw=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.spines["bottom"].set_color(GRID)
     ax.tick_params(which="both", colors=MUTED, labelsize=8, length=0)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    if panel.log:
+    if log:
         ax.set_yscale("log")
+
+
+def _draw(ax: Axes, panel: Panel, chosen: dict[str, str], runs: Mapping[str, Series]) -> None:
+    set_up_axes(ax, panel.title, log=panel.log)
     if panel.kind == "stack" and len(runs) == 1:
         _draw_stack(ax, chosen, *runs.values())
     else:

@@ -1,0 +1,229 @@
+"""From a study's TOML file to its trials: one training run for each arm and seed, all checked before the first one starts."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..algorithms.objective import make_objective
+from ..config import Config, explain, load_config, read_toml
+from ..types import InputError
+
+RUNS = Path("runs/studies")
+
+EQUAL = (
+    "data",
+    "reward",
+    "eval",
+    "train.num_steps",
+    "rollout.prompts_per_step",
+    "rollout.samples_per_prompt",
+    "rollout.max_new_tokens",
+)
+"""Config keys and sections that all arms share. Prompts are then equal at equal seeds: ``PromptStream`` looks at nothing else."""
+
+_FROM_LAB = ("seed", "run_dir")
+_NAME = re.compile(r"[\w.+=]+")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Variant(_Section):
+    """A label, and next to it any keys of the training config: ``algorithm.loss = "gmpo"``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    label: str = ""
+    """Its name in the report; empty means its name in the file."""
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+
+class Prepare(_Section):
+    command: tuple[str, ...] = ()
+    """A module and its arguments, e.g. ["tools.demo", "--prepare_only"], run once before the first trial."""
+    output: str = ""
+    """A file it leaves behind: where that exists the command is not run."""
+
+
+class StudyFile(_Section):
+    """The keys of a study's TOML file; its name is the file's."""
+
+    title: str
+    question: str = ""
+    """What the study is to find out, for the report; empty lines separate paragraphs."""
+    base: str
+    """Training config that every arm starts from, relative to the study's file."""
+    prepare: Prepare = Prepare()
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Ranks of one trial."""
+    timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Limit for one trial; it is then ended and counts as failed."""
+    baseline: str
+    """Arm that the others are compared with; in a grid, its cell with the same values on the other axes."""
+    overrides: dict[str, Any] = {}
+    """Keys of the training config, for all arms."""
+    arms: Annotated[dict[str, Variant], Field(min_length=1)]
+    grid: dict[str, dict[str, Variant]] = {}
+    """Further axes, [grid.AXIS.VALUE] with keys of the training config: every arm is run with every combination of their values."""
+
+    @model_validator(mode="after")
+    def _names(self) -> StudyFile:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)} names a seed twice")
+        for name in (name for axis in (self.arms, *self.grid.values()) for name in axis):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} becomes a part of a folder's name: use letters, digits and _ . + =")
+        if self.baseline not in self.arms:
+            raise ValueError(f"baseline = {self.baseline!r} is no arm: choose one of {list(self.arms)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One cell of the grid.
+
+    Attributes:
+        name: of the arm and of its values on the other axes, joined by ``-``.
+        overrides: dotted key of the training config -> value, those for all arms left out.
+        baseline: name of the arm it is compared with; its own for a baseline.
+    """
+
+    name: str
+    label: str
+    overrides: dict[str, Any]
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run.
+
+    Attributes:
+        argv: what ``python -m megatron_gmpo.train`` is given.
+        cfg: what that resolves to.
+    """
+
+    arm: Arm
+    seed: int
+    argv: tuple[str, ...]
+    cfg: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.run_dir)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study: ``trials`` has every arm with the first seed, then with the second, so that a part of it compares all arms."""
+
+    name: str
+    file: StudyFile
+    base: Path
+    arms: tuple[Arm, ...]
+    trials: tuple[Trial, ...]
+
+    def choose(self, arms: Collection[str], seeds: Collection[int]) -> list[Trial]:
+        """The trials of these arms and seeds; none given means all.
+
+        Raises:
+            InputError: the study has no such arm or seed.
+        """
+        for name in arms:
+            if name not in (known := [arm.name for arm in self.arms]):
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise InputError(f"--only {name}: the study has no such arm, did you mean {nearest!r}?")
+        if unknown := set(seeds) - set(self.file.seeds):
+            raise InputError(f"--seeds {min(unknown)}: the study's seeds are {list(self.file.seeds)}, add it there")
+        return [t for t in self.trials if t.arm.name in (arms or (t.arm.name,)) and t.seed in (seeds or (t.seed,))]
+
+
+def load_study(path: Path) -> Study:
+    """Reads a study and resolves the config of every trial.
+
+    Raises:
+        InputError: no such file, an unknown key (naming the nearest), a bad value; an arm whose config would be refused, or whose prompts
+            or budget differ from the first arm's.
+    """
+    try:
+        file = StudyFile.model_validate(read_toml(path))
+    except ValidationError as error:
+        raise InputError(f"{path}: {explain(error, StudyFile)}") from None
+    base = Path(os.path.relpath(path.parent / file.base))
+    arms = tuple(_expand(file))
+    folder = RUNS / path.stem
+    trials = tuple(_trial(path, base, file, arm, seed, folder) for seed in file.seeds for arm in arms)
+    _check_equal(path, trials[: len(arms)])
+    return Study(path.stem, file, base, arms, trials)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _expand(file: StudyFile) -> Iterable[Arm]:
+    for cell in product(file.arms.items(), *(axis.items() for axis in file.grid.values())):
+        names, variants = [name for name, _ in cell], [variant for _, variant in cell]
+        overrides: dict[str, Any] = {}
+        for variant in variants:
+            overrides |= flatten(variant.overrides)
+        label = ", ".join(variant.label or name for name, variant in cell)
+        yield Arm("-".join(names), label, overrides, "-".join([file.baseline, *names[1:]]))
+
+
+def _trial(path: Path, base: Path, file: StudyFile, arm: Arm, seed: int, folder: Path) -> Trial:
+    overrides = flatten(file.overrides) | arm.overrides
+    where = f"{path}, arm {arm.name!r}"
+    if taken := [key for key in _FROM_LAB if key in overrides]:
+        raise InputError(f"{where}: {taken[0]} is set by the lab, leave it out")
+    overrides |= {"seed": seed, "run_dir": (folder / arm.name / f"seed_{seed}").as_posix()}
+    argv = (str(base), *(part for key, value in overrides.items() for part in (f"--{key}", _text(value))))
+    try:
+        cfg = load_config(list(argv))
+        make_objective(cfg.algorithm, is_moe=True, max_new_tokens=cfg.rollout.max_new_tokens)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return Trial(arm, seed, argv, cfg)
+
+
+def _text(value: Any) -> str:
+    """``value`` as the command line takes it: plain words as they are, all else as TOML."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value) and value not in ("true", "false", "nan", "inf")
+    return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+def _check_equal(path: Path, trials: Iterable[Trial]) -> None:
+    """One trial of each arm."""
+    first, *others = trials
+    expected = _equal_part(first.cfg)
+    for trial in others:
+        found = _equal_part(trial.cfg)
+        for key in sorted(expected.keys() | found.keys()):
+            if found.get(key) != expected.get(key):
+                raise InputError(
+                    f"{path}, arm {trial.arm.name!r}: {key} = {found.get(key)!r} where {first.arm.name!r} has {expected.get(key)!r}: "
+                    "arms are compared on equal prompts and budgets, set it under [overrides]"
+                )
+
+
+def _equal_part(cfg: Config) -> dict[str, Any]:
+    return {key: value for key, value in flatten(cfg.model_dump()).items() if f"{key}.".startswith(tuple(f"{part}." for part in EQUAL))}
