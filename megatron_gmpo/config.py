@@ -187,7 +187,7 @@ class WeightSyncConfig(_Section):
 
 class RewardConfig(_Section):
     name: str = "math"
-    """``math``, ``arithmetic``, or ``module:function``, a callable (Prompt, response_text) -> float."""
+    """``math``, ``arithmetic``, ``countdown``, or ``module:function``, a callable (Prompt, response_text) -> float."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Limit for one answer; a timeout scores 0 and is counted."""
     workers: Positive = 2
