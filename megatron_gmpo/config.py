@@ -97,6 +97,11 @@ class RolloutConfig(_Section):
     """Generate up to so many steps ahead while training runs; 0 generates and trains in turn."""
     routed_experts: bool = False
     """Record the experts of every token (MoE), to replay them or to measure how far the policy's differ."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Precision the embedded engine samples in; None means ``model.dtype``. Another one provokes what engines of other kernels do:
+    disagreement with the policy, also on the experts."""
+    router_noise: NonNegative = 0.0
+    """Standard deviation of noise on the router logits (MoE) while the embedded engine samples training responses, to the same end."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
@@ -121,13 +126,17 @@ class RolloutConfig(_Section):
     """Folder written by ``save_path``: train on those groups instead of generating."""
 
     @model_validator(mode="after")
-    def _only_servers_are_asynchronous(self) -> RolloutConfig:
+    def _fields_fit_the_engine(self) -> RolloutConfig:
         if self.engine == "embedded":
             for field in ("server_urls", "max_staleness"):
                 if value := getattr(self, field):
                     raise ValueError(f"{field} = {value!r} needs engine = 'sglang'")
             if self.placement == "colocated":
                 raise ValueError("placement = 'colocated' needs engine = 'sglang'")
+        elif self.dtype:
+            raise ValueError(f"dtype = {self.dtype!r} needs engine = 'embedded': the servers' is sglang.args.dtype")
+        elif self.router_noise:
+            raise ValueError(f"router_noise = {self.router_noise:g} needs engine = 'embedded': set it to 0")
         if len(set(self.server_urls)) < len(self.server_urls):
             raise ValueError(f"server_urls = {list(self.server_urls)} names a server twice")
         if self.placement == "colocated" and self.max_staleness:
@@ -178,7 +187,7 @@ class WeightSyncConfig(_Section):
 
 class RewardConfig(_Section):
     name: str = "math"
-    """``math``, ``arithmetic``, or ``module:function``, a callable (Prompt, response_text) -> float."""
+    """``math``, ``arithmetic``, ``countdown``, or ``module:function``, a callable (Prompt, response_text) -> float."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Limit for one answer; a timeout scores 0 and is counted."""
     workers: Positive = 2

@@ -84,7 +84,7 @@ class Run:
             self.cfg.model.path,
             self.tokenizer,
             device=self.device,
-            dtype=DTYPES[self.cfg.model.dtype],
+            dtype=DTYPES[self.cfg.rollout.dtype or self.cfg.model.dtype],
             batch_size=self.cfg.rollout.batch_size,
             seed=self.cfg.seed,
             routed_experts=self.cfg.rollout.routed_experts,

@@ -27,8 +27,18 @@ CHATML = (
 
 
 def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character: pad, eos, the ten digits and ``+-= ``; 16 in all. Any other character is an error when encoding."""
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *"0123456789+-= "])}
+    """For sums: pad, eos, the ten digits and ``+-= ``; 16 tokens in all."""
+    return character_tokenizer("0123456789+-= ")
+
+
+def countdown_tokenizer() -> PreTrainedTokenizerFast:
+    """For the Countdown numbers task: pad, eos, the ten digits and ``+-*/(),=:``; 21 tokens in all."""
+    return character_tokenizer("0123456789+-*/(),=:")
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """One token a character. Any that is not among ``characters`` is an error when encoding."""
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -187,7 +197,7 @@ def make_tiny_model(
 def main(
     out: Path,
     family: Family = "qwen3_moe",
-    tokenizer: Literal["arithmetic", "text"] = "arithmetic",
+    tokenizer: Literal["arithmetic", "countdown", "text"] = "arithmetic",
     tokenizer_corpus: Path | None = None,
     tokenizer_corpus_column: str = "problem",
     num_layers: int = 4,
@@ -204,7 +214,7 @@ def main(
     Args:
         out: Folder to write.
         family: Architecture, by its Hugging Face model_type.
-        tokenizer: One token a character of arithmetic, or byte-level BPE with a chat template for any text.
+        tokenizer: One token a character of arithmetic or of the Countdown task, or byte-level BPE with a chat template for any text.
         tokenizer_corpus: .parquet or .jsonl file the text tokenizer's merges are learned on; without it a token is a byte.
         tokenizer_corpus_column: Column of that file.
         num_layers: Transformer layers.
@@ -216,10 +226,15 @@ def main(
         dtype: Precision of the saved weights.
         seed: Seed of the weights.
     """
+    tokenizers = {
+        "arithmetic": arithmetic_tokenizer,
+        "countdown": countdown_tokenizer,
+        "text": lambda: text_tokenizer(tokenizer_corpus, tokenizer_corpus_column),
+    }
     model = make_tiny_model(
         out,
         family=family,
-        tokenizer=arithmetic_tokenizer() if tokenizer == "arithmetic" else text_tokenizer(tokenizer_corpus, tokenizer_corpus_column),
+        tokenizer=tokenizers[tokenizer](),
         num_layers=num_layers,
         hidden_size=hidden_size,
         ffn_hidden_size=ffn_hidden_size,

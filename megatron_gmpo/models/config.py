@@ -64,8 +64,8 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
 
     Raises:
         InputError: no model there, a family without a table, a layout that does not divide the world size, the heads, the layers or
-            the experts, an unknown or contradictory [megatron] field, fp8 without Transformer Engine and a GPU, routing to be recorded
-            or replayed that a dense model does not have or a [megatron] field prevents.
+            the experts, an unknown or contradictory [megatron] field, fp8 without Transformer Engine and a GPU, routing to be recorded,
+            replayed or disturbed that a dense model does not have or a [megatron] field prevents.
     """
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]
@@ -170,6 +170,8 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
     routing_field = _routing_field(cfg)
     if routing_field and not architecture.get("num_moe_experts"):
         raise InputError(f"{routing_field} but this model has no experts: change it")
+    if cfg.rollout.router_noise and not architecture.get("num_moe_experts"):
+        raise InputError(f"rollout.router_noise = {cfg.rollout.router_noise:g} but this model has no experts: set it to 0")
     fields = {
         **architecture,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,

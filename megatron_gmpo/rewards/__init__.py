@@ -12,11 +12,12 @@ from typing import Any
 from ..config import RewardConfig
 from ..types import InputError, Prompt
 from .arithmetic import arithmetic_reward
+from .countdown import countdown_reward
 from .math import MathReward
 
 Reward = Callable[[Prompt, str], float]
 
-REWARDS: dict[str, Reward] = {"math": MathReward(workers=1), "arithmetic": arithmetic_reward}
+REWARDS: dict[str, Reward] = {"math": MathReward(workers=1), "arithmetic": arithmetic_reward, "countdown": countdown_reward}
 
 
 def resolve_reward(cfg: RewardConfig) -> Reward:

@@ -52,6 +52,7 @@ class Collector:
             top_p=cfg.top_p,
             top_k=cfg.top_k,
             stop=cfg.stop,
+            router_noise=cfg.router_noise,
         )
         self._ahead: deque[tuple[dict[str, int], Any]] = deque()  # state of the stream before a draw, its ticket
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -26,8 +28,9 @@ from .engine import SamplingParams, end_token_ids, response_text
 class EmbeddedEngine:
     """Samples with a transformers causal language model; a ``RolloutEngine``.
 
-    The responses are dealt out evenly over the ranks. Samples depend only on the weights, the prompts, ``seed``, the policy version,
-    the number of ``generate`` calls since ``update_weights``, ``batch_size`` and the rank: a resumed run draws what the first would have.
+    The responses are dealt out evenly over the ranks. Samples, and noise on routers, depend only on the weights, the prompts, ``seed``, the
+    policy version, the number of ``generate`` calls since ``update_weights``, ``batch_size`` and the rank: a resumed run draws what the
+    first would have.
 
     Args:
         model_path: Hugging Face folder or hub name.
@@ -61,12 +64,13 @@ class EmbeddedEngine:
         self._slots = _weight_slots(self.model)
         self._end_ids = end_token_ids(self.model.generation_config, tokenizer)
         self._routing = _RoutedExperts(self.model) if routed_experts else None
+        self._noise = _RouterNoise(self.model)
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
 
         ``rollout_logprobs`` belong to the distribution sampled from, after temperature, top-k and top-p; for greedy decoding to
-        the model's own, at temperature 1.
+        the model's own, at temperature 1. With ``router_noise`` they, and the recorded experts, are those of the disturbed model.
 
         Raises:
             NonFiniteError: the weights give logits that are NaN or infinite.
@@ -117,6 +121,7 @@ class EmbeddedEngine:
     @torch.inference_mode()
     def _decode(self, prompts: list[list[int]], sampling: SamplingParams, generator: torch.Generator) -> list[Sample]:
         """One batch of B responses, token by token."""
+        self._noise.std, self._noise.generator = sampling.router_noise, generator
         distinct = sorted({tuple(ids) for ids in prompts}, key=len)
         place = {ids: row for row, ids in enumerate(distinct)}
         width = len(distinct[-1])
@@ -216,6 +221,38 @@ class _RoutedExperts:
         for layer, chosen in self._latest.items():
             experts[:, layer] = chosen.int()
         return experts.view(batch_size, -1, layers, topk)
+
+
+class _RouterNoise(TorchFunctionMode):
+    """Gaussian noise on the router logits of a transformers MoE, and so on its choice of experts and on their weights.
+
+    In every family a router computes its logits by the one ``linear`` in its forward pass, whose result is disturbed here.
+
+    Attributes:
+        std: of the noise; at 0 the routers are left alone.
+        generator: what the noise is drawn from.
+    """
+
+    std: float = 0.0
+    generator: torch.Generator | None = None
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        for layer in model.model.layers:
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.gate.forward = partial(self._route, layer.mlp.gate.forward)
+
+    def _route(self, forward: Callable[[Tensor], Any], hidden_states: Tensor) -> Any:
+        if self.std == 0:
+            return forward(hidden_states)
+        with self:
+            return forward(hidden_states)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not F.linear:
+            return out
+        return out + self.std * torch.randn(out.shape, generator=self.generator, dtype=out.dtype, device=out.device)
 
 
 def _warpers(sampling: SamplingParams) -> LogitsProcessorList:

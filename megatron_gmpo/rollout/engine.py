@@ -22,6 +22,7 @@ class SamplingParams:
         top_p: nucleus mass, 1 for all.
         top_k: most likely tokens to keep, 0 for all.
         stop: strings that end a response, besides the end tokens.
+        router_noise: standard deviation of Gaussian noise on a MoE's router logits; only the embedded engine adds it.
     """
 
     n: int = 1
@@ -30,6 +31,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    router_noise: float = 0.0
 
 
 class RolloutEngine(Protocol):

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_gmpo.algorithms.correction import rollout_mismatch
 from megatron_gmpo.algorithms.objective import make_objective
 from megatron_gmpo.checkpoint import native
 from megatron_gmpo.checkpoint.hf import export_hf
@@ -98,6 +99,13 @@ def replay(cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_log
             "router_shift": None if batch.router_scores is None else policy.router_shift(batch),
             "weights": weights_on_rank_0(policy),
         }
+
+
+def policy_mismatch(cfg: Config, batch: TrainBatch) -> dict[str, Any]:
+    """The policy's old log probabilities and how far they, and its routing, are from the rollout's."""
+    with opened(cfg) as policy:
+        figures = policy.set_old_logprobs(batch) | rollout_mismatch(batch)
+        return {"old_logprobs": batch.old_logprobs} | {name: value_of(metric) for name, metric in figures.items()}
 
 
 def watch_routers(policy: Policy) -> dict[tuple[int, int], set[tuple[int, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,14 @@ def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
     rows: list[list[int]] = []
     model.register_forward_pre_hook(lambda _, args: rows.append([place[token] for token in args[0][0].tolist()]))
 
+    force_experts(model, lambda layer: experts[rows[-1], layer].long())
+
+
+def force_experts(model: Any, experts_of: Callable[[int], Tensor]) -> None:
+    """Sends the (T,) tokens of each forward pass to ``experts_of(layer)``, (T, topk) int64, weighted by the softmax over them."""
+
     def replace(layer: int, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = experts[rows[-1], layer].long()
+        chosen = experts_of(layer)
         return output[0], output[0].gather(1, chosen).softmax(-1), chosen
 
     for layer, module in enumerate(model.model.layers):

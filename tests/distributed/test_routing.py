@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.config import Config
-from megatron_gmpo.types import TrainBatch
+from megatron_gmpo.data.packing import make_train_batch
+from megatron_gmpo.rollout.embedded import EmbeddedEngine
+from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.types import Prompt, RoutingShape, TrainBatch
 from tools.make_tiny_model import text_tokenizer
 
 from . import cases, reference
@@ -165,6 +168,35 @@ def test_share_of_routings_that_differ(
         assert result["compared"]["moe/routing_differs_tokens"] == 3 / known
         drift = {"none": (4 / (4 * known), 3 / known), "policy": (0, 0)}[kind]  # from the rollout's, from the old policy's
         assert (result["history"][0]["moe/routing_drift"], result["history"][0]["moe/routing_drift_tokens"]) == drift
+
+
+def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: Any) -> None:
+    """Old log probabilities are those of a float64 model forced to the engine's experts, whose own it would mostly not have chosen."""
+    path = tiny_model("qwen3_moe", num_layers=2, num_experts=4, initializer_range=0.15)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    engine = EmbeddedEngine(str(path), tokenizer, device="cpu", dtype=torch.float32, batch_size=64, seed=0, routed_experts=True)
+    prompts = [Prompt(text, answer="", input_ids=tokenizer(text)["input_ids"]) for text in ("07+45=", "1", "3 - 2 + 10 = 8")]
+    found = {}
+    for noise, kind in ((0.0, "none"), (1.0, "none"), (1.0, "rollout")):
+        groups = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=12, router_noise=noise))
+        recorded = make_train_batch(groups, torch.ones(12), RoutingShape(2, (0, 1), 4, 2))
+        assert recorded.routed_experts is not None
+        cfg = config(path, {}, max_tokens=64, algorithm={"moe_routing_replay": kind}, rollout={"routed_experts": True})
+        (found[noise, kind],) = ranks.run(1, cases.policy_mismatch, cfg, recorded)
+    undisturbed, free, replayed = found.values()
+    assert undisturbed["moe/routing_differs"] == 0
+    assert undisturbed["rollout/logprob_diff_mean"] < 1e-5
+    assert min(free["moe/routing_differs"], replayed["moe/routing_differs"]) > 0.3  # under replay: what it would have chosen
+    assert min(free["rollout/logprob_diff_mean"], replayed["rollout/logprob_diff_mean"]) > 0.05
+
+    experts = recorded.routed_experts.long()
+    experts[experts[:, 0, 0] < 0] = torch.tensor([0, 1])  # of last tokens, on which nothing depends
+    model = reference.load_float64(path)
+    reference.force_experts(model, lambda layer: experts[span, layer])
+    for span in reference.spans(recorded):
+        logprobs, _ = reference.sequence_logprobs(model, recorded.tokens[span], 1.0)
+        mask = recorded.response_mask[span]
+        assert_close(replayed["old_logprobs"][span][mask].double(), logprobs[mask], atol=1e-4, rtol=0)
 
 
 def test_router_gradients_of_one_layer(ranks: RankPool, batch: TrainBatch, tiny_model: Any) -> None:

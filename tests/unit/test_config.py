@@ -176,6 +176,8 @@ def test_unknown_key_in_the_file(tmp_path: Path) -> None:
         (["--algorithm.clip", "adaptive"], ["algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1"]),
         (["--algorithm.clip_bounds", "[0.5, 0.1]"], ["clip_bounds = [0.5, 0.1]", "the smaller one comes first"]),
         (["--algorithm.mask", "icepop", "--algorithm.mask_low", "6"], ["mask_low = 6 is above mask_high = 5"]),
+        (["--rollout.engine", "sglang", "--rollout.dtype", "fp32"], ["dtype = 'fp32' needs engine = 'embedded'", "sglang.args.dtype"]),
+        (["--rollout.engine", "sglang", "--rollout.router_noise", "0.5"], ["router_noise = 0.5 needs engine = 'embedded'"]),
         (["--algorithm.moe_routing_replay", "rollout"], ["algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true"]),
     ],
 )

@@ -160,6 +160,11 @@ def test_rspo_needs_experts(describe: Describe) -> None:
     assert mistake(describe, "qwen3", algorithm={"loss": "rspo"}).startswith("algorithm.loss = 'rspo' but this model has no experts")
 
 
+def test_router_noise_needs_experts(describe: Describe) -> None:
+    message = mistake(describe, "qwen3", rollout={"router_noise": 0.5})
+    assert message == "rollout.router_noise = 0.5 but this model has no experts: set it to 0"
+
+
 def test_megatron_fields_pass_through(describe: Describe) -> None:
     table = {"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "recompute_granularity": "selective"}
     transformer = describe(megatron=table).transformer

@@ -276,6 +276,62 @@ def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops
             assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
 
 
+moe_families = pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe"])
+
+
+@moe_families
+def test_router_noise_disturbs_the_choice_that_is_recorded(family: str, folder_of: Callable[..., Path]) -> None:
+    """What the routers saw and gave is watched from outside; a plain model made to do the same has the reported probabilities."""
+    folder = folder_of(family)
+    engine = engine_of(folder, routed_experts=True)
+    gates = {i: layer.mlp.gate for i, layer in enumerate(engine.model.model.layers) if hasattr(layer.mlp, "gate")}
+    seen: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in gates}
+    for layer, gate in gates.items():
+        gate.register_forward_hook(lambda _, args, out, layer=layer: seen[layer].append((args[0].flatten(0, -2), *out)))
+    (prompt,) = prompts_of(folder, ["3 - 2 + 10 = 8"])
+    (group,) = engine.generate([prompt], SamplingParams(max_new_tokens=200, router_noise=0.7))
+    (sample,) = group.samples
+    assert sample.routed_experts is not None
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    noise = []
+    for layer, calls in seen.items():
+        hidden, logits, weights, experts = (torch.cat(of_calls) for of_calls in zip(*calls, strict=True))
+        noise.append(logits - hidden @ gates[layer].weight.T)
+        assert np.array_equal(sample.routed_experts[:, layer], experts)
+        if family == "qwen3_moe":
+            assert torch.equal(experts, logits.topk(2).indices)
+        model.model.layers[layer].mlp.gate.register_forward_hook(lambda *_, given=(logits, weights, experts): given)
+    draws = torch.cat(noise).flatten()
+    assert abs(float(draws.mean())) < 4 * 0.7 / len(draws) ** 0.5
+    assert abs(float(draws.std()) / 0.7 - 1) < 4 / (2 * len(draws)) ** 0.5
+    tokens = torch.tensor(sample.tokens)
+    disturbed = model(tokens[None, :-1]).logits[0].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
+    mask = torch.tensor(sample.response_mask[1:])
+    found = torch.tensor(sample.rollout_logprobs[1:])[mask]
+    assert_close(found, disturbed[mask], atol=2e-5, rtol=0)
+    logits, response = response_logits(folder, sample)
+    assert (logits.log_softmax(-1).gather(1, response[:, None])[:, 0] - found).abs().mean() > 0.01
+
+
+def test_router_noise_is_drawn_as_the_samples_are_and_0_is_none(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("qwen3_moe")
+    prompts, noisy = prompts_of(folder, TEXTS), SamplingParams(n=2, max_new_tokens=8, router_noise=0.5)
+    plain = replace(noisy, router_noise=0.0)
+
+    def draw(engine: EmbeddedEngine, sampling: SamplingParams) -> list[str]:
+        engine.update_weights(load_file(folder / "model.safetensors").items(), 5)
+        return [str(sample) for group in engine.generate(prompts, sampling) for sample in group.samples]  # its floats exactly
+
+    engine, untouched = engine_of(folder), engine_of(folder)
+    for layer in untouched.model.model.layers:
+        del layer.mlp.gate.forward  # the class's own
+    first = draw(engine, noisy)
+    assert draw(engine, plain) == draw(untouched, plain) != first
+    torch.manual_seed(99)
+    assert draw(engine, noisy) == draw(engine_of(folder), noisy) == first
+
+
 def test_routed_experts_of_a_model_with_dense_layers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_model("qwen3_moe"))
     config.mlp_only_layers = [0, 2]
