@@ -14,6 +14,8 @@ import safetensors.torch
 import torch
 
 from megatron_gmpo.config import load_config
+from megatron_gmpo.rewards.countdown import countdown_reward
+from megatron_gmpo.types import Prompt
 from tools import arithmetic
 
 from .commands import CONFIG, error_lines, json_lines, options, run_module
@@ -287,6 +289,36 @@ def test_a_diverged_run_stops_and_says_where(minibatches: int, argv: list[str], 
     assert int(batch["lengths"].sum()) == len(batch["tokens"])
     assert torch.isfinite(batch["advantages"]).all()
     assert json_lines(run_dir / "events.jsonl")[-1]["event"] == "nonfinite"
+
+
+def test_the_countdown_example_runs_on_disturbed_rollouts(tmp_path: Path) -> None:
+    made = run_module("tools.countdown", "--out", tmp_path, "--num_train", 100, "--num_heldout", 4, "--warm_up_steps", 30)
+    assert made.returncode == 0, made.stderr
+    chosen = options(
+        run_dir=tmp_path / "run",
+        model__path=tmp_path / "model",
+        data__path=tmp_path / "train.jsonl",
+        eval__sets__heldout__path=tmp_path / "heldout.jsonl",
+        rollout__prompts_per_step=8,
+        rollout__routed_experts="true",
+        rollout__router_noise=0.5,
+        rollout__dtype="bf16",
+        algorithm__moe_routing_replay="rollout",
+        train__num_steps=2,
+        checkpoint__save_final="false",
+        log__transcripts_per_step=8,
+    )
+    done = run_module("megatron_gmpo.train", "examples/moe/countdown_tiny_cpu.toml", *chosen)
+    assert done.returncode == 0, done.stderr
+    _, first, second = json_lines(tmp_path / "run" / "metrics.jsonl")
+    for line in (first, second):
+        assert line["moe/routing_differs"] > 0.2
+        assert line["rollout/logprob_diff_mean"] > 0.01
+    assert "eval/heldout/pass@1" in second
+    transcripts = json_lines(tmp_path / "run" / "transcripts.jsonl")
+    scored = [(Prompt("", answer=line["answer"]), sample) for line in transcripts for sample in line["samples"]]
+    assert len(scored) == 2 * 8 * 8
+    assert all(countdown_reward(prompt, sample["text"]) == sample["reward"] for prompt, sample in scored)
 
 
 def test_the_gsm8k_example_runs_on_text_with_the_math_verifier(text_model: Path, tmp_path: Path) -> None:

@@ -442,8 +442,9 @@ def values(result: Collected) -> dict[str, float]:
 
 
 def test_collect_hands_the_sampling_on_and_scores() -> None:
-    result, engine = collected(["right", "mixed", "wrong"], max_new_tokens=5, temperature=0.5, top_p=0.9, top_k=3, stop=("x",))
-    sampling = SamplingParams(n=2, max_new_tokens=5, temperature=0.5, top_p=0.9, top_k=3, stop=("x",))
+    chosen = {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "stop": ("x",), "router_noise": 0.1}
+    result, engine = collected(["right", "mixed", "wrong"], **chosen)
+    sampling = SamplingParams(n=2, **chosen)
     assert engine.calls == [(["right", "mixed"], sampling)]
     assert [(g.prompt.id, g.rewards) for g in result.groups] == [("right", [1.0, 1.0]), ("mixed", [1.0, 0.0])]
     assert values(result) == pytest.approx(
