@@ -158,6 +158,12 @@ class Policy:
         _check_finite("gradient norm", metrics["grad_norm"])
         return metrics
 
+    def scale_lr(self, factor: float) -> None:
+        """From the next optimizer step on, learning rates are those of the config times ``factor``."""
+        optimizer: Any = self.model.optimizer
+        for group in optimizer.param_groups:  # where the schedule looks first (optimizer_param_scheduler.py:get_lr)
+            group["max_lr"], group["min_lr"] = factor * self.cfg.optimizer.lr, factor * self.cfg.optimizer.min_lr
+
     def export_hf(self) -> Export:
         """(Hugging Face name, full tensor) on every rank, gathered as it is iterated."""
         return Export(self)
