@@ -274,6 +274,8 @@ class TrainConfig(_Section):
     """Slots of one packed microbatch over all context-parallel ranks; a longer sequence gets a microbatch of its own."""
     logprob_chunk_tokens: Positive = 128
     """Tokens whose logits are turned into log probabilities at a time."""
+    freeze_router: bool = False
+    """Leave the router weights of a MoE as they are."""
 
 
 class EvalConfig(_Section):

@@ -145,7 +145,7 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
         good = native.checkpoint_before(run.checkpoint_dir, collapse.began - 1)
         found += f"; the newest checkpoint from before is {good}" if good else "; there is no checkpoint from before"
         if action == "stop" or good is None or detector.rollbacks == cfg.collapse.max_rollbacks:
-            raise CollapseError(found + (f", and {detector.rollbacks} rollbacks did not help" if detector.rollbacks else ""))
+            raise CollapseError(f"{found}; rollbacks so far: {detector.rollbacks}")
         roll_back(good)
         return f"{found}: rolled back to it"
 

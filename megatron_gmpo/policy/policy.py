@@ -28,7 +28,7 @@ from ..models.config import ModelDescription
 from ..types import Metric, Microbatch, NonFiniteError, RoutingShape, TrainBatch
 from .build import build_chunks, make_trainable
 from .logprobs import vocab_parallel_logprobs
-from .routers import OldRouters, RouterPass, RouterShift
+from .routers import AuxiliaryLosses, OldRouters, RouterPass, RouterShift, freeze_routers
 from .routing import Routing, RoutingPass
 
 MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
@@ -57,12 +57,15 @@ class Policy:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.chunks = self._load(cfg.model.path)
         if trainable:
+            if cfg.train.freeze_router:
+                freeze_routers(self.chunks)
             updates = cfg.train.num_steps * cfg.train.minibatches_per_step
             self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
             self.chunks = self.model.chunks
             self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
             observed = description.transformer.moe_enable_routing_replay
             self.routing = Routing(self.chunks, description.routing, groups.tp) if observed else None
+            self.auxiliary = AuxiliaryLosses(description.transformer, groups, device)
             self._weights_are_old = False  # since ``set_old_logprobs`` no update changed them
 
     def _load(self, path: str) -> list[torch.nn.Module]:
@@ -90,7 +93,7 @@ class Policy:
         routers = OldRouters(*self._routers_of(batch), keep_scores=rspo) if self.description.is_moe else None
         batch.old_logprobs = self._logprobs(self.chunks, batch, routing, routers)
         self._weights_are_old = True
-        metrics = routers.metrics() if routers else {}
+        metrics = routers.metrics(per_layer=self.description.transformer.moe_per_layer_logging) if routers else {}
         if routing:
             metrics |= routing.metrics("moe/routing_differs")
             if routing.record:
@@ -124,8 +127,9 @@ class Policy:
         microbatch's sum is scaled by dp * microbatches / count.
 
         Returns:
-            ``loss``, ``grad_norm``, ``learning_rate`` and the objective's metrics, over all ranks; ``moe/routing_drift`` and
-            ``moe/routing_drift_tokens``, how far the current weights' own routing is from the minibatch's ``routed_experts``, if any.
+            ``loss``, ``grad_norm``, ``learning_rate`` and the objective's metrics, over all ranks; those of ``AuxiliaryLosses``;
+            ``moe/routing_drift`` and ``moe/routing_drift_tokens``, how far the current weights' own routing is from the minibatch's
+            ``routed_experts``, if any.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
@@ -148,6 +152,7 @@ class Policy:
         optimizer.zero_grad()
         routing = self._routing_pass(minibatch, replay=True)
         metrics = self._reduce(self._run(self.chunks, minibatch, plan, loss, routing))
+        metrics |= self.auxiliary.metrics(len(plan))
         metrics |= routing.metrics("moe/routing_drift") if routing else {}
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
