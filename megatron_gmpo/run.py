@@ -124,6 +124,11 @@ def prepare(cfg: Config, *, train: bool) -> Run:
             raise InputError(
                 f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
             )
+        if train and native.read_state(checkpoint)["config"]["train"].get("freeze_router") and not cfg.train.freeze_router:
+            raise InputError(
+                f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer state of the routers: "
+                "set it to true or choose another run_dir"
+            )
     check_wandb(cfg.log.wandb_project)
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
     if cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0":  # the only rank that speaks to servers

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,10 +52,10 @@ class AuxiliaryLosses:
 
     def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, device: torch.device) -> None:
         self._device = device
-        kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
-        if isinstance(kinds, str):
-            kinds, coefficients = [kinds], [coefficients]
-        on = {kind for kind, coefficient in zip(kinds, coefficients, strict=True) if coefficient} if config.num_moe_experts else set()
+        kinds: Any = config.moe_router_load_balancing_type
+        coefficients: Any = config.moe_aux_loss_coeff
+        of_kinds: dict[str, float] = {kinds: coefficients} if isinstance(kinds, str) else dict(zip(kinds, coefficients, strict=True))
+        on = {kind for kind, coefficient in of_kinds.items() if coefficient and config.num_moe_experts}
         dp, dense = groups.dp.size(), groups.dp_cp.size() * groups.tp.size()
         named = {
             "load_balancing_loss": ("aux_loss" in on, dp),  # the ranks of tp and cp hold summands

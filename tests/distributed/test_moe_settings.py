@@ -133,6 +133,21 @@ def test_a_frozen_router_stays(ranks: RankPool, known: Callable[..., dict[str, A
         assert torch.equal(results[0]["weights"][name], frozen["before"][name])
 
 
+@pytest.mark.parametrize("layout", ["one rank", "ep2 distributed optimizer"])
+def test_a_resumed_run_may_freeze_its_routers(ranks: RankPool, known: Callable[..., dict[str, Any]], layout: str, tmp_path: Path) -> None:
+    frozen = known(freeze_router=True)
+    world_size, parallel, distributed = (DATA | MOE)[layout]
+    sections = {"max_tokens": 4096, "optimizer": {"use_distributed_optimizer": distributed}}
+    free, fixed = (config(frozen["path"], parallel, train={"freeze_router": freeze}, **sections) for freeze in (False, True))
+    first = ranks.run(world_size, cases.run_on, free, frozen["batch"], tmp_path, 0, 1, [1])[0]["weights"]
+    second = ranks.run(world_size, cases.run_on, fixed, frozen["batch"], tmp_path, 1, 2, [2])[0]["weights"]
+    third = ranks.run(world_size, cases.run_on, fixed, frozen["batch"], tmp_path, 2, 3, [])[0]["weights"]
+    for name, tensor in frozen["before"].items():
+        is_gate = name.endswith("mlp.gate.weight")
+        assert not torch.equal(first[name], tensor)
+        assert torch.equal(first[name], second[name]) == torch.equal(second[name], third[name]) == is_gate
+
+
 @torch.no_grad()
 def loads(path: Path, batch: TrainBatch) -> dict[str, Tensor]:
     """Tokens of each expert in each layer, by the name of its bias, as transformers routes them."""

@@ -93,3 +93,53 @@ def test_a_run_that_keeps_collapsing_stops(argv: list[str], run_dir: Path) -> No
     (line,) = error_lines(done.stderr)
     assert line.endswith("rollbacks so far: 1")
     assert [event for event, _ in events(run_dir)].count("rollback") == 1
+
+
+def test_frozen_routers_are_not_thawed(argv: list[str], run_dir: Path) -> None:
+    file = run_dir / "checkpoints" / "iter_0000004" / "state.json"
+    state = json.loads(file.read_text())
+    state["config"]["train"]["freeze_router"] = True
+    file.write_text(json.dumps(state))
+    done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir, train__num_steps=5, **WATCHED))
+    assert done.returncode == 2
+    (line,) = error_lines(done.stderr)
+    assert line.startswith("error: train.freeze_router = false, but")
+
+
+STEP_FIGURES = [
+    *(f"moe/{name}" for name in ("load_max", "load_max_layer", "load_cv", "dead_experts", "router_entropy")),
+    *(f"moe/layer_01/{name}" for name in ("load_max", "load_cv", "dead_experts", "router_entropy")),
+    *(f"moe/routing_{name}" for name in ("differs", "differs_tokens", "drift", "drift_tokens")),
+    *(f"policy/log_ratio_{name}" for name in ("min", "q001", "q01", "q99", "q999", "max")),
+    *(f"policy/{kind}_ratio_{end}" for kind in ("token", "sequence") for end in ("min", "max")),
+    *(f"policy/{name}" for name in ("entropy", "kl_old", "kl_ref", "clip_fraction_low", "clip_fraction_high")),
+    *("policy/ratio_effective_sample_size", "rollout/effective_sample_size", "grad_norm"),
+    *("policy/router_shift", "policy/router_shift_floored", "moe/load_balancing_loss", "moe/z_loss"),
+]
+
+
+@pytest.mark.parametrize("replay", ["none", "policy"])
+def test_rspo_with_every_figure(argv: list[str], tmp_path: Path, replay: str) -> None:
+    chosen = options(
+        run_dir=tmp_path,
+        algorithm__loss="rspo",
+        algorithm__moe_routing_replay=replay,
+        algorithm__kl_coef=0.01,
+        rollout__routed_experts="true",
+        megatron__moe_per_layer_logging="true",
+        megatron__moe_aux_loss_coeff=1e-3,
+        megatron__moe_z_loss_coeff=1e-4,
+        train__num_steps=3,
+        checkpoint__save_final="false",
+        eval__sets="{}",
+        **EP2,
+    )
+    done = run_module("megatron_gmpo.train", *argv, *chosen, ranks=2)
+    assert done.returncode == 0, done.stderr
+    figures = json_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in figures] == [1, 2, 3]
+    for line in figures:
+        assert [name for name in STEP_FIGURES if line.get(name) is None] == []
+        assert 0.8 < line["policy/router_shift"] < 1  # of the first of three updates it is 1
+        assert line["policy/token_ratio_min"] <= line["policy/sequence_ratio_min"] <= line["policy/sequence_ratio_max"]
+        assert (line["moe/routing_drift"] > 0) or line["step"] > 1

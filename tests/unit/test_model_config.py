@@ -158,6 +158,13 @@ def test_routing_that_cannot_be_replayed_is_refused(describe: Describe, family: 
 
 def test_rspo_needs_experts(describe: Describe) -> None:
     assert mistake(describe, "qwen3", algorithm={"loss": "rspo"}).startswith("algorithm.loss = 'rspo' but this model has no experts")
+    assert mistake(describe, "qwen3", train={"freeze_router": True}).startswith("train.freeze_router = true but this model has no experts")
+
+
+def test_load_balancing_of_sequences_needs_each_alone(describe: Describe) -> None:
+    table = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01}
+    transformer = describe(megatron=table, train={"max_tokens_per_microbatch": 1}).transformer
+    assert transformer.moe_router_load_balancing_type == "seq_aux_loss"
 
 
 def test_megatron_fields_pass_through(describe: Describe) -> None:
