@@ -81,7 +81,7 @@ class Policy:
         return self._logprobs(self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None))
 
     def set_old_logprobs(self, batch: TrainBatch) -> dict[str, Metric]:
-        """Gives the batch its ``old_logprobs``, and for rspo or ``algorithm.moe_routing_replay`` = ``policy`` the routing behind them.
+        """Gives the batch its ``old_logprobs`` and, where routing is recorded, that behind them.
 
         Returns:
             Of a MoE, load and entropy of its routers: see ``OldRouters.metrics``; and ``moe/routing_differs`` and
@@ -89,7 +89,7 @@ class Policy:
             far it would be. See ``RoutingPass.metrics``.
         """
         kind, rspo = self.cfg.algorithm.moe_routing_replay, self.cfg.algorithm.loss == "rspo"
-        routing = self._routing_pass(batch, replay=kind == "rollout", record=kind == "policy" or (rspo and kind == "none"))
+        routing = self._routing_pass(batch, replay=kind == "rollout", record=kind != "rollout")
         routers = OldRouters(*self._routers_of(batch), keep_scores=rspo) if self.description.is_moe else None
         batch.old_logprobs = self._logprobs(self.chunks, batch, routing, routers)
         self._weights_are_old = True
