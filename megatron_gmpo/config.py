@@ -283,6 +283,8 @@ class TrainConfig(_Section):
     """Slots of one packed microbatch over all context-parallel ranks; a longer sequence gets a microbatch of its own."""
     logprob_chunk_tokens: Positive = 128
     """Tokens whose logits are turned into log probabilities at a time."""
+    freeze_router: bool = False
+    """Leave the router weights of a MoE as they are."""
 
 
 class EvalConfig(_Section):
@@ -322,6 +324,31 @@ class CheckpointConfig(_Section):
     """Save after the last step."""
 
 
+class CollapseConfig(_Section):
+    """What is taken for a collapse of the policy, and what is done then. Each limit must be broken ``patience`` steps in a row."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """Besides an event in events.jsonl: a line (``warn``), the end of the run with exit code 3 (``stop``), or the newest checkpoint from
+    before the collapse, a smaller learning rate and other prompts (``rollback``)."""
+    window: Annotated[int, Field(ge=2)] = 10
+    """Steps that a level is taken from; nothing is judged before so many."""
+    patience: Positive = 3
+    """Steps in a row."""
+    entropy_share: NonNegative = 0.05
+    """Of the median entropy of the first ``window`` steps: less is a collapse. 0 means: never."""
+    entropy_floor: NonNegative = 0.0
+    """Nats a token: less is a collapse too."""
+    grad_norm_factor: Annotated[float, Field(gt=1)] = 10.0
+    """More than so many times the median gradient norm of the last ``window`` steps is one. inf means: never."""
+    reward_drop: Annotated[float, Field(gt=0)] = 0.5
+    """A mean reward of the last ``window`` steps that lost more than this share of the best such mean, and more than noise explains, is
+    one. inf means: never."""
+    rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Every rollback multiplies the learning rate by this."""
+    max_rollbacks: Positive = 2
+    """The next collapse after so many ends the run."""
+
+
 class LogConfig(_Section):
     tensorboard: bool = True
     wandb_project: str = ""
@@ -352,12 +379,26 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    collapse: CollapseConfig = CollapseConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
     def _adaptive_clip_has_something_to_clip(self) -> Config:
         if self.algorithm.clip == "adaptive" and self.train.minibatches_per_step == 1:
             raise ValueError("algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: with one update a step no ratio leaves 1")
+        return self
+
+    @model_validator(mode="after")
+    def _rollback_finds_a_checkpoint(self) -> Config:
+        if self.collapse.action == "rollback":
+            interval, seen = self.checkpoint.save_interval, self.collapse.window + self.collapse.patience
+            if not interval:
+                raise ValueError("collapse.action = 'rollback' needs checkpoint.save_interval > 0: set it, or choose 'stop'")
+            if self.checkpoint.keep_last < (needed := 1 + math.ceil(seen / interval)):
+                raise ValueError(
+                    f"collapse.action = 'rollback' needs checkpoint.keep_last >= {needed}, to have one from {seen} steps ago: raise it or "
+                    "checkpoint.save_interval"
+                )
         return self
 
     @property

@@ -34,7 +34,7 @@ from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups
 from .rollout.sglang import check_servers, start_sglang
-from .types import InputError, NonFiniteError, Prompt, ServerError
+from .types import CollapseError, InputError, NonFiniteError, Prompt, ServerError
 
 
 @dataclass
@@ -124,6 +124,11 @@ def prepare(cfg: Config, *, train: bool) -> Run:
             raise InputError(
                 f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
             )
+        if train and native.read_state(checkpoint)["config"]["train"].get("freeze_router") and not cfg.train.freeze_router:
+            raise InputError(
+                f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer state of the routers: "
+                "set it to true or choose another run_dir"
+            )
     check_wandb(cfg.log.wandb_project)
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
     if cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0":  # the only rank that speaks to servers
@@ -140,7 +145,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
 
 
 def start_command(command: Callable[[Config], None]) -> None:
-    """Runs a command line's function on the config of ``sys.argv``: exit code 2 and one line for bad input, 1 for a run gone wrong."""
+    """Runs a command line's function on the config of ``sys.argv``: one line, and exit code 2 for bad input, 1 for a run gone wrong,
+    3 for a policy that collapsed."""
     _keep_children_light()
     _set_up_messages()
     try:
@@ -149,6 +155,8 @@ def start_command(command: Callable[[Config], None]) -> None:
         exit_with_one_line(error)
     except (NonFiniteError, ServerError) as error:
         exit_with_one_line(error, code=1)
+    except CollapseError as error:
+        exit_with_one_line(error, code=3)
     # not after an error: the other ranks may stand in a collective, and NCCL would wait for them
     if dist.is_initialized():
         dist.destroy_process_group()

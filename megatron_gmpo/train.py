@@ -10,6 +10,7 @@ import logging
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -24,13 +25,14 @@ from .data.packing import make_train_batch
 from .data.prompts import PromptStream
 from .distributed import barrier, rank, world_size
 from .evaluate import evaluate
+from .metrics.collapse import Collapse, CollapseDetector
 from .metrics.logger import MetricLogger, Timer, cut_after, reduce_metrics
 from .metrics.progress import Progress
 from .rollout.collect import Collected, Collector, rollout_figures
 from .rollout.engine import RolloutEngine
 from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
-from .types import Metric, NonFiniteError, SampleGroup, TrainBatch
+from .types import CollapseError, Metric, NonFiniteError, SampleGroup, TrainBatch
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +59,25 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
     cfg, step = run.cfg, run.step
     policy = run.policy()  # while servers start
     stream = PromptStream(run.prompts, cfg.seed, cfg.data.shuffle) if run.prompts else None
+    detector = CollapseDetector(cfg.collapse)
 
-    if run.checkpoint:
-        state = policy.load(run.checkpoint)
-        if stream and state["prompts"]:
-            stream.load_state_dict(state["prompts"])
+    def restore(checkpoint: Path) -> dict[str, Any]:
+        """All but the place in the prompts."""
+        nonlocal step, objective
+        state = policy.load(checkpoint)
+        step = state["step"]
         if clip and state.get("clip"):
             clip.load_state_dict(state["clip"])
             objective = clip.applied_to(objective)
+        if state.get("collapse"):
+            detector.load_state_dict(state["collapse"])
+        return state
+
+    if run.checkpoint:
+        state = restore(run.checkpoint)
+        if stream and state["prompts"]:
+            stream.load_state_dict(state["prompts"])
+    policy.scale_lr(cfg.collapse.rollback_lr_scale**detector.rollbacks)
     run.write_config()
     transcripts = run.run_dir / "transcripts.jsonl"
     if rank() == 0:
@@ -112,6 +125,45 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
         final = step == cfg.train.num_steps and cfg.checkpoint.save_final
         return final or bool(cfg.checkpoint.save_interval and step % cfg.checkpoint.save_interval == 0)
 
+    def save() -> None:
+        with timer("checkpoint"):
+            state = {
+                "prompts": collector.state_dict() if collector else None,
+                "clip": clip.state_dict() if clip else None,
+                "collapse": detector.state_dict(),
+                "config": cfg.model_dump(mode="json"),
+            }
+            logger.event("checkpoint", step=step, path=str(policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last)))
+
+    def react(collapse: Collapse) -> str:
+        """Does what ``collapse.action`` says, and says what was done."""
+        action, found = cfg.collapse.action, f"step {step}: the policy collapsed: {collapse.reason}"
+        logger.event("collapse", step=step, began=collapse.began, reason=collapse.reason, action=action)
+        if action == "warn":
+            return f"warning: {found}"
+        # the figures of a step are of the weights that the step before left
+        good = native.checkpoint_before(run.checkpoint_dir, collapse.began - 1)
+        found += f"; the newest checkpoint from before is {good}" if good else "; there is no checkpoint from before"
+        if action == "stop" or good is None or detector.rollbacks == cfg.collapse.max_rollbacks:
+            raise CollapseError(f"{found}; rollbacks so far: {detector.rollbacks}")
+        roll_back(good)
+        return f"{found}: rolled back to it"
+
+    def roll_back(checkpoint: Path) -> None:
+        """With a smaller learning rate and other prompts, or the same would happen again. The checkpoint is written anew: it remembers."""
+        rollbacks, came_from = detector.rollbacks + 1, step
+        restore(checkpoint)
+        detector.rollbacks = rollbacks
+        policy.scale_lr(cfg.collapse.rollback_lr_scale**rollbacks)
+        if collector:
+            collector.drop_ahead()
+        save()
+        native.drop_after(run.checkpoint_dir, step)
+        logger.rewind(step)
+        if rank() == 0:
+            cut_after(transcripts, step)
+        logger.event("rollback", step=step, from_step=came_from, rollbacks=rollbacks)
+
     log.info(_headline(run, objective.description))
     minibatch: TrainBatch | None = None
     with Progress(cfg.train.num_steps, done=step, enabled=cfg.log.progress) as progress:
@@ -145,19 +197,15 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
                 spent = timer.take()
                 logger.add({"throughput/tokens_per_second": len(batch.tokens) / sum(spent.get(f"time/{name}", 0) for name in WORK)} | spent)
                 _write_rollouts(run, step, collected.groups, transcripts)
-                progress.update(step, logger.log(step, results))
+                figures = logger.log(step, results)
+                progress.update(step, figures)
                 if results:
                     progress.note(_results(f"after step {step}", results))
+                collapse = detector.update(step, figures)
                 if checkpoint_due():  # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
-                    with timer("checkpoint"):
-                        state = {
-                            "prompts": collector.state_dict() if collector else None,
-                            "clip": clip.state_dict() if clip else None,
-                            "config": cfg.model_dump(mode="json"),
-                        }
-                        logger.event(
-                            "checkpoint", step=step, path=str(policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last))
-                        )
+                    save()
+                if collapse:
+                    progress.note(react(collapse))
         except NonFiniteError as error:
             raise _stopped(error, step + 1, minibatch, run, logger) from None
         barrier()

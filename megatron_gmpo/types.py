@@ -27,6 +27,10 @@ class NonFiniteError(RuntimeError):
     """A loss, a gradient norm or logits that are NaN or infinite; the weights are no longer to be trusted. Exit code 1."""
 
 
+class CollapseError(RuntimeError):
+    """The policy collapsed and ``collapse.action`` says, or is left with nothing but, to stop. Exit code 3."""
+
+
 class ServerError(RuntimeError):
     """A rollout server that cannot be started or reached: one line that says what was waited for and where its log is. Exit code 1."""
 

@@ -97,6 +97,21 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return checkpoint
 
 
+def checkpoint_before(run_dir: Path, step: int) -> Path | None:
+    """The newest whole checkpoint of a run folder that was written before ``step``, or None."""
+    whole = [folder for folder in run_dir.glob("iter_*") if (folder / "state.json").is_file()]
+    return max((folder for folder in whole if read_state(folder)["step"] < step), default=None)
+
+
+def drop_after(run_dir: Path, step: int) -> None:
+    """Removes the checkpoints of later steps than ``step`` (collective): the run has gone back and will write its own."""
+    if dist.get_rank() == 0:
+        for folder in run_dir.glob("iter_*"):
+            if folder.name > f"iter_{step:07d}":
+                shutil.rmtree(folder)
+    dist.barrier()
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The JSON state given to ``save``, with ``step``."""
     return json.loads((checkpoint / "state.json").read_text())

@@ -112,9 +112,7 @@ class MetricLogger:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         cut_after(self._run_dir / "metrics.jsonl", resume_step)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=resume_step + 1 if resume_step else 0)
+            self._tensorboard = self._tensorboard_from(resume_step)
         if wandb_project:
             import wandb  # pyright: ignore[reportMissingImports]
 
@@ -146,6 +144,15 @@ class MetricLogger:
                 self._wandb.log(figures, step=step)
         return figures
 
+    def rewind(self, step: int) -> None:
+        """Takes back the lines of later steps than ``step``, for a run that went back to it. Weights & Biases has no way back: it keeps
+        the figures that a step had first."""
+        if self._writes:
+            cut_after(self._run_dir / "metrics.jsonl", step)
+            if self._tensorboard:
+                self._tensorboard.close()
+                self._tensorboard = self._tensorboard_from(step)
+
     def event(self, name: str, **fields: Any) -> None:
         """Appends ``{"time", "event", ...}`` to ``events.jsonl``: what happened beside the figures, as a resume or a checkpoint."""
         if self._writes:
@@ -156,6 +163,11 @@ class MetricLogger:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+    def _tensorboard_from(self, step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self._run_dir / name).open("a") as file:

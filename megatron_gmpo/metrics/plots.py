@@ -62,7 +62,11 @@ PANELS = (
         {"rollout/logprob_diff_mean": "mean |Δ log p|", "rollout/logprob_diff_max": "largest", "rollout/k3_kl": "k3 KL"},
         log=True,
     ),
-    Panel("MoE router", {"moe/*": ""}),
+    Panel("MoE load over the mean expert's", {"moe/load_max": "fullest expert", "moe/load_cv": "standard deviation"}),
+    Panel("MoE experts without a token", {"moe/dead_experts": ""}),
+    Panel("MoE router entropy, nats", {"moe/router_entropy": ""}),
+    Panel("MoE routings that differ, fraction", {"moe/routing_*": ""}),
+    Panel("MoE auxiliary losses", {"moe/*_loss": ""}, log=True),
     Panel("Time of a step, seconds", {"time/*": ""}, kind="stack"),
 )
 

@@ -72,7 +72,7 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     architecture = family.architecture(hf)
     check_layout(cfg.parallel, architecture, world_size, uneven_stages=not _UNEVEN_STAGES.isdisjoint(cfg.megatron))
     use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-    transformer = _transformer_config(cfg, architecture, use_te)
+    transformer = _transformer_config(cfg, architecture, world_size, use_te)
     multiple = math.lcm(128, cfg.parallel.tensor_model_parallel_size)
     padded_vocab_size = -(-hf.vocab_size // multiple) * multiple
     mapping = Mapping(family.rows(hf, padded_vocab_size), tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
@@ -160,18 +160,17 @@ _OUR_FIELDS = {
 _FIXED_FIELDS = {
     "calculate_per_token_loss": "the loss already comes divided, and gradients would be summed over ranks a second time",
     "variable_seq_lengths": "packed microbatches differ in length",
-    "moe_router_bias_update_rate": "rollouts are drawn with the router bias as it is",
 }
 
 
-def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool) -> TransformerConfig:
+def _transformer_config(cfg: Config, architecture: dict[str, Any], world_size: int, use_te: bool) -> TransformerConfig:
     parallel, dtype = cfg.parallel, DTYPES[cfg.model.dtype]
     _check_megatron_table(cfg.megatron, architecture, use_te)
     routing_field = _routing_field(cfg)
-    if routing_field and not architecture.get("num_moe_experts"):
-        raise InputError(f"{routing_field} but this model has no experts: change it")
-    if cfg.rollout.router_noise and not architecture.get("num_moe_experts"):
-        raise InputError(f"rollout.router_noise = {cfg.rollout.router_noise:g} but this model has no experts: set it to 0")
+    noise = f"rollout.router_noise = {cfg.rollout.router_noise:g}" if cfg.rollout.router_noise else None
+    for field in (routing_field, noise, "train.freeze_router = true" if cfg.train.freeze_router else None):
+        if field and not architecture.get("num_moe_experts"):
+            raise InputError(f"{field} but this model has no experts: change it")
     fields = {
         **architecture,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -193,7 +192,7 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": use_te,
         "moe_router_dtype": "fp32",
-        "moe_router_bias_update_rate": 0.0,
+        "moe_router_bias_update_rate": 0.0,  # Megatron's own default would move the bias in every step
         "moe_enable_routing_replay": routing_field is not None,
     }
     if not use_te:  # the fused kernels of these need Transformer Engine or apex
@@ -209,6 +208,8 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], use_te: bool)
         raise InputError(f"Megatron's TransformerConfig refuses this config: {_one_line(error)}") from None
     if routing_field:
         _check_routing_can_be_replayed(transformer, routing_field)
+    _check_balancing(transformer, cfg.train.max_tokens_per_microbatch)
+    _scale_global_aux_loss(transformer, world_size // parallel.model_parallel_size)
     return transformer
 
 
@@ -232,6 +233,31 @@ def _check_routing_can_be_replayed(transformer: TransformerConfig, routing_field
             raise InputError(f"megatron.{name} = {value!r} with {routing_field}: {why}; remove one of them")
     if transformer.moe_router_load_balancing_type == "sinkhorn":
         raise InputError(f"megatron.moe_router_load_balancing_type = 'sinkhorn' with {routing_field}: it neither records nor replays")
+
+
+def _check_balancing(transformer: TransformerConfig, max_tokens_per_microbatch: int) -> None:
+    """Refuses load balancing that would silently be another one, or none."""
+    if "seq_aux_loss" in transformer.moe_router_load_balancing_type and max_tokens_per_microbatch > 1:
+        raise InputError(
+            "megatron.moe_router_load_balancing_type = 'seq_aux_loss': Megatron takes a packed microbatch for one sequence; set "
+            "train.max_tokens_per_microbatch = 1, which packs each alone, or choose 'aux_loss'"
+        )
+    if transformer.num_moe_experts and transformer.moe_router_bias_update_rate and not transformer.moe_router_enable_expert_bias:
+        raise InputError(
+            f"megatron.moe_router_bias_update_rate = {transformer.moe_router_bias_update_rate:g} but this model's routers have no bias: "
+            "remove it"
+        )
+
+
+def _scale_global_aux_loss(transformer: TransformerConfig, data_parallel_size: int) -> None:
+    """Makes its coefficient mean the same in every layout: each data-parallel rank has a summand of the global loss (moe_utils.py:
+    switch_load_balancing_loss_func), which the gradient buffers average."""
+    kinds, coefficient = transformer.moe_router_load_balancing_type, transformer.moe_aux_loss_coeff
+    if isinstance(coefficient, list):
+        scales = [data_parallel_size if kind == "global_aux_loss" else 1 for kind in kinds]
+        transformer.moe_aux_loss_coeff = [c * scale for c, scale in zip(coefficient, scales, strict=True)]
+    elif kinds == "global_aux_loss":
+        transformer.moe_aux_loss_coeff = coefficient * data_parallel_size
 
 
 def _config_class(architecture: dict[str, Any]) -> type[TransformerConfig]:

@@ -28,7 +28,7 @@ from ..models.config import ModelDescription
 from ..types import Metric, Microbatch, NonFiniteError, RoutingShape, TrainBatch
 from .build import build_chunks, make_trainable
 from .logprobs import vocab_parallel_logprobs
-from .routers import OldRouters, RouterPass, RouterShift
+from .routers import AuxiliaryLosses, OldRouters, RouterPass, RouterShift, freeze_routers
 from .routing import Routing, RoutingPass
 
 MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
@@ -57,12 +57,15 @@ class Policy:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.chunks = self._load(cfg.model.path)
         if trainable:
+            if cfg.train.freeze_router:
+                freeze_routers(self.chunks)
             updates = cfg.train.num_steps * cfg.train.minibatches_per_step
             self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
             self.chunks = self.model.chunks
             self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
             observed = description.transformer.moe_enable_routing_replay
             self.routing = Routing(self.chunks, description.routing, groups.tp) if observed else None
+            self.auxiliary = AuxiliaryLosses(description.transformer, groups, device)
             self._weights_are_old = False  # since ``set_old_logprobs`` no update changed them
 
     def _load(self, path: str) -> list[torch.nn.Module]:
@@ -78,7 +81,7 @@ class Policy:
         return self._logprobs(self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None))
 
     def set_old_logprobs(self, batch: TrainBatch) -> dict[str, Metric]:
-        """Gives the batch its ``old_logprobs``, and for rspo or ``algorithm.moe_routing_replay`` = ``policy`` the routing behind them.
+        """Gives the batch its ``old_logprobs`` and, where routing is recorded, that behind them.
 
         Returns:
             Of a MoE, load and entropy of its routers: see ``OldRouters.metrics``; and ``moe/routing_differs`` and
@@ -86,11 +89,11 @@ class Policy:
             far it would be. See ``RoutingPass.metrics``.
         """
         kind, rspo = self.cfg.algorithm.moe_routing_replay, self.cfg.algorithm.loss == "rspo"
-        routing = self._routing_pass(batch, replay=kind == "rollout", record=kind == "policy" or (rspo and kind == "none"))
+        routing = self._routing_pass(batch, replay=kind == "rollout", record=kind != "rollout")
         routers = OldRouters(*self._routers_of(batch), keep_scores=rspo) if self.description.is_moe else None
         batch.old_logprobs = self._logprobs(self.chunks, batch, routing, routers)
         self._weights_are_old = True
-        metrics = routers.metrics() if routers else {}
+        metrics = routers.metrics(per_layer=self.description.transformer.moe_per_layer_logging) if routers else {}
         if routing:
             metrics |= routing.metrics("moe/routing_differs")
             if routing.record:
@@ -124,8 +127,9 @@ class Policy:
         microbatch's sum is scaled by dp * microbatches / count.
 
         Returns:
-            ``loss``, ``grad_norm``, ``learning_rate`` and the objective's metrics, over all ranks; ``moe/routing_drift`` and
-            ``moe/routing_drift_tokens``, how far the current weights' own routing is from the minibatch's ``routed_experts``, if any.
+            ``loss``, ``grad_norm``, ``learning_rate`` and the objective's metrics, over all ranks; those of ``AuxiliaryLosses``;
+            ``moe/routing_drift`` and ``moe/routing_drift_tokens``, how far the current weights' own routing is from the minibatch's
+            ``routed_experts``, if any.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
@@ -148,6 +152,7 @@ class Policy:
         optimizer.zero_grad()
         routing = self._routing_pass(minibatch, replay=True)
         metrics = self._reduce(self._run(self.chunks, minibatch, plan, loss, routing))
+        metrics |= self.auxiliary.metrics(len(plan))
         metrics |= routing.metrics("moe/routing_drift") if routing else {}
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
@@ -157,6 +162,12 @@ class Policy:
         metrics["learning_rate"] = Metric(optimizer.param_groups[0]["lr"])
         _check_finite("gradient norm", metrics["grad_norm"])
         return metrics
+
+    def scale_lr(self, factor: float) -> None:
+        """From the next optimizer step on, learning rates are those of the config times ``factor``."""
+        optimizer: Any = self.model.optimizer
+        for group in optimizer.param_groups:  # where the schedule looks first (optimizer_param_scheduler.py:get_lr)
+            group["max_lr"], group["min_lr"] = factor * self.cfg.optimizer.lr, factor * self.cfg.optimizer.min_lr
 
     def export_hf(self) -> Export:
         """(Hugging Face name, full tensor) on every rank, gathered as it is iterated."""

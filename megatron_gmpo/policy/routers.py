@@ -10,9 +10,13 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -29,6 +33,50 @@ def routers_of(chunk: torch.nn.Module) -> dict[int, TopKRouter]:
 def own_slots(slots: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
     """Of (T, ...) slots those that this rank's routers see: sequence parallelism shares them out, one stretch each."""
     return slots.chunk(tp_group.size())[tp_group.rank()]
+
+
+def freeze_routers(chunks: list[torch.nn.Module]) -> None:
+    """Leaves the routers' weights out of training; before gradient buffers are made."""
+    for router in (router for chunk in chunks for router in routers_of(chunk).values()):
+        router.requires_grad_(False)
+
+
+class AuxiliaryLosses:
+    """The values of the auxiliary losses that a MoE trains on, from Megatron's own record of them (moe_utils.py).
+
+    Args:
+        config: says which losses there are.
+        groups: of the model that is trained.
+        device: of the model.
+    """
+
+    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, device: torch.device) -> None:
+        self._device = device
+        kinds: Any = config.moe_router_load_balancing_type
+        coefficients: Any = config.moe_aux_loss_coeff
+        of_kinds: dict[str, float] = {kinds: coefficients} if isinstance(kinds, str) else dict(zip(kinds, coefficients, strict=True))
+        on = {kind for kind, coefficient in of_kinds.items() if coefficient and config.num_moe_experts}
+        dp, dense = groups.dp.size(), groups.dp_cp.size() * groups.tp.size()
+        named = {
+            "load_balancing_loss": ("aux_loss" in on, dp),  # the ranks of tp and cp hold summands
+            "seq_load_balancing_loss": ("seq_aux_loss" in on, dp),
+            "global_load_balancing_loss": ("global_aux_loss" in on, 1),  # those of dp too
+            "z_loss": (bool(config.num_moe_experts and config.moe_z_loss_coeff), dense),  # all hold a mean over their tokens
+        }
+        self._divisors = {name: divisor for name, (used, divisor) in named.items() if used}
+
+    def metrics(self, microbatches: int) -> dict[str, Metric]:
+        """``moe/load_balancing_loss``, ``moe/seq_load_balancing_loss``, ``moe/global_load_balancing_loss`` and ``moe/z_loss``, those there
+        are, without their coefficients, summed over layers and averaged over an optimizer step of so many microbatches. Collective."""
+        if not self._divisors:
+            return {}
+        tracker = get_moe_layer_wise_logging_tracker()
+        zero = torch.zeros((), device=self._device)  # of a stage without MoE layers
+        sums = torch.stack([tracker[name]["values"].sum() if name in tracker else zero for name in self._divisors])
+        dist.all_reduce(sums)
+        clear_aux_losses_tracker()
+        values = zip(self._divisors.items(), sums.tolist(), strict=True)
+        return {f"moe/{name}": Metric(total / divisor / microbatches) for (name, divisor), total in values}
 
 
 def sum_pieces(pieces: list[tuple[Tensor, Tensor]], length: int, topk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -104,24 +152,38 @@ class OldRouters(RouterPass):
             experts = routed.nonzero()[:, 1].view(-1, self.shape.topk)  # in ascending order
             self._scores[layer].append((index, log_scores.gather(1, experts)))
 
-    def metrics(self) -> dict[str, Metric]:
+    def metrics(self, *, per_layer: bool) -> dict[str, Metric]:
         """Over the batch's tokens, without padding. Collective, equal on all ranks.
 
-        - ``moe/load_max``: tokens of the fullest expert over the mean expert's, in the worst layer;
+        - ``moe/load_max``: tokens of the fullest expert over the mean expert's, in the worst layer, and ``moe/load_max_layer``: which
+          layer that is, from 0;
         - ``moe/load_cv``: standard deviation over mean of the experts' tokens, averaged over layers;
         - ``moe/dead_experts``: experts without a token, counted over layers;
-        - ``moe/router_entropy``: nats, of the distribution over all experts, averaged over tokens and layers.
+        - ``moe/router_entropy``: nats, of the distribution over all experts, averaged over tokens and layers;
+        - if ``per_layer``, ``moe/layer_07/load_max`` and so on: the same four of each layer by itself.
         """
         dist.all_reduce(self._sums)
         sums = self._sums[list(self.shape.moe_layers)].cpu()
         load, entropy = sums[:, :-1], sums[:, -1]
         mean = load.mean(1)
-        return {
-            "moe/load_max": Metric(float((load.amax(1) / mean).max()), op="max"),
-            "moe/load_cv": Metric(float((load.std(1, correction=0) / mean).mean())),
-            "moe/dead_experts": Metric(int((load == 0).sum())),
-            "moe/router_entropy": Metric(float(entropy.sum()), self.length * len(entropy)),
+        of_layers = {
+            "load_max": load.amax(1) / mean,
+            "load_cv": load.std(1, correction=0) / mean,
+            "dead_experts": (load == 0).sum(1),
+            "router_entropy": entropy / self.length,
         }
+        worst = int(of_layers["load_max"].argmax())
+        metrics = {
+            "moe/load_max": Metric(float(of_layers["load_max"][worst]), op="max"),
+            "moe/load_max_layer": Metric(self.shape.moe_layers[worst]),
+            "moe/load_cv": Metric(float(of_layers["load_cv"].mean())),
+            "moe/dead_experts": Metric(int(of_layers["dead_experts"].sum())),
+            "moe/router_entropy": Metric(float(of_layers["router_entropy"].mean())),
+        }
+        if per_layer:
+            for name, values in of_layers.items():
+                metrics |= {f"moe/layer_{n:02d}/{name}": Metric(float(v)) for n, v in zip(self.shape.moe_layers, values, strict=True)}
+        return metrics
 
     def gather_scores(self) -> Tensor:
         """``TrainBatch.router_scores``. Collective, layer by layer as ``RoutingPass.gather``."""

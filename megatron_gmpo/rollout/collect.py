@@ -60,6 +60,12 @@ class Collector:
         """Where the stream of prompts goes on after a resume: with those that were drawn and not yet trained on."""
         return self._ahead[0][0] if self._ahead else self._prompts.state_dict()
 
+    def drop_ahead(self) -> None:
+        """Waits for what is being generated ahead and throws it away, with its prompts: its weights are not to be trained on."""
+        engine: Any = self._engine
+        while self._ahead:
+            engine.wait(self._ahead.popleft()[1])
+
     def collect(self, steps_left: int = 1) -> Collected:
         """Generates and scores ``cfg.prompts_per_step`` groups; collective, with equal results on every rank.
 

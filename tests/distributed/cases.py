@@ -139,6 +139,14 @@ def router_gradients(cfg: Config, batch: TrainBatch) -> list[Tensor]:
         return [module.weight.main_grad.clone() for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
 
 
+def router_logits_dtype(cfg: Config, batch: TrainBatch) -> set[torch.dtype]:
+    """Of all layers."""
+    with opened(cfg) as policy:
+        policy.logprobs(batch)
+        routers = [module for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
+        return {router.gating(torch.ones(1, router.config.hidden_size, dtype=router.weight.dtype)).dtype for router in routers}
+
+
 def run_on(cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int, saves: list[int], keep_last: int = 9) -> dict[str, Any]:
     """Steps ``first`` to ``last`` of a run, from the latest checkpoint when ``first`` is not 0, saving after the steps ``saves``."""
     with opened(cfg) as policy:

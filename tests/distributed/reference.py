@@ -160,16 +160,25 @@ def train(
     temperature: float = 1.0,
     experts: Tensor | None = None,
     min_router_shift: float = 0.0,
+    auxiliary: Callable[[list[list[Tensor]]], Tensor] | None = None,
+    freeze_router: bool = False,
     **loss: Any,
 ) -> dict[str, Any]:
     """Losses and unclipped gradient norms of ``steps`` AdamW steps, and the weights after them, by way of ``folder``.
 
-    For rspo also the routers' shift before each step and after the last, from what they were before the first.
+    For rspo also the routers' shift before each step and after the last, from what they were before the first. ``auxiliary`` makes of
+    the routers' logits, a (tokens, experts) tensor for each sequence in a list for each MoE layer, what is added to the loss; ``losses``
+    are without it.
     """
     ref_logprobs = batch_logprobs(ref_path or path, batch, temperature)
     model = load_float64(path)
     if experts is not None:
         force_routing(model, batch.tokens, experts)
+    gates = [module.mlp.gate for module in model.model.layers if hasattr(module.mlp, "gate")]
+    logits: list[list[Tensor]] = [[] for _ in gates]
+    for of_layer, gate in zip(logits, gates, strict=True):
+        gate.weight.requires_grad_(not freeze_router)
+        gate.register_forward_hook(lambda gate, args, _, of=of_layer: of.append(args[0].flatten(0, -2) @ gate.weight.T))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0)
     losses, norms, shifts = [], [], []
     old_routers = None
@@ -181,8 +190,10 @@ def train(
         if old_routers is not None:
             shifts.append(router_shift(model, batch, old_routers, active))
         shift = shifts[-1].clamp(min=min_router_shift) if shifts else None
+        for of_layer in logits:
+            of_layer.clear()
         value = batch_loss(model, batch, ref_logprobs, temperature=temperature, shift=shift, **loss)
-        value.backward()
+        (value + auxiliary(logits) if auxiliary else value).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)))
         optimizer.step()
         losses.append(value.item())

@@ -74,18 +74,28 @@ def figures(expected: Reference, batch: TrainBatch) -> dict[str, float]:
     """Of the routers, one layer and expert after another."""
     log_probs = reference.router_log_probs(reference.load_float64(expected.model("qwen3_moe")), batch)
     loads = [[sum(e in chosen for chosen in layer) for e in range(4)] for layer in log_probs.topk(2).indices.transpose(0, 1).tolist()]
-    return {
-        "moe/load_max": max(max(load) / statistics.mean(load) for load in loads),
-        "moe/load_cv": statistics.mean(statistics.pstdev(load) / statistics.mean(load) for load in loads),
-        "moe/dead_experts": sum(load.count(0) for load in loads),
-        "moe/router_entropy": float(-(log_probs.exp() * log_probs).sum(-1).mean()),
+    of_layers = {
+        "load_max": [max(load) / statistics.mean(load) for load in loads],
+        "load_cv": [statistics.pstdev(load) / statistics.mean(load) for load in loads],
+        "dead_experts": [load.count(0) for load in loads],
+        "router_entropy": (-(log_probs.exp() * log_probs).sum(-1).mean(0)).tolist(),
     }
+    worst = max(of_layers["load_max"])
+    return {
+        "moe/load_max": worst,
+        "moe/load_max_layer": of_layers["load_max"].index(worst),
+        "moe/load_cv": statistics.mean(of_layers["load_cv"]),
+        "moe/dead_experts": sum(of_layers["dead_experts"]),
+        "moe/router_entropy": statistics.mean(of_layers["router_entropy"]),
+    } | {f"moe/layer_0{layer}/{name}": value for name, values in of_layers.items() for layer, value in enumerate(values)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_load_and_entropy(ranks: RankPool, expected: Reference, batch: TrainBatch, figures: dict[str, float], layout: str) -> None:
-    world_size, cfg = replaying(expected.model("qwen3_moe"), layout, "none", max_tokens=40, rollout={"routed_experts": False})
+    path, sections = expected.model("qwen3_moe"), {"rollout": {"routed_experts": False}, "megatron": {"moe_per_layer_logging": True}}
+    world_size, cfg = replaying(path, layout, "none", max_tokens=40, **sections)
     assert figures["moe/load_cv"] > 0.05
+    assert figures["moe/load_max_layer"] > 0
     for result in ranks.run(world_size, cases.replay, cfg, batch, 1, 0):
         assert result["compared"] == pytest.approx(figures, rel=1e-6)
 

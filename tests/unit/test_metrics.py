@@ -155,6 +155,18 @@ def test_tensorboard_reads_back_what_was_logged_across_a_resume(tmp_path: Path) 
     crashed.close()
 
 
+def test_a_run_that_goes_back_takes_its_steps_back(tmp_path: Path) -> None:
+    logger = MetricLogger(tmp_path)
+    for step in (1, 2, 3, 4):
+        logger.log(step, {"loss": float(step)})
+    logger.rewind(2)
+    logger.log(3, {"loss": -3.0})
+    logger.close()
+    expected = [(1, 1.0), (2, 2.0), (3, -3.0)]
+    assert scalars(tmp_path, "loss") == expected
+    assert [(line["step"], line["loss"]) for line in json_lines(tmp_path / "metrics.jsonl")] == expected
+
+
 def test_events_stand_beside_the_figures(tmp_path: Path) -> None:
     before = time.time()
     logger = MetricLogger(tmp_path, tensorboard=False)
@@ -278,7 +290,11 @@ EVERYTHING = [
     "policy/kl_ref",
     "rollout/logprob_diff_mean",
     "rollout/k3_kl",
-    "moe/load_balance",
+    "moe/load_max",
+    "moe/dead_experts",
+    "moe/router_entropy",
+    "moe/routing_drift",
+    "moe/z_loss",
     "time/rollout",
     "time/train",
     "time/other",

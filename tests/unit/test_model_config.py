@@ -158,6 +158,13 @@ def test_routing_that_cannot_be_replayed_is_refused(describe: Describe, family: 
 
 def test_rspo_needs_experts(describe: Describe) -> None:
     assert mistake(describe, "qwen3", algorithm={"loss": "rspo"}).startswith("algorithm.loss = 'rspo' but this model has no experts")
+    assert mistake(describe, "qwen3", train={"freeze_router": True}).startswith("train.freeze_router = true but this model has no experts")
+
+
+def test_load_balancing_of_sequences_needs_each_alone(describe: Describe) -> None:
+    table = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.01}
+    transformer = describe(megatron=table, train={"max_tokens_per_microbatch": 1}).transformer
+    assert transformer.moe_router_load_balancing_type == "seq_aux_loss"
 
 
 def test_router_noise_needs_experts(describe: Describe) -> None:
@@ -222,7 +229,10 @@ def test_the_shared_experts_size_is_divided(describe: Describe) -> None:
         ({"num_layers": 2}, ["megatron.num_layers = 2", "config.json already says 4"]),
         ({"calculate_per_token_loss": True}, ["megatron.calculate_per_token_loss = True", "remove it"]),
         ({"variable_seq_lengths": False}, ["megatron.variable_seq_lengths = False", "remove it"]),
-        ({"moe_router_bias_update_rate": 0.001}, ["megatron.moe_router_bias_update_rate = 0.001", "remove it"]),
+        ({"moe_router_bias_update_rate": 0.001}, ["megatron.moe_router_bias_update_rate = 0.001", "no bias", "remove it"]),
+        ({"moe_router_enable_expert_bias": True}, ["TransformerConfig refuses", "sigmoid"]),
+        ({"moe_router_load_balancing_type": "seq_aux_loss"}, ["'seq_aux_loss'", "train.max_tokens_per_microbatch = 1"]),
+        ({"moe_router_load_balancing_type": ["seq_aux_loss"], "moe_aux_loss_coeff": [0.1]}, ["'seq_aux_loss'"]),
         ({"fp8": "hybrid"}, ["megatron.fp8 = 'hybrid'", "Transformer Engine"]),
         ({"gradient_accumulation_fusion": True}, ["megatron.gradient_accumulation_fusion = true", "remove it"]),
         ({"moe_grouped_gemm": True}, ["megatron.moe_grouped_gemm = true", "remove it"]),

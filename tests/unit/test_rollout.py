@@ -605,6 +605,21 @@ def test_generation_runs_ahead_by_the_staleness_and_no_further_than_the_last_ste
     assert collector.state_dict() == stream.state_dict()
 
 
+def test_what_was_generated_ahead_can_be_dropped() -> None:
+    engine = AheadEngine(SCRIPT)
+    stream = PromptStream([Prompt(name, answer="a") for name in SCRIPT], seed=0, shuffle=False)
+    cfg = RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=2, max_staleness=2)
+    collector = Collector(engine, stream, arithmetic_reward, cfg)
+    engine.update_weights([], 0)
+    assert names(collector.collect(steps_left=5).groups) == ["right"]
+    redeemed, wait = [], engine.wait
+    engine.wait = lambda ticket: redeemed.append(ticket[0].prompt.id) or wait(ticket)
+    collector.drop_ahead()
+    assert redeemed == ["wrong", "mixed"]  # nothing of it is left in the engine
+    assert collector.state_dict() == stream.state_dict()
+    assert names(collector.collect(steps_left=2).groups) == ["mixed too"]
+
+
 def test_stale_groups_are_dropped_whole_and_counted() -> None:
     engine = AheadEngine({"old": ["a"], "fresh": ["a"]}, late={"old": 2})
     stream = PromptStream([Prompt("old", answer="a"), Prompt("fresh", answer="a")], seed=0, shuffle=False)

@@ -1,0 +1,157 @@
+"""The collapse detector on synthetic curves: healthy noisy runs, and every kind of collapse."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from megatron_gmpo.config import CollapseConfig, Config
+from megatron_gmpo.metrics.collapse import Collapse, CollapseDetector
+
+Curve = Callable[[int], dict[str, float]]
+STEPS, AT = 120, 61
+"""Length of a run, and the first step that shows its collapse."""
+
+
+def healthy(seed: int, *, answers: int = 256, final_entropy: float = 0.2, final_reward: float = 0.7) -> Curve:
+    """Reward of so many graded answers rises from 0.2, entropy falls from 0.6, gradient norms are log-normal with single spikes."""
+    rng = np.random.default_rng(seed)
+    spikes = rng.choice(np.arange(0, 1000, 5), 20, replace=False)
+
+    def figures(step: int) -> dict[str, float]:
+        progress = min(1.0, step / 80)
+        reward = rng.binomial(answers, 0.2 + (final_reward - 0.2) * progress) / answers
+        entropy = 0.6 * (final_entropy / 0.6) ** progress * rng.lognormal(0, 0.1)
+        spike = 40.0 if step in spikes else 1.0
+        return {"policy/entropy": entropy, "grad_norm": 0.3 * spike * rng.lognormal(0, 0.5), "reward/mean": reward}
+
+    return figures
+
+
+def collapsing(seed: int, name: str, factor: float) -> Curve:
+    """Healthy until one figure is multiplied from step AT on."""
+    before = healthy(seed)
+    return lambda step: {n: x * (factor if n == name and step >= AT else 1) for n, x in before(step).items()}
+
+
+def run(curve: Curve, steps: int = STEPS, **fields) -> list[tuple[int, Collapse]]:
+    """(step, what was found) of a run in which nothing is done about it."""
+    detector = CollapseDetector(CollapseConfig(**fields))
+    found = ((step, detector.update(step, curve(step))) for step in range(1, steps + 1))
+    return [(step, collapse) for step, collapse in found if collapse]
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    answers=st.sampled_from([32, 256, 4096]),
+    final_entropy=st.floats(0.06, 1.2),
+    final_reward=st.floats(0.15, 1.0),
+)
+def test_healthy_noisy_runs_never_fire(seed: int, answers: int, final_entropy: float, final_reward: float) -> None:
+    """Also runs whose entropy falls to a tenth, or rises, and whose reward hardly moves or loses a quarter."""
+    curve = healthy(seed, answers=answers, final_entropy=final_entropy, final_reward=final_reward)
+    assert run(curve, 200) == []
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["policy/entropy", "grad_norm", "reward/mean"]))
+def test_every_collapse_fires_within_a_window_and_once(seed: int, kind: str) -> None:
+    factor = {"policy/entropy": 0.02, "grad_norm": 200.0, "reward/mean": 0.1}[kind]
+    ((step, collapse),) = run(collapsing(seed, kind, factor))
+    cfg = CollapseConfig()
+    assert kind in collapse.reason
+    if kind == "reward/mean":
+        assert AT + cfg.patience <= step <= AT + cfg.window  # most of the running mean must have seen it
+        assert AT - cfg.window < collapse.began <= AT
+    else:
+        assert step in (AT + cfg.patience - 2, AT + cfg.patience - 1)  # a spike of the gradient may come right before
+        assert collapse.began == step - cfg.patience + 1
+
+
+def test_a_figure_that_recovers_may_collapse_again() -> None:
+    base = healthy(0)
+    fallen = {*range(40, 50), *range(70, 72), *range(90, 100)}  # the second is shorter than the patience
+    found = run(lambda step: base(step) | ({"policy/entropy": 1e-4} if step in fallen else {}))
+    assert [(step, collapse.began) for step, collapse in found] == [(42, 40), (92, 90)]
+
+
+def test_an_explosion_does_not_become_the_new_normal() -> None:
+    detector = CollapseDetector(CollapseConfig(patience=30))
+    curve = collapsing(1, "grad_norm", 200.0)
+    found = {step: detector.update(step, curve(step)) for step in range(1, STEPS + 1)}
+    assert [step for step, collapse in found.items() if collapse] == [AT + 29]
+
+
+def test_two_figures_at_once_are_one_collapse_that_began_with_the_earlier() -> None:
+    base = healthy(0)
+    ((step, collapse),) = run(lambda step: base(step) | ({"policy/entropy": 0.0, "grad_norm": 1e3} if step >= AT else {}))
+    assert (step, collapse.began) == (AT + 2, AT)
+    assert "policy/entropy 0 is below" in collapse.reason
+    assert "; grad_norm 1e+03 is above" in collapse.reason
+
+
+def test_steps_that_say_nothing_are_left_out() -> None:
+    """No response tokens: no entropy and no reward; no variance in any group: no gradient."""
+    base = healthy(0)
+    silent = {"policy/entropy": math.nan, "grad_norm": 0.0, "reward/mean": math.nan}
+    assert run(lambda step: silent if step % 3 else base(step), 300) == []
+    assert run(lambda step: silent) == []
+    found = run(lambda step: silent if step % 2 else base(step) | ({"policy/entropy": 1e-4} if step >= AT else {}))
+    assert [step for step, _ in found] == [66]
+
+
+def test_rewards_below_zero() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, 200)
+    steady = [-0.5 + noise[step] for step in range(200)]
+    assert run(lambda step: healthy(0)(step) | {"reward/mean": steady[step]}) == []
+    found = run(lambda step: healthy(0)(step) | {"reward/mean": steady[step] - 0.4 * (step >= AT)})
+    assert len(found) == 1
+
+
+def test_limits_can_be_moved_and_lifted() -> None:
+    for name, factor, lifted in [
+        ("policy/entropy", 0.0, {"entropy_share": 0.0}),
+        ("grad_norm", 1e6, {"grad_norm_factor": math.inf}),
+        ("reward/mean", 0.0, {"reward_drop": math.inf}),
+    ]:
+        assert len(run(collapsing(2, name, factor))) == 1
+        assert run(collapsing(2, name, factor), **lifted) == []
+    assert len(run(collapsing(2, "policy/entropy", 0.2))) == 0
+    assert len(run(collapsing(2, "policy/entropy", 0.2), entropy_floor=0.1)) == 1
+
+
+@pytest.mark.parametrize("at", [5, 30, 62, 65])
+def test_a_resumed_detector_finds_the_same(at: int) -> None:
+    curve = collapsing(3, "reward/mean", 0.1)
+    figures = [curve(step) for step in range(1, STEPS + 1)]
+    whole, broken = CollapseDetector(CollapseConfig()), CollapseDetector(CollapseConfig())
+    expected = [whole.update(step, f) for step, f in enumerate(figures, 1)]
+    found = [broken.update(step, f) for step, f in islice(enumerate(figures, 1), at)]
+    broken.rollbacks = 1
+    state = json.loads(json.dumps(broken.state_dict()))
+    resumed = CollapseDetector(CollapseConfig())
+    resumed.load_state_dict(state)
+    assert resumed.rollbacks == 1
+    assert found + [resumed.update(step, f) for step, f in islice(enumerate(figures, 1), at, None)] == expected
+    assert any(expected)
+
+
+def test_a_rollback_needs_a_checkpoint_to_go_back_to() -> None:
+    def tree(**checkpoint: int) -> dict:
+        return {"collapse": {"action": "rollback", "window": 10, "patience": 3}, "checkpoint": checkpoint}
+
+    with pytest.raises(ValidationError, match=r"checkpoint\.save_interval > 0"):
+        Config.model_validate(tree())
+    with pytest.raises(ValidationError, match=r"checkpoint\.keep_last >= 4"):
+        Config.model_validate(tree(save_interval=5, keep_last=3))
+    Config.model_validate(tree(save_interval=5, keep_last=4))
+    Config.model_validate(tree(save_interval=20))
