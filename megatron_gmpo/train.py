@@ -6,11 +6,14 @@ probabilities before the first update, then make one optimizer step for each min
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import: until then a signal would kill
+    from megatron_gmpo.supervision.signals import listen
+
+    listen()
+
 import logging
 from contextlib import closing, nullcontext
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -22,17 +25,17 @@ from .algorithms.objective import Objective, make_objective
 from .checkpoint import native
 from .config import Config
 from .data.packing import make_train_batch
-from .data.prompts import PromptStream
 from .distributed import barrier, rank, world_size
 from .evaluate import evaluate
-from .metrics.collapse import Collapse, CollapseDetector
-from .metrics.logger import MetricLogger, Timer, cut_after, reduce_metrics
+from .metrics.logger import MetricLogger, Timer, reduce_metrics
 from .metrics.progress import Progress
-from .rollout.collect import Collected, Collector, rollout_figures
+from .rollout.collect import Collected, rollout_figures
 from .rollout.engine import RolloutEngine
 from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
-from .types import CollapseError, Metric, NonFiniteError, SampleGroup, TrainBatch
+from .state import TrainingState
+from .supervision.attempt import Attempt
+from .types import Metric, NonFiniteError, SampleGroup, TrainBatch
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +43,8 @@ WORK = ("rollout", "logprobs", "train", "weight_sync")
 """The phases of a step that throughput counts; evaluation and checkpoints are not in it."""
 
 
-def train(run: Run) -> None:
-    """The whole run, from the newest checkpoint if there is one to ``train.num_steps``; a finished run is left as it is."""
+def train(run: Run, attempt: Attempt) -> None:
+    """Goes on from the newest checkpoint, if there is one, to ``train.num_steps`` or until it is asked to stop."""
     cfg = run.cfg
     objective = make_objective(cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
     clip = make_adaptive_clip(cfg.algorithm, objective)
@@ -51,61 +54,38 @@ def train(run: Run) -> None:
         if rank() == 0:
             print(f"{run.checkpoint} has {step} of {cfg.train.num_steps} steps: nothing to do; to go on raise train.num_steps")
         return
+    attempt.start(run.device, run.checkpoint_bytes)
     with closing_reward(run.reward), closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine:
-        _train(run, objective, clip, engine)
+        _train(run, attempt, objective, clip, engine)
 
 
-def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None) -> None:
-    cfg, step = run.cfg, run.step
-    policy = run.policy()  # while servers start
-    stream = PromptStream(run.prompts, cfg.seed, cfg.data.shuffle) if run.prompts else None
-    detector = CollapseDetector(cfg.collapse)
-
-    def restore(checkpoint: Path) -> dict[str, Any]:
-        """All but the place in the prompts."""
-        nonlocal step, objective
-        state = policy.load(checkpoint)
-        step = state["step"]
-        if clip and state.get("clip"):
-            clip.load_state_dict(state["clip"])
-            objective = clip.applied_to(objective)
-        if state.get("collapse"):
-            detector.load_state_dict(state["collapse"])
-        return state
-
-    if run.checkpoint:
-        state = restore(run.checkpoint)
-        if stream and state["prompts"]:
-            stream.load_state_dict(state["prompts"])
-    policy.scale_lr(cfg.collapse.rollback_lr_scale**detector.rollbacks)
+def _train(run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None) -> None:
+    cfg, num_steps = run.cfg, run.cfg.train.num_steps
+    state = TrainingState(run, objective, clip, engine)  # while servers start
+    policy = state.policy
     run.write_config()
-    transcripts = run.run_dir / "transcripts.jsonl"
-    if rank() == 0:
-        cut_after(transcripts, step)
-
     logger = MetricLogger(
         run.run_dir,
         tensorboard=cfg.log.tensorboard,
         wandb_project=cfg.log.wandb_project,
         config=cfg.model_dump(mode="json"),
-        resume_step=step,
+        resume_step=state.step,
     )
-    if step:
-        logger.event("resume", step=step, checkpoint=str(run.checkpoint))
-    timer = Timer()
-    collector = Collector(engine, stream, run.reward, cfg.rollout) if engine and stream else None
+    if state.step:
+        logger.event("resume", step=state.step, checkpoint=str(run.checkpoint))
+    timer = Timer(attempt.enter)
     routing = run.description.routing if cfg.needs_rollout_routing else None
 
     def rollout() -> Collected:
         if cfg.rollout.replay_path:
-            groups = load_groups(cfg.rollout.replay_path, step)
+            groups = load_groups(cfg.rollout.replay_path, state.step)
             return Collected(groups, rollout_figures(groups))
         assert engine
-        assert collector
+        assert state.collector
         with timer("weight_sync"):
-            engine.update_weights(policy.export_hf(), version=step)
+            engine.update_weights(policy.export_hf(), version=state.step)
         with timer("rollout"):
-            collected = collector.collect(steps_left=cfg.train.num_steps - step)
+            collected = state.collector.collect(steps_left=num_steps - state.step)
             engine.sleep()
         return Collected(collected.groups, collected.metrics | engine.take_metrics())
 
@@ -113,107 +93,72 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
         if not (engine and run.eval_sets):
             return {}
         with timer("evaluation"):
-            engine.update_weights(policy.export_hf(), version=step)
+            engine.update_weights(policy.export_hf(), version=state.step)
             results = evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop)
             engine.sleep()
         return results
 
-    def evaluation_due() -> bool:
-        return step == cfg.train.num_steps or bool(cfg.eval.interval and step % cfg.eval.interval == 0)
-
-    def checkpoint_due() -> bool:
-        final = step == cfg.train.num_steps and cfg.checkpoint.save_final
-        return final or bool(cfg.checkpoint.save_interval and step % cfg.checkpoint.save_interval == 0)
-
     def save() -> None:
         with timer("checkpoint"):
-            state = {
-                "prompts": collector.state_dict() if collector else None,
-                "clip": clip.state_dict() if clip else None,
-                "collapse": detector.state_dict(),
-                "config": cfg.model_dump(mode="json"),
-            }
-            logger.event("checkpoint", step=step, path=str(policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last)))
-
-    def react(collapse: Collapse) -> str:
-        """Does what ``collapse.action`` says, and says what was done."""
-        action, found = cfg.collapse.action, f"step {step}: the policy collapsed: {collapse.reason}"
-        logger.event("collapse", step=step, began=collapse.began, reason=collapse.reason, action=action)
-        if action == "warn":
-            return f"warning: {found}"
-        # the figures of a step are of the weights that the step before left
-        good = native.checkpoint_before(run.checkpoint_dir, collapse.began - 1)
-        found += f"; the newest checkpoint from before is {good}" if good else "; there is no checkpoint from before"
-        if action == "stop" or good is None or detector.rollbacks == cfg.collapse.max_rollbacks:
-            raise CollapseError(f"{found}; rollbacks so far: {detector.rollbacks}")
-        roll_back(good)
-        return f"{found}: rolled back to it"
-
-    def roll_back(checkpoint: Path) -> None:
-        """With a smaller learning rate and other prompts, or the same would happen again. The checkpoint is written anew: it remembers."""
-        rollbacks, came_from = detector.rollbacks + 1, step
-        restore(checkpoint)
-        detector.rollbacks = rollbacks
-        policy.scale_lr(cfg.collapse.rollback_lr_scale**rollbacks)
-        if collector:
-            collector.drop_ahead()
-        save()
-        native.drop_after(run.checkpoint_dir, step)
-        logger.rewind(step)
-        if rank() == 0:
-            cut_after(transcripts, step)
-        logger.event("rollback", step=step, from_step=came_from, rollbacks=rollbacks)
+            state.save(logger)
 
     log.info(_headline(run, objective.description))
     minibatch: TrainBatch | None = None
-    with Progress(cfg.train.num_steps, done=step, enabled=cfg.log.progress) as progress:
+    with Progress(num_steps, done=state.step, enabled=cfg.log.progress) as progress:
         try:
-            if step == 0 and cfg.eval.before and (before := evaluation()):
+            if state.step == 0 and cfg.eval.before and (before := evaluation()):
                 progress.note(_results("before training", logger.log(0, before)))
             timer.take()
 
-            while step < cfg.train.num_steps:
+            while state.step < num_steps and not attempt.stops(state.step):
                 collected = rollout()
                 advantages = group_advantages(collected.groups, cfg.algorithm.advantage)
                 batch = make_train_batch(collected.groups, advantages, routing)
                 with timer("logprobs"):
                     logger.add(policy.set_old_logprobs(batch))
                     logger.add(correct(batch, cfg.algorithm))
-                    if objective.kl_coef:
+                    if state.objective.kl_coef:
                         batch.ref_logprobs = policy.reference_logprobs(batch)
                 updates: list[dict[str, Metric]] = []
                 with timer("train"):
                     for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each
-                        updates.append(policy.train_step(minibatch, objective))
+                        updates.append(policy.train_step(minibatch, state.objective))
                 learned = reduce_metrics(updates)
-                logger.add(learned | {"policy/clip_low": objective.clip_low, "policy/clip_high": objective.clip_high})
-                if clip:
-                    clip.update(learned)
-                    objective = clip.applied_to(objective)
-                step += 1
+                logger.add(learned | {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high})
+                state.adapt_clip(learned)
+                state.step += 1
 
                 logger.add(collected.metrics | rollout_mismatch(batch))
-                results = evaluation() if evaluation_due() else {}
+                results = evaluation() if _due(cfg.eval.interval, state.step) or state.step == num_steps else {}
                 spent = timer.take()
                 logger.add({"throughput/tokens_per_second": len(batch.tokens) / sum(spent.get(f"time/{name}", 0) for name in WORK)} | spent)
-                _write_rollouts(run, step, collected.groups, transcripts)
-                figures = logger.log(step, results)
-                progress.update(step, figures)
+                _write_rollouts(run, state.step, collected.groups)
+                figures = logger.log(state.step, results)
+                progress.update(state.step, figures)
                 if results:
-                    progress.note(_results(f"after step {step}", results))
-                collapse = detector.update(step, figures)
-                if checkpoint_due():  # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
+                    progress.note(_results(f"after step {state.step}", results))
+                collapse = state.find_collapse(figures)
+                # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
+                if _due(cfg.checkpoint.save_interval, state.step) or (state.step == num_steps and cfg.checkpoint.save_final):
                     save()
                 if collapse:
-                    progress.note(react(collapse))
+                    progress.note(state.react(collapse, logger))
+            if state.step < num_steps:  # asked to stop
+                if state.saved_step != state.step:
+                    save()
+                attempt.saved(state.step)
         except NonFiniteError as error:
-            raise _stopped(error, step + 1, minibatch, run, logger) from None
+            raise _stopped(error, state.step + 1, minibatch, run, logger) from None
         barrier()
     logger.close()
 
 
-def _write_rollouts(run: Run, step: int, groups: list[SampleGroup], transcripts: Path) -> None:
-    append_transcripts(transcripts, step, groups, run.cfg.log.transcripts_per_step)
+def _due(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _write_rollouts(run: Run, step: int, groups: list[SampleGroup]) -> None:
+    append_transcripts(run.transcripts, step, groups, run.cfg.log.transcripts_per_step)
     if run.cfg.rollout.save_path:
         save_groups(run.cfg.rollout.save_path, step - 1, groups)
 
@@ -245,7 +190,8 @@ def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch | None, run
 
 
 def main(cfg: Config) -> None:
-    train(prepare(cfg, train=True))
+    with Attempt(cfg) as attempt:
+        train(prepare(cfg, train=True), attempt)
 
 
 if __name__ == "__main__":

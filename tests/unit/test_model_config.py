@@ -169,7 +169,7 @@ def test_load_balancing_of_sequences_needs_each_alone(describe: Describe) -> Non
 
 def test_router_noise_needs_experts(describe: Describe) -> None:
     message = mistake(describe, "qwen3", rollout={"router_noise": 0.5})
-    assert message == "rollout.router_noise = 0.5 but this model has no experts: set it to 0"
+    assert message == "rollout.router_noise = 0.5 but this model has no experts: change it"
 
 
 def test_megatron_fields_pass_through(describe: Describe) -> None:

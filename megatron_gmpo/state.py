@@ -1,0 +1,119 @@
+"""What a run carries from step to step, saved, restored and rolled back as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .algorithms.adaptive_clip import AdaptiveClip
+from .algorithms.objective import Objective
+from .checkpoint import native
+from .data.prompts import PromptStream
+from .distributed import rank
+from .metrics.collapse import Collapse, CollapseDetector
+from .metrics.logger import MetricLogger, cut_after
+from .rollout.collect import Collector
+from .rollout.engine import RolloutEngine
+from .run import Run
+from .types import CollapseError, Metric
+
+
+class TrainingState:
+    """A new run's state, or that of the run folder's newest checkpoint. Collective.
+
+    Attributes:
+        step: steps taken.
+        policy: with its optimizer.
+        objective: with the clips of this step.
+        collector: draws from the stream of prompts; None when saved rollouts are replayed.
+        saved_step: steps taken when it was last saved.
+    """
+
+    def __init__(self, run: Run, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None) -> None:
+        self._run, self._cfg = run, run.cfg
+        self.step = self.saved_step = 0
+        self.objective = objective
+        self.policy = run.policy()
+        self._clip = clip
+        self._detector = CollapseDetector(run.cfg.collapse)
+        stream = PromptStream(run.prompts, run.cfg.seed, run.cfg.data.shuffle) if run.prompts else None
+        if run.checkpoint:
+            saved = self._restore(run.checkpoint)
+            if stream and saved["prompts"]:
+                stream.load_state_dict(saved["prompts"])
+        self.collector = Collector(engine, stream, run.reward, run.cfg.rollout) if engine and stream else None
+        self._scale_lr()
+        self._cut_transcripts()
+
+    def save(self, logger: MetricLogger) -> None:
+        """A checkpoint of everything, in ``run.checkpoint_dir``."""
+        state = {
+            "prompts": self.collector.state_dict() if self.collector else None,
+            "clip": self._clip.state_dict() if self._clip else None,
+            "collapse": self._detector.state_dict(),
+            "config": self._cfg.model_dump(mode="json"),
+        }
+        path = self.policy.save(self._run.checkpoint_dir, self.step, state, self._cfg.checkpoint.keep_last)
+        self.saved_step = self.step
+        logger.event("checkpoint", step=self.step, path=str(path))
+
+    def adapt_clip(self, learned: Mapping[str, Metric]) -> None:
+        """The objective's clips for the next step, from the metrics of this one; they stay unless ``algorithm.clip`` is ``adaptive``."""
+        if self._clip:
+            self._clip.update(learned)
+            self.objective = self._clip.applied_to(self.objective)
+
+    def find_collapse(self, figures: Mapping[str, float]) -> Collapse | None:
+        """See ``CollapseDetector.update``."""
+        return self._detector.update(self.step, figures)
+
+    def react(self, collapse: Collapse, logger: MetricLogger) -> str:
+        """Does what ``collapse.action`` says, and says what was done.
+
+        Raises:
+            CollapseError: the run is to stop, or nothing is left that it could go back to.
+        """
+        action, found = self._cfg.collapse.action, f"step {self.step}: the policy collapsed: {collapse.reason}"
+        logger.event("collapse", step=self.step, began=collapse.began, reason=collapse.reason, action=action)
+        if action == "warn":
+            return f"warning: {found}"
+        # the figures of a step are of the weights that the step before left
+        good = native.checkpoint_before(self._run.checkpoint_dir, collapse.began - 1)
+        found += f"; the newest checkpoint from before is {good}" if good else "; there is no checkpoint from before"
+        if action == "stop" or good is None or self._detector.rollbacks == self._cfg.collapse.max_rollbacks:
+            raise CollapseError(f"{found}; rollbacks so far: {self._detector.rollbacks}")
+        self._roll_back(good, logger)
+        return f"{found}: rolled back to it"
+
+    def _roll_back(self, checkpoint: Path, logger: MetricLogger) -> None:
+        """With a smaller learning rate and other prompts, or the same would happen again. The checkpoint is written anew: it remembers."""
+        rollbacks, came_from = self._detector.rollbacks + 1, self.step
+        self._restore(checkpoint)
+        self._detector.rollbacks = rollbacks
+        self._scale_lr()
+        if self.collector:
+            self.collector.drop_ahead()
+        self.save(logger)
+        native.drop_after(self._run.checkpoint_dir, self.step)
+        logger.rewind(self.step)
+        self._cut_transcripts()
+        logger.event("rollback", step=self.step, from_step=came_from, rollbacks=rollbacks)
+
+    def _restore(self, checkpoint: Path) -> dict[str, Any]:
+        """All but the place in the prompts."""
+        saved = self.policy.load(checkpoint)
+        self.step = self.saved_step = saved["step"]
+        if self._clip and saved.get("clip"):
+            self._clip.load_state_dict(saved["clip"])
+            self.objective = self._clip.applied_to(self.objective)
+        if saved.get("collapse"):
+            self._detector.load_state_dict(saved["collapse"])
+        return saved
+
+    def _scale_lr(self) -> None:
+        self.policy.scale_lr(self._cfg.collapse.rollback_lr_scale**self._detector.rollbacks)
+
+    def _cut_transcripts(self) -> None:
+        if rank() == 0:
+            cut_after(self._run.transcripts, self.step)
