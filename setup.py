@@ -27,6 +27,7 @@ setup(
         "numpy>=2.0",
         "pandas>=2.2",
         "pebble>=5.1",
+        "pillow>=10",
         "psutil>=6.0",  # without it Megatron's checkpoint writer dies and the save waits for ever
         "pydantic>=2.12",
         "rich>=13.9",

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..config import load_config
-from ..types import InputError
+from ..types import Exit, InputError
 from .study import Trial, flatten
 
 POLL_S = 0.5
@@ -132,7 +132,7 @@ class _Running:
         else:
             last = _last_lines(self.trial.folder / LOG)
             errors = [line.removeprefix("error: ") for line in last if line.startswith("error: ")]
-            outcome = "stopped" if code == 1 and errors else "failed"
+            outcome = "stopped" if code in (Exit.FAILED, Exit.COLLAPSED) and errors else "failed"
             reason = errors[-1] if errors else f"exit code {code}: {last[-1] if last else 'no output'}"
         versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
         record = Record(

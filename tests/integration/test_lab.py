@@ -1,0 +1,100 @@
+"""A study from its command line: interrupted, continued, with an arm that stops by itself, and reported on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tools import arithmetic
+
+from .commands import ROOT, error_lines
+
+STUDY = """
+title = "Two losses & a mistake"
+base = "{base}"
+seeds = [0]
+baseline = "grpo"
+
+[overrides]
+model.path = "{model}"
+data.path = "{problems}/train.jsonl"
+eval.sets.heldout.path = "{problems}/heldout.jsonl"
+eval.sets.heldout.max_prompts = 4
+train.num_steps = 2
+train.minibatches_per_step = 2
+rollout.prompts_per_step = 2
+rollout.samples_per_prompt = 2
+log.tensorboard = false
+checkpoint.save_final = false
+
+[arms.grpo]
+algorithm.loss = "grpo"
+
+[arms.gmpo]
+algorithm.loss = "gmpo"
+
+[arms.broken]
+optimizer.lr = 1e30
+"""
+TIMEOUT_S = 240
+
+
+def lab(folder: Path, *argv: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "megatron_gmpo.lab", "study.toml", "--cores", "1", *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    arithmetic.main(tmp_path / "problems")
+    model = tiny_model("qwen3_moe", num_layers=1)
+    names = {"base": ROOT / "examples/moe/tiny_cpu.toml", "model": model, "problems": tmp_path / "problems"}
+    (tmp_path / "study.toml").write_text(STUDY.format(**names))
+    runs = tmp_path / "runs/studies/study"
+
+    first = lab(tmp_path)
+    record = runs / "grpo/seed_0/trial.json"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (record.exists() and (runs / "gmpo/seed_0/log.txt").exists()):
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline, "the first trial did not end"
+        time.sleep(0.2)  # until the second trial runs
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=TIMEOUT_S)
+    assert first.returncode == 130
+    assert error_lines(errors) == ["error: interrupted; the same command goes on"]
+    assert not (runs / "gmpo/seed_0/trial.json").exists()
+
+    finished = record.read_bytes()
+    second = lab(tmp_path)
+    page, errors = second.communicate(timeout=TIMEOUT_S)
+    assert second.returncode == 0, errors
+    assert record.read_bytes() == finished  # not run again
+    assert "study: 2 of 3 trials to run" in errors
+
+    report = tmp_path / page.strip()
+    html = report.read_text()
+    assert "Two losses &amp; a mistake" in html
+    assert 'src="http' not in html
+    numbers = json.loads((report.parent / "numbers.json").read_text())
+    assert {trial["arm"]: trial["outcome"] for trial in numbers["trials"]} == {"grpo": "finished", "gmpo": "finished", "broken": "stopped"}
+    assert "step 1:" in next(trial["reason"] for trial in numbers["trials"] if trial["arm"] == "broken")
+    for arm in ("grpo", "gmpo"):
+        logged = [json.loads(line) for line in (runs / arm / "seed_0/metrics.jsonl").read_text().splitlines()]
+        rewards = [record["reward/mean"] for record in logged if record["step"]]
+        assert numbers["curves"]["reward/mean"][arm]["mean"] == pytest.approx(rewards, rel=1e-3)
+    assert (report.parent / "reward.png").stat().st_size > 1000
+
+    third = lab(tmp_path, "--report", "--only", "gmpoo")
+    _, errors = third.communicate(timeout=TIMEOUT_S)
+    assert third.returncode == 2
+    assert error_lines(errors) == ["error: --only gmpoo: the study has no such arm, did you mean 'gmpo'?"]

@@ -1,0 +1,153 @@
+"""The lab's studies and statistics; the t quantiles are those of printed tables."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+
+from megatron_gmpo.lab.results import POINTS, Measure, curve
+from megatron_gmpo.lab.statistics import estimate, paired_difference, t_quantile
+from megatron_gmpo.lab.study import Study, load_study
+from megatron_gmpo.lab.trials import Record, unfinished
+from megatron_gmpo.types import InputError
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "examples/moe/stability").glob("*.toml"))
+
+FILE = {
+    "title": "Two losses",
+    "base": str(ROOT / "examples/moe/tiny_cpu.toml"),
+    "seeds": [3, 4],
+    "baseline": "grpo",
+    "overrides": {"train.minibatches_per_step": 2},
+    "arms": {"gmpo": {"label": "GMPO", "algorithm.loss": "gmpo"}, "grpo": {"algorithm": {"loss": "grpo"}}},
+    "grid": {"lr": {"small": {"optimizer.lr": 1e-4}, "large": {"optimizer.lr": 1e-3}}},
+}
+
+
+def study(folder: Path, **changes: object) -> Study:
+    path = folder / "two_losses.toml"
+    path.write_text(tomli_w.dumps(FILE | changes))
+    return load_study(path)
+
+
+@pytest.mark.parametrize(("degrees", "expected"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)])
+def test_t_quantile(degrees: int, expected: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(expected, abs=6e-4)
+
+
+def test_estimate() -> None:
+    found = estimate([1.0, 2.0, 3.0, 4.0])
+    assert found
+    assert (found.mean, found.n) == (2.5, 4)
+    assert found.half == pytest.approx(3.18245 * math.sqrt(5 / 3) / 2, rel=1e-4)
+    assert found.sign == 1
+    one = estimate([7.0])
+    assert one
+    assert one.half == math.inf
+    assert one.sign == 0
+    assert estimate([]) is None
+
+
+def test_paired_difference_drops_what_the_seeds_share() -> None:
+    baseline = {0: 0.1, 1: 0.9, 2: 0.5, 9: 100.0}
+    found = paired_difference({0: 0.2, 1: 1.0, 2: 0.61}, baseline)
+    assert found
+    assert found.n == 3
+    assert found.mean == pytest.approx(0.31 / 3)
+    assert found.sign == 1  # though the values themselves scatter far more
+
+
+def test_curve_is_the_mean_over_seeds_in_each_share_of_the_steps() -> None:
+    steps = np.arange(1.0, 101.0)
+    runs = [{"x": (steps, np.sin(steps) + shift)} for shift in (0.0, 1.0)]
+    found = curve(runs, "x")
+    assert found
+    assert len(found.steps) == POINTS
+    first = np.array_split(steps, POINTS)[0]
+    assert found.steps[0] == first.mean()
+    assert found.mean[0] == pytest.approx(np.sin(first).mean() + 0.5)
+    assert found.high[0] - found.mean[0] == pytest.approx(12.706 * math.sqrt(0.5) / math.sqrt(2), rel=1e-4)
+    assert curve(runs, "y") is None
+
+
+def test_a_run_that_ended_early_counts_in_the_steps_it_has() -> None:
+    found = curve([{"x": (np.arange(3.0), np.ones(3))}, {"x": (np.arange(2.0), np.zeros(2))}], "x")
+    assert found
+    assert found.mean.tolist() == [0.5, 0.5, 1.0]
+    assert np.isnan(found.high[2])
+
+
+def test_measures() -> None:
+    series = {"x": (np.arange(20.0), np.concatenate([[50.0], np.arange(1.0, 20.0)]))}
+    assert {kind: Measure("", "x", kind).of(series) for kind in ("last", "best", "tail")} == {"last": 19.0, "best": 50.0, "tail": 14.5}
+    assert Measure("", "y", "last").of(series) is None
+
+
+def test_the_grid_has_every_combination(tmp_path: Path) -> None:
+    found = study(tmp_path)
+    assert [(arm.name, arm.label, arm.baseline) for arm in found.arms] == [
+        ("gmpo-small", "GMPO, small", "grpo-small"),
+        ("gmpo-large", "GMPO, large", "grpo-large"),
+        ("grpo-small", "grpo, small", "grpo-small"),
+        ("grpo-large", "grpo, large", "grpo-large"),
+    ]
+    assert len(found.trials) == 8
+    last = found.trials[-1]
+    assert (last.arm.name, last.seed) == ("grpo-large", 4)
+    assert (last.cfg.algorithm.loss, last.cfg.optimizer.lr, last.cfg.seed, last.cfg.train.minibatches_per_step) == ("grpo", 1e-3, 4, 2)
+    assert last.cfg.run_dir == "runs/studies/two_losses/grpo-large/seed_4"
+    assert [trial.arm.name for trial in found.choose(["gmpo-small"], [4])] == ["gmpo-small"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"baselin": "grpo"}, "unknown config key 'baselin': did you mean 'baseline'?"),
+        ({"baseline": "gspo"}, "baseline = 'gspo' is no arm: choose one of ['gmpo', 'grpo']"),
+        ({"seeds": [1, 1]}, "seeds = [1, 1] names a seed twice"),
+        ({"overrides": {"seed": 3}}, "arm 'gmpo-small': seed is set by the lab, leave it out"),
+        ({"overrides": {"optimizer.lrr": 3}}, "arm 'gmpo-small': unknown config key 'optimizer.lrr': did you mean 'optimizer.lr'?"),
+        ({"grid": {"n": {"a": {}, "b": {"train.num_steps": 7}}}}, "arm 'gmpo-b': train.num_steps = 7 where 'gmpo-a' has 150: arms are"),
+        ({"arms": {"grpo": {}, "g/h": {}}}, "'g/h' becomes a part of a folder's name"),
+    ],
+)
+def test_a_wrong_study_is_refused(changes: dict[str, object], line: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        study(tmp_path, **changes)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_arms_and_seeds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such arm, did you mean 'gmpo-small'"):
+        study(tmp_path).choose(["gmpo-smal"], [])
+    with pytest.raises(InputError, match=r"--seeds 5: the study's seeds are \[3, 4\]"):
+        study(tmp_path).choose([], [5])
+
+
+def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = study(tmp_path)
+    for trial, outcome in zip(found.trials, ("finished", "stopped", "failed"), strict=False):
+        trial.folder.mkdir(parents=True)
+        (trial.folder / "config.toml").write_text(tomli_w.dumps(trial.cfg.model_dump(mode="json", exclude_none=True)))
+        record = Record.model_validate({"outcome": outcome, "seconds": 1, "started": "", "machine": "", "versions": {}})
+        (trial.folder / "trial.json").write_text(record.model_dump_json())
+    assert unfinished(found.trials) == list(found.trials[2:])
+    other = study(tmp_path, overrides={"train.minibatches_per_step": 4})
+    with pytest.raises(InputError, match=r"was run with train\.minibatches_per_step = 2, the study says 4: remove"):
+        unfinished(other.trials)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_are_valid(path: Path) -> None:
+    assert load_study(path).trials
+
+
+def test_the_comparison_with_grpo_has_five_seeds() -> None:
+    assert len(load_study(ROOT / "examples/moe/stability/gmpo_vs_grpo.toml").file.seeds) >= 5
