@@ -29,7 +29,7 @@ CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptRecord:
     """
     Attributes:
         attempt: number within the job, from 1.
@@ -67,7 +67,7 @@ def begin(argv: list[str]) -> None:
     if reason := why_no_more(ours, step):
         _write(run_dir, attempts)
         raise RunError(reason)
-    _write(run_dir, [*attempts, Attempt(len(ours) + 1, job, time.time(), step)])
+    _write(run_dir, [*attempts, AttemptRecord(len(ours) + 1, job, time.time(), step)])
     if ours:
         append_event(run_dir, "restart", attempt=len(ours) + 1, step=step, reason=ours[-1].reason)
     (run_dir / "servers.json").unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def end(run_dir: Path, status: int) -> Exit:
     return code
 
 
-def why_no_more(attempts: Sequence[Attempt], step: int) -> str:
+def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
     """Why a job with these attempts behind it must not make another, or nothing.
 
     Args:
@@ -140,16 +140,16 @@ def checkpoint_step(run_dir: Path) -> int:
         return 0
 
 
-def read_attempts(run_dir: Path) -> list[Attempt]:
+def read_attempts(run_dir: Path) -> list[AttemptRecord]:
     """All attempts at a run, of all jobs, oldest first."""
     try:
         lines = (run_dir / RESTARTS).read_text().splitlines()
     except FileNotFoundError:
         return []
-    return [Attempt(**json.loads(line)) for line in lines]
+    return [AttemptRecord(**json.loads(line)) for line in lines]
 
 
-def _concluded(run_dir: Path, attempt: Attempt, otherwise: str) -> Attempt:
+def _concluded(run_dir: Path, attempt: AttemptRecord, otherwise: str) -> AttemptRecord:
     """With what ``outcome.json`` says, if that is of this attempt, or else a reason and no code."""
     outcome = read_outcome(run_dir)
     if outcome is None or outcome.time < attempt.start:
@@ -157,7 +157,7 @@ def _concluded(run_dir: Path, attempt: Attempt, otherwise: str) -> Attempt:
     return replace(attempt, code=outcome.code, reason=outcome.reason)
 
 
-def _write(run_dir: Path, attempts: list[Attempt]) -> None:
+def _write(run_dir: Path, attempts: list[AttemptRecord]) -> None:
     aside = run_dir / f"{RESTARTS}.tmp"
     aside.write_text("".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
     aside.replace(run_dir / RESTARTS)

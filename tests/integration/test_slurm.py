@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tools import arithmetic
-from tools.attempt import Attempt, checkpoint_step, read_attempts
+from tools.attempt import AttemptRecord, checkpoint_step, read_attempts
 
 from .commands import json_lines, options
 from .sglang_servers import PYTHON, needs_sglang
@@ -47,12 +47,11 @@ class Job:
 
     def wait_for_progress(self) -> None:
         """Until the attempt that runs has saved a checkpoint of its own."""
-        before = len(self.attempts) - 1
 
         def progress() -> bool:
             assert self.cluster.state(self.id) not in ENDED, "the job has ended"
-            attempts = self.attempts
-            return len(attempts) > before and attempts[-1].code is None and checkpoint_step(self.run_dir) > attempts[-1].checkpoint_step
+            last = self.attempts[-1:]
+            return any(attempt.code is None and checkpoint_step(self.run_dir) > attempt.checkpoint_step for attempt in last)
 
         self._or_log(lambda: self.cluster.until(progress, _LIMIT_S))
 
@@ -60,15 +59,15 @@ class Job:
         self._or_log(lambda: self.cluster.until(lambda: len(self.attempts) >= number, _LIMIT_S))
 
     @property
-    def attempts(self) -> list[Attempt]:
+    def attempts(self) -> list[AttemptRecord]:
         return read_attempts(self.run_dir)
 
     def _or_log(self, wait: Callable[[], Any]) -> Any:
         try:
             return wait()
         except Exception:
-            for file in (self.log, *sorted((self.run_dir / "logs").glob("*")), *self.run_dir.glob("outcome.json")):
-                print(f"--- {file.name}\n{file.read_text(errors='replace')[-6000:]}")
+            for file in (self.log, *sorted((self.run_dir / "logs").glob("*")), self.run_dir / "outcome.json"):
+                print(f"--- {file.name}\n{file.read_text(errors='replace')[-6000:] if file.exists() else 'is not there'}")
             print(self.cluster.run("squeue", "--all", check=False))
             raise
 
@@ -132,7 +131,6 @@ def test_trains_on_two_nodes(undisturbed: Job) -> None:
     assert "2 nodes with 1 ranks each" in log
     assert f"done: {STEPS} steps are saved" in log
     assert [line["step"] for line in json_lines(undisturbed.run_dir / "metrics.jsonl")] == list(range(1, STEPS + 1))
-    assert "on 2 ranks" in (undisturbed.run_dir / "logs" / "trainer-0.log").read_text()
     beats = [json.loads(file.read_text()) for file in sorted((undisturbed.run_dir / "heartbeats").glob("*.json"))]
     assert [(beat["rank"], beat["node"]) for beat in beats] == [(0, "node1"), (1, "node2")]  # ranks follow the nodes
     (attempt,) = undisturbed.attempts
