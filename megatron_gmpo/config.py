@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .types import InputError
+from .types import Exit, InputError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -91,6 +91,9 @@ class RolloutConfig(_Section):
     server_urls: tuple[str, ...] = ()
     """Running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]; their keys come from the environment variables
     SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
+    servers_file: str = ""
+    """A file that will name running SGLang servers, servers.json of the job that starts them; waited for as long as a server may take
+    to start. Their keys stand beside it in server_keys.json."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
     """``colocated``: the servers share the trainer's devices, and give their memory back while it trains."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
@@ -123,11 +126,13 @@ class RolloutConfig(_Section):
     @model_validator(mode="after")
     def _only_servers_are_asynchronous(self) -> RolloutConfig:
         if self.engine == "embedded":
-            for field in ("server_urls", "max_staleness"):
+            for field in ("server_urls", "servers_file", "max_staleness"):
                 if value := getattr(self, field):
                     raise ValueError(f"{field} = {value!r} needs engine = 'sglang'")
             if self.placement == "colocated":
                 raise ValueError("placement = 'colocated' needs engine = 'sglang'")
+        if self.server_urls and self.servers_file:
+            raise ValueError(f"servers_file = {self.servers_file!r} and server_urls both name servers: leave one out")
         if len(set(self.server_urls)) < len(self.server_urls):
             raise ValueError(f"server_urls = {list(self.server_urls)} names a server twice")
         if self.placement == "colocated" and self.max_staleness:
@@ -313,6 +318,28 @@ class CheckpointConfig(_Section):
     """Save after the last step."""
 
 
+class SupervisionConfig(_Section):
+    heartbeat_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    """How often each rank writes what it does to heartbeats/ in run_dir."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """A rank that stays in one phase of a step for longer dumps its stacks and ends the run with exit code 86. Longer than the longest
+    phase takes, and not longer than ``distributed_timeout_s``, or the ranks that wait for it give up first."""
+    stop_margin_s: NonNegative = 60.0
+    """Another step starts only when this is left of the job's time limit besides the longest of the last steps and saves."""
+    node_check: bool | None = None
+    """Check every node before training. None means: when there is more than one."""
+    min_free_memory_gb: NonNegative = 1.0
+    """Memory that the node check wants available on each node."""
+    min_free_disk_gb: NonNegative | None = None
+    """Space that the node check wants for run_dir; None means room for one checkpoint."""
+
+    @model_validator(mode="after")
+    def _several_heartbeats_before_a_hang(self) -> SupervisionConfig:
+        if self.hang_timeout_s < 4 * self.heartbeat_interval_s:
+            raise ValueError(f"hang_timeout_s = {self.hang_timeout_s:g} is less than four heartbeat_interval_s: choose a larger one")
+        return self
+
+
 class LogConfig(_Section):
     tensorboard: bool = True
     wandb_project: str = ""
@@ -344,6 +371,7 @@ class Config(_Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="after")
     def _adaptive_clip_has_something_to_clip(self) -> Config:
@@ -394,7 +422,7 @@ ALONE_S = 10.0
 """Seconds after which a rank that has to stop, in a job that goes on, takes the reason to be its own."""
 
 
-def exit_with_one_line(error: Exception, code: int = 2) -> NoReturn:
+def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn:
     """Ends the process with ``code`` and one line, which the first rank of a job prints for all.
 
     The exit of one rank makes torchrun kill the others. So the others let the first go first; where it does not, because the trouble is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -34,7 +35,7 @@ from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups
 from .rollout.sglang import check_servers, start_sglang
-from .types import InputError, NonFiniteError, Prompt, ServerError
+from .types import Exit, InputError, Prompt, RunError, StopRequest
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Run:
     Attributes:
         checkpoint: the newest one in the run folder, to go on from, or None.
         step: steps taken when it was written, 0 without one.
+        checkpoint_bytes: about what one takes on the disk.
         prompts: training problems; empty when saved rollouts are replayed.
         eval_sets: benchmarks by name.
     """
@@ -57,6 +59,7 @@ class Run:
     prompts: list[Prompt]
     checkpoint: Path | None
     step: int
+    checkpoint_bytes: int
 
     @property
     def run_dir(self) -> Path:
@@ -110,7 +113,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     device = choose_device(cfg.device)
     prepare_megatron(device)
     description = describe_model(cfg, int(os.environ.get("WORLD_SIZE", "1")), device)
-    SafetensorsFolder(cfg.model.path)
+    weights = SafetensorsFolder(cfg.model.path)
     identity = native.model_identity(description.hf, cfg.model.dtype)
     if cfg.model.reference_path:
         reference = read_hf_config(cfg.model.reference_path, "model.reference_path")
@@ -136,22 +139,28 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
     elif train:
         prompts = load_prompts(cfg.data, tokenizer)
-    return Run(cfg, device, description, tokenizer, resolve_reward(cfg.reward), eval_sets, prompts, checkpoint, step)
+    reward = resolve_reward(cfg.reward)
+    checkpoint_bytes = native.size_of(sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype])
+    return Run(cfg, device, description, tokenizer, reward, eval_sets, prompts, checkpoint, step, checkpoint_bytes)
 
 
 def start_command(command: Callable[[Config], None]) -> None:
-    """Runs a command line's function on the config of ``sys.argv``: exit code 2 and one line for bad input, 1 for a run gone wrong."""
+    """Runs a command line's function on the config of ``sys.argv``: one line for a ``RunError``, with its exit code."""
     _keep_children_light()
     _set_up_messages()
+    code = Exit.DONE
     try:
         command(load_config(sys.argv[1:]))
-    except InputError as error:
-        exit_with_one_line(error)
-    except (NonFiniteError, ServerError) as error:
-        exit_with_one_line(error, code=1)
+    except StopRequest as stop:  # of every rank, each of which has done its part
+        code = stop.exit
+        if rank() == 0:
+            print(stop, file=sys.stderr, flush=True)
+    except RunError as error:
+        exit_with_one_line(error, error.exit)
     # not after an error: the other ranks may stand in a collective, and NCCL would wait for them
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(code)
 
 
 def _set_up_messages() -> None:

@@ -6,6 +6,11 @@ probabilities before the first update, then make one optimizer step for each min
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import: until then a signal would kill
+    from megatron_gmpo.supervision.signals import listen
+
+    listen()
+
 import logging
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -30,6 +35,7 @@ from .rollout.collect import Collected, Collector, rollout_figures
 from .rollout.engine import RolloutEngine
 from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
+from .supervision.attempt import Attempt
 from .types import Metric, NonFiniteError, SampleGroup, TrainBatch
 
 log = logging.getLogger(__name__)
@@ -38,8 +44,8 @@ WORK = ("rollout", "logprobs", "train", "weight_sync")
 """The phases of a step that throughput counts; evaluation and checkpoints are not in it."""
 
 
-def train(run: Run) -> None:
-    """The whole run, from the newest checkpoint if there is one to ``train.num_steps``; a finished run is left as it is."""
+def train(run: Run, attempt: Attempt) -> None:
+    """The run from its newest checkpoint, if there is one, to ``train.num_steps`` or until it is asked to stop; a finished one is left alone."""
     cfg = run.cfg
     objective = make_objective(cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
     clip = make_adaptive_clip(cfg.algorithm, objective)
@@ -49,11 +55,12 @@ def train(run: Run) -> None:
         if rank() == 0:
             print(f"{run.checkpoint} has {step} of {cfg.train.num_steps} steps: nothing to do; to go on raise train.num_steps")
         return
+    attempt.start(run.device, run.checkpoint_bytes)
     with closing_reward(run.reward), closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine:
-        _train(run, objective, clip, engine)
+        _train(run, attempt, objective, clip, engine)
 
 
-def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None) -> None:
+def _train(run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None) -> None:
     cfg, step = run.cfg, run.step
     policy = run.policy()  # while servers start
     stream = PromptStream(run.prompts, cfg.seed, cfg.data.shuffle) if run.prompts else None
@@ -79,7 +86,7 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
     )
     if step:
         logger.event("resume", step=step, checkpoint=str(run.checkpoint))
-    timer = Timer()
+    timer = Timer(attempt.enter)
     collector = Collector(engine, stream, run.reward, cfg.rollout) if engine and stream else None
     routing = run.description.routing if cfg.needs_rollout_routing else None
 
@@ -112,6 +119,16 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
         final = step == cfg.train.num_steps and cfg.checkpoint.save_final
         return final or bool(cfg.checkpoint.save_interval and step % cfg.checkpoint.save_interval == 0)
 
+    def save() -> None:
+        with timer("checkpoint"):
+            state = {
+                "prompts": collector.state_dict() if collector else None,
+                "clip": clip.state_dict() if clip else None,
+                "config": cfg.model_dump(mode="json"),
+            }
+            run.checkpoint, run.step = policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last), step
+            logger.event("checkpoint", step=step, path=str(run.checkpoint))
+
     log.info(_headline(run, objective.description))
     minibatch: TrainBatch | None = None
     with Progress(cfg.train.num_steps, done=step, enabled=cfg.log.progress) as progress:
@@ -120,7 +137,7 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
                 progress.note(_results("before training", logger.log(0, before)))
             timer.take()
 
-            while step < cfg.train.num_steps:
+            while step < cfg.train.num_steps and not attempt.stops(step):
                 collected = rollout()
                 advantages = group_advantages(collected.groups, cfg.algorithm.advantage)
                 batch = make_train_batch(collected.groups, advantages, routing)
@@ -149,15 +166,11 @@ def _train(run: Run, objective: Objective, clip: AdaptiveClip | None, engine: Ro
                 if results:
                     progress.note(_results(f"after step {step}", results))
                 if checkpoint_due():  # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
-                    with timer("checkpoint"):
-                        state = {
-                            "prompts": collector.state_dict() if collector else None,
-                            "clip": clip.state_dict() if clip else None,
-                            "config": cfg.model_dump(mode="json"),
-                        }
-                        logger.event(
-                            "checkpoint", step=step, path=str(policy.save(run.checkpoint_dir, step, state, cfg.checkpoint.keep_last))
-                        )
+                    save()
+            if step < cfg.train.num_steps:  # asked to stop
+                if step != run.step:
+                    save()
+                attempt.saved(step)
         except NonFiniteError as error:
             raise _stopped(error, step + 1, minibatch, run, logger) from None
         barrier()
@@ -197,7 +210,8 @@ def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch | None, run
 
 
 def main(cfg: Config) -> None:
-    train(prepare(cfg, train=True))
+    with Attempt(cfg) as attempt:
+        train(prepare(cfg, train=True), attempt)
 
 
 if __name__ == "__main__":

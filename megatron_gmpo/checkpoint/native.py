@@ -107,6 +107,11 @@ def model_identity(hf: Any, dtype: str) -> dict[str, Any]:
     return {**{field: getattr(hf, field, None) for field in _IDENTITY}, "dtype": dtype}
 
 
+def size_of(num_parameters: int, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint: weights, both Adam moments in fp32 and, below fp32, fp32 main weights."""
+    return num_parameters * (3 * 4 if dtype is torch.float32 else dtype.itemsize + 3 * 4)
+
+
 def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Refuses a checkpoint of another model.
 

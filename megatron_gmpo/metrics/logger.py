@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from ..distributed import rank
 from ..histogram import effective_sample_size, quantile
+from ..supervision.records import append_event
 from ..types import InputError, Metric
 
 QUANTILES = {"q001": 0.001, "q01": 0.01, "q99": 0.99, "q999": 0.999}
@@ -137,7 +138,8 @@ class MetricLogger:
         self._pending = {}
         if self._writes:
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            self._append("metrics.jsonl", {"step": step, **finite})
+            with (self._run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
             if self._tensorboard:
                 for name, value in figures.items():
                     self._tensorboard.add_scalar(name, value, step)
@@ -149,17 +151,13 @@ class MetricLogger:
     def event(self, name: str, **fields: Any) -> None:
         """Appends ``{"time", "event", ...}`` to ``events.jsonl``: what happened beside the figures, as a resume or a checkpoint."""
         if self._writes:
-            self._append("events.jsonl", {"time": time.time(), "event": name, **fields})
+            append_event(self._run_dir, name, **fields)
 
     def close(self) -> None:
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
-
-    def _append(self, name: str, record: dict[str, Any]) -> None:
-        with (self._run_dir / name).open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def cut_after(path: Path, step: int) -> None:
@@ -184,19 +182,26 @@ def cut_after(path: Path, step: int) -> None:
 
 
 class Timer:
-    """Where a step's wall time goes, in seconds: ``with timer("rollout"): ...``, then ``logger.add(timer.take())``."""
+    """Where a step's wall time goes, in seconds: ``with timer("rollout"): ...``, then ``logger.add(timer.take())``.
 
-    def __init__(self) -> None:
+    Args:
+        enter: told the name of each phase as it begins, and ``other`` as it ends; after an error it has not ended.
+    """
+
+    def __init__(self, enter: Callable[[str], None] = lambda phase: None) -> None:
+        self._enter = enter
         self._spent: dict[str, float] = {}
         self._start = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._enter(name)
         try:
             yield
         finally:
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - start
+        self._enter("other")
 
     def take(self) -> dict[str, float]:
         """``time/{name}`` of each phase, ``time/step`` since the last ``take`` and ``time/other``, what no phase covers; starts anew."""

@@ -14,15 +14,21 @@ CONFIG = "examples/moe/tiny_cpu.toml"
 _TIMEOUT_S = 240
 
 
-def run_module(module: str, *argv: object, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+def command_line(module: str, *argv: object, ranks: int | None = None) -> list[str]:
     """``python -m module argv...``, under torchrun when ``ranks`` are given."""
     launch = ["-m", module]
     if ranks:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launch]
+        handled = "SIGTERM,SIGINT,SIGUSR1"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--signals-to-handle", handled, "--nproc-per-node", str(ranks), *launch]
+    return [sys.executable, *launch, *map(str, argv)]
+
+
+def run_module(module: str, *argv: object, ranks: int | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs the ``command_line`` to its end, with ``env`` added to the environment."""
     return subprocess.run(
-        [sys.executable, *launch, *map(str, argv)],
+        command_line(module, *argv, ranks=ranks),
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
         capture_output=True,
         text=True,
         timeout=_TIMEOUT_S,

@@ -1,4 +1,4 @@
-"""A reward for tests, given as ``module:function``: a random model's responses differ in it."""
+"""Rewards for tests, given as ``module:function``. A random model's responses differ in the first."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def unhurried_share_of_digits(prompt: Prompt, response: str) -> float:
 
 def broken_on_rank_1(prompt: Prompt, response: str) -> float | None:
     return None if os.environ["RANK"] == "1" else 0.0
+
+
+def crashes_on_rank_1(prompt: Prompt, response: str) -> float:
+    return 1 / (1 - int(os.environ["RANK"]))
+
+
+def sleeps_on_rank_1(prompt: Prompt, response: str) -> float:
+    if os.environ["RANK"] == "1":
+        time.sleep(600)
+    return 0.0

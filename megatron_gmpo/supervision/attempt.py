@@ -1,0 +1,188 @@
+"""One attempt at a run, from its start to the record of its end."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from ..config import Config
+from ..distributed import barrier, rank
+from ..types import CollectiveError, Exit, NodeError, RunError, StopRequest
+from . import signals
+from .heartbeat import Heartbeat
+from .lock import RunLock
+from .node_check import check_nodes
+from .records import OUTCOME, Outcome, append_event, node_name, rank_file, write_outcome
+from .stop import StopVote
+
+
+class Attempt:
+    """``with Attempt(cfg) as attempt: ... attempt.start(device, checkpoint_bytes) ...`` around a whole training.
+
+    Holds the lock of the run folder, if that exists from the beginning, and writes the outcome at the end. An error of another rank ends
+    it with ``CollectiveError``, a request to stop with ``StopRequest``.
+
+    Raises:
+        InputError: another run uses the run folder.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self._cfg, self._run_dir = cfg, Path(cfg.run_dir)
+        self._first = os.environ.get("RANK", "0") == "0"  # before the process group is there
+        self._lock: RunLock | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._stop = ""
+
+    def __enter__(self) -> Attempt:
+        if self._first and self._run_dir.is_dir():
+            self._lock = RunLock(self._run_dir)
+        return self
+
+    def start(self, device: torch.device, checkpoint_bytes: int) -> None:
+        """Clears away what the last attempt left behind, starts the heartbeat, and checks the nodes where that is due. Collective.
+
+        Args:
+            device: this rank's.
+            checkpoint_bytes: see ``check_nodes``.
+
+        Raises:
+            NodeError: see ``check_nodes``.
+        """
+        supervision = self._cfg.supervision
+        if self._first:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or RunLock(self._run_dir)
+            self._lock.sign()
+            (self._run_dir / OUTCOME).unlink(missing_ok=True)
+            for folder in ("heartbeats", "stacks", "errors"):
+                shutil.rmtree(self._run_dir / folder, ignore_errors=True)
+                (self._run_dir / folder).mkdir()
+        barrier()
+        self._errors = rank_file(self._run_dir, "errors", rank()).open("w")
+        faulthandler.enable(self._errors)
+        self._heartbeat = Heartbeat(self._run_dir, rank(), supervision.heartbeat_interval_s, supervision.hang_timeout_s, self._hung)
+        signals.last_words = self._terminated
+        self._vote = StopVote(supervision.stop_margin_s)
+        several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+        if several_nodes if supervision.node_check is None else supervision.node_check:
+            self.enter("node_check")
+            check_nodes(supervision, self._run_dir, device, checkpoint_bytes)
+            self._event("node_check", nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")))
+            self.enter("start")
+
+    def enter(self, phase: str) -> None:
+        """Called whenever another phase begins, with the names of the run's ``Timer``."""
+        assert self._heartbeat
+        if self._heartbeat.phase == "checkpoint":
+            self._vote.saved(time.time() - self._heartbeat.since)
+        self._heartbeat.enter(phase)
+
+    def stops(self, step: int) -> bool:
+        """Whether to save and end now, ``step`` steps being taken. Collective, with the same answer on every rank."""
+        assert self._heartbeat
+        self._heartbeat.step = step
+        self._stop = self._vote.reason()
+        if self._stop:
+            self._event("stop_requested", step=step, reason=self._stop)
+        return bool(self._stop)
+
+    def saved(self, step: int) -> None:
+        """Called when a run that stops has saved everything; no signal disturbs its end from here on."""
+        signals.heeded = False
+        self._event("saved_for_requeue", step=step, reason=self._stop)
+        self._record_of_all(Exit.REQUEUE, self._stopped())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._heartbeat is None:
+            if error and self._lock:  # nothing has begun, so what lies there is of an earlier attempt
+                (self._run_dir / OUTCOME).unlink(missing_ok=True)
+                self._record(error.exit if isinstance(error, RunError) else Exit.FAILED, _one_line(error))
+        elif error is None:
+            self._heartbeat.step = self._heartbeat.step if self._stop else self._cfg.train.num_steps
+            self._heartbeat.stop()
+            self._close_errors()
+            if self._stop:
+                raise StopRequest(self._stopped())
+            self._record_of_all(Exit.DONE, "all steps are done")
+        elif isinstance(error, NodeError):
+            self._record_of_all(error.exit, str(error))
+        elif isinstance(error, RunError):
+            self._record(error.exit, str(error))
+        else:
+            self._crashed(error)
+
+    def _crashed(self, error: BaseException) -> None:
+        assert self._heartbeat
+        self._errors.writelines(traceback.format_exception(error))
+        self._errors.flush()
+        where = f"rank {rank()} on {node_name()}, {self._heartbeat.where}"
+        if not _of_a_collective(error):
+            self._record(Exit.FAILED, f"{where}: {_one_line(error)}")
+            return
+        lost = CollectiveError(f"{where}: a collective with other ranks failed ({_one_line(error)}); see {self._errors.name}")
+        if "timed out" in str(error).lower():
+            lost.exit = Exit.HUNG
+        self._record(lost.exit, str(lost), consequence=True)
+        raise lost from None
+
+    def _hung(self, reason: str) -> None:
+        assert self._heartbeat
+        self._heartbeat.dump_stacks()
+        append_event(self._run_dir, "hang", step=self._heartbeat.step, rank=rank(), reason=reason)
+        self._last_line(Exit.HUNG, f"{reason}; the stacks are in {self._run_dir / 'stacks'}", consequence=False)
+        os._exit(Exit.HUNG)
+
+    def _terminated(self, reason: str) -> None:
+        assert self._heartbeat
+        self._heartbeat.dump_stacks()
+        self._last_line(Exit.FAILED, f"rank {rank()} on {node_name()}, {self._heartbeat.where}: {reason}", consequence=True)
+
+    def _last_line(self, code: Exit, reason: str, *, consequence: bool) -> None:
+        """Of several ranks that end so only the one that writes the outcome prints."""
+        if self._record(code, reason, consequence=consequence):
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+
+    def _record_of_all(self, code: Exit, reason: str) -> None:
+        if self._first:
+            self._record(code, reason)
+
+    def _record(self, code: Exit, reason: str, *, consequence: bool = False) -> bool:
+        step = self._heartbeat.step if self._heartbeat else 0
+        number = int(os.environ.get("RANK", "0"))
+        return write_outcome(self._run_dir, Outcome(code, reason, step, number, node_name(), time.time(), consequence))
+
+    def _event(self, name: str, **fields: object) -> None:
+        if self._first:
+            append_event(self._run_dir, name, **fields)
+
+    def _stopped(self) -> str:
+        assert self._heartbeat
+        steps = f"{self._heartbeat.step} of {self._cfg.train.num_steps} steps"
+        return f"stopped by {self._stop} after {steps}, with everything saved: start the same command to go on"
+
+    def _close_errors(self) -> None:
+        faulthandler.disable()
+        self._errors.close()
+        if Path(self._errors.name).stat().st_size == 0:
+            Path(self._errors.name).unlink()
+
+
+def _of_a_collective(error: BaseException) -> bool:
+    """NCCL's errors have a class; gloo's are RuntimeErrors that name a file of gloo."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _one_line(error: BaseException) -> str:
+    """``ValueError: ...``; of gloo's text without the source file in front and the advice behind."""
+    text = re.sub(r"^\[[^]]*gloo[^]]*\] ", "", " ".join(str(error).split())).partition(". This is typically")[0]
+    return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,108 @@
+"""What a rank does, told every few seconds by a thread of its own, which also notices that the rank does not move."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .records import node_name, rank_file, write_json
+
+
+class Heartbeat:
+    """Writes ``heartbeats/rank_00003.json`` every ``interval_s``: rank, node, pid, ``step`` (steps taken), ``phase``, ``since`` (Unix time
+    the phase began) and ``time`` (of the write).
+
+    Args:
+        run_dir: the run folder.
+        rank: of this process.
+        interval_s: seconds between two writes.
+        hang_timeout_s: seconds in one phase after which ``hung`` is called, a little later if the main thread stands in a collective: the
+            rank that it waits for may then speak first.
+        hung: receives one line that says who does not move. Called in the thread.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, interval_s: float, hang_timeout_s: float, hung: Callable[[str], None]) -> None:
+        self.step = 0
+        self._run_dir, self._rank, self._interval_s, self._hang_timeout_s, self._hung = run_dir, rank, interval_s, hang_timeout_s, hung
+        self.enter("start")
+        self._file = rank_file(run_dir, "heartbeats", rank, ".json")
+        self._stacks = rank_file(run_dir, "stacks", rank).open("w")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._write()
+        self._thread.start()
+
+    @property
+    def where(self) -> str:
+        """E.g. ``phase rollout of step 3``, the step that is being taken."""
+        return f"phase {self.phase} of step {self.step + 1}"
+
+    def enter(self, phase: str) -> None:
+        """Called whenever another phase begins."""
+        self.phase, self.since, self._entered = phase, time.time(), time.monotonic()
+
+    def stop(self) -> None:
+        """The last heartbeat says ``end``."""
+        self._ended.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self.enter("end")
+        self._write()
+        self._stacks.close()
+        if Path(self._stacks.name).stat().st_size == 0:
+            Path(self._stacks.name).unlink()
+
+    def dump_stacks(self) -> None:
+        """Writes the stacks of all threads to ``stacks/rank_00003.txt``. Any thread may call it."""
+        age = time.monotonic() - self._entered
+        self._stacks.write(f"rank {self._rank} on {node_name()}, in {self.where} since {age:.0f} s\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            self._write()
+            # Code that never lets go of the interpreter (a regular expression, say) stops this thread too. faulthandler's own thread needs
+            # no interpreter; it dumps the stacks and ends the process with exit code 1.
+            faulthandler.dump_traceback_later(self._hang_timeout_s + self._interval_s, file=self._stacks, exit=True)
+            if reason := self._why_hung():
+                self._hung(reason)
+
+    def _write(self) -> None:
+        beat = {"rank": self._rank, "node": node_name(), "pid": os.getpid(), "step": self.step, "phase": self.phase}
+        write_json(self._file, beat | {"since": self.since, "time": time.time()})
+
+    def _why_hung(self) -> str:
+        age = time.monotonic() - self._entered
+        waits = _in_collective()
+        if age < self._hang_timeout_s + (2 * self._interval_s if waits else 0):
+            return ""
+        place = f"{self.where} for {age:.0f} s"
+        if not waits:
+            return f"rank {self._rank} on {node_name()} has been in {place}"
+        return f"{self._missing()}rank {self._rank} on {node_name()} has waited for others in {place}"
+
+    def _missing(self) -> str:
+        """Names the first rank whose heartbeat has stopped, if one has."""
+        for file in sorted(self._file.parent.glob("rank_*.json")):
+            beat = json.loads(file.read_text())
+            silent = time.time() - beat["time"]
+            if silent > self._hang_timeout_s / 2:
+                return f"rank {beat['rank']} on {beat['node']} has given no heartbeat for {silent:.0f} s; "
+        return ""
+
+
+def _in_collective() -> bool:
+    """Whether the main thread stands in a function of torch.distributed. (With NCCL it may wait elsewhere, for the device.)"""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    while frame:
+        if f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,113 @@
+"""Whether every node is fit to train on, looked at before training, so that a bad one is named instead of failing somewhere later."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ..config import SupervisionConfig
+from ..distributed import all_gather_objects, barrier, broadcast_object, rank, world_size
+from ..types import NodeError
+from .records import node_name
+
+_GB = 1e9
+_CLOCK_SKEW_S = 30.0
+_FREE_GPU_SHARE = 0.8
+_TOKEN_TIMEOUT_S = 60.0
+"""Network file systems show another node's file only after a while."""
+_ALL_REDUCE_TIMEOUT_S = 300.0
+"""The first all-reduce sets up NCCL's connections."""
+_POLL_S = 0.2
+
+
+def check_nodes(cfg: SupervisionConfig, run_dir: Path, device: torch.device, checkpoint_bytes: int) -> None:
+    """Collective; a minute at most where all is well.
+
+    Args:
+        cfg: the limits.
+        run_dir: must be one folder on all nodes.
+        device: this rank's.
+        checkpoint_bytes: what one checkpoint of the run takes; the least free space unless ``cfg.min_free_disk_gb`` says otherwise.
+
+    Raises:
+        NodeError: on every rank, naming the first bad node, the check, and how many more there are.
+    """
+    disk_bytes = checkpoint_bytes if cfg.min_free_disk_gb is None else cfg.min_free_disk_gb * _GB
+    problems = [*_gpus(device), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir, disk_bytes)]
+    problems += _clock()
+    _raise_on_every_rank(problems)
+    _raise_on_every_rank([*_all_reduce(device)])  # last: a rank that is missing something might not come to it
+
+
+def _raise_on_every_rank(problems: list[str]) -> None:
+    found = list(dict.fromkeys((node, line) for node, lines in all_gather_objects((node_name(), problems)) for line in lines))
+    if found:
+        node, line = found[0]
+        others = sorted({name for name, _ in found} - {node})
+        raise NodeError(f"node {node}: {line}" + (f" (and problems on {', '.join(others)})" if others else ""))
+
+
+def _gpus(device: torch.device) -> Iterator[str]:
+    if device.type != "cuda":
+        return
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = torch.cuda.device_count()
+    if found < wanted:
+        yield f"{found} GPUs are visible, {wanted} ranks run there"
+    free, total = torch.cuda.mem_get_info(device)
+    if free < _FREE_GPU_SHARE * total:
+        yield f"GPU {device.index} has {free / _GB:.1f} GB free of {total / _GB:.1f} GB: another process uses it"
+
+
+def _memory(wanted_gb: float) -> Iterator[str]:
+    available = psutil.virtual_memory().available / _GB
+    if available < wanted_gb:
+        yield f"{available:.1f} GB of memory are available, supervision.min_free_memory_gb = {wanted_gb:g}"
+
+
+def _run_dir(run_dir: Path, wanted_bytes: float) -> Iterator[str]:
+    token = broadcast_object(secrets.token_hex(8))
+    file = run_dir / ".node_check"
+    if rank() == 0:
+        file.write_text(token)
+    barrier()
+    deadline = time.monotonic() + _TOKEN_TIMEOUT_S
+    while not (seen := file.is_file() and file.read_text() == token) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    barrier()
+    if not seen:
+        yield f"run_dir = {str(run_dir)!r} does not show what the first rank wrote there: use a file system that all nodes share"
+    elif (free := shutil.disk_usage(run_dir).free) < wanted_bytes:
+        yield f"run_dir = {str(run_dir)!r} has {free / _GB:.1f} GB of disk space left, {wanted_bytes / _GB:.1f} GB are wanted"
+    if rank() == 0:
+        file.unlink()
+
+
+def _clock() -> Iterator[str]:
+    barrier()
+    ahead = time.time() - broadcast_object(time.time())
+    if abs(ahead) > _CLOCK_SKEW_S:
+        yield f"its clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the first rank's: synchronise it"
+
+
+def _all_reduce(device: torch.device) -> Iterator[str]:
+    ones = torch.ones(2**20, device=device)
+    work = dist.all_reduce(ones, async_op=True)
+    assert work
+    deadline = time.monotonic() + _ALL_REDUCE_TIMEOUT_S
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            yield f"an all-reduce of {world_size()} ranks is not done after {_ALL_REDUCE_TIMEOUT_S:g} s"
+            return
+        time.sleep(0.01)
+    work.wait()
+    if not bool((ones == world_size()).all()):
+        yield f"an all-reduce of {world_size()} ones gives {ones.min():g} to {ones.max():g}"

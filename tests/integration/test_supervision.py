@@ -1,0 +1,239 @@
+"""Runs that are asked to stop, hang, crash, or may not start: what they leave in the run folder, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_gmpo.types import Exit
+from tools import arithmetic
+
+from .commands import CONFIG, ROOT, command_line, error_lines, json_lines, options, run_module
+
+pytestmark = pytest.mark.distributed
+
+TRAIN = "megatron_gmpo.train"
+STEPS = 12
+_TIMEOUT_S = 200
+QUICK = {"supervision__heartbeat_interval_s": 0.5, "supervision__hang_timeout_s": 20, "train__num_steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The example config on a tiny random model, small steps, no evaluation."""
+    problems = tmp_path_factory.mktemp("problems")
+    arithmetic.main(problems)
+    return [
+        CONFIG,
+        *options(
+            model__path=tiny_model("qwen3_moe", num_layers=2),
+            data__path=problems / "train.jsonl",
+            data__max_prompts=40,
+            eval__sets="{}",
+            reward__name="tests.integration.rewards:share_of_digits",
+            rollout__prompts_per_step=6,
+            rollout__samples_per_prompt=4,
+            train__minibatches_per_step=2,
+            optimizer__lr=1e-3,
+            log__tensorboard="false",
+            **QUICK,
+        ),
+    ]
+
+
+@contextmanager
+def started(argv: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks under torchrun, gone at the end whatever happens."""
+    process = subprocess.Popen(
+        command_line(TRAIN, *argv, ranks=2),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        for member in family:
+            member.kill()
+        process.kill()
+        process.wait(_TIMEOUT_S)
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    file = run_dir / "metrics.jsonl"
+    while not (file.exists() and len(file.read_text().splitlines()) >= step):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no step {step} in time"
+        time.sleep(0.05)
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "outcome.json").read_text())
+
+
+def heartbeat(run_dir: Path, rank: int) -> dict[str, Any]:
+    return json.loads((run_dir / "heartbeats" / f"rank_{rank:05d}.json").read_text())
+
+
+def events(run_dir: Path) -> list[str]:
+    return [line["event"] for line in json_lines(run_dir / "events.jsonl")]
+
+
+def figures(run_dir: Path) -> list[dict[str, Any]]:
+    lines = json_lines(run_dir / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if not name.startswith(("time/", "throughput/"))} for line in lines]
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+
+
+def test_a_run_stopped_three_times_equals_an_undisturbed_one(argv: list[str], tmp_path: Path) -> None:
+    stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
+    done = run_module(TRAIN, *argv, *options(run_dir=undisturbed), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert outcome(undisturbed)["code"] == Exit.DONE
+    assert heartbeat(undisturbed, 1)["phase"] == "end"
+
+    command = [*argv, *options(run_dir=stopped)]
+    reached = 0
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        with started(command) as torchrun:
+            wait_for_step(stopped, reached + 2, torchrun)
+            torchrun.send_signal(number)
+            _, said = torchrun.communicate(timeout=_TIMEOUT_S)
+        end = outcome(stopped)
+        assert (end["code"], end["rank"]) == (Exit.REQUEUE, 0), said
+        assert reached < end["step"] < STEPS
+        assert newest_checkpoint(stopped) == len(figures(stopped)) == end["step"]
+        (line,) = [line for line in said.splitlines() if "start the same command to go on" in line]
+        assert line == end["reason"]
+        assert f"stopped by {number.name} after {end['step']} of {STEPS} steps" in line
+        assert events(stopped)[-3:] == ["stop_requested", "checkpoint", "saved_for_requeue"]
+        reached = end["step"]
+
+    # a job whose time is up before a step fits in stops at once, and saves nothing anew
+    over = run_module(TRAIN, *command, ranks=2, SLURM_JOB_END_TIME=str(int(time.time())))
+    assert over.returncode != 0
+    assert outcome(stopped)["reason"].startswith(f"stopped by the job's time limit after {reached} of {STEPS} steps")
+    assert events(stopped)[-3:] == ["resume", "stop_requested", "saved_for_requeue"]
+
+    done = run_module(TRAIN, *command, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert outcome(stopped)["code"] == Exit.DONE
+    assert figures(stopped) == figures(undisturbed)
+    assert [line["step"] for line in figures(stopped)] == list(range(1, STEPS + 1))
+
+
+def test_a_run_saves_before_its_time_is_up(argv: list[str], tmp_path: Path) -> None:
+    """The time limit is known from the start; steps and saves are measured. Meanwhile a second start is refused."""
+    with started([*argv, *options(run_dir=tmp_path, train__num_steps=10_000, supervision__stop_margin_s=2)]) as torchrun:
+        wait_for_step(tmp_path, 2, torchrun)
+        second = run_module(TRAIN, *argv, *options(run_dir=tmp_path))
+        torchrun.send_signal(signal.SIGUSR1)
+        _, said = torchrun.communicate(timeout=_TIMEOUT_S)
+    assert second.returncode == Exit.BAD_INPUT
+    (line,) = error_lines(second.stderr)
+    holder = json_lines(tmp_path / "run.lock")[0]
+    assert f"is in use by process {holder['pid']} on {holder['node']} since {holder['start']}: wait for its end" in line
+    assert outcome(tmp_path)["code"] == Exit.REQUEUE, said
+
+
+def test_a_reward_that_never_returns_is_named(argv: list[str], tmp_path: Path) -> None:
+    hanging = options(run_dir=tmp_path, reward__name="tests.integration.rewards:sleeps_on_rank_1")
+    done = run_module(TRAIN, *argv, *hanging, ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
+    assert done.returncode != 0
+    end = outcome(tmp_path)
+    assert (end["code"], end["rank"]) == (Exit.HUNG, 1), done.stderr
+    assert "rank 1" in end["reason"]
+    assert "in phase rollout of step 1" in end["reason"]
+    assert error_lines(done.stderr) == [f"error: {end['reason']}"]
+    assert "in sleeps_on_rank_1" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
+    assert "all_gather_object" in (tmp_path / "stacks" / "rank_00000.txt").read_text()  # where the other one waited
+    assert events(tmp_path)[-1] == "hang"
+
+
+def test_a_rank_that_stands_still_is_named_by_the_others(argv: list[str], tmp_path: Path) -> None:
+    with started([*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3") as torchrun:
+        wait_for_step(tmp_path, 1, torchrun)
+        os.kill(heartbeat(tmp_path, 1)["pid"], signal.SIGSTOP)
+        _, said = torchrun.communicate(timeout=_TIMEOUT_S)
+    end = outcome(tmp_path)
+    assert (end["code"], end["rank"]) == (Exit.HUNG, 0), said
+    assert "rank 1 on " in end["reason"]
+    assert "has given no heartbeat for" in end["reason"]
+    assert (tmp_path / "stacks" / "rank_00000.txt").read_text()
+
+
+def test_a_collective_that_gives_up_says_where(argv: list[str], tmp_path: Path) -> None:
+    hanging = options(
+        run_dir=tmp_path,
+        reward__name="tests.integration.rewards:sleeps_on_rank_1",
+        distributed_timeout_s=15,
+        supervision__hang_timeout_s=600,
+    )
+    done = run_module(TRAIN, *argv, *hanging, ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
+    end = outcome(tmp_path)
+    assert (end["code"], end["rank"]) == (Exit.HUNG, 0), done.stderr
+    (line,) = error_lines(done.stderr)
+    assert "in phase rollout of step 1: a collective with other ranks failed" in line
+    assert "Timed out waiting" in line
+    assert "Traceback" not in done.stderr
+    assert "all_gather_object" in (tmp_path / "errors" / "rank_00000.txt").read_text()
+    assert "in sleeps_on_rank_1" in (tmp_path / "stacks" / "rank_00001.txt").read_text()  # torchrun ended it
+
+
+def test_a_crash_is_recorded_by_the_rank_that_knows(argv: list[str], tmp_path: Path) -> None:
+    crashing = options(run_dir=tmp_path, reward__name="tests.integration.rewards:crashes_on_rank_1")
+    done = run_module(TRAIN, *argv, *crashing, ranks=2)
+    assert done.returncode != 0
+    end = outcome(tmp_path)
+    assert (end["code"], end["rank"]) == (Exit.FAILED, 1), done.stderr
+    assert end["reason"].endswith("in phase rollout of step 1: ZeroDivisionError: division by zero")
+    assert "crashes_on_rank_1" in (tmp_path / "errors" / "rank_00001.txt").read_text()
+
+
+def test_a_rank_that_is_killed_is_noticed(argv: list[str], tmp_path: Path) -> None:
+    began = time.monotonic()
+    with started([*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600") as torchrun:
+        wait_for_step(tmp_path, 1, torchrun)
+        os.kill(heartbeat(tmp_path, 0)["pid"], signal.SIGKILL)
+        _, said = torchrun.communicate(timeout=_TIMEOUT_S)
+    end = outcome(tmp_path)
+    assert (end["code"], end["rank"]) == (Exit.FAILED, 1), said
+    assert "another rank of this node has ended" in end["reason"] or "a collective with other ranks failed" in end["reason"]
+
+
+def test_a_bad_node_is_named(argv: list[str], tmp_path: Path) -> None:
+    wanting = options(run_dir=tmp_path, supervision__node_check="true", supervision__min_free_disk_gb=1e9)
+    done = run_module(TRAIN, *argv, *wanting, ranks=2)
+    assert done.returncode != 0
+    end = outcome(tmp_path)
+    assert end["code"] == Exit.BAD_NODE
+    assert error_lines(done.stderr) == [f"error: {end['reason']}"]
+    node = heartbeat(tmp_path, 0)["node"]
+    assert end["reason"].startswith(f"node {node}: run_dir = '{tmp_path}' has ")
+    assert end["reason"].endswith("1000000000.0 GB are wanted")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_bad_input_leaves_an_outcome_where_there_was_a_run(argv: list[str], tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text('{"code": 85}')
+    done = run_module(TRAIN, *argv, *options(run_dir=tmp_path, algorithm__loss="gmp"))
+    assert done.returncode == Exit.BAD_INPUT
+    assert outcome(tmp_path)["code"] == Exit.BAD_INPUT
+    assert error_lines(done.stderr) == [f"error: {outcome(tmp_path)['reason']}"]
