@@ -68,6 +68,10 @@ class NodeError(RunError, RuntimeError):
 
     exit = Exit.BAD_NODE
 
+    def __init__(self, node: str, problem: str) -> None:
+        super().__init__(f"node {node}: {problem}")
+        self.node = node
+
 
 class StopRequest(RunError):  # noqa: N818
     """The run was asked to stop and has saved everything. Raised on every rank."""

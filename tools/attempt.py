@@ -3,8 +3,7 @@
     RUN_DIR=$(python -m tools.attempt begin CONFIG.toml --section.key value ...)
     python -m tools.attempt end RUN_DIR STATUS_OF_SRUN
 
-RUN_DIR/restarts.jsonl has a line for each. A new sbatch of the same run counts anew. Nothing here imports torch: between the end of the
-trainers and that of the job there may be seconds.
+RUN_DIR/restarts.jsonl has a line for each. A new sbatch of the same run counts anew.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_gmpo.config import exit_with_one_line, load_config
-from megatron_gmpo.errors import Exit, InputError, RunError
 from megatron_gmpo.supervision.lock import RunLock
 from megatron_gmpo.supervision.records import append_event, read_outcome
+from megatron_gmpo.types import Exit, InputError, RunError
 
 RESTARTS = "restarts.jsonl"
 CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
@@ -105,7 +104,8 @@ def end(run_dir: Path, status: int) -> Exit:
     else:
         crashes = sum(attempt.code in CRASHES for attempt in ours)
         _say(f"attempt {last.attempt}: {last.reason}")
-        _say(f"the job goes on from step {step}: restart {len(ours)} of {_limit('MAX_RESTARTS')}, {crashes} of {_limit('MAX_CRASHES')} after a crash")
+        restarts = f"restart {len(ours)} of {_limit('MAX_RESTARTS')}, {crashes} of {_limit('MAX_CRASHES')} after a crash"
+        _say(f"the job goes on from step {step}: {restarts}")
         outcome = read_outcome(run_dir)
         if code == Exit.BAD_NODE and outcome:
             print(outcome.node)
