@@ -102,6 +102,7 @@ trap 'on_signal TERM' TERM
 # --- the attempt ----------------------------------------------------------------------------------------------------------------------
 
 run_dir=$(attempt begin "$@") || exit $?
+export RUN_DIR=$run_dir
 mkdir -p "$run_dir/logs"
 say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $num_trainers nodes with $RANKS_PER_NODE ranks each, rendezvous" \
   "$MASTER_ADDR:$MASTER_PORT, logs in $run_dir/logs"
@@ -115,7 +116,7 @@ fi
 status=85 # of an attempt that was asked to stop before it began
 if [[ -z $asked ]]; then
   # torchrun ignores the signals that the ranks answer to: it would end them after half a minute, saved or not
-  step trainer "${on_trainers[@]}" -- bash -c 'trap "" USR1 TERM; exec "$PYTHON" -m torch.distributed.run \
+  step trainer "${on_trainers[@]}" -- bash -c 'trap "" USR1 TERM; exec "$PYTHON" -m megatron_gmpo.supervision.torchrun \
     --nnodes="$SLURM_STEP_NUM_NODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS_PER_NODE" \
     --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --signals-to-handle=SIGINT,SIGHUP,SIGQUIT \
     -m megatron_gmpo.train "$@"' trainer "$@" &

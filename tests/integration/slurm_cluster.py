@@ -150,7 +150,7 @@ class SlurmCluster:
         self._daemons[node].wait()
         tasks = self.processes(node)
         keepers = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
-        for process in keepers | set(tasks):
+        for process in [*keepers, *tasks]:  # in this order, so that no stepd reports the end of its tasks
             _kill(process)
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
