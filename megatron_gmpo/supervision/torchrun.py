@@ -30,13 +30,11 @@ def main() -> None:
 
 
 def _record(run_dir: Path, rank: int, number: signal.Signals) -> None:
-    try:
-        beat = json.loads(rank_file(run_dir, "heartbeats", rank, ".json").read_text())
-    except FileNotFoundError:  # it had not begun
-        beat = {"phase": "start", "step": 0}
+    beat = rank_file(run_dir, "heartbeats", rank, ".json")
+    step = json.loads(beat.read_text())["step"] if beat.is_file() else 0
     guess = ", which the kernel also sends when memory runs out" if number is signal.SIGKILL else ""
-    reason = f"rank {rank} on {node_name()}, phase {beat['phase']} of step {beat['step'] + 1}: killed by {number.name}{guess}"
-    write_outcome(run_dir, Outcome(Exit.FAILED, reason, beat["step"], rank, node_name(), time.time()))
+    reason = f"rank {rank} on {node_name()} was killed by {number.name}{guess}"
+    write_outcome(run_dir, Outcome(Exit.FAILED, reason, step, rank, node_name(), time.time()))
     print(f"error: {reason}", file=sys.stderr, flush=True)
 
 

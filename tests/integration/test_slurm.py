@@ -174,7 +174,7 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: 
     assert not {0, 1} & set(codes[3:5])  # Slurm itself started the job again, before or after the ranks were asked to stop
     reasons = [attempt.reason for attempt in job.attempts]
     assert "SIGUSR1" in reasons[0]
-    assert re.search("rank 1 on node2, .* killed by SIGKILL", reasons[1])
+    assert "rank 1 on node2 was killed by SIGKILL" in reasons[1]
     steps = [attempt.checkpoint_step for attempt in job.attempts]
     assert steps == sorted(set(steps))  # each went on from a newer checkpoint
     expected, found = ([_untimed(line) for line in json_lines(each.run_dir / "metrics.jsonl")] for each in (undisturbed, job))
