@@ -22,7 +22,7 @@ from . import signals
 from .heartbeat import Heartbeat
 from .lock import RunLock
 from .node_check import check_nodes
-from .records import OUTCOME, Outcome, append_event, node_name, rank_file, write_outcome
+from .records import OUTCOME, Outcome, append_event, node_name, rank_file, read_outcome, write_outcome
 from .stop import StopVote
 
 
@@ -125,14 +125,15 @@ class Attempt:
         assert self._heartbeat
         self._errors.writelines(traceback.format_exception(error))
         self._errors.flush()
-        where = f"rank {rank()} on {node_name()}, {self._heartbeat.where}"
+        where = f"rank {rank()} on {node_name()}, in {self._heartbeat.where}"
         if not _of_a_collective(error):
             self._record(Exit.FAILED, f"{where}: {_one_line(error)}")
             return
         lost = CollectiveError(f"{where}: a collective with other ranks failed ({_one_line(error)}); see {self._errors.name}")
         if "timed out" in str(error).lower():
             lost.exit = Exit.HUNG
-        self._record(lost.exit, str(lost), consequence=True)
+        if not self._record(lost.exit, str(lost), consequence=True) and (cause := read_outcome(self._run_dir)):
+            lost = CollectiveError(cause.reason)
         raise lost from None
 
     def _hung(self, reason: str) -> None:
@@ -145,7 +146,7 @@ class Attempt:
     def _terminated(self, reason: str) -> None:
         assert self._heartbeat
         self._heartbeat.dump_stacks()
-        self._last_line(Exit.FAILED, f"rank {rank()} on {node_name()}, {self._heartbeat.where}: {reason}", consequence=True)
+        self._last_line(Exit.FAILED, f"rank {rank()} on {node_name()}, in {self._heartbeat.where}: {reason}", consequence=True)
 
     def _last_line(self, code: Exit, reason: str, *, consequence: bool) -> None:
         """Of several ranks that end so only the one that writes the outcome prints."""
