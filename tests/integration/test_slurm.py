@@ -170,8 +170,9 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: 
     assert code == 0, log
     codes = [attempt.code for attempt in job.attempts]
     assert codes[:3] == [85, 1, 85]
+    assert codes[3] in (85, None)  # the ranks were asked to stop, or Slurm was faster
+    assert codes[4] in (1, None)  # the ranks of the other node may have said that they lost it
     assert codes[5] == 0
-    assert not {0, 1} & set(codes[3:5])  # Slurm itself started the job again, before or after the ranks were asked to stop
     reasons = [attempt.reason for attempt in job.attempts]
     assert "SIGUSR1" in reasons[0]
     assert "rank 1 on node2 was killed by SIGKILL" in reasons[1]
