@@ -137,8 +137,11 @@ trap '' USR1 TERM # the rest is short, and scontrol must not be ended by the req
 excluded=$(attempt end "$run_dir" "$status") # says why, and prints a node that must not be used again
 code=$?
 if [[ -n $excluded ]]; then
-  others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix,comp --format=%N | grep -vxc "$excluded")
-  ((others >= SLURM_JOB_NUM_NODES)) || fail "$code" "partition $SLURM_JOB_PARTITION has not $SLURM_JOB_NUM_NODES nodes without $excluded"
+  before=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP ' ExcNodeList=\K[^( ]\S*')
+  excluded+=${before:+,$before}
+  others=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix,comp --format=%N |
+    grep --invert-match --line-regexp --fixed-strings --file=<(scontrol show hostnames "$excluded") --count)
+  ((others >= SLURM_JOB_NUM_NODES)) || fail 87 "partition $SLURM_JOB_PARTITION has fewer than $SLURM_JOB_NUM_NODES nodes without $excluded"
 fi
 if ((code == 85)); then
   scontrol requeue "$SLURM_JOB_ID" || code=1

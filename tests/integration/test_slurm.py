@@ -24,7 +24,7 @@ from .slurm_cluster import SlurmCluster, needs_slurm
 pytestmark = [needs_slurm, pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-STEPS = 12
+STEPS = 14
 _LIMIT_S = 300.0
 
 
@@ -146,51 +146,57 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: 
     job.wait_for_attempt(2)
 
     job.wait_for_progress()
+    minutes, _ = cluster.job(job.id)["RunTime"].split(":")[1:]
+    cluster.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={int(minutes) + 2}")  # sbatch --signal: 60 s before its end
+    job.wait("PENDING")
+    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
+    job.wait_for_attempt(3)
+
+    job.wait_for_progress()
     (victim,) = [process for process in cluster.processes("node2") if process.environ().get("RANK") == "1" and _is_rank(process)]
     victim.kill()
-    job.wait_for_attempt(3)
+    job.wait_for_attempt(4)
 
     job.wait_for_progress()
     important = submit("important", "sleep 2", sbatch=("--partition=high", "--nodes=2", "--exclusive"))
     assert important.end()[0] == 0
-    job.wait_for_attempt(4)
+    job.wait_for_attempt(5)
 
     job.wait_for_progress()
     cluster.run("scontrol", "update", "NodeName=node2", "State=down", "Reason=test")
     job.wait("PENDING")
     cluster.run("scontrol", "update", "NodeName=node2", "State=resume", check=False)  # it may be back by itself
-    job.wait_for_attempt(5)
+    job.wait_for_attempt(6)
 
     job.wait_for_progress()
     cluster.kill_node("node1")  # with the batch script
     cluster.start_node("node1")
-    job.wait_for_attempt(6)
+    job.wait_for_attempt(7)
 
     code, log = job.end()
     assert code == 0, log
     codes = [attempt.code for attempt in job.attempts]
-    assert codes[:3] == [85, 1, 85]
-    assert codes[3] in (85, None)  # the ranks were asked to stop, or Slurm was faster
-    assert codes[4] in (1, None)  # the ranks of the other node may have said that they lost it
-    assert codes[5] == 0
+    assert codes[:4] == [85, 85, 1, 85]
+    assert codes[4] in (85, None)  # the ranks were asked to stop, or Slurm was faster
+    assert codes[5] in (1, None)  # the ranks of the other node may have said that they lost it
+    assert codes[6:] == [0]
     reasons = [attempt.reason for attempt in job.attempts]
     assert "SIGUSR1" in reasons[0]
-    assert "rank 1 on node2 was killed by SIGKILL" in reasons[1]
+    assert "rank 1 on node2 was killed by SIGKILL" in reasons[2]
     steps = [attempt.checkpoint_step for attempt in job.attempts]
     assert steps == sorted(set(steps))  # each went on from a newer checkpoint
     expected, found = ([_untimed(line) for line in json_lines(each.run_dir / "metrics.jsonl")] for each in (undisturbed, job))
     assert found == expected
 
 
-def test_stops_in_time_for_its_time_limit(submit: Callable[..., Job]) -> None:
-    job = submit("limited", "examples/moe/tiny.sbatch", *options(train__num_steps=10_000), sbatch=("--time=2", "--signal="))
-    job.wait_for_attempt(2)
-    job.cluster.run("scancel", job.id)
-    first = job.attempts[0]
-    assert first.code == 85
-    assert "time limit" in first.reason
-    assert checkpoint_step(job.run_dir) > 0
-    assert "TIME LIMIT" not in job.log.read_text()  # Slurm's own words
+def test_a_job_without_time_for_a_step_ends(submit: Callable[..., Job]) -> None:
+    """The ranks ask Slurm when the job ends, and stop before it; the second time without progress is the last."""
+    job = submit("short", "examples/moe/tiny.sbatch", *options(supervision__stop_margin_s=1800), sbatch=("--time=30",))
+    code, log = job.end()
+    assert code == 1, log
+    (error,) = _errors(log)
+    assert re.search(r"error: two attempts in a row have left no checkpoint after step 0; .* stopped by the job's time limit", error), error
+    assert [attempt.code for attempt in job.attempts] == [85, 85]
 
 
 def test_a_job_that_gets_nowhere_ends(submit: Callable[..., Job]) -> None:
@@ -219,7 +225,7 @@ CASES: dict[str, tuple[str, list[str], int, str]] = {
         "examples/moe/tiny.sbatch",
         options(supervision__min_free_disk_gb=1e9),
         87,
-        r"partition main has not 2 nodes without node\d",
+        r"partition main has fewer than 2 nodes without node\d",
     ),
 }
 
