@@ -45,7 +45,7 @@ WORK = ("rollout", "logprobs", "train", "weight_sync")
 
 
 def train(run: Run, attempt: Attempt) -> None:
-    """The run from its newest checkpoint, if there is one, to ``train.num_steps`` or until it is asked to stop; a finished one is left alone."""
+    """Goes on from the newest checkpoint, if there is one, to ``train.num_steps`` or until it is asked to stop."""
     cfg = run.cfg
     objective = make_objective(cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
     clip = make_adaptive_clip(cfg.algorithm, objective)

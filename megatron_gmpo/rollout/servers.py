@@ -235,11 +235,31 @@ def external_servers(urls: tuple[str, ...]) -> list[Server]:
     """
     api_key = os.environ.get("SGLANG_API_KEY", "")
     admin_key = os.environ.get("SGLANG_ADMIN_API_KEY", "") or api_key  # a server without an admin key wants the other
-    return [_external_server(url.rstrip("/"), api_key, admin_key) for url in urls]
+    return [_external_server(url.rstrip("/"), api_key, admin_key, "rollout.server_urls") for url in urls]
 
 
-def _external_server(url: str, api_key: str, admin_key: str) -> Server:
-    named = f"rollout.server_urls: {url!r}"
+def published_servers(file: Path, timeout_s: float) -> list[Server]:
+    """Servers of another step of the job, once it publishes them: ``[{"url", "node"}, ...]`` in ``file``, or ``{"error"}``. Their keys,
+    ``{"api_key", "admin_key"}``, are in ``server_keys.json`` beside it.
+
+    Raises:
+        ServerError: the file is not there within ``timeout_s``, or says what went wrong.
+        InputError: as ``external_servers``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not file.is_file():
+        if time.monotonic() > deadline:
+            raise ServerError(f"rollout.servers_file = {str(file)!r} was not there within sglang.start_timeout_s = {timeout_s:g}")
+        time.sleep(_POLL_S)
+    published = json.loads(file.read_text())
+    if isinstance(published, dict):
+        raise ServerError(f"the rollout servers of the job were not started: {published['error']}")
+    keys = json.loads(file.with_name("server_keys.json").read_text())
+    return [_external_server(entry["url"], keys["api_key"], keys["admin_key"], "rollout.servers_file") for entry in published]
+
+
+def _external_server(url: str, api_key: str, admin_key: str, field: str) -> Server:
+    named = f"{field}: {url!r}"
     try:
         info = _get(f"{url}/server_info", _bearer(api_key), _REACH_TIMEOUT_S)
         # the key is looked at before the body, and an empty body changes nothing
@@ -250,7 +270,8 @@ def _external_server(url: str, api_key: str, admin_key: str) -> Server:
         raise InputError(f"{named} cannot be reached ({error}): start the server or correct the URL") from None
     for answer, name in ((info, "SGLANG_API_KEY"), (update, "SGLANG_ADMIN_API_KEY")):
         if answer.status_code in (401, 403):
-            raise InputError(f"{named} refuses the key in the environment variable {name}: set the one it was started with")
+            where = "in server_keys.json" if field == "rollout.servers_file" else f"in the environment variable {name}"
+            raise InputError(f"{named} refuses the key {where}: set the one it was started with")
     if info.status_code != 200:
         raise InputError(f"{named} answers {info.status_code} to /server_info: give the URL of an SGLang server")
     return Server(url, api_key, admin_key, info.json()["tp_size"])

@@ -22,7 +22,7 @@ from ..distributed import broadcast_object, rank, world_size
 from ..types import InputError, Metric, Prompt, Sample, SampleGroup, ServerError
 from .client import Response, RolloutClient
 from .engine import SamplingParams, end_token_ids, response_text
-from .servers import LocalServers, Server, external_servers
+from .servers import LocalServers, Server, external_servers, published_servers
 from .weight_sync import WeightSync, make_weight_sync, release_memory, resume_memory
 
 _POLL_S = 0.2  # three things may end a wait (samples, a server that came back, a problem), so they are looked at in turn
@@ -46,8 +46,10 @@ def check_servers(cfg: Config) -> None:
     """
     if cfg.rollout.server_urls:
         external_servers(cfg.rollout.server_urls)
-    elif not Path(cfg.sglang.python).is_file():
-        raise InputError(f"sglang.python = {cfg.sglang.python!r} is not there: run make sglang, or give rollout.server_urls")
+    elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
+        raise InputError(
+            f"sglang.python = {cfg.sglang.python!r} is not there: run make sglang, or give rollout.server_urls or servers_file"
+        )
 
 
 def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
@@ -55,6 +57,7 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
 
     Raises:
         InputError: as ``LocalServers`` and ``make_weight_sync``; or colocated servers that take more GPUs than the trainer has.
+        ServerError: as ``published_servers``.
 
     Args:
         hf: the model's Hugging Face config.
@@ -69,6 +72,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     local = None
     if rank() == 0 and rollout.server_urls:
         servers = external_servers(rollout.server_urls)
+    elif rank() == 0 and rollout.servers_file:
+        servers = published_servers(Path(rollout.servers_file), cfg.sglang.start_timeout_s)
     elif rank() == 0:
         first_gpu = 0 if rollout.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         local = local_servers(cfg, device, run_dir / "servers", first_gpu=first_gpu)

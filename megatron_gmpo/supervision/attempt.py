@@ -103,6 +103,13 @@ class Attempt:
         self._record_of_all(Exit.REQUEUE, self._stopped())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._end(error)
+        finally:
+            if self._lock:
+                self._lock.release()
+
+    def _end(self, error: BaseException | None) -> None:
         if self._heartbeat is None:
             if error and self._lock:  # nothing has begun, so what lies there is of an earlier attempt
                 (self._run_dir / OUTCOME).unlink(missing_ok=True)

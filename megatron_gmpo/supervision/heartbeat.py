@@ -69,8 +69,8 @@ class Heartbeat:
         while not self._ended.wait(self._interval_s):
             self._write()
             # Code that never lets go of the interpreter (a regular expression, say) stops this thread too. faulthandler's own thread needs
-            # no interpreter; it dumps the stacks and ends the process with exit code 1.
-            faulthandler.dump_traceback_later(self._hang_timeout_s + self._interval_s, file=self._stacks, exit=True)
+            # no interpreter; it dumps the stacks and ends the process with exit code 1, after the ranks that wait for this one have spoken.
+            faulthandler.dump_traceback_later(self._hang_timeout_s + 4 * self._interval_s, file=self._stacks, exit=True)
             if reason := self._why_hung():
                 self._hung(reason)
 

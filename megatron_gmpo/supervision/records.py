@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,14 +54,15 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> bool:
     aside = _write_aside(run_dir / OUTCOME, json.dumps(asdict(outcome)))
     try:
         os.link(aside, run_dir / OUTCOME)  # of several ranks that write at a time one succeeds
+        return True
     except FileExistsError:
         earlier = read_outcome(run_dir)
-        if earlier and (outcome.consequence or not earlier.consequence):
+        if outcome.consequence or not (earlier and earlier.consequence):
             return False
         os.replace(aside, run_dir / OUTCOME)
-    else:
-        aside.unlink()
-    return True
+        return True
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:
@@ -93,6 +95,6 @@ def node_name() -> str:
 
 
 def _write_aside(path: Path, text: str) -> Path:
-    aside = path.with_name(f".{path.name}.{node_name()}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{node_name()}.{os.getpid()}.{threading.get_ident()}")
     aside.write_text(text)
     return aside

@@ -1,0 +1,92 @@
+"""The records of an attempt, the lock of a run folder, and the end of a job's time."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_gmpo.supervision.lock import RunLock
+from megatron_gmpo.supervision.records import Outcome, read_outcome, write_outcome
+from megatron_gmpo.supervision.stop import job_end_time
+from megatron_gmpo.types import Exit, InputError
+
+SEEN = Outcome(Exit.FAILED, "another rank was lost", 3, 0, "node1", 1.0, consequence=True)
+CAUSE = Outcome(Exit.FAILED, "ValueError: x", 3, 1, "node2", 2.0)
+
+
+def test_an_outcome_stays_unless_it_was_a_consequence(tmp_path: Path) -> None:
+    assert read_outcome(tmp_path) is None
+    assert write_outcome(tmp_path, SEEN)
+    assert not write_outcome(tmp_path, replace(SEEN, rank=2))
+    assert write_outcome(tmp_path, CAUSE)
+    assert not write_outcome(tmp_path, SEEN)
+    assert not write_outcome(tmp_path, replace(CAUSE, rank=2))
+    assert read_outcome(tmp_path) == CAUSE
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outcome.json"]
+
+
+def test_of_ranks_that_end_together_one_writes(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda rank: write_outcome(tmp_path, replace(CAUSE, rank=rank)), range(64)))
+    assert sum(written) == 1
+    assert read_outcome(tmp_path) == replace(CAUSE, rank=written.index(True))
+
+
+def test_a_run_folder_has_one_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURMD_NODENAME", "node3")
+    first = RunLock(tmp_path)
+    first.sign()
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} of job 17 on node3 since 20\d\d-.*: wait for its end, or "):
+        RunLock(tmp_path)
+    first.release()
+    RunLock(tmp_path).release()
+
+
+def test_a_requeued_job_waits_for_the_end_of_its_last_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    last = RunLock(tmp_path)
+    last.sign()
+    released = threading.Timer(0.5, last.release)
+    released.start()
+    RunLock(tmp_path).release()
+    assert not released.is_alive()
+
+
+def test_a_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        lock.release()
+        RunLock(tmp_path).release()
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_the_end_of_the_job_comes_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert job_end_time() == math.inf  # no job
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert job_end_time() == math.inf  # no squeue
+    squeue = tmp_path / "squeue"
+    for says, end in (("2026-11-21T17:00:00", 1795280400.0), ("N/A", math.inf), ("", math.inf)):
+        squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --job 17 --format %e" ] && echo {says}\n')
+        squeue.chmod(0o755)
+        monkeypatch.setenv("TZ", "UTC")
+        time.tzset()
+        assert job_end_time() == end
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1795280401")
+    assert job_end_time() == 1795280401.0
