@@ -7,8 +7,8 @@
 #
 #   PYTHON            interpreter                                        [.venv/bin/python]
 #   RANKS_PER_NODE    trainer processes of a node                        [its GPUs, or 1]
-#   ROLLOUT_NODES     the last so many nodes run SGLang servers, rollout.num_servers each, and no trainers    [0]
-#                     (of a heterogeneous job, all nodes of the second component do)
+#   ROLLOUT_NODES     the last so many nodes run SGLang servers instead of trainers; "all": every node runs both    [0]
+#                     (in a heterogeneous job the nodes of the second component run them)
 #   CONTAINER_IMAGE   run everything in this image, by pyxis where srun knows it, else by apptainer           [none]
 #   CONTAINER_MOUNTS  what the container sees of the host                [the repository]
 #   MAX_RESTARTS      how often the job may be started again             [50]
@@ -31,6 +31,12 @@ if [[ -n ${SLURM_HET_SIZE:-} ]]; then
   on_trainers=(--het-group=0 --nodes="$num_trainers" --ntasks="$num_trainers")
   ROLLOUT_NODES=$SLURM_JOB_NUM_NODES_HET_GROUP_1
   on_servers=(--het-group=1 --nodes="$ROLLOUT_NODES" --ntasks="$ROLLOUT_NODES")
+elif [[ $ROLLOUT_NODES == all ]]; then
+  trainer_nodelist=$SLURM_JOB_NODELIST
+  num_trainers=$SLURM_JOB_NUM_NODES
+  ROLLOUT_NODES=$num_trainers
+  on_trainers=(--overlap --nodes="$num_trainers" --ntasks="$num_trainers")
+  on_servers=("${on_trainers[@]}")
 else
   trainer_nodelist=$SLURM_JOB_NODELIST
   num_trainers=$((SLURM_JOB_NUM_NODES - ROLLOUT_NODES))

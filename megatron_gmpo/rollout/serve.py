@@ -1,6 +1,6 @@
 """SGLang servers for trainers on other nodes: ``python -m megatron_gmpo.rollout.serve CONFIG.toml --section.key value ...``
 
-One task of a job step on each rollout node (examples/moe/launch.sh). It starts ``rollout.num_servers`` servers, with the keys in
+One task of a job step on each rollout node (examples/moe/launch.sh). It starts its share of ``rollout.num_servers``, with the keys in
 ``server_keys.json`` of the run folder, and starts again what dies. Once all are healthy the first task publishes their addresses in
 ``servers.json``, which trainers wait for (``rollout.servers_file``); or what went wrong, as ``{"error": "..."}``.
 
@@ -21,7 +21,7 @@ from typing import Any
 from ..config import Config, exit_with_one_line, load_config
 from ..platform import choose_device
 from ..supervision.records import node_name, write_json
-from ..types import RunError, ServerError
+from ..types import InputError, RunError, ServerError
 from .servers import LocalServers
 from .sglang import local_servers
 
@@ -33,12 +33,16 @@ def serve(cfg: Config) -> None:
 
     Raises:
         ServerError: one cannot be started, or those of another node are not there in time.
-        InputError: as ``LocalServers``.
+        InputError: ``rollout.num_servers`` cannot be shared out evenly; or as ``LocalServers``.
     """
-    run_dir, task = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"])
+    run_dir, task, tasks = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    share, rest = divmod(cfg.rollout.num_servers, tasks)
+    if rest:
+        raise InputError(f"rollout.num_servers = {cfg.rollout.num_servers} cannot be shared by {tasks} nodes: choose a multiple")
     cfg = cfg.model_copy(
         update={
-            "seed": cfg.seed + task * cfg.rollout.num_servers,
+            "rollout": cfg.rollout.model_copy(update={"num_servers": share}),
+            "seed": cfg.seed + task * share,
             "sglang": cfg.sglang.model_copy(update={"host": _address_towards(os.environ["MASTER_ADDR"])}),
         }
     )
@@ -47,7 +51,7 @@ def serve(cfg: Config) -> None:
     try:
         servers.start()
         servers.wait_ready()
-        _publish(cfg, servers, task)
+        _publish(cfg, servers, task, tasks)
         while True:
             time.sleep(cfg.sglang.health_interval_s)
             for index in range(len(servers.servers)):
@@ -58,9 +62,9 @@ def serve(cfg: Config) -> None:
         servers.stop()
 
 
-def _publish(cfg: Config, servers: LocalServers, task: int) -> None:
+def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
     """Each task writes its part, and the first one puts them together."""
-    run_dir, tasks = Path(cfg.run_dir), int(os.environ["SLURM_NTASKS"])
+    run_dir = Path(cfg.run_dir)
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     parts = [run_dir / "servers" / f"{attempt}-{i}.json" for i in range(tasks)]
     write_json(parts[task], [{"url": server.url, "node": node_name()} for server in servers.servers])
