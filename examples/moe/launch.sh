@@ -15,6 +15,8 @@
 #   MAX_CRASHES       ... of these after a crash, a hang or a bad node   [3]
 set -uo pipefail
 
+{ # bash reads to the closing brace before it begins, so that the file may change while the job runs
+
 PYTHON=${PYTHON:-.venv/bin/python}
 RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 ROLLOUT_NODES=${ROLLOUT_NODES:-0}
@@ -154,3 +156,5 @@ if ((code == 85)); then
   [[ -n $excluded ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
 fi
 exit "$code"
+
+}
