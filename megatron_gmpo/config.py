@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .types import Exit, InputError
+from .errors import Exit, InputError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]

@@ -3,7 +3,8 @@
     RUN_DIR=$(python -m tools.attempt begin CONFIG.toml --section.key value ...)
     python -m tools.attempt end RUN_DIR STATUS_OF_SRUN
 
-RUN_DIR/restarts.jsonl has a line for each. A new sbatch of the same run counts anew.
+RUN_DIR/restarts.jsonl has a line for each. A new sbatch of the same run counts anew. Nothing here imports torch, which may
+take half a minute from a busy file system: a job whose time is up does not have that.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_gmpo.config import exit_with_one_line, load_config
+from megatron_gmpo.errors import Exit, InputError, RunError
 from megatron_gmpo.supervision.lock import RunLock
 from megatron_gmpo.supervision.records import append_event, read_outcome
-from megatron_gmpo.types import Exit, InputError, RunError
 
 RESTARTS = "restarts.jsonl"
 CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
