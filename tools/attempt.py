@@ -106,7 +106,7 @@ def end(run_dir: Path, status: int) -> Exit:
         crashes = sum(attempt.code in CRASHES for attempt in ours)
         _say(f"attempt {last.attempt}: {last.reason}")
         restarts = f"restart {len(ours)} of {_limit('MAX_RESTARTS')}, {crashes} of {_limit('MAX_CRASHES')} after a crash"
-        _say(f"the job goes on from step {step}: {restarts}")
+        _say(f"it may be tried again from step {step}: {restarts}")
         outcome = read_outcome(run_dir)
         if code == Exit.BAD_NODE and outcome:
             print(outcome.node)

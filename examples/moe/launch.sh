@@ -152,7 +152,7 @@ if [[ -n $excluded ]]; then
   ((others >= SLURM_JOB_NUM_NODES)) || fail 87 "partition $SLURM_JOB_PARTITION has fewer than $SLURM_JOB_NUM_NODES nodes without $excluded"
 fi
 if ((code == 85)); then
-  scontrol requeue "$SLURM_JOB_ID" || code=1
+  scontrol requeue "$SLURM_JOB_ID" && say "job $SLURM_JOB_ID is requeued" || code=1
   [[ -n $excluded ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
 fi
 exit "$code"

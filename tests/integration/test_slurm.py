@@ -249,7 +249,7 @@ def test_sbatch_refuses_a_wrong_partition(submit: Callable[..., Job]) -> None:
 @pytest.mark.parametrize("place", ["other component", "other node"])
 def test_trainers_and_sglang_servers_apart(place: str, submit: Callable[..., Job]) -> None:
     sglang = options(
-        train__num_steps=2, sglang__python=PYTHON, sglang__start_timeout_s=300, rollout__engine="sglang", weight_sync__route="distributed"
+        train__num_steps=2, sglang__python=PYTHON, sglang__start_timeout_s=600, rollout__engine="sglang", weight_sync__route="distributed"
     )
     if place == "other component":
         job = submit("het", "examples/moe/tiny_het.sbatch", *sglang)

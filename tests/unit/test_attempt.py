@@ -60,7 +60,7 @@ def test_a_job_that_makes_progress_goes_on_to_its_end(one: One, run_dir: Path) -
     code, out, err = one(1, "rank 1 on node2: boom", saved=5)
     assert (code, out) == (85, "")
     assert "attempt 2: rank 1 on node2: boom\n" in err
-    assert err.endswith("the job goes on from step 5: restart 2 of 4, 1 of 2 after a crash\n")
+    assert err.endswith("it may be tried again from step 5: restart 2 of 4, 1 of 2 after a crash\n")
     code, out, err = one(0, "all steps are done", saved=9, status=0)
     assert (code, out) == (0, "")
     assert err.endswith("done: 9 steps are saved\n")
