@@ -38,6 +38,10 @@ test-fast: export HF_HUB_OFFLINE = 1
 test-fast: $(INSTALLED)  ## Unit tests only, under a minute
 	$(PY) -m pytest tests/unit -m "not slow and not distributed and not gpu"
 
+test-slurm: export HF_HUB_OFFLINE = 1
+test-slurm: $(INSTALLED)  ## Jobs on an emulated Slurm cluster; part of make test
+	$(PY) -m pytest -m slurm
+
 test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: $(INSTALLED)  ## Tests that need an NVIDIA GPU
 	$(PY) -m pytest tests/gpu
@@ -45,4 +49,4 @@ test-gpu: $(INSTALLED)  ## Tests that need an NVIDIA GPU
 clean:  ## Remove the environment and everything the tools left behind
 	rm -rf $(VENV) .venv-sglang build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: help install sglang demo lint test test-fast test-gpu clean
+.PHONY: help install sglang demo lint test test-fast test-slurm test-gpu clean

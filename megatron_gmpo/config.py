@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .types import Exit, InputError
+from .errors import Exit, InputError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -87,7 +87,8 @@ class RolloutConfig(_Section):
     engine: Literal["embedded", "sglang"] = "embedded"
     """``embedded`` runs transformers in the trainer's processes, ``sglang`` asks SGLang servers."""
     num_servers: Positive = 1
-    """SGLang servers to start on the first trainer's machine, each with weights of its own."""
+    """SGLang servers to start, each with weights of its own: on the first trainer's machine, or shared out over a Slurm job's rollout
+    nodes."""
     server_urls: tuple[str, ...] = ()
     """Running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]; their keys come from the environment variables
     SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""

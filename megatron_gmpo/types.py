@@ -11,7 +11,6 @@ The chain, with one example::
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
 from itertools import pairwise
 from typing import Literal
 
@@ -19,67 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-class Exit(IntEnum):
-    """Exit codes of the commands, and the ``code`` of a run folder's ``outcome.json``."""
-
-    DONE = 0
-    """Everything was done."""
-    FAILED = 1
-    """A crash, figures that are not finite, a rollout server that was lost."""
-    BAD_INPUT = 2
-    """The line says what to correct."""
-    COLLAPSED = 3
-    """The policy collapsed."""
-    REQUEUE = 85
-    """Stopped by a signal or a job's time limit, with everything saved: start the same command again."""
-    HUNG = 86
-    """A rank did not move; its stacks are in ``stacks/``."""
-    BAD_NODE = 87
-    """The node check failed; the line names the node and the check."""
-
-
-class RunError(Exception):
-    """What ends a run with one line, and the exit code ``exit``."""
-
-    exit = Exit.FAILED
-
-
-class InputError(RunError, ValueError):
-    """Bad input from the user: one line that names the field, the value and the remedy."""
-
-    exit = Exit.BAD_INPUT
-
-
-class NonFiniteError(RunError, RuntimeError):
-    """A loss, a gradient norm or logits that are NaN or infinite; the weights are no longer to be trusted."""
-
-
-class ServerError(RunError, RuntimeError):
-    """A rollout server that cannot be started or reached: one line that says what was waited for and where its log is."""
-
-
-class CollapseError(RunError, RuntimeError):
-    """The policy collapsed and ``collapse.action`` says, or is left with nothing but, to stop."""
-
-    exit = Exit.COLLAPSED
-
-
-class CollectiveError(RunError, RuntimeError):
-    """A collective that gave up, because a rank died or did not come: one line that says where this rank was."""
-
-
-class NodeError(RunError, RuntimeError):
-    """A node that is not fit to train on: one line that names the node and the check. Raised on every rank."""
-
-    exit = Exit.BAD_NODE
-
-
-class StopRequest(RunError):  # noqa: N818
-    """The run was asked to stop and has saved everything. Raised on every rank."""
-
-    exit = Exit.REQUEUE
-
+from .errors import CollapseError as CollapseError
+from .errors import CollectiveError as CollectiveError
+from .errors import Exit as Exit
+from .errors import InputError as InputError
+from .errors import NodeError as NodeError
+from .errors import NonFiniteError as NonFiniteError
+from .errors import RunError as RunError
+from .errors import ServerError as ServerError
+from .errors import StopRequest as StopRequest
 
 FinishReason = Literal["stop", "length", "abort"]
 

@@ -84,6 +84,7 @@ class LocalServers:
         device: where they run. (Not run on a GPU yet.)
         options: further options of ``sglang.launch_server``; ``cfg.args`` overrides them.
         first_gpu: index, among those this process sees, of the first server's first GPU.
+        keys: what they want of users and of administrators; None draws them.
 
     Raises:
         InputError: a ``cfg.host`` that is not this machine's, or an option in ``cfg.args`` that is set here.
@@ -101,13 +102,14 @@ class LocalServers:
         device: torch.device,
         options: dict[str, Any] = {},  # noqa: B006
         first_gpu: int = 0,
+        keys: tuple[str, str] | None = None,
     ) -> None:
         args = {name.replace("-", "_"): value for name, value in cfg.args.items()}
         for name in sorted(_OURS & args.keys()):
             raise InputError(f"sglang.args.{name} is set by the run itself: leave it out")
         self._cfg, self._log_dir = cfg, log_dir
         self._ports = [_hold_port(cfg.host) for _ in range(num_servers)]
-        self._api_key, self._admin_key = secrets.token_hex(16), secrets.token_hex(16)
+        self._api_key, self._admin_key = keys or (secrets.token_hex(16), secrets.token_hex(16))
         address = "127.0.0.1" if cfg.host == "0.0.0.0" else cfg.host
         self.servers = [
             Server(f"http://{address}:{_number(port)}", self._api_key, self._admin_key, cfg.tensor_parallel_size) for port in self._ports

@@ -75,22 +75,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     elif rank() == 0 and rollout.servers_file:
         servers = published_servers(Path(rollout.servers_file), cfg.sglang.start_timeout_s)
     elif rank() == 0:
-        options: dict[str, Any] = {}
-        if rollout.routed_experts:
-            options["enable_return_routed_experts"] = True
-        if rollout.placement == "colocated":
-            options["enable_memory_saver"] = True
-        local = LocalServers(
-            cfg.model.path,
-            rollout.num_servers,
-            cfg.sglang,
-            run_dir / "servers",
-            dtype=cfg.model.dtype,
-            seed=cfg.seed,
-            device=device,
-            options=options,
-            first_gpu=0 if rollout.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        )
+        first_gpu = 0 if rollout.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local = local_servers(cfg, device, run_dir / "servers", first_gpu=first_gpu)
         servers = local.servers
     weight_sync = cfg.weight_sync
     if rank() == 0 and not weight_sync.folder:
@@ -100,6 +86,29 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir)
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
     return SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
+
+
+def local_servers(
+    cfg: Config, device: torch.device, log_dir: Path, *, first_gpu: int = 0, keys: tuple[str, str] | None = None
+) -> LocalServers:
+    """``rollout.num_servers`` servers of the model of ``cfg`` on this machine, not started yet; see ``LocalServers``."""
+    options: dict[str, Any] = {}
+    if cfg.rollout.routed_experts:
+        options["enable_return_routed_experts"] = True
+    if cfg.rollout.placement == "colocated":
+        options["enable_memory_saver"] = True
+    return LocalServers(
+        cfg.model.path,
+        cfg.rollout.num_servers,
+        cfg.sglang,
+        log_dir,
+        dtype=cfg.model.dtype,
+        seed=cfg.seed,
+        device=device,
+        options=options,
+        first_gpu=first_gpu,
+        keys=keys,
+    )
 
 
 def _generation_config(model: str) -> GenerationConfig:

@@ -122,7 +122,7 @@ class Attempt:
                 raise StopRequest(self._stopped())
             self._record_of_all(Exit.DONE, "all steps are done")
         elif isinstance(error, NodeError):
-            self._record_of_all(error.exit, str(error))
+            self._record_of_all(error.exit, str(error), error.node)
         elif isinstance(error, RunError):
             self._record(error.exit, str(error))
         else:
@@ -160,14 +160,14 @@ class Attempt:
         if self._record(code, reason, consequence=consequence):
             print(f"error: {reason}", file=sys.stderr, flush=True)
 
-    def _record_of_all(self, code: Exit, reason: str) -> None:
+    def _record_of_all(self, code: Exit, reason: str, node: str = "") -> None:
         if self._first:
-            self._record(code, reason)
+            self._record(code, reason, node=node)
 
-    def _record(self, code: Exit, reason: str, *, consequence: bool = False) -> bool:
+    def _record(self, code: Exit, reason: str, *, node: str = "", consequence: bool = False) -> bool:
         step = self._heartbeat.step if self._heartbeat else 0
         number = int(os.environ.get("RANK", "0"))
-        return write_outcome(self._run_dir, Outcome(code, reason, step, number, node_name(), time.time(), consequence))
+        return write_outcome(self._run_dir, Outcome(code, reason, step, number, node or node_name(), time.time(), consequence))
 
     def _event(self, name: str, **fields: object) -> None:
         if self._first:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..types import InputError
+from ..errors import InputError
 from .records import node_name
 
 log = logging.getLogger(__name__)

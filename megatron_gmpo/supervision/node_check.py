@@ -52,7 +52,7 @@ def _raise_on_every_rank(problems: list[str]) -> None:
     if found:
         node, line = found[0]
         others = sorted({name for name, _ in found} - {node})
-        raise NodeError(f"node {node}: {line}" + (f" (and problems on {', '.join(others)})" if others else ""))
+        raise NodeError(node, line + (f" (and problems on {', '.join(others)})" if others else ""))
 
 
 def _gpus(device: torch.device) -> Iterator[str]:

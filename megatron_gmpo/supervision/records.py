@@ -30,7 +30,8 @@ class Outcome:
         code: a ``types.Exit``. torchrun itself exits with 1 whatever its ranks exit with.
         reason: one line.
         step: steps taken.
-        rank, node: of the process that wrote it.
+        rank: of the process that wrote it.
+        node: its node, or the one that is bad.
         time: Unix time in seconds.
         consequence: the rank only saw that another one was lost.
     """

@@ -12,6 +12,12 @@ def share_of_digits(prompt: Prompt, response: str) -> float:
     return sum(character.isdigit() for character in response) / max(1, len(response))
 
 
+def unhurried_share_of_digits(prompt: Prompt, response: str) -> float:
+    """So that a run lasts long enough to be interrupted."""
+    time.sleep(0.1)
+    return share_of_digits(prompt, response)
+
+
 def broken_on_rank_1(prompt: Prompt, response: str) -> float | None:
     return None if os.environ["RANK"] == "1" else 0.0
 

@@ -1,0 +1,42 @@
+"""torchrun that says which rank was killed: ``RUN_DIR=... python -m megatron_gmpo.supervision.torchrun OPTIONS of torchrun``
+
+A rank that gets a SIGKILL or runs out of memory leaves no word, and the others only see that it has gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from ..types import Exit
+from .records import Outcome, node_name, rank_file, write_outcome
+
+
+def main() -> None:
+    try:
+        run.main(sys.argv[1:])
+    except ChildFailedError as error:
+        killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+        for rank, failure in killed[:1]:
+            _record(Path(os.environ["RUN_DIR"]), rank, signal.Signals(-failure.exitcode))
+        sys.exit(Exit.FAILED)
+
+
+def _record(run_dir: Path, rank: int, number: signal.Signals) -> None:
+    beat = rank_file(run_dir, "heartbeats", rank, ".json")
+    step = json.loads(beat.read_text())["step"] if beat.is_file() else 0
+    guess = ", which the kernel also sends when memory runs out" if number is signal.SIGKILL else ""
+    reason = f"rank {rank} on {node_name()} was killed by {number.name}{guess}"
+    write_outcome(run_dir, Outcome(Exit.FAILED, reason, step, rank, node_name(), time.time()))
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What a Slurm job does after an attempt: go on, or end and say why."""
+
+from __future__ import annotations
+
+import json
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_gmpo.supervision.records import OUTCOME, Outcome
+from megatron_gmpo.types import Exit, InputError, RunError
+from tools import attempt
+from tools.attempt import read_attempts
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in (("SLURM_JOB_ID", "7"), ("MAX_RESTARTS", "4"), ("MAX_CRASHES", "2")):
+        monkeypatch.setenv(name, value)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Exit, str, str]]:
+    """``one(code, reason, saved=step)`` is what comes of an attempt that ends so: exit code, stdout and stderr of ``end``."""
+
+    def one(
+        code: int | None, reason: str = "why", *, saved: int | None = None, node: str = "node1", status: int = 1
+    ) -> tuple[Exit, str, str]:
+        begin(run_dir)
+        if saved is not None:
+            save(run_dir, saved)
+        if code is not None:
+            (run_dir / OUTCOME).write_text(json.dumps(Outcome(code, reason, 0, 0, node, time.time()).__dict__))
+        capsys.readouterr()
+        result = attempt.end(run_dir, status)
+        printed = capsys.readouterr()
+        return result, printed.out, printed.err
+
+    return one
+
+
+def begin(run_dir: Path, *options: str) -> None:
+    attempt.begin(["--run_dir", str(run_dir), *options])
+
+
+def save(run_dir: Path, step: int) -> None:
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+One = Callable[..., tuple[Exit, str, str]]
+
+
+def test_a_job_that_makes_progress_goes_on_to_its_end(one: One, run_dir: Path) -> None:
+    assert one(85, "stopped by SIGUSR1", saved=3)[0] == 85
+    code, out, err = one(1, "rank 1 on node2: boom", saved=5)
+    assert (code, out) == (85, "")
+    assert "attempt 2: rank 1 on node2: boom\n" in err
+    assert err.endswith("it may be tried again from step 5: restart 2 of 4, 1 of 2 after a crash\n")
+    code, out, err = one(0, "all steps are done", saved=9, status=0)
+    assert (code, out) == (0, "")
+    assert err.endswith("done: 9 steps are saved\n")
+    assert [(a.attempt, a.job, a.checkpoint_step, a.code) for a in read_attempts(run_dir)] == [
+        (1, "7", 0, 85),
+        (2, "7", 3, 1),
+        (3, "7", 5, 0),
+    ]
+    restarts = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["attempt"], event["step"]) for event in restarts] == [("restart", 2, 3), ("restart", 3, 5)]
+
+
+@pytest.mark.parametrize("code", [Exit.BAD_INPUT, Exit.COLLAPSED])
+def test_what_no_restart_mends_ends_the_job(code: Exit, one: One) -> None:
+    result, _, err = one(code, "choose another", saved=3)
+    assert result == code
+    assert err.endswith("error: choose another\n")
+
+
+def test_two_attempts_without_a_newer_checkpoint_are_enough(one: One, run_dir: Path) -> None:
+    assert one(85, saved=3)[0] == 85
+    assert one(85, saved=3)[0] == 85
+    code, _, err = one(85, "stopped by SIGUSR1", saved=3)
+    assert code == Exit.FAILED
+    assert "error: two attempts in a row have left no checkpoint after step 3; the last attempt: stopped by SIGUSR1\n" in err
+    with pytest.raises(RunError, match=r"^two attempts in a row have left no checkpoint after step 3; "):  # had Slurm requeued it
+        begin(run_dir)
+
+
+def test_crashes_and_restarts_have_limits(one: One) -> None:
+    assert [one(code, saved=step)[0] for step, code in enumerate((1, 86), start=1)] == [85, 85]
+    code, _, err = one(1, saved=3)
+    assert code == 1
+    assert "error: the job has been started again after 2 crashes, MAX_CRASHES; the last attempt: why\n" in err
+
+
+def test_restarts_have_a_limit(one: One) -> None:
+    assert [one(85, saved=step)[0] for step in range(1, 6)] == [85, 85, 85, 85, 1]
+
+
+def test_a_new_job_counts_anew(one: One, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        last = one(1)[0]
+    assert last == 1
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert one(1)[0] == 85
+    assert [(a.attempt, a.job) for a in read_attempts(run_dir)] == [(1, "7"), (2, "7"), (1, "8")]
+
+
+def test_a_bad_node_is_named_to_the_launcher(one: One) -> None:
+    assert one(87, "node node5: no GPU", node="node5")[:2] == (85, "node5\n")
+    assert one(87, "node node6: no GPU", node="node6")[:2] == (87, "")
+
+
+def test_an_attempt_that_nobody_could_speak_for(one: One, run_dir: Path) -> None:
+    begin(run_dir)  # and Slurm took the node away
+    code, _, err = one(None, status=143)
+    assert code == 1
+    assert f"the trainers ended with exit code 143 and without a reason: see {run_dir / 'logs'}" in err
+    first, second = read_attempts(run_dir)
+    assert (first.code, first.reason) == (None, "ended by Slurm: a preemption or a failed node")
+    assert second.code == 1
+
+
+def test_the_outcome_of_an_earlier_attempt_is_not_this_ones(one: One, run_dir: Path) -> None:
+    begin(run_dir)
+    (run_dir / OUTCOME).write_text(json.dumps(Outcome(2, "old", 0, 0, "node1", time.time() - 100).__dict__))
+    assert attempt.end(run_dir, 85) == 85
+
+
+def test_keys_are_drawn_for_each_attempt_and_private(run_dir: Path) -> None:
+    keys = []
+    for _ in range(2):
+        begin(run_dir, "--rollout.engine", "sglang")
+        file = run_dir / "server_keys.json"
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        keys.append(json.loads(file.read_text()))
+    assert len({*keys[0].values(), *keys[1].values()}) == 4
+
+
+def test_bad_limits_and_configs_are_refused(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"config file nowhere\.toml does not exist"):
+        attempt.begin(["nowhere.toml"])
+    monkeypatch.setenv("MAX_CRASHES", "many")
+    begin(run_dir)
+    with pytest.raises(InputError, match="MAX_CRASHES = 'many' is not a number"):
+        begin(run_dir)
