@@ -1,0 +1,93 @@
+"""What the dry run says a rank holds is what the ranks of a real run hold: weights, gradients, optimizer, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_gmpo.config import Config
+from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.policy.dry_run import dry_run
+from megatron_gmpo.types import TrainBatch
+
+from . import cases
+from .ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
+LENGTH, SEQUENCES, MICROBATCHES = 128, 4, 3
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def batch_for(replicas: int) -> TrainBatch:
+    """Sequences of equal length for ``MICROBATCHES`` full microbatches on each of ``replicas`` data-parallel ranks."""
+    count = SEQUENCES * MICROBATCHES * replicas
+    mask = (torch.arange(LENGTH) >= 8).repeat(count)
+    tokens = torch.randint(3, 16, (count * LENGTH,), generator=torch.Generator().manual_seed(0))
+    batch = TrainBatch(tokens, torch.full((count,), LENGTH), mask, torch.ones(count), torch.zeros(len(mask)))
+    batch.old_logprobs = torch.zeros(len(mask))
+    batch.ref_logprobs = torch.zeros(len(mask))
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("family", "world_size", "parallel", "changes"),
+    [
+        ("qwen3", 1, {}, {}),
+        ("qwen3", 2, {TP: 2}, {"optimizer": {"use_distributed_optimizer": False}}),
+        ("qwen3", 2, {CP: 2}, {"model": {"dtype": "fp32"}}),
+        ("qwen3_moe", 1, {}, {"model": {"dtype": "fp32"}}),
+        ("qwen3_moe", 2, {EP: 2}, {"algorithm": {"kl_coef": 0.1}}),
+        ("qwen3_moe", 4, {TP: 2, EP: 2}, {"megatron": RECOMPUTED}),
+        ("qwen3_moe", 4, {PP: 2, EP: 2}, {}),
+        ("qwen3_moe", 2, {PP: 2, VPP: 2}, {"megatron": RECOMPUTED}),
+        ("deepseek_v3", 2, {TP: 2, EP: 2}, {}),
+    ],
+)
+def test_memory_of_every_rank(
+    ranks: RankPool, tiny_model: Callable[..., Path], family: Any, world_size: int, parallel: dict[str, int], changes: dict[str, Any]
+) -> None:
+    tree: dict[str, Any] = {
+        "device": "cpu",
+        "parallel": parallel,
+        "train": {"max_tokens_per_microbatch": LENGTH * SEQUENCES},
+        **changes,
+        "model": {"path": str(tiny_model(family)), "dtype": "bf16"} | changes.get("model", {}),
+    }
+    cfg = Config.model_validate(tree)
+    replicas = world_size // cfg.parallel.model_parallel_size
+    found = ranks.run(world_size, cases.memory, cfg, batch_for(replicas))
+    description = describe_model(cfg, world_size, torch.device("cpu"))
+    stages = parallel.get(PP, 1)
+    count = MICROBATCHES if VPP not in parallel else -(-MICROBATCHES // stages) * stages
+    for stage in range(stages):
+        plan = dry_run(cfg, description, world_size=world_size, stage=stage, lengths=[LENGTH] * SEQUENCES, num_microbatches=count)
+        of_stage = found[stage * world_size // stages : (stage + 1) * world_size // stages]
+        for name in ("weights", "gradients", "optimizer", "reference"):
+            assert getattr(plan, name) == pytest.approx(of_stage[0][name], rel=0.01), name
+        # an expert's share of the tokens is not even, that of all together is
+        measured = mean(one["saved"] for one in of_stage)
+        peak = mean(one["peak"] for one in of_stage)
+        dyn = plan.activations + plan.logits + plan.temporaries
+        print(
+            family,
+            parallel,
+            stage,
+            "activations",
+            plan.activations,
+            measured,
+            round(plan.activations / measured, 3),
+            "peak",
+            dyn,
+            peak,
+            round(dyn / peak, 3),
+            "total",
+            (plan.total) / (plan.resident + peak),
+        )
