@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import warnings
@@ -120,7 +119,7 @@ def plan_servers(cfg: Config, world_size: int, model: Model, plans: list[RankPla
     """The rollout servers and their caches.
 
     Raises:
-        InputError: a cache does not hold one response of full length, or servers and the trainer that share GPUs do not fit beside each other.
+        InputError: a cache does not hold one response of full length, or servers and the trainer, on the same GPUs, do not fit.
     """
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     if cfg.rollout.engine == "embedded":  # a whole model on every rank
@@ -140,8 +139,8 @@ def plan_servers(cfg: Config, world_size: int, model: Model, plans: list[RankPla
     cache_tokens = (taken * gpus - model.weights) // model.kv_bytes
     if cache_tokens < longest:
         raise InputError(
-            f"a server's {gpus} GPUs give it {_gib(taken * gpus)} GiB, too little for weights of {_gib(model.weights)} GiB and one response: "
-            "raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
+            f"a server's {gpus} GPUs give it {_gib(taken * gpus)} GiB, too little for {_gib(model.weights)} GiB of weights and one "
+            "response: raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
         )
     return Servers(count, gpus, cache_tokens)
 

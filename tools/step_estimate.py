@@ -234,8 +234,13 @@ class StepEstimate:
         return work.flops / (self.hardware.flops * COMPUTE_EFFICIENCY) + sum(map(self._sending, work.traffic))
 
     def _sending(self, traffic: Traffic) -> float:
-        nodes = {rank // GPUS_PER_NODE for rank in traffic.ranks}
-        return traffic.sent / ((self.hardware.network if len(nodes) > 1 else self.hardware.nvlink) * LINK_EFFICIENCY)
+        """Rings that leave a node go at the network's speed; of an all-to-all only what leaves the node."""
+        nodes = Counter(rank // GPUS_PER_NODE for rank in traffic.ranks)
+        outside = 1.0 if len(nodes) > 1 else 0.0
+        if traffic.operation == "all_to_all":
+            outside = (len(traffic.ranks) - nodes[traffic.ranks[0] // GPUS_PER_NODE]) / (len(traffic.ranks) - 1)
+        slowest = max(outside / self.hardware.network, (1 - outside) / self.hardware.nvlink)
+        return traffic.sent * slowest / LINK_EFFICIENCY
 
     def _update(self) -> float:
         """Of the slowest rank: gradients summed, weights gathered, and the optimizer's state read and written."""
@@ -272,7 +277,6 @@ class StepEstimate:
                 heapq.heappush(running, step + waiting.pop())
             end = heapq.heappop(running)
             batch = len(running) + 1
-            cached = mean_prompt + mean_response / 2
             seconds += (end - step) * self._decode_step(batch, batch * (mean_prompt + mean_response / 2))
             step = end
         return prefill + seconds

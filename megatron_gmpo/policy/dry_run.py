@@ -482,10 +482,10 @@ def _optimizer_nbytes(optimizer: Any, chunks: list[torch.nn.Module]) -> int:
 def _stage_parameters(chunk: Any, groups: ProcessGroupCollection) -> tuple[int, int]:
     """Elements of a chunk over all its ranks, and those of routed experts among them; an embedding shared with the head counts once."""
     total = experts = 0
-    for param in chunk.parameters():
+    for name, param in chunk.named_parameters():
         if getattr(param, "shared_embedding", False) and not chunk.module.pre_process:
             continue
-        if not getattr(param, "allreduce", True):
+        if ".mlp.experts." in name:
             count = param.numel() * groups.ep.size() * groups.expt_tp.size()
             experts += count
         else:

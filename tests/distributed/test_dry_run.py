@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
-LENGTH, SEQUENCES, MICROBATCHES = 128, 4, 3
+LENGTH, SEQUENCES, MICROBATCHES = 128, 4, 4
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -42,12 +42,12 @@ def batch_for(replicas: int) -> TrainBatch:
     [
         ("qwen3", 1, {}, {}),
         ("qwen3", 2, {TP: 2}, {"optimizer": {"use_distributed_optimizer": False}}),
-        ("qwen3", 2, {CP: 2}, {"model": {"dtype": "fp32"}}),
         ("qwen3_moe", 1, {}, {"model": {"dtype": "fp32"}}),
         ("qwen3_moe", 2, {EP: 2}, {"algorithm": {"kl_coef": 0.1}}),
         ("qwen3_moe", 4, {TP: 2, EP: 2}, {"megatron": RECOMPUTED}),
         ("qwen3_moe", 4, {PP: 2, EP: 2}, {}),
         ("qwen3_moe", 2, {PP: 2, VPP: 2}, {"megatron": RECOMPUTED}),
+        ("qwen3_moe", 2, {CP: 2}, {}),
         ("deepseek_v3", 2, {TP: 2, EP: 2}, {}),
     ],
 )
@@ -62,32 +62,34 @@ def test_memory_of_every_rank(
         "model": {"path": str(tiny_model(family)), "dtype": "bf16"} | changes.get("model", {}),
     }
     cfg = Config.model_validate(tree)
-    replicas = world_size // cfg.parallel.model_parallel_size
-    found = ranks.run(world_size, cases.memory, cfg, batch_for(replicas))
+    found = ranks.run(world_size, cases.memory, cfg, batch_for(world_size // cfg.parallel.model_parallel_size))
     description = describe_model(cfg, world_size, torch.device("cpu"))
     stages = parallel.get(PP, 1)
-    count = MICROBATCHES if VPP not in parallel else -(-MICROBATCHES // stages) * stages
+    # torch on a CPU has no fused attention under a mask or with two head sizes, and keeps more
+    fused = CP not in parallel and family != "deepseek_v3"
     for stage in range(stages):
-        plan = dry_run(cfg, description, world_size=world_size, stage=stage, lengths=[LENGTH] * SEQUENCES, num_microbatches=count)
+        plan = dry_run(cfg, description, world_size=world_size, stage=stage, lengths=[LENGTH] * SEQUENCES, num_microbatches=MICROBATCHES)
         of_stage = found[stage * world_size // stages : (stage + 1) * world_size // stages]
         for name in ("weights", "gradients", "optimizer", "reference"):
             assert getattr(plan, name) == pytest.approx(of_stage[0][name], rel=0.01), name
-        # an expert's share of the tokens is not even, that of all together is
-        measured = mean(one["saved"] for one in of_stage)
+        # one expert's share of the tokens is not like another's: the mean over the ranks
+        kept = mean(one["saved"] for one in of_stage) + (plan.in_flight * plan.boundary)  # what schedules hold to send
         peak = mean(one["peak"] for one in of_stage)
         dyn = plan.activations + plan.logits + plan.temporaries
         print(
             family,
             parallel,
             stage,
-            "activations",
             plan.activations,
-            measured,
-            round(plan.activations / measured, 3),
+            kept,
+            plan.activations / kept,
             "peak",
-            dyn,
-            peak,
-            round(dyn / peak, 3),
+            dyn / peak,
             "total",
-            (plan.total) / (plan.resident + peak),
+            (plan.resident + dyn) / (plan.resident + peak),
+            (plan.resident + plan.activations) / (plan.resident + kept),
         )
+        if fused:
+            assert plan.activations == pytest.approx(kept, rel=0.1)
+        if fused and world_size == 1:  # gloo takes memory of its own
+            assert plan.total == pytest.approx(plan.resident + peak, rel=0.1)
