@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..types import InputError
 SUPPORTED_VERSION = "0.16.1"
 
 _CPU = torch.device("cpu")
+_device = _CPU  # what "cuda" means
 _installed = False
 
 
@@ -50,6 +51,17 @@ def install() -> None:
     _redirect_tensors()
     _patch_megatron()
     _installed = True
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Within it Megatron's "cuda" is the meta device, whose tensors have shapes and no memory: for a dry run."""
+    global _device
+    _device = torch.device("meta")
+    try:
+        yield
+    finally:
+        _device = _CPU
 
 
 class _Stream:
@@ -75,7 +87,7 @@ class _Event:
 def _torch_on_cpu() -> ModuleType:
     """A copy of the torch module whose ``cuda`` and whose factories of tensors mean the CPU."""
     cuda = _copy(torch.cuda)
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = lambda: _device
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
     cuda.stream = lambda _: contextlib.nullcontext()
@@ -90,7 +102,7 @@ def _torch_on_cpu() -> ModuleType:
         @functools.wraps(make)
         def made(*args: Any, **kwargs: Any) -> Tensor:
             if _names_cuda(kwargs.get("device")):
-                kwargs["device"] = _CPU
+                kwargs["device"] = _device
             kwargs.pop("pin_memory", None)  # there is no GPU to copy it to
             return make(*args, **kwargs)
 
@@ -118,7 +130,7 @@ def _redirect_tensors() -> None:
 
     def type_with_cuda_name(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = tensor_type(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        return answer.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     torch.Tensor.type = type_with_cuda_name
 

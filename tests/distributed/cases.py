@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,3 +240,69 @@ def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool
         if save:
             policy.save(run_dir, 0, {"note": ""}, 1)
         return _steps(policy, batch, 2)
+
+
+def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
+    """Bytes of this rank's weights, gradients, optimizer and reference after a step, and of what autograd saved at the step's fullest."""
+    with opened(cfg) as policy:
+        weights = _storages(_weights(policy.chunks))
+        _steps(policy, batch, 1)  # makes the optimizer's moments
+        saved, most = _SavedTensors(weights), [0]
+        for chunk in policy.chunks:
+            chunk.register_forward_hook(lambda *_: most.append(max(most.pop(), saved.nbytes)))
+        with saved, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            _steps(policy, batch, 1)
+        live = peak = 0
+        for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        chunks: Any = policy.chunks
+        buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        optimizers = getattr(policy.model.optimizer, "chained_optimizers", [policy.model.optimizer])
+        torch_optimizers = [optimizer.optimizer for optimizer in optimizers]
+        held = [param for one in torch_optimizers for group in one.param_groups for param in group["params"]]
+        held += [value for one in torch_optimizers for state in one.state.values() for value in state.values() if torch.is_tensor(value)]
+        reference = policy.reference or []
+        return {
+            "weights": sum(weights.values()),
+            "gradients": sum(_storages([buffer.grad_data for buffer in buffers]).values()),
+            "optimizer": sum(size for key, size in _storages(held).items() if key not in weights),
+            "reference": sum(_storages(_weights(reference)).values()),
+            "saved": most[0],
+            "peak": peak,
+        }
+
+
+def _weights(chunks: list[torch.nn.Module]) -> list[Tensor]:
+    return [tensor for chunk in chunks for tensor in (*chunk.parameters(), *torch.nn.Module.buffers(chunk))]
+
+
+def _storages(tensors: list[Tensor]) -> dict[int, int]:
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+class _Saved:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for backward passes, each storage once."""
+
+    def __init__(self, known: dict[int, int]) -> None:
+        self._known, self._users, self.nbytes = known, Counter[int](), 0
+        super().__init__(self._pack, lambda kept: kept.tensor)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        kept = _Saved(tensor)
+        if key not in self._known:
+            self.nbytes += size if not self._users[key] else 0
+            self._users[key] += 1
+            weakref.finalize(kept, self._drop, key, size)
+        return kept
+
+    def _drop(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        self.nbytes -= size if not self._users[key] else 0

@@ -136,6 +136,13 @@ def test_plot_metrics_draws_the_run(two_steps: Path, tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_watch_shows_the_run(two_steps: Path) -> None:
+    done = run_module("tools.watch", two_steps, "--once")
+    assert done.returncode == 0, done.stderr
+    for words in ("step 2/2", "reward", "heldout/pass@1", "checkpoint"):
+        assert words in done.stdout
+
+
 def test_evaluate_judges_the_newest_checkpoint(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(two_steps, run_dir)

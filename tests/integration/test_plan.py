@@ -1,0 +1,73 @@
+"""tools/plan.py on the example configs of big models: sizes, memory, time of the run itself, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .commands import CONFIG, ROOT, error_lines, options, run_module
+
+pytestmark = pytest.mark.distributed
+
+BIG = "examples/moe/qwen3_30b_a3b.toml"
+PUBLISHED = [  # billions of parameters on the model cards; those met by a token have two digits there
+    ("qwen3_30b_a3b", 32, 30.5, 3.3),
+    ("qwen3_235b_a22b", 96, 235, 22),
+    ("deepseek_r1_distill_qwen_7b", 8, 7.6, None),
+]
+
+
+@pytest.mark.parametrize(("name", "world_size", "total", "active"), PUBLISHED)
+def test_a_big_model_fits_and_has_the_published_size(
+    name: str, world_size: int, total: float, active: float | None, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "tools.plan", f"examples/moe/{name}.toml", "--world_size", str(world_size)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    text = log.read_text()
+    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert usage.ru_maxrss < 4 * 2**20  # KiB
+    found = re.search(r"([\d.]+) B parameters(?:, ([\d.]+) B of them active)?", text)
+    assert found
+    assert float(found[1]) == pytest.approx(total, rel=0.01)
+    if active:
+        assert float(found[2]) == pytest.approx(active, rel=0.02)
+    for words in ("Memory of a rank", "Sent by a rank in a step", "tokens a second and GPU"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "line"),
+    [
+        (CONFIG, {}, r"world_size = None: give the number"),
+        (CONFIG, {"world_size": 2, "train__num_step": 1}, r"unknown config key 'train\.num_step'"),
+        (CONFIG, {"world_size": 3, "parallel__expert_model_parallel_size": 3}, r"expert_model_parallel_size = 3 does not divide"),
+        (CONFIG, {"world_size": 1, "algorithm__clip": "adaptive", "train__minibatches_per_step": 1}, r"adaptive"),
+        (BIG, {"world_size": 8}, r"rank 0 \(pipeline stage 0\) needs [\d.]+ GiB of 79\.0: [\d.]+ too much; raise parallel\."),
+        (BIG, {"world_size": 32, "train__max_tokens_per_microbatch": 65536}, r"needs [\d.]+ GiB .* too much; .*max_tokens_per_microbatch"),
+        (BIG, {"world_size": 32, "sglang__args__mem_fraction_static": 0.6}, r"colocated servers take 47\.4 GiB .*mem_fraction_static"),
+        (BIG, {"world_size": 32, "sglang__args__mem_fraction_static": 0.15}, r"a server's 4 GPUs give it 47\.4 GiB, too little"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tiny_model: Callable[..., Path], config: str, values: dict[str, object], line: str) -> None:
+    model = options(model__path=tiny_model("qwen3_moe")) if config == CONFIG else []
+    done = run_module("tools.plan", config, *model, *options(**values))
+    assert done.returncode == 2, done.stdout + done.stderr
+    (error,) = error_lines(done.stderr)
+    assert re.search(line, error), error
+
+
+def test_a_run_on_a_cpu_with_the_embedded_engine(tiny_model: Callable[..., Path]) -> None:
+    model = tiny_model("qwen3_moe")
+    done = run_module("tools.plan", CONFIG, *options(model__path=model, world_size=4, parallel__pipeline_model_parallel_size=2))
+    assert done.returncode == 0, done.stderr
+    assert "4 ranks on h100: PP 2 DP 2" in done.stdout
+    assert "send and receive" in done.stdout

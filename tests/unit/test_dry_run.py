@@ -1,0 +1,100 @@
+"""The dry run of a rank against what the sizes of model and layout say on paper. tests/distributed/test_dry_run.py has real runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_gmpo.config import Config
+from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.policy.dry_run import RankPlan, Traffic, dry_run
+
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+EP = "expert_model_parallel_size"
+HIDDEN, LAYERS, HEADS, GROUPS, HEAD, FFN, EXPERTS, TOPK, VOCAB = 64, 4, 4, 2, 32, 64, 8, 2, 128  # of the tiny models, in bf16
+LENGTHS = [256, 768]
+TOKENS = sum(LENGTHS)
+Plan = Callable[..., RankPlan]
+
+
+@pytest.fixture
+def plan(tiny_model: Callable[..., Path]) -> Plan:
+    def make(family: str = "qwen3", world_size: int = 1, stage: int = 0, num_microbatches: int = 8, **sections: Any) -> RankPlan:
+        cfg = Config.model_validate({"model": {"path": str(tiny_model(family)), "dtype": "bf16"}, **sections})
+        description = describe_model(cfg, world_size, torch.device("cpu"))
+        return dry_run(cfg, description, world_size=world_size, stage=stage, lengths=LENGTHS, num_microbatches=num_microbatches)
+
+    return make
+
+
+def sent(traffic: tuple[Traffic, ...], operation: str, group: str) -> int:
+    return sum(one.sent for one in traffic if (one.operation, one.group) == (operation, group))
+
+
+def test_flops_of_a_dense_model(plan: Plan) -> None:
+    qkv, out, mlp = HIDDEN * (HEADS + 2 * GROUPS) * HEAD, HEADS * HEAD * HIDDEN, 3 * HIDDEN * FFN
+    products = 2 * TOKENS * (LAYERS * (qkv + out + mlp) + VOCAB * HIDDEN)
+    attention = LAYERS * sum(2 * length**2 * HEADS * HEAD for length in LENGTHS)  # two products, half of them masked
+    whole = plan()
+    assert whole.forward.flops == products + attention
+    assert whole.training.flops == 3 * products + attention * 7 // 2
+    assert whole.forward.traffic == whole.training.traffic == ()
+    recomputed = plan(megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1})
+    assert recomputed.training.flops == whole.training.flops + whole.forward.flops - 2 * TOKENS * VOCAB * HIDDEN
+    assert recomputed.activations < whole.activations / 5
+
+
+def test_experts_meet_their_share_of_tokens(plan: Plan) -> None:
+    layer = TOPK * 3 * HIDDEN * FFN + EXPERTS * HIDDEN  # the experts of a token, and the router
+    dense = 3 * HIDDEN * FFN
+    assert plan("qwen3_moe").forward.flops == plan("qwen3").forward.flops + 2 * TOKENS * LAYERS * (layer - dense)
+
+
+def test_traffic_of_expert_and_context_parallelism(plan: Plan) -> None:
+    tokens = 2 * TOKENS * TOPK * HIDDEN // 2  # bytes in bf16; one half stays
+    weights = 4 * TOKENS * TOPK // 2  # each token's fp32 weight goes with it, but does not come back
+    experts = plan("qwen3_moe", 2, parallel={EP: 2})
+    assert sent(experts.forward.traffic, "all_to_all", "ep") == LAYERS * (2 * tokens + weights)
+    context = plan("qwen3", 2, parallel={CP: 2})
+    keys_and_values = 2 * 2 * TOKENS * GROUPS * HEAD // 2
+    assert sent(context.forward.traffic, "all_gather", "cp") == LAYERS * keys_and_values
+    assert sent(context.training.traffic, "reduce_scatter", "cp") == LAYERS * keys_and_values
+
+
+def test_traffic_of_tensor_parallelism(plan: Plan) -> None:
+    hidden = 2 * TOKENS * HIDDEN // 2
+    tensor = plan("qwen3", 2, parallel={TP: 2}).forward.traffic
+    assert sent(tensor, "all_gather", "tp") == (2 * LAYERS + 1) * hidden  # before attention, MLP and head
+    assert sent(tensor, "reduce_scatter", "tp") == (2 * LAYERS + 1) * hidden  # after embedding, attention and MLP
+    assert sent(tensor, "all_reduce", "tp") == 2 * 4 * 4 * TOKENS // 2  # highest logit, and three fp32 sums a token
+
+
+def test_the_optimizer_is_shared_by_the_replicas(plan: Plan) -> None:
+    alone = plan("qwen3", 1)
+    assert alone.weights == pytest.approx(2 * alone.parameters, rel=0.01)
+    assert alone.gradients == pytest.approx(4 * alone.parameters, rel=0.01)
+    assert alone.optimizer == pytest.approx(12 * alone.parameters, rel=0.01)
+    assert plan("qwen3", 8).optimizer == pytest.approx(alone.optimizer / 8, rel=0.02)
+    assert plan("qwen3", 8, optimizer={"use_distributed_optimizer": False}).optimizer == 12 * alone.parameters
+    assert plan("qwen3", 1, algorithm={"kl_coef": 0.1}).reference == 2 * alone.parameters
+    sync = plan("qwen3", 8).gradient_sync
+    assert sent(sync, "reduce_scatter", "dp_cp") == 2 * sent(sync, "all_gather", "dp_cp")
+
+
+def test_a_layout_of_many_ranks(plan: Plan) -> None:
+    """Parameters of all stages together are the model's, in a world that no machine of ours has."""
+    parallel = {TP: 2, PP: 4, CP: 2, EP: 4}
+    stages = [plan("qwen3_moe", 256, stage, parallel=parallel) for stage in range(4)]
+    whole = plan("qwen3_moe")
+    assert sum(stage.stage_parameters for stage in stages) == whole.parameters == whole.stage_parameters
+    assert whole.stage_expert_parameters == LAYERS * EXPERTS * 3 * HIDDEN * FFN
+    assert [stage.rank for stage in stages] == [0, 64, 128, 192]
+    assert [stage.in_flight for stage in stages] == [4, 3, 2, 1]
+    assert [bool(stage.logits) for stage in stages] == [False, False, False, True]
+    assert plan("qwen3_moe", 256, num_microbatches=2, parallel=parallel).in_flight == 2
+    assert not dist.is_initialized()

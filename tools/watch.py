@@ -1,0 +1,266 @@
+"""A live view of a running or finished job, from the files in its run folder: python -m tools.watch RUN_DIR [--once]"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from megatron_gmpo.config import exit_with_one_line
+from megatron_gmpo.types import InputError
+
+REFRESH_S = 2.0
+SILENT_S = 60.0
+"""A rank whose heartbeat is older is shown in red."""
+TAIL_BYTES = 2**20
+"""Of a JSON-lines file; older lines are not read."""
+TREND_STEPS = 30
+REQUEUE = 85
+"""Exit code of an attempt that saved everything and is to be started again."""
+
+SHOWN = {  # figure -> (label, format)
+    "reward/mean": ("reward", ".3f"),
+    "eval": ("", ""),  # the newest of each benchmark
+    "loss": ("loss", ".4g"),
+    "grad_norm": ("gradient norm", ".3g"),
+    "policy/entropy": ("entropy", ".3f"),
+    "response_length/mean": ("response length", ",.0f"),
+    "throughput/tokens_per_second": ("tokens a second", ",.0f"),
+    "rollout/logprob_diff_mean": ("mismatch of log probabilities", ".2g"),
+    "rollout/server_restarts": ("server restarts", ".0f"),
+}
+TICKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the files of a run say at one moment; each may be missing, or end in a line that is still being written.
+
+    Attributes:
+        num_steps: of the whole run, None while there is no config.toml.
+        steps: the last lines of metrics.jsonl; events: of events.jsonl; restarts: of restarts.jsonl.
+        heartbeats: of every rank, by rank.
+        outcome: of the last attempt, None while it runs.
+        errors: rank -> last line of its traceback.
+        stacks: ranks that hung, whose stacks were dumped.
+    """
+
+    run_dir: Path
+    num_steps: int | None
+    steps: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    restarts: list[dict[str, Any]]
+    heartbeats: list[dict[str, Any]]
+    outcome: dict[str, Any] | None
+    errors: dict[str, str]
+    stacks: list[str]
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return self.steps[-1]["step"] if self.steps else 0
+
+    @property
+    def finished(self) -> bool:
+        ended = self.outcome is not None and self.outcome.get("code") != REQUEUE
+        return ended or self.done == self.num_steps
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the median of the last steps; None where nothing is known yet."""
+        spent = [line["time/step"] for line in self.steps[-TREND_STEPS:] if isinstance(line.get("time/step"), int | float)]
+        if not spent or self.num_steps is None:
+            return None
+        return statistics.median(spent) * (self.num_steps - self.done)
+
+
+def read(run_dir: Path) -> Snapshot:
+    """
+    Raises:
+        InputError: no such folder.
+    """
+    if not run_dir.is_dir():
+        raise InputError(f"run folder {run_dir} does not exist: give the run_dir of a config")
+    heartbeats = [beat for file in sorted((run_dir / "heartbeats").glob("*.json")) if (beat := _json(file))]
+    errors = {file.stem: lines[-1] for file in sorted((run_dir / "errors").glob("*.txt")) if (lines := _text(file).split("\n"))}
+    return Snapshot(
+        run_dir=run_dir,
+        num_steps=_num_steps(run_dir / "config.toml"),
+        steps=[line for line in _json_lines(run_dir / "metrics.jsonl") if "step" in line],
+        events=_json_lines(run_dir / "events.jsonl"),
+        restarts=_json_lines(run_dir / "restarts.jsonl"),
+        heartbeats=sorted(heartbeats, key=lambda beat: beat.get("rank", 0)),
+        outcome=_json(run_dir / "outcome.json"),
+        errors=errors,
+        stacks=[file.stem for file in sorted((run_dir / "stacks").glob("*.txt"))],
+    )
+
+
+def render(snapshot: Snapshot, now: float) -> RenderableType:
+    """The whole view. ``now``: unix time, against which ages are taken."""
+    parts: list[RenderableType] = [_headline(snapshot, now)]
+    if snapshot.steps:
+        parts.append(_figures(snapshot))
+    if snapshot.heartbeats:
+        parts.append(_ranks(snapshot, now))
+    parts += [f"[red]{escape(rank)}: {escape(line)}[/red]" for rank, line in snapshot.errors.items()]
+    parts += [f"[red]{escape(rank)} hung; its stacks are in stacks/{escape(rank)}.txt[/red]" for rank in snapshot.stacks]
+    if snapshot.events:
+        parts.append(_events(snapshot, now))
+    return Group(*parts)
+
+
+def _headline(snapshot: Snapshot, now: float) -> RenderableType:
+    done, total = snapshot.done, snapshot.num_steps
+    line = Table.grid(padding=(0, 2))
+    left = snapshot.seconds_left
+    eta = f"eta {_duration(left)}" if left else ""
+    line.add_row(
+        f"[bold]{escape(str(snapshot.run_dir))}[/bold]",
+        f"step {done}/{total if total is not None else '?'}",
+        ProgressBar(total or 1, done, width=30),
+        "" if snapshot.finished else eta,
+        _state(snapshot, now),
+        f"{_count(len(snapshot.restarts) - 1, 'restart')}" if len(snapshot.restarts) > 1 else "",
+    )
+    return line
+
+
+def _state(snapshot: Snapshot, now: float) -> str:
+    if snapshot.outcome is not None:
+        code, reason = snapshot.outcome.get("code"), escape(str(snapshot.outcome.get("reason", "")))
+        colour = {0: "green", REQUEUE: "yellow"}.get(code, "red")
+        return f"[{colour}]exit {code}: {reason}[/{colour}]"
+    if not snapshot.heartbeats:
+        return ""
+    age = now - max(beat.get("time", 0.0) for beat in snapshot.heartbeats)
+    return "[green]running[/green]" if age <= SILENT_S else f"[red]silent for {_duration(age)}[/red]"
+
+
+def _figures(snapshot: Snapshot) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, (label, form) in SHOWN.items():
+        if name == "eval":
+            for key in sorted({key for line in snapshot.steps for key in line if key.startswith("eval/") and "/pass@" in key}):
+                _add_figure(table, snapshot, key, key.removeprefix("eval/"), ".3f")
+        else:
+            _add_figure(table, snapshot, name, label, form)
+    return table
+
+
+def _add_figure(table: Table, snapshot: Snapshot, name: str, label: str, form: str) -> None:
+    values = [line[name] for line in snapshot.steps if isinstance(line.get(name), int | float)]
+    if values:
+        table.add_row(label, format(values[-1], form), f"[cyan]{_trend(values[-TREND_STEPS:])}[/cyan]")
+
+
+def _ranks(snapshot: Snapshot, now: float) -> Table:
+    table = Table("rank", "node", "step", "phase", "for", "heartbeat", box=None, header_style="dim", padding=(0, 2))
+    for beat in snapshot.heartbeats:
+        age = now - beat.get("time", now)
+        silent = age > SILENT_S and not snapshot.finished
+        table.add_row(
+            str(beat.get("rank", "?")),
+            escape(str(beat.get("node", "?"))),
+            str(beat.get("step", "?")),
+            escape(str(beat.get("phase", "?"))),
+            _duration(beat.get("time", now) - beat.get("since", now)),
+            f"{_duration(age)} ago",
+            style="red" if silent else None,
+        )
+    return table
+
+
+def _events(snapshot: Snapshot, now: float) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2), style="dim")
+    for event in snapshot.events[-5:]:
+        details = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
+        table.add_row(f"{_duration(now - event.get('time', now))} ago", escape(str(event.get("event", "?"))), escape(details))
+    return table
+
+
+def _trend(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return "".join(TICKS[int((value - low) / ((high - low) or 1) * (len(TICKS) - 1))] for value in values)
+
+
+def _duration(seconds: float) -> str:
+    minutes, whole = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole:02} s" if minutes else f"{whole} s"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
+def _text(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            opened.seek(max(0, os.fstat(opened.fileno()).st_size - TAIL_BYTES))
+            return opened.read().decode(errors="replace").strip()
+    except OSError:  # not there, or replaced at this moment
+        return ""
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    return _object(_text(file))
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    return [found for line in _text(file).split("\n") if (found := _object(line)) is not None]
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:  # half written, or the first line of a tail
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _num_steps(file: Path) -> int | None:
+    try:
+        return tomllib.loads(_text(file)).get("train", {}).get("num_steps")
+    except tomllib.TOMLDecodeError:
+        return None
+
+
+def main(run_dir: Annotated[Path, tyro.conf.Positional], once: bool = False) -> None:
+    """Shows step, reward, throughput, time left, mismatch, restarts, and the phase and last error of each rank.
+
+    Args:
+        run_dir: The run_dir of a training config.
+        once: Print the view once instead of refreshing it until the job ends.
+    """
+    console = Console()
+    try:
+        snapshot = read(run_dir)
+        if once:
+            console.print(render(snapshot, time.time()))
+            return
+        with Live(render(snapshot, time.time()), console=console, auto_refresh=False) as live:
+            while not snapshot.finished:
+                time.sleep(REFRESH_S)
+                snapshot = read(run_dir)
+                live.update(render(snapshot, time.time()), refresh=True)
+    except InputError as error:
+        exit_with_one_line(error)
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    tyro.cli(main, use_underscores=True)
