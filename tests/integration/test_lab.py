@@ -88,7 +88,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     assert 'src="http' not in html
     numbers = json.loads((report.parent / "numbers.json").read_text())
     assert {trial["arm"]: trial["outcome"] for trial in numbers["trials"]} == {"grpo": "finished", "gmpo": "finished", "broken": "stopped"}
-    assert "step 2:" in next(trial["reason"] for trial in numbers["trials"] if trial["arm"] == "broken")
+    assert "step 1:" in next(trial["reason"] for trial in numbers["trials"] if trial["arm"] == "broken")
     for arm in ("grpo", "gmpo"):
         logged = [json.loads(line) for line in (runs / arm / "seed_0/metrics.jsonl").read_text().splitlines()]
         rewards = [record["reward/mean"] for record in logged if record["step"]]
