@@ -10,7 +10,7 @@ from .algorithms.adaptive_clip import AdaptiveClip
 from .algorithms.objective import Objective
 from .checkpoint import native
 from .data.prompts import PromptStream
-from .distributed import rank
+from .distributed import broadcast_object, rank
 from .metrics.collapse import Collapse, CollapseDetector
 from .metrics.logger import MetricLogger, cut_after
 from .rollout.collect import Collector
@@ -79,9 +79,9 @@ class TrainingState:
         if action == "warn":
             return f"warning: {found}"
         # the figures of a step are of the weights that the step before left
-        good = native.checkpoint_before(self._run.checkpoint_dir, collapse.began - 1)
+        good = broadcast_object(native.checkpoint_before(self._run.checkpoint_dir, collapse.began - 1) if rank() == 0 else None)
         found += f"; the newest checkpoint from before is {good}" if good else "; there is no checkpoint from before"
-        if action == "stop" or good is None or self._detector.rollbacks == self._cfg.collapse.max_rollbacks:
+        if action == "stop" or good is None or self._detector.rollbacks >= self._cfg.collapse.max_rollbacks:
             raise CollapseError(f"{found}; rollbacks so far: {self._detector.rollbacks}")
         self._roll_back(good, logger)
         return f"{found}: rolled back to it"

@@ -137,12 +137,12 @@ def _train(run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip 
                 progress.update(state.step, figures)
                 if results:
                     progress.note(_results(f"after step {state.step}", results))
-                collapse = state.find_collapse(figures)
-                # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
-                if _due(cfg.checkpoint.save_interval, state.step) or (state.step == num_steps and cfg.checkpoint.save_final):
-                    save()
-                if collapse:
+                if collapse := state.find_collapse(figures):
                     progress.note(state.react(collapse, logger))
+                # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
+                due = _due(cfg.checkpoint.save_interval, state.step) or (state.step == num_steps and cfg.checkpoint.save_final)
+                if due and state.saved_step != state.step:  # it was, if the run has gone back
+                    save()
             if state.step < num_steps:  # asked to stop
                 if state.saved_step != state.step:
                     save()

@@ -121,6 +121,9 @@ def main(
         warm_up_steps: Batches of solved problems that the model is trained on.
         seed: Seed of problems, weights and order.
     """
+    for name, value in (("count", count), ("max_number", max_number), ("max_target", max_target)):
+        if value < 1:
+            raise InputError(f"--{name} {value}: give at least 1")
     kind, generator = Countdown(count, max_number, max_target), random.Random(seed)
     problems = kind.problems(num_train + num_heldout, generator)
     heldout = set(problems[:num_heldout])

@@ -18,7 +18,7 @@ from ..config import exit_with_one_line
 from ..types import InputError
 from .report import write_report
 from .study import RUNS, Prepare, load_study
-from .trials import run_trials, unfinished
+from .trials import check_folders, run_trials, unfinished
 
 console = Console(stderr=True)
 
@@ -46,6 +46,7 @@ def main(
     try:
         plan = load_study(study)
         trials = plan.choose(only, seeds)
+        check_folders(plan.trials)
         waiting = [] if report else unfinished(trials)
         if waiting:
             at_once = cores // plan.file.processes

@@ -59,7 +59,7 @@ def write_report(study: Study, command: str, out: Path) -> Path:
         "command": command,
         "baseline": study.file.baseline,
         "base_config": study.base.as_posix(),
-        "overrides": flatten(study.file.overrides),
+        "overrides": _plain(flatten(study.file.overrides)),
         "seeds": study.file.seeds,
         "processes": study.file.processes,
         "ran": _span(records),
@@ -68,7 +68,7 @@ def write_report(study: Study, command: str, out: Path) -> Path:
     }
     numbers = {
         "about": about | {"reported": datetime.now(UTC).isoformat(timespec="seconds")},
-        "arms": {arm.name: {"label": arm.label, "overrides": arm.overrides} for arm in study.arms},
+        "arms": {arm.name: {"label": arm.label, "overrides": _plain(arm.overrides)} for arm in study.arms},
         "trials": [_trial(trial, run) for trial, run in ends],
         "table": [_row(row) for row in rows],
         "curves": curves,
@@ -97,7 +97,7 @@ def _trial(trial: Trial, run: Result | None) -> dict[str, Any]:
     return {
         "arm": trial.arm.name,
         "seed": trial.seed,
-        "steps": int(max(at[-1] for at, _ in run.series.values() if len(at))) if run else 0,
+        "steps": int(max((at[-1] for at, _ in run.series.values()), default=0)) if run else 0,
         "outcome": record.outcome if record else "not ended",
         "reason": record.reason if record else "",
         "seconds": record.seconds if record else None,
@@ -129,6 +129,11 @@ def _estimate(x: Estimate | None) -> dict[str, Any] | None:
 
 def _lists(arrays: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
     return {name: [_rounded(float(value)) for value in values] for name, values in arrays.items()}
+
+
+def _plain(overrides: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity."""
+    return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in overrides.items()}
 
 
 def _rounded(value: float) -> float | None:

@@ -45,18 +45,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure of a run: its ``last`` value, its ``best`` (largest) one, or the mean over the last ``TAIL`` steps."""
+    """One figure of a run: its ``last`` value, its ``best`` (largest) one, its ``mean``, or the mean over the last ``TAIL`` steps."""
 
     title: str
     metric: str
-    kind: Literal["last", "best", "tail"]
+    kind: Literal["last", "best", "mean", "tail"]
 
     def of(self, series: Series) -> float | None:
         """None where the run has not logged the metric."""
         if self.metric not in series:
             return None
         values = series[self.metric][1]
-        return float({"last": values[-1], "best": values.max(), "tail": values[-TAIL:].mean()}[self.kind])
+        return float({"last": values[-1], "best": values.max(), "mean": values.mean(), "tail": values[-TAIL:].mean()}[self.kind])
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ TAILS = {
     "reward/mean": "reward",
     "response_length/mean": "response length, tokens",
     "policy/entropy": "entropy, nats a token",
+    "moe/router_entropy": "router entropy, nats",
+}
+"""Metric -> name of its mean over a run's last steps."""
+
+MEANS = {
     "policy/kl_old": "KL to the old policy, nats a token",
     "grad_norm": "gradient norm",
     "policy/log_ratio_q001": "log ratio, 0.1 % quantile",
@@ -84,9 +89,8 @@ TAILS = {
     "rollout/k3_kl": "KL rollout to policy, nats a token",
     "moe/routing_differs_tokens": "tokens routed otherwise in the rollout, fraction",
     "moe/routing_drift_tokens": "tokens rerouted by updates, fraction",
-    "moe/router_entropy": "router entropy, nats",
 }
-"""Metric -> name of its mean over a run's last steps."""
+"""Metric -> name of its mean over a run: figures of the updates, which a learning rate that decays makes small in the last steps."""
 
 
 def read_results(study: Study) -> dict[str, dict[int, Result]]:
@@ -126,6 +130,7 @@ def compare(study: Study, results: dict[str, dict[int, Result]]) -> list[Row]:
     present = {metric for runs in counted.values() for series in runs.values() for metric in series}
     measures = [Measure(f"{name} {metric.removeprefix('eval/')}", metric, kind) for metric, name, kind in _evaluations(present)]
     measures += [Measure(title, metric, "tail") for metric, title in TAILS.items() if metric in present]
+    measures += [Measure(title, metric, "mean") for metric, title in MEANS.items() if metric in present]
     rows: list[Row] = []
     for measure in measures:
         values = {arm: _present(measure, runs) for arm, runs in counted.items()}

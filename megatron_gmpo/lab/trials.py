@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..config import load_config
-from ..types import Exit, InputError
+from ..types import InputError
 from .study import Trial, flatten
 
 POLL_S = 0.5
@@ -60,14 +60,17 @@ def read_record(trial: Trial) -> Record | None:
     return Record.model_validate_json(path.read_text()) if path.exists() else None
 
 
-def unfinished(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that are still to be run.
-
+def check_folders(trials: Sequence[Trial]) -> None:
+    """
     Raises:
         InputError: a folder holds a run of another config than the study's.
     """
     for trial in trials:
         _check_folder(trial)
+
+
+def unfinished(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that are still to be run."""
     return [t for t in trials if (record := read_record(t)) is None or record.outcome == "failed"]
 
 
@@ -104,8 +107,8 @@ def run_trials(trials: Sequence[Trial], *, processes: int, at_once: int, timeout
             finally:
                 for process in running:
                     process.signal(signal.SIGTERM)
-                for process in running:
-                    process.stop()
+                for process in running:  # no second SIGTERM: it would end a trial that is saving
+                    process.wait_or_kill()
     return records
 
 
@@ -130,9 +133,9 @@ class _Running:
         elif code == 0:
             outcome, reason = "finished", ""
         else:
-            last = _last_lines(self.trial.folder / LOG)
+            last = _lines(self.trial.folder / LOG)
             errors = [line.removeprefix("error: ") for line in last if line.startswith("error: ")]
-            outcome = "stopped" if code in (Exit.FAILED, Exit.COLLAPSED) and errors else "failed"
+            outcome = "stopped" if _ended_itself(self.trial.folder / "events.jsonl") else "failed"
             reason = errors[-1] if errors else f"exit code {code}: {last[-1] if last else 'no output'}"
         versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
         record = Record(
@@ -151,6 +154,10 @@ class _Running:
 
     def stop(self) -> None:
         self.signal(signal.SIGTERM)
+        self.wait_or_kill()
+
+    def wait_or_kill(self) -> None:
+        """Gives a process that was asked to end the time to save."""
         try:
             self.process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
@@ -201,7 +208,13 @@ def _check_folder(trial: Trial) -> None:
         raise InputError(f"{trial.folder} was run with {key} = {old.get(key)!r}, the study says {new.get(key)!r}: {remedy}")
 
 
-def _last_lines(path: Path) -> list[str]:
+def _ended_itself(events: Path) -> bool:
+    """Whether the last thing a run wrote down is that its figures are not finite or that its policy collapsed."""
+    last = json.loads(_lines(events)[-1]) if events.exists() else {"event": ""}
+    return last["event"] == "nonfinite" or (last["event"] == "collapse" and last["action"] != "warn")
+
+
+def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
 
 

@@ -106,7 +106,7 @@ class _Reward(_Signal):
         if self.best is None or mean > self.best:
             self.best = mean
         standard_error = math.sqrt(self.squares / (2 * (self.steps - 1) * cfg.window))
-        if self.best - mean <= max(cfg.reward_drop * abs(self.best), STANDARD_ERRORS * standard_error):
+        if math.isinf(cfg.reward_drop) or self.best - mean <= max(cfg.reward_drop * abs(self.best), STANDARD_ERRORS * standard_error):
             return None
         return f"reward/mean over {cfg.window} steps fell from {self.best:.3g} to {mean:.3g}"
 

@@ -28,7 +28,7 @@ model.path = "{model}"
 data.path = "{problems}/train.jsonl"
 eval.sets.heldout.path = "{problems}/heldout.jsonl"
 eval.sets.heldout.max_prompts = 4
-train.num_steps = 2
+train.num_steps = 30
 train.minibatches_per_step = 2
 rollout.prompts_per_step = 2
 rollout.samples_per_prompt = 2
@@ -49,9 +49,14 @@ TIMEOUT_S = 240
 
 
 def lab(folder: Path, *argv: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "megatron_gmpo.lab", "study.toml", "--cores", "1", *argv]
+    command = [sys.executable, "-m", "megatron_gmpo.lab", "study.toml", "--cores", "2", *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def steps(runs: Path, arm: str) -> int:
+    path = runs / arm / "seed_0/metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
 
 
 @pytest.mark.slow
@@ -63,24 +68,26 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     runs = tmp_path / "runs/studies/study"
 
     first = lab(tmp_path)
-    record = runs / "grpo/seed_0/trial.json"
     deadline = time.monotonic() + TIMEOUT_S
-    while not (record.exists() and (runs / "gmpo/seed_0/log.txt").exists()):
+    while min(steps(runs, "grpo"), steps(runs, "gmpo")) < 1:
         assert first.poll() is None, first.communicate()[1]
-        assert time.monotonic() < deadline, "the first trial did not end"
-        time.sleep(0.2)  # until the second trial runs
+        assert time.monotonic() < deadline, "the first two trials took no step"
+        time.sleep(0.1)  # until both run
     first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 130
     assert error_lines(errors) == ["error: interrupted; the same command goes on"]
-    assert not (runs / "gmpo/seed_0/trial.json").exists()
 
-    finished = record.read_bytes()
-    second = lab(tmp_path)
-    page, errors = second.communicate(timeout=TIMEOUT_S)
-    assert second.returncode == 0, errors
-    assert record.read_bytes() == finished  # not run again
-    assert "study: 2 of 3 trials to run" in errors
+    second = lab(tmp_path, "--only", "grpo", "broken")
+    second.communicate(timeout=TIMEOUT_S)
+    finished = (runs / "grpo/seed_0/trial.json").read_bytes()
+    third = lab(tmp_path)
+    page, errors = third.communicate(timeout=TIMEOUT_S)
+    assert third.returncode == 0, errors
+    assert (runs / "grpo/seed_0/trial.json").read_bytes() == finished  # not run again, nor is the broken one
+    assert "study: 1 of 3 trials to run" in errors
+    for arm in ("grpo", "gmpo"):  # each was saved when it was interrupted
+        assert "resume" in [json.loads(line)["event"] for line in (runs / arm / "seed_0/events.jsonl").read_text().splitlines()]
 
     report = tmp_path / page.strip()
     html = report.read_text()
@@ -92,10 +99,11 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     for arm in ("grpo", "gmpo"):
         logged = [json.loads(line) for line in (runs / arm / "seed_0/metrics.jsonl").read_text().splitlines()]
         rewards = [record["reward/mean"] for record in logged if record["step"]]
+        assert len(rewards) == 30
         assert numbers["curves"]["reward/mean"][arm]["mean"] == pytest.approx(rewards, rel=1e-3)
     assert (report.parent / "reward.png").stat().st_size > 1000
 
-    third = lab(tmp_path, "--report", "--only", "gmpoo")
-    _, errors = third.communicate(timeout=TIMEOUT_S)
-    assert third.returncode == 2
+    fourth = lab(tmp_path, "--report", "--only", "gmpoo")
+    _, errors = fourth.communicate(timeout=TIMEOUT_S)
+    assert fourth.returncode == 2
     assert error_lines(errors) == ["error: --only gmpoo: the study has no such arm, did you mean 'gmpo'?"]

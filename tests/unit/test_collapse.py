@@ -125,6 +125,8 @@ def test_limits_can_be_moved_and_lifted() -> None:
     ]:
         assert len(run(collapsing(2, name, factor))) == 1
         assert run(collapsing(2, name, factor), **lifted) == []
+    nothing_right = {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 0.0}
+    assert run(lambda step: nothing_right, reward_drop=math.inf) == []
     assert len(run(collapsing(2, "policy/entropy", 0.2))) == 0
     assert len(run(collapsing(2, "policy/entropy", 0.2), entropy_floor=0.1)) == 1
 

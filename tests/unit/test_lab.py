@@ -12,7 +12,7 @@ import tomli_w
 from megatron_gmpo.lab.results import POINTS, Measure, curve
 from megatron_gmpo.lab.statistics import estimate, paired_difference, t_quantile
 from megatron_gmpo.lab.study import Study, load_study
-from megatron_gmpo.lab.trials import Record, unfinished
+from megatron_gmpo.lab.trials import Record, check_folders, unfinished
 from megatron_gmpo.types import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,12 @@ def test_a_run_that_ended_early_counts_in_the_steps_it_has() -> None:
 
 def test_measures() -> None:
     series = {"x": (np.arange(20.0), np.concatenate([[50.0], np.arange(1.0, 20.0)]))}
-    assert {kind: Measure("", "x", kind).of(series) for kind in ("last", "best", "tail")} == {"last": 19.0, "best": 50.0, "tail": 14.5}
+    assert {kind: Measure("", "x", kind).of(series) for kind in ("last", "best", "mean", "tail")} == {
+        "last": 19.0,
+        "best": 50.0,
+        "mean": 12.0,
+        "tail": 14.5,
+    }
     assert Measure("", "y", "last").of(series) is None
 
 
@@ -101,6 +106,8 @@ def test_the_grid_has_every_combination(tmp_path: Path) -> None:
     assert (last.arm.name, last.seed) == ("grpo-large", 4)
     assert (last.cfg.algorithm.loss, last.cfg.optimizer.lr, last.cfg.seed, last.cfg.train.minibatches_per_step) == ("grpo", 1e-3, 4, 2)
     assert last.cfg.run_dir == "runs/studies/two_losses/grpo-large/seed_4"
+    nothing = study(tmp_path, overrides={"eval": {"sets": {}}})
+    assert nothing.trials[0].cfg.eval.sets == {}
     assert [trial.arm.name for trial in found.choose(["gmpo-small"], [4])] == ["gmpo-small"]
 
 
@@ -140,8 +147,9 @@ def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (trial.folder / "trial.json").write_text(record.model_dump_json())
     assert unfinished(found.trials) == list(found.trials[2:])
     other = study(tmp_path, overrides={"train.minibatches_per_step": 4})
+    check_folders(found.trials)
     with pytest.raises(InputError, match=r"was run with train\.minibatches_per_step = 2, the study says 4: remove"):
-        unfinished(other.trials)
+        check_folders(other.trials)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
