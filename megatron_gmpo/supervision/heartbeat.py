@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from .records import node_name, rank_file, write_json
@@ -61,13 +62,14 @@ class Heartbeat:
     def dump_stacks(self) -> None:
         """Writes the stacks of all threads to ``stacks/rank_00003.txt``. Any thread may call it."""
         age = time.monotonic() - self._entered
-        self._stacks.write(f"rank {self._rank} on {node_name()}, in {self.where} since {age:.0f} s\n")
+        self._stacks.write(f"rank {self._rank} on {node_name()}, in {self.where} for {age:.0f} s\n")
         self._stacks.flush()
         faulthandler.dump_traceback(self._stacks, all_threads=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._interval_s):
-            self._write()
+            with suppress(OSError):  # a file system that is away for a moment, or full
+                self._write()
             # Code that never lets go of the interpreter (a regular expression, say) stops this thread too. faulthandler's own thread needs
             # no interpreter; it dumps the stacks and ends the process with exit code 1, after the ranks that wait for this one have spoken.
             faulthandler.dump_traceback_later(self._hang_timeout_s + 4 * self._interval_s, file=self._stacks, exit=True)

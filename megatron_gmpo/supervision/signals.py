@@ -19,7 +19,7 @@ _FORWARDED_S = 2.0
 """Slurm's SIGTERM comes to each process of a step, and once more from torchrun: within this time they are one."""
 
 received: signal.Signals | None = None
-"""The first request, as long as there is none None."""
+"""The first request; None as long as there is none."""
 
 heeded = True
 """False while a run that has saved everything ends."""

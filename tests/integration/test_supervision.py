@@ -24,8 +24,8 @@ pytestmark = pytest.mark.distributed
 
 TRAIN = "megatron_gmpo.train"
 STEPS = 12
-_TIMEOUT_S = 200
-QUICK = {"supervision__heartbeat_interval_s": 0.5, "supervision__hang_timeout_s": 15, "train__num_steps": STEPS}
+_TIMEOUT_S = 240
+QUICK = {"supervision__heartbeat_interval_s": 0.5, "supervision__hang_timeout_s": 20, "train__num_steps": STEPS}
 
 
 @pytest.fixture(scope="module")
