@@ -25,7 +25,7 @@ pytestmark = [needs_slurm, pytest.mark.slurm, pytest.mark.slow, pytest.mark.dist
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 STEPS = 14
-_LIMIT_S = 600.0
+_LIMIT_S = 900.0
 
 
 @dataclass
