@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from megatron_gmpo.config import exit_with_one_line, load_config
 from megatron_gmpo.errors import Exit, InputError, RunError
 from megatron_gmpo.supervision.lock import RunLock
-from megatron_gmpo.supervision.records import append_event, read_outcome
+from megatron_gmpo.supervision.records import OUTCOME, append_event, read_outcome
 
 RESTARTS = "restarts.jsonl"
 CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
@@ -61,6 +62,8 @@ def begin(argv: list[str]) -> None:
     RunLock(run_dir).release()
     job, step = os.environ["SLURM_JOB_ID"], checkpoint_step(run_dir)
     attempts = read_attempts(run_dir)
+    if attempts and attempts[-1].code is None and attempts[-1].job != job and _is_running(attempts[-1].job):
+        raise InputError(f"run_dir = {cfg.run_dir!r} is in use by job {attempts[-1].job}: wait for its end, or choose another run_dir")
     if attempts and attempts[-1].code is None:  # Slurm requeued it: a preemption, a node that failed
         attempts[-1] = _concluded(run_dir, attempts[-1], "ended by Slurm: a preemption or a failed node")
     ours = [attempt for attempt in attempts if attempt.job == job]
@@ -70,7 +73,8 @@ def begin(argv: list[str]) -> None:
     _write(run_dir, [*attempts, AttemptRecord(len(ours) + 1, job, time.time(), step)])
     if ours:
         append_event(run_dir, "restart", attempt=len(ours) + 1, step=step, reason=ours[-1].reason)
-    (run_dir / "servers.json").unlink(missing_ok=True)
+    for name in (OUTCOME, "servers.json"):  # what comes from now on is of this attempt
+        (run_dir / name).unlink(missing_ok=True)
     if cfg.rollout.engine == "sglang":
         _write_keys(run_dir / "server_keys.json")
     print(run_dir)
@@ -86,15 +90,18 @@ def end(run_dir: Path, status: int) -> Exit:
     Returns:
         ``Exit.REQUEUE`` when the job is to be started again, else what it is to exit with.
     """
-    *earlier, last = read_attempts(run_dir)
+    attempts = read_attempts(run_dir)
+    this = max(index for index, attempt in enumerate(attempts) if attempt.job == os.environ["SLURM_JOB_ID"])
+    last = attempts[this]
     silent = f"the trainers ended with exit code {status} and without a reason: see {run_dir / 'logs'}"
     last = _concluded(run_dir, last, "" if status == Exit.DONE else silent)
     if last.code is None:
         last = replace(last, code=status if status in (Exit.DONE, Exit.REQUEUE) else Exit.FAILED)
-    _write(run_dir, [*earlier, last])
+    attempts[this] = last
+    _write(run_dir, attempts)
     assert last.code is not None
     code, step = Exit(last.code), checkpoint_step(run_dir)
-    ours = [attempt for attempt in [*earlier, last] if attempt.job == last.job]
+    ours = [attempt for attempt in attempts if attempt.job == last.job]
     if code == Exit.DONE:
         _say(f"done: {step} steps are saved")
     elif code != Exit.REQUEUE and code not in CRASHES:
@@ -151,11 +158,19 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
 
 
 def _concluded(run_dir: Path, attempt: AttemptRecord, otherwise: str) -> AttemptRecord:
-    """With what ``outcome.json`` says, if that is of this attempt, or else a reason and no code."""
+    """With what ``outcome.json`` says, or else a reason and no code."""
     outcome = read_outcome(run_dir)
-    if outcome is None or outcome.time < attempt.start:
+    if outcome is None:
         return replace(attempt, reason=otherwise)
     return replace(attempt, code=outcome.code, reason=outcome.reason)
+
+
+def _is_running(job: str) -> bool:
+    try:
+        asked = subprocess.run(["squeue", "--noheader", "--job", job, "--format", "%T"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):  # no squeue here, a controller that does not answer: the lock has to do
+        return False
+    return "RUNNING" in asked.stdout
 
 
 def _write(run_dir: Path, attempts: list[AttemptRecord]) -> None:

@@ -90,7 +90,7 @@ def full_microbatch(cfg: Config, batch: Batch) -> list[int]:
     multiple = 2 * cp * (tp if cfg.parallel.uses_sequence_parallel else 1)
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     slots = -(-max(cfg.train.max_tokens_per_microbatch, longest) // multiple) * multiple
-    count = max(1, slots // max(1, batch.tokens // len(batch.lengths)))
+    count = max(1, min(slots // multiple, slots // max(1, batch.tokens // len(batch.lengths))))
     length = slots // count // multiple * multiple or multiple
     return [length] * (count - 1) + [slots - length * (count - 1)]
 

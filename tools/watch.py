@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from megatron_gmpo.config import exit_with_one_line
-from megatron_gmpo.types import InputError
+from megatron_gmpo.errors import Exit, InputError
 
 REFRESH_S = 2.0
 SILENT_S = 60.0
@@ -27,8 +27,8 @@ SILENT_S = 60.0
 TAIL_BYTES = 2**20
 """Of a JSON-lines file; older lines are not read."""
 TREND_STEPS = 30
-REQUEUE = 85
-"""Exit code of an attempt that saved everything and is to be started again."""
+TRIED_AGAIN = {Exit.REQUEUE, Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
+"""After these a Slurm job may make another attempt; its end is for the user to see."""
 
 SHOWN = {  # figure -> (label, format)
     "reward/mean": ("reward", ".3f"),
@@ -74,8 +74,7 @@ class Snapshot:
 
     @property
     def finished(self) -> bool:
-        ended = self.outcome is not None and self.outcome.get("code") != REQUEUE
-        return ended or self.done == self.num_steps
+        return self.outcome is not None and not (self.restarts and self.outcome.get("code") in TRIED_AGAIN)
 
     @property
     def seconds_left(self) -> float | None:
@@ -94,7 +93,7 @@ def read(run_dir: Path) -> Snapshot:
     if not run_dir.is_dir():
         raise InputError(f"run folder {run_dir} does not exist: give the run_dir of a config")
     heartbeats = [beat for file in sorted((run_dir / "heartbeats").glob("*.json")) if (beat := _json(file))]
-    errors = {file.stem: lines[-1] for file in sorted((run_dir / "errors").glob("*.txt")) if (lines := _text(file).split("\n"))}
+    errors = {file.stem: text.splitlines()[-1] for file in sorted((run_dir / "errors").glob("*.txt")) if (text := _text(file).strip())}
     return Snapshot(
         run_dir=run_dir,
         num_steps=_num_steps(run_dir / "config.toml"),
@@ -104,7 +103,7 @@ def read(run_dir: Path) -> Snapshot:
         heartbeats=sorted(heartbeats, key=lambda beat: beat.get("rank", 0)),
         outcome=_json(run_dir / "outcome.json"),
         errors=errors,
-        stacks=[file.stem for file in sorted((run_dir / "stacks").glob("*.txt"))],
+        stacks=[file.stem for file in sorted((run_dir / "stacks").glob("*.txt")) if file.stat().st_size],  # a rank opens it when it starts
     )
 
 
@@ -116,7 +115,7 @@ def render(snapshot: Snapshot, now: float) -> RenderableType:
     if snapshot.heartbeats:
         parts.append(_ranks(snapshot, now))
     parts += [f"[red]{escape(rank)}: {escape(line)}[/red]" for rank, line in snapshot.errors.items()]
-    parts += [f"[red]{escape(rank)} hung; its stacks are in stacks/{escape(rank)}.txt[/red]" for rank in snapshot.stacks]
+    parts += [f"[red]{escape(rank)} left its stacks in stacks/{escape(rank)}.txt[/red]" for rank in snapshot.stacks]
     if snapshot.events:
         parts.append(_events(snapshot, now))
     return Group(*parts)
@@ -131,7 +130,7 @@ def _headline(snapshot: Snapshot, now: float) -> RenderableType:
         f"[bold]{escape(str(snapshot.run_dir))}[/bold]",
         f"step {done}/{total if total is not None else '?'}",
         ProgressBar(total or 1, done, width=30),
-        "" if snapshot.finished else eta,
+        "" if snapshot.outcome else eta,
         _state(snapshot, now),
         f"{_count(len(snapshot.restarts) - 1, 'restart')}" if len(snapshot.restarts) > 1 else "",
     )
@@ -141,7 +140,7 @@ def _headline(snapshot: Snapshot, now: float) -> RenderableType:
 def _state(snapshot: Snapshot, now: float) -> str:
     if snapshot.outcome is not None:
         code, reason = snapshot.outcome.get("code"), escape(str(snapshot.outcome.get("reason", "")))
-        colour = {0: "green", REQUEUE: "yellow"}.get(code, "red")
+        colour = {Exit.DONE: "green", Exit.REQUEUE: "yellow"}.get(code, "red")
         return f"[{colour}]exit {code}: {reason}[/{colour}]"
     if not snapshot.heartbeats:
         return ""
@@ -170,7 +169,7 @@ def _ranks(snapshot: Snapshot, now: float) -> Table:
     table = Table("rank", "node", "step", "phase", "for", "heartbeat", box=None, header_style="dim", padding=(0, 2))
     for beat in snapshot.heartbeats:
         age = now - beat.get("time", now)
-        silent = age > SILENT_S and not snapshot.finished
+        silent = age > SILENT_S and not snapshot.outcome
         table.add_row(
             str(beat.get("rank", "?")),
             escape(str(beat.get("node", "?"))),

@@ -151,7 +151,10 @@ if [[ -n $excluded ]]; then
     grep --invert-match --line-regexp --fixed-strings --file=<(scontrol show hostnames "$excluded") --count)
   ((others >= SLURM_JOB_NUM_NODES)) || fail 87 "partition $SLURM_JOB_PARTITION has fewer than $SLURM_JOB_NUM_NODES nodes without $excluded"
 fi
-if ((code == 85)); then
+state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP ' JobState=\K\S+')
+if [[ $state == CANCELLED* ]]; then # a requeue would bring it back
+  say "the job was cancelled"
+elif ((code == 85)); then
   scontrol requeue "$SLURM_JOB_ID" && say "job $SLURM_JOB_ID is requeued" || code=1
   [[ -n $excluded ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
 fi

@@ -66,7 +66,7 @@ class Attempt:
             (self._run_dir / OUTCOME).unlink(missing_ok=True)
             for folder in ("heartbeats", "stacks", "errors"):
                 shutil.rmtree(self._run_dir / folder, ignore_errors=True)
-                (self._run_dir / folder).mkdir()
+                (self._run_dir / folder).mkdir(exist_ok=True)  # NFS may keep a file that was open
         barrier()
         self._errors = rank_file(self._run_dir, "errors", rank()).open("w")
         faulthandler.enable(self._errors)

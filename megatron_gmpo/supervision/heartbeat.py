@@ -93,7 +93,10 @@ class Heartbeat:
     def _missing(self) -> str:
         """Names the first rank whose heartbeat has stopped, if one has."""
         for file in sorted(self._file.parent.glob("rank_*.json")):
-            beat = json.loads(file.read_text())
+            try:
+                beat = json.loads(file.read_text())
+            except OSError:  # of a file system in trouble; this rank still has to speak
+                continue
             silent = time.time() - beat["time"]
             if silent > self._hang_timeout_s / 2:
                 return f"rank {beat['rank']} on {beat['node']} has given no heartbeat for {silent:.0f} s; "

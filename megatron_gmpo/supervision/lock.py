@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing leaves it to a child that has been forked this moment
         self._file.close()
 
     def _taken(self) -> bool:

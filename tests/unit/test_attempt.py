@@ -126,9 +126,24 @@ def test_an_attempt_that_nobody_could_speak_for(one: One, run_dir: Path) -> None
 
 
 def test_the_outcome_of_an_earlier_attempt_is_not_this_ones(one: One, run_dir: Path) -> None:
+    assert one(2, "old")[0] == 2
+    assert one(None, status=85, saved=1)[0] == 85
+
+
+def test_a_run_folder_of_a_running_job_is_refused(one: One, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begin(run_dir)
-    (run_dir / OUTCOME).write_text(json.dumps(Outcome(2, "old", 0, 0, "node1", time.time() - 100).__dict__))
-    assert attempt.end(run_dir, 85) == 85
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\n[ "$*" = "--noheader --job 7 --format %T" ] && echo RUNNING\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with pytest.raises(InputError, match="is in use by job 7"):
+        begin(run_dir)
+    squeue.write_text("#!/bin/sh\n")
+    begin(run_dir)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    attempt.end(run_dir, 0)
+    assert [(a.job, a.code) for a in read_attempts(run_dir)] == [("7", 0), ("8", None)]  # each job its own
 
 
 def test_keys_are_drawn_for_each_attempt_and_private(run_dir: Path) -> None:

@@ -68,11 +68,17 @@ def test_a_job_that_has_gone_silent(run_dir: Path) -> None:
 def test_a_crash(run_dir: Path) -> None:
     (run_dir / "errors").mkdir()
     (run_dir / "errors" / "rank_00001.txt").write_text("Traceback (most recent call last):\n  File ...\nValueError: [bold] went wrong\n")
+    (run_dir / "stacks").mkdir()
+    for folder in ("errors", "stacks"):  # of ranks to which nothing has happened
+        (run_dir / folder / "rank_00000.txt").touch()
     (run_dir / "outcome.json").write_text(json.dumps({"code": 1, "reason": "rank 1 crashed", "step": 5}))
     text = shown(run_dir)
     assert "exit 1: rank 1 crashed" in text
     assert "rank_00001: ValueError: [bold] went wrong" in text
+    assert "rank_00000" not in text
     assert "eta" not in text
+    assert not watch.read(run_dir).finished  # its job may make another attempt
+    (run_dir / "restarts.jsonl").unlink()
     assert watch.read(run_dir).finished
 
 
