@@ -89,7 +89,7 @@ class RankPlan:
         logits: logits of a microbatch and their gradient.
         temporaries: what else is alive at the peak of a microbatch's passes; under recomputation mostly the layer that is recomputed.
         in_flight: microbatches, or with a virtual pipeline passes through a chunk, whose activations are alive together.
-        boundary: bytes that a microbatch sends to the next stage, and back.
+        boundary: bytes that a microbatch sends from one chunk to the next, and its gradient back; 0 for a last stage of one chunk.
         forward: a forward pass with log probabilities; training: forward, backward and recomputation.
         gradient_sync: collectives of an optimizer step.
     """
@@ -161,7 +161,7 @@ def dry_run(
             logits=logits,
             temporaries=max(0, beside - logits),
             in_flight=sum(counts),
-            boundary=passes[-1].boundary,
+            boundary=max(one.boundary for one in passes),
             forward=_sum(one.forward for one in passes),
             training=_sum(one.training for one in passes),
             gradient_sync=tuple(observer.gradient_sync(chunks)),

@@ -243,13 +243,14 @@ def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool
 
 
 def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
-    """Bytes of this rank's weights, gradients, optimizer and reference after a step, and of what autograd saved at the step's fullest."""
+    """Bytes on this rank: weights, gradients, optimizer and reference after a step; in the next step ``saved``, the most that autograd kept
+    at the end of a forward pass, and ``peak``, the most that was allocated."""
     with opened(cfg) as policy:
         weights = _storages(_weights(policy.chunks))
         _steps(policy, batch, 1)  # makes the optimizer's moments
-        saved, most = _SavedTensors(weights), [0]
+        saved = _SavedTensors(weights)
         for chunk in policy.chunks:
-            chunk.register_forward_hook(lambda *_: most.append(max(most.pop(), saved.nbytes)))
+            chunk.register_forward_hook(saved.note)
         with saved, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             _steps(policy, batch, 1)
         live = peak = 0
@@ -268,7 +269,7 @@ def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
             "gradients": sum(_storages([buffer.grad_data for buffer in buffers]).values()),
             "optimizer": sum(size for key, size in _storages(held).items() if key not in weights),
             "reference": sum(_storages(_weights(reference)).values()),
-            "saved": most[0],
+            "saved": saved.most,
             "peak": peak,
         }
 
@@ -287,22 +288,25 @@ class _Saved:
 
 
 class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for backward passes, each storage once."""
+    """Counts the bytes that autograd keeps for backward passes, each storage once; ``most`` is the maximum over the calls of ``note``."""
 
     def __init__(self, known: dict[int, int]) -> None:
-        self._known, self._users, self.nbytes = known, Counter[int](), 0
+        self._known, self._users, self._nbytes, self.most = known, Counter[int](), 0, 0
         super().__init__(self._pack, lambda kept: kept.tensor)
+
+    def note(self, *_: Any) -> None:
+        self.most = max(self.most, self._nbytes)
 
     def _pack(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
         key, size = storage.data_ptr(), storage.nbytes()
         kept = _Saved(tensor)
         if key not in self._known:
-            self.nbytes += size if not self._users[key] else 0
+            self._nbytes += size if not self._users[key] else 0
             self._users[key] += 1
             weakref.finalize(kept, self._drop, key, size)
         return kept
 
     def _drop(self, key: int, size: int) -> None:
         self._users[key] -= 1
-        self.nbytes -= size if not self._users[key] else 0
+        self._nbytes -= size if not self._users[key] else 0

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 BIG = "examples/moe/qwen3_30b_a3b.toml"
 PUBLISHED = [  # billions of parameters on the model cards; those met by a token have two digits there
     ("qwen3_30b_a3b", 32, 30.5, 3.3),
-    ("qwen3_235b_a22b", 96, 235, 22),
+    ("qwen3_235b_a22b", 80, 235, 22),
     ("deepseek_r1_distill_qwen_7b", 8, 7.6, None),
 ]
 
