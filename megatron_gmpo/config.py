@@ -430,6 +430,17 @@ class Config(_Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _servers_start_before_a_hang(self) -> Config:
+        start = self.sglang.start_timeout_s
+        for field, limit in (
+            ("supervision.hang_timeout_s", self.supervision.hang_timeout_s),
+            ("distributed_timeout_s", self.distributed_timeout_s),
+        ):
+            if self.rollout.engine == "sglang" and limit <= start:
+                raise ValueError(f"{field} = {limit:g} is not above sglang.start_timeout_s = {start:g}: ranks wait that long for servers")
+        return self
+
     @property
     def needs_rollout_routing(self) -> bool:
         """Samples must carry ``routed_experts``."""
