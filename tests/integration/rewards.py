@@ -13,8 +13,10 @@ def share_of_digits(prompt: Prompt, response: str) -> float:
 
 
 def unhurried_share_of_digits(prompt: Prompt, response: str) -> float:
-    """So that a run lasts long enough to be interrupted."""
-    time.sleep(0.1)
+    """So that a run lasts long enough to be interrupted. It stands still as long as there is a file that HOLD names."""
+    time.sleep(0.2)
+    while os.path.exists(os.environ.get("HOLD", "")):
+        time.sleep(0.1)
     return share_of_digits(prompt, response)
 
 

@@ -24,7 +24,7 @@ from .slurm_cluster import SlurmCluster, needs_slurm
 pytestmark = [needs_slurm, pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-STEPS = 14
+STEPS = 16
 _LIMIT_S = 900.0
 
 
@@ -57,6 +57,11 @@ class Job:
 
     def wait_for_attempt(self, number: int) -> None:
         self._or_log(lambda: self.cluster.until(lambda: len(self.attempts) >= number, _LIMIT_S))
+
+    def wait_for_log(self, words: str, times: int) -> None:
+        """Until so many lines of the main log begin with these words, after the time."""
+        line = re.compile(rf"^\[[^]]*] {words}", re.MULTILINE)
+        self._or_log(lambda: self.cluster.until(lambda: len(line.findall(self.log.read_text())) >= times, _LIMIT_S))
 
     @property
     def attempts(self) -> list[AttemptRecord]:
@@ -137,17 +142,20 @@ def test_trains_on_two_nodes(undisturbed: Job) -> None:
     assert (attempt.attempt, attempt.checkpoint_step, attempt.code) == (1, 0, 0)
 
 
-def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: Job, submit: Callable[..., Job]) -> None:
-    cluster = undisturbed.cluster
-    job = submit("disturbed", "examples/moe/tiny.sbatch")
+def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: Job, submit: Callable[..., Job], tmp_path: Path) -> None:
+    cluster, hold = undisturbed.cluster, tmp_path / "hold"
+    job = submit("disturbed", "examples/moe/tiny.sbatch", sbatch=("--signal=B:USR1@179",), HOLD=str(hold))
 
     job.wait_for_progress()
     cluster.run("scancel", "--signal=USR1", "--batch", job.id)
     job.wait_for_attempt(2)
 
     job.wait_for_progress()
-    minutes, _ = cluster.job(job.id)["RunTime"].split(":")[1:]
-    cluster.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={int(minutes) + 2}")  # sbatch --signal: 60 s before its end
+    hold.touch()
+    minutes = int(cluster.job(job.id)["RunTime"].split(":")[1])
+    cluster.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes + 3}")
+    job.wait_for_log("SIGUSR1", times=2)  # Slurm looks at time limits twice a minute
+    hold.unlink()
     job.wait("PENDING")
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
     job.wait_for_attempt(3)
