@@ -140,6 +140,8 @@ class Attempt:
         if "timed out" in str(error).lower():
             lost.exit = Exit.HUNG
         if not self._record(lost.exit, str(lost), consequence=True) and (cause := read_outcome(self._run_dir)):
+            if cause.node == node_name():  # where it has been said
+                raise SystemExit(cause.code) from None
             lost = CollectiveError(cause.reason)
         raise lost from None
 
