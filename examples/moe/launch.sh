@@ -50,7 +50,8 @@ fi
 # The address that Slurm itself uses for the first node; its name need not resolve to one that the others reach.
 first_node=$(scontrol show hostnames "$trainer_nodelist" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first_node" --oneliner | grep -oP ' NodeAddr=\K\S+')
-MASTER_PORT=$((10000 + SLURM_JOB_ID % 10000)) # SGLang servers choose theirs above
+# Another port for each attempt, should something of the last one hold its own; SGLang servers choose theirs above.
+MASTER_PORT=$((10000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 export MASTER_ADDR MASTER_PORT
 
 # gloo and NCCL take the interface of that address. Its name is taken to be the same on all nodes: set these two where it is not.

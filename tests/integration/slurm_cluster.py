@@ -34,11 +34,12 @@ _COMMAND_TIMEOUT_S = 60
 _POLL_S = 0.5
 
 # A preempted job has GraceTime to save: preempt_send_user_signal gives its batch script the signal of sbatch --signal at once.
-# cred_expire is also how long a requeued job has to wait. Nodes pretend to have GPUs, which are any device files.
+# Jobs choose ports by their ids, which two clusters on one machine should not share. cred_expire is also how long a requeued job has to wait. Nodes pretend to have GPUs, which are any device files.
 _SLURM_CONF = """
 ClusterName=emulated
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -148,10 +149,10 @@ class SlurmCluster:
         """What a power failure does: every process of the node dies at once, its slurmd first."""
         self._daemons[node].kill()
         self._daemons[node].wait()
-        tasks = self.processes(node)
-        keepers = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
-        for process in [*keepers, *tasks]:  # in this order, so that no stepd reports the end of its tasks
-            _kill(process)
+        while tasks := self.processes(node):  # again, for what was just being forked
+            keepers = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
+            for process in [*keepers, *tasks]:  # in this order, so that no stepd reports the end of its tasks
+                _kill(process)
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
         """Those that jobs have started, on one node or on all."""
@@ -209,7 +210,9 @@ class SlurmCluster:
         key = self.folder / "key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
-        conf = _SLURM_CONF.format(host=host, port=ports[0], user=user, folder=self.folder, nodes=nodes)
+        conf = _SLURM_CONF.format(
+            host=host, port=ports[0], first_job=1 + secrets.randbelow(60_000), user=user, folder=self.folder, nodes=nodes
+        )
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         gpus = f"NodeName={','.join(self.nodes)} Name=gpu File=/dev/tty[0-7]\n"
