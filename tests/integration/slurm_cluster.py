@@ -34,7 +34,8 @@ _COMMAND_TIMEOUT_S = 60
 _POLL_S = 0.5
 
 # A preempted job has GraceTime to save: preempt_send_user_signal gives its batch script the signal of sbatch --signal at once.
-# Jobs choose ports by their ids, which two clusters on one machine should not share. cred_expire is also how long a requeued job has to wait. Nodes pretend to have GPUs, which are any device files.
+# Jobs choose ports by their ids, which two clusters on one machine should not share. cred_expire is also how long a requeued job has to
+# wait. Nodes pretend to have GPUs, which are any device files.
 _SLURM_CONF = """
 ClusterName=emulated
 SlurmctldHost={host}(127.0.0.1)
