@@ -152,10 +152,9 @@ if [[ -n $excluded ]]; then
     grep --invert-match --line-regexp --fixed-strings --file=<(scontrol show hostnames "$excluded") --count)
   ((others >= SLURM_JOB_NUM_NODES)) || fail 87 "partition $SLURM_JOB_PARTITION has fewer than $SLURM_JOB_NUM_NODES nodes without $excluded"
 fi
-state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP ' JobState=\K\S+')
-if [[ $state == CANCELLED* ]]; then # a requeue would bring it back
-  say "the job was cancelled"
-elif ((code == 85)); then
+# A job that Slurm is ending has been cancelled, or requeued already; only after its time limit is that for us to do.
+state=$(squeue --noheader --job="$SLURM_JOB_ID" --format='%T %r' | head -n 1)
+if ((code == 85)) && [[ $state == RUNNING* || $state == *TimeLimit ]]; then
   scontrol requeue "$SLURM_JOB_ID" && say "job $SLURM_JOB_ID is requeued" || code=1
   [[ -n $excluded ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
 fi

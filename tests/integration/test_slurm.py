@@ -197,15 +197,16 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: 
     assert found == expected
 
 
-def test_a_cancelled_job_does_not_come_back(submit: Callable[..., Job]) -> None:
-    job = submit("cancelled", "examples/moe/tiny.sbatch", *options(train__num_steps=1000))
+def test_a_cancelled_job_saves_and_does_not_come_back(submit: Callable[..., Job]) -> None:
+    job = submit("cancelled", "examples/moe/tiny.sbatch", *options(train__num_steps=60))
     job.wait_for_progress()
     job.cluster.run("scancel", job.id)
-    job.wait("CANCELLED")
-    job.cluster.until(lambda: not job.cluster.processes(), _LIMIT_S)  # the batch script too
+    assert job.wait(*ENDED)["JobState"] == "CANCELLED"
+    job.cluster.until(lambda: not job.cluster.processes(), 60)  # the batch script too
     assert job.cluster.state(job.id) == "CANCELLED"
-    assert "is requeued" not in job.log.read_text()
-    assert len(job.attempts) == 1
+    (attempt,) = job.attempts
+    assert attempt.code == 85
+    assert checkpoint_step(job.run_dir) == len(json_lines(job.run_dir / "metrics.jsonl"))
 
 
 def test_a_job_without_time_for_a_step_ends(submit: Callable[..., Job]) -> None:
