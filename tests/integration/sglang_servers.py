@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ def wait_until_gone(group: int, timeout_s: float = 20.0) -> list[psutil.Process]
     while (left := members(group)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+def wait_for(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    """Until it holds; fails after the limit."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
+        time.sleep(0.1)
 
 
 def main(log_dir: Path) -> None:

@@ -221,18 +221,24 @@ def test_a_job_without_time_for_a_step_ends(submit: Callable[..., Job]) -> None:
 
 def test_a_job_that_gets_nowhere_ends(submit: Callable[..., Job]) -> None:
     """Each node it gets is found unfit: it is tried without the first, and then given up."""
-    unfit = options(supervision__node_check="true", supervision__min_free_disk_gb=1e9, parallel__expert_model_parallel_size=1)
+    unfit = options(supervision__node_check="true", supervision__min_free_memory_gb=1e9, parallel__expert_model_parallel_size=1)
     job = submit("nowhere", "examples/moe/tiny.sbatch", *unfit, sbatch=("--nodes=1",))
     code, log = job.end()
     assert code == 87
     (error,) = _errors(log)
-    assert re.search(r"error: two attempts in a row have left no checkpoint after step 0; the last attempt: .*node2.* disk", error), error
+    assert re.search(r"error: two attempts in a row have left no checkpoint after step 0; the last attempt: .*node2.* memory", error), error
     assert [attempt.code for attempt in job.attempts] == [87, 87]
     assert "node1" in job.attempts[0].reason
     assert job.cluster.job(job.id)["ExcNodeList"] == "node1"
 
 
 CASES: dict[str, tuple[str, list[str], int, str]] = {
+    "full disk": (
+        "examples/moe/tiny.sbatch",
+        options(supervision__min_free_disk_gb=1e9),
+        2,
+        r"run_dir = .* GB of disk space left and a checkpoint takes 1000000000\.0 GB: make room, choose another run_dir",
+    ),
     "missing config": ("examples/moe/launch.sh nowhere.toml", [], 2, r"config file nowhere\.toml does not exist"),
     "bad setting": ("examples/moe/tiny.sbatch", options(train__num_stepps=3), 2, r"unknown config key 'train\.num_stepps': did you mean"),
     "unreachable server": (
@@ -243,7 +249,7 @@ CASES: dict[str, tuple[str, list[str], int, str]] = {
     ),
     "unfit node, and no other": (
         "examples/moe/tiny.sbatch",
-        options(supervision__min_free_disk_gb=1e9),
+        options(supervision__min_free_memory_gb=1e9),
         87,
         r"partition main has fewer than 2 nodes without node\d",
     ),
