@@ -57,6 +57,8 @@ def main(options: Options, argv: list[str], console: Console) -> None:
     world_size = options.world_size
     if not world_size or world_size < 1:
         raise InputError(f"world_size = {world_size}: give the number of the trainer's GPUs, e.g. --world_size 32")
+    if options.response_tokens and options.response_tokens > cfg.rollout.max_new_tokens:
+        raise InputError(f"response_tokens = {options.response_tokens} is above rollout.max_new_tokens = {cfg.rollout.max_new_tokens}")
     prepare_megatron(torch.device("cpu"))
     description = describe_model(cfg, world_size, torch.device("cpu"))
     objective = make_objective(cfg.algorithm, is_moe=description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
@@ -136,7 +138,7 @@ def plan_servers(cfg: Config, world_size: int, model: Model, plans: list[RankPla
                 f"colocated servers take {_gib(taken)} GiB beside the {_gib(plan.resident)} GiB of rank {plan.rank}: {_gib(over)} too much "
                 "for the GPU; lower sglang.args.mem_fraction_static"
             )
-    cache_tokens = (taken * gpus - model.weights) // model.kv_bytes
+    cache_tokens = (taken * gpus - model.weights) // model.kv_bytes_on(gpus)
     if cache_tokens < longest:
         raise InputError(
             f"a server's {gpus} GPUs give it {_gib(taken * gpus)} GiB, too little for {_gib(model.weights)} GiB of weights and one "

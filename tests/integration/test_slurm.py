@@ -202,7 +202,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(submit: Callable[..., Job]
     job.wait_for_progress()
     job.cluster.run("scancel", job.id)
     assert job.wait(*ENDED)["JobState"] == "CANCELLED"
-    job.cluster.until(lambda: not job.cluster.processes(), 60)  # the batch script too
+    job.cluster.until(lambda: not job.cluster.processes(job=job.id), 60)  # the batch script too
     assert job.cluster.state(job.id) == "CANCELLED"
     (attempt,) = job.attempts
     assert attempt.code == 85
@@ -275,20 +275,24 @@ def test_sbatch_refuses_a_wrong_partition(submit: Callable[..., Job]) -> None:
 @pytest.mark.parametrize("place", ["other component", "other node"])
 def test_trainers_and_sglang_servers_apart(place: str, submit: Callable[..., Job]) -> None:
     sglang = options(
-        train__num_steps=2, sglang__python=PYTHON, sglang__start_timeout_s=600, rollout__engine="sglang", weight_sync__route="distributed"
+        train__num_steps=3, sglang__python=PYTHON, sglang__start_timeout_s=600, rollout__engine="sglang", weight_sync__route="distributed"
     )
     if place == "other component":
         job = submit("het", "examples/moe/tiny_het.sbatch", *sglang)
     else:
         job = submit("nodes", "examples/moe/tiny.sbatch", *sglang, ROLLOUT_NODES="1", RANKS_PER_NODE="2")
+    job.wait_for_progress()
+    job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
+    job.wait_for_attempt(2)  # with servers and keys of its own
     code, log = job.end()
     assert code == 0, log
+    assert [attempt.code for attempt in job.attempts] == [85, 0]
     assert "1 nodes with 2 ranks each" in log
     (server,) = json.loads((job.run_dir / "servers.json").read_text())
     beat = json.loads((job.run_dir / "heartbeats" / "rank_00000.json").read_text())
     assert {server["node"], beat["node"]} == {"node1", "node2"}
     figures = json_lines(job.run_dir / "metrics.jsonl")
-    assert [line["step"] for line in figures] == [1, 2]
+    assert [line["step"] for line in figures] == [1, 2, 3]
     assert all(line["rollout/logprob_diff_mean"] < 0.02 for line in figures)  # the servers have the policy's weights
     keys = job.run_dir / "server_keys.json"
     assert stat.S_IMODE(keys.stat().st_mode) == 0o600
