@@ -104,6 +104,9 @@ class RolloutConfig(_Section):
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision the embedded engine samples in; None means ``model.dtype``. Another one provokes what engines of other kernels do:
     disagreement with the policy, also on the experts."""
+    quantization: Literal["none", "fp8"] = "none"
+    """``fp8``: the linear weights of attention and MLPs are rounded on their way to the engine to 8 bits and a scale for each block of
+    128 x 128. Servers of ours are started to compute with them; the embedded engine computes with the rounded values."""
     router_noise: NonNegative = 0.0
     """Standard deviation of noise on the router logits (MoE) while the embedded engine samples training responses, to the same end."""
     prompts_per_step: Positive = 32

@@ -95,6 +95,7 @@ class Run:
             batch_size=self.cfg.rollout.batch_size,
             seed=self.cfg.seed,
             routed_experts=self.cfg.rollout.routed_experts,
+            quantized=self.cfg.rollout.quantization == "fp8",
         )
 
     def write_config(self) -> None:
