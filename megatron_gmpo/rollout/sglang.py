@@ -98,7 +98,7 @@ def local_servers(
     model_path, dtype = cfg.model.path, cfg.model.dtype
     options: dict[str, Any] = {}
     if cfg.rollout.quantization == "fp8":
-        model_path, dtype = str(_without_weights(Path(model_path), log_dir / "fp8_model")), "bf16"  # which FP8 kernels give
+        model_path, dtype = str(fp8_start_folder(Path(model_path), log_dir / "fp8_model")), "bf16"  # which FP8 kernels give
         options["load_format"] = "dummy"
     if cfg.rollout.routed_experts:
         options["enable_return_routed_experts"] = True
@@ -118,7 +118,7 @@ def local_servers(
     )
 
 
-def _without_weights(model: Path, folder: Path) -> Path:
+def fp8_start_folder(model: Path, folder: Path) -> Path:
     """What a server starts from whose FP8 weights come with the first sync: the model's folder, but for the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_companions(model, folder)
