@@ -35,7 +35,7 @@ _CODES = {"fp8": "F8_E4M3", "nvfp4": "U8"}  # safetensors' dtypes of the weights
 _GROUP = 16  # columns of an NVFP4 scale
 
 
-def export_quantized(hf: Path, out: Path, format: Format, prompts: Sequence[Sequence[int]], python: Path = PYTHON) -> str:  # noqa: A002
+def export_quantized(hf: Path, out: Path, format: Format, prompts: Sequence[Sequence[int]], python: Path = PYTHON) -> str:
     """Writes the folder ``out``, with the tokenizer and what else ``hf`` has beside its weights.
 
     The linear weights of attention and MLPs, experts included, are quantised. Routers, embeddings, the output layer and norms are bf16.
@@ -74,9 +74,7 @@ def export_quantized(hf: Path, out: Path, format: Format, prompts: Sequence[Sequ
         quantised = {name for name, code in _dtypes(partial).items() if code == _CODES[format] and name.endswith(".weight")}
         if wrong := sorted(quantised ^ linear):
             what = "quantised" if wrong[0] in quantised else "did not quantise"
-            raise RunError(
-                f"ModelOpt {what} {wrong[0]!r} and {len(wrong) - 1} more against expectation: is its version the one of make modelopt?"
-            )
+            raise RunError(f"ModelOpt {what} {wrong[0]!r} and {len(wrong) - 1} more, against expectation: this folder cannot be served")
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,7 +96,7 @@ def _nbytes(folder: Path) -> int:
 def main(
     hf: Path,
     out: Path,
-    format: Format,  # noqa: A002
+    format: Format,
     calibration: str,
     num_prompts: int = 512,
     max_prompt_tokens: int = 2048,

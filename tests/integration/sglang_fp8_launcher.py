@@ -21,7 +21,7 @@ def multiply_with_torch() -> None:
     from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
     from torch.nn.functional import linear
 
-    def multiply(input: Any, weight: Any, block_size: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:  # noqa: A002
+    def multiply(input: Any, weight: Any, block_size: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
         return linear(input, block_quant_dequant(weight, weight_scale, block_size, input.dtype), bias)
 
     class Experts:
