@@ -146,6 +146,8 @@ class RolloutConfig(_Section):
             raise ValueError(f"router_noise = {self.router_noise:g} needs engine = 'embedded': set it to 0")
         if self.server_urls and self.servers_file:
             raise ValueError(f"servers_file = {self.servers_file!r} and server_urls both name servers: leave one out")
+        if self.server_urls and self.quantization == "fp8":
+            raise ValueError("quantization = 'fp8' needs servers started for it: leave server_urls out")
         if len(set(self.server_urls)) < len(self.server_urls):
             raise ValueError(f"server_urls = {list(self.server_urls)} names a server twice")
         if self.placement == "colocated" and self.max_staleness:

@@ -183,7 +183,7 @@ def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device
     """A server that is started for this and gets the weights by a sync."""
     rollout = cfg.rollout.model_copy(update={"engine": "sglang", "quantization": quantization, "num_servers": 1})
     cfg = cfg.model_copy(update={"rollout": rollout})
-    check_servers(cfg)
+    check_servers(cfg, read_hf_config(cfg.model.path))
     with TemporaryDirectory() as folder:
         servers = local_servers(cfg, device, Path(folder))
         sync = make_weight_sync(cfg.weight_sync, "disaggregated", device, Path(folder), quantized=quantization == "fp8")

@@ -42,13 +42,19 @@ class Ticket:
     future: Future[list[list[Response]]] | None
 
 
-def check_servers(cfg: Config) -> None:
+def check_servers(cfg: Config, hf: Any) -> None:
     """
+    Args:
+        hf: the model's Hugging Face config.
+
     Raises:
-        InputError: no environment to start servers from, or one of ``rollout.server_urls`` that cannot be used.
+        InputError: no environment to start servers from, one of ``rollout.server_urls`` that cannot be used, or a model in FP8 that the
+            servers would start with and the weight sync would not send.
     """
     if cfg.rollout.server_urls:
         external_servers(cfg.rollout.server_urls)
+    elif getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
+        raise InputError(f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', or give the model in bf16")
     elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
         raise InputError(
             f"sglang.python = {cfg.sglang.python!r} is not there: run make sglang, or give rollout.server_urls or servers_file"

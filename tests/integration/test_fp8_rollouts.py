@@ -6,8 +6,8 @@ The servers load and keep them as on a GPU; two multiplications are torch's (see
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,16 +15,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import Config, WeightSyncConfig
 from megatron_gmpo.models.fp8_blocks import quantize_all
 from megatron_gmpo.rollout import servers as servers_module
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
-from megatron_gmpo.rollout.servers import LocalServers
-from megatron_gmpo.rollout.sglang import fp8_start_folder, local_servers
+from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.sglang import check_servers, fp8_start_folder, local_servers, start_sglang
 from megatron_gmpo.rollout.weight_sync import make_weight_sync
+from megatron_gmpo.types import InputError, Prompt
 
 from .sglang_servers import CPU, PYTHON, generate, needs_sglang
 
@@ -55,28 +56,37 @@ def logits_of(model: Any, ids: list[int]) -> Tensor:
     return model(torch.tensor([ids])).logits[0]  # (tokens, vocabulary)
 
 
-@contextmanager
-def fp8_servers(model: Path, log_dir: Path, patch: pytest.MonkeyPatch) -> Iterator[LocalServers]:
-    patch.setattr(servers_module, "_LAUNCHER", Path(__file__).with_name("sglang_fp8_launcher.py"))
-    about = {"model": {"path": str(model)}, "sglang": {"python": str(PYTHON)}, "rollout": {"engine": "sglang", "quantization": "fp8"}}
-    servers = local_servers(Config.model_validate(about), CPU, log_dir)
-    try:
-        servers.start()
-        servers.wait_ready()
-        yield servers
-    finally:
-        servers.stop()
+def differences(models: list[Any], prompt: list[int], response: list[int], logprobs: list[float]) -> list[float]:
+    """Mean absolute difference of a server's log probabilities to each model's."""
+    found = []
+    for model in models:
+        expected = logits_of(model, prompt + response)[len(prompt) - 1 : -1].log_softmax(-1)
+        found.append((torch.tensor(logprobs) - expected.gather(1, torch.tensor(response)[:, None])[:, 0]).abs().mean().item())
+    print("mean difference to the dequantised model, the one before, another:", found)
+    return found
+
+
+@pytest.fixture
+def fp8_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers_module, "_LAUNCHER", Path(__file__).with_name("sglang_fp8_launcher.py"))
+
+
+def fp8_config(model: Path, **sections: dict[str, Any]) -> Config:
+    rollout = {"engine": "sglang", "quantization": "fp8"}
+    return Config.model_validate({"model": {"path": str(model)}, "sglang": {"python": str(PYTHON)}, "rollout": rollout} | sections)
 
 
 @needs_sglang
-@pytest.mark.parametrize("family", HIDDEN)
-def test_servers(family: str, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = [tiny_model(family, hidden_size=HIDDEN[family], seed=seed, **SHAPE) for seed in (0, 1)]
+def test_routes(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    models = [tiny_model("qwen3", hidden_size=HIDDEN["qwen3"], seed=seed, **SHAPE) for seed in (0, 1)]
     references = [dequantized(model, tmp_path / f"dequantized_{seed}") for seed, model in enumerate(models)]
-    with fp8_servers(models[0], tmp_path / "servers", monkeypatch) as servers:
+    servers = local_servers(fp8_config(models[0]), CPU, tmp_path / "servers")
+    try:
+        servers.start()
+        servers.wait_ready()
         for turn, route in enumerate(get_args(WeightSyncConfig.model_fields["route"].annotation)):
-            new, other = (turn % 2, 1 - turn % 2)
-            cfg = WeightSyncConfig(route=route, bucket_bytes=100_000, verify=family == "qwen3_moe", timeout_s=60)
+            new, other = turn % 2, 1 - turn % 2
+            cfg = WeightSyncConfig(route=route, bucket_bytes=100_000, timeout_s=60)
             sync = make_weight_sync(cfg, "disaggregated", CPU, tmp_path, quantized=True)
             report = sync.update(servers.servers, tensors_of(models[new]), route)
             sync.close()
@@ -84,15 +94,39 @@ def test_servers(family: str, tiny_model: Callable[..., Path], tmp_path: Path, m
             assert report.nbytes == sum(tensor.nbytes for _, tensor in quantize_all(tensors_of(models[new])))
             answer = generate(servers.servers[0], PROMPT, max_new_tokens=16).json()
             assert answer["meta_info"]["weight_version"] == route
-            response = answer["output_ids"]
-            logprobs = torch.tensor([logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]])
-            errors = []
-            for reference in (references[new], AutoModelForCausalLM.from_pretrained(models[new]), references[other]):
-                expected = logits_of(reference, PROMPT + response)[len(PROMPT) - 1 : -1].log_softmax(-1)
-                errors.append((logprobs - expected.gather(1, torch.tensor(response)[:, None])[:, 0]).abs().mean().item())
-            print(f"{family}, {route}: mean error against the dequantised model, the one before, another: {errors}")
-            assert errors[0] < 0.02  # a server in bf16
-            assert errors[0] < errors[1] < errors[2]
+            logprobs = [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
+            compared = [references[new], AutoModelForCausalLM.from_pretrained(models[new]), references[other]]
+            right, before, wrong = differences(compared, PROMPT, answer["output_ids"], logprobs)
+            assert right < 0.02  # a server in bf16
+            assert right < before < wrong
+    finally:
+        servers.stop()
+
+
+@needs_sglang
+def test_engine(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """As a run does it; every weight of the servers is noise before a sync, and compared after it."""
+    old, new = (tiny_model("qwen3_moe", hidden_size=HIDDEN["qwen3_moe"], seed=seed, **SHAPE) for seed in (0, 1))
+    cfg = fp8_config(old, weight_sync={"route": "distributed", "verify": True, "timeout_s": 60}).model_copy(
+        update={"run_dir": str(tmp_path)}
+    )
+    compared = [
+        dequantized(new, tmp_path / "dequantized"),
+        AutoModelForCausalLM.from_pretrained(new),
+        AutoModelForCausalLM.from_pretrained(old),
+    ]
+    engine = start_sglang(cfg, AutoConfig.from_pretrained(old), AutoTokenizer.from_pretrained(old), CPU)
+    try:
+        engine.update_weights(tensors_of(new), version=1)
+        (group,) = engine.generate([Prompt(id="0", answer="", input_ids=PROMPT)], SamplingParams(n=4, max_new_tokens=16))
+    finally:
+        engine.close()
+    for sample in group.samples:
+        assert sample.policy_version == 1
+        response = len(PROMPT)
+        right, before, wrong = differences(compared, PROMPT, sample.tokens[response:], sample.rollout_logprobs[response:])
+        assert right < 0.03  # in bf16 some tokens change experts
+        assert right < before < wrong
 
 
 @pytest.mark.parametrize("family", HIDDEN)
@@ -104,6 +138,15 @@ def test_embedded_engine(family: str, tiny_model: Callable[..., Path], tmp_path:
     expected = logits_of(dequantized(new, tmp_path / "dequantized"), PROMPT)
     torch.testing.assert_close(logits_of(engine.model, PROMPT), expected, rtol=0, atol=1e-5)
     assert (logits_of(AutoModelForCausalLM.from_pretrained(new), PROMPT) - expected).abs().max() > 0.01
+
+
+def test_a_model_in_fp8_wants_fp8_rollouts(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = fp8_start_folder(tiny_model("qwen3", num_layers=2), tmp_path / "fp8")
+    about: dict[str, Any] = {"model": {"path": str(folder)}, "rollout": {"engine": "sglang"}, "sglang": {"python": sys.executable}}
+    with pytest.raises(InputError, match=r"model\.path = '.*' is in FP8: set rollout\.quantization = 'fp8'"):
+        check_servers(Config.model_validate(about), AutoConfig.from_pretrained(folder))
+    about["rollout"]["quantization"] = "fp8"
+    check_servers(Config.model_validate(about), AutoConfig.from_pretrained(folder))
 
 
 def test_transformers_reads_such_a_folder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_gmpo.config import Config
 from megatron_gmpo.rollout.replay import save_groups
-from megatron_gmpo.types import Prompt, Sample, SampleGroup
+from megatron_gmpo.types import InputError, Prompt, Sample, SampleGroup
+from tools.mismatch import Options, measure
 
 from .commands import error_lines, run_module
 from .sglang_servers import PYTHON, needs_sglang
@@ -99,17 +101,22 @@ def test_a_server_of_its_own(model: Path, groups: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sides", "options", "line"),
+    ("sides", "temperature", "line"),
     [
-        ("fp32 fp16", [], "--sides fp16: choose from policy, recorded, fp32"),
-        ("fp32", [], "--sides fp32: name two or more, each once"),
-        ("fp32 fp32", [], "--sides fp32 fp32: name two or more, each once"),
-        ("fp32 recorded", ["--rollout.temperature", "0.5"], "--sides recorded: these are of rollout.temperature = 0.5"),
-        ("fp32 bf16", ["--step", "3"], "has no groups for step 3"),
+        ("fp32 fp16", 1, "--sides fp16: choose from policy, recorded, fp32"),
+        ("fp32", 1, "--sides fp32: name two or more, each once"),
+        ("fp32 fp32", 1, "--sides fp32 fp32: name two or more, each once"),
+        ("fp32 recorded", 0.5, r"--sides recorded: these are of rollout\.temperature = 0\.5"),
     ],
 )
-def test_refusals(model: Path, groups: Path, tmp_path: Path, sides: str, options: list[str], line: str) -> None:
-    done = run(model, groups, tmp_path / "m.png", sides, *options)
+def test_refusals(groups: Path, sides: str, temperature: float, line: str) -> None:
+    cfg = Config.model_validate({"rollout": {"temperature": temperature}})
+    with pytest.raises(InputError, match=line):
+        measure(cfg, Options(groups, tuple(sides.split())))
+
+
+def test_no_such_step(model: Path, groups: Path, tmp_path: Path) -> None:
+    done = run(model, groups, tmp_path / "m.png", "fp32 bf16", "--step", "3")
     assert done.returncode == 2
     (said,) = error_lines(done.stderr)
-    assert line in said
+    assert "has no groups for step 3, it has steps 0 to 0" in said
