@@ -3,6 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SGLANG := .venv-sglang/.installed
+MODELOPT := .venv-modelopt/.installed
 export OMP_NUM_THREADS ?= 1
 
 help:  ## Show the targets
@@ -20,6 +21,12 @@ $(SGLANG): $(wildcard tools/install_sglang/*)
 	touch $@
 
 sglang: $(SGLANG)  ## Create .venv-sglang, the rollout servers' own environment
+
+$(MODELOPT): $(wildcard tools/install_modelopt/*)
+	PYTHON=$(PYTHON) tools/install_modelopt/install.sh $(@D)
+	touch $@
+
+modelopt: $(MODELOPT)  ## Create .venv-modelopt, which tools.export_quantized quantises in
 
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
 	$(PY) -m tools.demo
@@ -47,6 +54,6 @@ test-gpu: $(INSTALLED)  ## Tests that need an NVIDIA GPU
 	$(PY) -m pytest tests/gpu
 
 clean:  ## Remove the environment and everything the tools left behind
-	rm -rf $(VENV) .venv-sglang build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf $(VENV) .venv-sglang .venv-modelopt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: help install sglang demo lint test test-fast test-slurm test-gpu clean
+.PHONY: help install sglang modelopt demo lint test test-fast test-slurm test-gpu clean

@@ -41,7 +41,6 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # what megatron-core 0.16.1 accepts
-        "modelopt": ["nvidia-modelopt==0.45.0", "requests"],  # modelopt imports requests without declaring it
         "wandb": ["wandb>=0.19"],
         "dev": [
             "hypothesis>=6.130",

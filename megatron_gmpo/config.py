@@ -104,6 +104,9 @@ class RolloutConfig(_Section):
     dtype: Literal["fp32", "bf16"] | None = None
     """Precision the embedded engine samples in; None means ``model.dtype``. Another one provokes what engines of other kernels do:
     disagreement with the policy, also on the experts."""
+    quantization: Literal["none", "fp8"] = "none"
+    """``fp8``: the linear weights of attention and MLPs are rounded on their way to the engine to 8 bits and a scale for each block of
+    128 x 128. Servers of ours are started to compute with them; the embedded engine computes with the rounded values."""
     router_noise: NonNegative = 0.0
     """Standard deviation of noise on the router logits (MoE) while the embedded engine samples training responses, to the same end."""
     prompts_per_step: Positive = 32
@@ -143,6 +146,8 @@ class RolloutConfig(_Section):
             raise ValueError(f"router_noise = {self.router_noise:g} needs engine = 'embedded': set it to 0")
         if self.server_urls and self.servers_file:
             raise ValueError(f"servers_file = {self.servers_file!r} and server_urls both name servers: leave one out")
+        if self.server_urls and self.quantization == "fp8":
+            raise ValueError("quantization = 'fp8' needs servers started for it: leave server_urls out")
         if len(set(self.server_urls)) < len(self.server_urls):
             raise ValueError(f"server_urls = {list(self.server_urls)} names a server twice")
         if self.placement == "colocated" and self.max_staleness:

@@ -95,6 +95,7 @@ class Run:
             batch_size=self.cfg.rollout.batch_size,
             seed=self.cfg.seed,
             routed_experts=self.cfg.rollout.routed_experts,
+            quantized=self.cfg.rollout.quantization == "fp8",
         )
 
     def write_config(self) -> None:
@@ -139,7 +140,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     check_wandb(cfg.log.wandb_project)
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
     if cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0":  # the only rank that speaks to servers
-        check_servers(cfg)
+        check_servers(cfg, description.hf)
     tokenizer = _load_tokenizer(cfg.model.path)
     eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}
     step: int = native.read_state(checkpoint)["step"] if checkpoint else 0

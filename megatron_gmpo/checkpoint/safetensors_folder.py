@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import rank
+from ..models.fp8_blocks import BLOCK, SCALE, dequantize, scale_shape
 from ..models.hub import hub_names
 from ..types import InputError
 
@@ -27,9 +28,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_SCALE = "_scale_inv"
 _DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
-_BLOCK = 128  # rows and columns of a scale's block, DeepSeek's
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _DTYPES = {
     "F64": torch.float64,
@@ -64,8 +63,7 @@ class SafetensorsFolder:
     """Tensors of a Hugging Face folder by the names its family has on the hub, sharded over files or not.
 
     Tensors stored under transformers' own names appear under those of the hub: experts fused in one tensor, one by one (see
-    ``models.hub``). FP8 weights with block scales
-    (``weight_scale_inv``, DeepSeek's layout) appear as bfloat16.
+    ``models.hub``). FP8 weights with block scales (``models.fp8_blocks``) appear as bfloat16.
 
     Args:
         path: the folder, with a config.json.
@@ -102,7 +100,7 @@ class SafetensorsFolder:
                     f"the first {min(passed_over)!r}"
                 )
         flat = {name: tensor for name, tensor in flat.items() if not name.endswith(_DERIVED)}
-        self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(_SCALE)}
+        self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
         config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
         for name, tensor in flat.items():
@@ -113,13 +111,13 @@ class SafetensorsFolder:
     def _check_scales(self, quantization: dict[str, Any]) -> None:
         where = f"{str(self.path)!r}"
         for name, tensor in self._tensors.items():
-            if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point and name + _SCALE not in self._scales:
+            if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point and name + SCALE not in self._scales:
                 raise InputError(f"{where}: {name!r} is FP8 without a scale for each block: give the model in bf16")
         for name, scale in self._scales.items():
-            weight = self._tensors.get(name.removesuffix(_SCALE))
-            blocks = weight and tuple(-(-size // _BLOCK) for size in weight.shape)
-            if scale.shape != blocks or quantization.get("weight_block_size", [_BLOCK, _BLOCK]) != [_BLOCK, _BLOCK]:
-                raise InputError(f"{where}: {name!r} {scale.shape} is no scale of blocks of {_BLOCK} x {_BLOCK}: give the model in bf16")
+            weight = self._tensors.get(name.removesuffix(SCALE))
+            blocks = weight and scale_shape(weight.shape)
+            if scale.shape != blocks or quantization.get("weight_block_size", [BLOCK, BLOCK]) != [BLOCK, BLOCK]:
+                raise InputError(f"{where}: {name!r} {scale.shape} is no scale of blocks of {BLOCK} x {BLOCK}: give the model in bf16")
 
     def check_tied(self) -> None:
         """For a model whose output layer is its embedding.
@@ -139,13 +137,13 @@ class SafetensorsFolder:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype ``get`` gives."""
-        return torch.bfloat16 if name + _SCALE in self._scales else self._tensors[name].dtype
+        return torch.bfloat16 if name + SCALE in self._scales else self._tensors[name].dtype
 
     def get(self, name: str) -> Tensor:
         """The tensor on the CPU."""
         tensor = self._read(self._tensors[name])
-        scale = self._scales.get(name + _SCALE)
-        return tensor if scale is None else _dequantize(tensor, self._read(scale))
+        scale = self._scales.get(name + SCALE)
+        return tensor if scale is None else dequantize(tensor, self._read(scale))
 
     def _read(self, stored: StoredTensor) -> Tensor:
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
@@ -235,10 +233,3 @@ def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTe
         for expert in range(experts)
         for place, part in enumerate(names)
     }
-
-
-def _dequantize(tensor: Tensor, scale: Tensor) -> Tensor:
-    """FP8 (rows, columns) times one scale a block -> bfloat16. The last blocks may be smaller."""
-    rows, columns = tensor.shape
-    blocks = scale.float().repeat_interleave(_BLOCK, 0)[:rows].repeat_interleave(_BLOCK, 1)[:, :columns]
-    return (tensor.float() * blocks).bfloat16()

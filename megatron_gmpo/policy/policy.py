@@ -43,7 +43,8 @@ class Policy:
         description: the model, from ``models.config.describe_model``.
         groups: the process groups, from ``policy.parallel.start_model_parallel``.
         device: where the model lives.
-        trainable: False leaves out gradient buffers, optimizer and reference; then only weights can be loaded and exported.
+        trainable: False leaves out gradient buffers, optimizer and reference; then it gives log probabilities, and weights can be loaded
+            and exported.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Policy:
     ) -> None:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.chunks = self._load(cfg.model.path)
+        self.routing: Routing | None = None
         if trainable:
             if cfg.train.freeze_router:
                 freeze_routers(self.chunks)

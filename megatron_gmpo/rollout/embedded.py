@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..distributed import all_gather_objects, rank, world_size
+from ..models import fp8_blocks
 from ..models.hub import hub_names
 from ..types import FinishReason, InputError, Metric, NonFiniteError, Prompt, Sample, SampleGroup
 from .engine import SamplingParams, end_token_ids, response_text
@@ -40,6 +41,7 @@ class EmbeddedEngine:
         batch_size: responses decoded together on a rank.
         seed: of the sampling.
         routed_experts: record the experts of every token; the model is a MoE.
+        quantized: round new weights to the values they have in block-wise FP8 (see ``models.fp8_blocks``).
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class EmbeddedEngine:
         batch_size: int,
         seed: int,
         routed_experts: bool = False,
+        quantized: bool = False,
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
         self.model: Any = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
@@ -61,6 +64,7 @@ class EmbeddedEngine:
         self.seed = seed
         self.version = 0
         self._calls = 0
+        self._quantized = quantized
         self._slots = _weight_slots(self.model)
         self._end_ids = end_token_ids(self.model.generation_config, tokenizer)
         self._routing = _RoutedExperts(self.model) if routed_experts else None
@@ -93,7 +97,7 @@ class EmbeddedEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``RolloutEngine.update_weights``."""
         missing = set(self._slots)
-        for name, tensor in named_tensors:
+        for name, tensor in fp8_blocks.rounded(named_tensors) if self._quantized else named_tensors:
             slot = self._slots.get(name)
             if slot is None:
                 raise InputError(f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?")

@@ -60,6 +60,7 @@ class RolloutEngine(Protocol):
 
         Raises:
             InputError: a tensor is unknown, missing, repeated or of another shape than the engine's.
+            NonFiniteError: a weight to be quantised is NaN or infinite.
         """
         ...
 

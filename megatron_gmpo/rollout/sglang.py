@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
+from ..checkpoint.companions import copy_companions
 from ..config import Config
 from ..distributed import broadcast_object, rank, world_size
+from ..models import fp8_blocks
 from ..types import InputError, Metric, Prompt, Sample, SampleGroup, ServerError
 from .client import Response, RolloutClient
 from .engine import SamplingParams, end_token_ids, response_text
@@ -39,13 +42,19 @@ class Ticket:
     future: Future[list[list[Response]]] | None
 
 
-def check_servers(cfg: Config) -> None:
+def check_servers(cfg: Config, hf: Any) -> None:
     """
+    Args:
+        hf: the model's Hugging Face config.
+
     Raises:
-        InputError: no environment to start servers from, or one of ``rollout.server_urls`` that cannot be used.
+        InputError: no environment to start servers from, one of ``rollout.server_urls`` that cannot be used, or a model in FP8 that the
+            servers would start with and the weight sync would not send.
     """
     if cfg.rollout.server_urls:
         external_servers(cfg.rollout.server_urls)
+    elif getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
+        raise InputError(f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', or give the model in bf16")
     elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
         raise InputError(
             f"sglang.python = {cfg.sglang.python!r} is not there: run make sglang, or give rollout.server_urls or servers_file"
@@ -83,7 +92,7 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         shutil.rmtree(run_dir / "weight_sync", ignore_errors=True)  # of a run that was killed
     if not rollout.max_staleness:  # nothing is ever in flight, and a server that is paused to retract spins on a core
         weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
-    sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir)
+    sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8")
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
     return SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
 
@@ -92,23 +101,36 @@ def local_servers(
     cfg: Config, device: torch.device, log_dir: Path, *, first_gpu: int = 0, keys: tuple[str, str] | None = None
 ) -> LocalServers:
     """``rollout.num_servers`` servers of the model of ``cfg`` on this machine, not started yet; see ``LocalServers``."""
+    model_path, dtype = cfg.model.path, cfg.model.dtype
     options: dict[str, Any] = {}
+    if cfg.rollout.quantization == "fp8":
+        model_path, dtype = str(fp8_start_folder(Path(model_path), log_dir / "fp8_model")), "bf16"  # which FP8 kernels give
+        options["load_format"] = "dummy"
     if cfg.rollout.routed_experts:
         options["enable_return_routed_experts"] = True
     if cfg.rollout.placement == "colocated":
         options["enable_memory_saver"] = True
     return LocalServers(
-        cfg.model.path,
+        model_path,
         cfg.rollout.num_servers,
         cfg.sglang,
         log_dir,
-        dtype=cfg.model.dtype,
+        dtype=dtype,
         seed=cfg.seed,
         device=device,
         options=options,
         first_gpu=first_gpu,
         keys=keys,
     )
+
+
+def fp8_start_folder(model: Path, folder: Path) -> Path:
+    """What a server starts from whose FP8 weights come with the first sync: the model's folder, but for the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_companions(model, folder)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fp8_blocks.QUANTIZATION_CONFIG}, indent=2))
+    return folder
 
 
 def _generation_config(model: str) -> GenerationConfig:

@@ -35,7 +35,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from ..checkpoint.safetensors_folder import SafetensorsFile
 from ..config import WeightSyncConfig
 from ..distributed import all_gather_objects, broadcast_object, rank
-from ..types import InputError, ServerError
+from ..models import fp8_blocks
+from ..types import InputError, NonFiniteError, RunError, ServerError
 from .buckets import Bucket
 from .servers import Server
 from .weight_session import FAREWELL_TIMEOUT_S, NoAnswerError, Session, SyncError
@@ -71,12 +72,13 @@ class WeightSync(Protocol):
         Args:
             servers: whom to update; looked at on the first rank only.
             named_tensors: the policy's export, under the names of its Hugging Face checkpoint. A server keeps its own dtype: fp32 tensors
-                are rounded as it loads them.
+                are rounded as it loads them. With quantisation, linear weights leave here in block-wise FP8 (see ``models.fp8_blocks``).
             version: what the servers call these weights in ``meta_info.weight_version`` from then on.
 
         Raises:
             InputError: no retry can mend it: a key that is refused, a folder that cannot be written, a tensor that the servers ignore.
                 On every rank.
+            NonFiniteError: a weight to be quantised is NaN or infinite. On every rank.
         """
         ...
 
@@ -86,9 +88,17 @@ class WeightSync(Protocol):
 
 
 def make_weight_sync(
-    cfg: WeightSyncConfig, placement: Literal["disaggregated", "colocated"], device: torch.device, run_dir: Path
+    cfg: WeightSyncConfig,
+    placement: Literal["disaggregated", "colocated"],
+    device: torch.device,
+    run_dir: Path,
+    *,
+    quantized: bool = False,
 ) -> WeightSync:
     """The route of ``cfg``; ``device`` is this rank's.
+
+    Args:
+        quantized: send block-wise FP8 to servers that were started for it.
 
     Raises:
         InputError: a route that cannot serve ``placement`` on GPUs.
@@ -98,10 +108,10 @@ def make_weight_sync(
     if device.type == "cuda" and cfg.route == "distributed" and placement == "colocated":
         raise InputError("weight_sync.route = 'distributed' needs rollout.placement = 'disaggregated': NCCL wants one rank a GPU")
     if cfg.route == "disk":
-        return _DiskSync(cfg, Path(cfg.folder) if cfg.folder else run_dir / "weight_sync")
+        return _DiskSync(cfg, Path(cfg.folder) if cfg.folder else run_dir / "weight_sync", quantized)
     if cfg.route == "distributed":
-        return _DistributedSync(cfg, device)
-    return _CudaTensorSync(cfg, device) if device.type == "cuda" else _SharedMemorySync(cfg, device)
+        return _DistributedSync(cfg, device, quantized)
+    return _CudaTensorSync(cfg, device, quantized) if device.type == "cuda" else _SharedMemorySync(cfg, device, quantized)
 
 
 def release_memory(servers: Sequence[Server], timeout_s: float) -> None:
@@ -154,8 +164,8 @@ def _answers(servers: Sequence[Server], path: str, body: dict[str, Any] | None, 
 class _Route(ABC):
     """What the routes share: the buckets, and the course of a sync."""
 
-    def __init__(self, cfg: WeightSyncConfig, device: torch.device) -> None:
-        self._cfg, self._device = cfg, device
+    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
+        self._cfg, self._device, self._quantized = cfg, device, quantized
         self._capacity = cfg.bucket_bytes // 2  # one bucket is packed while another is on its way
         self._buffers: list[Tensor] = []
         self._noise: dict[Server, list[dict[str, str]]] = {}
@@ -165,17 +175,14 @@ class _Route(ABC):
     def update(self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> SyncReport:
         tensors = iter(named_tensors)
         outcome = None
-        if rank() == 0:
-            try:
-                outcome = self._lead(servers, tensors, version)
-            except InputError as error:  # raised on every rank, once all have come to the end
-                outcome = error
-        else:
-            self._follow(tensors)
+        try:
+            outcome = self._lead(servers, tensors, version) if rank() == 0 else self._follow(tensors)
+        except (InputError, NonFiniteError) as error:  # raised on every rank, once all have come to the end
+            outcome = error
         for _ in tensors:
             pass
         outcome = broadcast_object(outcome)
-        if isinstance(outcome, InputError):
+        if isinstance(outcome, RunError):
             raise outcome
         return outcome
 
@@ -241,7 +248,7 @@ class _Route(ABC):
     def _buckets(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[Bucket, bool]]:
         """Full buckets, and whether each is the last. A tensor that is too large for a bucket is one by itself."""
         bucket, count = None, 0
-        for name, tensor in tensors:
+        for name, tensor in fp8_blocks.quantize_all(tensors) if self._quantized else tensors:
             if bucket is None or not bucket.takes(tensor):
                 if bucket:
                     yield bucket, False
@@ -299,8 +306,8 @@ def _majority(items: list[Any]) -> Any:
 class _DiskSync(_Route):
     """A safetensors folder that both sides see under one name; a bucket is a file of it."""
 
-    def __init__(self, cfg: WeightSyncConfig, folder: Path) -> None:
-        super().__init__(cfg, torch.device("cpu"))
+    def __init__(self, cfg: WeightSyncConfig, folder: Path, quantized: bool) -> None:
+        super().__init__(cfg, torch.device("cpu"), quantized)
         self._folder = folder.absolute()
         self._draft = self._current = self._folder / "none"
         self._files = 0
@@ -327,7 +334,7 @@ class _DiskSync(_Route):
             whole = self._folder / about["weight_version"]
             shutil.rmtree(whole, ignore_errors=True)
             self._draft.rename(whole)
-        session.ask("/update_weights_from_disk", {"model_path": str(whole), **about})
+        session.ask("/update_weights_from_disk", {"model_path": str(whole), "load_format": "safetensors", **about})
 
     def _end(self, session: Session, version: str) -> None:
         previous, self._current = self._current, self._folder / version
@@ -352,8 +359,8 @@ class _DistributedSync(_Route):
 
     _CONNECTION_WORDS = ("Failed to receive weights", "Failed to initialize custom process group")
 
-    def __init__(self, cfg: WeightSyncConfig, device: torch.device) -> None:
-        super().__init__(cfg, device)
+    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
+        super().__init__(cfg, device, quantized)
         self._members: tuple[Server, ...] = ()
         self._name = self._version = ""
         self._store: dist.Store | None = None
@@ -521,8 +528,8 @@ class _CudaTensorSync(_TensorSync):
     The servers' ranks, in the order of the first sync's servers, lie on the GPUs of the trainer's ranks 0, 1, 2, and so on.
     """
 
-    def __init__(self, cfg: WeightSyncConfig, device: torch.device) -> None:
-        super().__init__(cfg, device)
+    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
+        super().__init__(cfg, device, quantized)
         self._places: dict[Server, int] = {}
 
     def _lead(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: str) -> SyncReport:
