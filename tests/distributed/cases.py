@@ -163,7 +163,8 @@ def run_on(cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int,
 
 
 def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any]:
-    """What this rank finds directly after updates: log probabilities, exported weights, and both when a checkpoint has been loaded."""
+    """What this rank finds directly after updates, of unlike numbers of microbatches: log probabilities, exported weights, and both when a
+    checkpoint has been loaded."""
     with opened(cfg) as policy:
 
         def exported() -> dict[str, Tensor]:
@@ -171,7 +172,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
 
         _steps(policy, batch, 1)
         found: dict[str, Any] = {"logprobs": policy.logprobs(batch)}
-        _steps(policy, batch, 1)
+        _steps(policy, batch.split(2)[0], 1)
         found["exported"] = exported()
         _steps(policy, batch, 1)
         policy.save(run_dir, 3, {"note": ""}, 1)
