@@ -205,6 +205,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection)
         The ``state`` given to ``save``.
     """
     state = read_state(checkpoint)
+    trainable.scheduler.num_steps = 0  # in a run that goes back, what it loads would be added to
     trainable.scheduler.load_state_dict(state["scheduler"])
     updates = trainable.scheduler.num_steps
     slots = list(_slots(trainable.optimizer))

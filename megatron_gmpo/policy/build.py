@@ -28,13 +28,12 @@ _MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}  
 def check_optimizer(cfg: OptimizerConfig, machine: Capabilities) -> None:
     """
     Raises:
-        InputError: the machine lacks what ``moments_dtype`` or ``offload_fraction`` needs.
+        InputError: the machine lacks what ``moments_dtype`` or ``offload_fraction`` needs: Megatron's precision-aware optimizer.
     """
-    if cfg.moments_dtype != "fp32" and not (machine.device and machine.transformer_engine):
-        missing = "Transformer Engine's Adam: install it as docs/install_gpu.md says" if machine.device else "an NVIDIA GPU: use one"
-        raise InputError(f"optimizer.moments_dtype = {cfg.moments_dtype!r} needs {missing}, or set it to 'fp32'")
-    if cfg.offload_fraction and not machine.device:
-        raise InputError(f"optimizer.offload_fraction = {cfg.offload_fraction:g} needs a GPU to take state from: set it to 0")
+    for name, value, plain in (("moments_dtype", cfg.moments_dtype, "fp32"), ("offload_fraction", cfg.offload_fraction, 0.0)):
+        if value != plain and not (machine.device and machine.transformer_engine):
+            missing = "Transformer Engine: install it as docs/install_gpu.md says" if machine.device else "an NVIDIA GPU: use one"
+            raise InputError(f"optimizer.{name} = {value!r} needs {missing}, or set it to {plain!r}")
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
         policy.save(run_dir, 3, {"note": ""}, 1)
         _steps(policy, batch, 1)
         resume(policy, run_dir)
-        return found | {"loaded": exported(), "logprobs_after_load": policy.logprobs(batch)}
+        return found | {"loaded": exported(), "logprobs_after_load": policy.logprobs(batch), "updates": policy.model.scheduler.num_steps}
 
 
 def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def test_weights_are_whole_wherever_they_are_read(ranks: RankPool, expected: Ref
     ):
         for name in ("logprobs", "exported", "loaded", "logprobs_after_load"):
             assert_close(result[name], other[name], atol=1e-6, rtol=1e-5)
+        assert result["updates"] == other["updates"] == 3  # not those since, too
 
 
 def test_a_reference_in_host_memory(ranks: RankPool, expected: Reference) -> None:
