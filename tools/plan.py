@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megatron_gmpo.config import Config, exit_with_one_line, load_config
 from megatron_gmpo.models.config import ModelDescription, describe_model
 from megatron_gmpo.platform import prepare_megatron
 from megatron_gmpo.policy.dry_run import RankPlan, dry_run
+from megatron_gmpo.policy.fp8 import total_multiple
 from megatron_gmpo.types import InputError
 from tools.step_estimate import GIB, GPUS_PER_NODE, HARDWARE, RESERVED, Batch, Hardware, Model, Servers, StepEstimate, draw_batch, model_of
 
@@ -88,8 +90,7 @@ def main(options: Options, argv: list[str], console: Console) -> None:
 
 def full_microbatch(cfg: Config, batch: Batch) -> list[int]:
     """Padded lengths of a microbatch as full as any: train.max_tokens_per_microbatch, or one longest sequence if that is more."""
-    cp, tp = cfg.parallel.context_parallel_size, cfg.parallel.tensor_model_parallel_size
-    multiple = 2 * cp * (tp if cfg.parallel.uses_sequence_parallel else 1)
+    multiple = math.lcm(2 * cfg.parallel.context_parallel_size, total_multiple(cfg))
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     slots = -(-max(cfg.train.max_tokens_per_microbatch, longest) // multiple) * multiple
     count = max(1, min(slots // multiple, slots // max(1, batch.tokens // len(batch.lengths))))
