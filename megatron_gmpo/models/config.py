@@ -169,6 +169,7 @@ _OUR_FIELDS = {
 _FIXED_FIELDS = {
     "calculate_per_token_loss": "the loss already comes divided, and gradients would be summed over ranks a second time",
     "variable_seq_lengths": "packed microbatches differ in length",
+    "fp4": "packed microbatches are not padded as its kernels need",
     "tp_comm_overlap": "its buffers have one length, and packed microbatches differ in theirs",
 }
 _LIBRARIES = {

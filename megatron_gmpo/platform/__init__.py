@@ -64,7 +64,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-_DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+_DETERMINISTIC = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("Ring", "Tree"),
+}
+"""Variables of Transformer Engine, cuBLAS and NCCL, and the values that make them deterministic."""
 
 
 def check_deterministic(wanted: bool, device: torch.device) -> None:
@@ -73,6 +78,6 @@ def check_deterministic(wanted: bool, device: torch.device) -> None:
         InputError: ``megatron.deterministic_mode`` on a GPU without the environment that Transformer Engine, cuBLAS and NCCL want for it;
             libraries read it as they start.
     """
-    lacking = [f"{name}={value}" for name, value in _DETERMINISTIC.items() if name not in os.environ]
+    lacking = [f"{name}={values[0]}" for name, values in _DETERMINISTIC.items() if os.environ.get(name) not in values]
     if wanted and device.type == "cuda" and lacking:
         raise InputError(f"megatron.deterministic_mode = true needs these set in the environment before the start: {' '.join(lacking)}")

@@ -213,8 +213,8 @@ def test_a_cpu_has_nothing() -> None:
 
 
 def test_determinism_is_set_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "CUBLAS_WORKSPACE_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     gpu = torch.device("cuda", 0)
     assert refusal(lambda: check_deterministic(True, gpu)).endswith("NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 CUBLAS_WORKSPACE_CONFIG=:4096:8")

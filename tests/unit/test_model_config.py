@@ -235,6 +235,7 @@ def test_the_shared_experts_size_is_divided(describe: Describe) -> None:
         ({"moe_router_load_balancing_type": ["seq_aux_loss"], "moe_aux_loss_coeff": [0.1]}, ["'seq_aux_loss'"]),
         ({"fp8": "hybrid"}, ["megatron.fp8 = 'hybrid'", "set fp8.recipe instead"]),
         ({"moe_router_padding_for_fp8": True}, ["set fp8.moe_router_padding_for_quantization instead"]),
+        ({"fp4": "e2m1"}, ["megatron.fp4 = 'e2m1'", "not padded", "remove it"]),
         ({"tp_comm_overlap": True}, ["megatron.tp_comm_overlap = True", "differ", "remove it"]),
         ({"moe_grouped_gemm": True}, ["megatron.moe_grouped_gemm = True needs Transformer Engine, and a GPU:", "docs/install_gpu.md"]),
         ({"gradient_accumulation_fusion": True}, ["Transformer Engine and NVIDIA apex built from source", "docs/install_gpu.md"]),
