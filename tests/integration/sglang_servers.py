@@ -28,10 +28,12 @@ needs_sglang = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-sglang: 
 
 
 @contextmanager
-def local_servers(model: Path | str, log_dir: Path, num_servers: int = 1, dtype: str = "fp32", **settings: Any) -> Iterator[LocalServers]:
+def local_servers(
+    model: Path | str, log_dir: Path, num_servers: int = 1, dtype: str = "fp32", device: torch.device = CPU, **settings: Any
+) -> Iterator[LocalServers]:
     """Servers that are stopped at the end; ``settings`` are fields of SGLangConfig. They are not started here."""
     cfg = SGLangConfig(**{"python": str(PYTHON), "start_timeout_s": 300.0, "health_interval_s": 20.0} | settings)
-    servers = LocalServers(str(model), num_servers, cfg, log_dir, dtype=dtype, seed=1, device=CPU)
+    servers = LocalServers(str(model), num_servers, cfg, log_dir, dtype=dtype, seed=1, device=device)
     try:
         yield servers
     finally:
