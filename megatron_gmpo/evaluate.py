@@ -9,11 +9,12 @@ from statistics import fmean
 
 from .config import Config, EvalConfig
 from .distributed import rank
+from .errors import InputError
 from .rollout.collect import Reward, score
 from .rollout.engine import RolloutEngine, SamplingParams
 from .rollout.replay import append_transcripts
 from .run import closing_reward, prepare, start_command
-from .types import InputError, Prompt, SampleGroup
+from .types import Prompt, SampleGroup
 
 
 def evaluate(

@@ -25,6 +25,7 @@ from .checkpoint.hf import SafetensorsFolder
 from .config import Config, exit_with_one_line, load_config
 from .data.prompts import load_prompts
 from .distributed import rank
+from .errors import Exit, InputError, RunError, StopRequest
 from .metrics.logger import check_wandb
 from .models.config import DTYPES, ModelDescription, describe_model, read_hf_config
 from .platform import check_deterministic, choose_device, prepare_megatron, seed_everything, start_process_group
@@ -38,7 +39,7 @@ from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups
 from .rollout.sglang import check_servers, start_sglang
-from .types import Exit, InputError, Prompt, RunError, StopRequest
+from .types import Prompt
 
 
 @dataclass

@@ -11,12 +11,13 @@ from .algorithms.objective import Objective
 from .checkpoint import native
 from .data.prompts import PromptStream
 from .distributed import broadcast_object, rank
+from .errors import CollapseError
 from .metrics.collapse import Collapse, CollapseDetector
 from .metrics.logger import MetricLogger, cut_after
 from .rollout.collect import Collector
 from .rollout.engine import RolloutEngine
 from .run import Run
-from .types import CollapseError, Metric
+from .types import Metric
 
 
 class TrainingState:

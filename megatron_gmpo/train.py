@@ -26,6 +26,7 @@ from .checkpoint import native
 from .config import Config
 from .data.packing import make_train_batch
 from .distributed import barrier, rank, world_size
+from .errors import NonFiniteError
 from .evaluate import evaluate
 from .metrics.logger import MetricLogger, Timer, reduce_metrics
 from .metrics.progress import Progress
@@ -35,7 +36,7 @@ from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
-from .types import Metric, NonFiniteError, SampleGroup, TrainBatch
+from .types import Metric, SampleGroup, TrainBatch
 
 log = logging.getLogger(__name__)
 

@@ -18,16 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import CollapseError as CollapseError
-from .errors import CollectiveError as CollectiveError
-from .errors import Exit as Exit
-from .errors import InputError as InputError
-from .errors import NodeError as NodeError
-from .errors import NonFiniteError as NonFiniteError
-from .errors import RunError as RunError
-from .errors import ServerError as ServerError
-from .errors import StopRequest as StopRequest
-
 FinishReason = Literal["stop", "length", "abort"]
 
 

@@ -17,7 +17,7 @@ import tyro
 from transformers.utils import logging
 
 from megatron_gmpo.config import exit_with_one_line
-from megatron_gmpo.types import InputError
+from megatron_gmpo.errors import InputError
 from tools.make_tiny_model import countdown_tokenizer, make_tiny_model
 from tools.warm_up import warm_up
 

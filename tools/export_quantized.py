@@ -22,10 +22,9 @@ from megatron_gmpo.checkpoint.companions import copy_companions
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import DataConfig, exit_with_one_line
 from megatron_gmpo.data.prompts import load_prompts
-from megatron_gmpo.errors import RunError
+from megatron_gmpo.errors import InputError, RunError
 from megatron_gmpo.models.config import read_hf_config
 from megatron_gmpo.models.fp8_blocks import is_quantized
-from megatron_gmpo.types import InputError
 
 Format = Literal["fp8", "nvfp4"]
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging
 
 from megatron_gmpo.config import exit_with_one_line
-from megatron_gmpo.types import InputError
+from megatron_gmpo.errors import InputError
 
 Family = Literal["qwen3_moe", "qwen3", "qwen2_moe", "qwen2", "mixtral", "llama", "deepseek_v3", "glm4_moe"]
 

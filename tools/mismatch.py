@@ -40,7 +40,7 @@ from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import Config, exit_with_one_line, load_config
 from megatron_gmpo.data.packing import make_train_batch
 from megatron_gmpo.distributed import rank
-from megatron_gmpo.errors import RunError
+from megatron_gmpo.errors import InputError, RunError, ServerError
 from megatron_gmpo.metrics.plots import COLORS, set_up_axes
 from megatron_gmpo.models.config import describe_model, read_hf_config
 from megatron_gmpo.platform import choose_device, prepare_megatron, start_process_group
@@ -51,7 +51,7 @@ from megatron_gmpo.rollout.replay import load_groups
 from megatron_gmpo.rollout.servers import Server, external_servers
 from megatron_gmpo.rollout.sglang import check_servers, local_servers
 from megatron_gmpo.rollout.weight_sync import make_weight_sync
-from megatron_gmpo.types import InputError, SampleGroup, ServerError
+from megatron_gmpo.types import SampleGroup
 
 TRANSFORMERS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp8": (torch.float32, True)}
 """Side -> precision of the model, and whether its weights are rounded to FP8."""

@@ -18,11 +18,11 @@ from rich.table import Table
 from megatron_gmpo.algorithms.adaptive_clip import make_adaptive_clip
 from megatron_gmpo.algorithms.objective import make_objective
 from megatron_gmpo.config import Config, exit_with_one_line, load_config
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.config import ModelDescription, describe_model
 from megatron_gmpo.platform import prepare_megatron
 from megatron_gmpo.policy.dry_run import RankPlan, dry_run
 from megatron_gmpo.policy.fp8 import total_multiple
-from megatron_gmpo.types import InputError
 from tools.step_estimate import GIB, GPUS_PER_NODE, HARDWARE, RESERVED, Batch, Hardware, Model, Servers, StepEstimate, draw_batch, model_of
 
 MODEL_CONFIGS = Path("examples/moe/model_configs")

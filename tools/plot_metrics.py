@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from megatron_gmpo.config import exit_with_one_line
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics.plots import plot_run
-from megatron_gmpo.types import InputError
 
 
 def main(run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: Path | None = None) -> None:

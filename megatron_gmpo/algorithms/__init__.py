@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
-from ..types import InputError, LossOutput
+from ..errors import InputError
+from ..types import LossOutput
 from .advantages import group_advantages
 from .baselines import cispo_loss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
 from .gmpo import gmpo_loss

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 
 from ..config import AlgorithmConfig
+from ..errors import InputError
 from ..histogram import quantile
-from ..types import InputError, Metric
+from ..types import Metric
 from . import LOG_CLIP_LOSSES
 from .objective import Objective
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import AlgorithmConfig
-from ..types import InputError, LossOutput, Microbatch
+from ..errors import InputError
+from ..types import LossOutput, Microbatch
 from . import POLICY_LOSSES, TOKEN_MEAN_LOSSES, check_loss, default_clip
 from .sequences import PolicyMask, TokenPenalty
 

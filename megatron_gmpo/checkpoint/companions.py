@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..types import InputError
+from ..errors import InputError
 from .safetensors_folder import INDEX
 
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # tokenizers may come with code of their own, not run here

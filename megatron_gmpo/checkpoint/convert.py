@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..distributed import all_gather_objects, rank, world_size
+from ..errors import InputError
 from ..models import FAMILIES
 from ..models.blocks import prediction_layers
 from ..models.config import DTYPES, read_hf_config
 from ..models.mapping import ROUTER_BIAS, Operation, Vocabulary, expand
-from ..types import InputError
 from .companions import companion_folder, copy_companions
 from .native import sync
 from .read_ahead import read_ahead

@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..distributed import all_gather_objects, rank
+from ..errors import InputError
 from ..models.mapping import ROUTER_BIAS, Mapping, Row, canonical_name, is_expert, with_global_numbers
-from ..types import InputError
 from .safetensors_folder import SafetensorsFolder
 
 

@@ -45,7 +45,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-from ..types import InputError
+from ..errors import InputError
 from .companions import copy_companions
 from .torch_dist import LATEST
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..distributed import rank
+from ..errors import InputError
 from ..models.fp8_blocks import BLOCK, SCALE, dequantize, scale_shape
 from ..models.hub import hub_names
-from ..types import InputError
 
 logger = logging.getLogger(__name__)
 

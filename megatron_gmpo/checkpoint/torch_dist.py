@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from ..types import InputError
+from ..errors import InputError
 from .read_ahead import read_ahead
 
 LATEST = "latest_checkpointed_iteration.txt"

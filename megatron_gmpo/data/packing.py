@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..types import InputError, Microbatch, RoutingShape, Sample, SampleGroup, TrainBatch
+from ..errors import InputError
+from ..types import Microbatch, RoutingShape, Sample, SampleGroup, TrainBatch
 
 _ATTENTION_EQUALS_REST = 32768
 """Sequence length at which attention costs as much as everything else in a layer. Of a dense layer's forward FLOPs a token,

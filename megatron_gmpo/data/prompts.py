@@ -15,7 +15,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig
-from ..types import InputError, Prompt
+from ..errors import InputError
+from ..types import Prompt
 
 logger = logging.getLogger(__name__)
 

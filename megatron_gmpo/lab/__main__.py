@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from ..config import exit_with_one_line
-from ..types import InputError
+from ..errors import InputError
 from .report import write_report
 from .study import RUNS, Prepare, load_study
 from .trials import check_folders, run_trials, unfinished

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..types import InputError
+from ..errors import InputError
 from .figures import PANELS, draw, panel_curves
 from .results import TAIL, Result, Row, compare, read_results
 from .statistics import Estimate

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..algorithms.objective import make_objective
 from ..config import Config, explain, load_config, read_toml
-from ..types import InputError
+from ..errors import InputError
 
 RUNS = Path("runs/studies")
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ..config import load_config
-from ..types import InputError
+from ..errors import InputError
 from .study import Trial, flatten
 
 POLL_S = 0.5

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from ..distributed import rank
+from ..errors import InputError
 from ..histogram import effective_sample_size, quantile
 from ..supervision.records import append_event
-from ..types import InputError, Metric
+from ..types import Metric
 
 QUANTILES = {"q001": 0.001, "q01": 0.01, "q99": 0.99, "q999": 0.999}
 """What a distribution is reported as: suffix of the figure -> share of the values that do not exceed it."""

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..types import InputError
+from ..errors import InputError
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 """Metric name -> (steps, values), without the steps that have none."""

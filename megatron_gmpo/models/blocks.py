@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ..types import InputError
+from ..errors import InputError
 from .mapping import ROUTER_BIAS, GateUp, QueryKeyValue, Replicated, Row, Split, Vocabulary
 
 HFConfig = Any  # transformers' PreTrainedConfig: its fields differ by family

@@ -16,7 +16,8 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig
 
 from ..config import Config, Fp8Config, ParallelConfig
-from ..types import InputError, RoutingShape
+from ..errors import InputError
+from ..types import RoutingShape
 from . import FAMILIES
 from .blocks import HFConfig, prediction_layers
 from .mapping import Mapping

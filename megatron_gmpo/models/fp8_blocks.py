@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import NonFiniteError
+from ..errors import NonFiniteError
 
 BLOCK = 128
 SCALE = "_scale_inv"

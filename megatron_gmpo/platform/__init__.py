@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..types import InputError
+from ..errors import InputError
 from .capabilities import check_apex
 
 

@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from ..types import InputError
+from ..errors import InputError
 
 
 @dataclass(frozen=True)

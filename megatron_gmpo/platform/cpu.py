@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import InputError
+from ..errors import InputError
 
 SUPPORTED_VERSION = "0.16.1"
 

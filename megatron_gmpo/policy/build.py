@@ -17,10 +17,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..config import OptimizerConfig
+from ..errors import InputError
 from ..models.config import ModelDescription
 from ..models.spec import decoder_spec
 from ..platform.capabilities import Capabilities
-from ..types import InputError
 
 _MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}  # Transformer Engine's name for FP8 with a scale
 

@@ -12,8 +12,8 @@ import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from ..config import Config
+from ..errors import InputError
 from ..platform.capabilities import Capabilities
-from ..types import InputError
 
 _OLDEST, _TOO_NEW = (2, 9), (2, 12)  # Transformer Engine's versions: what megatron-core 0.16.1 accepts (its pyproject.toml)
 

@@ -23,9 +23,10 @@ from ..checkpoint.hf import export_hf, load_hf
 from ..config import Config
 from ..data.packing import pack, plan_microbatches
 from ..distributed import all_gather_objects
+from ..errors import NonFiniteError
 from ..metrics.logger import reduce_metrics, value_of
 from ..models.config import ModelDescription
-from ..types import Metric, Microbatch, NonFiniteError, RoutingShape, TrainBatch
+from ..types import Metric, Microbatch, RoutingShape, TrainBatch
 from .build import build_chunks, make_trainable, move_to_host, on_device
 from .fp8 import drop_initial_values, total_multiple
 from .logprobs import vocab_parallel_logprobs

@@ -10,7 +10,8 @@ from math import isfinite, nan
 from typing import Any
 
 from ..config import RewardConfig
-from ..types import InputError, Prompt
+from ..errors import InputError
+from ..types import Prompt
 from .arithmetic import arithmetic_reward
 from .countdown import countdown_reward
 from .math import MathReward

@@ -7,7 +7,8 @@ import operator
 import re
 from fractions import Fraction
 
-from ..types import InputError, Prompt
+from ..errors import InputError
+from ..types import Prompt
 
 MAX_LENGTH = 200
 """Characters of the longest expression that is read."""

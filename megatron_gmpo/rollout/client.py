@@ -24,7 +24,7 @@ import numpy as np
 from anyio.from_thread import start_blocking_portal
 
 from ..config import SGLangConfig
-from ..types import InputError, ServerError
+from ..errors import InputError, ServerError
 from .engine import SamplingParams
 from .servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, LocalServers, Server
 

@@ -20,9 +20,10 @@ from transformers.generation.logits_process import (
 )
 
 from ..distributed import all_gather_objects, rank, world_size
+from ..errors import InputError, NonFiniteError
 from ..models import fp8_blocks
 from ..models.hub import hub_names
-from ..types import FinishReason, InputError, Metric, NonFiniteError, Prompt, Sample, SampleGroup
+from ..types import FinishReason, Metric, Prompt, Sample, SampleGroup
 from .engine import SamplingParams, end_token_ids, response_text
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..distributed import rank
-from ..types import InputError, Prompt, Sample, SampleGroup
+from ..errors import InputError
+from ..types import Prompt, Sample, SampleGroup
 
 
 def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> None:

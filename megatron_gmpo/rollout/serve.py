@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, exit_with_one_line, load_config
+from ..errors import InputError, RunError, ServerError
 from ..platform import choose_device
 from ..supervision.records import node_name, write_json
-from ..types import InputError, RunError, ServerError
 from .servers import LocalServers
 from .sglang import local_servers
 

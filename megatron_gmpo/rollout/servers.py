@@ -20,7 +20,7 @@ import httpx
 import torch
 
 from ..config import SGLangConfig
-from ..types import Exit, InputError, ServerError
+from ..errors import Exit, InputError, ServerError
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0

@@ -21,8 +21,9 @@ from transformers import AutoConfig, GenerationConfig
 from ..checkpoint.companions import copy_companions
 from ..config import Config
 from ..distributed import broadcast_object, rank, world_size
+from ..errors import InputError, ServerError
 from ..models import fp8_blocks
-from ..types import InputError, Metric, Prompt, Sample, SampleGroup, ServerError
+from ..types import Metric, Prompt, Sample, SampleGroup
 from .client import Response, RolloutClient
 from .engine import SamplingParams, end_token_ids, response_text
 from .servers import LocalServers, Server, external_servers, published_servers

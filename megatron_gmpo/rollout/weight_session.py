@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from ..types import InputError
+from ..errors import InputError
 from .servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server
 
 log = logging.getLogger(__name__)

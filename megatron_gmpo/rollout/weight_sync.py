@@ -35,8 +35,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from ..checkpoint.safetensors_folder import SafetensorsFile
 from ..config import WeightSyncConfig
 from ..distributed import all_gather_objects, broadcast_object, rank
+from ..errors import InputError, NonFiniteError, RunError, ServerError
 from ..models import fp8_blocks
-from ..types import InputError, NonFiniteError, RunError, ServerError
 from .buckets import Bucket
 from .servers import Server
 from .weight_session import FAREWELL_TIMEOUT_S, NoAnswerError, Session, SyncError

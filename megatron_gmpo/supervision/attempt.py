@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..config import Config
 from ..distributed import barrier, rank
-from ..types import CollectiveError, Exit, NodeError, RunError, StopRequest
+from ..errors import CollectiveError, Exit, NodeError, RunError, StopRequest
 from . import signals
 from .heartbeat import Heartbeat
 from .lock import RunLock

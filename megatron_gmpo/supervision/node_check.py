@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..config import SupervisionConfig
 from ..distributed import all_gather_objects, barrier, broadcast_object, rank, world_size
-from ..types import InputError, NodeError
+from ..errors import InputError, NodeError
 from .records import node_name
 
 _GB = 1e9

@@ -27,7 +27,7 @@ class Outcome:
     """Why an attempt ended.
 
     Attributes:
-        code: a ``types.Exit``. torchrun itself exits with 1 whatever its ranks exit with.
+        code: an ``errors.Exit``. torchrun itself exits with 1 whatever its ranks exit with.
         reason: one line.
         step: steps taken.
         rank: of the process that wrote it.

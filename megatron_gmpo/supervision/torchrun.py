@@ -15,7 +15,7 @@ from pathlib import Path
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ..types import Exit
+from ..errors import Exit
 from .records import Outcome, node_name, rank_file, write_outcome
 
 

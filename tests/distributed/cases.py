@@ -28,13 +28,14 @@ from megatron_gmpo.checkpoint import native
 from megatron_gmpo.checkpoint.hf import export_hf
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
+from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.platform import seed_everything
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.types import InputError, NonFiniteError, TrainBatch
+from megatron_gmpo.types import TrainBatch
 
 CPU = torch.device("cpu")
 

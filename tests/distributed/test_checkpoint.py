@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_gmpo.checkpoint import native
 from megatron_gmpo.config import Config
-from megatron_gmpo.types import InputError, TrainBatch
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.types import TrainBatch
 from tools.make_tiny_model import text_tokenizer
 
 from . import cases, reference

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_gmpo.config import SupervisionConfig
+from megatron_gmpo.errors import InputError, NodeError
 from megatron_gmpo.supervision import node_check, signals, stop
-from megatron_gmpo.types import InputError, NodeError
 
 from .ranks import RankPool
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gmpo.config import Config
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.platform import choose_device, start_process_group
 from megatron_gmpo.platform.capabilities import capabilities_of
@@ -20,7 +21,7 @@ from megatron_gmpo.policy.build import check_optimizer
 from megatron_gmpo.policy.fp8 import check_fp8
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.types import InputError, TrainBatch
+from megatron_gmpo.types import TrainBatch
 
 Open = Callable[..., AbstractContextManager[Policy]]
 

@@ -26,11 +26,12 @@ from megatron_gmpo.checkpoint.hf import export_hf
 from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.attention import PackedAttention
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
-from megatron_gmpo.types import InputError, TrainBatch
+from megatron_gmpo.types import TrainBatch
 from tools.conversion import processes
 
 from ..distributed import cases

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_gmpo.errors import RunError
-from megatron_gmpo.types import InputError
+from megatron_gmpo.errors import InputError, RunError
 from tools.export_quantized import PYTHON, export_quantized
 
 from .commands import ROOT, run_module

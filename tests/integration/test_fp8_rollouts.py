@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGr
 
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import Config, WeightSyncConfig
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.fp8_blocks import quantize_all
 from megatron_gmpo.rollout import servers as servers_module
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang import check_servers, fp8_start_folder, local_servers, start_sglang
 from megatron_gmpo.rollout.weight_sync import make_weight_sync
-from megatron_gmpo.types import InputError, Prompt
+from megatron_gmpo.types import Prompt
 
 from .sglang_servers import CPU, PYTHON, generate, needs_sglang
 

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.config import Config
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.replay import save_groups
-from megatron_gmpo.types import InputError, Prompt, Sample, SampleGroup
+from megatron_gmpo.types import Prompt, Sample, SampleGroup
 from tools.mismatch import Options, measure
 
 from .commands import error_lines, run_module

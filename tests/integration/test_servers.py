@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.config import SGLangConfig
+from megatron_gmpo.errors import InputError, ServerError
 from megatron_gmpo.rollout.servers import LocalServers, Server, external_servers, published_servers
 from megatron_gmpo.supervision.records import node_name
-from megatron_gmpo.types import InputError, ServerError
 
 from .commands import CONFIG, ROOT, command_line, error_lines, options
 from .sglang_servers import CPU, PYTHON, generate, local_servers, members, needs_sglang, process_group, wait_for, wait_until_gone

@@ -24,12 +24,13 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.config import Config
+from megatron_gmpo.errors import ServerError
 from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.servers import LocalServers
 from megatron_gmpo.rollout.sglang import SGLangEngine, start_sglang
 from megatron_gmpo.rollout.weight_sync import make_weight_sync
-from megatron_gmpo.types import Prompt, Sample, ServerError
+from megatron_gmpo.types import Prompt, Sample
 from tools import arithmetic
 
 from ..distributed.ranks import RankPool

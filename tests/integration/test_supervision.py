@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_gmpo.types import Exit
+from megatron_gmpo.errors import Exit
 from tools import arithmetic
 
 from .commands import CONFIG, ROOT, command_line, error_lines, json_lines, options, run_module

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import WeightSyncConfig
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.servers import LocalServers, Server
 from megatron_gmpo.rollout.weight_sync import INCOMPLETE, WeightSync, make_weight_sync, release_memory, resume_memory
-from megatron_gmpo.types import InputError
 
 from ..distributed.ranks import RankPool
 from .sglang_servers import generate, local_servers, needs_sglang, process_group, wait_for

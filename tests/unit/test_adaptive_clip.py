@@ -14,9 +14,10 @@ from megatron_gmpo.algorithms import POLICY_LOSSES
 from megatron_gmpo.algorithms.adaptive_clip import AdaptiveClip, make_adaptive_clip
 from megatron_gmpo.algorithms.objective import make_objective
 from megatron_gmpo.config import AlgorithmConfig
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.histogram import BINS, quantile
 from megatron_gmpo.metrics.logger import reduce_metrics
-from megatron_gmpo.types import InputError, Metric
+from megatron_gmpo.types import Metric
 
 SEQUENCES, TOKENS = 256, 16
 

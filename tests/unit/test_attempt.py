@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gmpo.errors import Exit, InputError, RunError
 from megatron_gmpo.supervision.records import OUTCOME, Outcome
-from megatron_gmpo.types import Exit, InputError, RunError
 from tools import attempt
 from tools.attempt import read_attempts
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megatron_gmpo.config import ALONE_S, AlgorithmConfig, Config, EvalConfig, ParallelConfig, exit_with_one_line, load_config
-from megatron_gmpo.types import InputError
+from megatron_gmpo.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 

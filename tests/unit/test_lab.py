@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tomli_w
 
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.lab.results import POINTS, Measure, curve
 from megatron_gmpo.lab.statistics import estimate, paired_difference, t_quantile
 from megatron_gmpo.lab.study import Study, load_study
 from megatron_gmpo.lab.trials import Record, check_folders, unfinished
-from megatron_gmpo.types import InputError
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "examples/moe/stability").glob("*.toml"))

@@ -19,11 +19,12 @@ from matplotlib.image import imread
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics import plots
 from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after, reduce_metrics, value_of
 from megatron_gmpo.metrics.plots import PANELS, plot_run, read_metrics
 from megatron_gmpo.metrics.progress import Progress
-from megatron_gmpo.types import InputError, Metric
+from megatron_gmpo.types import Metric
 
 
 def json_lines(path: Path) -> list[dict]:

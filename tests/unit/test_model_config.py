@@ -13,8 +13,9 @@ import torch
 from megatron.core.transformer import MLATransformerConfig
 
 from megatron_gmpo.config import Config
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.config import ModelDescription, describe_model
-from megatron_gmpo.types import InputError, RoutingShape
+from megatron_gmpo.types import RoutingShape
 
 CPU = torch.device("cpu")
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"

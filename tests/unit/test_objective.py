@@ -17,8 +17,9 @@ from megatron_gmpo.algorithms.gmpo import gmpo_loss
 from megatron_gmpo.algorithms.objective import Objective, make_objective
 from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.distributed import all_gather_objects, barrier, rank, sum_over_group, world_size
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics.logger import value_of
-from megatron_gmpo.types import InputError, LossOutput, Microbatch, TrainBatch
+from megatron_gmpo.types import LossOutput, Microbatch, TrainBatch
 
 SLOTS, SEQUENCES = 24, 4
 

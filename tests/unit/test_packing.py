@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks import packing as benchmark
 from megatron_gmpo.data.packing import cost, make_train_batch, pack, plan_microbatches, stack_routed_experts
-from megatron_gmpo.types import InputError, Microbatch, Prompt, RoutingShape, Sample, SampleGroup, TrainBatch
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.types import Microbatch, Prompt, RoutingShape, Sample, SampleGroup, TrainBatch
 
 quick = settings(deadline=None, max_examples=80)
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_gmpo.config import DataConfig
 from megatron_gmpo.data.prompts import PromptStream, load_prompts
-from megatron_gmpo.types import InputError, Prompt
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.types import Prompt
 
 ROWS = [
     {"problem": "2+2=", "answer": "052"},

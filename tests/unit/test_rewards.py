@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_gmpo.config import RewardConfig
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.rewards import REWARDS, MathReward, resolve_reward
-from megatron_gmpo.types import InputError, Prompt
+from megatron_gmpo.types import Prompt
 
 RIGHT = [
     ("72", "so it is \\boxed{72}"),

@@ -22,13 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.prompts import PromptStream
+from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
 from megatron_gmpo.rollout.collect import Collected, Collector, overlong_penalty, rollout_figures, score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
-from megatron_gmpo.types import InputError, NonFiniteError, Prompt, Sample, SampleGroup
+from megatron_gmpo.types import Prompt, Sample, SampleGroup
 
 from .scripted import ScriptedEngine
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gmpo.errors import Exit, InputError
 from megatron_gmpo.supervision.lock import RunLock
 from megatron_gmpo.supervision.records import Outcome, read_outcome, write_outcome
 from megatron_gmpo.supervision.stop import job_end_time
-from megatron_gmpo.types import Exit, InputError
 
 SEEN = Outcome(Exit.FAILED, "another rank was lost", 3, 0, "node1", 1.0, consequence=True)
 CAUSE = Outcome(Exit.FAILED, "ValueError: x", 3, 1, "node2", 2.0)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_gmpo.types import InputError
+from megatron_gmpo.errors import InputError
 from tools import arithmetic
 from tools.make_tiny_model import Family, arithmetic_tokenizer, make_tiny_model, text_tokenizer
 from tools.warm_up import warm_up

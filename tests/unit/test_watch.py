@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics.logger import MetricLogger
-from megatron_gmpo.types import InputError
 from tools import watch
 
 NOW = 1_000_000.0
