@@ -32,6 +32,42 @@ class ModelConfig(_Section):
     """Precision of weights and activations; the optimizer keeps fp32 main weights."""
     reference_path: str = ""
     """Hugging Face folder of the reference policy; empty means ``path``. Loaded only when ``algorithm.kl_coef`` > 0."""
+    reference_offload: bool = False
+    """Keep the reference policy's weights in host memory, and on the device only while it is asked."""
+
+
+class Fp8Config(_Section):
+    """FP8 matrix products of Transformer Engine, on GPUs that have them (docs/fp8.md). Where something is missing the run is refused."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """How tensors are scaled: one scale each, of earlier steps (``delayed``) or of its own (``tensorwise``), or one for each block of 128
+    (``blockwise``) or 32 (``mxfp8``). None means: no FP8."""
+    format: Literal["hybrid", "e4m3"] | None = None
+    """``hybrid`` has E5M2 for gradients. None means Transformer Engine's own: ``e4m3`` with blocks, else ``hybrid``."""
+    num_layers_at_start_in_bf16: Annotated[int, Field(ge=0)] = 0
+    num_layers_at_end_in_bf16: Annotated[int, Field(ge=0)] = 0
+    """Layers that stay in bf16; not with ``delayed``."""
+    param: bool = False
+    """Hold the layers' weights in FP8, and gather updated ones so; the optimizer's main weights stay fp32."""
+    moe_router_padding_for_quantization: bool = True
+    """Pad each expert's tokens by routing further ones to it with weight 0, instead of by a copy (MoE)."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_recipe(self) -> Fp8Config:
+        changed = {name: getattr(self, name) for name, field in Fp8Config.model_fields.items() if getattr(self, name) != field.default}
+        if self.recipe is None and changed:
+            name, value = next(iter(changed.items()))
+            raise ValueError(f"{name} = {value!r} needs a recipe: set fp8.recipe = 'tensorwise', or remove it")
+        if self.recipe == "delayed" and self.bf16_layers:
+            raise ValueError("layers in bf16 need another recipe than 'delayed', which updates all scales together: choose 'tensorwise'")
+        if self.recipe == "mxfp8" and self.param:
+            raise ValueError("param = true needs another recipe than 'mxfp8', whose weights Megatron gathers in bf16: set it to false")
+        return self
+
+    @property
+    def bf16_layers(self) -> int:
+        """At both ends together."""
+        return self.num_layers_at_start_in_bf16 + self.num_layers_at_end_in_bf16
 
 
 class ParallelConfig(_Section):
@@ -278,6 +314,28 @@ class OptimizerConfig(_Section):
     """Largest gradient norm; 0 means: no clipping."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    moments_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Of both Adam moments. Below fp32 they need Transformer Engine's Adam, and ``model.dtype`` bf16."""
+    offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the main weights and moments that is in host memory and updated there."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass goes on."""
+
+    @model_validator(mode="after")
+    def _needs_the_distributed_optimizer(self) -> OptimizerConfig:
+        for name in ("moments_dtype", "offload_fraction", "overlap_param_gather"):
+            value = getattr(self, name)
+            if value != OptimizerConfig.model_fields[name].default and not self.use_distributed_optimizer:
+                raise ValueError(f"{name} = {value!r} needs use_distributed_optimizer = true: set it, or remove {name}")
+        if self.moments_dtype != "fp32" and self.offload_fraction:
+            raise ValueError(
+                f"moments_dtype = {self.moments_dtype!r} with offload_fraction: offloaded moments are fp32; remove one of them"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather = true needs overlap_grad_reduce = true: set it too")
+        return self
 
     @model_validator(mode="after")
     def _min_lr_below_lr(self) -> OptimizerConfig:
@@ -399,6 +457,7 @@ class Config(_Section):
     distributed_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Limit for one collective."""
     model: ModelConfig = ModelConfig()
+    fp8: Fp8Config = Fp8Config()
     parallel: ParallelConfig = ParallelConfig()
     megatron: dict[str, Any] = {}
     """Any further field of Megatron's TransformerConfig, by its own name."""
@@ -415,6 +474,30 @@ class Config(_Section):
     collapse: CollapseConfig = CollapseConfig()
     log: LogConfig = LogConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+
+    @model_validator(mode="after")
+    def _low_precision_starts_from_bf16(self) -> Config:
+        low = {"fp8.recipe": self.fp8.recipe, "optimizer.offload_fraction": self.optimizer.offload_fraction or None}
+        low["optimizer.moments_dtype"] = None if self.optimizer.moments_dtype == "fp32" else self.optimizer.moments_dtype
+        for field, value in low.items():
+            if value is not None and self.model.dtype != "bf16":
+                raise ValueError(f"{field} = {value!r} needs model.dtype = 'bf16', not {self.model.dtype!r}: set it")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_in_fp8_have_their_own_ways(self) -> Config:
+        if self.fp8.param:
+            if not self.optimizer.use_distributed_optimizer:
+                raise ValueError("fp8.param = true needs optimizer.use_distributed_optimizer = true: set it")
+            for field, on in (
+                ("model.reference_offload", self.model.reference_offload),
+                ("optimizer.moments_dtype", self.optimizer.moments_dtype != "fp32"),
+                ("optimizer.offload_fraction", self.optimizer.offload_fraction > 0),
+                ("optimizer.overlap_param_gather", self.optimizer.overlap_param_gather),
+            ):
+                if on:
+                    raise ValueError(f"fp8.param = true with {field}: they do not work together; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _adaptive_clip_has_something_to_clip(self) -> Config:

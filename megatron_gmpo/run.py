@@ -27,7 +27,10 @@ from .data.prompts import load_prompts
 from .distributed import rank
 from .metrics.logger import check_wandb
 from .models.config import DTYPES, ModelDescription, describe_model, read_hf_config
-from .platform import choose_device, prepare_megatron, seed_everything, start_process_group
+from .platform import check_deterministic, choose_device, prepare_megatron, seed_everything, start_process_group
+from .platform.capabilities import capabilities_of
+from .policy.build import check_optimizer
+from .policy.fp8 import check_fp8
 from .policy.parallel import start_model_parallel
 from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
@@ -77,6 +80,7 @@ class Run:
         """Joins the process group and seeds every generator."""
         start_process_group(self.device, self.cfg.distributed_timeout_s)
         seed_everything(self.cfg.seed)
+        torch.use_deterministic_algorithms(self.description.transformer.deterministic_mode)
 
     def policy(self, *, trainable: bool = True) -> Policy:
         """The policy with the weights of ``model.path``; makes the model-parallel groups."""
@@ -112,12 +116,17 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         train: whether training prompts are needed and the run folder will be written.
 
     Raises:
-        InputError: see ``describe_model``, ``load_prompts``, ``check_groups``, ``resolve_reward``; or a run folder that holds another
-            run.
+        InputError: see ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_deterministic``, ``load_prompts``,
+            ``check_groups``, ``resolve_reward``; or a run folder that holds another run.
     """
     device = choose_device(cfg.device)
     prepare_megatron(device)
     description = describe_model(cfg, int(os.environ.get("WORLD_SIZE", "1")), device)
+    machine = capabilities_of(device)
+    check_fp8(cfg, description.transformer, machine)
+    if train:
+        check_optimizer(cfg.optimizer, machine)
+    check_deterministic(description.transformer.deterministic_mode, device)
     weights = SafetensorsFolder(cfg.model.path)
     identity = native.model_identity(description.hf, cfg.model.dtype)
     if cfg.model.reference_path:

@@ -22,7 +22,7 @@ from pathlib import Path
 from megatron_gmpo.config import exit_with_one_line, load_config
 from megatron_gmpo.errors import Exit, InputError, RunError
 from megatron_gmpo.supervision.lock import RunLock
-from megatron_gmpo.supervision.records import OUTCOME, append_event, read_outcome
+from megatron_gmpo.supervision.records import OUTCOME, append_event, read_outcome, write_whole
 
 RESTARTS = "restarts.jsonl"
 CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
@@ -68,9 +68,9 @@ def begin(argv: list[str]) -> None:
         attempts[-1] = _concluded(run_dir, attempts[-1], "ended by Slurm: a preemption or a failed node")
     ours = [attempt for attempt in attempts if attempt.job == job]
     if reason := why_no_more(ours, step):
-        _write(run_dir, attempts)
+        _write_attempts(run_dir, attempts)
         raise RunError(reason)
-    _write(run_dir, [*attempts, AttemptRecord(len(ours) + 1, job, time.time(), step)])
+    _write_attempts(run_dir, [*attempts, AttemptRecord(len(ours) + 1, job, time.time(), step)])
     if ours:
         append_event(run_dir, "restart", attempt=len(ours) + 1, step=step, reason=ours[-1].reason)
     for name in (OUTCOME, "servers.json"):  # what comes from now on is of this attempt
@@ -98,7 +98,7 @@ def end(run_dir: Path, status: int) -> Exit:
     if last.code is None:
         last = replace(last, code=status if status in (Exit.DONE, Exit.REQUEUE) else Exit.FAILED)
     attempts[this] = last
-    _write(run_dir, attempts)
+    _write_attempts(run_dir, attempts)
     assert last.code is not None
     code, step = Exit(last.code), checkpoint_step(run_dir)
     ours = [attempt for attempt in attempts if attempt.job == last.job]
@@ -131,7 +131,8 @@ def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
         return ""
     last = f"; the last attempt: {attempts[-1].reason}"
     restarts, crashes = _limit("MAX_RESTARTS"), _limit("MAX_CRASHES")
-    if len(attempts) > 1 and attempts[-2].checkpoint_step == step:
+    came_to_an_end = [attempt for attempt in attempts if attempt.code is not None]  # a preemption or a lost node says nothing of the run
+    if len(came_to_an_end) > 1 and came_to_an_end[-2].checkpoint_step == step:
         return f"two attempts in a row have left no checkpoint after step {step}{last}"
     if len(attempts) > restarts:
         return f"the job has been started again {restarts} times, MAX_RESTARTS{last}"
@@ -173,10 +174,8 @@ def _is_running(job: str) -> bool:
     return "RUNNING" in asked.stdout
 
 
-def _write(run_dir: Path, attempts: list[AttemptRecord]) -> None:
-    aside = run_dir / f"{RESTARTS}.tmp"
-    aside.write_text("".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
-    aside.replace(run_dir / RESTARTS)
+def _write_attempts(run_dir: Path, attempts: list[AttemptRecord]) -> None:
+    write_whole(run_dir / RESTARTS, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
 
 
 def _write_keys(path: Path) -> None:

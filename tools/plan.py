@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megatron_gmpo.config import Config, exit_with_one_line, load_config
 from megatron_gmpo.models.config import ModelDescription, describe_model
 from megatron_gmpo.platform import prepare_megatron
 from megatron_gmpo.policy.dry_run import RankPlan, dry_run
+from megatron_gmpo.policy.fp8 import total_multiple
 from megatron_gmpo.types import InputError
 from tools.step_estimate import GIB, GPUS_PER_NODE, HARDWARE, RESERVED, Batch, Hardware, Model, Servers, StepEstimate, draw_batch, model_of
 
@@ -57,6 +59,8 @@ def main(options: Options, argv: list[str], console: Console) -> None:
     world_size = options.world_size
     if not world_size or world_size < 1:
         raise InputError(f"world_size = {world_size}: give the number of the trainer's GPUs, e.g. --world_size 32")
+    if options.response_tokens and options.response_tokens > cfg.rollout.max_new_tokens:
+        raise InputError(f"response_tokens = {options.response_tokens} is above rollout.max_new_tokens = {cfg.rollout.max_new_tokens}")
     prepare_megatron(torch.device("cpu"))
     description = describe_model(cfg, world_size, torch.device("cpu"))
     objective = make_objective(cfg.algorithm, is_moe=description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
@@ -86,8 +90,7 @@ def main(options: Options, argv: list[str], console: Console) -> None:
 
 def full_microbatch(cfg: Config, batch: Batch) -> list[int]:
     """Padded lengths of a microbatch as full as any: train.max_tokens_per_microbatch, or one longest sequence if that is more."""
-    cp, tp = cfg.parallel.context_parallel_size, cfg.parallel.tensor_model_parallel_size
-    multiple = 2 * cp * (tp if cfg.parallel.uses_sequence_parallel else 1)
+    multiple = math.lcm(2 * cfg.parallel.context_parallel_size, total_multiple(cfg))
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     slots = -(-max(cfg.train.max_tokens_per_microbatch, longest) // multiple) * multiple
     count = max(1, min(slots // multiple, slots // max(1, batch.tokens // len(batch.lengths))))
@@ -136,7 +139,7 @@ def plan_servers(cfg: Config, world_size: int, model: Model, plans: list[RankPla
                 f"colocated servers take {_gib(taken)} GiB beside the {_gib(plan.resident)} GiB of rank {plan.rank}: {_gib(over)} too much "
                 "for the GPU; lower sglang.args.mem_fraction_static"
             )
-    cache_tokens = (taken * gpus - model.weights) // model.kv_bytes
+    cache_tokens = (taken * gpus - model.weights) // model.kv_bytes_on(gpus)
     if cache_tokens < longest:
         raise InputError(
             f"a server's {gpus} GPUs give it {_gib(taken * gpus)} GiB, too little for {_gib(model.weights)} GiB of weights and one "

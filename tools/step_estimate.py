@@ -69,12 +69,13 @@ RESERVED = 5 * GIB
 
 @dataclass(frozen=True)
 class Model:
-    """Elements of all parameters and of those that one token meets, and bytes of a token's keys and values over all layers."""
+    """Elements of all parameters and of those that one token meets, and bytes of a token's keys and values of one head over all layers."""
 
     parameters: int
     active_parameters: int
     expert_parameters: int
-    kv_bytes: int
+    kv_heads: int
+    kv_head_bytes: int
     num_layers: int
     num_experts: int
     topk: int
@@ -83,6 +84,10 @@ class Model:
     def weights(self) -> int:
         """Bytes in bf16."""
         return 2 * self.parameters
+
+    def kv_bytes_on(self, gpus: int) -> int:
+        """Bytes that a token takes in the caches of a server's GPUs together: each has whole heads, at least one."""
+        return self.kv_head_bytes * max(self.kv_heads, gpus)
 
 
 @dataclass(frozen=True)
@@ -284,7 +289,7 @@ class StepEstimate:
     def _decode_step(self, batch: int, cached_tokens: float) -> float:
         model, servers, hardware = self.model, self.servers, self.hardware
         met = 1 - (1 - model.topk / model.num_experts) ** batch if model.num_experts else 0.0  # experts that some token meets
-        read = 2 * (model.parameters - model.expert_parameters * (1 - met)) + cached_tokens * model.kv_bytes
+        read = 2 * (model.parameters - model.expert_parameters * (1 - met)) + cached_tokens * model.kv_bytes_on(servers.gpus)
         reading = read / (servers.gpus * hardware.bandwidth * DECODE_EFFICIENCY)
         computing = 2 * model.active_parameters * batch / (servers.gpus * hardware.flops * PREFILL_EFFICIENCY)
         latency = model.num_layers * (LAYER_LATENCY_S + (TP_LATENCY_S if servers.gpus > 1 else 0.0))
@@ -298,7 +303,8 @@ def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int) -> 
     count, topk = transformer.num_moe_experts or 0, transformer.moe_router_topk if transformer.num_moe_experts else 0
     idle = experts * (count - topk) // count if count else 0
     if getattr(transformer, "multi_latent_attention", False):
-        kv = 2 * (hf.kv_lora_rank + hf.qk_rope_head_dim)
+        kv_heads, kv = 1, 2 * (hf.kv_lora_rank + hf.qk_rope_head_dim)  # the latents, which all heads share
     else:
-        kv = 2 * 2 * transformer.num_query_groups * transformer.kv_channels
-    return Model(parameters, parameters - idle, experts, kv * transformer.num_layers, transformer.num_layers, count, topk)
+        kv_heads, kv = transformer.num_query_groups, 2 * 2 * transformer.kv_channels
+    layers = transformer.num_layers
+    return Model(parameters, parameters - idle, experts, kv_heads, kv * layers, layers, count, topk)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -93,6 +94,8 @@ def _load_parameter(
             f"of {tp.size()} tensor-parallel ranks: the weights do not belong to this config.json"
         )
     parameter.tensor.copy_(shard)
+    if hasattr(parameter.tensor, "_high_precision_init_val"):  # in FP8: what the optimizer makes its main weights of (distrib_optimizer.py)
+        parameter.tensor._high_precision_init_val = shard.to(parameter.tensor.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return names
 
 
@@ -143,10 +146,15 @@ def _gather_objects(item: Any, group: dist.ProcessGroup) -> list[Any]:
     return items
 
 
+def _values(tensor: Tensor) -> Tensor:
+    """A weight's values, also of one that is held in FP8."""
+    return dequantize_fp8_tensor(tensor.detach()) if is_float8tensor(tensor) else tensor.detach()
+
+
 def _gather(parameter: LocalParameter | None, owner: _Owner, match: Row, groups: ProcessGroupCollection, device: torch.device) -> Tensor:
     tp = groups.expt_tp if owner.is_expert else groups.tp
     on_stage = groups.pp.rank() == owner.pp_rank
-    shard = parameter.tensor.detach() if parameter and on_stage else torch.empty(owner.shape, dtype=owner.dtype, device=device)
+    shard = _values(parameter.tensor) if parameter and on_stage else torch.empty(owner.shape, dtype=owner.dtype, device=device)
     if on_stage and owner.is_expert and groups.ep.size() > 1:
         shard = shard.clone()
         dist.broadcast(shard, src=dist.get_global_rank(groups.ep, owner.ep_rank), group=groups.ep)

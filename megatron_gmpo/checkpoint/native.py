@@ -23,7 +23,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +35,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -165,6 +167,7 @@ def save(
 
     tensors = _sharded_tensors(trainable, groups)
     _set_update_count(trainable.optimizer, trainable.scheduler.num_steps)  # a save before the first update has just made the moments
+    force_all_tensors_to_non_fp8(tensors)
     dist_checkpointing.save(tensors, str(partial))
     (partial / "random").mkdir(exist_ok=True)
     safetensors.torch.save_file(_random_states(), partial / "random" / f"rank_{dist.get_rank():05d}.safetensors")
@@ -202,6 +205,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection)
         The ``state`` given to ``save``.
     """
     state = read_state(checkpoint)
+    trainable.scheduler.num_steps = 0  # in a run that goes back, what it loads would be added to
     trainable.scheduler.load_state_dict(state["scheduler"])
     updates = trainable.scheduler.num_steps
     slots = list(_slots(trainable.optimizer))
@@ -212,6 +216,12 @@ def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection)
     for i, slot in enumerate(slots):
         for name, tensor in slot.tensors.items():
             tensor.copy_(loaded["optimizer"][f"{name}.{i}"].view(-1)[slot.start : slot.stop].view_as(tensor))
+        slot.put_back()
+    if trainable.chunks[0].ddp_config.fp8_param_gather:  # pyright: ignore[reportAttributeAccessIssue]
+        for part in _parts(trainable.optimizer):  # as an update makes them, not rounded twice
+            part._copy_main_params_to_model_params()
+        for chunk in trainable.chunks:
+            chunk.start_param_sync()  # pyright: ignore[reportCallIssue]
     _set_update_count(trainable.optimizer, updates)
     if state["world_size"] == dist.get_world_size():
         _restore_random_states(checkpoint / "random" / f"rank_{dist.get_rank():05d}.safetensors")
@@ -235,9 +245,11 @@ class _Slot:
     Attributes:
         parameter: the model's parameter, whole as far as model parallelism goes.
         start, stop: the part of the flattened parameter whose state this rank holds; empty for a rank that holds none.
-        tensors: exp_avg, exp_avg_sq and, for a bf16 model, the fp32 main weights; live tensors of stop - start elements.
+        tensors: exp_avg, exp_avg_sq and, for a bf16 model, the fp32 main weights, of stop - start elements; live ones, or copies of what
+            the optimizer holds in another precision.
         names: keys of ``tensors`` on the ranks that hold some.
         group: ranks among which the state is spread, or None when each holds all of it.
+        put_back: gives the optimizer the values of ``tensors``, where those are copies.
     """
 
     parameter: torch.nn.Parameter
@@ -246,13 +258,14 @@ class _Slot:
     tensors: dict[str, Tensor]
     names: tuple[str, ...]
     group: dist.ProcessGroup | None
+    put_back: Callable[[], None] = lambda: None
 
 
 def _slots(optimizer: MegatronOptimizer) -> Iterator[_Slot]:
     for part in _parts(optimizer):
         if part.is_stub_optimizer:
             continue
-        part.init_state_fn(part.optimizer, part.config)
+        _make_state(part)
         if isinstance(part, DistributedOptimizer):
             yield from _distributed_slots(part)
         elif isinstance(part, FP32Optimizer):
@@ -278,7 +291,46 @@ def _distributed_slots(part: DistributedOptimizer) -> Iterator[_Slot]:
             group, place = part.model_param_group_index_map[parameter]
             main = part.optimizer.param_groups[group]["params"][place]
             owned = part._get_model_param_range_map(parameter)["param"]
-            yield _slot(parameter, main, part.optimizer.state[main], slice(owned.start, owned.end), part.data_parallel_group)
+            owned = slice(owned.start, owned.end)
+            if isinstance(part.optimizer, HybridDeviceOptimizer):  # on the host or the device, in fp32
+                main = part.optimizer.param_to_inner_param[main]
+                (state,) = (inner.state[main] for inner in _inner(part) if main in inner.state)
+                yield _slot(parameter, main, state, owned, part.data_parallel_group)
+            elif part.config.use_precision_aware_optimizer:
+                yield _slot_of_copies(part, parameter, owned)
+            else:
+                yield _slot(parameter, main, part.optimizer.state[main], owned, part.data_parallel_group)
+
+
+def _slot_of_copies(part: DistributedOptimizer, parameter: torch.nn.Parameter, owned: slice) -> _Slot:
+    """Of Transformer Engine's Adam with moments below fp32, which also holds the main weights."""
+    state: dict[str, Tensor] = part._get_main_param_and_optimizer_states(parameter)
+    tensors = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "main": state["param"]}
+
+    def put_back() -> None:
+        moments = {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
+        part._set_main_param_and_optimizer_states(parameter, {"param": tensors["main"], **moments})
+
+    return _Slot(parameter, owned.start, owned.stop, tensors, _state_names(parameter), part.data_parallel_group, put_back)
+
+
+def _make_state(part: Any) -> None:
+    """Moments of 0 where an optimizer has made none yet."""
+    if isinstance(part.optimizer, HybridDeviceOptimizer):
+        for inner in _inner(part):
+            for main in (main for group in inner.param_groups for main in group["params"] if not inner.state[main]):
+                inner.state[main] = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+    elif part.config.use_precision_aware_optimizer:
+        # not its init_state_fn, which calls this without the second argument that Transformer Engine 2.9 to 2.11 want
+        for main in (main for group in part.optimizer.param_groups for main in group["params"] if not part.optimizer.state[main]):
+            part.optimizer.initialize_state(main, store_param_remainders=False)
+    else:
+        part.init_state_fn(part.optimizer, part.config)
+
+
+def _inner(part: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers that do the work: several where a share of it is on the host."""
+    return getattr(part.optimizer, "sub_optimizers", [part.optimizer])
 
 
 def _slot(model: Any, main: Tensor, state: dict[str, Tensor], owned: slice, group: dist.ProcessGroup | None) -> _Slot:
@@ -342,12 +394,13 @@ def _set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
     for part in _parts(optimizer):
         if part.is_stub_optimizer:
             continue
-        for group in part.optimizer.param_groups:
-            if isinstance(part.optimizer, torch.optim.Optimizer) and part.optimizer.__module__.startswith("torch."):
-                for parameter in group["params"]:
-                    part.optimizer.state[parameter]["step"] = torch.tensor(float(updates))
-            else:
-                group["step"] = updates
+        for inner in _inner(part):
+            for group in inner.param_groups:
+                if isinstance(inner, torch.optim.Optimizer) and inner.__module__.startswith("torch."):
+                    for parameter in group["params"]:
+                        inner.state[parameter]["step"] = torch.tensor(float(updates))
+                else:
+                    group["step"] = updates
 
 
 def _unwrap(chunk: Any) -> Any:

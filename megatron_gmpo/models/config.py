@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig
 
-from ..config import Config, ParallelConfig
+from ..config import Config, Fp8Config, ParallelConfig
 from ..types import InputError, RoutingShape
 from . import FAMILIES
 from .blocks import HFConfig, prediction_layers
@@ -34,7 +34,8 @@ class ModelDescription:
         mapping: the name table.
         padded_vocab_size: rows of the embedding, a multiple of 128 that tensor parallelism divides.
         rope: GPTModel's rotary arguments.
-        use_transformer_engine: the layer spec: TE on a GPU that has it, plain torch elsewhere.
+        use_transformer_engine: the layer spec: TE on a GPU that has it, plain torch elsewhere, which knows no FP8. Whether this machine can
+            do what ``cfg.fp8`` asks for is for ``policy.fp8.check_fp8`` to say.
     """
 
     hf: HFConfig
@@ -64,8 +65,8 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
 
     Raises:
         InputError: no model there, a family without a table, a layout that does not divide the world size, the heads, the layers or
-            the experts, an unknown or contradictory [megatron] field, fp8 without Transformer Engine and a GPU, routing to be recorded,
-            replayed or disturbed that a dense model does not have or a [megatron] field prevents.
+            the experts, an unknown or contradictory [megatron] field, or one whose library is missing, more bf16 layers than a stage has,
+            routing to be recorded, replayed or disturbed that a dense model does not have or a [megatron] field prevents.
     """
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]
@@ -156,11 +157,29 @@ _OUR_FIELDS = {
     "fp16": "model.dtype",
     "pipeline_dtype": "model.dtype",
     "moe_enable_routing_replay": "algorithm.moe_routing_replay",
+    "fp8": "fp8.recipe",
+    "fp8_recipe": "fp8.recipe",
+    "fp8_param": "fp8.param",
+    "first_last_layers_bf16": "fp8.num_layers_at_start_in_bf16",
+    "num_layers_at_start_in_bf16": "fp8.num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16": "fp8.num_layers_at_end_in_bf16",
+    "moe_router_padding_for_fp8": "fp8.moe_router_padding_for_quantization",
+    "moe_router_padding_for_quantization": "fp8.moe_router_padding_for_quantization",
 }
 _FIXED_FIELDS = {
     "calculate_per_token_loss": "the loss already comes divided, and gradients would be summed over ranks a second time",
     "variable_seq_lengths": "packed microbatches differ in length",
+    "fp4": "packed microbatches are not padded as its kernels need",
+    "tp_comm_overlap": "its buffers have one length, and packed microbatches differ in theirs",
 }
+_LIBRARIES = {
+    ("moe_grouped_gemm", True): ("transformer_engine", "Transformer Engine"),
+    ("moe_router_fusion", True): ("transformer_engine", "Transformer Engine"),
+    # Transformer Engine's layers need no other for it, but the output layer is Megatron's own (tensor_parallel/layers.py)
+    ("gradient_accumulation_fusion", True): ("fused_weight_gradient_mlp_cuda", "Transformer Engine and NVIDIA apex built from source"),
+    ("moe_token_dispatcher_type", "flex"): ("deep_ep", "Transformer Engine and DeepEP"),
+}
+"""What a field's value needs: a module, and the libraries that have it. All of them need a GPU."""
 
 
 def _transformer_config(cfg: Config, architecture: dict[str, Any], world_size: int, use_te: bool) -> TransformerConfig:
@@ -195,7 +214,10 @@ def _transformer_config(cfg: Config, architecture: dict[str, Any], world_size: i
         "moe_router_bias_update_rate": 0.0,  # Megatron's own default would move the bias in every step
         "moe_enable_routing_replay": routing_field is not None,
     }
-    if not use_te:  # the fused kernels of these need Transformer Engine or apex
+    fp8 = _fp8_fields(cfg.fp8, architecture, parallel)
+    if use_te:
+        fields |= fp8
+    else:  # the fused kernels of these need Transformer Engine or apex
         fields |= {
             "bias_dropout_fusion": False,
             "masked_softmax_fusion": False,
@@ -277,15 +299,29 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
             raise InputError(f"megatron.{name} = {value!r}: {_FIXED_FIELDS[name]}; remove it")
         if name in architecture:
             raise InputError(f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; remove it")
-    if table.get("fp8") and use_te:
-        raise InputError(
-            f"megatron.fp8 = {table['fp8']!r} is not supported yet: packed microbatches are not padded as FP8 kernels need; remove it"
-        )
-    if table.get("fp8"):
-        raise InputError(f"megatron.fp8 = {table['fp8']!r} needs Transformer Engine and a GPU: install the 'gpu' extra there, or remove it")
-    for name in ("gradient_accumulation_fusion", "moe_grouped_gemm"):
-        if table.get(name) and not use_te:
-            raise InputError(f"megatron.{name} = true needs Transformer Engine and a GPU: remove it")
+    for (name, value), (module, libraries) in _LIBRARIES.items():
+        if table.get(name) == value and not (use_te and importlib.util.find_spec(module)):
+            raise InputError(
+                f"megatron.{name} = {value!r} needs {libraries}, and a GPU: install what is missing (docs/install_gpu.md), or remove it"
+            )
+
+
+def _fp8_fields(fp8: Fp8Config, architecture: dict[str, Any], parallel: ParallelConfig) -> dict[str, Any]:
+    if fp8.recipe is None:
+        return {}
+    layers = architecture["num_layers"] // parallel.pipeline_model_parallel_size
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if (count := getattr(fp8, name)) > layers:
+            raise InputError(f"fp8.{name} = {count} is more than the {layers} layers of a pipeline stage: choose a smaller one")
+    return {
+        "fp8": fp8.format or ("e4m3" if fp8.recipe in ("blockwise", "mxfp8") else "hybrid"),
+        "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.param,
+        "first_last_layers_bf16": fp8.bf16_layers > 0,
+        "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,
+        "moe_router_padding_for_quantization": bool(architecture.get("num_moe_experts")) and fp8.moe_router_padding_for_quantization,
+    }
 
 
 def _rope(hf: HFConfig, architecture: dict[str, Any]) -> dict[str, Any]:

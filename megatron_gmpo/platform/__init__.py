@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..types import InputError
+from .capabilities import check_apex
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,7 +45,12 @@ def start_process_group(device: torch.device, timeout_s: float) -> None:
 
 
 def prepare_megatron(device: torch.device) -> None:
-    """Makes Megatron-Core run on ``device``. On CUDA nothing needs doing, and nothing of the CPU shim is imported."""
+    """Makes Megatron-Core run on ``device``. On CUDA nothing needs doing, and nothing of the CPU shim is imported.
+
+    Raises:
+        InputError: see ``check_apex``; or a megatron-core that the CPU shim was not tested with.
+    """
+    check_apex()
     if device.type == "cpu":
         from . import cpu
 
@@ -56,3 +62,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+_DETERMINISTIC = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("Ring", "Tree"),
+}
+"""Variables of Transformer Engine, cuBLAS and NCCL, and the values that make them deterministic."""
+
+
+def check_deterministic(wanted: bool, device: torch.device) -> None:
+    """
+    Raises:
+        InputError: ``megatron.deterministic_mode`` on a GPU without the environment that Transformer Engine, cuBLAS and NCCL want for it;
+            libraries read it as they start.
+    """
+    lacking = [f"{name}={values[0]}" for name, values in _DETERMINISTIC.items() if os.environ.get(name) not in values]
+    if wanted and device.type == "cuda" and lacking:
+        raise InputError(f"megatron.deterministic_mode = true needs these set in the environment before the start: {' '.join(lacking)}")

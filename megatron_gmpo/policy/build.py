@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from ..config import OptimizerConfig
 from ..models.config import ModelDescription
 from ..models.spec import decoder_spec
+from ..platform.capabilities import Capabilities
+from ..types import InputError
+
+_MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}  # Transformer Engine's name for FP8 with a scale
+
+
+def check_optimizer(cfg: OptimizerConfig, machine: Capabilities) -> None:
+    """
+    Raises:
+        InputError: the machine lacks what ``moments_dtype`` or ``offload_fraction`` needs: Megatron's precision-aware optimizer.
+    """
+    for name, value, plain in (("moments_dtype", cfg.moments_dtype, "fp32"), ("offload_fraction", cfg.offload_fraction, 0.0)):
+        if value != plain and not (machine.device and machine.transformer_engine):
+            missing = "Transformer Engine: install it as docs/install_gpu.md says" if machine.device else "an NVIDIA GPU: use one"
+            raise InputError(f"optimizer.{name} = {value!r} needs {missing}, or set it to {plain!r}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,15 @@ class TrainableModel:
     chunks: list[torch.nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+
+    def finish_update(self) -> None:
+        """Puts the last update into the weights of every rank (collective), before they are read outside a forward pass.
+
+        With overlap_param_gather each module gathers its own in its next forward pass.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:  # pyright: ignore[reportAttributeAccessIssue]
+                chunk.start_param_sync(force_sync=True)  # pyright: ignore[reportCallIssue]
 
 
 def build_chunks(description: ModelDescription, groups: ProcessGroupCollection, device: torch.device) -> list[torch.nn.Module]:
@@ -64,12 +90,18 @@ def make_trainable(
     """
     config: Any = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=cfg.use_distributed_optimizer, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=cfg.use_distributed_optimizer,
+        overlap_grad_reduce=cfg.overlap_grad_reduce,
+        overlap_param_gather=cfg.overlap_param_gather,
+        fp8_param_gather=config.fp8_param,
     )
     wrapped: list[Any] = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups) for i, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
+    if cfg.overlap_grad_reduce:  # of the last microbatch alone
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=cfg.lr,
@@ -82,6 +114,16 @@ def make_trainable(
         bf16=config.bf16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=cfg.use_distributed_optimizer,
+        overlap_param_gather=cfg.overlap_param_gather,
+        fp8_recipe=config.fp8_recipe if config.fp8_param else None,  # it asks how the weights are held
+        # the optimizer then holds the main weights itself, here whole: a checkpoint has them as any other's
+        use_precision_aware_optimizer=cfg.moments_dtype != "fp32" or cfg.offload_fraction > 0,
+        store_param_remainders=False,
+        exp_avg_dtype=_MOMENTS[cfg.moments_dtype],
+        exp_avg_sq_dtype=_MOMENTS[cfg.moments_dtype],
+        optimizer_cpu_offload=cfg.offload_fraction > 0,
+        optimizer_offload_fraction=cfg.offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=cfg.offload_fraction > 0,
     )
     optimizer = get_megatron_optimizer(optimizer_config, wrapped, use_gloo_process_groups=False, pg_collection=None)
     scheduler = OptimizerParamScheduler(
@@ -101,3 +143,30 @@ def make_trainable(
         override_opt_param_scheduler=True,
     )
     return TrainableModel(wrapped, optimizer, scheduler)
+
+
+def move_to_host(chunks: list[torch.nn.Module]) -> None:
+    """Weights go to host memory, pinned where there is a GPU to copy them to."""
+    for parameter in _parameters(chunks):
+        host = parameter.data.cpu()
+        parameter.data = host.pin_memory() if parameter.is_cuda else host
+
+
+@contextmanager
+def on_device(chunks: list[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """The weights are on ``device`` meanwhile; they must not be changed, since those in host memory are taken up again."""
+    parameters = _parameters(chunks)
+    host = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device, non_blocking=True)
+    try:
+        yield
+    finally:
+        for parameter, data in zip(parameters, host, strict=True):
+            parameter.data = data
+        for module in (module for chunk in chunks for module in chunk.modules()):
+            getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's copies of the weights in FP8
+
+
+def _parameters(chunks: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    return [parameter for chunk in chunks for parameter in chunk.parameters()]

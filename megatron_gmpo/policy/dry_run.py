@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..config import Config
+from ..config import Config, OptimizerConfig
 from ..models.attention import PackedAttention, RMSNorm
 from ..models.config import ModelDescription
 from ..platform import prepare_megatron
@@ -138,14 +138,17 @@ def dry_run(
     with _groups(cfg, world_size, stage) as groups, on_meta():
         observer = _Observer(groups)
         chunks = _build(cfg, description, groups, observer)
-        chunks = (trainable := make_trainable(chunks, cfg.optimizer, 1, groups)).chunks
+        # the optimizer that runs anywhere: what low precision and offload make of its state is counted below
+        plain = {"moments_dtype": "fp32", "offload_fraction": 0.0, "overlap_grad_reduce": False, "overlap_param_gather": False}
+        chunks = (trainable := make_trainable(chunks, cfg.optimizer.model_copy(update=plain), 1, groups)).chunks
         observer.resident = {*_storages(_tensors(chunks)), *_storages(buffer.grad_data for buffer in _buffers(chunks))}
         passes = [_microbatch(cfg, description, groups, chunk, lengths, observer) for chunk in chunks]
         counts = _in_flight(len(chunks), groups, num_microbatches)
         kept = sum(count * one.kept for count, one in zip(counts, passes, strict=True))
         beside = max(one.peak - one.kept for one in passes)  # the one in its backward pass
         logits = max(one.logits for one in passes)
-        reference = _build(cfg, description, groups, observer) if cfg.algorithm.kl_coef > 0 else []
+        has_reference = cfg.algorithm.kl_coef > 0 and not cfg.model.reference_offload
+        reference = _build(cfg, description, groups, observer) if has_reference else []
         totals = [_stage_parameters(chunk, groups) for chunk in chunks]
         return RankPlan(
             stage=stage,
@@ -155,7 +158,7 @@ def dry_run(
             stage_expert_parameters=sum(experts for _, experts in totals),
             weights=_nbytes(_tensors(chunks)),
             gradients=_nbytes(buffer.grad_data for buffer in _buffers(chunks)),
-            optimizer=_optimizer_nbytes(trainable.optimizer, chunks),
+            optimizer=_optimizer_nbytes(trainable.optimizer, chunks, cfg.optimizer),
             reference=_nbytes(_tensors(reference)),
             activations=kept,
             logits=logits,
@@ -471,12 +474,13 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(_storages(tensors).values())
 
 
-def _optimizer_nbytes(optimizer: Any, chunks: list[torch.nn.Module]) -> int:
-    """Main weights that are not the model's own, and two moments of the size of each."""
+def _optimizer_nbytes(optimizer: Any, chunks: list[torch.nn.Module], cfg: OptimizerConfig) -> int:
+    """On the device: main weights that are not the model's own, and two moments of each of their elements."""
     main = [param for group in optimizer.param_groups for param in group["params"]]
     known = _storages(_tensors(chunks))
     own = sum(size for key, size in _storages(main).items() if key not in known)
-    return own + 2 * sum(param.nbytes for param in main)
+    moments = 2 * sum(param.numel() for param in main) * {"fp32": 4, "bf16": 2, "fp8": 1}[cfg.moments_dtype]
+    return round((1 - cfg.offload_fraction) * (own + moments))
 
 
 def _stage_parameters(chunk: Any, groups: ProcessGroupCollection) -> tuple[int, int]:

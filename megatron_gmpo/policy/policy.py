@@ -26,7 +26,8 @@ from ..distributed import all_gather_objects
 from ..metrics.logger import reduce_metrics, value_of
 from ..models.config import ModelDescription
 from ..types import Metric, Microbatch, NonFiniteError, RoutingShape, TrainBatch
-from .build import build_chunks, make_trainable
+from .build import build_chunks, make_trainable, move_to_host, on_device
+from .fp8 import drop_initial_values, total_multiple
 from .logprobs import vocab_parallel_logprobs
 from .routers import AuxiliaryLosses, OldRouters, RouterPass, RouterShift, freeze_routers
 from .routing import Routing, RoutingPass
@@ -55,7 +56,9 @@ class Policy:
         device: torch.device,
         trainable: bool = True,
     ) -> None:
+        assert (cfg.fp8.recipe is not None) == bool(description.transformer.fp8), "never silently in another precision"
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
+        self.trainable = trainable
         self.chunks = self._load(cfg.model.path)
         self.routing: Routing | None = None
         if trainable:
@@ -65,6 +68,10 @@ class Policy:
             self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
             self.chunks = self.model.chunks
             self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
+            if self.reference:
+                drop_initial_values(self.reference)
+                if cfg.model.reference_offload:
+                    move_to_host(self.reference)
             observed = description.transformer.moe_enable_routing_replay
             self.routing = Routing(self.chunks, description.routing, groups.tp) if observed else None
             self.auxiliary = AuxiliaryLosses(description.transformer, groups, device)
@@ -119,7 +126,8 @@ class Policy:
     def reference_logprobs(self, batch: TrainBatch) -> Tensor:
         """The same under the reference policy; needs ``algorithm.kl_coef`` > 0."""
         assert self.reference is not None
-        return self._logprobs(self.reference, batch)
+        with on_device(self.reference, self.device) if self.cfg.model.reference_offload else nullcontext():
+            return self._logprobs(self.reference, batch)
 
     def train_step(self, minibatch: TrainBatch, objective: Objective) -> dict[str, Metric]:
         """One optimizer step on the minibatch, whose ``old_logprobs`` are known.
@@ -178,6 +186,7 @@ class Policy:
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
         """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``checkpoint.native.save``."""
         state = {"model": self._identity, **state}
+        self.model.finish_update()
         return native.save(run_dir, step, self.model, state, self.groups, keep_last, Path(self.cfg.model.path))
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
@@ -276,7 +285,7 @@ class Policy:
     def _microbatches(
         self, batch: TrainBatch, plan: list[list[int]], chunk: torch.nn.Module, routing: RoutingPass | None
     ) -> Iterator[tuple[int, Microbatch]]:
-        cp, tp = self.groups.cp, self.groups.tp
+        cp = self.groups.cp
         if routing is None:
             batch = replace(batch, routed_experts=None)
         for place, sequences in enumerate(plan):
@@ -286,7 +295,7 @@ class Policy:
                 cp_size=cp.size(),
                 cp_rank=cp.rank(),
                 sequence_multiple=self._sequence_multiple,
-                total_multiple=cp.size() * (tp.size() if self.cfg.parallel.uses_sequence_parallel else 1),
+                total_multiple=total_multiple(self.cfg),
             )
             if routing:
                 microbatch = routing.routing.cut(microbatch, chunk)
@@ -349,6 +358,8 @@ class Export:
     policy: Policy
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        if self.policy.trainable:
+            self.policy.model.finish_update()
         return export_hf(self.policy.chunks, self.policy.description.mapping, self.policy.groups)
 
 

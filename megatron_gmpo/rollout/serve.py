@@ -1,8 +1,8 @@
 """SGLang servers for trainers on other nodes: ``python -m megatron_gmpo.rollout.serve CONFIG.toml --section.key value ...``
 
 One task of a job step on each rollout node (examples/moe/launch.sh). It starts its share of ``rollout.num_servers``, with the keys in
-``server_keys.json`` of the run folder, and starts again what dies. Once all are healthy the first task publishes their addresses in
-``servers.json``, which trainers wait for (``rollout.servers_file``); or what went wrong, as ``{"error": "..."}``.
+``server_keys.json`` of the run folder, and starts again what dies or hangs. Once all are healthy the first task publishes their addresses
+in ``servers.json``, which trainers wait for (``rollout.servers_file``); or what went wrong, as ``{"error": "...", "code": 1}``.
 
 From the environment come MASTER_ADDR, the first trainer's address, and Slurm's number of this task and of all.
 """
@@ -10,11 +10,13 @@ From the environment come MASTER_ADDR, the first trainer's address, and Slurm's 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,18 @@ from ..types import InputError, RunError, ServerError
 from .servers import LocalServers
 from .sglang import local_servers
 
+log = logging.getLogger(__name__)
+
 _POLL_S = 0.5
+_PROBE_TIMEOUT_S = 5.0
+_ANSWER_TIMEOUT_S = 30.0
 
 
 def serve(cfg: Config) -> None:
     """Runs the servers of this node until SIGTERM.
 
     Raises:
-        ServerError: one cannot be started, or those of another node are not there in time.
+        ServerError: one cannot be started, or all were lost too often, or those of another node are not there in time.
         InputError: ``rollout.num_servers`` cannot be shared out evenly; or as ``LocalServers``.
     """
     run_dir, task, tasks = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
@@ -52,14 +58,59 @@ def serve(cfg: Config) -> None:
         servers.start()
         servers.wait_ready()
         _publish(cfg, servers, task, tasks)
-        while True:
-            time.sleep(cfg.sglang.health_interval_s)
-            for index in range(len(servers.servers)):
-                if not servers.is_alive(index):
-                    servers.restart(index)
-                    servers.wait_ready(index)
+        _watch(cfg, servers)
     finally:
         servers.stop()
+
+
+@dataclass
+class _State:
+    """What is known of a server.
+
+    Attributes:
+        silent_since: time of its last answer, on the monotonic clock; while it starts, the end of the time it has for that.
+        first_version: the label of the weights it came with.
+        losses: in a row, without a weight sync between.
+    """
+
+    silent_since: float
+    first_version: str | None = None
+    losses: int = 0
+
+
+def _watch(cfg: Config, servers: LocalServers) -> None:
+    """Starts servers again, each ``sglang.max_restarts`` times in a row, a weight sync between two losses making the count start anew.
+
+    Raises:
+        ServerError: none is left.
+    """
+    states = [_State(time.monotonic()) for _ in servers.servers]
+    while any(state.losses <= cfg.sglang.max_restarts for state in states):
+        time.sleep(cfg.sglang.health_interval_s)
+        for index, state in enumerate(states):
+            if state.losses <= cfg.sglang.max_restarts and (why := _loss(cfg, servers, index, state)):
+                state.losses += 1
+                log.warning("SGLang server %s %s: lost %d times in a row", servers.servers[index].url, why, state.losses)
+                if state.losses <= cfg.sglang.max_restarts:
+                    servers.restart(index)
+                    state.silent_since = time.monotonic() + cfg.sglang.start_timeout_s
+                    state.first_version = None
+    raise ServerError(f"every SGLang server of {node_name()} was lost {cfg.sglang.max_restarts + 1} times in a row: see its log")
+
+
+def _loss(cfg: Config, servers: LocalServers, index: int, state: _State) -> str:
+    """Why the server must be started again, or nothing."""
+    if not servers.is_alive(index):
+        return "died"
+    server = servers.servers[index]
+    version = server.weight_version(_PROBE_TIMEOUT_S)
+    # a colocated server sleeps while the policy trains: it has nothing but its front to answer with
+    if version and (cfg.rollout.placement == "colocated" or server.answers(_ANSWER_TIMEOUT_S)):
+        state.silent_since = time.monotonic()
+        state.first_version = state.first_version or version
+        state.losses = state.losses if version == state.first_version else 0
+    limit = max(cfg.sglang.hang_timeout_s, cfg.weight_sync.timeout_s)  # a sync may pause it
+    return f"has answered nothing for {limit:g} s" if time.monotonic() - state.silent_since > limit else ""
 
 
 def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
@@ -98,7 +149,7 @@ def main() -> None:
         serve(cfg)
     except RunError as error:
         if cfg:
-            write_json(Path(cfg.run_dir) / "servers.json", {"error": str(error)})
+            write_json(Path(cfg.run_dir) / "servers.json", {"error": str(error), "code": error.exit})
         exit_with_one_line(error, error.exit)
 
 

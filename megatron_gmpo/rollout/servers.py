@@ -20,7 +20,7 @@ import httpx
 import torch
 
 from ..config import SGLangConfig
-from ..types import InputError, ServerError
+from ..types import Exit, InputError, ServerError
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0
@@ -60,6 +60,14 @@ class Server:
     @property
     def admin_headers(self) -> dict[str, str]:
         return _bearer(self.admin_key)
+
+    def weight_version(self, timeout_s: float) -> str | None:
+        """The label of its weights; None where not even the front of it answers within the limit."""
+        try:
+            reply = _get(f"{self.url}/model_info", self.headers, timeout_s)
+        except httpx.TransportError:
+            return None
+        return str(reply.json().get("weight_version")) if reply.status_code == 200 else None
 
     def answers(self, timeout_s: float) -> bool:
         """Whether it makes a token within the limit. A server with work to do counts as healthy when any of it makes progress; one that
@@ -239,12 +247,12 @@ def external_servers(urls: tuple[str, ...]) -> list[Server]:
 
 
 def published_servers(file: Path, timeout_s: float) -> list[Server]:
-    """Servers of another step of the job, once it publishes them: ``[{"url", "node"}, ...]`` in ``file``, or ``{"error"}``. Their keys,
-    ``{"api_key", "admin_key"}``, are in ``server_keys.json`` beside it.
+    """Servers of another step of the job, once it publishes them: ``[{"url", "node"}, ...]`` in ``file``, or ``{"error", "code"}``. Their
+    keys, ``{"api_key", "admin_key"}``, are in ``server_keys.json`` beside it.
 
     Raises:
-        ServerError: the file is not there within ``timeout_s``, or says what went wrong.
-        InputError: as ``external_servers``.
+        ServerError: the file is not there within ``timeout_s``, says that they could not be started, or names one that does not answer.
+        InputError: the file says that their settings are wrong.
     """
     deadline = time.monotonic() + timeout_s
     while not file.is_file():
@@ -253,9 +261,13 @@ def published_servers(file: Path, timeout_s: float) -> list[Server]:
         time.sleep(_POLL_S)
     published = json.loads(file.read_text())
     if isinstance(published, dict):
-        raise ServerError(f"the rollout servers of the job were not started: {published['error']}")
+        kind = InputError if published["code"] == Exit.BAD_INPUT else ServerError
+        raise kind(f"the rollout servers of the job were not started: {published['error']}")
     keys = json.loads(file.with_name("server_keys.json").read_text())
-    return [_external_server(entry["url"], keys["api_key"], keys["admin_key"], "rollout.servers_file") for entry in published]
+    try:
+        return [_external_server(entry["url"], keys["api_key"], keys["admin_key"], "rollout.servers_file") for entry in published]
+    except InputError as error:  # nobody typed these
+        raise ServerError(str(error)) from None
 
 
 def _external_server(url: str, api_key: str, admin_key: str, field: str) -> Server:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..config import SupervisionConfig
 from ..distributed import all_gather_objects, barrier, broadcast_object, rank, world_size
-from ..types import NodeError
+from ..types import InputError, NodeError
 from .records import node_name
 
 _GB = 1e9
@@ -39,11 +39,10 @@ def check_nodes(cfg: SupervisionConfig, run_dir: Path, device: torch.device, che
 
     Raises:
         NodeError: on every rank, naming the first bad node, the check, and how many more there are.
+        InputError: on every rank, where the disk that all nodes share is too full.
     """
-    disk_bytes = checkpoint_bytes if cfg.min_free_disk_gb is None else cfg.min_free_disk_gb * _GB
-    problems = [*_gpus(device), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir, disk_bytes)]
-    problems += _clock()
-    _raise_on_every_rank(problems)
+    _raise_on_every_rank([*_gpus(device), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()])
+    _check_space(run_dir, checkpoint_bytes if cfg.min_free_disk_gb is None else cfg.min_free_disk_gb * _GB)
     _raise_on_every_rank([*_all_reduce(device)])  # last: a rank that is missing something might not come to it
 
 
@@ -73,7 +72,7 @@ def _memory(wanted_gb: float) -> Iterator[str]:
         yield f"{available:.1f} GB of memory are available, supervision.min_free_memory_gb = {wanted_gb:g}"
 
 
-def _run_dir(run_dir: Path, wanted_bytes: float) -> Iterator[str]:
+def _run_dir(run_dir: Path) -> Iterator[str]:
     token = broadcast_object(secrets.token_hex(8))
     file = run_dir / ".node_check"
     if rank() == 0:
@@ -85,10 +84,18 @@ def _run_dir(run_dir: Path, wanted_bytes: float) -> Iterator[str]:
     barrier()
     if not seen:
         yield f"run_dir = {str(run_dir)!r} does not show what the first rank wrote there: use a file system that all nodes share"
-    elif (free := shutil.disk_usage(run_dir).free) < wanted_bytes:
-        yield f"run_dir = {str(run_dir)!r} has {free / _GB:.1f} GB of disk space left, {wanted_bytes / _GB:.1f} GB are wanted"
     if rank() == 0:
         file.unlink()
+
+
+def _check_space(run_dir: Path, wanted_bytes: float) -> None:
+    """No other node would have more of it."""
+    free = broadcast_object(shutil.disk_usage(run_dir).free)
+    if free < wanted_bytes:
+        raise InputError(
+            f"run_dir = {str(run_dir)!r} has {free / _GB:.1f} GB of disk space left and a checkpoint takes {wanted_bytes / _GB:.1f} GB: "
+            "make room, choose another run_dir, or lower supervision.min_free_disk_gb"
+        )
 
 
 def _clock() -> Iterator[str]:

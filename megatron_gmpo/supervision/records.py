@@ -79,9 +79,14 @@ def append_event(run_dir: Path, name: str, **fields: Any) -> None:
         file.write(json.dumps({"time": time.time(), "event": name, **fields}, allow_nan=False) + "\n")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that readers see whole or not at all."""
+    os.replace(_write_aside(path, text), path)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that readers see whole or not at all."""
-    os.replace(_write_aside(path, json.dumps(content)), path)
+    """As ``write_whole``."""
+    write_whole(path, json.dumps(content))
 
 
 def rank_file(run_dir: Path, kind: str, rank: int, suffix: str = ".txt") -> Path:

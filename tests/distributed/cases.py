@@ -162,6 +162,25 @@ def run_on(cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int,
         return {"history": history, "weights": weights_on_rank_0(policy)}
 
 
+def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any]:
+    """What this rank finds directly after updates, of unlike numbers of microbatches: log probabilities, exported weights, and both when a
+    checkpoint has been loaded."""
+    with opened(cfg) as policy:
+
+        def exported() -> dict[str, Tensor]:
+            return {name: tensor.clone() for name, tensor in policy.export_hf()}
+
+        _steps(policy, batch, 1)
+        found: dict[str, Any] = {"logprobs": policy.logprobs(batch)}
+        _steps(policy, batch.split(2)[0], 1)
+        found["exported"] = exported()
+        _steps(policy, batch, 1)
+        policy.save(run_dir, 3, {"note": ""}, 1)
+        _steps(policy, batch, 1)
+        resume(policy, run_dir)
+        return found | {"loaded": exported(), "logprobs_after_load": policy.logprobs(batch), "updates": policy.model.scheduler.num_steps}
+
+
 def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
     """Loads the latest checkpoint; of its state the step and the note."""
     checkpoint = native.latest_checkpoint(run_dir)

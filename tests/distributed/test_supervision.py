@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_gmpo.config import SupervisionConfig
 from megatron_gmpo.supervision import node_check, signals, stop
-from megatron_gmpo.types import NodeError
+from megatron_gmpo.types import InputError, NodeError
 
 from .ranks import RankPool
 
@@ -83,6 +83,20 @@ def test_every_rank_names_the_bad_node(ranks: RankPool, tmp_path: Path) -> None:
     assert first.startswith("node node1: ")
     assert first.endswith(" GB of memory are available, supervision.min_free_memory_gb = 1e+06")
     assert others == [first] * 2
+
+
+def problem_of_disk(run_dir: Path) -> str:
+    try:
+        node_check.check_nodes(SupervisionConfig(min_free_disk_gb=1e9), run_dir, torch.device("cpu"), checkpoint_bytes=0)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_a_full_disk_is_no_nodes_fault(ranks: RankPool, tmp_path: Path) -> None:
+    first, second = ranks.run(2, problem_of_disk, tmp_path)
+    assert first == second
+    assert first.startswith(f"run_dir = '{tmp_path}' has ")
 
 
 def problem_of_folder(parent: Path) -> str:

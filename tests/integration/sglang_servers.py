@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ needs_sglang = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-sglang: 
 
 
 @contextmanager
-def local_servers(model: Path | str, log_dir: Path, num_servers: int = 1, dtype: str = "fp32", **settings: Any) -> Iterator[LocalServers]:
+def local_servers(
+    model: Path | str, log_dir: Path, num_servers: int = 1, dtype: str = "fp32", device: torch.device = CPU, **settings: Any
+) -> Iterator[LocalServers]:
     """Servers that are stopped at the end; ``settings`` are fields of SGLangConfig. They are not started here."""
     cfg = SGLangConfig(**{"python": str(PYTHON), "start_timeout_s": 300.0, "health_interval_s": 20.0} | settings)
-    servers = LocalServers(str(model), num_servers, cfg, log_dir, dtype=dtype, seed=1, device=CPU)
+    servers = LocalServers(str(model), num_servers, cfg, log_dir, dtype=dtype, seed=1, device=device)
     try:
         yield servers
     finally:
@@ -69,6 +71,14 @@ def wait_until_gone(group: int, timeout_s: float = 20.0) -> list[psutil.Process]
     while (left := members(group)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+def wait_for(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    """Until it holds; fails after the limit."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
+        time.sleep(0.1)
 
 
 def main(log_dir: Path) -> None:

@@ -155,15 +155,16 @@ class SlurmCluster:
             for process in [*keepers, *tasks]:  # in this order, so that no stepd reports the end of its tasks
                 _kill(process)
 
-    def processes(self, node: str | None = None) -> list[psutil.Process]:
-        """Those that jobs have started, on one node or on all."""
+    def processes(self, node: str | None = None, job: int | None = None) -> list[psutil.Process]:
+        """Those that jobs have started, on one node or on all, of one job or of all."""
         found = []
         for process in psutil.process_iter():
             try:
                 env = process.environ()
             except psutil.Error:
                 continue
-            if env.get("SLURM_CONF") == self.env["SLURM_CONF"] and env.get("SLURMD_NODENAME", "") in ([node] if node else self.nodes):
+            ours = env.get("SLURM_CONF") == self.env["SLURM_CONF"] and env.get("SLURMD_NODENAME", "") in ([node] if node else self.nodes)
+            if ours and (job is None or env.get("SLURM_JOB_ID") == str(job)):
                 found.append(process)
         return found
 

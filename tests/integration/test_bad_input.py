@@ -32,7 +32,7 @@ def case(world_size: int = 1, **values: object) -> Case:
 CASES: dict[str, tuple[Case, str]] = {
     "unknown key": (case(optimizer__learning_rat=1), r"unknown config key 'optimizer\.learning_rat': did you mean '"),
     "unknown megatron field": (case(megatron__moe_aux_loss_coef=0.1), r"'megatron\.moe_aux_loss_coef'.*'megatron\.moe_aux_loss_coeff'"),
-    "fp8 without TE": (case(megatron__fp8="hybrid"), r"megatron\.fp8 = 'hybrid' needs Transformer Engine and a GPU"),
+    "fp8 without a GPU": (case(fp8__recipe="tensorwise", model__dtype="bf16"), r"fp8\.recipe = .tensorwise. needs an NVIDIA GPU"),
     "world size": (case(world_size=3, parallel__pipeline_model_parallel_size=2), r"= 2 does not divide the world size 3"),
     "expert world size": (
         case(world_size=2, parallel__expert_model_parallel_size=4),

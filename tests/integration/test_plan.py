@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.step_estimate import Model
+
 from .commands import CONFIG, ROOT, error_lines, options, run_module
 
 pytestmark = pytest.mark.distributed
@@ -50,6 +52,7 @@ def test_a_big_model_fits_and_has_the_published_size(
         (CONFIG, {}, r"world_size = None: give the number"),
         (CONFIG, {"world_size": 2, "train__num_step": 1}, r"unknown config key 'train\.num_step'"),
         (CONFIG, {"world_size": 3, "parallel__expert_model_parallel_size": 3}, r"expert_model_parallel_size = 3 does not divide"),
+        (CONFIG, {"world_size": 1, "response_tokens": 10**6}, r"response_tokens = 1000000 is above rollout\.max_new_tokens"),
         (CONFIG, {"world_size": 1, "algorithm__clip": "adaptive", "train__minibatches_per_step": 1}, r"adaptive"),
         (BIG, {"world_size": 8}, r"rank 0 \(pipeline stage 0\) needs [\d.]+ GiB of 79\.0: [\d.]+ too much; raise parallel\."),
         (BIG, {"world_size": 32, "train__max_tokens_per_microbatch": 65536}, r"needs [\d.]+ GiB .* too much; .*max_tokens_per_microbatch"),
@@ -71,3 +74,11 @@ def test_a_run_on_a_cpu_with_the_embedded_engine(tiny_model: Callable[..., Path]
     assert done.returncode == 0, done.stderr
     assert "4 ranks on h100: PP 2 DP 2" in done.stdout
     assert "send and receive" in done.stdout
+
+
+def test_a_server_of_more_gpus_than_heads_repeats_the_heads() -> None:
+    """Qwen3-30B-A3B: keys and values of 4 heads of 128 in 48 layers, bf16. DeepSeek-V3: one latent of 576 in 61 layers."""
+    qwen = Model(0, 0, 0, kv_heads=4, kv_head_bytes=2 * 2 * 128 * 48, num_layers=48, num_experts=128, topk=8)
+    assert [qwen.kv_bytes_on(gpus) for gpus in (1, 4, 8)] == [98_304, 98_304, 196_608]
+    deepseek = Model(0, 0, 0, kv_heads=1, kv_head_bytes=2 * 576 * 61, num_layers=61, num_experts=256, topk=8)
+    assert deepseek.kv_bytes_on(8) == 8 * 70_272

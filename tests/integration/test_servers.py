@@ -18,11 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.config import SGLangConfig
-from megatron_gmpo.rollout.servers import LocalServers, Server, external_servers
+from megatron_gmpo.rollout.servers import LocalServers, Server, external_servers, published_servers
+from megatron_gmpo.supervision.records import node_name
 from megatron_gmpo.types import InputError, ServerError
 
-from .commands import ROOT
-from .sglang_servers import CPU, generate, local_servers, members, needs_sglang, process_group, wait_until_gone
+from .commands import CONFIG, ROOT, command_line, error_lines, options
+from .sglang_servers import CPU, PYTHON, generate, local_servers, members, needs_sglang, process_group, wait_for, wait_until_gone
 
 PROMPT = [5, 6, 7, 8]
 
@@ -182,3 +183,43 @@ def test_refuses_settings_it_cannot_use(tmp_path: Path) -> None:
 
 def test_keys_are_not_printed() -> None:
     assert "secret" not in repr(Server("http://127.0.0.1:1", "secret1", "secret2"))
+
+
+@needs_sglang
+def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(sglang_model: Path, tmp_path: Path) -> None:
+    limits = options(
+        sglang__python=PYTHON, sglang__health_interval_s=1, sglang__hang_timeout_s=5, sglang__max_restarts=1, weight_sync__timeout_s=5
+    )
+    command = command_line("megatron_gmpo.rollout.serve", CONFIG, *options(model__path=sglang_model, run_dir=tmp_path), *limits)
+    (tmp_path / "server_keys.json").write_text('{"api_key": "user", "admin_key": "admin"}')
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1"}
+    with subprocess.Popen([*command, "--rollout.engine", "sglang"], cwd=ROOT, env=os.environ | slurm, stderr=subprocess.PIPE) as node:
+        try:
+            (server,) = published_servers(tmp_path / "servers.json", 300)
+            ((log,),) = [list(tmp_path.glob("servers/*/server_0.log"))]
+            hung = psutil.Process(node.pid).children()[0].children()[0].pid
+            os.killpg(hung, signal.SIGSTOP)
+            wait_for(lambda: log.read_text().count("=== started") == 2)
+            assert not wait_until_gone(hung)
+            wait_for(lambda: server.answers(20))
+            os.killpg(psutil.Process(node.pid).children()[0].children()[0].pid, signal.SIGKILL)
+            _, said = node.communicate(timeout=60)
+        finally:
+            node.terminate()
+    assert node.returncode == 1
+    assert error_lines(said.decode()) == [f"error: every SGLang server of {node_name()} was lost 2 times in a row: see its log"]
+    with pytest.raises(ServerError, match="the rollout servers of the job were not started: every SGLang server of"):
+        published_servers(tmp_path / "servers.json", 1)
+
+
+def test_published_servers_are_not_the_users_to_correct(tmp_path: Path) -> None:
+    file = tmp_path / "servers.json"
+    (tmp_path / "server_keys.json").write_text('{"api_key": "user", "admin_key": "admin"}')
+    with pytest.raises(ServerError, match=r"rollout\.servers_file = .* was not there within sglang\.start_timeout_s = 0\.1"):
+        published_servers(file, 0.1)
+    file.write_text('[{"url": "http://127.0.0.1:9", "node": "node2"}]')
+    with pytest.raises(ServerError, match=r"rollout\.servers_file: 'http://127\.0\.0\.1:9' cannot be reached"):
+        published_servers(file, 1)
+    file.write_text('{"error": "rollout.num_servers = 3 cannot be shared by 2 nodes: choose a multiple", "code": 2}')
+    with pytest.raises(InputError, match=r"rollout\.num_servers = 3 cannot be shared"):
+        published_servers(file, 1)

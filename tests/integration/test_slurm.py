@@ -202,7 +202,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(submit: Callable[..., Job]
     job.wait_for_progress()
     job.cluster.run("scancel", job.id)
     assert job.wait(*ENDED)["JobState"] == "CANCELLED"
-    job.cluster.until(lambda: not job.cluster.processes(), 60)  # the batch script too
+    job.cluster.until(lambda: not job.cluster.processes(job=job.id), 60)  # the batch script too
     assert job.cluster.state(job.id) == "CANCELLED"
     (attempt,) = job.attempts
     assert attempt.code == 85
@@ -221,18 +221,24 @@ def test_a_job_without_time_for_a_step_ends(submit: Callable[..., Job]) -> None:
 
 def test_a_job_that_gets_nowhere_ends(submit: Callable[..., Job]) -> None:
     """Each node it gets is found unfit: it is tried without the first, and then given up."""
-    unfit = options(supervision__node_check="true", supervision__min_free_disk_gb=1e9, parallel__expert_model_parallel_size=1)
+    unfit = options(supervision__node_check="true", supervision__min_free_memory_gb=1e9, parallel__expert_model_parallel_size=1)
     job = submit("nowhere", "examples/moe/tiny.sbatch", *unfit, sbatch=("--nodes=1",))
     code, log = job.end()
     assert code == 87
     (error,) = _errors(log)
-    assert re.search(r"error: two attempts in a row have left no checkpoint after step 0; the last attempt: .*node2.* disk", error), error
+    assert re.search(r"error: two attempts in a row have left no checkpoint after step 0; the last attempt: .*node2.* memory", error), error
     assert [attempt.code for attempt in job.attempts] == [87, 87]
     assert "node1" in job.attempts[0].reason
     assert job.cluster.job(job.id)["ExcNodeList"] == "node1"
 
 
 CASES: dict[str, tuple[str, list[str], int, str]] = {
+    "full disk": (
+        "examples/moe/tiny.sbatch",
+        options(supervision__min_free_disk_gb=1e9),
+        2,
+        r"run_dir = .* GB of disk space left and a checkpoint takes 1000000000\.0 GB: make room, choose another run_dir",
+    ),
     "missing config": ("examples/moe/launch.sh nowhere.toml", [], 2, r"config file nowhere\.toml does not exist"),
     "bad setting": ("examples/moe/tiny.sbatch", options(train__num_stepps=3), 2, r"unknown config key 'train\.num_stepps': did you mean"),
     "unreachable server": (
@@ -243,7 +249,7 @@ CASES: dict[str, tuple[str, list[str], int, str]] = {
     ),
     "unfit node, and no other": (
         "examples/moe/tiny.sbatch",
-        options(supervision__min_free_disk_gb=1e9),
+        options(supervision__min_free_memory_gb=1e9),
         87,
         r"partition main has fewer than 2 nodes without node\d",
     ),
@@ -269,20 +275,24 @@ def test_sbatch_refuses_a_wrong_partition(submit: Callable[..., Job]) -> None:
 @pytest.mark.parametrize("place", ["other component", "other node"])
 def test_trainers_and_sglang_servers_apart(place: str, submit: Callable[..., Job]) -> None:
     sglang = options(
-        train__num_steps=2, sglang__python=PYTHON, sglang__start_timeout_s=600, rollout__engine="sglang", weight_sync__route="distributed"
+        train__num_steps=3, sglang__python=PYTHON, sglang__start_timeout_s=600, rollout__engine="sglang", weight_sync__route="distributed"
     )
     if place == "other component":
         job = submit("het", "examples/moe/tiny_het.sbatch", *sglang)
     else:
         job = submit("nodes", "examples/moe/tiny.sbatch", *sglang, ROLLOUT_NODES="1", RANKS_PER_NODE="2")
+    job.wait_for_progress()
+    job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
+    job.wait_for_attempt(2)  # with servers and keys of its own
     code, log = job.end()
     assert code == 0, log
+    assert [attempt.code for attempt in job.attempts] == [85, 0]
     assert "1 nodes with 2 ranks each" in log
     (server,) = json.loads((job.run_dir / "servers.json").read_text())
     beat = json.loads((job.run_dir / "heartbeats" / "rank_00000.json").read_text())
     assert {server["node"], beat["node"]} == {"node1", "node2"}
     figures = json_lines(job.run_dir / "metrics.jsonl")
-    assert [line["step"] for line in figures] == [1, 2]
+    assert [line["step"] for line in figures] == [1, 2, 3]
     assert all(line["rollout/logprob_diff_mean"] < 0.02 for line in figures)  # the servers have the policy's weights
     keys = job.run_dir / "server_keys.json"
     assert stat.S_IMODE(keys.stat().st_mode) == 0o600

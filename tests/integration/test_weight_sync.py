@@ -26,7 +26,7 @@ from megatron_gmpo.rollout.weight_sync import INCOMPLETE, WeightSync, make_weigh
 from megatron_gmpo.types import InputError
 
 from ..distributed.ranks import RankPool
-from .sglang_servers import generate, local_servers, needs_sglang, process_group
+from .sglang_servers import generate, local_servers, needs_sglang, process_group, wait_for
 
 pytestmark = needs_sglang
 
@@ -180,13 +180,6 @@ def test_verification_finds_the_server_with_a_wrong_tensor(
 
     assert sync.update([wrong], export(), "wrong-0").failed == (wrong,)
     assert sync.update([wrong], tensors_of(dense[1]), "wrong-0").failed == ()
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def long_response(server: Server, sync: Callable[[], None]) -> dict[str, Any]:

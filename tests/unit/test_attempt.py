@@ -90,6 +90,16 @@ def test_two_attempts_without_a_newer_checkpoint_are_enough(one: One, run_dir: P
         begin(run_dir)
 
 
+def test_preemptions_do_not_count_as_attempts_without_progress(one: One, run_dir: Path) -> None:
+    for _ in range(2):
+        begin(run_dir)  # and Slurm ended it before it could say anything
+    assert one(1)[0] == 85
+    begin(run_dir)
+    code, _, err = one(1)
+    assert code == 1
+    assert "two attempts in a row have left no checkpoint after step 0" in err
+
+
 def test_crashes_and_restarts_have_limits(one: One) -> None:
     assert [one(code, saved=step)[0] for step, code in enumerate((1, 86), start=1)] == [85, 85]
     code, _, err = one(1, saved=3)
@@ -118,8 +128,8 @@ def test_a_bad_node_is_named_to_the_launcher(one: One) -> None:
 def test_an_attempt_that_nobody_could_speak_for(one: One, run_dir: Path) -> None:
     begin(run_dir)  # and Slurm took the node away
     code, _, err = one(None, status=143)
-    assert code == 1
-    assert f"the trainers ended with exit code 143 and without a reason: see {run_dir / 'logs'}" in err
+    assert code == 85
+    assert f"attempt 2: the trainers ended with exit code 143 and without a reason: see {run_dir / 'logs'}" in err
     first, second = read_attempts(run_dir)
     assert (first.code, first.reason) == (None, "ended by Slurm: a preemption or a failed node")
     assert second.code == 1

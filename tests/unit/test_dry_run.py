@@ -25,7 +25,8 @@ Plan = Callable[..., RankPlan]
 @pytest.fixture
 def plan(tiny_model: Callable[..., Path]) -> Plan:
     def make(family: str = "qwen3", world_size: int = 1, stage: int = 0, num_microbatches: int = 8, **sections: Any) -> RankPlan:
-        cfg = Config.model_validate({"model": {"path": str(tiny_model(family)), "dtype": "bf16"}, **sections})
+        model = {"path": str(tiny_model(family)), "dtype": "bf16"} | sections.pop("model", {})
+        cfg = Config.model_validate({"model": model, **sections})
         description = describe_model(cfg, world_size, torch.device("cpu"))
         return dry_run(cfg, description, world_size=world_size, stage=stage, lengths=LENGTHS, num_microbatches=num_microbatches)
 
@@ -98,3 +99,20 @@ def test_a_layout_of_many_ranks(plan: Plan) -> None:
     assert [bool(stage.logits) for stage in stages] == [False, False, False, True]
     assert plan("qwen3_moe", 256, num_microbatches=2, parallel=parallel).in_flight == 2
     assert not dist.is_initialized()
+
+
+def test_an_optimizer_of_fewer_bytes(plan: Plan) -> None:
+    """Of a parameter, 4 bytes of main weight and twice 4 of moments; both bf16 and FP8 moments keep the main weight whole."""
+    whole = plan().optimizer
+    assert plan(optimizer={"moments_dtype": "bf16"}).optimizer * 12 == whole * 8
+    assert plan(optimizer={"moments_dtype": "fp8"}).optimizer * 12 == whole * 6
+    assert plan(optimizer={"offload_fraction": 0.75}).optimizer * 4 == whole
+
+
+def test_a_reference_in_host_memory(plan: Plan) -> None:
+    assert plan(algorithm={"kl_coef": 0.1}).reference > 0
+    assert plan(algorithm={"kl_coef": 0.1}, model={"reference_offload": True}).reference == 0
+
+
+def test_fp8_is_planned_without_its_kernels(plan: Plan) -> None:
+    assert plan("qwen3_moe", fp8={"recipe": "mxfp8"}).training == plan("qwen3_moe").training

@@ -1,0 +1,259 @@
+"""The training step on one GPU: a Qwen3-MoE of 2.0 B parameters with random weights, in bf16 and with each FP8 recipe.
+
+Run: python -m benchmarks.gpu_step [--recipes bf16 tensorwise ...] [--out FOLDER]   (a few minutes on a GPU with Transformer Engine)
+
+Each precision is measured in a process of its own. Of each:
+
+floor      what a step cannot take less than: its FLOPs over the GPU's peak in bf16, and the bytes of the optimizer over its bandwidth.
+           FLOPs are three forward passes', recomputation not counted; a forward pass takes 2 x (parameters that a token is multiplied
+           with) x tokens, the input embedding not among them, and 2 x heads x head width x length^2 a layer and sequence (causal
+           attention: half of both products). The optimizer reads gradient, main weight and two moments (fp32), and writes the last
+           three and the bf16 weight: 30 bytes a parameter.
+MFU        these FLOPs over the measured time and the peak in bf16, whatever the recipe. At least 0.40 is wanted in bf16.
+speedup    over bf16 in the same run. At least 1.2 is wanted of FP8.
+
+The kernels that take most of the time are in FOLDER/kernels_RECIPE.txt (torch.profiler).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
+
+from megatron_gmpo.algorithms.objective import make_objective
+from megatron_gmpo.config import Config
+from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.platform import choose_device, prepare_megatron, seed_everything, start_process_group
+from megatron_gmpo.policy.parallel import start_model_parallel
+from megatron_gmpo.policy.policy import Policy
+from megatron_gmpo.types import TrainBatch
+from tools.make_tiny_model import arithmetic_tokenizer
+from tools.step_estimate import HARDWARE, Hardware
+
+Recipe = Literal["bf16", "delayed", "tensorwise", "blockwise", "mxfp8"]
+OPTIMIZER_BYTES = 30
+WARM_UP_STEPS = 3
+MFU_WANTED, SPEEDUP_WANTED = 0.40, 1.2
+PROMPT = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    recipes: tuple[Recipe, ...] = ("bf16", "delayed", "tensorwise", "blockwise")
+    """mxfp8 needs a Blackwell GPU."""
+    layers: int = 8
+    hidden: int = 2048
+    experts: int = 32
+    vocab: int = 151_936
+    length: int = 4096
+    """Tokens of a sequence."""
+    sequences: int = 16
+    """Of a step."""
+    max_tokens: int = 16_384
+    """Of a microbatch."""
+    steps: int = 5
+    """Measured, after three that are not."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu only shows that this runs: its times stand over the peak of an H100."""
+    out: Path = Path("runs/gpu_step")
+    """Receives the figures and the profiles."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one precision: seconds of a training step, of log probabilities of the same batch, of an export of all weights; bytes."""
+
+    recipe: str
+    step: float
+    logprobs: float
+    export: float
+    peak_memory: int
+
+
+def forward_flops(hf: Any, lengths: list[int], *, causal: bool = True) -> int:
+    """FLOPs of a forward pass of a Qwen3-MoE over sequences of these lengths, logits of every token included."""
+    heads, groups, width = hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim
+    attention = hf.hidden_size * width * (2 * heads + 2 * groups)
+    experts = 3 * hf.hidden_size * hf.moe_intermediate_size * hf.num_experts_per_tok + hf.hidden_size * hf.num_experts
+    matrices = hf.num_hidden_layers * (attention + experts) + hf.hidden_size * hf.vocab_size
+    products = 2 * heads * width * hf.num_hidden_layers * (1 if causal else 2)
+    return 2 * matrices * sum(lengths) + products * sum(length**2 for length in lengths)
+
+
+def write_model(folder: Path, options: Options) -> Path:
+    """A Hugging Face folder with random weights in bf16."""
+    tokenizer = arithmetic_tokenizer()
+    config = Qwen3MoeConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        moe_intermediate_size=options.hidden * 3 // 8,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // 64,
+        num_key_value_heads=max(1, options.hidden // 512),
+        head_dim=128,
+        num_experts=options.experts,
+        num_experts_per_tok=min(8, options.experts // 2),
+        max_position_embeddings=max(options.length, 4096),
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    seed_everything(0)
+    with torch.device(options.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_batch(options: Options) -> TrainBatch:
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.full((options.sequences,), options.length)
+    tokens = torch.randint(options.vocab, (int(lengths.sum()),), generator=draw)
+    mask = (torch.arange(len(tokens)) % options.length) >= min(PROMPT, options.length // 2)
+    advantages = torch.randn(options.sequences, generator=draw)
+    return TrainBatch(tokens, lengths, mask, advantages, torch.zeros(len(tokens)))
+
+
+def measure(recipe: Recipe, model: Path, options: Options) -> Figures:
+    """Builds the policy in this process and measures it; writes the profile of one step."""
+    device = choose_device(options.device)
+    fp8 = {} if recipe == "bf16" else {"fp8": {"recipe": recipe}}
+    cfg = Config.model_validate(
+        {
+            "model": {"path": str(model), "dtype": "bf16"},
+            "train": {"max_tokens_per_microbatch": options.max_tokens},
+            "device": options.device,
+            **fp8,
+        }
+    )
+    start_process_group(device, 600)
+    prepare_megatron(device)
+    groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
+    policy = Policy(cfg, describe_model(cfg, 1, device), groups, device)
+    batch = random_batch(options)
+    objective = make_objective(cfg.algorithm, is_moe=True, max_new_tokens=options.length)
+
+    def seconds(work: Callable[[], object], times: int = 1) -> float:
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        _wait(device)
+        return (time.perf_counter() - start) / times
+
+    batch.old_logprobs = policy.logprobs(batch)
+    logprobs = seconds(lambda: policy.logprobs(batch))
+    for _ in range(WARM_UP_STEPS):
+        policy.train_step(batch, objective)
+    step = seconds(lambda: policy.train_step(batch, objective), options.steps)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    export = seconds(lambda: sum(tensor.nbytes for _, tensor in policy.export_hf()))
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as kernels:
+        policy.train_step(batch, objective)
+        _wait(device)
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    (options.out / f"kernels_{recipe}.txt").write_text(kernels.key_averages().table(sort_by=order, row_limit=20))
+    return Figures(recipe, step, logprobs, export, peak)
+
+
+def report(found: list[Figures], model: Path, options: Options, console: Console) -> dict[str, Any]:
+    """Prints the floor and the table; what it says, as JSON."""
+    hf = AutoConfig.from_pretrained(model)
+    lengths = [options.length] * options.sequences
+    flops, tokens = 3 * forward_flops(hf, lengths), sum(lengths)
+    parameters = _parameters(model)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    hardware = _hardware(name)
+    computing, updating = flops / hardware.flops, OPTIMIZER_BYTES * parameters / hardware.bandwidth
+    floor = computing + updating
+    console.print(
+        f"{name}, torch {torch.__version__}: {parameters / 1e9:.2f} B parameters, {tokens} tokens and {flops / 1e12:.1f} TFLOP a step.\n"
+        f"Floor: {computing:.4f} s for the FLOPs at {hardware.flops / 1e12:.0f} TFLOP/s, {updating:.4f} s for the optimizer's bytes at "
+        f"{hardware.bandwidth / 1e12:.2f} TB/s."
+    )
+    table = Table(*("precision", "step s", "over floor", "tokens/s", "TFLOP/s", "MFU", "speedup", "logprobs s", "export s", "peak GB"))
+    base = next((figures.step for figures in found if figures.recipe == "bf16"), None)
+    rows = []
+    for figures in found:
+        row = {
+            **asdict(figures),
+            "over_floor": figures.step / floor,
+            "tokens_per_second": tokens / figures.step,
+            "tflops": flops / figures.step / 1e12,
+            "mfu": flops / figures.step / hardware.flops,
+            "speedup": base / figures.step if base else None,
+        }
+        rows.append(row)
+        speedup = f"{row['speedup']:.2f}" if base else ""
+        table.add_row(
+            figures.recipe,
+            f"{figures.step:.4f}",
+            f"{row['over_floor']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['tflops']:.0f}",
+            f"{row['mfu']:.3f}",
+            speedup,
+            f"{figures.logprobs:.4f}",
+            f"{figures.export:.3f}",
+            f"{figures.peak_memory / 1e9:.1f}",
+        )
+    console.print(table)
+    return {"benchmark": "gpu_step", "device": name, "parameters": parameters, "flops": flops, "floor_s": floor, "precisions": rows}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _hardware(name: str) -> Hardware:
+    """The data sheet; of a GPU that is not in the list, or a CPU, an H100's."""
+    return next((hardware for key, hardware in HARDWARE.items() if key.upper() in name.upper()), HARDWARE["h100"])
+
+
+def _parameters(model: Path) -> int:
+    total = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            total += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
+    return total
+
+
+def main(options: Options) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=140)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder) / "model", options)
+        for recipe in options.recipes:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                try:
+                    found.append(process.submit(measure, recipe, model, options).result())
+                except Exception as error:  # the other precisions are worth having
+                    console.print(f"{recipe} was not measured: {error}", markup=False)
+        result = report(found, model, options, console)
+    (options.out / "gpu_step.json").write_text(json.dumps(result, indent=2))
+    print(json.dumps({key: value for key, value in result.items() if key != "precisions"}))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,123 @@
+"""FP8 with Transformer Engine: what it needs of machine, model and layout, and weights that are held in it.
+
+Megatron itself turns FP8 off without a word where Transformer Engine is missing (fp8_utils.py:get_fp8_context); here that is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+from ..config import Config
+from ..platform.capabilities import Capabilities
+from ..types import InputError
+
+_OLDEST, _TOO_NEW = (2, 9), (2, 12)  # Transformer Engine's versions: what megatron-core 0.16.1 accepts (its pyproject.toml)
+
+
+def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities) -> None:
+    """Refuses FP8 that this machine, or this model in this layout, cannot do. Without ``fp8.recipe`` everything passes.
+
+    Raises:
+        InputError: no GPU, no Transformer Engine or one of an untested version, a recipe that the GPU or CUDA does not have (Transformer
+            Engine's pytorch/quantization.py), a matrix with a side that its kernels do not take.
+    """
+    recipe = cfg.fp8.recipe
+    if recipe is None:
+        return
+    setting = f"fp8.recipe = {recipe!r}"
+    if not machine.device:
+        raise InputError(f"{setting} needs an NVIDIA GPU, and this run is on a CPU: remove it")
+    if machine.transformer_engine is None:
+        raise InputError(f"{setting} needs Transformer Engine >= 2.9, < 2.12: install it as docs/install_gpu.md says, or remove the recipe")
+    if not _OLDEST <= machine.transformer_engine < _TOO_NEW:
+        raise InputError(
+            f"{setting} needs Transformer Engine >= 2.9, < 2.12, and {_dotted(machine.transformer_engine)} is installed: install another"
+        )
+    oldest, too_new = _GPUS[recipe]
+    if not oldest <= machine.compute_capability < too_new:
+        need = f"of compute capability {_dotted(oldest)} or more" + (f", below {_dotted(too_new)}" if too_new != _ANY else "")
+        found = f"{machine.device} has {_dotted(machine.compute_capability)}"
+        others = [name for name, (low, high) in _GPUS.items() if low <= machine.compute_capability < high]
+        raise InputError(f"{setting} needs a GPU {need}, and {found}: " + (f"choose {others[-1]!r}" if others else "remove it"))
+    if recipe == "blockwise" and machine.cuda < (12, 9):
+        raise InputError(f"{setting} needs CUDA 12.9 or newer, and torch was built with {_dotted(machine.cuda)}: choose 'tensorwise'")
+    multiple = _multiple(recipe)
+    for what, size in _sides(transformer):
+        if size % multiple:
+            raise InputError(
+                f"{setting} needs matrices with sides that {multiple} divides, and {what} is {size}: "
+                + ("choose 'tensorwise'" if multiple > 16 and size % 16 == 0 else "choose another layout, or remove it")
+            )
+
+
+_ANY = (99, 0)
+_GPUS = {
+    "delayed": ((8, 9), _ANY),
+    "tensorwise": ((8, 9), _ANY),
+    "blockwise": ((9, 0), _ANY),
+    "mxfp8": ((10, 0), (12, 0)),
+}
+"""By recipe, the oldest compute capability that has it, and the first that has it no more."""
+
+
+def total_multiple(cfg: Config) -> int:
+    """What the slots of a microbatch, over all context-parallel ranks together, must be a multiple of.
+
+    Each rank of a tensor-parallel group gets an equal stretch of the slots under sequence parallelism; under FP8 a stretch is a whole
+    number of the kernels' 16 or 32. (Megatron's own padding knows either parallelism or FP8: common/embeddings, get_padding.)
+    Tokens of an expert are as many as they are: those are padded by the router or the experts themselves.
+    """
+    parallel = cfg.parallel
+    ranks = parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.uses_sequence_parallel else 1)
+    return ranks * (_multiple(cfg.fp8.recipe) if cfg.fp8.recipe else 1)
+
+
+def drop_initial_values(chunks: list[torch.nn.Module]) -> None:
+    """Frees what weights in FP8 remember of the values they were loaded with, which an optimizer would make its main weights of."""
+    parameter: Any
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        if hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()
+
+
+def _multiple(recipe: str) -> int:
+    """Of both sides of a product's matrices (fp8_utils.py:get_fp8_align_size, Transformer Engine's pytorch/utils.py and mxfp8_tensor.py).
+
+    Blocks of 128 may be cut short by a matrix' end; only a sequence-parallel gather then falls back to bf16.
+    """
+    return 32 if recipe == "mxfp8" else 16
+
+
+def _sides(transformer: TransformerConfig) -> Iterator[tuple[str, int]]:
+    """The sides of the layers' matrices on one rank."""
+    tp, etp = transformer.tensor_model_parallel_size, transformer.expert_tensor_parallel_size or 1
+    yield "the hidden size", transformer.hidden_size
+    heads, width = transformer.num_attention_heads // tp, transformer.kv_channels or 0
+    if isinstance(transformer, MLATransformerConfig):
+        rotary, plain, values = transformer.qk_pos_emb_head_dim, transformer.qk_head_dim, transformer.v_head_dim
+        if transformer.q_lora_rank:
+            yield "q_lora_rank", transformer.q_lora_rank
+        yield "kv_lora_rank", transformer.kv_lora_rank
+        yield "kv_lora_rank + qk_rope_head_dim", transformer.kv_lora_rank + rotary
+        yield "query heads x head size / tensor_model_parallel_size", heads * (plain + rotary)
+        yield "heads x (qk_nope_head_dim + v_head_dim) / tensor_model_parallel_size", heads * (plain + values)
+        yield "heads x v_head_dim / tensor_model_parallel_size", heads * values
+    else:
+        groups = (transformer.num_query_groups or transformer.num_attention_heads) // tp
+        yield "query heads x head size / tensor_model_parallel_size", heads * width
+        yield "(query + key + value heads) x head size / tensor_model_parallel_size", (heads + 2 * groups) * width
+    frequency = transformer.moe_layer_freq
+    if not transformer.num_moe_experts or (0 in frequency if isinstance(frequency, list) else frequency > 1):
+        yield "the intermediate size / tensor_model_parallel_size", (transformer.ffn_hidden_size or 0) // tp
+    if transformer.num_moe_experts:
+        yield "the experts' intermediate size / expert_tensor_parallel_size", (transformer.moe_ffn_hidden_size or 0) // etp
+    if shared := transformer.moe_shared_expert_intermediate_size:
+        yield "the shared expert's intermediate size / tensor_model_parallel_size", shared // tp
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)
