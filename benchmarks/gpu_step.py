@@ -39,6 +39,8 @@ from megatron_gmpo.algorithms.objective import make_objective
 from megatron_gmpo.config import Config
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.platform import choose_device, prepare_megatron, seed_everything, start_process_group
+from megatron_gmpo.platform.capabilities import capabilities_of
+from megatron_gmpo.policy.fp8 import check_fp8
 from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.types import TrainBatch
@@ -147,7 +149,9 @@ def measure(recipe: Recipe, model: Path, options: Options) -> Figures:
     start_process_group(device, 600)
     prepare_megatron(device)
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
-    policy = Policy(cfg, describe_model(cfg, 1, device), groups, device)
+    description = describe_model(cfg, 1, device)
+    check_fp8(cfg, description.transformer, capabilities_of(device))
+    policy = Policy(cfg, description, groups, device)
     batch = random_batch(options)
     objective = make_objective(cfg.algorithm, is_moe=True, max_new_tokens=options.length)
 
@@ -220,6 +224,12 @@ def report(found: list[Figures], model: Path, options: Options, console: Console
     return {"benchmark": "gpu_step", "device": name, "parameters": parameters, "flops": flops, "floor_s": floor, "precisions": rows}
 
 
+def in_a_process(function: Callable[..., Any], *arguments: object) -> Any:
+    """Of its own, which gives back all memory of the GPU."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -243,13 +253,12 @@ def main(options: Options) -> None:
     console = Console(width=140)
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder) / "model", options)
+        model = in_a_process(write_model, Path(folder) / "model", options)
         for recipe in options.recipes:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                try:
-                    found.append(process.submit(measure, recipe, model, options).result())
-                except Exception as error:  # the other precisions are worth having
-                    console.print(f"{recipe} was not measured: {error}", markup=False)
+            try:
+                found.append(in_a_process(measure, recipe, model, options))
+            except Exception as error:  # the other precisions are worth having
+                console.print(f"{recipe} was not measured: {error}", markup=False)
         result = report(found, model, options, console)
     (options.out / "gpu_step.json").write_text(json.dumps(result, indent=2))
     print(json.dumps({key: value for key, value in result.items() if key != "precisions"}))

@@ -314,8 +314,8 @@ class OptimizerConfig(_Section):
     """Largest gradient norm; 0 means: no clipping."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
-    moments_dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Of both Adam moments. Below fp32 they need Transformer Engine's Adam, and ``model.dtype`` bf16."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of both Adam moments. In bf16 they need Transformer Engine's Adam, and ``model.dtype`` bf16."""
     offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the main weights and moments that is in host memory and updated there."""
     overlap_grad_reduce: bool = False
@@ -497,6 +497,15 @@ class Config(_Section):
             ):
                 if on:
                     raise ValueError(f"fp8.param = true with {field}: they do not work together; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _the_reference_stays_as_it_is(self) -> Config:
+        if self.fp8.recipe == "delayed" and self.algorithm.kl_coef > 0:  # Transformer Engine updates the scales of all modules together
+            raise ValueError(
+                "fp8.recipe = 'delayed' with algorithm.kl_coef > 0: the reference policy's scales would move with training; "
+                "choose 'tensorwise', or set it to 0"
+            )
         return self
 
     @model_validator(mode="after")

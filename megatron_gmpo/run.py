@@ -18,12 +18,11 @@ import tomli_w
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import AutoTokenizer
 
 from .checkpoint import native
 from .checkpoint.hf import SafetensorsFolder
 from .config import Config, exit_with_one_line, load_config
-from .data.prompts import load_prompts
+from .data.prompts import load_prompts, load_tokenizer
 from .distributed import rank
 from .errors import Exit, InputError, RunError, StopRequest
 from .metrics.logger import check_wandb
@@ -151,7 +150,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
     if cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0":  # the only rank that speaks to servers
         check_servers(cfg, description.hf)
-    tokenizer = _load_tokenizer(cfg.model.path)
+    tokenizer = load_tokenizer(cfg.model.path)
     eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}
     step: int = native.read_state(checkpoint)["step"] if checkpoint else 0
     prompts: list[Prompt] = []
@@ -207,10 +206,3 @@ def _keep_children_light() -> None:
     """
     main: Any = sys.modules["__main__"]
     main.__spec__ = main.__file__ = None
-
-
-def _load_tokenizer(path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"model.path = {path!r} has no tokenizer that can be loaded ({' '.join(str(error).split())})") from None

@@ -16,12 +16,11 @@ from typing import Literal
 
 import tyro
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from megatron_gmpo.checkpoint.companions import copy_companions
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import DataConfig, exit_with_one_line
-from megatron_gmpo.data.prompts import load_prompts
+from megatron_gmpo.data.prompts import load_prompts, load_tokenizer
 from megatron_gmpo.errors import InputError, RunError
 from megatron_gmpo.models.config import read_hf_config
 from megatron_gmpo.models.fp8_blocks import is_quantized
@@ -125,7 +124,7 @@ def main(
     )
     try:
         read_hf_config(str(hf), "--hf")
-        prompts = load_prompts(data, AutoTokenizer.from_pretrained(hf), "calibration")
+        prompts = load_prompts(data, load_tokenizer(str(hf), "--hf"), "calibration")
         print(export_quantized(hf, out, format, [prompt.input_ids for prompt in prompts], python))
     except RunError as error:
         exit_with_one_line(error, error.exit)

@@ -16,6 +16,7 @@ All but ``recorded`` compute at temperature 1, so that comparing it needs rollou
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,12 +34,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from megatron_gmpo.algorithms.sequences import k3
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import Config, exit_with_one_line, load_config
 from megatron_gmpo.data.packing import make_train_batch
+from megatron_gmpo.data.prompts import load_tokenizer
 from megatron_gmpo.distributed import rank
 from megatron_gmpo.errors import InputError, RunError, ServerError
 from megatron_gmpo.metrics.plots import COLORS, set_up_axes
@@ -115,7 +116,7 @@ def layer_by_layer(sequences: list[list[Tensor]], lengths: Iterable[int]) -> lis
 def transformers_side(cfg: Config, groups: list[SampleGroup], device: torch.device, side: str, layers: int) -> Side:
     """The embedded engine's model, with weights of a sync."""
     dtype, quantized = TRANSFORMERS[side]
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    tokenizer = load_tokenizer(cfg.model.path)
     engine = EmbeddedEngine(cfg.model.path, tokenizer, device=device, dtype=dtype, batch_size=1, seed=cfg.seed, quantized=quantized)
     engine.update_weights(weights_of(cfg), version=0)
     samples = [sample for group in groups for sample in group.samples]
@@ -181,8 +182,13 @@ def server_side(server: Server, groups: list[SampleGroup], timeout_s: float) -> 
 
 def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device, quantization: str) -> Side:
     """A server that is started for this and gets the weights by a sync."""
-    rollout = cfg.rollout.model_copy(update={"engine": "sglang", "quantization": quantization, "num_servers": 1})
-    cfg = cfg.model_copy(update={"rollout": rollout})
+    rollout = {"engine": "sglang", "quantization": quantization, "num_servers": 1, "placement": "disaggregated"}
+    ours = {"rollout": cfg.rollout.model_copy(update={**rollout, "server_urls": (), "servers_file": ""})}
+    # the server is on this process's GPU, where no group of both can be, nor memory that this process has only put by
+    ours["weight_sync"] = cfg.weight_sync.model_copy(update={"route": "disk", "folder": ""})
+    cfg = cfg.model_copy(update=ours)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     check_servers(cfg, read_hf_config(cfg.model.path))
     with TemporaryDirectory() as folder:
         servers = local_servers(cfg, device, Path(folder))
@@ -202,7 +208,7 @@ def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device
 def weights_of(cfg: Config) -> Iterator[tuple[str, Tensor]]:
     folder = SafetensorsFolder(cfg.model.path)
     tied = {"lm_head.weight"} if read_hf_config(cfg.model.path).tie_word_embeddings else set()
-    return ((name, folder.get(name)) for name in folder.names - tied)
+    return ((name, folder.get(name)) for name in folder.names if name not in tied)
 
 
 def measure(cfg: Config, options: Options) -> dict[str, Side]:
@@ -219,8 +225,12 @@ def measure(cfg: Config, options: Options) -> dict[str, Side]:
         raise InputError(f"--sides {' '.join(options.sides)}: name two or more, each once")
     if "recorded" in options.sides and cfg.rollout.temperature != 1:
         raise InputError(f"--sides recorded: these are of rollout.temperature = {cfg.rollout.temperature:g}, the others of 1; leave it out")
-    if options.layers and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"--layers {options.layers} needs a single process")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (options.layers or SERVERS.keys() & set(options.sides)):
+        raise InputError("--layers and the sides sglang and sglang_fp8 need a single process: leave them out, or torchrun")
+    if options.num_groups is not None and options.num_groups < 1:
+        raise InputError(f"--num_groups {options.num_groups}: give 1 or more")
+    if not options.out.parent.is_dir() or options.out.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--out {options.out}: give a .png, .pdf or .svg file in a folder that exists")
     groups = load_groups(options.groups, options.step)[: options.num_groups]
     device = choose_device(cfg.device)
     cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"temperature": 1.0})})
@@ -249,7 +259,7 @@ def table(sides: dict[str, Side]) -> Table:
     for other, side in others:
         ratio = side.logprobs - first.logprobs
         size = ratio.abs()
-        figures = (size.mean(), size.median(), size.quantile(0.99), size.max(), k3(ratio).mean())
+        figures = (size.mean(), size.median(), size.kthvalue(math.ceil(0.99 * len(size))).values, size.max(), k3(ratio).mean())
         shown.add_row(other, *(f"{figure:.2e}" for figure in figures))
     return shown
 

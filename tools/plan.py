@@ -78,7 +78,9 @@ def main(options: Options, argv: list[str], console: Console) -> None:
         for stage in range(cfg.parallel.pipeline_model_parallel_size)
     ]
     tables = (2 if not description.hf.tie_word_embeddings else 1) * (description.padded_vocab_size - description.hf.vocab_size)
-    model = model_of(plans, description.hf, description.transformer, tables * description.hf.hidden_size)
+    model = model_of(
+        plans, description.hf, description.transformer, tables * description.hf.hidden_size, quantized=cfg.rollout.quantization == "fp8"
+    )
     console.print(_headline(cfg, description, model, world_size, options.hardware))
     console.print(memory_table(plans, hardware))
     check_trainer(plans, hardware)
@@ -139,10 +141,10 @@ def plan_servers(cfg: Config, world_size: int, model: Model, plans: list[RankPla
                 f"colocated servers take {_gib(taken)} GiB beside the {_gib(plan.resident)} GiB of rank {plan.rank}: {_gib(over)} too much "
                 "for the GPU; lower sglang.args.mem_fraction_static"
             )
-    cache_tokens = (taken * gpus - model.weights) // model.kv_bytes_on(gpus)
+    cache_tokens = (taken * gpus - model.served_weights) // model.kv_bytes_on(gpus)
     if cache_tokens < longest:
         raise InputError(
-            f"a server's {gpus} GPUs give it {_gib(taken * gpus)} GiB, too little for {_gib(model.weights)} GiB of weights and one "
+            f"a server's {gpus} GPUs give it {_gib(taken * gpus)} GiB, too little for {_gib(model.served_weights)} GiB of weights and one "
             "response: raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
         )
     return Servers(count, gpus, cache_tokens)
@@ -209,7 +211,7 @@ def traffic_table(estimate: StepEstimate) -> Table:
         table.add_row(traffic.operation, traffic.group, str(len(traffic.ranks)), str(nodes), f"{traffic.sent / 1e9:.2f}")
     if boundary := estimate.boundary():
         table.add_row("send and receive", "pp", str(len(estimate.plans)), "", f"{boundary / 1e9:.2f}")
-    table.add_row("weight sync", "world", str(estimate.world_size), "", f"{estimate.model.weights / 1e9:.2f}")
+    table.add_row("weight sync", "world", str(estimate.world_size), "", f"{estimate.model.served_weights / 1e9:.2f}")
     return table
 
 

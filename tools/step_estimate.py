@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_gmpo.config import Config
 from megatron_gmpo.data.packing import plan_microbatches
+from megatron_gmpo.models.fp8_blocks import BLOCK
 from megatron_gmpo.policy.dry_run import RankPlan, Traffic, Work
 
 GIB = 2**30
@@ -79,6 +80,8 @@ class Model:
     num_layers: int
     num_experts: int
     topk: int
+    served_weights: int
+    """Bytes of the weights on a server, and on their way to it."""
 
     @property
     def weights(self) -> int:
@@ -261,9 +264,9 @@ class StepEstimate:
         if self.cfg.rollout.engine == "embedded":
             return gathered
         route = {
-            "disk": 2 * self.model.weights / DISK_BANDWIDTH,
-            "distributed": self.model.weights / (self.hardware.network * LINK_EFFICIENCY),
-            "tensor": self.model.weights / HOST_COPY_BANDWIDTH,
+            "disk": 2 * self.model.served_weights / DISK_BANDWIDTH,
+            "distributed": self.model.served_weights / (self.hardware.network * LINK_EFFICIENCY),
+            "tensor": self.model.served_weights / HOST_COPY_BANDWIDTH,
         }
         return gathered + route[self.cfg.weight_sync.route]
 
@@ -289,15 +292,21 @@ class StepEstimate:
     def _decode_step(self, batch: int, cached_tokens: float) -> float:
         model, servers, hardware = self.model, self.servers, self.hardware
         met = 1 - (1 - model.topk / model.num_experts) ** batch if model.num_experts else 0.0  # experts that some token meets
-        read = 2 * (model.parameters - model.expert_parameters * (1 - met)) + cached_tokens * model.kv_bytes_on(servers.gpus)
+        weights = model.served_weights / model.parameters * (model.parameters - model.expert_parameters * (1 - met))
+        read = weights + cached_tokens * model.kv_bytes_on(servers.gpus)
         reading = read / (servers.gpus * hardware.bandwidth * DECODE_EFFICIENCY)
         computing = 2 * model.active_parameters * batch / (servers.gpus * hardware.flops * PREFILL_EFFICIENCY)
         latency = model.num_layers * (LAYER_LATENCY_S + (TP_LATENCY_S if servers.gpus > 1 else 0.0))
         return max(reading, computing) + latency
 
 
-def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int) -> Model:
-    """The whole model, from its stages; ``padding``: elements that pad the vocabulary."""
+def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, quantized: bool) -> Model:
+    """The whole model, from its stages.
+
+    Args:
+        padding: elements that pad the vocabulary.
+        quantized: the servers hold it in block-wise FP8.
+    """
     parameters = sum(plan.stage_parameters for plan in plans) - padding
     experts = sum(plan.stage_expert_parameters for plan in plans)
     count, topk = transformer.num_moe_experts or 0, transformer.moe_router_topk if transformer.num_moe_experts else 0
@@ -307,4 +316,6 @@ def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int) -> 
     else:
         kv_heads, kv = transformer.num_query_groups, 2 * 2 * transformer.kv_channels
     layers = transformer.num_layers
-    return Model(parameters, parameters - idle, experts, kv_heads, kv * layers, layers, count, topk)
+    wide = hf.hidden_size * (hf.vocab_size * (1 if hf.tie_word_embeddings else 2) + layers * count)  # embeddings, routers; norms are small
+    served = 2 * wide + (parameters - wide) * (1 + 4 / BLOCK**2) if quantized else 2 * parameters
+    return Model(parameters, parameters - idle, experts, kv_heads, kv * layers, layers, count, topk, round(served))

@@ -153,7 +153,13 @@ if [[ -n $excluded ]]; then
   ((others >= SLURM_JOB_NUM_NODES)) || fail 87 "partition $SLURM_JOB_PARTITION has fewer than $SLURM_JOB_NUM_NODES nodes without $excluded"
 fi
 # A job that Slurm is ending has been cancelled, or requeued already; only after its time limit is that for us to do.
-state=$(squeue --noheader --job="$SLURM_JOB_ID" --format='%T %r' | head -n 1)
+state=''
+for ((tries = 0; tries < 6; tries++)); do # the controller may be busy, or be starting again
+  state=$(squeue --noheader --job="$SLURM_JOB_ID" --format='%T %r' | head -n 1)
+  [[ -n $state ]] && break
+  sleep 10
+done
+[[ -n $state ]] || fail 1 "squeue does not say how job $SLURM_JOB_ID stands, so that it cannot be requeued"
 if ((code == 85)) && [[ $state == RUNNING* || $state == *TimeLimit ]]; then
   scontrol requeue "$SLURM_JOB_ID" && say "job $SLURM_JOB_ID is requeued" || code=1
   [[ -n $excluded ]] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"

@@ -12,7 +12,7 @@ import datasets
 import pandas
 from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import DataConfig
 from ..errors import InputError
@@ -22,6 +22,18 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _REMEDY = "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or a name on the hub"
+
+
+def load_tokenizer(path: str, field: str = "model.path") -> Any:
+    """The tokenizer of a model folder, which ``field`` names.
+
+    Raises:
+        InputError: there is none that transformers can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"{field} = {path!r} has no tokenizer that can be loaded ({' '.join(str(error).split())})") from None
 
 
 def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:

@@ -171,6 +171,8 @@ _FIXED_FIELDS = {
     "calculate_per_token_loss": "the loss already comes divided, and gradients would be summed over ranks a second time",
     "variable_seq_lengths": "packed microbatches differ in length",
     "fp4": "packed microbatches are not padded as its kernels need",
+    "fp8_dot_product_attention": "packed attention in FP8 is untested",
+    "fp8_multi_head_attention": "packed attention in FP8 is untested",
     "tp_comm_overlap": "its buffers have one length, and packed microbatches differ in theirs",
 }
 _LIBRARIES = {

@@ -18,11 +18,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..config import OptimizerConfig
 from ..errors import InputError
-from ..models.config import ModelDescription
+from ..models.config import DTYPES, ModelDescription
 from ..models.spec import decoder_spec
 from ..platform.capabilities import Capabilities
-
-_MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}  # Transformer Engine's name for FP8 with a scale
 
 
 def check_optimizer(cfg: OptimizerConfig, machine: Capabilities) -> None:
@@ -119,8 +117,8 @@ def make_trainable(
         # the optimizer then holds the main weights itself, here whole: a checkpoint has them as any other's
         use_precision_aware_optimizer=cfg.moments_dtype != "fp32" or cfg.offload_fraction > 0,
         store_param_remainders=False,
-        exp_avg_dtype=_MOMENTS[cfg.moments_dtype],
-        exp_avg_sq_dtype=_MOMENTS[cfg.moments_dtype],
+        exp_avg_dtype=DTYPES[cfg.moments_dtype],
+        exp_avg_sq_dtype=DTYPES[cfg.moments_dtype],
         optimizer_cpu_offload=cfg.offload_fraction > 0,
         optimizer_offload_fraction=cfg.offload_fraction,
         overlap_cpu_optimizer_d2h_h2d=cfg.offload_fraction > 0,

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..config import Config, OptimizerConfig
 from ..models.attention import PackedAttention, RMSNorm
-from ..models.config import ModelDescription
+from ..models.config import DTYPES, ModelDescription
 from ..platform import prepare_megatron
 from ..platform.cpu import on_meta
 from .build import build_chunks, make_trainable
@@ -479,7 +479,7 @@ def _optimizer_nbytes(optimizer: Any, chunks: list[torch.nn.Module], cfg: Optimi
     main = [param for group in optimizer.param_groups for param in group["params"]]
     known = _storages(_tensors(chunks))
     own = sum(size for key, size in _storages(main).items() if key not in known)
-    moments = 2 * sum(param.numel() for param in main) * {"fp32": 4, "bf16": 2, "fp8": 1}[cfg.moments_dtype]
+    moments = 2 * sum(param.numel() for param in main) * DTYPES[cfg.moments_dtype].itemsize
     return round((1 - cfg.offload_fraction) * (own + moments))
 
 

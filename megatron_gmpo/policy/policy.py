@@ -77,6 +77,8 @@ class Policy:
             self.routing = Routing(self.chunks, description.routing, groups.tp) if observed else None
             self.auxiliary = AuxiliaryLosses(description.transformer, groups, device)
             self._weights_are_old = False  # since ``set_old_logprobs`` no update changed them
+        else:
+            drop_initial_values(self.chunks)
 
     def _load(self, path: str) -> list[torch.nn.Module]:
         chunks = build_chunks(self.description, self.groups, self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,9 +17,14 @@ class Bucket:
         self.contents: list[tuple[str, torch.dtype, torch.Size, int]] = []  # name, dtype, shape, first byte
         self.nbytes = 0
 
-    def takes(self, tensor: Tensor) -> bool:
-        # the servers expect no gaps; where dtypes change at an odd length, a new bucket begins
-        return self.nbytes + tensor.nbytes <= len(self._buffer) and self.nbytes % tensor.itemsize == 0
+    def takes(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether there is room for all of them, in this order."""
+        end = self.nbytes
+        for tensor in tensors:
+            if end % tensor.itemsize:  # the servers expect no gaps; where dtypes change at an odd length, a new bucket begins
+                return False
+            end += tensor.nbytes
+        return end <= len(self._buffer)
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.contents.append((name, tensor.dtype, tensor.shape, self.nbytes))

@@ -31,14 +31,13 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _PROBE_TIMEOUT_S = 5.0
-_ANSWER_TIMEOUT_S = 30.0
 
 
 def serve(cfg: Config) -> None:
     """Runs the servers of this node until SIGTERM.
 
     Raises:
-        ServerError: one cannot be started, or all were lost too often, or those of another node are not there in time.
+        ServerError: one cannot be started, those of another node are not there in time, or none is left on this node, the only one.
         InputError: ``rollout.num_servers`` cannot be shared out evenly; or as ``LocalServers``.
     """
     run_dir, task, tasks = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
@@ -59,6 +58,11 @@ def serve(cfg: Config) -> None:
         servers.wait_ready()
         _publish(cfg, servers, task, tasks)
         _watch(cfg, servers)
+        lost = f"every SGLang server of {node_name()} was lost {cfg.sglang.max_restarts + 1} times in a row: see its log"
+        if tasks == 1:
+            raise ServerError(lost)
+        log.error(lost)
+        signal.pause()  # the end of this task would be that of the others
     finally:
         servers.stop()
 
@@ -80,10 +84,7 @@ class _State:
 
 def _watch(cfg: Config, servers: LocalServers) -> None:
     """Starts servers again, each ``sglang.max_restarts`` times in a row, a weight sync between two losses making the count start anew.
-
-    Raises:
-        ServerError: none is left.
-    """
+    Returns when none is left."""
     states = [_State(time.monotonic()) for _ in servers.servers]
     while any(state.losses <= cfg.sglang.max_restarts for state in states):
         time.sleep(cfg.sglang.health_interval_s)
@@ -92,10 +93,12 @@ def _watch(cfg: Config, servers: LocalServers) -> None:
                 state.losses += 1
                 log.warning("SGLang server %s %s: lost %d times in a row", servers.servers[index].url, why, state.losses)
                 if state.losses <= cfg.sglang.max_restarts:
-                    servers.restart(index)
+                    try:
+                        servers.restart(index)
+                    except (ServerError, OSError) as error:
+                        log.warning("SGLang server %s was not started again: %s", servers.servers[index].url, error)
                     state.silent_since = time.monotonic() + cfg.sglang.start_timeout_s
                     state.first_version = None
-    raise ServerError(f"every SGLang server of {node_name()} was lost {cfg.sglang.max_restarts + 1} times in a row: see its log")
 
 
 def _loss(cfg: Config, servers: LocalServers, index: int, state: _State) -> str:
@@ -103,13 +106,12 @@ def _loss(cfg: Config, servers: LocalServers, index: int, state: _State) -> str:
     if not servers.is_alive(index):
         return "died"
     server = servers.servers[index]
-    version = server.weight_version(_PROBE_TIMEOUT_S)
-    # a colocated server sleeps while the policy trains: it has nothing but its front to answer with
-    if version and (cfg.rollout.placement == "colocated" or server.answers(_ANSWER_TIMEOUT_S)):
+    # it need not generate: a sync may have paused it, or it sleeps while the policy trains. SGLang itself ends one whose scheduler hangs
+    if version := server.weight_version(_PROBE_TIMEOUT_S):
         state.silent_since = time.monotonic()
         state.first_version = state.first_version or version
         state.losses = state.losses if version == state.first_version else 0
-    limit = max(cfg.sglang.hang_timeout_s, cfg.weight_sync.timeout_s)  # a sync may pause it
+    limit = cfg.sglang.hang_timeout_s
     return f"has answered nothing for {limit:g} s" if time.monotonic() - state.silent_since > limit else ""
 
 

@@ -52,10 +52,10 @@ def check_servers(cfg: Config, hf: Any) -> None:
         InputError: no environment to start servers from, one of ``rollout.server_urls`` that cannot be used, or a model in FP8 that the
             servers would start with and the weight sync would not send.
     """
+    if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
+        raise InputError(f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', or give the model in bf16")
     if cfg.rollout.server_urls:
         external_servers(cfg.rollout.server_urls)
-    elif getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
-        raise InputError(f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', or give the model in bf16")
     elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
         raise InputError(
             f"sglang.python = {cfg.sglang.python!r} is not there: run make sglang, or give rollout.server_urls or servers_file"
@@ -105,6 +105,12 @@ def local_servers(
     model_path, dtype = cfg.model.path, cfg.model.dtype
     options: dict[str, Any] = {}
     if cfg.rollout.quantization == "fp8":
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0):
+            # deep_gemm_wrapper/configurer.py, fp8_utils.py:requant_weight_ue8m0_inplace
+            raise InputError(
+                "rollout.quantization = 'fp8' needs Hopper GPUs: on newer ones SGLang packs the scales that it loads, and takes no others "
+                "afterwards; set it to 'none'"
+            )
         model_path, dtype = str(fp8_start_folder(Path(model_path), log_dir / "fp8_model")), "bf16"  # which FP8 kernels give
         options["load_format"] = "dummy"
     if cfg.rollout.routed_experts:

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -246,15 +247,18 @@ class _Route(ABC):
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _buckets(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[Bucket, bool]]:
-        """Full buckets, and whether each is the last. A tensor that is too large for a bucket is one by itself."""
+        """Full buckets, and whether each is the last. What is too large for a bucket is one by itself."""
         bucket, count = None, 0
-        for name, tensor in fp8_blocks.quantize_all(tensors) if self._quantized else tensors:
-            if bucket is None or not bucket.takes(tensor):
+        for unit in _loaded_together(tensors):
+            if self._quantized:
+                unit = sorted(fp8_blocks.quantize_all(unit), key=lambda named: -named[1].itemsize)  # so that each is aligned
+            if bucket is None or not bucket.takes(tensor for _, tensor in unit):
                 if bucket:
                     yield bucket, False
-                bucket = Bucket(self._buffer(count, tensor.nbytes))
+                bucket = Bucket(self._buffer(count, sum(tensor.nbytes for _, tensor in unit)))
                 count += 1
-            bucket.add(name, tensor)
+            for name, tensor in unit:
+                bucket.add(name, tensor)
         if bucket:
             yield bucket, True
 
@@ -296,6 +300,20 @@ def _checksums(session: Session) -> dict[Server, list[dict[str, str]]]:
     """Checksum of every weight by the server's own name, for each tensor-parallel rank."""
     replies = session.ask("/weights_checker", {"action": "checksum"})
     return {server: [rank["checksums"] for rank in reply.json()["ranks"]] for server, reply in replies.items()}
+
+
+def _loaded_together(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """The tensors one by one, but for two of latent attention. SGLang makes one parameter of those, and passes over either of them in a
+    request that does not have both (models/deepseek_common/deepseek_weight_loader.py)."""
+    waiting: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors:
+        layer, *halves = re.split(r"\.(?:q_a_proj|kv_a_proj_with_mqa)\.", name)
+        unit = [*waiting.pop(layer, []), (name, tensor)]
+        if halves and len(unit) == 1:
+            waiting[layer] = unit
+        else:
+            yield unit
+    yield from waiting.values()  # of a model without a low rank for queries
 
 
 def _majority(items: list[Any]) -> Any:

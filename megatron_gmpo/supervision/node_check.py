@@ -42,7 +42,7 @@ def check_nodes(cfg: SupervisionConfig, run_dir: Path, device: torch.device, che
         InputError: on every rank, where the disk that all nodes share is too full.
     """
     _raise_on_every_rank([*_gpus(device), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()])
-    _check_space(run_dir, checkpoint_bytes if cfg.min_free_disk_gb is None else cfg.min_free_disk_gb * _GB)
+    _check_space(cfg, run_dir, checkpoint_bytes)
     _raise_on_every_rank([*_all_reduce(device)])  # last: a rank that is missing something might not come to it
 
 
@@ -88,13 +88,15 @@ def _run_dir(run_dir: Path) -> Iterator[str]:
         file.unlink()
 
 
-def _check_space(run_dir: Path, wanted_bytes: float) -> None:
+def _check_space(cfg: SupervisionConfig, run_dir: Path, checkpoint_bytes: int) -> None:
     """No other node would have more of it."""
-    free = broadcast_object(shutil.disk_usage(run_dir).free)
-    if free < wanted_bytes:
+    free = broadcast_object(shutil.disk_usage(run_dir).free) / _GB
+    wanted, why = checkpoint_bytes / _GB, f"a checkpoint takes {checkpoint_bytes / _GB:.1f} GB"
+    if cfg.min_free_disk_gb is not None:
+        wanted, why = cfg.min_free_disk_gb, f"supervision.min_free_disk_gb = {cfg.min_free_disk_gb:g}"
+    if free < wanted:
         raise InputError(
-            f"run_dir = {str(run_dir)!r} has {free / _GB:.1f} GB of disk space left and a checkpoint takes {wanted_bytes / _GB:.1f} GB: "
-            "make room, choose another run_dir, or lower supervision.min_free_disk_gb"
+            f"run_dir = {str(run_dir)!r} has {free:.1f} GB of disk space left, and {why}: make room, or choose another run_dir"
         )
 
 

@@ -52,7 +52,11 @@ def test_a_recipe_is_close_to_bf16(policy_of: Open, batch: TrainBatch, family: s
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("lengths", [[3], [130, 17]])
 def test_experts_with_few_tokens_or_none(policy_of: Open, recipe: str, lengths: list[int]) -> None:
-    """Padding by the router and by a copy give the same, and what bf16 gives."""
+    """Padding by the router and by a copy give the same, and what bf16 gives.
+
+    The tokens that the router pads with are among the values that an expert's one scale is chosen for, where it has only one.
+    """
+    one_scale = recipe in ("delayed", "tensorwise")
     batch = make_batch(lengths)
     found = []
     for padding in (True, False):
@@ -60,8 +64,8 @@ def test_experts_with_few_tokens_or_none(policy_of: Open, recipe: str, lengths: 
         with policy_of("qwen3_moe", fp8=fp8, optimizer=STILL) as policy:
             found.append(forward_and_backward(policy, batch))
     (logprobs, gradients), (copied, copied_gradients) = found
-    assert difference(logprobs, copied, batch) < 0.02
-    assert torch.cosine_similarity(gradients, copied_gradients, dim=0) > 0.99
+    assert difference(logprobs, copied, batch) < (LOGPROBS if one_scale else 0.02)
+    assert torch.cosine_similarity(gradients, copied_gradients, dim=0) > (GRADIENTS["qwen3_moe"] if one_scale else 0.99)
     with policy_of("qwen3_moe", optimizer=STILL) as policy:
         assert difference(logprobs, policy.logprobs(batch), batch) < 3 * LOGPROBS  # few tokens: one that changes its expert counts
 

@@ -78,7 +78,7 @@ def test_a_run_on_a_cpu_with_the_embedded_engine(tiny_model: Callable[..., Path]
 
 def test_a_server_of_more_gpus_than_heads_repeats_the_heads() -> None:
     """Qwen3-30B-A3B: keys and values of 4 heads of 128 in 48 layers, bf16. DeepSeek-V3: one latent of 576 in 61 layers."""
-    qwen = Model(0, 0, 0, kv_heads=4, kv_head_bytes=2 * 2 * 128 * 48, num_layers=48, num_experts=128, topk=8)
+    qwen = Model(0, 0, 0, kv_heads=4, kv_head_bytes=2 * 2 * 128 * 48, num_layers=48, num_experts=128, topk=8, served_weights=0)
     assert [qwen.kv_bytes_on(gpus) for gpus in (1, 4, 8)] == [98_304, 98_304, 196_608]
-    deepseek = Model(0, 0, 0, kv_heads=1, kv_head_bytes=2 * 576 * 61, num_layers=61, num_experts=256, topk=8)
+    deepseek = Model(0, 0, 0, kv_heads=1, kv_head_bytes=2 * 576 * 61, num_layers=61, num_experts=256, topk=8, served_weights=0)
     assert deepseek.kv_bytes_on(8) == 8 * 70_272

@@ -237,7 +237,7 @@ CASES: dict[str, tuple[str, list[str], int, str]] = {
         "examples/moe/tiny.sbatch",
         options(supervision__min_free_disk_gb=1e9),
         2,
-        r"run_dir = .* GB of disk space left and a checkpoint takes 1000000000\.0 GB: make room, choose another run_dir",
+        r"run_dir = .* GB of disk space left, and supervision\.min_free_disk_gb = 1e\+09: make room, or choose another run_dir",
     ),
     "missing config": ("examples/moe/launch.sh nowhere.toml", [], 2, r"config file nowhere\.toml does not exist"),
     "bad setting": ("examples/moe/tiny.sbatch", options(train__num_stepps=3), 2, r"unknown config key 'train\.num_stepps': did you mean"),

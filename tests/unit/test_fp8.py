@@ -127,10 +127,11 @@ def test_latent_attention(tiny_model: Callable[..., Path]) -> None:
         (["--fp8.recipe", "delayed", "--fp8.num_layers_at_end_in_bf16", "1"], ["fp8: layers in bf16", "choose 'tensorwise'"]),
         (["--fp8.recipe", "mxfp8", "--fp8.param", "true"], ["another recipe than 'mxfp8'"]),
         (["--fp8.recipe", "tensorwise", "--model.dtype", "fp32"], ["fp8.recipe = 'tensorwise' needs model.dtype = 'bf16', not 'fp32'"]),
+        (["--fp8.recipe", "delayed", "--algorithm.kl_coef", "0.1"], ["fp8.recipe = 'delayed' with algorithm.kl_coef", "tensorwise"]),
         (["--optimizer.moments_dtype", "bf16", "--model.dtype", "fp32"], ["optimizer.moments_dtype = 'bf16' needs model.dtype"]),
         (["--optimizer.offload_fraction", "0.5", "--model.dtype", "fp32"], ["optimizer.offload_fraction = 0.5 needs model.dtype"]),
-        (["--optimizer.moments_dtype", "fp8", "--optimizer.use_distributed_optimizer", "false"], ["needs use_distributed_optimizer"]),
-        (["--optimizer.moments_dtype", "fp8", "--optimizer.offload_fraction", "1"], ["moments_dtype = 'fp8' with offload_fraction"]),
+        (["--optimizer.moments_dtype", "bf16", "--optimizer.use_distributed_optimizer", "false"], ["needs use_distributed_optimizer"]),
+        (["--optimizer.moments_dtype", "bf16", "--optimizer.offload_fraction", "1"], ["moments_dtype = 'bf16' with offload_fraction"]),
         (["--optimizer.overlap_param_gather", "true"], ["overlap_param_gather = true needs overlap_grad_reduce = true"]),
         (
             ["--fp8.recipe", "tensorwise", "--fp8.param", "true", "--optimizer.moments_dtype", "bf16"],
@@ -174,7 +175,7 @@ def test_more_bf16_layers_than_a_stage_has() -> None:
 
 def test_the_optimizers_needs() -> None:
     bare = Capabilities("H100", (9, 0), (12, 9))
-    for field, value in (("moments_dtype", "fp8"), ("offload_fraction", 0.5)):
+    for field, value in (("moments_dtype", "bf16"), ("offload_fraction", 0.5)):
         cfg = OptimizerConfig.model_validate({field: value})
         check_optimizer(cfg, H100)
         assert f"optimizer.{field} = {value!r} needs an NVIDIA GPU" in refusal(lambda cfg=cfg: check_optimizer(cfg, Capabilities()))
