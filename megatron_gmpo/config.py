@@ -263,7 +263,7 @@ class AlgorithmConfig(_Section):
     advantage: Literal["normalized", "mean", "leave_one_out"] = "normalized"
     correction: Literal["none", "token", "sequence", "geometric"] = "none"
     """Importance weights for what the rollout engine's probabilities differ from the policy's: of each token, of each sequence, or the
-    sequence's geometric mean, the one that fits gmpo and gspo."""
+    sequence's geometric mean, the one that fits gmpo, rspo and gspo."""
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
     """Larger weights are cut to this."""
     mask: Literal["none", "icepop", "geometric", "off_policy"] = "none"
@@ -460,7 +460,7 @@ class Config(_Section):
     fp8: Fp8Config = Fp8Config()
     parallel: ParallelConfig = ParallelConfig()
     megatron: dict[str, Any] = {}
-    """Any further field of Megatron's TransformerConfig, by its own name."""
+    """Further fields of Megatron's TransformerConfig, by their own names."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     sglang: SGLangConfig = SGLangConfig()
@@ -550,7 +550,7 @@ class Config(_Section):
         return self
 
 
-_TABLES = """Further tables: --megatron.FIELD VALUE (any field of Megatron's TransformerConfig), --algorithm.options.KEYWORD VALUE
+_TABLES = """Further tables: --megatron.FIELD VALUE (further fields of Megatron's TransformerConfig), --algorithm.options.KEYWORD VALUE
 (keywords of the loss), --sglang.args.OPTION VALUE (any option of sglang.launch_server), --eval.sets.NAME.KEY VALUE (benchmarks, with
 the keys of data)."""
 
