@@ -204,8 +204,9 @@ class SGLangConfig(_Section):
     """Any further option of sglang.launch_server by its own name, e.g. ``mem_fraction_static = 0.8``."""
     max_concurrent_requests: Positive = 256
     """Requests one server has at a time; the others wait in the client."""
-    request_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """Limit for one response."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 1200.0
+    """Limit for one response. With ``hang_timeout_s`` it must fit into ``supervision.hang_timeout_s``, or a hung server ends the run before
+    it is found."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Limit for a server to load and answer."""
     health_interval_s: Annotated[float, Field(gt=0)] = 10.0
@@ -229,7 +230,8 @@ class WeightSyncConfig(_Section):
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Limit for one request of a sync."""
     folder: str = ""
-    """Where the ``disk`` route writes; empty means weight_sync in run_dir. The servers must see it under the same name."""
+    """Where the ``disk`` route writes, each run below its own name; empty means weight_sync in run_dir. The servers must see it under the
+    same name."""
 
 
 class RewardConfig(_Section):

@@ -49,15 +49,18 @@ class TrainingState:
 
     def save(self, logger: MetricLogger) -> None:
         """A checkpoint of everything, in ``run.checkpoint_dir``."""
-        state = {
+        path = self.policy.save(self._run.checkpoint_dir, self.step, self._records(), self._cfg.checkpoint.keep_last)
+        self.saved_step = self.step
+        logger.event("checkpoint", step=self.step, path=str(path))
+
+    def _records(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the policy."""
+        return {
             "prompts": self.collector.state_dict() if self.collector else None,
             "clip": self._clip.state_dict() if self._clip else None,
             "collapse": self._detector.state_dict(),
             "config": self._cfg.model_dump(mode="json"),
         }
-        path = self.policy.save(self._run.checkpoint_dir, self.step, state, self._cfg.checkpoint.keep_last)
-        self.saved_step = self.step
-        logger.event("checkpoint", step=self.step, path=str(path))
 
     def adapt_clip(self, learned: Mapping[str, Metric]) -> None:
         """The objective's clips for the next step, from the metrics of this one; they stay unless ``algorithm.clip`` is ``adaptive``."""
@@ -88,15 +91,14 @@ class TrainingState:
         return f"{found}: rolled back to it"
 
     def _roll_back(self, checkpoint: Path, logger: MetricLogger) -> None:
-        """With a smaller learning rate and other prompts, or the same would happen again. The checkpoint is written anew: it remembers."""
+        """With a smaller learning rate and other prompts, or the same would happen again. The checkpoint remembers both."""
         rollbacks, came_from = self._detector.rollbacks + 1, self.step
+        if self.collector:
+            self.collector.drop_ahead()  # first: a server that comes back meanwhile is given the weights of this step
         self._restore(checkpoint)
         self._detector.rollbacks = rollbacks
         self._scale_lr()
-        if self.collector:
-            self.collector.drop_ahead()
-        self.save(logger)
-        native.drop_after(self._run.checkpoint_dir, self.step)
+        native.go_back(checkpoint, self._records())
         logger.rewind(self.step)
         self._cut_transcripts()
         logger.event("rollback", step=self.step, from_step=came_from, rollbacks=rollbacks)

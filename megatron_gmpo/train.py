@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before what takes time to import: until then a sig
 
 import logging
 from contextlib import closing, nullcontext
-from dataclasses import asdict
 
 import safetensors.torch
 from torch import Tensor
@@ -181,7 +180,7 @@ def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch | None, run
     line = f"step {step}: {error}"
     if minibatch is not None and rank() == 0:  # no collective here: a rollout may have failed on one rank alone
         file = run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
-        tensors = {name: value.clone() for name, value in asdict(minibatch).items() if isinstance(value, Tensor)}
+        tensors = {name: value.clone() for name, value in vars(minibatch).items() if isinstance(value, Tensor)}
         safetensors.torch.save_file(tensors, file)
         line += f"; the last minibatch is in {file}"
     if kept := native.latest_checkpoint(run.checkpoint_dir):

@@ -17,7 +17,6 @@ import torch.distributed as dist
 import transformers
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.packed_seq_params import PackedSeqParams
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +26,7 @@ from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
 from megatron_gmpo.config import Config, exit_with_one_line
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.models.attention import packing_of
 from megatron_gmpo.models.config import DTYPES, ModelDescription, describe_model
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.build import build_chunks
@@ -165,16 +165,7 @@ def _megatron_logits(cfg: Config, description: ModelDescription, megatron: Path,
         gpt.load_state_dict(dist_checkpointing.load(weights, str(checkpoint_folder(megatron))), strict=False)
         for parameter in gpt.parameters() if dtype else ():
             parameter.copy_(parameter.to(DTYPES[dtype]))
-        bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
-        packing = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            cu_seqlens_q_padded=bounds,
-            cu_seqlens_kv_padded=bounds,
-            max_seqlen_q=len(tokens),
-            max_seqlen_kv=len(tokens),
-        )
+        packing = packing_of(torch.tensor([0, len(tokens)], dtype=torch.int32))
         return gpt.eval()(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packing)[0]
     finally:
         stop_model_parallel()

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from pydantic import ValidationError
 from safetensors import safe_open
 
 from megatron_gmpo.checkpoint.companions import copy_companions
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
-from megatron_gmpo.config import DataConfig, exit_with_one_line
+from megatron_gmpo.config import DataConfig, exit_with_one_line, explain
 from megatron_gmpo.data.prompts import load_prompts, load_tokenizer
 from megatron_gmpo.errors import InputError, RunError
+from megatron_gmpo.models.blocks import prediction_layers
 from megatron_gmpo.models.config import read_hf_config
 from megatron_gmpo.models.fp8_blocks import is_quantized
 
@@ -53,9 +55,10 @@ def export_quantized(hf: Path, out: Path, format: Format, prompts: Sequence[Sequ
         raise InputError(f"--python {str(python)!r} is not there: run make modelopt")
     if out.exists():
         raise InputError(f"--out {str(out)!r} exists: name another folder, or remove it")
-    if getattr(read_hf_config(str(hf), "--hf"), "quantization_config", None):
+    config = read_hf_config(str(hf), "--hf")
+    if getattr(config, "quantization_config", None):
         raise InputError(f"--hf {str(hf)!r} is quantised already: give the model in bf16")
-    source = SafetensorsFolder(hf)
+    source = SafetensorsFolder(hf, left_out=prediction_layers(config))
     linear = {name for name in source.names if is_quantized(name)}
     odd = sorted(name for name in linear if source.shape(name)[1] % _GROUP)
     if format == "nvfp4" and odd:
@@ -115,17 +118,19 @@ def main(
         answer_column: Column with the answer, which is not used.
         python: Interpreter of ModelOpt's environment.
     """
-    data = DataConfig(
-        path=calibration,
-        max_prompts=num_prompts,
-        max_prompt_tokens=max_prompt_tokens,
-        prompt_column=prompt_column,
-        answer_column=answer_column,
-    )
     try:
+        data = DataConfig(
+            path=calibration,
+            max_prompts=num_prompts,
+            max_prompt_tokens=max_prompt_tokens,
+            prompt_column=prompt_column,
+            answer_column=answer_column,
+        )
         read_hf_config(str(hf), "--hf")
         prompts = load_prompts(data, load_tokenizer(str(hf), "--hf"), "calibration")
         print(export_quantized(hf, out, format, [prompt.input_ids for prompt in prompts], python))
+    except ValidationError as error:
+        exit_with_one_line(InputError(explain(error, DataConfig)))
     except RunError as error:
         exit_with_one_line(error, error.exit)
 

@@ -36,6 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_gmpo.algorithms.sequences import k3
+from megatron_gmpo.checkpoint.hf import unwrapped
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import Config, exit_with_one_line, load_config
 from megatron_gmpo.data.packing import make_train_batch
@@ -43,6 +44,7 @@ from megatron_gmpo.data.prompts import load_tokenizer
 from megatron_gmpo.distributed import rank
 from megatron_gmpo.errors import InputError, RunError, ServerError
 from megatron_gmpo.metrics.plots import COLORS, set_up_axes
+from megatron_gmpo.models.blocks import prediction_layers
 from megatron_gmpo.models.config import describe_model, read_hf_config
 from megatron_gmpo.platform import choose_device, prepare_megatron, start_process_group
 from megatron_gmpo.policy.parallel import start_model_parallel
@@ -150,12 +152,6 @@ def policy_side(cfg: Config, groups: list[SampleGroup], device: torch.device, la
     return Side(logprobs, layer_by_layer(kept, [len(group.samples[0].tokens) for group in one_each]))
 
 
-def unwrapped(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
 def server_side(server: Server, groups: list[SampleGroup], timeout_s: float) -> Side:
     """A running server's; it reads whole sequences and generates one token more.
 
@@ -206,8 +202,9 @@ def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device
 
 
 def weights_of(cfg: Config) -> Iterator[tuple[str, Tensor]]:
-    folder = SafetensorsFolder(cfg.model.path)
-    tied = {"lm_head.weight"} if read_hf_config(cfg.model.path).tie_word_embeddings else set()
+    hf = read_hf_config(cfg.model.path)
+    folder = SafetensorsFolder(cfg.model.path, left_out=prediction_layers(hf))
+    tied = {"lm_head.weight"} if hf.tie_word_embeddings else set()
     return ((name, folder.get(name)) for name in folder.names if name not in tied)
 
 

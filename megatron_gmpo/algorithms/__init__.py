@@ -53,7 +53,7 @@ _FROM_TRAINER = frozenset(
 
 def default_clip(loss: str, is_moe: bool) -> tuple[float, float, str]:
     """(clip_low, clip_high, where they come from) of a loss when the user names none."""
-    if loss in ("gmpo", "rspo") and is_moe:
+    if loss in LOG_CLIP_LOSSES and is_moe:
         return 0.2, 0.2, "MoE: the GMPO authors lower the clip without a value; 0.2 was the steadiest of docs/studies/clip_sweep"
     parameters = inspect.signature(POLICY_LOSSES[loss]).parameters
     source = "GMPO paper, dense models" if loss == "gmpo" else f"default of {loss}"

@@ -28,12 +28,17 @@ class LocalParameter:
     is_expert: bool
 
 
+def unwrapped(chunk: Any) -> Any:
+    """The model in Megatron's wrappers for data parallelism and precision."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
 def local_parameters(chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[LocalParameter]:
     """This rank's parameters, chunk by chunk (one chunk per virtual pipeline stage)."""
     for chunk in chunks:
-        model: Any = chunk
-        while hasattr(model, "module"):
-            model = model.module
+        model = unwrapped(chunk)
         layer_numbers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
         first_expert = groups.ep.rank() * ((model.config.num_moe_experts or 0) // groups.ep.size())
         biases = ((name, buffer) for name, buffer in model.named_buffers() if name.endswith(ROUTER_BIAS))

@@ -47,6 +47,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .companions import copy_companions
+from .hf import unwrapped
 from .torch_dist import LATEST
 
 _IDENTITY = [
@@ -105,12 +106,15 @@ def checkpoint_before(run_dir: Path, step: int) -> Path | None:
     return max((folder for folder in whole if read_state(folder)["step"] < step), default=None)
 
 
-def drop_after(run_dir: Path, step: int) -> None:
-    """Removes the checkpoints of later steps than ``step`` (collective): the run has gone back and will write its own."""
+def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Makes a checkpoint the newest one of its run folder, with another JSON state, and removes the later ones (collective)."""
     if dist.get_rank() == 0:
+        run_dir, whole = checkpoint.parent, read_state(checkpoint) | state
+        _write_aside(checkpoint / "state.json", json.dumps(whole, indent=1))
+        _write_aside(run_dir / LATEST, str(whole["step"]))
         for folder in run_dir.glob("iter_*"):
-            if folder.name > f"iter_{step:07d}":
-                shutil.rmtree(folder)
+            if folder.name > checkpoint.name:
+                _remove(folder)
     dist.barrier()
 
 
@@ -177,16 +181,21 @@ def save(
         whole = {"step": step, "world_size": dist.get_world_size(), "scheduler": trainable.scheduler.state_dict(), **state}
         (partial / "state.json").write_text(json.dumps(whole, indent=1))
         sync(partial)
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # left by a kill before the text file changed
+            _remove(final)
         partial.rename(final)
         _write_aside(run_dir / LATEST, str(step))
-        # a later one, left by a kill before the text file changed or by going back to an older one, must not push this one out
+        # a later one, left by such a kill in a run that then went on from an older one, must not push this one out
         up_to_this = sorted(folder for folder in run_dir.glob("iter_*") if folder.name <= final.name)
         for old in up_to_this[:-keep_last]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / "state.json").unlink(missing_ok=True)  # first: a kill must not leave what looks whole
+    shutil.rmtree(checkpoint)
 
 
 def _save_companions(hf: Path, run_dir: Path) -> None:
@@ -209,7 +218,7 @@ def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection)
     trainable.scheduler.load_state_dict(state["scheduler"])
     updates = trainable.scheduler.num_steps
     slots = list(_slots(trainable.optimizer))
-    buffers = _full_state(slots)
+    buffers = [{name: torch.empty(slot.parameter.shape) for name in slot.names} for slot in slots]
     tensors = _sharded_tensors(trainable, groups, buffers)
     loaded: Any = dist_checkpointing.load(tensors, str(checkpoint), validate_access_integrity=False)
     _fill(trainable.chunks, loaded)
@@ -235,7 +244,7 @@ def load_weights(checkpoint: Path, chunks: list[torch.nn.Module], groups: Proces
 
 def _fill(chunks: list[torch.nn.Module], loaded: Any) -> None:
     for i, chunk in enumerate(chunks):
-        _unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+        unwrapped(chunk).load_state_dict(loaded[f"model{i}"])
 
 
 @dataclass(frozen=True)
@@ -378,7 +387,7 @@ def _sharded_tensors(
 
 
 def _sharded_model(chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, Any]:
-    return {f"model{i}": _unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}) for i, chunk in enumerate(chunks)}
+    return {f"model{i}": unwrapped(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}) for i, chunk in enumerate(chunks)}
 
 
 def _sharded(tree: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
@@ -401,12 +410,6 @@ def _set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
                         inner.state[parameter]["step"] = torch.tensor(float(updates))
                 else:
                     group["step"] = updates
-
-
-def _unwrap(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _random_states() -> dict[str, Tensor]:

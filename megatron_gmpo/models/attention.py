@@ -19,6 +19,24 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 
+def packing_of(bounds: Tensor) -> PackedSeqParams:
+    """What attention is told of sequences laid end to end.
+
+    Args:
+        bounds: (sequences + 1,) int32, where each begins, in slots over all context-parallel ranks, and where the last one ends.
+    """
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm whose weight's gradient Megatron sums over the sequence-parallel ranks."""
 

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..config import Config, OptimizerConfig
-from ..models.attention import PackedAttention, RMSNorm
+from ..models.attention import PackedAttention, RMSNorm, packing_of
 from ..models.config import DTYPES, ModelDescription
 from ..platform import prepare_megatron
 from ..platform.cpu import on_meta
@@ -222,20 +222,11 @@ def _microbatch(
     observer: _Observer,
 ) -> _Pass:
     model: Any = chunk.module
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     tokens = sum(lengths) // groups.cp.size()
     of_rank = tokens // groups.tp.size() if cfg.parallel.uses_sequence_parallel else tokens
     hidden = (of_rank, 1, description.transformer.hidden_size)
     dtype = description.transformer.params_dtype
-    packing = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
+    packing = packing_of(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
     chunk.train()
     logits = boundary = 0
     observer.start()

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -25,6 +24,7 @@ from ..data.packing import pack, plan_microbatches
 from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
 from ..metrics.logger import reduce_metrics, value_of
+from ..models.attention import packing_of
 from ..models.config import ModelDescription
 from ..types import Metric, Microbatch, RoutingShape, TrainBatch
 from .build import build_chunks, make_trainable, move_to_host, on_device
@@ -313,8 +313,6 @@ class Policy:
         model: torch.nn.Module,
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
         place, microbatch = next(microbatches)
-        bounds = microbatch.cu_seqlens
-        longest = int((bounds[1:] - bounds[:-1]).max())
         with (
             routing.of(model, microbatch) if routing else nullcontext(),
             routers.of(model, microbatch) if routers else nullcontext(),
@@ -323,15 +321,7 @@ class Policy:
                 microbatch.tokens[None],
                 microbatch.position_ids[None],
                 None,  # causal within each sequence: the attention reads the packing
-                packed_seq_params=PackedSeqParams(
-                    qkv_format="thd",
-                    cu_seqlens_q=bounds,
-                    cu_seqlens_kv=bounds,
-                    cu_seqlens_q_padded=bounds,
-                    cu_seqlens_kv_padded=bounds,
-                    max_seqlen_q=longest,
-                    max_seqlen_kv=longest,
-                ),
+                packed_seq_params=packing_of(microbatch.cu_seqlens),
             )
 
         def loss_of_logits(logits: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -182,9 +182,11 @@ class RolloutClient:
 
     async def _synced(self, servers: set[Server], failed: set[Server]) -> None:
         for member in self._members:
-            if member.server in failed and member.wants_weights:  # else its watcher has found it dead before
+            if member.server not in servers or not member.wants_weights:  # its watcher has found it dead
+                continue
+            if member.server in failed:
                 self._lose(member, "did not take the weights")
-            elif member.server in servers and not member.lost:
+            else:
                 member.ready, member.wants_weights, member.losses = True, False, 0
         async with self._changed:
             self._changed.notify_all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import pstdev
@@ -13,10 +12,9 @@ import numpy as np
 
 from ..config import RolloutConfig
 from ..distributed import all_gather_objects, rank, world_size
+from ..rewards import Reward
 from ..types import Metric, Prompt, SampleGroup
 from .engine import RolloutEngine, SamplingParams
-
-Reward = Callable[[Prompt, str], float]
 
 
 class Prompts(Protocol):
@@ -96,16 +94,17 @@ class Collector:
             kept += [g for g in groups if cfg.dynamic_sampling == "off" or len(set(g.rewards)) > 1]
             used += 1
 
+        chosen = kept or drawn[: cfg.prompts_per_step]
         metrics = rollout_figures(drawn) | {
             "reward/timeouts": Metric(timeouts),
-            "rollout/dropped_groups": Metric(len(drawn) - len(kept)),
+            "rollout/dropped_groups": Metric(len(drawn) - len(chosen)),
             "rollout/resample_rounds": Metric(used - 1),
         }
         if cfg.overlong_buffer:
             metrics["reward/raw_mean"] = Metric(sum(raw_rewards), len(raw_rewards))
         if cfg.max_staleness:
             metrics |= self._staleness(drawn) | {"rollout/stale_groups": Metric(stale)}
-        return Collected(kept or drawn[: cfg.prompts_per_step], metrics)
+        return Collected(chosen, metrics)
 
     def _generated_ahead(self, steps_left: int) -> tuple[list[SampleGroup], int]:
         """The groups submitted longest ago, and how many of them were too stale; the queue is filled up again."""

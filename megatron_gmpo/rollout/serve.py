@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ..config import Config, exit_with_one_line, load_config
 from ..errors import InputError, RunError, ServerError
 from ..platform import choose_device
 from ..supervision.records import node_name, write_json
-from .servers import LocalServers
+from .servers import LocalServers, address_towards
 from .sglang import local_servers
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ def serve(cfg: Config) -> None:
         update={
             "rollout": cfg.rollout.model_copy(update={"num_servers": share}),
             "seed": cfg.seed + task * share,
-            "sglang": cfg.sglang.model_copy(update={"host": _address_towards(os.environ["MASTER_ADDR"])}),
+            "sglang": cfg.sglang.model_copy(update={"host": address_towards(os.environ["MASTER_ADDR"])}),
         }
     )
     keys = json.loads((run_dir / "server_keys.json").read_text())
@@ -133,13 +132,6 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
     write_json(run_dir / "servers.json", addresses)
     for part in parts:
         part.unlink()
-
-
-def _address_towards(host: str) -> str:
-    """This node's address on the way to ``host``."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # finds the way, sends nothing
-        return probe.getsockname()[0]
 
 
 def main() -> None:

@@ -297,6 +297,13 @@ def _bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
+def address_towards(host: str) -> str:
+    """This machine's address on the way to ``host``."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # finds the way, sends nothing
+        return probe.getsockname()[0]
+
+
 def _device_options(device: torch.device, first_gpu: int) -> dict[str, Any]:
     if device.type == "cuda":
         return {"base_gpu_id": first_gpu}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -89,8 +88,6 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         local = local_servers(cfg, device, run_dir / "servers", first_gpu=first_gpu)
         servers = local.servers
     weight_sync = cfg.weight_sync
-    if rank() == 0 and not weight_sync.folder:
-        shutil.rmtree(run_dir / "weight_sync", ignore_errors=True)  # of a run that was killed
     if not rollout.max_staleness:  # nothing is ever in flight, and a server that is paused to retract spins on a core
         weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
     sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8")

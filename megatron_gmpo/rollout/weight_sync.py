@@ -39,7 +39,7 @@ from ..distributed import all_gather_objects, broadcast_object, rank
 from ..errors import InputError, NonFiniteError, RunError, ServerError
 from ..models import fp8_blocks
 from .buckets import Bucket
-from .servers import Server
+from .servers import Server, address_towards
 from .weight_session import FAREWELL_TIMEOUT_S, NoAnswerError, Session, SyncError
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,8 @@ def make_weight_sync(
     if device.type == "cuda" and cfg.route == "distributed" and placement == "colocated":
         raise InputError("weight_sync.route = 'distributed' needs rollout.placement = 'disaggregated': NCCL wants one rank a GPU")
     if cfg.route == "disk":
-        return _DiskSync(cfg, Path(cfg.folder) if cfg.folder else run_dir / "weight_sync", quantized)
+        folder = Path(cfg.folder, *run_dir.absolute().parts[1:]) if cfg.folder else run_dir / "weight_sync"
+        return _DiskSync(cfg, folder, quantized)
     if cfg.route == "distributed":
         return _DistributedSync(cfg, device, quantized)
     return _CudaTensorSync(cfg, device, quantized) if device.type == "cuda" else _SharedMemorySync(cfg, device, quantized)
@@ -266,7 +267,7 @@ class _Route(ABC):
         """Memory for the bucket that comes after ``count`` others: two buffers in turn, which later syncs find warm."""
         if nbytes > self._capacity:
             return self._allocate(nbytes)
-        if count % 2 == len(self._buffers):
+        while len(self._buffers) <= count % 2:  # a large bucket before this one took none
             self._buffers.append(self._allocate(self._capacity))
         return self._buffers[count % 2]
 
@@ -336,8 +337,9 @@ class _DiskSync(_Route):
 
     def _begin(self, session: Session, version: str) -> None:
         with self._writing():
+            for left in set(self._folder.glob("*")) - {self._current}:  # by a sync that broke off, or a run that was killed
+                shutil.rmtree(left)
             self._draft, self._files = self._folder / f"{version}.incomplete", 0
-            shutil.rmtree(self._draft, ignore_errors=True)
             self._draft.mkdir(parents=True)
 
     def _send(self, session: Session, bucket: Bucket, about: dict[str, Any], last: bool) -> None:
@@ -417,7 +419,7 @@ class _DistributedSync(_Route):
 
     def _connect(self, session: Session) -> bool:
         """Makes a group of this process and the servers' ranks, as SGLang's ``init_custom_process_group`` does (srt/utils/common.py)."""
-        address = _address_towards(session.servers)
+        address = _address_for(session.servers)
         listener = socket.create_server((address, 0))
         port = listener.getsockname()[1]
         # the group has a store of its own, a client, so that this one can be closed while the group still waits for members
@@ -491,13 +493,10 @@ class _DistributedSync(_Route):
         self._members = ()
 
 
-def _address_towards(servers: Iterable[Server]) -> str:
+def _address_for(servers: Iterable[Server]) -> str:
     """This machine's address as the servers see it: loopback only when all of them are here."""
     for server in servers:
-        url = httpx.URL(server.url)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((url.host, url.port or 80))  # finds the way, sends nothing
-            address = probe.getsockname()[0]
+        address = address_towards(httpx.URL(server.url).host)
         if not address.startswith("127."):
             return address
     return "127.0.0.1"

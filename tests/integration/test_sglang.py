@@ -297,10 +297,13 @@ def test_one_server_killed_and_one_hung_during_a_rollout(pair: SGLangEngine, wei
     assert value_of(pair.take_metrics()["rollout/server_restarts"]) == 2
 
 
-def test_a_server_killed_during_a_sync(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
+@pytest.mark.parametrize("noticed", [False, True], ids=["found by the sync", "found by its watcher"])
+def test_a_server_killed_during_a_sync(pair: SGLangEngine, weights: list[Weights], models: list[Any], noticed: bool) -> None:
     pair.update_weights(weights[1].items(), 1)
     wait_for_both(pair)
     victim = groups_of(pair)[0]
+    assert pair._client
+    member = pair._client._members[0]
     iterations = []
 
     class Export:
@@ -311,9 +314,14 @@ def test_a_server_killed_during_a_sync(pair: SGLangEngine, weights: list[Weights
             for place, item in enumerate(weights[2].items()):
                 if len(iterations) == 1 and place == len(weights[2]) // 2:
                     os.killpg(victim, signal.SIGKILL)
+                    deadline = time.monotonic() + 60
+                    while noticed and member.wants_weights:
+                        assert time.monotonic() < deadline
+                        time.sleep(0.05)
                 yield item
 
     pair.update_weights(Export(), 2)
+    assert not member.ready
     for sample in samples(pair, n=2, max_new_tokens=20):
         assert sample.policy_version == 2
         assert_made_by(sample, models)

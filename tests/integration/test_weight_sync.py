@@ -133,7 +133,7 @@ def test_moe(
 def test_buckets_are_bounded_and_aligned(tmp_path: Path) -> None:
     sync: Any = make_weight_sync(WeightSyncConfig(bucket_bytes=2048), "disaggregated", CPU, tmp_path)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(7,), (3, 5), (1,), (33, 3), (2, 1024), (5,), (100, 2)]
+    shapes = [(2, 1024), (7,), (3, 5), (1,), (33, 3), (2, 1024), (5,), (100, 2)]  # the first too large for a bucket, as embeddings are
     dtypes = [torch.bfloat16, torch.float32, torch.bfloat16]
     tensors = [
         (f"{round_}.{i}", torch.randn(shape, generator=generator).to(dtypes[(i + round_) % 3]))
@@ -264,9 +264,21 @@ def test_a_folder_that_cannot_be_written(
     pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"weight_sync.folder = .*file' cannot be written"):
+    with pytest.raises(InputError, match=r"weight_sync.folder = .*/file/.*' cannot be written"):
         weight_sync("disk", folder=str(tmp_path / "file")).update(pair.servers, tensors_of(dense[1]), "folder-0")
     assert generate(pair.servers[0], PROMPT, max_new_tokens=1).status_code == 200  # it generates again
+
+
+def test_what_a_killed_run_left_is_removed(
+    pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync], tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    ours, others = shared.joinpath(*tmp_path.parts[1:]), shared / "another" / "run"
+    for folder in (ours / "killed-3", ours / "killed-4.incomplete", others / "alive-5"):
+        folder.mkdir(parents=True)
+    assert not weight_sync("disk", folder=str(shared)).update(pair.servers, tensors_of(dense[1]), "left-0").failed
+    assert [path.name for path in ours.iterdir()] == ["left-0"]
+    assert [path.name for path in others.iterdir()] == ["alive-5"]
 
 
 def test_memory_is_released_and_taken_again(

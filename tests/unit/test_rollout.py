@@ -494,7 +494,7 @@ def test_without_any_variance_the_first_draw_is_kept(mode: str, rounds: int) -> 
     assert len(engine.calls) == 1 + rounds
     assert names(result.groups) == ["right", "wrong"]
     found = values(result)
-    assert found["rollout/dropped_groups"] == 2 + 2 * rounds
+    assert found["rollout/dropped_groups"] == 2 * rounds  # of the two that were kept none
     assert found["rollout/resample_rounds"] == rounds
     assert result.groups[0].rewards == [1.0, 1.0]
 
