@@ -25,10 +25,12 @@ setup(
         "megatron-core==0.16.1",  # 0.17 needs Python 3.12; the loss contract of its schedules is tested for this version
         "mpmath>=1.3",
         "numpy>=2.0",
+        "orjson>=3.10",
         "pandas>=2.2",
         "pebble>=5.1",
         "pillow>=10",
         "psutil>=6.0",  # without it Megatron's checkpoint writer dies and the save waits for ever
+        "pybase64>=1.4",
         "pydantic>=2.12",
         "rich>=13.9",
         "safetensors>=0.5",

@@ -149,7 +149,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     check_wandb(cfg.log.wandb_project)
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
     if cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0":  # the only rank that speaks to servers
-        check_servers(cfg, description.hf)
+        check_servers(cfg, description.hf, device)
     tokenizer = load_tokenizer(cfg.model.path)
     eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}
     step: int = native.read_state(checkpoint)["step"] if checkpoint else 0

@@ -52,7 +52,7 @@ class Sample:
         finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``.
         policy_version: the training step whose weights generated it, or its first token.
         reward: filled in by ``rollout.collect``.
-        routed_experts: (L - 1, layers, topk) int32 expert ids of a MoE rollout, or None. Row t is of the input token t, which predicts
+        routed_experts: (L - 1, layers, topk) int16 expert ids of a MoE rollout, or None. Row t is of the input token t, which predicts
             t + 1, so the last token has none. All decoder layers count; what stands in those without experts means nothing.
         token_versions: length L; the training step behind each generated token, -1 on the prompt. None: ``policy_version`` for all.
     """

@@ -185,7 +185,7 @@ def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device
     cfg = cfg.model_copy(update=ours)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    check_servers(cfg, read_hf_config(cfg.model.path))
+    check_servers(cfg, read_hf_config(cfg.model.path), device)
     with TemporaryDirectory() as folder:
         servers = local_servers(cfg, device, Path(folder))
         sync = make_weight_sync(cfg.weight_sync, "disaggregated", device, Path(folder), quantized=quantization == "fp8")

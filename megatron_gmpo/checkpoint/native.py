@@ -33,7 +33,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
@@ -356,10 +356,11 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _full_state(slots: list[_Slot]) -> list[dict[str, Tensor]]:
-    """For each slot its tensors in the parameter's full shape (fp32), put together from the ranks that share them."""
+def _full_state(slots: list[_Slot], written: list[bool]) -> list[dict[str, Tensor]]:
+    """For each slot its tensors in the parameter's full shape (fp32), put together from the ranks that share them; where this rank does
+    not write them, the shape alone."""
     full: list[dict[str, Tensor]] = []
-    for slot in slots:
+    for slot, kept in zip(slots, written, strict=True):
         whole: dict[str, Tensor] = {}
         for name in slot.names:
             flat = torch.zeros(slot.parameter.numel(), device=slot.parameter.device)
@@ -367,7 +368,7 @@ def _full_state(slots: list[_Slot]) -> list[dict[str, Tensor]]:
                 flat[slot.start : slot.stop] = slot.tensors[name].view(-1)
             if slot.group is not None and slot.group.size() > 1:
                 dist.all_reduce(flat, group=slot.group)
-            whole[name] = flat.view(slot.parameter.shape).cpu()
+            whole[name] = flat.view(slot.parameter.shape).cpu() if kept else torch.zeros(()).expand(slot.parameter.shape)
         full.append(whole)
     return full
 
@@ -380,7 +381,8 @@ def _sharded_tensors(
     by_parameter = {id(sharded.data): sharded for chunk in model.values() for sharded in _sharded(chunk)}
     slots = list(_slots(trainable.optimizer))
     optimizer: dict[str, Any] = {}
-    for i, (slot, state) in enumerate(zip(slots, optimizer_state or _full_state(slots), strict=True)):
+    written = [is_main_replica(by_parameter[id(slot.parameter)].replica_id) for slot in slots]
+    for i, (slot, state) in enumerate(zip(slots, optimizer_state or _full_state(slots, written), strict=True)):
         for name, tensor in state.items():
             optimizer[f"{name}.{i}"] = make_sharded_optimizer_tensor(by_parameter[id(slot.parameter)], tensor, f"optimizer.{name}")
     return {**model, "optimizer": optimizer}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from itertools import chain
+from itertools import chain, combinations
 
 import numpy as np
 import torch
@@ -72,10 +72,11 @@ def stack_routed_experts(samples: list[Sample], routing: RoutingShape) -> Tensor
                 "generate with the model of model.path"
             )
         experts = found[:, moe]
-        outside = experts[(experts < 0) | (experts >= routing.num_experts)]
-        if outside.size:
+        ranked = np.ascontiguousarray(experts.reshape(-1, routing.topk).T)  # (topk, tokens x layers): whole rows are compared
+        if ranked.size and not 0 <= ranked.min() <= ranked.max() < routing.num_experts:
+            outside = ranked[(ranked < 0) | (ranked >= routing.num_experts)]
             raise InputError(f"sample {number}: routed expert {outside[0]} of {routing.num_experts}: generate with the model of model.path")
-        if (np.diff(np.sort(experts)) == 0).any():
+        if any((one == other).any() for one, other in combinations(ranked, 2)):
             raise InputError(f"sample {number}: a token has the same routed expert twice: generate with the model of model.path")
         record[start : start + len(found), moe] = experts
         start += len(sample.tokens)

@@ -115,13 +115,15 @@ def _tidy(answer: str) -> str:
 
 def _last_boxed(text: str) -> str | None:
     r"""What stands in the last complete ``\boxed{...}``; braces nest."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for at in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                return text[match.end() : at]
-    return None
+    boxes = {match.end() for match in re.finditer(r"\\boxed\s*\{", text)}
+    last: tuple[int, int] | None = None
+    opened: list[int] = []  # what comes after each open brace
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in boxes and (last is None or start > last[0]):
+            last = (start, brace.start())
+    return text[slice(*last)] if last else None
 
 
 def _start_worker() -> None:

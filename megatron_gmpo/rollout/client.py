@@ -8,8 +8,8 @@ what, restarts it where it is ours, and tells the engine once it wants weights.
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
+import resource
 import ssl
 import time
 import uuid
@@ -21,6 +21,8 @@ from typing import Any
 
 import httpx
 import numpy as np
+import orjson
+import pybase64
 from anyio.from_thread import start_blocking_portal
 
 from ..config import SGLangConfig
@@ -35,6 +37,7 @@ PROBE_TIMEOUT_S = 5.0
 ATTEMPTS = 5
 """Answers that may go wrong, one after the other, before a sample is given up; a full queue does not count."""
 _LONGEST_PAUSE_S = 5.0
+_OTHER_FILES = 1024
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Response:
         logprobs: R log probabilities, under the temperature but before top-p and top-k.
         versions: R training steps, those whose weights made each token.
         finish_reason: ``stop`` or ``length``.
-        routed_experts: (prompt + R - 1, layers * topk) int32 expert ids, when asked for.
+        routed_experts: (prompt + R - 1, layers * topk) int16 expert ids, when asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -99,6 +102,7 @@ class RolloutClient:
         self._problem: ServerError | None = None
         self._waiting_since = time.monotonic()  # for a server to be ready
         self._pending: list[Future[Any]] = []
+        _allow_open_files(len(servers) * cfg.max_concurrent_requests)
         if local:
             local.start()
         self._context = start_blocking_portal("asyncio")
@@ -260,7 +264,7 @@ class RolloutClient:
                 async with self._changed:
                     self._changed.notify()
             if reply.status_code == 200:
-                answer = reply.json()
+                answer = orjson.loads(reply.content)  # a record of routed experts makes it megabytes
                 if min(versions_of(answer, self.nonce)) >= oldest:
                     return answer
                 self._doubt(member)
@@ -309,7 +313,7 @@ class RolloutClient:
     def _append(self, response: Response, answer: dict[str, Any]) -> None:
         about, finish_reason = answer["meta_info"], answer["meta_info"]["finish_reason"]["type"]
         if self._return_routed_experts and finish_reason != "abort":  # else the longer prompt is routed again, under the newer weights
-            flat = np.frombuffer(base64.b64decode(about["routed_experts"]), "<i4")
+            flat = np.frombuffer(pybase64.b64decode(about["routed_experts"]), "<i4").astype(np.int16)
             routed = about["prompt_tokens"] + len(answer["output_ids"]) - 1
             if not routed or len(flat) % routed:
                 raise _RetryError(f"{len(flat)} routed experts for {routed} tokens")
@@ -408,6 +412,24 @@ class RolloutClient:
         except httpx.TransportError:
             return None
         return str(reply.json().get("weight_version")) if reply.status_code == 200 else None
+
+
+def _allow_open_files(connections: int) -> None:
+    """Raises this process's limit, so that ``connections`` fit beside what else it has open.
+
+    Raises:
+        InputError: the system lets it have fewer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft >= wanted or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise InputError(
+            f"sglang.max_concurrent_requests: {connections} connections need a limit of {wanted} open files, and ulimit -Hn is {hard}: "
+            "lower it, or have the limit raised"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _thread_time() -> float:

@@ -173,7 +173,7 @@ class EmbeddedEngine:
             sample = self._sample_of(prompt, tokens[i, response].tolist(), logprobs[i, response].tolist(), length > 0, sampling)
             if prompt_experts is not None and experts is not None:
                 routed = torch.cat([prompt_experts[spread[i], width - len(prompt) :], experts[i, : sample.response_length - 1]])
-                sample.routed_experts = routed.cpu().numpy()
+                sample.routed_experts = routed.short().cpu().numpy()
             samples.append(sample)
         return samples
 

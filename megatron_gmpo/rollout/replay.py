@@ -88,13 +88,13 @@ def _step_file(folder: str | Path, step: int) -> Path:
 
 
 def _encode_array(value: Any) -> dict[str, Any]:
-    """``Sample.routed_experts``: int32, base64."""
+    """``Sample.routed_experts``: int16, base64."""
     assert isinstance(value, np.ndarray), type(value)
-    return {"shape": value.shape, "int32": base64.b64encode(value.astype("<i4").tobytes()).decode()}
+    return {"shape": value.shape, "int16": base64.b64encode(value.astype("<i2").tobytes()).decode()}
 
 
 def _decode_sample(record: dict[str, Any]) -> Sample:
     experts = record["routed_experts"]
     if experts is not None:
-        record["routed_experts"] = np.frombuffer(base64.b64decode(experts["int32"]), "<i4").reshape(experts["shape"])
+        record["routed_experts"] = np.frombuffer(base64.b64decode(experts["int16"]), "<i2").reshape(experts["shape"])
     return Sample(**record)

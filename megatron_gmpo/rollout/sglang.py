@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.cuda.nccl as nccl
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from ..checkpoint.companions import copy_companions
 from ..config import Config
-from ..distributed import broadcast_object, rank, world_size
+from ..distributed import barrier, broadcast_object, rank, world_size
 from ..errors import InputError, ServerError
 from ..models import fp8_blocks
 from ..types import Metric, Prompt, Sample, SampleGroup
@@ -29,6 +31,7 @@ from .servers import LocalServers, Server, external_servers, published_servers
 from .weight_sync import WeightSync, make_weight_sync, release_memory, resume_memory
 
 _POLL_S = 0.2  # three things may end a wait (samples, a server that came back, a problem), so they are looked at in turn
+_IMPORT_TIMEOUT_S = 300.0
 _SIGN_OF_LIFE_S = 20.0
 """The other ranks wait in a collective for the first one's news; it never takes longer than this."""
 
@@ -42,14 +45,14 @@ class Ticket:
     future: Future[list[list[Response]]] | None
 
 
-def check_servers(cfg: Config, hf: Any) -> None:
+def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
     """
     Args:
         hf: the model's Hugging Face config.
 
     Raises:
-        InputError: no environment to start servers from, one of ``rollout.server_urls`` that cannot be used, or a model in FP8 that the
-            servers would start with and the weight sync would not send.
+        InputError: no environment to start servers from, one of ``rollout.server_urls`` that cannot be used, a model in FP8 that the
+            servers would start with and the weight sync would not send, or another NCCL than the trainer's for a sync that uses it.
     """
     if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
         raise InputError(f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', or give the model in bf16")
@@ -58,6 +61,20 @@ def check_servers(cfg: Config, hf: Any) -> None:
     elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
         raise InputError(
             f"sglang.python = {cfg.sglang.python!r} is not there: run make sglang, or give rollout.server_urls or servers_file"
+        )
+    if cfg.weight_sync.route == "distributed" and device.type == "cuda" and Path(cfg.sglang.python).is_file():
+        _check_nccl(cfg.sglang.python)
+
+
+def _check_nccl(python: str) -> None:
+    """NCCL joins only processes of its own version (its init.cc)."""
+    question = "import torch.cuda.nccl as nccl; print(*nccl.version(), sep='.')"
+    theirs = subprocess.run([python, "-I", "-c", question], capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S).stdout.strip()
+    ours = ".".join(map(str, nccl.version()))
+    if theirs and theirs != ours:  # a torch that does not start is for the servers to say
+        raise InputError(
+            f"weight_sync.route = 'distributed' needs one NCCL, but the trainer's torch has {ours} and that of sglang.python {theirs}: "
+            "choose 'disk', or install a torch with the same one"
         )
 
 
@@ -92,7 +109,12 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
     sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8")
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
-    return SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
+    engine = SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
+    if device.type == "cuda" and rollout.placement == "colocated":
+        if local:
+            local.wait_ready()
+        broadcast_object(None)  # SGLang sizes its cache by what is free: nobody allocates before
+    return engine
 
 
 def local_servers(
@@ -142,6 +164,14 @@ def _generation_config(model: str) -> GenerationConfig:
         return GenerationConfig.from_pretrained(model)
     except OSError:  # as transformers does for a model without one
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+
+
+def _make_room() -> None:
+    """Gives the GPU what torch holds ready for later, on every rank: servers are about to take it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    barrier()
 
 
 class SGLangEngine:
@@ -267,15 +297,18 @@ class SGLangEngine:
         return "waiting", None
 
     def _sync_weights(self, servers: list[Server]) -> None:
+        asleep, self._asleep = self._asleep, False
         waking: tuple[Server, ...] = ()
-        if self._asleep:
+        if asleep:
+            _make_room()
             if self._client:
                 waking = resume_memory(servers, ("weights",), self._cfg.weight_sync.timeout_s)
             broadcast_object(None)
         report = self._sync.update(servers, self._named_tensors, f"{self._nonce}-{self.version}")
+        if asleep:
+            _make_room()
         if waking:
             resume_memory(waking, ("kv_cache",), self._cfg.weight_sync.timeout_s)
-        self._asleep = False
         self._figures["weight_sync/gigabytes_per_second"] = Metric(report.nbytes / 1e9, report.seconds)
         if self._client:
             self._client.synced(servers, report.failed)

@@ -548,11 +548,14 @@ class _CudaTensorSync(_TensorSync):
     def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
         super().__init__(cfg, device, quantized)
         self._places: dict[Server, int] = {}
+        self._is_read = False
 
-    def _lead(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: str) -> SyncReport:
+    def update(self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> SyncReport:
         for server in servers:
             self._places.setdefault(server, sum(s.tensor_parallel_size for s in self._places))
-        return super()._lead(servers, tensors, version)
+        read = [range(self._places[server], self._places[server] + server.tensor_parallel_size) for server in servers]
+        self._is_read = any(rank() in ranks for ranks in broadcast_object(read))
+        return super().update(servers, named_tensors, version)
 
     def _follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         for bucket, _ in self._buckets(tensors):
@@ -562,7 +565,7 @@ class _CudaTensorSync(_TensorSync):
         return self._allocate(max(nbytes, self._capacity))  # torch frees it once the last reader has let it go
 
     def _seal(self, bucket: Bucket) -> list[str]:
-        return all_gather_objects(_serialize(bucket))
+        return all_gather_objects(_serialize(bucket) if self._is_read else "")  # what nobody opens would never be freed
 
     def _handles(self, bucket: list[str], server: Server) -> list[str]:
         place = self._places[server]

@@ -28,7 +28,7 @@ _ALL_REDUCE_TIMEOUT_S = 300.0
 _POLL_S = 0.2
 
 
-def check_nodes(cfg: SupervisionConfig, run_dir: Path, device: torch.device, checkpoint_bytes: int) -> None:
+def check_nodes(cfg: SupervisionConfig, run_dir: Path, device: torch.device, checkpoint_bytes: int, *, shared_gpus: bool = False) -> None:
     """Collective; a minute at most where all is well.
 
     Args:
@@ -36,12 +36,13 @@ def check_nodes(cfg: SupervisionConfig, run_dir: Path, device: torch.device, che
         run_dir: must be one folder on all nodes.
         device: this rank's.
         checkpoint_bytes: what one checkpoint of the run takes; the least free space unless ``cfg.min_free_disk_gb`` says otherwise.
+        shared_gpus: rollout servers of the run may already be on the GPUs.
 
     Raises:
         NodeError: on every rank, naming the first bad node, the check, and how many more there are.
         InputError: on every rank, where the disk that all nodes share is too full.
     """
-    _raise_on_every_rank([*_gpus(device), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()])
+    _raise_on_every_rank([*_gpus(device, shared_gpus), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()])
     _check_space(cfg, run_dir, checkpoint_bytes)
     _raise_on_every_rank([*_all_reduce(device)])  # last: a rank that is missing something might not come to it
 
@@ -54,7 +55,7 @@ def _raise_on_every_rank(problems: list[str]) -> None:
         raise NodeError(node, line + (f" (and problems on {', '.join(others)})" if others else ""))
 
 
-def _gpus(device: torch.device) -> Iterator[str]:
+def _gpus(device: torch.device, shared: bool) -> Iterator[str]:
     if device.type != "cuda":
         return
     wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -62,7 +63,7 @@ def _gpus(device: torch.device) -> Iterator[str]:
     if found < wanted:
         yield f"{found} GPUs are visible, {wanted} ranks run there"
     free, total = torch.cuda.mem_get_info(device)
-    if free < _FREE_GPU_SHARE * total:
+    if not shared and free < _FREE_GPU_SHARE * total:
         yield f"GPU {device.index} has {free / _GB:.1f} GB free of {total / _GB:.1f} GB: another process uses it"
 
 

@@ -145,9 +145,9 @@ def test_a_model_in_fp8_wants_fp8_rollouts(tiny_model: Callable[..., Path], tmp_
     folder = fp8_start_folder(tiny_model("qwen3", num_layers=2), tmp_path / "fp8")
     about: dict[str, Any] = {"model": {"path": str(folder)}, "rollout": {"engine": "sglang"}, "sglang": {"python": sys.executable}}
     with pytest.raises(InputError, match=r"model\.path = '.*' is in FP8: set rollout\.quantization = 'fp8'"):
-        check_servers(Config.model_validate(about), AutoConfig.from_pretrained(folder))
+        check_servers(Config.model_validate(about), AutoConfig.from_pretrained(folder), torch.device("cpu"))
     about["rollout"]["quantization"] = "fp8"
-    check_servers(Config.model_validate(about), AutoConfig.from_pretrained(folder))
+    check_servers(Config.model_validate(about), AutoConfig.from_pretrained(folder), torch.device("cpu"))
 
 
 def test_transformers_reads_such_a_folder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

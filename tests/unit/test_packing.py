@@ -291,8 +291,8 @@ ROUTING = RoutingShape(num_layers=3, moe_layers=(0, 2), num_experts=8, topk=2)
 
 def routed(length: int, seed: int = 0) -> Sample:
     """A sample with a record whose layer without experts holds nonsense."""
-    experts = np.random.default_rng(seed).random((length - 1, 3, 8)).argsort()[..., :2].astype(np.int32)
-    experts[:, 1] = 70_000
+    experts = np.random.default_rng(seed).random((length - 1, 3, 8)).argsort()[..., :2].astype(np.int16)
+    experts[:, 1] = 30_000
     return Sample(list(range(length)), [False] + [True] * (length - 1), [0.0] * length, "", "stop", 0, routed_experts=experts)
 
 

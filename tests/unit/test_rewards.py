@@ -29,6 +29,7 @@ RIGHT = [
     ("72", "\\boxed{71}. No: \\boxed{72}"),
     ("72", "\\boxed{\\boxed{72}}"),
     ("72", "\\boxed{72} and then \\boxed{7"),
+    ("72", "\\boxed{72} and " + "\\boxed{" * 4000),
     ("72", "I get 5 + 67 = 72 dollars."),
     ("72", "The answer is $72$."),
     ("Half of 48 is 24, so 48+24=72. #### 72", "\\boxed{72}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from megatron_gmpo.data.prompts import PromptStream
 from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.metrics.logger import value_of
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
+from megatron_gmpo.rollout.client import _allow_open_files
 from megatron_gmpo.rollout.collect import Collected, Collector, overlong_penalty, rollout_figures, score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
@@ -270,7 +272,7 @@ def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops
     for sample in samples:
         router_logits = model_of(early_stops)(torch.tensor([sample.tokens]), output_router_logits=True).router_logits
         assert sample.routed_experts is not None
-        assert sample.routed_experts.dtype == np.int32
+        assert sample.routed_experts.dtype == np.int16
         assert sample.routed_experts.shape == (len(sample.tokens) - 1, 2, 2)
         for layer, logits in enumerate(router_logits):
             chosen = logits.topk(2).indices.sort().values[:-1]
@@ -667,12 +669,12 @@ FLOATS = [0.1, -1 / 3, 5e-324, 1.7976931348623157e308, -0.0, math.pi * 1e-9, flo
 
 
 def groups_to_save() -> list[SampleGroup]:
-    experts = np.random.default_rng(0).integers(-1, 128, (7, 3, 2), dtype=np.int32)
+    experts = np.random.default_rng(0).integers(-1, 128, (7, 3, 2), dtype=np.int16)
     chat = Prompt("set/1", answer="42\u2028\n", messages=[{"role": "user", "content": "¿6*7?\x85"}], input_ids=[3, 2, 1])
     plain = Prompt("set/2", answer="", text='"quoted"\n', input_ids=[9])
     moe = Sample([3, 2, 1, 4, 5, 6, 7, 8], [False] * 3 + [True] * 5, [0.0, *FLOATS], "Zoë 🍎", "length", 7, -1 / 7, experts)
     other = Sample([3, 2, 1, 0], [False] * 3 + [True], [0.0] * 3 + [-5.5], "", "abort", 6)
-    empty = replace(other, routed_experts=np.zeros((0, 3, 2), np.int32), finish_reason="stop")
+    empty = replace(other, routed_experts=np.zeros((0, 3, 2), np.int16), finish_reason="stop")
     return [SampleGroup(chat, [moe, other]), SampleGroup(plain, [empty])]
 
 
@@ -685,7 +687,7 @@ def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
         if a.routed_experts is None:
             assert b.routed_experts is None
         else:
-            assert b.routed_experts.dtype == np.int32
+            assert b.routed_experts.dtype == np.int16
             assert b.routed_experts.shape == a.routed_experts.shape
             assert np.array_equal(b.routed_experts, a.routed_experts)
         a.routed_experts = b.routed_experts = None
@@ -717,7 +719,7 @@ def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
         lambda line: "[1, 2]",
         lambda line: line.replace('"prompt"', '"prompts"', 1),
         lambda line: line.replace('"finish_reason"', '"finish"', 1),
-        lambda line: line.replace('"int32": "', '"int32": "AAAA', 1),
+        lambda line: line.replace('"int16": "', '"int16": "AAAA', 1),
     ],
     ids=["cut short", "no group", "no prompt", "unknown field", "experts of another shape"],
 )
@@ -754,3 +756,18 @@ def test_transcripts_are_for_people(tmp_path: Path) -> None:
         ],
     }
     assert lines[2]["prompt"] == '"quoted"\n'
+
+
+def test_as_many_files_may_be_open_as_there_are_requests() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        _allow_open_files(2048)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (2048 + 1024, hard)
+        _allow_open_files(16)  # lowers nothing
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (2048 + 1024, hard)
+        if hard != resource.RLIM_INFINITY:
+            with pytest.raises(InputError, match=rf"max_concurrent_requests: {hard} connections .* ulimit -Hn is {hard}: lower it"):
+                _allow_open_files(hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
