@@ -429,5 +429,5 @@ def test_without_the_servers_environment_a_run_is_refused(sglang_model: Path, tm
     done = run_module("megatron_gmpo.train", CONFIG, *config)
     assert done.returncode == 2
     assert error_lines(done.stderr) == [
-        f"error: sglang.python = '{tmp_path}/python' is not there: run make sglang, or give rollout.server_urls"
+        f"error: sglang.python = '{tmp_path}/python' is not there: run make sglang, or give rollout.server_urls or servers_file"
     ]

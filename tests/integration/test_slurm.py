@@ -281,12 +281,13 @@ def test_trainers_and_sglang_servers_apart(place: str, submit: Callable[..., Job
         job = submit("het", "examples/moe/tiny_het.sbatch", *sglang)
     else:
         job = submit("nodes", "examples/moe/tiny.sbatch", *sglang, ROLLOUT_NODES="1", RANKS_PER_NODE="2")
-    job.wait_for_progress()
-    job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
-    job.wait_for_attempt(2)  # with servers and keys of its own
+    if interrupted := place == "other component":
+        job.wait_for_progress()
+        job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
+        job.wait_for_attempt(2)  # with servers and keys of its own
     code, log = job.end()
     assert code == 0, log
-    assert [attempt.code for attempt in job.attempts] == [85, 0]
+    assert [attempt.code for attempt in job.attempts] == ([85, 0] if interrupted else [0])
     assert "1 nodes with 2 ranks each" in log
     (server,) = json.loads((job.run_dir / "servers.json").read_text())
     beat = json.loads((job.run_dir / "heartbeats" / "rank_00000.json").read_text())
