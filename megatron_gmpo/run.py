@@ -88,7 +88,7 @@ class Run:
         return Policy(self.cfg, self.description, groups, self.device, trainable)
 
     def engine(self) -> RolloutEngine:
-        """The rollout engine; servers of ours are started and load while the policy is built."""
+        """The rollout engine; servers of ours are started and load while the policy is built, if on devices of their own."""
         if self.cfg.rollout.engine == "sglang":
             return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device)
         return EmbeddedEngine(

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from pydantic import ValidationError
 from safetensors import safe_open
 
 from megatron_gmpo.checkpoint.companions import copy_companions
 from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
-from megatron_gmpo.config import DataConfig, exit_with_one_line, explain
+from megatron_gmpo.config import DataConfig, exit_with_one_line
 from megatron_gmpo.data.prompts import load_prompts, load_tokenizer
 from megatron_gmpo.errors import InputError, RunError
 from megatron_gmpo.models.blocks import prediction_layers
@@ -119,6 +118,9 @@ def main(
         python: Interpreter of ModelOpt's environment.
     """
     try:
+        for option, number in (("--num_prompts", num_prompts), ("--max_prompt_tokens", max_prompt_tokens)):
+            if number < 1:
+                raise InputError(f"{option} {number}: give a positive number")
         data = DataConfig(
             path=calibration,
             max_prompts=num_prompts,
@@ -129,8 +131,6 @@ def main(
         read_hf_config(str(hf), "--hf")
         prompts = load_prompts(data, load_tokenizer(str(hf), "--hf"), "calibration")
         print(export_quantized(hf, out, format, [prompt.input_ids for prompt in prompts], python))
-    except ValidationError as error:
-        exit_with_one_line(InputError(explain(error, DataConfig)))
     except RunError as error:
         exit_with_one_line(error, error.exit)
 

@@ -48,6 +48,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
+from ..distributed import barrier, rank
 from ..errors import InputError
 from .companions import copy_companions
 from .hf import unwrapped
@@ -111,14 +112,14 @@ def checkpoint_before(run_dir: Path, step: int) -> Path | None:
 
 def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
     """Makes a checkpoint the newest one of its run folder, with another JSON state, and removes the later ones (collective)."""
-    if dist.get_rank() == 0:
+    if rank() == 0:
         run_dir, whole = checkpoint.parent, read_state(checkpoint) | state
         _write_aside(checkpoint / "state.json", json.dumps(whole, indent=1))
         _write_aside(run_dir / LATEST, str(whole["step"]))
         for folder in run_dir.glob("iter_*"):
             if folder.name > checkpoint.name:
                 _remove(folder)
-    dist.barrier()
+    barrier()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

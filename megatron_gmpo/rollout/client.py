@@ -68,6 +68,7 @@ class _Member:
     starting: bool = True
     ready: bool = False
     wants_weights: bool = False
+    syncing: bool = False  # since ``servers_to_sync`` named it, in the same life
     lost: bool = False
     silent: bool = False  # a request got no answer: it may hang behind a front that answers
     losses: int = 0  # in a row, without a weight sync between
@@ -175,7 +176,9 @@ class RolloutClient:
         elif not self.local and time.monotonic() - self._waiting_since > self.cfg.start_timeout_s:  # ours have limits of their own
             urls = ", ".join(member.server.url for member in self._members)
             raise ServerError(f"no SGLang server has answered for {self.cfg.start_timeout_s:g} s: {urls}")
-        return [member.server for member in self._members if member.wants_weights]
+        for member in self._members:
+            member.syncing = member.wants_weights
+        return [member.server for member in self._members if member.syncing]
 
     def any_ready(self) -> bool:
         return any(member.ready for member in self._members)
@@ -186,12 +189,13 @@ class RolloutClient:
 
     async def _synced(self, servers: set[Server], failed: set[Server]) -> None:
         for member in self._members:
-            if member.server not in servers or not member.wants_weights:  # its watcher has found it dead
+            if member.server not in servers or not member.syncing:  # its watcher has found it dead
                 continue
             if member.server in failed:
                 self._lose(member, "did not take the weights")
             else:
                 member.ready, member.wants_weights, member.losses = True, False, 0
+            member.syncing = False
         async with self._changed:
             self._changed.notify_all()
 
@@ -339,7 +343,7 @@ class RolloutClient:
         if not (self.local or member.ready or member.wants_weights or member.posts):
             return  # it has been left before
         log.warning("SGLang server %s %s", member.server.url, why)
-        member.ready = member.wants_weights = False
+        member.ready = member.wants_weights = member.syncing = False
         for post in member.posts:
             post.cancel()
 
@@ -418,18 +422,18 @@ def _allow_open_files(connections: int) -> None:
     """Raises this process's limit, so that ``connections`` fit beside what else it has open.
 
     Raises:
-        InputError: the system lets it have fewer.
+        InputError: the system lets it have no more than those.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + _OTHER_FILES
     if soft >= wanted or soft == resource.RLIM_INFINITY:
         return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    if hard != resource.RLIM_INFINITY and hard <= connections:
         raise InputError(
-            f"sglang.max_concurrent_requests: {connections} connections need a limit of {wanted} open files, and ulimit -Hn is {hard}: "
+            f"sglang.max_concurrent_requests: {connections} connections to all servers need as many open files, and ulimit -Hn is {hard}: "
             "lower it, or have the limit raised"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 async def _thread_time() -> float:

@@ -62,16 +62,19 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
         raise InputError(
             f"sglang.python = {cfg.sglang.python!r} is not there: run make sglang, or give rollout.server_urls or servers_file"
         )
-    if cfg.weight_sync.route == "distributed" and device.type == "cuda" and Path(cfg.sglang.python).is_file():
+    if cfg.weight_sync.route == "distributed" and device.type == "cuda" and not cfg.rollout.server_urls:
         _check_nccl(cfg.sglang.python)
 
 
 def _check_nccl(python: str) -> None:
     """NCCL joins only processes of its own version (its init.cc)."""
     question = "import torch.cuda.nccl as nccl; print(*nccl.version(), sep='.')"
-    theirs = subprocess.run([python, "-I", "-c", question], capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S).stdout.strip()
+    try:
+        theirs = subprocess.run([python, "-I", "-c", question], capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        theirs = ""  # it is on other nodes, or for the servers to say
     ours = ".".join(map(str, nccl.version()))
-    if theirs and theirs != ours:  # a torch that does not start is for the servers to say
+    if theirs and theirs != ours:
         raise InputError(
             f"weight_sync.route = 'distributed' needs one NCCL, but the trainer's torch has {ours} and that of sglang.python {theirs}: "
             "choose 'disk', or install a torch with the same one"
@@ -79,11 +82,11 @@ def _check_nccl(python: str) -> None:
 
 
 def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
-    """The engine of ``cfg``, on the first rank with its servers starting; collective.
+    """The engine of ``cfg``, on the first rank with its servers starting, or up where they share the trainer's GPUs; collective.
 
     Raises:
         InputError: as ``LocalServers`` and ``make_weight_sync``; or colocated servers that take more GPUs than the trainer has.
-        ServerError: as ``published_servers``.
+        ServerError: as ``published_servers``; or colocated servers do not start.
 
     Args:
         hf: the model's Hugging Face config.
@@ -111,9 +114,15 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
     engine = SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
     if device.type == "cuda" and rollout.placement == "colocated":
-        if local:
-            local.wait_ready()
-        broadcast_object(None)  # SGLang sizes its cache by what is free: nobody allocates before
+        problem = None
+        try:
+            if local:
+                local.wait_ready()
+        except ServerError as error:
+            problem = error
+        if problem := broadcast_object(problem):  # SGLang sizes its cache by what is free: nobody allocates before
+            engine.close()
+            raise problem
     return engine
 
 
@@ -170,6 +179,7 @@ def _make_room() -> None:
     """Gives the GPU what torch holds ready for later, on every rank: servers are about to take it."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+        torch.cuda.ipc_collect()  # buckets that servers have read
         torch.cuda.empty_cache()
     barrier()
 

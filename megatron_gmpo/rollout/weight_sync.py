@@ -109,8 +109,8 @@ def make_weight_sync(
     if device.type == "cuda" and cfg.route == "distributed" and placement == "colocated":
         raise InputError("weight_sync.route = 'distributed' needs rollout.placement = 'disaggregated': NCCL wants one rank a GPU")
     if cfg.route == "disk":
-        folder = Path(cfg.folder, *run_dir.absolute().parts[1:]) if cfg.folder else run_dir / "weight_sync"
-        return _DiskSync(cfg, folder, quantized)
+        base = Path(cfg.folder, *run_dir.absolute().parts[1:]) if cfg.folder else run_dir
+        return _DiskSync(cfg, base / "weight_sync", quantized)
     if cfg.route == "distributed":
         return _DistributedSync(cfg, device, quantized)
     return _CudaTensorSync(cfg, device, quantized) if device.type == "cuda" else _SharedMemorySync(cfg, device, quantized)
@@ -338,7 +338,7 @@ class _DiskSync(_Route):
     def _begin(self, session: Session, version: str) -> None:
         with self._writing():
             for left in set(self._folder.glob("*")) - {self._current}:  # by a sync that broke off, or a run that was killed
-                shutil.rmtree(left)
+                shutil.rmtree(left, ignore_errors=True)
             self._draft, self._files = self._folder / f"{version}.incomplete", 0
             self._draft.mkdir(parents=True)
 

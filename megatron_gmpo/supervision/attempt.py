@@ -76,7 +76,8 @@ class Attempt:
         several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
         if several_nodes if supervision.node_check is None else supervision.node_check:
             self.enter("node_check")
-            shared_gpus = self._cfg.rollout.placement == "colocated"
+            rollout = self._cfg.rollout
+            shared_gpus = rollout.placement == "colocated" and bool(rollout.servers_file or rollout.server_urls)
             check_nodes(supervision, self._run_dir, device, checkpoint_bytes, shared_gpus=shared_gpus)
             self._event("node_check", nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")))
             self.enter("start")

@@ -273,7 +273,7 @@ def test_what_a_killed_run_left_is_removed(
     pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync], tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
-    ours, others = shared.joinpath(*tmp_path.parts[1:]), shared / "another" / "run"
+    ours, others = (shared.joinpath(*run.parts[1:], "weight_sync") for run in (tmp_path, tmp_path / "another"))
     for folder in (ours / "killed-3", ours / "killed-4.incomplete", others / "alive-5"):
         folder.mkdir(parents=True)
     assert not weight_sync("disk", folder=str(shared)).update(pair.servers, tensors_of(dense[1]), "left-0").failed

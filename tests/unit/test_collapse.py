@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from megatron_gmpo.checkpoint import native
 from megatron_gmpo.config import CollapseConfig, Config
 from megatron_gmpo.metrics.collapse import Collapse, CollapseDetector
 
@@ -157,3 +162,26 @@ def test_a_rollback_needs_a_checkpoint_to_go_back_to() -> None:
         Config.model_validate(tree(save_interval=5, keep_last=3))
     Config.model_validate(tree(save_interval=5, keep_last=4))
     Config.model_validate(tree(save_interval=20))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pointer and the state of the older checkpoint are right before the first later one is touched."""
+    for step in (4, 5, 6):
+        checkpoint = tmp_path / f"iter_000000{step}"
+        (checkpoint / "weights").mkdir(parents=True)
+        (checkpoint / "state.json").write_text(json.dumps({"step": step, "collapse": {"rollbacks": 0}, "scheduler": {"lr": step}}))
+    (tmp_path / native.LATEST).write_text("6")
+    good = native.checkpoint_before(tmp_path, 5)
+    assert good
+    if killed:
+        monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
+        native.go_back(good, {"collapse": {"rollbacks": 1}})
+    assert native.latest_checkpoint(tmp_path) == good
+    assert native.read_state(good) == {"step": 4, "collapse": {"rollbacks": 1}, "scheduler": {"lr": 4}}
+    later = [folder for folder in (tmp_path / "iter_0000005", tmp_path / "iter_0000006") if folder.exists()]
+    assert len(later) == (2 if killed else 0)
+    if killed:  # what is half removed is not taken for a checkpoint
+        assert native.checkpoint_before(tmp_path, 7) in (tmp_path / "iter_0000005", tmp_path / "iter_0000006")
+        assert sum((folder / "state.json").exists() for folder in later) == 1
