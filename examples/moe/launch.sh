@@ -89,7 +89,7 @@ step() {
   shift
   trap '' USR1 # srun takes it nevertheless, once it listens
   exec srun "${options[@]}" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --open-mode=append \
-    --output="$run_dir/logs/$name-%n.log" "${srun_container[@]}" "${inside[@]}" "$@"
+    --output="${run_dir//%/%%}/logs/$name-%n.log" "${srun_container[@]}" "${inside[@]}" "$@"
 }
 
 # --- signals --------------------------------------------------------------------------------------------------------------------------

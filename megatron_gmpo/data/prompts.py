@@ -200,17 +200,21 @@ def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
 def _messages(problem: Any, cfg: DataConfig, where: str) -> list[dict[str, str]]:
     if isinstance(problem, str) and problem:
         messages = [{"role": "user", "content": _fill(cfg.template, problem)}]
-    elif isinstance(problem, list) and problem and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in problem):
+    elif isinstance(problem, list) and problem and all(map(_is_message, problem)):
         if cfg.template:
             raise InputError(f"{where}: column {cfg.prompt_column!r} holds messages: leave template out, it applies to text")
         messages = [{"role": message["role"], "content": message["content"]} for message in problem]
     else:
-        raise InputError(f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages with role and content")
+        raise InputError(f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages with role and content, both text")
     if cfg.system_prompt:
         if messages[0]["role"] == "system":
             raise InputError(f"{where}: the messages have a system message already: leave system_prompt out")
         messages.insert(0, {"role": "system", "content": cfg.system_prompt})
     return messages
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _tokenize(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, chat: bool, section: str) -> None:

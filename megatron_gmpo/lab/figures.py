@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ PANELS = (
     Panel("Response length, tokens", {"response_length/mean": ""}),
 )
 
-_STYLES = ("-", (0, (3, 1.5)), (0, (1, 1.2)))
+_STYLES = ("-", (0, (3, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (6, 2)), (0, (6, 1.2, 1, 1.2, 1, 1.2)))
 
 
 def panel_curves(panel: Panel, arms: Mapping[str, Sequence[Series]]) -> dict[str, dict[str, Curve]]:
@@ -81,13 +82,13 @@ def draw(panel: Panel, curves: Mapping[str, Mapping[str, Curve]], labels: Mappin
     ax = figure.subplots()
     set_up_axes(ax, panel.title, log=panel.log)
     colors = {arm: COLORS[number % len(COLORS)] for number, arm in enumerate(labels)}
-    for style, of_arms in zip(_STYLES, curves.values(), strict=False):
+    for style, of_arms in zip(cycle(_STYLES), curves.values(), strict=False):
         for arm, c in of_arms.items():
             ax.fill_between(c.steps, c.low, c.high, color=colors[arm], alpha=0.13, lw=0)
             ax.plot(c.steps, c.mean, color=colors[arm], lw=1.6, ls=style, marker="o" if len(c.steps) < 20 else None, ms=3)
     names = [panel.metrics.get(metric, metric.removeprefix("eval/")) for metric in curves]
     if len(names) > 1:
-        styled = [Line2D([], [], color=MUTED, lw=1.6, ls=style, label=name) for style, name in zip(_STYLES, names, strict=False)]
+        styled = [Line2D([], [], color=MUTED, lw=1.6, ls=style, label=name) for style, name in zip(cycle(_STYLES), names, strict=False)]
         ax.legend(handles=styled, frameon=False, fontsize=7.5, labelcolor=MUTED, loc="best")
     arms = [Line2D([], [], color=colors[arm], lw=2.2, label=label) for arm, label in labels.items()]
     figure.legend(handles=arms, loc="outside lower center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -210,7 +210,7 @@ def _check_folder(trial: Trial) -> None:
 
 def _ended_itself(events: Path) -> bool:
     """Whether the last thing a run wrote down is that its figures are not finite or that its policy collapsed."""
-    last = json.loads(_lines(events)[-1]) if events.exists() else {"event": ""}
+    last = _newest(events) or {"event": ""}
     return last["event"] == "nonfinite" or (last["event"] == "collapse" and last["action"] != "warn")
 
 
@@ -275,7 +275,7 @@ def _name(trial: Trial) -> str:
     return f"{trial.arm.name} seed {trial.seed}"
 
 
-def _newest(path: Path) -> dict[str, float] | None:
-    """The last whole line of a ``metrics.jsonl``."""
+def _newest(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a ``metrics.jsonl`` or ``events.jsonl``."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(lines[-1]) if lines else None

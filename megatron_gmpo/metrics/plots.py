@@ -114,7 +114,7 @@ def read_metrics(path: str | Path) -> Series:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give the folder of a run that has logged a step")
     points: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):  # a run that died may have left half a line
         try:
             record = json.loads(line)
             step = int(record.pop("step"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import multiprocessing
 import re
 import signal
@@ -20,6 +21,7 @@ from ..types import Prompt
 CONSTS.term_timeout = 0.1
 
 _FAREWELL_S = 5.0
+_AFTER_THE_TRAINER_S = 30
 _STALLED_S = 3600.0
 """No queue of answers is this long: the pool is broken."""
 
@@ -54,7 +56,7 @@ class MathReward:
         Raises:
             RuntimeError: the processes cannot start; in a script of your own, guard the entry with ``if __name__ == "__main__"``.
         """
-        future = self._running_pool().schedule(is_correct, args=(prompt.answer, response), timeout=self.timeout_s)
+        future = self._running_pool().schedule(_check, args=(prompt.answer, response, self.timeout_s), timeout=self.timeout_s)
         try:
             return float(future.result(_STALLED_S))
         except (TimeoutError, ProcessExpired):
@@ -114,7 +116,7 @@ def _tidy(answer: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete ``\boxed{...}``; braces nest."""
+    r"""What stands in the last complete ``\boxed{...}``; braces nest. Without one, what follows the last ``\boxed`` and a space."""
     boxes = {match.end() for match in re.finditer(r"\\boxed\s*\{", text)}
     last: tuple[int, int] | None = None
     opened: list[int] = []  # what comes after each open brace
@@ -123,7 +125,18 @@ def _last_boxed(text: str) -> str | None:
             opened.append(brace.end())
         elif opened and (start := opened.pop()) in boxes and (last is None or start > last[0]):
             last = (start, brace.start())
-    return text[slice(*last)] if last else None
+    if last:
+        return text[slice(*last)]
+    bare = re.findall(r"\\boxed\s+([^\s{}\\$.,;]+)", text)
+    return bare[-1] if bare else None
+
+
+def _check(truth: str, response: str, limit_s: float) -> bool:
+    signal.alarm(math.ceil(limit_s) + _AFTER_THE_TRAINER_S)  # the pool's limit ends with the trainer, the kernel's does not
+    try:
+        return is_correct(truth, response)
+    finally:
+        signal.alarm(0)
 
 
 def _start_worker() -> None:

@@ -20,9 +20,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from torch import Tensor
 
-from megatron_gmpo.checkpoint import native
 from megatron_gmpo.checkpoint.convert import HFToMegatron, MegatronToHF
-from megatron_gmpo.checkpoint.hf import export_hf
+from megatron_gmpo.checkpoint.hf import export_hf, unwrapped
 from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
@@ -88,7 +87,7 @@ def save_as_megatron_lm(cfg: Config, batch: TrainBatch, folder: Path, optimizer_
             "dp_cp_group": policy.groups.dp_cp,
         }
         (chunk,) = policy.chunks
-        gpt: Any = native._unwrap(chunk)
+        gpt: Any = unwrapped(chunk)
         random_states = [{"random_rng_state": random.getstate(), "torch_rng_state": torch.get_rng_state()}]
         cases._steps(policy, batch, 1)  # which makes the moments
         model = gpt.sharded_state_dict(metadata=metadata)

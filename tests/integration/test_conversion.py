@@ -519,7 +519,7 @@ def test_too_small_a_disk_is_refused_before_writing(model: Callable[..., Path], 
     """A vocabulary, in a file that is all hole, larger than what this disk has free."""
     folder = copied(model("qwen3 tied"), tmp_path)
     about = json.loads((folder / "config.json").read_text())
-    about["vocab_size"] = (shutil.disk_usage(tmp_path).free + 10**9) // (2 * about["hidden_size"])
+    about["vocab_size"] = (2 * shutil.disk_usage(tmp_path).free + 10**9) // (2 * about["hidden_size"])
     (folder / "config.json").write_text(json.dumps(about))
     entries = ConversionTable(folder).entries
     shapes = [(name, torch.bfloat16, shape) for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)]

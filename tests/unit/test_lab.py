@@ -10,6 +10,7 @@ import pytest
 import tomli_w
 
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.lab import trials
 from megatron_gmpo.lab.results import POINTS, Measure, curve
 from megatron_gmpo.lab.statistics import estimate, paired_difference, t_quantile
 from megatron_gmpo.lab.study import Study, load_study
@@ -159,3 +160,14 @@ def test_the_studies_are_valid(path: Path) -> None:
 
 def test_the_comparison_with_grpo_has_five_seeds() -> None:
     assert len(load_study(ROOT / "examples/moe/stability/gmpo_vs_grpo.toml").file.seeds) >= 5
+
+
+def test_half_a_line_of_a_run_that_died_is_passed_over(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    assert not trials._ended_itself(events)
+    events.write_text('{"event": "nonfi')
+    assert not trials._ended_itself(events)
+    events.write_text('{"event": "nonfinite"}\n{"event": "chec')
+    assert trials._ended_itself(events)
+    events.write_text('{"event": "collapse", "action": "warn"}\n')
+    assert not trials._ended_itself(events)

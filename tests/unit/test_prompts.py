@@ -155,6 +155,8 @@ def test_input_errors_name_field_value_and_remedy(jsonl: str, options: dict, par
         ([{"problem": [{"role": "tool", "content": "x"}], "answer": "1"}], "no tools here"),
         ([{"problem": [{"role": "system", "content": "x"}], "answer": "1"}], "a system message already"),
         ([{"problem": [{"text": "x"}], "answer": "1"}], "role and content"),
+        ([{"problem": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "answer": "1"}], "role and content"),
+        ([{"problem": [{"role": "user", "content": None}], "answer": "1"}], "role and content"),
         ([{"problem": "a", "answer": {"x": 2}}], "row 0: column 'answer' is {'x': 2}"),
     ],
 )

@@ -28,6 +28,7 @@ RIGHT = [
     ("72", "\\boxed{72 \\text{ dollars}}"),
     ("72", "\\boxed{71}. No: \\boxed{72}"),
     ("72", "\\boxed{\\boxed{72}}"),
+    ("So it is $\\boxed 2$", "$\\boxed 2$."),
     ("72", "\\boxed{72} and then \\boxed{7"),
     ("72", "\\boxed{72} and " + "\\boxed{" * 4000),
     ("72", "I get 5 + 67 = 72 dollars."),

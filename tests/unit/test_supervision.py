@@ -65,10 +65,13 @@ def test_a_requeued_job_waits_for_the_end_of_its_last_attempt(tmp_path: Path, mo
 
 def test_a_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    fork = multiprocessing.get_context("fork")
+    is_up = fork.Event()
+    child = fork.Process(target=lambda: (is_up.set(), time.sleep(60)))
     child.start()
     try:
-        lock.release()
+        assert is_up.wait(60)
+        lock._file.close()  # as the end of this process would: nobody unlocks
         RunLock(tmp_path).release()
     finally:
         child.kill()
