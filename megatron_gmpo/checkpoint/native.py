@@ -200,9 +200,9 @@ def save(
 
 @contextmanager
 def _shards_unchecked() -> Iterator[None]:
-    """Without torch's search for overlaps, which compares all pieces of a tensor with each other: layers x experts x 2 of them. For the
-    24,064 of Qwen3-235B-A22B it takes most of a minute, eight times a save. Megatron looks for them itself when it saves
-    (dist_checkpointing/validation.py).
+    """Without torch's search for overlaps, which compares all pieces of a tensor with each other: layers x experts x 2 of them, 12,288
+    in Qwen3-30B-A3B. It took 0.8 s for 3,072 and 2.8 s for 6,144, and comes eight times a save. Megatron looks for overlaps itself when
+    it saves (dist_checkpointing/validation.py).
     """
     modules: tuple[Any, ...] = (sharding_spec, sharded_tensor)
     check = sharding_spec.validate_non_overlapping_shards_metadata

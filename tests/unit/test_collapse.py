@@ -174,7 +174,7 @@ def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: p
     (tmp_path / native.LATEST).write_text("6")
     good = native.checkpoint_before(tmp_path, 5)
     assert good
-    if killed:
+    if killed:  # while it removes the first folder
         monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
         native.go_back(good, {"collapse": {"rollbacks": 1}})
