@@ -45,7 +45,8 @@ FAMILIES = {
         "norm_topk_prob": True,
         "architectures": ["Qwen3MoeForCausalLM"],
     },
-    "qwen3": SHAPE | {"intermediate_size": 8192, "tie_word_embeddings": False, "architectures": ["Qwen3ForCausalLM"]},
+    "qwen3": SHAPE
+    | {"intermediate_size": 8192, "tie_word_embeddings": False, "architectures": ["Qwen3ForCausalLM"]},
 }
 
 
@@ -57,7 +58,11 @@ def write_model(folder: Path, family: str, gigabytes: float) -> None:
     config = AutoConfig.for_model(family, num_hidden_layers=layers, **shape)
     config.save_pretrained(folder)
     table = ConversionTable(folder)
-    tensors = [(name, torch.bfloat16, shape) for entry in table.entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)]
+    tensors = [
+        (name, torch.bfloat16, shape)
+        for entry in table.entries
+        for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
+    ]
     noise = torch.randn(2 * 32768 * 1024).mul_(0.02).bfloat16()
     with SafetensorsFile(folder / "model.safetensors", tensors) as file:
         for place, (name, _, shape) in enumerate(tensors):
@@ -68,7 +73,10 @@ def write_model(folder: Path, family: str, gigabytes: float) -> None:
 
 def plain_copy(folder: Path, out: Path) -> None:
     out.mkdir()
-    with (folder / "hf/model.safetensors").open("rb", buffering=0) as reader, (out / "copy").open("wb", buffering=0) as writer:
+    with (
+        (folder / "hf/model.safetensors").open("rb", buffering=0) as reader,
+        (out / "copy").open("wb", buffering=0) as writer,
+    ):
         while block := reader.read(BLOCK):
             writer.write(block)
         os.fsync(writer.fileno())
@@ -120,7 +128,9 @@ def compare(folder: Path, repeats: int, python: dict[str, str | Path]) -> None:
     Each measurement has a plain copy before it, since other work on the machine slows both.
     """
     nbytes = (folder / "hf/model.safetensors").stat().st_size
-    print(f"{nbytes / 1e9:.2f} GB\n{'':<28}{'seconds':>8}{'plain':>8}{'MB/s':>8}{'of plain':>10}{'peak MB':>9}")
+    print(
+        f"{nbytes / 1e9:.2f} GB\n{'':<28}{'seconds':>8}{'plain':>8}{'MB/s':>8}{'of plain':>10}{'peak MB':>9}"
+    )
     for what, interpreter in python.items():
         rows: list[tuple[float, float, int]] = []
         for _ in range(repeats):
@@ -135,7 +145,13 @@ def compare(folder: Path, repeats: int, python: dict[str, str | Path]) -> None:
     print("there and back: " + ("the same file, byte for byte" if same else "another file"))
 
 
-def main(folder: Path, gigabytes: float = 3.0, repeats: int = 5, mbridge_python: Path | None = None, only: str | None = None) -> None:
+def main(
+    folder: Path,
+    gigabytes: float = 3.0,
+    repeats: int = 5,
+    mbridge_python: Path | None = None,
+    only: str | None = None,
+) -> None:
     """Measure, print tables, and remove what was written.
 
     Args:
@@ -149,7 +165,9 @@ def main(folder: Path, gigabytes: float = 3.0, repeats: int = 5, mbridge_python:
         measure(only, folder)
         return
     ours: dict[str, str | Path] = dict.fromkeys(("to_megatron", "to_hf"), sys.executable)
-    theirs: dict[str, str | Path] = dict.fromkeys(("mbridge_to_megatron", "mbridge_to_hf"), mbridge_python or "")
+    theirs: dict[str, str | Path] = dict.fromkeys(
+        ("mbridge_to_megatron", "mbridge_to_hf"), mbridge_python or ""
+    )
     for family in ["qwen3_moe", *(["qwen3"] if mbridge_python else [])]:
         (folder / "hf").mkdir(parents=True)
         try:

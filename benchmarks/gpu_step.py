@@ -91,7 +91,10 @@ def forward_flops(hf: Any, lengths: list[int], *, causal: bool = True) -> int:
     """FLOPs of a forward pass of a Qwen3-MoE over sequences of these lengths, logits of every token included."""
     heads, groups, width = hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim
     attention = hf.hidden_size * width * (2 * heads + 2 * groups)
-    experts = 3 * hf.hidden_size * hf.moe_intermediate_size * hf.num_experts_per_tok + hf.hidden_size * hf.num_experts
+    experts = (
+        3 * hf.hidden_size * hf.moe_intermediate_size * hf.num_experts_per_tok
+        + hf.hidden_size * hf.num_experts
+    )
     matrices = hf.num_hidden_layers * (attention + experts) + hf.hidden_size * hf.vocab_size
     products = 2 * heads * width * hf.num_hidden_layers * (1 if causal else 2)
     return 2 * matrices * sum(lengths) + products * sum(length**2 for length in lengths)
@@ -175,7 +178,9 @@ def measure(recipe: Recipe, model: Path, options: Options) -> Figures:
         policy.train_step(batch, objective)
         _wait(device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    (options.out / f"kernels_{recipe}.txt").write_text(kernels.key_averages().table(sort_by=order, row_limit=20))
+    (options.out / f"kernels_{recipe}.txt").write_text(
+        kernels.key_averages().table(sort_by=order, row_limit=20)
+    )
     return Figures(recipe, step, logprobs, export, peak)
 
 
@@ -194,7 +199,20 @@ def report(found: list[Figures], model: Path, options: Options, console: Console
         f"Floor: {computing:.4f} s for the FLOPs at {hardware.flops / 1e12:.0f} TFLOP/s, {updating:.4f} s for the optimizer's bytes at "
         f"{hardware.bandwidth / 1e12:.2f} TB/s."
     )
-    table = Table(*("precision", "step s", "over floor", "tokens/s", "TFLOP/s", "MFU", "speedup", "logprobs s", "export s", "peak GB"))
+    table = Table(
+        *(
+            "precision",
+            "step s",
+            "over floor",
+            "tokens/s",
+            "TFLOP/s",
+            "MFU",
+            "speedup",
+            "logprobs s",
+            "export s",
+            "peak GB",
+        )
+    )
     base = next((figures.step for figures in found if figures.recipe == "bf16"), None)
     rows = []
     for figures in found:
@@ -221,7 +239,14 @@ def report(found: list[Figures], model: Path, options: Options, console: Console
             f"{figures.peak_memory / 1e9:.1f}",
         )
     console.print(table)
-    return {"benchmark": "gpu_step", "device": name, "parameters": parameters, "flops": flops, "floor_s": floor, "precisions": rows}
+    return {
+        "benchmark": "gpu_step",
+        "device": name,
+        "parameters": parameters,
+        "flops": flops,
+        "floor_s": floor,
+        "precisions": rows,
+    }
 
 
 def in_a_process(function: Callable[..., Any], *arguments: object) -> Any:
@@ -237,7 +262,9 @@ def _wait(device: torch.device) -> None:
 
 def _hardware(name: str) -> Hardware:
     """The data sheet; of a GPU that is not in the list, or a CPU, an H100's."""
-    return next((hardware for key, hardware in HARDWARE.items() if key.upper() in name.upper()), HARDWARE["h100"])
+    return next(
+        (hardware for key, hardware in HARDWARE.items() if key.upper() in name.upper()), HARDWARE["h100"]
+    )
 
 
 def _parameters(model: Path) -> int:

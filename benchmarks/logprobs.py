@@ -34,7 +34,9 @@ def log_softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 def resident(peak: bool = False) -> int:
     """Bytes of this process in memory, now or at most since ``reset_peak``."""
     name = "VmHWM:" if peak else "VmRSS:"
-    fields = next(line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    fields = next(
+        line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
+    )
     return int(fields[1]) * 1024
 
 
@@ -42,7 +44,9 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 
-def measure(function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], logits: Tensor, labels: Tensor) -> tuple[float, float, Tensor]:
+def measure(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], logits: Tensor, labels: Tensor
+) -> tuple[float, float, Tensor]:
     """Peak beyond logits and gradient over the logits' size, seconds, and the log probabilities."""
     logits.grad = None
     before = resident()
@@ -59,7 +63,9 @@ def main() -> None:
     torch.manual_seed(0)
     logits = torch.randn(TOKENS, VOCABULARY).requires_grad_()
     labels = torch.randint(VOCABULARY, (TOKENS,))
-    measure(logprobs_and_entropy, logits[:8].detach().requires_grad_(), labels[:8])  # what the first call loads is not its cost
+    measure(
+        logprobs_and_entropy, logits[:8].detach().requires_grad_(), labels[:8]
+    )  # what the first call loads is not its cost
     extra, seconds, logprobs = measure(logprobs_and_entropy, logits, labels)
     peer_extra, peer_seconds, expected = measure(log_softmax, logits, labels)
     result = {

@@ -47,7 +47,9 @@ def fill(lengths: list[int], plan: Plan) -> float:
 
 def imbalance(lengths: list[int], plan: Plan) -> tuple[float, float]:
     """Dearest rank over mean rank; and the same when ranks also wait for each other at every microbatch (expert parallelism)."""
-    costs = np.array([[sum(cost(lengths[i]) for i in members) for members in microbatches] for microbatches in plan])
+    costs = np.array(
+        [[sum(cost(lengths[i]) for i in members) for members in microbatches] for microbatches in plan]
+    )
     mean = costs.sum() / len(plan)
     return costs.sum(axis=1).max() / mean, costs.max(axis=0).sum() / mean
 
@@ -59,7 +61,15 @@ def main() -> None:
         plan = plan_microbatches(lengths, max_tokens=MAX_TOKENS, data_parallel_size=DATA_PARALLEL_SIZE)
         peer = sequential_fill(lengths)
         padded_fill = sum(lengths) / (len(lengths) * max(lengths))
-        rows.append([fill(lengths, plan), *imbalance(lengths, plan), fill(lengths, peer), *imbalance(lengths, peer), padded_fill])
+        rows.append(
+            [
+                fill(lengths, plan),
+                *imbalance(lengths, plan),
+                fill(lengths, peer),
+                *imbalance(lengths, peer),
+                padded_fill,
+            ]
+        )
     mean, worst = np.mean(rows, axis=0), np.min(rows, axis=0)
     many = lognormal_lengths(MANY_SEQUENCES, 0)
     start = time.perf_counter()

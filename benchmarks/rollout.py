@@ -61,7 +61,9 @@ def map_and_copy(connection: Connection) -> None:
 
 def make_model(folder: Path) -> None:
     """200 MB in bf16."""
-    make_tiny_model(folder, family="qwen3", num_layers=8, hidden_size=1024, ffn_hidden_size=4096, dtype=torch.bfloat16)
+    make_tiny_model(
+        folder, family="qwen3", num_layers=8, hidden_size=1024, ffn_hidden_size=4096, dtype=torch.bfloat16
+    )
 
 
 def measure_sync(folder: Path, bucket_bytes: int) -> None:
@@ -73,10 +75,17 @@ def measure_sync(folder: Path, bucket_bytes: int) -> None:
     shared = source.clone().share_memory_()
     ours, theirs = multiprocessing.Pipe()
     multiprocessing.get_context("spawn").Process(target=map_and_copy, args=(theirs,), daemon=True).start()
-    servers = LocalServers(str(folder / "model"), 1, SGLangConfig(), folder / "servers", dtype="bf16", seed=0, device=CPU)
+    servers = LocalServers(
+        str(folder / "model"), 1, SGLangConfig(), folder / "servers", dtype="bf16", seed=0, device=CPU
+    )
     servers.start()
     routes = {
-        route: make_weight_sync(WeightSyncConfig(route=route, bucket_bytes=bucket_bytes, in_flight="abort"), "colocated", CPU, folder)
+        route: make_weight_sync(
+            WeightSyncConfig(route=route, bucket_bytes=bucket_bytes, in_flight="abort"),
+            "colocated",
+            CPU,
+            folder,
+        )
         for route in get_args(Route)
     }
     try:
@@ -119,7 +128,9 @@ def measure_client(folder: Path) -> None:
         client.expect(0)
         update = {"new_version": "benchmark-0", "abort_all_requests": False}
         server = local.servers[0]
-        httpx.post(f"{server.url}/update_weight_version", json=update, headers=server.admin_headers, timeout=60).raise_for_status()
+        httpx.post(
+            f"{server.url}/update_weight_version", json=update, headers=server.admin_headers, timeout=60
+        ).raise_for_status()
         client.synced(local.servers, [])
         prompts = [[5 + i % 11, 6, 7, *range(5, 15)] for i in range(4 * CONCURRENT)]
         sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
@@ -132,7 +143,9 @@ def measure_client(folder: Path) -> None:
         client.close()
     tokens = sum(len(response.tokens) for row in answers for response in row)
     assert tokens == len(prompts) * NEW_TOKENS
-    print(f"{len(prompts)} requests, {CONCURRENT} at a time: {tokens / total:.0f} tokens/s; {in_client:.2f} of {total:.1f} s in the client")
+    print(
+        f"{len(prompts)} requests, {CONCURRENT} at a time: {tokens / total:.0f} tokens/s; {in_client:.2f} of {total:.1f} s in the client"
+    )
     share = in_client / total
     result = {"benchmark": "client_overhead", "share": round(share, 4), "within_limit": share < CLIENT_LIMIT}
     print(json.dumps(result))
@@ -144,7 +157,10 @@ def main(only: Literal["sync", "client"] | None = None, bucket_megabytes: int = 
         only: What to measure; both by default.
         bucket_megabytes: ``weight_sync.bucket_bytes``.
     """
-    for name, measure in (("sync", partial(measure_sync, bucket_bytes=bucket_megabytes * 2**20)), ("client", measure_client)):
+    for name, measure in (
+        ("sync", partial(measure_sync, bucket_bytes=bucket_megabytes * 2**20)),
+        ("client", measure_client),
+    ):
         if only in (None, name):
             with tempfile.TemporaryDirectory() as folder:
                 measure(Path(folder))

@@ -23,7 +23,16 @@ LIMIT = 0.05
 
 def time_of_steps(run_dir: Path) -> list[dict[str, float]]:
     """Runs the demo's training for ``STEPS`` steps; ``time/*`` of each step that counts, in seconds by phase."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_gmpo.train"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "megatron_gmpo.train",
+    ]
     options = {
         "run_dir": run_dir,
         "parallel.expert_model_parallel_size": 2,
@@ -32,10 +41,15 @@ def time_of_steps(run_dir: Path) -> list[dict[str, float]]:
         "eval.interval": 0,
         "checkpoint.save_final": "false",
     }
-    subprocess.run([*launch, CONFIG, *(str(a) for k, v in options.items() for a in (f"--{k}", v))], check=True, timeout=600)
+    subprocess.run(
+        [*launch, CONFIG, *(str(a) for k, v in options.items() for a in (f"--{k}", v))],
+        check=True,
+        timeout=600,
+    )
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")} for line in lines[WARM_UP_STEPS:-1]
+        {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")}
+        for line in lines[WARM_UP_STEPS:-1]
     ]
 
 

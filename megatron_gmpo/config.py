@@ -22,7 +22,9 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(_Section):
@@ -54,14 +56,24 @@ class Fp8Config(_Section):
 
     @model_validator(mode="after")
     def _fields_fit_the_recipe(self) -> Fp8Config:
-        changed = {name: getattr(self, name) for name, field in Fp8Config.model_fields.items() if getattr(self, name) != field.default}
+        changed = {
+            name: getattr(self, name)
+            for name, field in Fp8Config.model_fields.items()
+            if getattr(self, name) != field.default
+        }
         if self.recipe is None and changed:
             name, value = next(iter(changed.items()))
-            raise ValueError(f"{name} = {value!r} needs a recipe: set fp8.recipe = 'tensorwise', or remove it")
+            raise ValueError(
+                f"{name} = {value!r} needs a recipe: set fp8.recipe = 'tensorwise', or remove it"
+            )
         if self.recipe == "delayed" and self.bf16_layers:
-            raise ValueError("layers in bf16 need another recipe than 'delayed', which updates all scales together: choose 'tensorwise'")
+            raise ValueError(
+                "layers in bf16 need another recipe than 'delayed', which updates all scales together: choose 'tensorwise'"
+            )
         if self.recipe == "mxfp8" and self.param:
-            raise ValueError("param = true needs another recipe than 'mxfp8', whose weights Megatron gathers in bf16: set it to false")
+            raise ValueError(
+                "param = true needs another recipe than 'mxfp8', whose weights Megatron gathers in bf16: set it to false"
+            )
         return self
 
     @property
@@ -89,7 +101,9 @@ class ParallelConfig(_Section):
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one replica of the dense part and share its sequences."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
     @model_validator(mode="after")
     def _virtual_needs_pipeline(self) -> ParallelConfig:
@@ -177,11 +191,15 @@ class RolloutConfig(_Section):
             if self.placement == "colocated":
                 raise ValueError("placement = 'colocated' needs engine = 'sglang'")
         elif self.dtype:
-            raise ValueError(f"dtype = {self.dtype!r} needs engine = 'embedded': the servers' is sglang.args.dtype")
+            raise ValueError(
+                f"dtype = {self.dtype!r} needs engine = 'embedded': the servers' is sglang.args.dtype"
+            )
         elif self.router_noise:
             raise ValueError(f"router_noise = {self.router_noise:g} needs engine = 'embedded': set it to 0")
         if self.server_urls and self.servers_file:
-            raise ValueError(f"servers_file = {self.servers_file!r} and server_urls both name servers: leave one out")
+            raise ValueError(
+                f"servers_file = {self.servers_file!r} and server_urls both name servers: leave one out"
+            )
         if self.server_urls and self.quantization == "fp8":
             raise ValueError("quantization = 'fp8' needs servers started for it: leave server_urls out")
         if len(set(self.server_urls)) < len(self.server_urls):
@@ -289,7 +307,10 @@ class AlgorithmConfig(_Section):
     def mask_band(self) -> tuple[float, float]:
         """(low, high) of ``icepop`` and ``geometric``; of the other masks everything."""
         low, high = {"icepop": (0.5, 5.0), "geometric": (0.99, 1.01)}.get(self.mask, (0.0, math.inf))
-        return low if self.mask_low is None else self.mask_low, high if self.mask_high is None else self.mask_high
+        return (
+            low if self.mask_low is None else self.mask_low,
+            high if self.mask_high is None else self.mask_high,
+        )
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> AlgorithmConfig:
@@ -330,7 +351,9 @@ class OptimizerConfig(_Section):
         for name in ("moments_dtype", "offload_fraction", "overlap_param_gather"):
             value = getattr(self, name)
             if value != OptimizerConfig.model_fields[name].default and not self.use_distributed_optimizer:
-                raise ValueError(f"{name} = {value!r} needs use_distributed_optimizer = true: set it, or remove {name}")
+                raise ValueError(
+                    f"{name} = {value!r} needs use_distributed_optimizer = true: set it, or remove {name}"
+                )
         if self.moments_dtype != "fp32" and self.offload_fraction:
             raise ValueError(
                 f"moments_dtype = {self.moments_dtype!r} with offload_fraction: offloaded moments are fp32; remove one of them"
@@ -379,7 +402,9 @@ class EvalConfig(_Section):
     @model_validator(mode="after")
     def _k_within_samples(self) -> EvalConfig:
         if max(self.k, default=1) > self.samples_per_prompt:
-            raise ValueError(f"k = {max(self.k)} needs samples_per_prompt >= {max(self.k)}, not {self.samples_per_prompt}")
+            raise ValueError(
+                f"k = {max(self.k)} needs samples_per_prompt >= {max(self.k)}, not {self.samples_per_prompt}"
+            )
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError("samples_per_prompt > 1 needs temperature > 0: greedy samples are all equal")
         return self
@@ -438,7 +463,9 @@ class SupervisionConfig(_Section):
     @model_validator(mode="after")
     def _several_heartbeats_before_a_hang(self) -> SupervisionConfig:
         if self.hang_timeout_s < 4 * self.heartbeat_interval_s:
-            raise ValueError(f"hang_timeout_s = {self.hang_timeout_s:g} is less than four heartbeat_interval_s: choose a larger one")
+            raise ValueError(
+                f"hang_timeout_s = {self.hang_timeout_s:g} is less than four heartbeat_interval_s: choose a larger one"
+            )
         return self
 
 
@@ -479,11 +506,18 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _low_precision_starts_from_bf16(self) -> Config:
-        low = {"fp8.recipe": self.fp8.recipe, "optimizer.offload_fraction": self.optimizer.offload_fraction or None}
-        low["optimizer.moments_dtype"] = None if self.optimizer.moments_dtype == "fp32" else self.optimizer.moments_dtype
+        low = {
+            "fp8.recipe": self.fp8.recipe,
+            "optimizer.offload_fraction": self.optimizer.offload_fraction or None,
+        }
+        low["optimizer.moments_dtype"] = (
+            None if self.optimizer.moments_dtype == "fp32" else self.optimizer.moments_dtype
+        )
         for field, value in low.items():
             if value is not None and self.model.dtype != "bf16":
-                raise ValueError(f"{field} = {value!r} needs model.dtype = 'bf16', not {self.model.dtype!r}: set it")
+                raise ValueError(
+                    f"{field} = {value!r} needs model.dtype = 'bf16', not {self.model.dtype!r}: set it"
+                )
         return self
 
     @model_validator(mode="after")
@@ -498,12 +532,16 @@ class Config(_Section):
                 ("optimizer.overlap_param_gather", self.optimizer.overlap_param_gather),
             ):
                 if on:
-                    raise ValueError(f"fp8.param = true with {field}: they do not work together; remove one of them")
+                    raise ValueError(
+                        f"fp8.param = true with {field}: they do not work together; remove one of them"
+                    )
         return self
 
     @model_validator(mode="after")
     def _the_reference_stays_as_it_is(self) -> Config:
-        if self.fp8.recipe == "delayed" and self.algorithm.kl_coef > 0:  # Transformer Engine updates the scales of all modules together
+        if (
+            self.fp8.recipe == "delayed" and self.algorithm.kl_coef > 0
+        ):  # Transformer Engine updates the scales of all modules together
             raise ValueError(
                 "fp8.recipe = 'delayed' with algorithm.kl_coef > 0: the reference policy's scales would move with training; "
                 "choose 'tensorwise', or set it to 0"
@@ -513,7 +551,9 @@ class Config(_Section):
     @model_validator(mode="after")
     def _adaptive_clip_has_something_to_clip(self) -> Config:
         if self.algorithm.clip == "adaptive" and self.train.minibatches_per_step == 1:
-            raise ValueError("algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: with one update a step no ratio leaves 1")
+            raise ValueError(
+                "algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: with one update a step no ratio leaves 1"
+            )
         return self
 
     @model_validator(mode="after")
@@ -521,7 +561,9 @@ class Config(_Section):
         if self.collapse.action == "rollback":
             interval, seen = self.checkpoint.save_interval, self.collapse.window + self.collapse.patience
             if not interval:
-                raise ValueError("collapse.action = 'rollback' needs checkpoint.save_interval > 0: set it, or choose 'stop'")
+                raise ValueError(
+                    "collapse.action = 'rollback' needs checkpoint.save_interval > 0: set it, or choose 'stop'"
+                )
             if self.checkpoint.keep_last < (needed := 1 + math.ceil(seen / interval)):
                 raise ValueError(
                     f"collapse.action = 'rollback' needs checkpoint.keep_last >= {needed}, to have one from {seen} steps ago: raise it or "
@@ -537,7 +579,9 @@ class Config(_Section):
             ("distributed_timeout_s", self.distributed_timeout_s),
         ):
             if self.rollout.engine == "sglang" and limit <= start:
-                raise ValueError(f"{field} = {limit:g} is not above sglang.start_timeout_s = {start:g}: ranks wait that long for servers")
+                raise ValueError(
+                    f"{field} = {limit:g} is not above sglang.start_timeout_s = {start:g}: ranks wait that long for servers"
+                )
         return self
 
     @property
@@ -548,7 +592,9 @@ class Config(_Section):
     @model_validator(mode="after")
     def _replayed_routing_is_recorded(self) -> Config:
         if self.needs_rollout_routing and not (self.rollout.routed_experts or self.rollout.replay_path):
-            raise ValueError("algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true: set it, or choose 'policy'")
+            raise ValueError(
+                "algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true: set it, or choose 'policy'"
+            )
         return self
 
 
@@ -603,7 +649,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"config file {path} does not exist: give the path of a TOML file, e.g. examples/moe/tiny_cpu.toml") from None
+        raise InputError(
+            f"config file {path} does not exist: give the path of a TOML file, e.g. examples/moe/tiny_cpu.toml"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
 
@@ -626,7 +674,12 @@ def _overrides(argv: list[str]) -> list[tuple[str, Any]]:
 
 def _value(key: str, text: str) -> Any:
     """Quoted strings, lists, tables and values of free tables are TOML; all else is read as the field's type (2025-08-01 is a path)."""
-    if not key.startswith(("megatron.", "algorithm.options.", "sglang.args.")) and text[:1] not in ('"', "'", "[", "{"):
+    if not key.startswith(("megatron.", "algorithm.options.", "sglang.args.")) and text[:1] not in (
+        '"',
+        "'",
+        "[",
+        "{",
+    ):
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -651,7 +704,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         section = where.rpartition(".")[0]
         nearest = max(
             _all_keys(root),
-            key=lambda key: _likeness(key, where) + _likeness(_leaf(key), _leaf(where)) + 0.3 * (key.rpartition(".")[0] == section),
+            key=lambda key: (
+                _likeness(key, where)
+                + _likeness(_leaf(key), _leaf(where))
+                + 0.3 * (key.rpartition(".")[0] == section)
+            ),
         )
         return f"unknown config key {where!r}: did you mean {nearest!r}?"
     message = first["msg"].removeprefix("Value error, ")

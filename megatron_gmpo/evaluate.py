@@ -56,7 +56,9 @@ def evaluate(
         for k in cfg.k:
             results[f"eval/{name}/pass@{k}"] = fmean(pass_at_k(sampling.n, c, k) for c in passed)
         results[f"eval/{name}/reward"] = fmean(value for group in groups for value in group.rewards)
-        results[f"eval/{name}/response_length"] = fmean(sample.response_length for group in groups for sample in group.samples)
+        results[f"eval/{name}/response_length"] = fmean(
+            sample.response_length for group in groups for sample in group.samples
+        )
         results[f"eval/{name}/timeouts"] = timeouts
         if records is not None:
             records[name] = groups
@@ -76,7 +78,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def main(cfg: Config) -> None:
     """Evaluates the newest checkpoint of ``run_dir``, or ``model.path`` when there is none, on every set of ``eval.sets``."""
     if not cfg.eval.sets:
-        raise InputError("eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet")
+        raise InputError(
+            "eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"
+        )
     run = prepare(cfg, train=False)
     run.start()
     what = cfg.model.path
@@ -87,7 +91,9 @@ def main(cfg: Config) -> None:
             what = str(run.checkpoint)
         engine.update_weights(policy.export_hf(), version=run.step)
         records: dict[str, list[SampleGroup]] = {}
-        results = evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop, records)
+        results = evaluate(
+            engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop, records
+        )
     if rank() == 0:
         run.run_dir.mkdir(parents=True, exist_ok=True)
         for name, groups in records.items():

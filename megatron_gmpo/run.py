@@ -27,7 +27,13 @@ from .distributed import rank
 from .errors import Exit, InputError, RunError, StopRequest
 from .metrics.logger import check_wandb
 from .models.config import DTYPES, ModelDescription, describe_model, read_hf_config
-from .platform import check_deterministic, choose_device, prepare_megatron, seed_everything, start_process_group
+from .platform import (
+    check_deterministic,
+    choose_device,
+    prepare_megatron,
+    seed_everything,
+    start_process_group,
+)
 from .platform.capabilities import capabilities_of
 from .policy.build import check_optimizer
 from .policy.fp8 import check_fp8
@@ -106,7 +112,9 @@ class Run:
         """Puts the resolved config into the run folder, as a file that ``load_config`` reads."""
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.toml").write_text(tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True)))
+            (self.run_dir / "config.toml").write_text(
+                tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True))
+            )
 
 
 def prepare(cfg: Config, *, train: bool) -> Run:
@@ -133,7 +141,9 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         reference = read_hf_config(cfg.model.reference_path, "model.reference_path")
         SafetensorsFolder(cfg.model.reference_path)
         if native.model_identity(reference, cfg.model.dtype) != identity:
-            raise InputError(f"model.reference_path = {cfg.model.reference_path!r} is not of the shape of model.path: give one that is")
+            raise InputError(
+                f"model.reference_path = {cfg.model.reference_path!r} is not of the shape of model.path: give one that is"
+            )
     checkpoint = native.latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
     if checkpoint:
         native.check_model(checkpoint, identity)
@@ -141,17 +151,25 @@ def prepare(cfg: Config, *, train: bool) -> Run:
             raise InputError(
                 f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
             )
-        if train and native.read_state(checkpoint)["config"]["train"].get("freeze_router") and not cfg.train.freeze_router:
+        if (
+            train
+            and native.read_state(checkpoint)["config"]["train"].get("freeze_router")
+            and not cfg.train.freeze_router
+        ):
             raise InputError(
                 f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer state of the routers: "
                 "set it to true or choose another run_dir"
             )
     check_wandb(cfg.log.wandb_project)
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
-    if cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0":  # the only rank that speaks to servers
+    if (
+        cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0"
+    ):  # the only rank that speaks to servers
         check_servers(cfg, description.hf, device)
     tokenizer = load_tokenizer(cfg.model.path)
-    eval_sets = {name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()}
+    eval_sets = {
+        name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()
+    }
     step: int = native.read_state(checkpoint)["step"] if checkpoint else 0
     prompts: list[Prompt] = []
     if train and cfg.rollout.replay_path:
@@ -159,8 +177,12 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     elif train:
         prompts = load_prompts(cfg.data, tokenizer)
     reward = resolve_reward(cfg.reward)
-    checkpoint_bytes = native.size_of(sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype])
-    return Run(cfg, device, description, tokenizer, reward, eval_sets, prompts, checkpoint, step, checkpoint_bytes)
+    checkpoint_bytes = native.size_of(
+        sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype]
+    )
+    return Run(
+        cfg, device, description, tokenizer, reward, eval_sets, prompts, checkpoint, step, checkpoint_bytes
+    )
 
 
 def start_command(command: Callable[[Config], None]) -> None:

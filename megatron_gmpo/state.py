@@ -31,7 +31,9 @@ class TrainingState:
         saved_step: steps taken when it was last saved.
     """
 
-    def __init__(self, run: Run, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None) -> None:
+    def __init__(
+        self, run: Run, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None
+    ) -> None:
         self._run, self._cfg = run, run.cfg
         self.step = self.saved_step = 0
         self.objective = objective
@@ -49,7 +51,9 @@ class TrainingState:
 
     def save(self, logger: MetricLogger) -> None:
         """A checkpoint of everything, in ``run.checkpoint_dir``."""
-        path = self.policy.save(self._run.checkpoint_dir, self.step, self._records(), self._cfg.checkpoint.keep_last)
+        path = self.policy.save(
+            self._run.checkpoint_dir, self.step, self._records(), self._cfg.checkpoint.keep_last
+        )
         self.saved_step = self.step
         logger.event("checkpoint", step=self.step, path=str(path))
 
@@ -78,13 +82,22 @@ class TrainingState:
         Raises:
             CollapseError: the run is to stop, or nothing is left that it could go back to.
         """
-        action, found = self._cfg.collapse.action, f"step {self.step}: the policy collapsed: {collapse.reason}"
+        action, found = (
+            self._cfg.collapse.action,
+            f"step {self.step}: the policy collapsed: {collapse.reason}",
+        )
         logger.event("collapse", step=self.step, began=collapse.began, reason=collapse.reason, action=action)
         if action == "warn":
             return f"warning: {found}"
         # the figures of a step are of the weights that the step before left
-        good = broadcast_object(native.checkpoint_before(self._run.checkpoint_dir, collapse.began - 1) if rank() == 0 else None)
-        found += f"; the newest checkpoint from before is {good}" if good else "; there is no checkpoint from before"
+        good = broadcast_object(
+            native.checkpoint_before(self._run.checkpoint_dir, collapse.began - 1) if rank() == 0 else None
+        )
+        found += (
+            f"; the newest checkpoint from before is {good}"
+            if good
+            else "; there is no checkpoint from before"
+        )
         if action == "stop" or good is None or self._detector.rollbacks >= self._cfg.collapse.max_rollbacks:
             raise CollapseError(f"{found}; rollbacks so far: {self._detector.rollbacks}")
         self._roll_back(good, logger)

@@ -46,20 +46,29 @@ WORK = ("rollout", "logprobs", "train", "weight_sync")
 def train(run: Run, attempt: Attempt) -> None:
     """Goes on from the newest checkpoint, if there is one, to ``train.num_steps`` or until it is asked to stop."""
     cfg = run.cfg
-    objective = make_objective(cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
+    objective = make_objective(
+        cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens
+    )
     clip = make_adaptive_clip(cfg.algorithm, objective)
     run.start()
     step = run.step
     if step >= cfg.train.num_steps:
         if rank() == 0:
-            print(f"{run.checkpoint} has {step} of {cfg.train.num_steps} steps: nothing to do; to go on raise train.num_steps")
+            print(
+                f"{run.checkpoint} has {step} of {cfg.train.num_steps} steps: nothing to do; to go on raise train.num_steps"
+            )
         return
     attempt.start(run.device, run.checkpoint_bytes)
-    with closing_reward(run.reward), closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine:
+    with (
+        closing_reward(run.reward),
+        closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine,
+    ):
         _train(run, attempt, objective, clip, engine)
 
 
-def _train(run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None) -> None:
+def _train(
+    run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None
+) -> None:
     cfg, num_steps = run.cfg, run.cfg.train.num_steps
     state = TrainingState(run, objective, clip, engine)  # while servers start
     policy = state.policy
@@ -94,7 +103,9 @@ def _train(run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip 
             return {}
         with timer("evaluation"):
             engine.update_weights(policy.export_hf(), version=state.step)
-            results = evaluate(engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop)
+            results = evaluate(
+                engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop
+            )
             engine.sleep()
         return results
 
@@ -124,14 +135,28 @@ def _train(run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip 
                     for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each
                         updates.append(policy.train_step(minibatch, state.objective))
                 learned = reduce_metrics(updates)
-                logger.add(learned | {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high})
+                logger.add(
+                    learned
+                    | {
+                        "policy/clip_low": state.objective.clip_low,
+                        "policy/clip_high": state.objective.clip_high,
+                    }
+                )
                 state.adapt_clip(learned)
                 state.step += 1
 
                 logger.add(collected.metrics | rollout_mismatch(batch))
-                results = evaluation() if _due(cfg.eval.interval, state.step) or state.step == num_steps else {}
+                results = (
+                    evaluation() if _due(cfg.eval.interval, state.step) or state.step == num_steps else {}
+                )
                 spent = timer.take()
-                logger.add({"throughput/tokens_per_second": len(batch.tokens) / sum(spent.get(f"time/{name}", 0) for name in WORK)} | spent)
+                logger.add(
+                    {
+                        "throughput/tokens_per_second": len(batch.tokens)
+                        / sum(spent.get(f"time/{name}", 0) for name in WORK)
+                    }
+                    | spent
+                )
                 _write_rollouts(run, state.step, collected.groups)
                 figures = logger.log(state.step, results)
                 progress.update(state.step, figures)
@@ -140,7 +165,9 @@ def _train(run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip 
                 if collapse := state.find_collapse(figures):
                     progress.note(state.react(collapse, logger))
                 # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
-                due = _due(cfg.checkpoint.save_interval, state.step) or (state.step == num_steps and cfg.checkpoint.save_final)
+                due = _due(cfg.checkpoint.save_interval, state.step) or (
+                    state.step == num_steps and cfg.checkpoint.save_final
+                )
                 if due and state.saved_step != state.step:  # it was, if the run has gone back
                     save()
             if state.step < num_steps:  # asked to stop
@@ -171,16 +198,24 @@ def _headline(run: Run, loss: str) -> str:
 
 
 def _results(when: str, figures: dict[str, float]) -> str:
-    shown = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in figures.items() if "/pass@" in name]
+    shown = [
+        f"{name.removeprefix('eval/')} {value:.3f}" for name, value in figures.items() if "/pass@" in name
+    ]
     return f"evaluation {when}: " + ", ".join(shown)
 
 
-def _stopped(error: NonFiniteError, step: int, minibatch: TrainBatch | None, run: Run, logger: MetricLogger) -> NonFiniteError:
+def _stopped(
+    error: NonFiniteError, step: int, minibatch: TrainBatch | None, run: Run, logger: MetricLogger
+) -> NonFiniteError:
     """Writes the last minibatch, the one that broke the run, and says where it and the last checkpoint are."""
     line = f"step {step}: {error}"
-    if minibatch is not None and rank() == 0:  # no collective here: a rollout may have failed on one rank alone
+    if (
+        minibatch is not None and rank() == 0
+    ):  # no collective here: a rollout may have failed on one rank alone
         file = run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
-        tensors = {name: value.clone() for name, value in vars(minibatch).items() if isinstance(value, Tensor)}
+        tensors = {
+            name: value.clone() for name, value in vars(minibatch).items() if isinstance(value, Tensor)
+        }
         safetensors.torch.save_file(tensors, file)
         line += f"; the last minibatch is in {file}"
     if kept := native.latest_checkpoint(run.checkpoint_dir):

@@ -170,7 +170,10 @@ class TrainBatch:
             per_sequence = name in ("lengths", "advantages", "sequence_weights")
             return value[lo:hi] if per_sequence else value[starts[lo] : starts[hi]]
 
-        return [replace(self, **{name: cut(name, lo, hi) for name in self.__dataclass_fields__}) for lo, hi in pairwise(bounds)]
+        return [
+            replace(self, **{name: cut(name, lo, hi) for name in self.__dataclass_fields__})
+            for lo, hi in pairwise(bounds)
+        ]
 
 
 @dataclass

@@ -12,9 +12,13 @@ from pathlib import Path
 import tyro
 
 
-def addition_problems(num_heldout: int = 200, seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def addition_problems(
+    num_heldout: int = 200, seed: int = 0
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """All 10,000 sums of two two-digit numbers in a random order, as (train, heldout) without a problem in common."""
-    problems = [{"problem": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}"} for a in range(100) for b in range(100)]
+    problems = [
+        {"problem": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}"} for a in range(100) for b in range(100)
+    ]
     random.Random(seed).shuffle(problems)
     return problems[num_heldout:], problems[:num_heldout]
 

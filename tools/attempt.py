@@ -63,7 +63,9 @@ def begin(argv: list[str]) -> None:
     job, step = os.environ["SLURM_JOB_ID"], checkpoint_step(run_dir)
     attempts = read_attempts(run_dir)
     if attempts and attempts[-1].code is None and attempts[-1].job != job and _is_running(attempts[-1].job):
-        raise InputError(f"run_dir = {cfg.run_dir!r} is in use by job {attempts[-1].job}: wait for its end, or choose another run_dir")
+        raise InputError(
+            f"run_dir = {cfg.run_dir!r} is in use by job {attempts[-1].job}: wait for its end, or choose another run_dir"
+        )
     if attempts and attempts[-1].code is None:  # Slurm requeued it: a preemption, a node that failed
         attempts[-1] = _concluded(run_dir, attempts[-1], "ended by Slurm: a preemption or a failed node")
     ours = [attempt for attempt in attempts if attempt.job == job]
@@ -131,7 +133,9 @@ def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
         return ""
     last = f"; the last attempt: {attempts[-1].reason}"
     restarts, crashes = _limit("MAX_RESTARTS"), _limit("MAX_CRASHES")
-    came_to_an_end = [attempt for attempt in attempts if attempt.code is not None]  # a preemption or a lost node says nothing of the run
+    came_to_an_end = [
+        attempt for attempt in attempts if attempt.code is not None
+    ]  # a preemption or a lost node says nothing of the run
     if len(came_to_an_end) > 1 and came_to_an_end[-2].checkpoint_step == step:
         return f"two attempts in a row have left no checkpoint after step {step}{last}"
     if len(attempts) > restarts:
@@ -168,8 +172,16 @@ def _concluded(run_dir: Path, attempt: AttemptRecord, otherwise: str) -> Attempt
 
 def _is_running(job: str) -> bool:
     try:
-        asked = subprocess.run(["squeue", "--noheader", "--job", job, "--format", "%T"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):  # no squeue here, a controller that does not answer: the lock has to do
+        asked = subprocess.run(
+            ["squeue", "--noheader", "--job", job, "--format", "%T"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (
+        OSError,
+        subprocess.TimeoutExpired,
+    ):  # no squeue here, a controller that does not answer: the lock has to do
         return False
     return "RUNNING" in asked.stdout
 

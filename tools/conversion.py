@@ -18,7 +18,14 @@ import transformers
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.checkpoint.convert import HFToMegatron, MegatronToHF
@@ -32,7 +39,9 @@ from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 
-TEXT = "A train leaves at 9:40 and travels 126 km at 84 km/h. It arrives at 11:10, since 126 / 84 = 1.5 hours."
+TEXT = (
+    "A train leaves at 9:40 and travels 126 km at 84 km/h. It arrives at 11:10, since 126 / 84 = 1.5 hours."
+)
 DIGITS = "12+34=46 90-17=73"  # for a tokenizer that knows no letters
 _CPU = torch.device("cpu")
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -104,7 +113,13 @@ def run_conversion(
 def converting(nbytes: int) -> Iterator[Callable[[int], None]]:
     """A progress bar over the bytes of this rank's share, on the first rank where somebody watches."""
     console = Console(stderr=True)
-    columns = [TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
+    columns = [
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    ]
     with Progress(*columns, console=console, disable=rank() > 0 or not console.is_terminal) as bar:
         task = bar.add_task("converting", total=nbytes / world_size())
         yield lambda done: bar.advance(task, done)
@@ -155,13 +170,17 @@ def _encode(tokenizer: Any) -> list[int]:
         return tokenizer(DIGITS)["input_ids"]
 
 
-def _megatron_logits(cfg: Config, description: ModelDescription, megatron: Path, tokens: torch.Tensor, dtype: str | None) -> torch.Tensor:
+def _megatron_logits(
+    cfg: Config, description: ModelDescription, megatron: Path, tokens: torch.Tensor, dtype: str | None
+) -> torch.Tensor:
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
         (model,) = build_chunks(description, groups, _CPU)
         gpt: Any = model
         sharded = gpt.sharded_state_dict()
-        weights = {name: tensor for name, tensor in sharded.items() if not isinstance(tensor, ShardedObject)}  # others are pickles
+        weights = {
+            name: tensor for name, tensor in sharded.items() if not isinstance(tensor, ShardedObject)
+        }  # others are pickles
         gpt.load_state_dict(dist_checkpointing.load(weights, str(checkpoint_folder(megatron))), strict=False)
         for parameter in gpt.parameters() if dtype else ():
             parameter.copy_(parameter.to(DTYPES[dtype]))

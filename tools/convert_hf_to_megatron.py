@@ -23,7 +23,13 @@ def main(hf: Path, megatron: Path, dry_run: bool = False, verify: bool = False) 
         verify: Read back and compare every tensor bit by bit, and where the model fits the logits with transformers' on a text.
     """
     hf, megatron = hf.absolute(), megatron.absolute()
-    run_conversion(lambda: HFToMegatron(hf), megatron, dry_run=dry_run, verify=verify, compare=lambda: compare_logits(hf, megatron))
+    run_conversion(
+        lambda: HFToMegatron(hf),
+        megatron,
+        dry_run=dry_run,
+        verify=verify,
+        compare=lambda: compare_logits(hf, megatron),
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ class Countdown:
             found[self.draw(generator)[0]] = None
             misses = 0 if len(found) > before else misses + 1
             if misses == _PATIENCE:
-                raise InputError(f"num_train + num_heldout = {number}, but only {before} problems of {self} were found: ask for fewer")
+                raise InputError(
+                    f"num_train + num_heldout = {number}, but only {before} problems of {self} were found: ask for fewer"
+                )
         problems = list(found)
         generator.shuffle(problems)  # those with many solutions were found first
         return problems
@@ -82,7 +84,9 @@ def _random_expression(numbers: list[int], generator: random.Random) -> tuple[Fr
 
     Of two summands or factors the larger comes first, so that there are fewer ways to write the same.
     """
-    parts = [(Fraction(number), str(number), "") for number in numbers]  # value, text, the operator applied last
+    parts = [
+        (Fraction(number), str(number), "") for number in numbers
+    ]  # value, text, the operator applied last
     while len(parts) > 1:
         generator.shuffle(parts)
         left, right = parts.pop(), parts.pop()
@@ -90,7 +94,8 @@ def _random_expression(numbers: list[int], generator: random.Random) -> tuple[Fr
         if op in "+*" and left[0] < right[0]:
             left, right = right, left
         texts = [
-            f"({text})" if last in wrapped else text for (_, text, last), wrapped in zip((left, right), _IN_PARENTHESES[op], strict=True)
+            f"({text})" if last in wrapped else text
+            for (_, text, last), wrapped in zip((left, right), _IN_PARENTHESES[op], strict=True)
         ]
         parts.append((_OPERATIONS[op](left[0], right[0]), op.join(texts), op))
     value, text, _ = parts[0]
@@ -130,13 +135,19 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     for name, chosen in (("train", problems[num_heldout:]), ("heldout", problems[:num_heldout])):
         path = out / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"problem": f"{problem}:", "answer": problem}) + "\n" for problem in chosen))
+        path.write_text(
+            "".join(json.dumps({"problem": f"{problem}:", "answer": problem}) + "\n" for problem in chosen)
+        )
         print(f"{path}: {len(chosen):,} problems")
     if problems_only:
         return
     make_tiny_model(out / "model", tokenizer=countdown_tokenizer(), seed=seed)
     drawn = (kind.draw(generator) for _ in range(64 * warm_up_steps))
-    solved = [{"problem": f"{problem}:", "answer": solution} for problem, solution in drawn if problem not in heldout]
+    solved = [
+        {"problem": f"{problem}:", "answer": solution}
+        for problem, solution in drawn
+        if problem not in heldout
+    ]
     loss = warm_up(out / "model", solved, steps=warm_up_steps, seed=seed)
     (out / "warm_up.json").write_text(json.dumps({"loss": loss}))
     print(f"{out / 'model'}: loss {loss:.3f} nats a token after {warm_up_steps} steps")

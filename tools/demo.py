@@ -39,7 +39,16 @@ def make_model() -> None:
 
 def train(run_dir: Path) -> None:
     """GMPO on two ranks that share the experts; its output is shown as it comes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_gmpo.train"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "megatron_gmpo.train",
+    ]
     options = ["--parallel.expert_model_parallel_size", "2", "--run_dir", str(run_dir)]
     subprocess.run([*launch, CONFIG, *options], check=True)
 

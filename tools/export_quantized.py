@@ -30,11 +30,16 @@ Format = Literal["fp8", "nvfp4"]
 
 PYTHON = Path(".venv-modelopt/bin/python")
 _SCRIPT = Path(__file__).with_name("quantize_with_modelopt.py")
-_CODES = {"fp8": "F8_E4M3", "nvfp4": "U8"}  # safetensors' dtypes of the weights; a byte of NVFP4 holds two values
+_CODES = {
+    "fp8": "F8_E4M3",
+    "nvfp4": "U8",
+}  # safetensors' dtypes of the weights; a byte of NVFP4 holds two values
 _GROUP = 16  # columns of an NVFP4 scale
 
 
-def export_quantized(hf: Path, out: Path, format: Format, prompts: Sequence[Sequence[int]], python: Path = PYTHON) -> str:
+def export_quantized(
+    hf: Path, out: Path, format: Format, prompts: Sequence[Sequence[int]], python: Path = PYTHON
+) -> str:
     """Writes the folder ``out``, with the tokenizer and what else ``hf`` has beside its weights.
 
     The linear weights of attention and MLPs, experts included, are quantised. Routers, embeddings, the output layer and norms are bf16.
@@ -61,20 +66,32 @@ def export_quantized(hf: Path, out: Path, format: Format, prompts: Sequence[Sequ
     linear = {name for name in source.names if is_quantized(name)}
     odd = sorted(name for name in linear if source.shape(name)[1] % _GROUP)
     if format == "nvfp4" and odd:
-        raise InputError(f"--format nvfp4 groups {_GROUP} columns, but {odd[0]!r} is {source.shape(odd[0])}: choose fp8")
+        raise InputError(
+            f"--format nvfp4 groups {_GROUP} columns, but {odd[0]!r} is {source.shape(odd[0])}: choose fp8"
+        )
     partial = out.with_name(f".partial_{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         copy_companions(hf, partial)  # of which ModelOpt replaces config.json
         task = {"hf": str(hf), "out": str(partial), "format": format, "prompts": prompts}
-        done = subprocess.run([python, "-I", _SCRIPT], input=json.dumps(task), text=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(
+            [python, "-I", _SCRIPT], input=json.dumps(task), text=True, stdout=subprocess.DEVNULL
+        )
         if done.returncode:
-            raise RunError(f"ModelOpt failed with exit code {done.returncode} on {str(hf)!r}; what it said stands above")
-        quantised = {name for name, code in _dtypes(partial).items() if code == _CODES[format] and name.endswith(".weight")}
+            raise RunError(
+                f"ModelOpt failed with exit code {done.returncode} on {str(hf)!r}; what it said stands above"
+            )
+        quantised = {
+            name
+            for name, code in _dtypes(partial).items()
+            if code == _CODES[format] and name.endswith(".weight")
+        }
         if wrong := sorted(quantised ^ linear):
             what = "quantised" if wrong[0] in quantised else "did not quantise"
-            raise RunError(f"ModelOpt {what} {wrong[0]!r} and {len(wrong) - 1} more, against expectation: this folder cannot be served")
+            raise RunError(
+                f"ModelOpt {what} {wrong[0]!r} and {len(wrong) - 1} more, against expectation: this folder cannot be served"
+            )
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -11,7 +11,13 @@ from typing import Literal
 import torch
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from megatron_gmpo.config import exit_with_one_line
@@ -42,10 +48,14 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
 
 
-def text_tokenizer(corpus: Path | None = None, column: str = "problem", vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def text_tokenizer(
+    corpus: Path | None = None, column: str = "problem", vocab_size: int = 1024
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Qwen's special tokens and the ChatML template, so that it encodes and round-trips any text.
 
     Args:
@@ -61,7 +71,9 @@ def text_tokenizer(corpus: Path | None = None, column: str = "problem", vocab_si
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     size = vocab_size if corpus else len(specials) + len(alphabet)
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+    )
     tokenizer.train_from_iterator(_column(corpus, column) if corpus else [], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -83,7 +95,9 @@ def _column(path: Path, column: str) -> list[str]:
         raise InputError(f"tokenizer_corpus = {path} does not exist: give a .parquet or .jsonl file")
     table = load_dataset(readers[path.suffix], data_files=str(path), split="train")
     if column not in table.column_names:
-        raise InputError(f"tokenizer_corpus_column = {column!r} is not in {path}: choose from {', '.join(table.column_names)}")
+        raise InputError(
+            f"tokenizer_corpus_column = {column!r} is not in {path}: choose from {', '.join(table.column_names)}"
+        )
     return table[column][:]
 
 
@@ -188,7 +202,9 @@ def make_tiny_model(
                         tensor.add_(0.1 * torch.randn_like(tensor))
     for parameter in model.parameters():  # buffers, as a router's bias, stay fp32
         parameter.data = parameter.data.to(dtype)
-    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return model

@@ -115,11 +115,21 @@ def layer_by_layer(sequences: list[list[Tensor]], lengths: Iterable[int]) -> lis
 
 
 @torch.no_grad()
-def transformers_side(cfg: Config, groups: list[SampleGroup], device: torch.device, side: str, layers: int) -> Side:
+def transformers_side(
+    cfg: Config, groups: list[SampleGroup], device: torch.device, side: str, layers: int
+) -> Side:
     """The embedded engine's model, with weights of a sync."""
     dtype, quantized = TRANSFORMERS[side]
     tokenizer = load_tokenizer(cfg.model.path)
-    engine = EmbeddedEngine(cfg.model.path, tokenizer, device=device, dtype=dtype, batch_size=1, seed=cfg.seed, quantized=quantized)
+    engine = EmbeddedEngine(
+        cfg.model.path,
+        tokenizer,
+        device=device,
+        dtype=dtype,
+        batch_size=1,
+        seed=cfg.seed,
+        quantized=quantized,
+    )
     engine.update_weights(weights_of(cfg), version=0)
     samples = [sample for group in groups for sample in group.samples]
     logprobs: list[Tensor] = []
@@ -131,7 +141,9 @@ def transformers_side(cfg: Config, groups: list[SampleGroup], device: torch.devi
         kept += [states] * bool(states)
         found = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
         logprobs.append(found[torch.tensor(sample.response_mask[1:])])
-    return Side(torch.cat(logprobs), layer_by_layer(kept, [len(sample.tokens) for sample in samples[:layers]]))
+    return Side(
+        torch.cat(logprobs), layer_by_layer(kept, [len(sample.tokens) for sample in samples[:layers]])
+    )
 
 
 def policy_side(cfg: Config, groups: list[SampleGroup], device: torch.device, layers: int) -> Side:
@@ -146,7 +158,9 @@ def policy_side(cfg: Config, groups: list[SampleGroup], device: torch.device, la
     one_each = [SampleGroup(group.prompt, [sample]) for group in groups for sample in group.samples][:layers]
     kept: list[list[Tensor]] = []
     for group in one_each:
-        with kept_states(layer for chunk in policy.chunks for layer in unwrapped(chunk).decoder.layers) as states:
+        with kept_states(
+            layer for chunk in policy.chunks for layer in unwrapped(chunk).decoder.layers
+        ) as states:
             policy.logprobs(make_train_batch([group], torch.zeros(1)))
         kept.append(states)
     return Side(logprobs, layer_by_layer(kept, [len(group.samples[0].tokens) for group in one_each]))
@@ -167,18 +181,31 @@ def server_side(server: Server, groups: list[SampleGroup], timeout_s: float) -> 
             "logprob_start_len": 0,
         }
         try:
-            reply = httpx.post(f"{server.url}/generate", json=body, headers=server.headers, timeout=timeout_s, trust_env=False)
+            reply = httpx.post(
+                f"{server.url}/generate",
+                json=body,
+                headers=server.headers,
+                timeout=timeout_s,
+                trust_env=False,
+            )
             reply.raise_for_status()
         except httpx.HTTPError as error:
             raise ServerError(f"SGLang server {server.url} gave no log probabilities ({error})") from None
         found = [logprob for logprob, *_ in reply.json()["meta_info"]["input_token_logprobs"]]
-        logprobs += [logprob for logprob, response in zip(found, sample.response_mask, strict=True) if response]
+        logprobs += [
+            logprob for logprob, response in zip(found, sample.response_mask, strict=True) if response
+        ]
     return Side(torch.tensor(logprobs))
 
 
 def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device, quantization: str) -> Side:
     """A server that is started for this and gets the weights by a sync."""
-    rollout = {"engine": "sglang", "quantization": quantization, "num_servers": 1, "placement": "disaggregated"}
+    rollout = {
+        "engine": "sglang",
+        "quantization": quantization,
+        "num_servers": 1,
+        "placement": "disaggregated",
+    }
     ours = {"rollout": cfg.rollout.model_copy(update={**rollout, "server_urls": (), "servers_file": ""})}
     # the server is on this process's GPU, where no group of both can be, nor memory that this process has only put by
     ours["weight_sync"] = cfg.weight_sync.model_copy(update={"route": "disk", "folder": ""})
@@ -188,7 +215,9 @@ def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device
     check_servers(cfg, read_hf_config(cfg.model.path), device)
     with TemporaryDirectory() as folder:
         servers = local_servers(cfg, device, Path(folder))
-        sync = make_weight_sync(cfg.weight_sync, "disaggregated", device, Path(folder), quantized=quantization == "fp8")
+        sync = make_weight_sync(
+            cfg.weight_sync, "disaggregated", device, Path(folder), quantized=quantization == "fp8"
+        )
         try:
             servers.start()
             servers.wait_ready()
@@ -221,9 +250,13 @@ def measure(cfg: Config, options: Options) -> dict[str, Side]:
     if len(set(options.sides)) < max(2, len(options.sides)):
         raise InputError(f"--sides {' '.join(options.sides)}: name two or more, each once")
     if "recorded" in options.sides and cfg.rollout.temperature != 1:
-        raise InputError(f"--sides recorded: these are of rollout.temperature = {cfg.rollout.temperature:g}, the others of 1; leave it out")
+        raise InputError(
+            f"--sides recorded: these are of rollout.temperature = {cfg.rollout.temperature:g}, the others of 1; leave it out"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (options.layers or SERVERS.keys() & set(options.sides)):
-        raise InputError("--layers and the sides sglang and sglang_fp8 need a single process: leave them out, or torchrun")
+        raise InputError(
+            "--layers and the sides sglang and sglang_fp8 need a single process: leave them out, or torchrun"
+        )
     if options.num_groups is not None and options.num_groups < 1:
         raise InputError(f"--num_groups {options.num_groups}: give 1 or more")
     if not options.out.parent.is_dir() or options.out.suffix not in (".png", ".pdf", ".svg"):
@@ -256,7 +289,13 @@ def table(sides: dict[str, Side]) -> Table:
     for other, side in others:
         ratio = side.logprobs - first.logprobs
         size = ratio.abs()
-        figures = (size.mean(), size.median(), size.kthvalue(math.ceil(0.99 * len(size))).values, size.max(), k3(ratio).mean())
+        figures = (
+            size.mean(),
+            size.median(),
+            size.kthvalue(math.ceil(0.99 * len(size))).values,
+            size.max(),
+            k3(ratio).mean(),
+        )
         shown.add_row(other, *(f"{figure:.2e}" for figure in figures))
     return shown
 
@@ -265,7 +304,10 @@ def layer_errors(sides: dict[str, Side]) -> dict[str, list[float]]:
     """Side -> for each layer the root mean square of the difference to the first side's output, over that of the output."""
     (_, first), *others = sides.items()
     return {
-        name: [((b - a).square().mean() / a.square().mean()).sqrt().item() for a, b in zip(first.hidden, side.hidden, strict=True)]
+        name: [
+            ((b - a).square().mean() / a.square().mean()).sqrt().item()
+            for a, b in zip(first.hidden, side.hidden, strict=True)
+        ]
         for name, side in others
         if first.hidden and side.hidden
     }
@@ -298,7 +340,9 @@ def main(options: Options, argv: list[str]) -> None:
         console = Console()
         console.print(table(sides))
         for side, errors in layer_errors(sides).items():
-            print(f"{side}: hidden states after each layer differ by {', '.join(f'{error:.1e}' for error in errors)}")
+            print(
+                f"{side}: hidden states after each layer differ by {', '.join(f'{error:.1e}' for error in errors)}"
+            )
         draw(sides, options.out)
         print(options.out)
     if dist.is_initialized():

@@ -23,7 +23,19 @@ from megatron_gmpo.models.config import ModelDescription, describe_model
 from megatron_gmpo.platform import prepare_megatron
 from megatron_gmpo.policy.dry_run import RankPlan, dry_run
 from megatron_gmpo.policy.fp8 import total_multiple
-from tools.step_estimate import GIB, GPUS_PER_NODE, HARDWARE, RESERVED, Batch, Hardware, Model, Servers, StepEstimate, draw_batch, model_of
+from tools.step_estimate import (
+    GIB,
+    GPUS_PER_NODE,
+    HARDWARE,
+    RESERVED,
+    Batch,
+    Hardware,
+    Model,
+    Servers,
+    StepEstimate,
+    draw_batch,
+    model_of,
+)
 
 MODEL_CONFIGS = Path("examples/moe/model_configs")
 SERVER_MEMORY = 0.85
@@ -58,12 +70,18 @@ def main(options: Options, argv: list[str], console: Console) -> None:
     cfg = _with_model_config(load_config(argv), options.model_config)
     world_size = options.world_size
     if not world_size or world_size < 1:
-        raise InputError(f"world_size = {world_size}: give the number of the trainer's GPUs, e.g. --world_size 32")
+        raise InputError(
+            f"world_size = {world_size}: give the number of the trainer's GPUs, e.g. --world_size 32"
+        )
     if options.response_tokens and options.response_tokens > cfg.rollout.max_new_tokens:
-        raise InputError(f"response_tokens = {options.response_tokens} is above rollout.max_new_tokens = {cfg.rollout.max_new_tokens}")
+        raise InputError(
+            f"response_tokens = {options.response_tokens} is above rollout.max_new_tokens = {cfg.rollout.max_new_tokens}"
+        )
     prepare_megatron(torch.device("cpu"))
     description = describe_model(cfg, world_size, torch.device("cpu"))
-    objective = make_objective(cfg.algorithm, is_moe=description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens)
+    objective = make_objective(
+        cfg.algorithm, is_moe=description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens
+    )
     make_adaptive_clip(cfg.algorithm, objective)
     hardware = HARDWARE[options.hardware]
     batch = draw_batch(
@@ -74,12 +92,25 @@ def main(options: Options, argv: list[str], console: Console) -> None:
     )
     lengths = full_microbatch(cfg, batch)
     plans = [
-        dry_run(cfg, description, world_size=world_size, stage=stage, lengths=lengths, num_microbatches=max(batch.microbatches))
+        dry_run(
+            cfg,
+            description,
+            world_size=world_size,
+            stage=stage,
+            lengths=lengths,
+            num_microbatches=max(batch.microbatches),
+        )
         for stage in range(cfg.parallel.pipeline_model_parallel_size)
     ]
-    tables = (2 if not description.hf.tie_word_embeddings else 1) * (description.padded_vocab_size - description.hf.vocab_size)
+    tables = (2 if not description.hf.tie_word_embeddings else 1) * (
+        description.padded_vocab_size - description.hf.vocab_size
+    )
     model = model_of(
-        plans, description.hf, description.transformer, tables * description.hf.hidden_size, quantized=cfg.rollout.quantization == "fp8"
+        plans,
+        description.hf,
+        description.transformer,
+        tables * description.hf.hidden_size,
+        quantized=cfg.rollout.quantization == "fp8",
     )
     console.print(_headline(cfg, description, model, world_size, options.hardware))
     console.print(memory_table(plans, hardware))
@@ -120,7 +151,9 @@ def check_trainer(plans: list[RankPlan], hardware: Hardware) -> None:
         )
 
 
-def plan_servers(cfg: Config, world_size: int, model: Model, plans: list[RankPlan], hardware: Hardware) -> Servers:
+def plan_servers(
+    cfg: Config, world_size: int, model: Model, plans: list[RankPlan], hardware: Hardware
+) -> Servers:
     """The rollout servers and their caches.
 
     Raises:
@@ -135,7 +168,9 @@ def plan_servers(cfg: Config, world_size: int, model: Model, plans: list[RankPla
         plan = max(plans, key=lambda plan: plan.resident)
         over = taken + plan.resident + RESERVED - hardware.memory
         if count * gpus > world_size:
-            raise InputError(f"rollout.num_servers = {count} take {count * gpus} GPUs, the trainer has {world_size}: start fewer")
+            raise InputError(
+                f"rollout.num_servers = {count} take {count * gpus} GPUs, the trainer has {world_size}: start fewer"
+            )
         if over > 0:
             raise InputError(
                 f"colocated servers take {_gib(taken)} GiB beside the {_gib(plan.resident)} GiB of rank {plan.rank}: {_gib(over)} too much "
@@ -154,13 +189,19 @@ def _with_model_config(cfg: Config, folder: Path | None) -> Config:
     """The config with ``model.path`` where its config.json is."""
     if folder is None:
         known = MODEL_CONFIGS / Path(cfg.model.path).name
-        if not cfg.model.path or (Path(cfg.model.path) / "config.json").is_file() or not (known / "config.json").is_file():
+        if (
+            not cfg.model.path
+            or (Path(cfg.model.path) / "config.json").is_file()
+            or not (known / "config.json").is_file()
+        ):
             return cfg
         folder = known
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(folder)})})
 
 
-def _headline(cfg: Config, description: ModelDescription, model: Model, world_size: int, hardware: str) -> str:
+def _headline(
+    cfg: Config, description: ModelDescription, model: Model, world_size: int, hardware: str
+) -> str:
     parallel = cfg.parallel
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
@@ -182,36 +223,72 @@ def _headline(cfg: Config, description: ModelDescription, model: Model, world_si
 def memory_table(plans: list[RankPlan], hardware: Hardware) -> Table:
     """One row a pipeline stage, whose ranks are alike."""
     table = Table("stage", "rank", title="Memory of a rank, GiB", title_justify="left")
-    columns = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "temporaries", "total")
+    columns = (
+        "weights",
+        "gradients",
+        "optimizer",
+        "reference",
+        "activations",
+        "logits",
+        "temporaries",
+        "total",
+    )
     for name in ("parameters", *columns, "of memory", "in flight"):
         table.add_column(name, justify="right")
     for plan in plans:
         figures = [_gib(getattr(plan, name)) for name in columns]
         share = f"{(plan.total + RESERVED) / hardware.memory:.0%}"
-        table.add_row(str(plan.stage), str(plan.rank), f"{plan.parameters / 1e9:.3f} B", *figures, share, str(plan.in_flight))
+        table.add_row(
+            str(plan.stage),
+            str(plan.rank),
+            f"{plan.parameters / 1e9:.3f} B",
+            *figures,
+            share,
+            str(plan.in_flight),
+        )
     table.caption = f"of memory: with {_gib(RESERVED)} GiB reserved, of {_gib(hardware.memory)} GiB"
     return table
 
 
 def batch_table(cfg: Config, batch: Batch, servers: Servers) -> Table:
     table = Table(title="A step", title_justify="left", show_header=False)
-    table.add_row("sequences", f"{len(batch.lengths):,}", f"{cfg.rollout.prompts_per_step} prompts x {cfg.rollout.samples_per_prompt}")
-    table.add_row("tokens", f"{batch.tokens:,}", f"{batch.tokens / len(batch.lengths):,.0f} a sequence (assumed)")
-    table.add_row("optimizer steps", str(len(batch.microbatches)), f"{max(batch.microbatches)} microbatches a rank in each")
-    table.add_row("rollout servers", str(servers.count), f"{servers.gpus} GPUs each, {servers.cache_tokens:,} tokens in the cache")
+    table.add_row(
+        "sequences",
+        f"{len(batch.lengths):,}",
+        f"{cfg.rollout.prompts_per_step} prompts x {cfg.rollout.samples_per_prompt}",
+    )
+    table.add_row(
+        "tokens", f"{batch.tokens:,}", f"{batch.tokens / len(batch.lengths):,.0f} a sequence (assumed)"
+    )
+    table.add_row(
+        "optimizer steps",
+        str(len(batch.microbatches)),
+        f"{max(batch.microbatches)} microbatches a rank in each",
+    )
+    table.add_row(
+        "rollout servers",
+        str(servers.count),
+        f"{servers.gpus} GPUs each, {servers.cache_tokens:,} tokens in the cache",
+    )
     return table
 
 
 def traffic_table(estimate: StepEstimate) -> Table:
     """What the busiest rank sends in a step."""
-    table = Table("collective", "group", "ranks", "nodes", title="Sent by a rank in a step", title_justify="left")
+    table = Table(
+        "collective", "group", "ranks", "nodes", title="Sent by a rank in a step", title_justify="left"
+    )
     table.add_column("GB", justify="right")
     for traffic in sorted(estimate.traffic(), key=lambda traffic: -traffic.sent):
         nodes = len({rank // GPUS_PER_NODE for rank in traffic.ranks})
-        table.add_row(traffic.operation, traffic.group, str(len(traffic.ranks)), str(nodes), f"{traffic.sent / 1e9:.2f}")
+        table.add_row(
+            traffic.operation, traffic.group, str(len(traffic.ranks)), str(nodes), f"{traffic.sent / 1e9:.2f}"
+        )
     if boundary := estimate.boundary():
         table.add_row("send and receive", "pp", str(len(estimate.plans)), "", f"{boundary / 1e9:.2f}")
-    table.add_row("weight sync", "world", str(estimate.world_size), "", f"{estimate.model.served_weights / 1e9:.2f}")
+    table.add_row(
+        "weight sync", "world", str(estimate.world_size), "", f"{estimate.model.served_weights / 1e9:.2f}"
+    )
     return table
 
 

@@ -32,7 +32,10 @@ def main(run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional], /, out: Pa
 def _labels(run_dirs: tuple[Path, ...]) -> dict[str, Path]:
     """Folder name, or the whole path where two names are equal -> metrics file."""
     names = [d.resolve().name for d in run_dirs]
-    return {name if names.count(name) == 1 else str(d): d / "metrics.jsonl" for name, d in zip(names, run_dirs, strict=True)}
+    return {
+        name if names.count(name) == 1 else str(d): d / "metrics.jsonl"
+        for name, d in zip(names, run_dirs, strict=True)
+    }
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def main() -> None:
             model(torch.tensor([prompt], device=model.device), use_cache=False)
 
     mtq.quantize(model, FORMATS[task["format"]], calibrate)
-    model.config.architectures = model.config.architectures or [type(model).__name__]  # SGLang chooses its model by this
+    model.config.architectures = model.config.architectures or [
+        type(model).__name__
+    ]  # SGLang chooses its model by this
     export_hf_checkpoint(model, export_dir=task["out"])
 
 

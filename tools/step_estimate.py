@@ -180,15 +180,23 @@ class StepEstimate:
         self.seconds = {
             "rollout": self._rollout(),
             "weight_sync": self._weight_sync(),
-            "logprobs": self.passes * self._pipeline(batch.forward_microbatches, self._forward_filled, training=False),
-            "train": sum(self._pipeline(count, self._filled, training=True) + self._update() for count in batch.microbatches),
+            "logprobs": self.passes
+            * self._pipeline(batch.forward_microbatches, self._forward_filled, training=False),
+            "train": sum(
+                self._pipeline(count, self._filled, training=True) + self._update()
+                for count in batch.microbatches
+            ),
         }
 
     @property
     def step(self) -> float:
         """Seconds; with ``rollout.max_staleness`` the servers generate while the trainer trains."""
         trainer = self.seconds["logprobs"] + self.seconds["train"]
-        both = max(trainer, self.seconds["rollout"]) if self.cfg.rollout.max_staleness else trainer + self.seconds["rollout"]
+        both = (
+            max(trainer, self.seconds["rollout"])
+            if self.cfg.rollout.max_staleness
+            else trainer + self.seconds["rollout"]
+        )
         return both + self.seconds["weight_sync"]
 
     @property
@@ -201,7 +209,13 @@ class StepEstimate:
     def mfu(self) -> float:
         """Of the training phase: three forward passes' FLOPs, without recomputation, over the peak."""
         forward = sum(plan.forward.flops for plan in self.plans) / len(self.plans)
-        return 3 * forward * self._filled * sum(self.batch.microbatches) / (self.seconds["train"] * self.hardware.flops)
+        return (
+            3
+            * forward
+            * self._filled
+            * sum(self.batch.microbatches)
+            / (self.seconds["train"] * self.hardware.flops)
+        )
 
     def traffic(self) -> list[Traffic]:
         """What the busiest rank of each group sends in a step."""
@@ -223,7 +237,9 @@ class StepEstimate:
 
     def boundary(self) -> int:
         """Bytes that a stage sends to its neighbours in a step, forward and back."""
-        sent = max(plan.boundary for plan in self.plans) * (self.cfg.parallel.virtual_pipeline_model_parallel_size or 1)
+        sent = max(plan.boundary for plan in self.plans) * (
+            self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
+        )
         forward = self.passes * self.batch.forward_microbatches * self._forward_filled
         return int(sent * (2 * sum(self.batch.microbatches) * self._filled + forward))
 
@@ -231,7 +247,12 @@ class StepEstimate:
         """Of the slowest stage, with the bubble at both ends: (microbatches + (stages - 1) / chunks) passes."""
         stages, chunks = len(self.plans), self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
         slowest = max(self._seconds(plan.training if training else plan.forward) for plan in self.plans)
-        slowest += max(plan.boundary for plan in self.plans) * chunks * (2 if training else 1) / (self._stage_link * LINK_EFFICIENCY)
+        slowest += (
+            max(plan.boundary for plan in self.plans)
+            * chunks
+            * (2 if training else 1)
+            / (self._stage_link * LINK_EFFICIENCY)
+        )
         return (microbatches + (stages - 1) / chunks) * slowest * filled
 
     @property
@@ -246,14 +267,17 @@ class StepEstimate:
         nodes = Counter(rank // GPUS_PER_NODE for rank in traffic.ranks)
         outside = 1.0 if len(nodes) > 1 else 0.0
         if traffic.operation == "all_to_all":
-            outside = (len(traffic.ranks) - nodes[traffic.ranks[0] // GPUS_PER_NODE]) / (len(traffic.ranks) - 1)
+            outside = (len(traffic.ranks) - nodes[traffic.ranks[0] // GPUS_PER_NODE]) / (
+                len(traffic.ranks) - 1
+            )
         slowest = max(outside / self.hardware.network, (1 - outside) / self.hardware.nvlink)
         return traffic.sent * slowest / LINK_EFFICIENCY
 
     def _update(self) -> float:
         """Of the slowest rank: gradients summed, weights gathered, and the optimizer's state read and written."""
         return max(
-            sum(map(self._sending, plan.gradient_sync)) + 2 * (plan.optimizer + plan.gradients) / self.hardware.bandwidth
+            sum(map(self._sending, plan.gradient_sync))
+            + 2 * (plan.optimizer + plan.gradients) / self.hardware.bandwidth
             for plan in self.plans
         )
 
@@ -274,11 +298,20 @@ class StepEstimate:
         """Of the slowest server: its prompts' prefill, then decoding with as many responses at a time as it takes."""
         servers, model, hardware = self.servers, self.model, self.hardware
         responses = self.batch.responses[:: servers.count]
-        prompts = [length - response for length, response in zip(self.batch.lengths, self.batch.responses, strict=True)][:: servers.count]
+        prompts = [
+            length - response
+            for length, response in zip(self.batch.lengths, self.batch.responses, strict=True)
+        ][:: servers.count]
         unique = sum(prompts) / self.cfg.rollout.samples_per_prompt  # the prefix cache keeps a group's prompt
         prefill = 2 * model.active_parameters * unique / (servers.gpus * hardware.flops * PREFILL_EFFICIENCY)
         mean_prompt, mean_response = sum(prompts) / len(prompts), sum(responses) / len(responses)
-        slots = max(1, min(int(servers.cache_tokens / (mean_prompt + mean_response)), self.cfg.sglang.max_concurrent_requests))
+        slots = max(
+            1,
+            min(
+                int(servers.cache_tokens / (mean_prompt + mean_response)),
+                self.cfg.sglang.max_concurrent_requests,
+            ),
+        )
         waiting, running, step, seconds = responses[::-1], [], 0, 0.0
         while waiting or running:
             while waiting and len(running) < slots:
@@ -291,8 +324,12 @@ class StepEstimate:
 
     def _decode_step(self, batch: int, cached_tokens: float) -> float:
         model, servers, hardware = self.model, self.servers, self.hardware
-        met = 1 - (1 - model.topk / model.num_experts) ** batch if model.num_experts else 0.0  # experts that some token meets
-        weights = model.served_weights / model.parameters * (model.parameters - model.expert_parameters * (1 - met))
+        met = (
+            1 - (1 - model.topk / model.num_experts) ** batch if model.num_experts else 0.0
+        )  # experts that some token meets
+        weights = (
+            model.served_weights / model.parameters * (model.parameters - model.expert_parameters * (1 - met))
+        )
         read = weights + cached_tokens * model.kv_bytes_on(servers.gpus)
         reading = read / (servers.gpus * hardware.bandwidth * DECODE_EFFICIENCY)
         computing = 2 * model.active_parameters * batch / (servers.gpus * hardware.flops * PREFILL_EFFICIENCY)
@@ -309,13 +346,20 @@ def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, 
     """
     parameters = sum(plan.stage_parameters for plan in plans) - padding
     experts = sum(plan.stage_expert_parameters for plan in plans)
-    count, topk = transformer.num_moe_experts or 0, transformer.moe_router_topk if transformer.num_moe_experts else 0
+    count, topk = (
+        transformer.num_moe_experts or 0,
+        transformer.moe_router_topk if transformer.num_moe_experts else 0,
+    )
     idle = experts * (count - topk) // count if count else 0
     if getattr(transformer, "multi_latent_attention", False):
         kv_heads, kv = 1, 2 * (hf.kv_lora_rank + hf.qk_rope_head_dim)  # the latents, which all heads share
     else:
         kv_heads, kv = transformer.num_query_groups, 2 * 2 * transformer.kv_channels
     layers = transformer.num_layers
-    wide = hf.hidden_size * (hf.vocab_size * (1 if hf.tie_word_embeddings else 2) + layers * count)  # embeddings, routers; norms are small
+    wide = hf.hidden_size * (
+        hf.vocab_size * (1 if hf.tie_word_embeddings else 2) + layers * count
+    )  # embeddings, routers; norms are small
     served = 2 * wide + (parameters - wide) * (1 + 4 / BLOCK**2) if quantized else 2 * parameters
-    return Model(parameters, parameters - idle, experts, kv_heads, kv * layers, layers, count, topk, round(served))
+    return Model(
+        parameters, parameters - idle, experts, kv_heads, kv * layers, layers, count, topk, round(served)
+    )

@@ -20,7 +20,13 @@ NO_LOSS = -100  # the label transformers leaves out of its cross entropy
 
 
 def warm_up(
-    model_dir: Path, problems: Sequence[dict[str, str]], *, steps: int = 200, batch_size: int = 64, lr: float = 2e-3, seed: int = 0
+    model_dir: Path,
+    problems: Sequence[dict[str, str]],
+    *,
+    steps: int = 200,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    seed: int = 0,
 ) -> float:
     """Trains the model of a folder on ``problem + answer + end token``, saves it there and returns the last batch's loss.
 
@@ -28,7 +34,9 @@ def warm_up(
     annealing it leaves a model that reinforcement learning improves far less. Problems are drawn with replacement.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, experts_implementation="grouped_mm").train()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, experts_implementation="grouped_mm"
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())
@@ -50,7 +58,9 @@ def warm_up(
     return loss.item()
 
 
-def main(model: Path, data: Path, steps: int = 200, batch_size: int = 64, lr: float = 2e-3, seed: int = 0) -> None:
+def main(
+    model: Path, data: Path, steps: int = 200, batch_size: int = 64, lr: float = 2e-3, seed: int = 0
+) -> None:
     """Train the model of a Hugging Face folder on the answers of a .jsonl file, in place.
 
     Args:

@@ -79,7 +79,11 @@ class Snapshot:
     @property
     def seconds_left(self) -> float | None:
         """From the median of the last steps; None where nothing is known yet."""
-        spent = [line["time/step"] for line in self.steps[-TREND_STEPS:] if isinstance(line.get("time/step"), int | float)]
+        spent = [
+            line["time/step"]
+            for line in self.steps[-TREND_STEPS:]
+            if isinstance(line.get("time/step"), int | float)
+        ]
         if not spent or self.num_steps is None:
             return None
         return statistics.median(spent) * (self.num_steps - self.done)
@@ -93,7 +97,11 @@ def read(run_dir: Path) -> Snapshot:
     if not run_dir.is_dir():
         raise InputError(f"run folder {run_dir} does not exist: give the run_dir of a config")
     heartbeats = [beat for file in sorted((run_dir / "heartbeats").glob("*.json")) if (beat := _json(file))]
-    errors = {file.stem: text.splitlines()[-1] for file in sorted((run_dir / "errors").glob("*.txt")) if (text := _text(file).strip())}
+    errors = {
+        file.stem: text.splitlines()[-1]
+        for file in sorted((run_dir / "errors").glob("*.txt"))
+        if (text := _text(file).strip())
+    }
     return Snapshot(
         run_dir=run_dir,
         num_steps=_num_steps(run_dir / "config.toml"),
@@ -103,7 +111,9 @@ def read(run_dir: Path) -> Snapshot:
         heartbeats=sorted(heartbeats, key=lambda beat: beat.get("rank", 0)),
         outcome=_json(run_dir / "outcome.json"),
         errors=errors,
-        stacks=[file.stem for file in sorted((run_dir / "stacks").glob("*.txt")) if file.stat().st_size],  # a rank opens it when it starts
+        stacks=[
+            file.stem for file in sorted((run_dir / "stacks").glob("*.txt")) if file.stat().st_size
+        ],  # a rank opens it when it starts
     )
 
 
@@ -115,7 +125,9 @@ def render(snapshot: Snapshot, now: float) -> RenderableType:
     if snapshot.heartbeats:
         parts.append(_ranks(snapshot, now))
     parts += [f"[red]{escape(rank)}: {escape(line)}[/red]" for rank, line in snapshot.errors.items()]
-    parts += [f"[red]{escape(rank)} left its stacks in stacks/{escape(rank)}.txt[/red]" for rank in snapshot.stacks]
+    parts += [
+        f"[red]{escape(rank)} left its stacks in stacks/{escape(rank)}.txt[/red]" for rank in snapshot.stacks
+    ]
     if snapshot.events:
         parts.append(_events(snapshot, now))
     return Group(*parts)
@@ -152,7 +164,14 @@ def _figures(snapshot: Snapshot) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, (label, form) in SHOWN.items():
         if name == "eval":
-            for key in sorted({key for line in snapshot.steps for key in line if key.startswith("eval/") and "/pass@" in key}):
+            for key in sorted(
+                {
+                    key
+                    for line in snapshot.steps
+                    for key in line
+                    if key.startswith("eval/") and "/pass@" in key
+                }
+            ):
                 _add_figure(table, snapshot, key, key.removeprefix("eval/"), ".3f")
         else:
             _add_figure(table, snapshot, name, label, form)
@@ -166,7 +185,9 @@ def _add_figure(table: Table, snapshot: Snapshot, name: str, label: str, form: s
 
 
 def _ranks(snapshot: Snapshot, now: float) -> Table:
-    table = Table("rank", "node", "step", "phase", "for", "heartbeat", box=None, header_style="dim", padding=(0, 2))
+    table = Table(
+        "rank", "node", "step", "phase", "for", "heartbeat", box=None, header_style="dim", padding=(0, 2)
+    )
     for beat in snapshot.heartbeats:
         age = now - beat.get("time", now)
         silent = age > SILENT_S and not snapshot.outcome
@@ -186,7 +207,11 @@ def _events(snapshot: Snapshot, now: float) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2), style="dim")
     for event in snapshot.events[-5:]:
         details = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
-        table.add_row(f"{_duration(now - event.get('time', now))} ago", escape(str(event.get("event", "?"))), escape(details))
+        table.add_row(
+            f"{_duration(now - event.get('time', now))} ago",
+            escape(str(event.get("event", "?"))),
+            escape(details),
+        )
     return table
 
 
@@ -198,7 +223,9 @@ def _trend(values: list[float]) -> str:
 def _duration(seconds: float) -> str:
     minutes, whole = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole:02} s" if minutes else f"{whole} s"
+    return (
+        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {whole:02} s" if minutes else f"{whole} s"
+    )
 
 
 def _count(number: int, what: str) -> str:

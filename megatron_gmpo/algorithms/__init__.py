@@ -47,14 +47,27 @@ LOG_CLIP_LOSSES = frozenset({"gmpo", "rspo"})
 """Losses whose clips bound a log ratio; those of the others are distances of a ratio from 1."""
 
 _FROM_TRAINER = frozenset(
-    {"clip_low", "clip_high", "cp_group", "sequence_weights", "token_weights", "policy_mask", "penalty", "router_shift"}
+    {
+        "clip_low",
+        "clip_high",
+        "cp_group",
+        "sequence_weights",
+        "token_weights",
+        "policy_mask",
+        "penalty",
+        "router_shift",
+    }
 )
 
 
 def default_clip(loss: str, is_moe: bool) -> tuple[float, float, str]:
     """(clip_low, clip_high, where they come from) of a loss when the user names none."""
     if loss in LOG_CLIP_LOSSES and is_moe:
-        return 0.2, 0.2, "MoE: the GMPO authors lower the clip without a value; 0.2 was the steadiest of docs/studies/clip_sweep"
+        return (
+            0.2,
+            0.2,
+            "MoE: the GMPO authors lower the clip without a value; 0.2 was the steadiest of docs/studies/clip_sweep",
+        )
     parameters = inspect.signature(POLICY_LOSSES[loss]).parameters
     source = "GMPO paper, dense models" if loss == "gmpo" else f"default of {loss}"
     return parameters["clip_low"].default, parameters["clip_high"].default, source
@@ -69,21 +82,31 @@ def check_loss(name: str, options: dict[str, Any]) -> None:
         InputError: unknown loss or option (naming the nearest), or an option's value of the wrong type or out of range.
     """
     if name not in POLICY_LOSSES:
-        raise InputError(f"algorithm.loss = {name!r} is unknown: did you mean {_nearest(name, POLICY_LOSSES)!r}?")
+        raise InputError(
+            f"algorithm.loss = {name!r} is unknown: did you mean {_nearest(name, POLICY_LOSSES)!r}?"
+        )
     loss = POLICY_LOSSES[name]
     hints = get_type_hints(loss, include_extras=True)
-    keywords = [key for key, parameter in inspect.signature(loss).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    keywords = [
+        key
+        for key, parameter in inspect.signature(loss).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
     known = {key: f"algorithm.options.{key}" for key in keywords if key not in _FROM_TRAINER}
     places = known | {key: f"algorithm.{key}" for key in ("clip_low", "clip_high")}
     for key in options:
         if key not in known:
-            raise InputError(f"algorithm.options.{key} is not an option of {name}: did you mean {places[_nearest(key, places)]}?")
+            raise InputError(
+                f"algorithm.options.{key} is not an option of {name}: did you mean {places[_nearest(key, places)]}?"
+            )
     fields: dict[str, Any] = {key: (hints[key], None) for key in known}
     try:
         create_model("Options", __config__=ConfigDict(strict=True), **fields).model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"algorithm.options.{first['loc'][0]} = {first['input']!r}: {first['msg']}") from None
+        raise InputError(
+            f"algorithm.options.{first['loc'][0]} = {first['input']!r}: {first['msg']}"
+        ) from None
 
 
 def _nearest(word: str, known: Any) -> str:

@@ -71,7 +71,11 @@ class AdaptiveClip:
 
     def _measure(self, side: str, metrics: Mapping[str, Metric]) -> float:
         if self._signal == "tail":
-            return abs(quantile(torch.as_tensor(metrics["policy/log_ratio"].total), TAIL if side == "low" else 1 - TAIL))
+            return abs(
+                quantile(
+                    torch.as_tensor(metrics["policy/log_ratio"].total), TAIL if side == "low" else 1 - TAIL
+                )
+            )
         clipped = metrics[f"policy/clip_fraction_{side}"]
         return float(clipped.total) / float(clipped.count) if clipped.count else math.nan
 
@@ -85,7 +89,10 @@ class AdaptiveClip:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Takes over the clips, as far as the bounds allow."""
-        self.clips = {side: min(max(float(state[side]), smallest), largest) for side, (smallest, largest) in self._bounds.items()}
+        self.clips = {
+            side: min(max(float(state[side]), smallest), largest)
+            for side, (smallest, largest) in self._bounds.items()
+        }
 
 
 def make_adaptive_clip(cfg: AlgorithmConfig, objective: Objective) -> AdaptiveClip | None:
@@ -101,14 +108,18 @@ def make_adaptive_clip(cfg: AlgorithmConfig, objective: Objective) -> AdaptiveCl
             "algorithm.clip = 'adaptive': algorithm.options.clip_mode = 'none' clips nothing; choose 'token' or clip = 'fixed'"
         )
     if cfg.clip_signal == "tail" and cfg.clip_target is None:
-        raise InputError("algorithm.clip_signal = 'tail' needs algorithm.clip_target, the size of a log ratio: e.g. 0.2")
+        raise InputError(
+            "algorithm.clip_signal = 'tail' needs algorithm.clip_target, the size of a log ratio: e.g. 0.2"
+        )
     bounds: dict[str, tuple[float, float]] = {}
     for side, start in (("low", objective.clip_low), ("high", objective.clip_high)):
         smallest, largest = cfg.clip_bounds or (start / SPAN, start * SPAN)
         if side == "low" and cfg.loss not in LOG_CLIP_LOSSES:
             largest = min(largest, 1.0)  # ratios are positive
         if not 0 < smallest <= start <= largest:
-            raise InputError(f"algorithm.clip_{side} = {start:g} cannot adapt: start within [{smallest:g}, {largest:g}] and above 0")
+            raise InputError(
+                f"algorithm.clip_{side} = {start:g} cannot adapt: start within [{smallest:g}, {largest:g}] and above 0"
+            )
         bounds[side] = smallest, largest
     return AdaptiveClip(
         objective.clip_low,

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..types import SampleGroup
 
 
-def group_advantages(groups: list[SampleGroup], kind: Literal["normalized", "mean", "leave_one_out"] = "normalized") -> Tensor:
+def group_advantages(
+    groups: list[SampleGroup], kind: Literal["normalized", "mean", "leave_one_out"] = "normalized"
+) -> Tensor:
     """One advantage per sample, from the rewards of its group.
 
     Args:

@@ -14,7 +14,15 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import LossOutput
-from .sequences import PackedTokens, PolicyMask, TokenPenalty, clip_events, clip_one_sided, extremes, fractions
+from .sequences import (
+    PackedTokens,
+    PolicyMask,
+    TokenPenalty,
+    clip_events,
+    clip_one_sided,
+    extremes,
+    fractions,
+)
 
 
 def grpo_loss(
@@ -37,7 +45,9 @@ def grpo_loss(
     Returns:
         The SUM over sequences; the caller divides by the sequences of the optimizer step.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    tokens = PackedTokens(
+        logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty
+    )
     return _ppo(tokens, clip_low, clip_high, cp_group, token_weights, divisor=None)
 
 
@@ -67,7 +77,9 @@ def dr_grpo_loss(
     Returns:
         The SUM over sequences; the caller divides by the sequences of the optimizer step.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    tokens = PackedTokens(
+        logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty
+    )
     return _ppo(tokens, clip_low, clip_high, cp_group, token_weights, divisor=length_normalizer)
 
 
@@ -91,7 +103,9 @@ def dapo_loss(
     Returns:
         The SUM over tokens; the caller divides by the response tokens of the optimizer step.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    tokens = PackedTokens(
+        logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty
+    )
     return _ppo(tokens, clip_low, clip_high, cp_group, token_weights, divisor=1.0)
 
 
@@ -114,15 +128,21 @@ def gspo_loss(
     Returns:
         The SUM over sequences; the caller divides by the sequences of the optimizer step. Clip fractions count sequences.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    tokens = PackedTokens(
+        logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty
+    )
     sums = tokens.sum_per_sequence(cp_group, {"log_ratio": tokens.log_ratio})
     length = sums["tokens"].clamp(min=1)
     nonempty = sums["tokens"] > 0
     ratio = torch.exp(sums["log_ratio"] / length)  # (S,)
     interval = 1 - clip_low, 1 + clip_high
     clipped = clip_one_sided(ratio, tokens.advantages, *interval)
-    metrics = fractions(clip_events(ratio, tokens.advantages, *interval), nonempty.sum()) | extremes("ratio", ratio, nonempty)
-    metrics |= extremes("token_ratio", torch.exp(tokens.log_ratio), tokens.kept) | extremes("sequence_ratio", clipped, nonempty)
+    metrics = fractions(clip_events(ratio, tokens.advantages, *interval), nonempty.sum()) | extremes(
+        "ratio", ratio, nonempty
+    )
+    metrics |= extremes("token_ratio", torch.exp(tokens.log_ratio), tokens.kept) | extremes(
+        "sequence_ratio", clipped, nonempty
+    )
     return tokens.output(tokens.advantages * clipped, length, sums, metrics)
 
 
@@ -149,7 +169,9 @@ def cispo_loss(
     Returns:
         The SUM over tokens; the caller divides by the response tokens of the optimizer step.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    tokens = PackedTokens(
+        logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty
+    )
     ratio = torch.exp(tokens.log_ratio.detach())  # (T,)
     low, high = 1 - clip_low, 1 + clip_high
     clipped = ratio.clamp(low, high)
@@ -170,7 +192,9 @@ def _ppo(
     interval = 1 - clip_low, 1 + clip_high
     clipped = clip_one_sided(ratio, tokens.token_advantages, *interval)
     events = clip_events(ratio, tokens.token_advantages, *interval)
-    return _token_loss(tokens, tokens.token_advantages * clipped, ratio, clipped, events, cp_group, token_weights, divisor)
+    return _token_loss(
+        tokens, tokens.token_advantages * clipped, ratio, clipped, events, cp_group, token_weights, divisor
+    )
 
 
 def _token_loss(
@@ -193,6 +217,10 @@ def _token_loss(
     sums = tokens.sum_per_sequence(cp_group, {"objective": objective, "clipped": clipped.detach(), **events})
     length = sums["tokens"].clamp(min=1)
     per = length if divisor is None else divisor
-    metrics = fractions({name: sums[name] for name in events}, sums["tokens"].sum()) | extremes("ratio", ratio, tokens.kept)
-    metrics |= extremes("token_ratio", clipped, tokens.kept) | extremes("sequence_ratio", sums["clipped"] / length, sums["tokens"] > 0)
+    metrics = fractions({name: sums[name] for name in events}, sums["tokens"].sum()) | extremes(
+        "ratio", ratio, tokens.kept
+    )
+    metrics |= extremes("token_ratio", clipped, tokens.kept) | extremes(
+        "sequence_ratio", sums["clipped"] / length, sums["tokens"] > 0
+    )
     return tokens.output(sums["objective"] / per, per, sums, metrics)

@@ -34,7 +34,9 @@ def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
     }
 
 
-def importance_weights(batch: TrainBatch, level: Literal["token", "sequence", "geometric"], cap: float) -> tuple[Tensor, dict[str, Metric]]:
+def importance_weights(
+    batch: TrainBatch, level: Literal["token", "sequence", "geometric"], cap: float
+) -> tuple[Tensor, dict[str, Metric]]:
     """Truncated importance weights ``min(pi_old / pi_rollout, cap)``, without gradient.
 
     ``token`` takes each token's ratio (arXiv 2508.21016 and others), ``sequence`` the product over a sequence's response tokens, which is

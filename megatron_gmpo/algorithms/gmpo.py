@@ -11,7 +11,15 @@ from pydantic import Field
 from torch import Tensor
 
 from ..types import LossOutput
-from .sequences import PackedTokens, PolicyMask, TokenPenalty, clip_events, clip_one_sided, extremes, fractions
+from .sequences import (
+    PackedTokens,
+    PolicyMask,
+    TokenPenalty,
+    clip_events,
+    clip_one_sided,
+    extremes,
+    fractions,
+)
 
 
 def gmpo_loss(
@@ -63,7 +71,9 @@ def gmpo_loss(
     Returns:
         The SUM over sequences, and metrics of this microbatch; ratio extremes are those of rho_i.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    tokens = PackedTokens(
+        logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty
+    )
     return geometric_mean_loss(
         tokens,
         tokens.log_ratio,

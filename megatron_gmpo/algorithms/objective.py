@@ -40,7 +40,9 @@ class Objective:
     entropy_coef: float
     description: str
 
-    def __call__(self, logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup | None) -> LossOutput:
+    def __call__(
+        self, logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup | None
+    ) -> LossOutput:
         """Logprobs and entropy of the predicted tokens, each (T,), with gradient."""
         assert microbatch.old_logprobs is not None
         penalty = TokenPenalty(
@@ -82,8 +84,13 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
         InputError: an unknown loss or option, or a bad value of one, or a loss or correction that does not fit the model or the loss.
     """
     check_loss(cfg.loss, cfg.options)
-    if cfg.correction == "token" and "token_weights" not in inspect.signature(POLICY_LOSSES[cfg.loss]).parameters:
-        raise InputError(f"algorithm.correction = 'token': {cfg.loss} weighs whole sequences; choose 'geometric'")
+    if (
+        cfg.correction == "token"
+        and "token_weights" not in inspect.signature(POLICY_LOSSES[cfg.loss]).parameters
+    ):
+        raise InputError(
+            f"algorithm.correction = 'token': {cfg.loss} weighs whole sequences; choose 'geometric'"
+        )
     default_low, default_high, source = default_clip(cfg.loss, is_moe)
     clip_low = default_low if cfg.clip_low is None else cfg.clip_low
     clip_high = default_high if cfg.clip_high is None else cfg.clip_high

@@ -58,7 +58,9 @@ def rspo_loss(
     Returns:
         The SUM over sequences; the log-ratio metrics are of the ratios before rescaling.
     """
-    tokens = PackedTokens(logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty)
+    tokens = PackedTokens(
+        logprobs, old_logprobs, mask, sequence_ids, advantages, sequence_weights, policy_mask, penalty
+    )
     gamma = tokens.masked(router_shift.detach())
     floored = gamma.clamp(min=min_router_shift)
     return geometric_mean_loss(

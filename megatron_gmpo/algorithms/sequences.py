@@ -74,7 +74,10 @@ def clip_one_sided(x: Tensor, advantages: Tensor, low: float, high: float) -> Te
 
 def clip_events(x: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
     """Where ``clip_one_sided`` acts, by side; a zero advantage never counts."""
-    return {"clip_fraction_high": (advantages > 0) & (x > high), "clip_fraction_low": (advantages < 0) & (x < low)}
+    return {
+        "clip_fraction_high": (advantages > 0) & (x > high),
+        "clip_fraction_low": (advantages < 0) & (x < low),
+    }
 
 
 class PackedTokens:
@@ -123,7 +126,9 @@ class PackedTokens:
         # Selecting before any arithmetic keeps inf and nan in padding slots out of values and gradients.
         return torch.where(self.mask, x.to(self.dtype), 0)
 
-    def sum_per_sequence(self, cp_group: dist.ProcessGroup | None, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    def sum_per_sequence(
+        self, cp_group: dist.ProcessGroup | None, columns: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Sums (T,) columns, and those every loss needs, over the tokens in the mask of each sequence, on all CP ranks: (S,) each.
 
         One all-reduce whose backward is the identity: the results, and the loss made of them, are replicated over ``cp_group``.
@@ -142,7 +147,10 @@ class PackedTokens:
         sums = zeros.index_add(0, self.sequence_ids, stacked.double()).to(self.dtype)  # (S, C)
         sums = sum_over_group(sums, cp_group).unbind(1)
         # Stacking gave every column a gradient: counts and metrics drop theirs.
-        return {name: x if columns[name].requires_grad else x.detach() for name, x in zip(columns, sums, strict=True)}
+        return {
+            name: x if columns[name].requires_grad else x.detach()
+            for name, x in zip(columns, sums, strict=True)
+        }
 
     def kept_sequences(self, sums: dict[str, Tensor]) -> Tensor:
         """(S,) bool: sequences that count in the policy term; one without tokens does not."""
@@ -152,7 +160,9 @@ class PackedTokens:
             kept &= ~(drifted & (self.advantages < 0))
         return kept
 
-    def output(self, objective: Tensor, divisor: Tensor | float, sums: dict[str, Tensor], metrics: dict[str, Metric]) -> LossOutput:
+    def output(
+        self, objective: Tensor, divisor: Tensor | float, sums: dict[str, Tensor], metrics: dict[str, Metric]
+    ) -> LossOutput:
         """Minus the sum of the (S,) ``objective`` plus the penalties ``sums / divisor``, and the metrics all losses share."""
         kept = self.kept_sequences(sums)
         objective = torch.where(kept, objective, 0)

@@ -11,7 +11,14 @@ import torch
 from ..errors import InputError
 from .safetensors_folder import INDEX
 
-_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}  # tokenizers may come with code of their own, not run here
+_SUFFIXES = {
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".tiktoken",
+    ".py",
+}  # tokenizers may come with code of their own, not run here
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -42,5 +49,7 @@ def companion_folder(checkpoint: Path) -> Path:
     """
     beside = checkpoint.parent / "hf"
     if not (beside / "config.json").is_file():
-        raise InputError(f"{str(checkpoint)!r} comes without a config.json: give --template, the Hugging Face folder of this model")
+        raise InputError(
+            f"{str(checkpoint)!r} comes without a config.json: give --template, the Hugging Face folder of this model"
+        )
     return beside

@@ -42,7 +42,16 @@ from .companions import companion_folder, copy_companions
 from .native import sync
 from .read_ahead import read_ahead
 from .safetensors_folder import INDEX, SafetensorsFile, SafetensorsFolder
-from .torch_dist import LATEST, Piece, Place, TorchDistReader, checkpoint_folder, fused_norm_key, place_of, write_torch_dist
+from .torch_dist import (
+    LATEST,
+    Piece,
+    Place,
+    TorchDistReader,
+    checkpoint_folder,
+    fused_norm_key,
+    place_of,
+    write_torch_dist,
+)
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +117,9 @@ class ConversionTable:
         ]
         self.entries.sort(key=lambda entry: _natural(entry.hf[0]))
         covered = {name for entry in self.entries for name in entry.hf}
-        assert covered == shapes.keys(), f"the table of {self.hf.model_type} lacks {sorted(shapes.keys() - covered)[:3]}"
+        assert covered == shapes.keys(), (
+            f"the table of {self.hf.model_type} lacks {sorted(shapes.keys() - covered)[:3]}"
+        )
         self._moe_layers = {entry.name.split(".mlp.")[0] for entry in self.entries if entry.is_routed}
 
     @property
@@ -136,7 +147,9 @@ class ConversionTable:
             stacked=self._stacked if stacked is None else stacked,
             latent_attention=self._latent_attention,
         )
-        fused = Place(fused_norm_key(place.key, latent_attention=self._latent_attention), place.index, place.axes)
+        fused = Place(
+            fused_norm_key(place.key, latent_attention=self._latent_attention), place.index, place.axes
+        )
         if fused == place:
             return (place,)
         before_moe = entry.name.split(".pre_mlp_")[0] in self._moe_layers
@@ -150,10 +163,18 @@ class ConversionTable:
         for entry in self.entries:
             place = self.places(entry)[0]
             module, _, what = place.key.rpartition(".")
-            if what in ("weight", "layer_norm_weight") and module.startswith("decoder.") and not module.endswith(".router"):
+            if (
+                what in ("weight", "layer_norm_weight")
+                and module.startswith("decoder.")
+                and not module.endswith(".router")
+            ):
                 states[Place(f"{module}._extra_state", place.index, place.axes)] = None
             if module.endswith(".linear_proj"):
-                states[Place(module.replace("linear_proj", "core_attention._extra_state"), place.index, place.axes)] = None
+                states[
+                    Place(
+                        module.replace("linear_proj", "core_attention._extra_state"), place.index, place.axes
+                    )
+                ] = None
         return list(states)
 
 
@@ -241,7 +262,9 @@ class HFToMegatron:
             key = self.table.places(entry)[0].key
             for name, shape in zip(entry.hf, entry.hf_shapes, strict=True):
                 if name not in source.names:
-                    raise InputError(f"{where!r} lacks the tensor {name!r} that config.json asks for: fetch the model again")
+                    raise InputError(
+                        f"{where!r} lacks the tensor {name!r} that config.json asks for: fetch the model again"
+                    )
                 if source.shape(name) != shape:
                     raise InputError(
                         f"{where!r}: {name!r} is {source.shape(name)}, config.json asks for {shape}: the weights do not belong to it"
@@ -257,7 +280,9 @@ class HFToMegatron:
             tied = {"lm_head.weight"}
         extra = sorted(source.names - set(self.table.hf_names) - tied)
         if extra:
-            raise InputError(f"{where!r} has {len(extra)} tensors that config.json does not ask for, the first {extra[0]!r}")
+            raise InputError(
+                f"{where!r} has {len(extra)} tensors that config.json does not ask for, the first {extra[0]!r}"
+            )
 
 
 class MegatronToHF:
@@ -306,15 +331,26 @@ class MegatronToHF:
                     self._write_file(partial / file, entries, advance)
                 if rank() == 0:
                     dtype = self._most_common_dtype()
-                    copy_companions(self.table.folder, partial, None if dtype == self.table.hf.dtype else dtype)
+                    copy_companions(
+                        self.table.folder, partial, None if dtype == self.table.hf.dtype else dtype
+                    )
                     if len(shards) > 1:
-                        weight_map = {name: file for file, entries in shards.items() for entry in entries for name in entry.hf}
+                        weight_map = {
+                            name: file
+                            for file, entries in shards.items()
+                            for entry in entries
+                            for name in entry.hf
+                        }
                         (partial / INDEX).write_text(
-                            json.dumps({"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}, indent=2)
+                            json.dumps(
+                                {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}, indent=2
+                            )
                         )
             with _agreed():
                 if verify:
-                    self._verify(SafetensorsFolder(partial), [entry for _, entries in mine for entry in entries])
+                    self._verify(
+                        SafetensorsFolder(partial), [entry for _, entries in mine for entry in entries]
+                    )
         return Converted(sum(1 for _ in self.table.hf_names), self.nbytes, time.perf_counter() - started)
 
     def _entry_dtype(self, entry: Entry) -> torch.dtype:
@@ -339,7 +375,10 @@ class MegatronToHF:
                 f"beyond are not 0: padding of Megatron-LM's, or tokens that --template does not know"
             )
         tensors = entry.operation.separate(whole)
-        return [_finite(name, tensor.to(self._entry_dtype(entry))) for name, tensor in zip(entry.hf, tensors, strict=True)]
+        return [
+            _finite(name, tensor.to(self._entry_dtype(entry)))
+            for name, tensor in zip(entry.hf, tensors, strict=True)
+        ]
 
     def _verify(self, written: SafetensorsFolder, entries: list[Entry]) -> None:
         for entry in entries:
@@ -364,9 +403,14 @@ class MegatronToHF:
 
     def _write_file(self, path: Path, entries: list[Entry], advance: Advance) -> None:
         announced = [
-            (name, self._entry_dtype(entry), shape) for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
+            (name, self._entry_dtype(entry), shape)
+            for entry in entries
+            for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
         ]
-        with SafetensorsFile(path, announced) as file, closing(read_ahead(entries, self._read, self._nbytes)) as read:
+        with (
+            SafetensorsFile(path, announced) as file,
+            closing(read_ahead(entries, self._read, self._nbytes)) as read,
+        ):
             for entry, tensors in read:
                 for name, tensor in zip(entry.hf, tensors, strict=True):
                     file.write(name, tensor)
@@ -380,7 +424,9 @@ class MegatronToHF:
             places = self.table.places(entry, stacked=stacked)
             present = [place for place in places if place.key in stored]
             if not present:
-                raise InputError(f"{str(self.folder)!r} lacks {places[0].key!r}, of which {entry.hf[0]!r} is made: is --template right?")
+                raise InputError(
+                    f"{str(self.folder)!r} lacks {places[0].key!r}, of which {entry.hf[0]!r} is made: is --template right?"
+                )
             place = self._places[entry.name] = present[0]
             known.update(place.key for place in present)
             size, depth = tuple(stored[place.key].size), len(place.index)
@@ -394,7 +440,9 @@ class MegatronToHF:
                 )
         extra = sorted(key for key in stored if key not in known and not _OPTIMIZER.match(key))
         if extra:
-            raise InputError(f"{str(self.folder)!r} has {len(extra)} tensors that config.json does not ask for, the first {extra[0]!r}")
+            raise InputError(
+                f"{str(self.folder)!r} has {len(extra)} tensors that config.json does not ask for, the first {extra[0]!r}"
+            )
 
 
 def inspect_checkpoint(path: Path) -> dict[str, str]:
@@ -453,7 +501,9 @@ def _parameters(table: ConversionTable) -> str:
 
 
 def _dtypes(counts: Counter[torch.dtype]) -> str:
-    return ", ".join(f"{str(dtype).removeprefix('torch.')} ({count} tensors)" for dtype, count in counts.most_common())
+    return ", ".join(
+        f"{str(dtype).removeprefix('torch.')} ({count} tensors)" for dtype, count in counts.most_common()
+    )
 
 
 def _line(entry: Entry, place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -467,9 +517,15 @@ def _hub_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf)
     except (ValueError, TypeError, AssertionError) as error:
-        raise InputError(f"transformers makes no model of this config.json ({' '.join(str(error).split())}): correct it") from None
+        raise InputError(
+            f"transformers makes no model of this config.json ({' '.join(str(error).split())}): correct it"
+        ) from None
     tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not (hf.tie_word_embeddings and name == "lm_head.weight")}
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in tensors.items()
+        if not (hf.tie_word_embeddings and name == "lm_head.weight")
+    }
 
 
 @cache  # models repeat a few shapes for thousands of parameters
@@ -486,13 +542,19 @@ def _share(entries: list[Entry], sizes: list[int]) -> list[Entry]:
     """This rank's part: neighbours, about as many bytes as every other rank's."""
     total = max(1, sum(sizes))
     middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))
-    return [entry for entry, middle in zip(entries, middles, strict=True) if int(middle * world_size() / total) == rank()]
+    return [
+        entry
+        for entry, middle in zip(entries, middles, strict=True)
+        if int(middle * world_size() / total) == rank()
+    ]
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself. Its sum is NaN or infinite if an element is, and costs little; only then is it worth looking closer."""
     if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
-        raise InputError(f"tensor {name!r} holds NaN or infinite numbers: the weights are broken, use another copy or step")
+        raise InputError(
+            f"tensor {name!r} holds NaN or infinite numbers: the weights are broken, use another copy or step"
+        )
     return tensor
 
 
@@ -500,7 +562,9 @@ def _compare(entry: Entry, written: list[Tensor], wanted: list[Tensor]) -> None:
     for name, ours, theirs in zip(entry.hf, written, wanted, strict=True):
         same = ours.dtype == theirs.dtype and torch.equal(_bits(ours), _bits(theirs))
         if not same:
-            raise InputError(f"{name!r} read back differs from what was written: check the disk and convert again")
+            raise InputError(
+                f"{name!r} read back differs from what was written: check the disk and convert again"
+            )
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -516,7 +580,9 @@ def _agreed() -> Iterator[None]:
     except InputError as error:
         problem = str(error)
     except OSError as error:
-        problem = f"writing failed ({error.strerror or error}): free space or choose another disk, and run again"
+        problem = (
+            f"writing failed ({error.strerror or error}): free space or choose another disk, and run again"
+        )
     except Exception as error:  # ours: the others must not wait for this rank, which tells where it happened
         problem, mistake = f"{type(error).__name__} on rank {rank()}: {error}", error
     problems = [problem for problem in all_gather_objects(problem) if problem]
@@ -554,4 +620,6 @@ def _make_room(final: Path, partial: Path, nbytes: int) -> None:
     partial.mkdir(parents=True)
     free = shutil.disk_usage(partial).free
     if free < nbytes:
-        raise InputError(f"{str(final)!r} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: choose another disk")
+        raise InputError(
+            f"{str(final)!r} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: choose another disk"
+        )

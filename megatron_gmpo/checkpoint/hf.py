@@ -35,7 +35,9 @@ def unwrapped(chunk: Any) -> Any:
     return chunk
 
 
-def local_parameters(chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> Iterator[LocalParameter]:
+def local_parameters(
+    chunks: list[torch.nn.Module], groups: ProcessGroupCollection
+) -> Iterator[LocalParameter]:
     """This rank's parameters, chunk by chunk (one chunk per virtual pipeline stage)."""
     for chunk in chunks:
         model = unwrapped(chunk)
@@ -48,7 +50,9 @@ def local_parameters(chunks: list[torch.nn.Module], groups: ProcessGroupCollecti
 
 
 @torch.no_grad()
-def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: ProcessGroupCollection) -> None:
+def load_hf(
+    chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: ProcessGroupCollection
+) -> None:
     """Fills the model from a Hugging Face folder; every rank reads what it holds. Needs no communication but a final agreement.
 
     Raises:
@@ -72,7 +76,9 @@ def load_hf(chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: 
     tied = {"lm_head.weight"} if mapping.tied else set()
     extra = sorted(present.difference(tied, *(used for _, used in reports)))
     if extra:
-        raise InputError(f"{path!r} has {len(extra)} tensors that no Megatron parameter takes, the first {extra[0]!r}")
+        raise InputError(
+            f"{path!r} has {len(extra)} tensors that no Megatron parameter takes, the first {extra[0]!r}"
+        )
 
 
 def _load_parameter(
@@ -81,14 +87,20 @@ def _load_parameter(
     try:
         match = mapping.find(parameter.name)
     except KeyError as error:
-        raise InputError(f"[megatron] asks for more than the model has: {error.args[0]}; remove the field that adds it") from None
+        raise InputError(
+            f"[megatron] asks for more than the model has: {error.args[0]}; remove the field that adds it"
+        ) from None
     names = ("model.embed_tokens.weight",) if mapping.tied and match.hf == ("lm_head.weight",) else match.hf
     missing = [name for name in names if name not in source.names]
     if missing:
-        raise InputError(f"{str(source.path)!r} lacks the tensor {missing[0]!r} that Megatron parameter {parameter.name!r} needs")
+        raise InputError(
+            f"{str(source.path)!r} lacks the tensor {missing[0]!r} that Megatron parameter {parameter.name!r} needs"
+        )
     tp = groups.expt_tp if parameter.is_expert else groups.tp
     try:
-        shard = match.operation.shard(match.operation.join([source.get(name) for name in names]), tp.rank(), tp.size())
+        shard = match.operation.shard(
+            match.operation.join([source.get(name) for name in names]), tp.rank(), tp.size()
+        )
         fits = shard.shape == parameter.tensor.shape
     except RuntimeError:  # parts that cannot even be joined
         fits, shard = False, parameter.tensor
@@ -99,13 +111,17 @@ def _load_parameter(
             f"of {tp.size()} tensor-parallel ranks: the weights do not belong to this config.json"
         )
     parameter.tensor.copy_(shard)
-    if hasattr(parameter.tensor, "_high_precision_init_val"):  # in FP8: what the optimizer makes its main weights of (distrib_optimizer.py)
+    if hasattr(
+        parameter.tensor, "_high_precision_init_val"
+    ):  # in FP8: what the optimizer makes its main weights of (distrib_optimizer.py)
         parameter.tensor._high_precision_init_val = shard.to(parameter.tensor.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return names
 
 
 @torch.no_grad()
-def export_hf(chunks: list[torch.nn.Module], mapping: Mapping, groups: ProcessGroupCollection) -> Iterator[tuple[str, Tensor]]:
+def export_hf(
+    chunks: list[torch.nn.Module], mapping: Mapping, groups: ProcessGroupCollection
+) -> Iterator[tuple[str, Tensor]]:
     """Yields ``(Hugging Face name, full tensor)`` in the model's own dtype, one parameter at a time, on every rank.
 
     Collective: every rank must run the iterator to its end. Tied output layers are yielded once, as the embedding.
@@ -132,7 +148,13 @@ class _Owner:
 def _owners(mine: dict[str, LocalParameter], groups: ProcessGroupCollection) -> dict[str, _Owner]:
     """Which pipeline and expert rank holds each parameter of the model, in a order all ranks share."""
     local = {
-        name: _Owner(groups.pp.rank(), groups.ep.rank() if p.is_expert else 0, tuple(p.tensor.shape), p.tensor.dtype, p.is_expert)
+        name: _Owner(
+            groups.pp.rank(),
+            groups.ep.rank() if p.is_expert else 0,
+            tuple(p.tensor.shape),
+            p.tensor.dtype,
+            p.is_expert,
+        )
         for name, p in mine.items()
     }
     owners: dict[str, _Owner] = {}
@@ -156,10 +178,20 @@ def _values(tensor: Tensor) -> Tensor:
     return dequantize_fp8_tensor(tensor.detach()) if is_float8tensor(tensor) else tensor.detach()
 
 
-def _gather(parameter: LocalParameter | None, owner: _Owner, match: Row, groups: ProcessGroupCollection, device: torch.device) -> Tensor:
+def _gather(
+    parameter: LocalParameter | None,
+    owner: _Owner,
+    match: Row,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+) -> Tensor:
     tp = groups.expt_tp if owner.is_expert else groups.tp
     on_stage = groups.pp.rank() == owner.pp_rank
-    shard = _values(parameter.tensor) if parameter and on_stage else torch.empty(owner.shape, dtype=owner.dtype, device=device)
+    shard = (
+        _values(parameter.tensor)
+        if parameter and on_stage
+        else torch.empty(owner.shape, dtype=owner.dtype, device=device)
+    )
     if on_stage and owner.is_expert and groups.ep.size() > 1:
         shard = shard.clone()
         dist.broadcast(shard, src=dist.get_global_rank(groups.ep, owner.ep_rank), group=groups.ep)

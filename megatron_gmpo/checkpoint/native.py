@@ -100,7 +100,9 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
         return None
     checkpoint = run_dir / f"iter_{int(pointer.read_text()):07d}"
     if not (checkpoint / "state.json").is_file():
-        raise InputError(f"{pointer} names {checkpoint.name}, which is not there or not whole: write an older iteration into it")
+        raise InputError(
+            f"{pointer} names {checkpoint.name}, which is not there or not whole: write an older iteration into it"
+        )
     return checkpoint
 
 
@@ -152,7 +154,13 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
 
 
 def save(
-    run_dir: Path, step: int, trainable: Trainable, state: dict[str, Any], groups: ProcessGroupCollection, keep_last: int, hf: Path
+    run_dir: Path,
+    step: int,
+    trainable: Trainable,
+    state: dict[str, Any],
+    groups: ProcessGroupCollection,
+    keep_last: int,
+    hf: Path,
 ) -> Path:
     """Writes the checkpoint of ``step`` (collective), then removes the older ones but for ``keep_last`` in all.
 
@@ -174,16 +182,25 @@ def save(
     dist.barrier()
 
     tensors = _sharded_tensors(trainable, groups)
-    _set_update_count(trainable.optimizer, trainable.scheduler.num_steps)  # a save before the first update has just made the moments
+    _set_update_count(
+        trainable.optimizer, trainable.scheduler.num_steps
+    )  # a save before the first update has just made the moments
     force_all_tensors_to_non_fp8(tensors)
     with _shards_unchecked():
         dist_checkpointing.save(tensors, str(partial))
     (partial / "random").mkdir(exist_ok=True)
-    safetensors.torch.save_file(_random_states(), partial / "random" / f"rank_{dist.get_rank():05d}.safetensors")
+    safetensors.torch.save_file(
+        _random_states(), partial / "random" / f"rank_{dist.get_rank():05d}.safetensors"
+    )
     dist.barrier()
 
     if dist.get_rank() == 0:
-        whole = {"step": step, "world_size": dist.get_world_size(), "scheduler": trainable.scheduler.state_dict(), **state}
+        whole = {
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "scheduler": trainable.scheduler.state_dict(),
+            **state,
+        }
         (partial / "state.json").write_text(json.dumps(whole, indent=1))
         sync(partial)
         if final.exists():  # left by a kill before the text file changed
@@ -263,7 +280,12 @@ def load(checkpoint: Path, trainable: Trainable, groups: ProcessGroupCollection)
 def load_weights(checkpoint: Path, chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> None:
     """Fills the model from a checkpoint of any layout (collective); the optimizer's part is not read."""
     with _shards_unchecked():
-        _fill(chunks, dist_checkpointing.load(_sharded_model(chunks, groups), str(checkpoint), validate_access_integrity=False))
+        _fill(
+            chunks,
+            dist_checkpointing.load(
+                _sharded_model(chunks, groups), str(checkpoint), validate_access_integrity=False
+            ),
+        )
 
 
 def _fill(chunks: list[torch.nn.Module], loaded: Any) -> None:
@@ -303,7 +325,9 @@ def _slots(optimizer: MegatronOptimizer) -> Iterator[_Slot]:
             yield from _distributed_slots(part)
         elif isinstance(part, FP32Optimizer):
             for parameter in part.get_parameters():
-                yield _slot(parameter, parameter, part.optimizer.state[parameter], slice(0, parameter.numel()), None)
+                yield _slot(
+                    parameter, parameter, part.optimizer.state[parameter], slice(0, parameter.numel()), None
+                )
         else:  # Float16OptimizerWithFloat16Params
             pairs = [
                 (model, main)
@@ -344,18 +368,33 @@ def _slot_of_copies(part: DistributedOptimizer, parameter: torch.nn.Parameter, o
         moments = {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
         part._set_main_param_and_optimizer_states(parameter, {"param": tensors["main"], **moments})
 
-    return _Slot(parameter, owned.start, owned.stop, tensors, _state_names(parameter), part.data_parallel_group, put_back)
+    return _Slot(
+        parameter,
+        owned.start,
+        owned.stop,
+        tensors,
+        _state_names(parameter),
+        part.data_parallel_group,
+        put_back,
+    )
 
 
 def _make_state(part: Any) -> None:
     """Moments of 0 where an optimizer has made none yet."""
     if isinstance(part.optimizer, HybridDeviceOptimizer):
         for inner in _inner(part):
-            for main in (main for group in inner.param_groups for main in group["params"] if not inner.state[main]):
+            for main in (
+                main for group in inner.param_groups for main in group["params"] if not inner.state[main]
+            ):
                 inner.state[main] = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
     elif part.config.use_precision_aware_optimizer:
         # not its init_state_fn, which calls this without the second argument that Transformer Engine 2.9 to 2.11 want
-        for main in (main for group in part.optimizer.param_groups for main in group["params"] if not part.optimizer.state[main]):
+        for main in (
+            main
+            for group in part.optimizer.param_groups
+            for main in group["params"]
+            if not part.optimizer.state[main]
+        ):
             part.optimizer.initialize_state(main, store_param_remainders=False)
     else:
         part.init_state_fn(part.optimizer, part.config)
@@ -366,7 +405,9 @@ def _inner(part: Any) -> list[torch.optim.Optimizer]:
     return getattr(part.optimizer, "sub_optimizers", [part.optimizer])
 
 
-def _slot(model: Any, main: Tensor, state: dict[str, Tensor], owned: slice, group: dist.ProcessGroup | None) -> _Slot:
+def _slot(
+    model: Any, main: Tensor, state: dict[str, Tensor], owned: slice, group: dist.ProcessGroup | None
+) -> _Slot:
     names = _state_names(model)
     tensors = {name: main.data if name == "main" else state[name] for name in names}
     return _Slot(model, owned.start, owned.stop, tensors, names, group)
@@ -392,13 +433,19 @@ def _full_state(slots: list[_Slot], written: list[bool]) -> list[dict[str, Tenso
                 flat[slot.start : slot.stop] = slot.tensors[name].view(-1)
             if slot.group is not None and slot.group.size() > 1:
                 dist.all_reduce(flat, group=slot.group)
-            whole[name] = flat.view(slot.parameter.shape).cpu() if kept else torch.zeros(()).expand(slot.parameter.shape)
+            whole[name] = (
+                flat.view(slot.parameter.shape).cpu()
+                if kept
+                else torch.zeros(()).expand(slot.parameter.shape)
+            )
         full.append(whole)
     return full
 
 
 def _sharded_tensors(
-    trainable: Trainable, groups: ProcessGroupCollection, optimizer_state: list[dict[str, Tensor]] | None = None
+    trainable: Trainable,
+    groups: ProcessGroupCollection,
+    optimizer_state: list[dict[str, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """The sharded state dict of model and optimizer; its tensors are saved, or say what to load."""
     model = _sharded_model(trainable.chunks, groups)
@@ -406,14 +453,21 @@ def _sharded_tensors(
     slots = list(_slots(trainable.optimizer))
     optimizer: dict[str, Any] = {}
     written = [is_main_replica(by_parameter[id(slot.parameter)].replica_id) for slot in slots]
-    for i, (slot, state) in enumerate(zip(slots, optimizer_state or _full_state(slots, written), strict=True)):
+    for i, (slot, state) in enumerate(
+        zip(slots, optimizer_state or _full_state(slots, written), strict=True)
+    ):
         for name, tensor in state.items():
-            optimizer[f"{name}.{i}"] = make_sharded_optimizer_tensor(by_parameter[id(slot.parameter)], tensor, f"optimizer.{name}")
+            optimizer[f"{name}.{i}"] = make_sharded_optimizer_tensor(
+                by_parameter[id(slot.parameter)], tensor, f"optimizer.{name}"
+            )
     return {**model, "optimizer": optimizer}
 
 
 def _sharded_model(chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, Any]:
-    return {f"model{i}": unwrapped(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}) for i, chunk in enumerate(chunks)}
+    return {
+        f"model{i}": unwrapped(chunk).sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+        for i, chunk in enumerate(chunks)
+    }
 
 
 def _sharded(tree: Any) -> Iterator[ShardedTensor | ShardedTensorFactory]:
@@ -461,7 +515,13 @@ def _restore_random_states(file: Path) -> None:
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     tracker: Any = get_cuda_rng_tracker()
-    tracker.set_states({name.removeprefix("megatron."): state for name, state in states.items() if name.startswith("megatron.")})
+    tracker.set_states(
+        {
+            name.removeprefix("megatron."): state
+            for name, state in states.items()
+            if name.startswith("megatron.")
+        }
+    )
 
 
 def _write_aside(path: Path, text: str) -> None:

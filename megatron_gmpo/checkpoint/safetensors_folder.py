@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DERIVED = ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
+_DERIVED = (
+    ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
+)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _DTYPES = {
     "F64": torch.float64,
@@ -77,7 +79,9 @@ class SafetensorsFolder:
     def __init__(self, path: str | Path, left_out: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
         if pickles := sorted(file.name for file in self.path.glob("*") if file.suffix in _PICKLES):
-            raise InputError(f"{str(path)!r} holds {pickles[0]!r}, a pickle, which can run code when read: keep safetensors only")
+            raise InputError(
+                f"{str(path)!r} holds {pickles[0]!r}, a pickle, which can run code when read: keep safetensors only"
+            )
         self.files: set[str]
         if (self.path / INDEX).is_file():
             listed = _read_index(self.path / INDEX)
@@ -85,13 +89,22 @@ class SafetensorsFolder:
         elif (self.path / _SINGLE).is_file():
             listed, self.files = None, {_SINGLE}
         else:
-            raise InputError(f"{str(path)!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights")
+            raise InputError(
+                f"{str(path)!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights"
+            )
         stored = {file: self._read_header(file) for file in sorted(self.files)}
         listed = listed or {}
-        flat = {name: tensor for file, tensors in stored.items() for name, tensor in tensors.items() if listed.get(name, file) == file}
+        flat = {
+            name: tensor
+            for file, tensors in stored.items()
+            for name, tensor in tensors.items()
+            if listed.get(name, file) == file
+        }
         for name, file in listed.items():
             if name not in stored[file]:
-                raise InputError(f"{self.path / INDEX} says that {file} holds {name!r}, which it does not: fetch the model again")
+                raise InputError(
+                    f"{self.path / INDEX} says that {file} holds {name!r}, which it does not: fetch the model again"
+                )
         if passed_over := [name for name in flat if name.startswith(left_out)]:
             flat = {name: tensor for name, tensor in flat.items() if not name.startswith(left_out)}
             if rank() == 0:
@@ -111,13 +124,24 @@ class SafetensorsFolder:
     def _check_scales(self, quantization: dict[str, Any]) -> None:
         where = f"{str(self.path)!r}"
         for name, tensor in self._tensors.items():
-            if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point and name + SCALE not in self._scales:
-                raise InputError(f"{where}: {name!r} is FP8 without a scale for each block: give the model in bf16")
+            if (
+                tensor.dtype.itemsize == 1
+                and tensor.dtype.is_floating_point
+                and name + SCALE not in self._scales
+            ):
+                raise InputError(
+                    f"{where}: {name!r} is FP8 without a scale for each block: give the model in bf16"
+                )
         for name, scale in self._scales.items():
             weight = self._tensors.get(name.removesuffix(SCALE))
             blocks = weight and scale_shape(weight.shape)
-            if scale.shape != blocks or quantization.get("weight_block_size", [BLOCK, BLOCK]) != [BLOCK, BLOCK]:
-                raise InputError(f"{where}: {name!r} {scale.shape} is no scale of blocks of {BLOCK} x {BLOCK}: give the model in bf16")
+            if scale.shape != blocks or quantization.get("weight_block_size", [BLOCK, BLOCK]) != [
+                BLOCK,
+                BLOCK,
+            ]:
+                raise InputError(
+                    f"{where}: {name!r} {scale.shape} is no scale of blocks of {BLOCK} x {BLOCK}: give the model in bf16"
+                )
 
     def check_tied(self) -> None:
         """For a model whose output layer is its embedding.
@@ -125,8 +149,12 @@ class SafetensorsFolder:
         Raises:
             InputError: it has an output layer of its own all the same, which transformers would use.
         """
-        if "lm_head.weight" in self.names and not torch.equal(self.get("lm_head.weight"), self.get("model.embed_tokens.weight")):
-            raise InputError(f"{str(self.path)!r}: 'lm_head.weight' is not the embedding: set tie_word_embeddings = false in config.json")
+        if "lm_head.weight" in self.names and not torch.equal(
+            self.get("lm_head.weight"), self.get("model.embed_tokens.weight")
+        ):
+            raise InputError(
+                f"{str(self.path)!r}: 'lm_head.weight' is not the embedding: set tie_word_embeddings = false in config.json"
+            )
 
     @property
     def names(self) -> KeysView[str]:
@@ -168,14 +196,25 @@ class SafetensorsFolder:
                 header: dict[str, Any] = json.loads(file.read(length if length <= size else 0))
             header.pop("__metadata__", None)
             tensors = {
-                tensor: StoredTensor(name, _DTYPES[about["dtype"]], tuple(about["shape"]), 8 + length + about["data_offsets"][0])
+                tensor: StoredTensor(
+                    name,
+                    _DTYPES[about["dtype"]],
+                    tuple(about["shape"]),
+                    8 + length + about["data_offsets"][0],
+                )
                 for tensor, about in header.items()
             }
             ends = [8 + length + about["data_offsets"][1] for about in header.values()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} cannot be read as safetensors ({type(error).__name__}: {error}): fetch the model again") from None
-        if max(ends, default=0) != size or any(tensor.start + tensor.nbytes > size for tensor in tensors.values()):
-            raise InputError(f"{path} has {size} bytes where its header tells of {max(ends, default=0)}: fetch the model again")
+            raise InputError(
+                f"{path} cannot be read as safetensors ({type(error).__name__}: {error}): fetch the model again"
+            ) from None
+        if max(ends, default=0) != size or any(
+            tensor.start + tensor.nbytes > size for tensor in tensors.values()
+        ):
+            raise InputError(
+                f"{path} has {size} bytes where its header tells of {max(ends, default=0)}: fetch the model again"
+            )
         return tensors
 
 
@@ -190,7 +229,9 @@ class SafetensorsFile:
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._todo = [(name, about["data_offsets"]) for name, about in header.items() if name != "__metadata__"]
+        self._todo = [
+            (name, about["data_offsets"]) for name, about in header.items() if name != "__metadata__"
+        ]
         self._file: IO[bytes] = path.open("wb", buffering=0)
         self._write(memoryview(len(text).to_bytes(8, "little") + text))
 
@@ -229,7 +270,9 @@ def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTe
     shape = (rows // len(names), columns)
     nbytes = math.prod(shape) * tensor.dtype.itemsize
     return {
-        part.format(e=expert): StoredTensor(tensor.file, tensor.dtype, shape, tensor.start + (expert * len(names) + place) * nbytes)
+        part.format(e=expert): StoredTensor(
+            tensor.file, tensor.dtype, shape, tensor.start + (expert * len(names) + place) * nbytes
+        )
         for expert in range(experts)
         for place, part in enumerate(names)
     }

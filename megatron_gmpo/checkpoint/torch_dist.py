@@ -32,7 +32,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from ..errors import InputError
@@ -56,7 +62,9 @@ class Place:
     axes: tuple[int, ...] = ()
 
 
-def place_of(name: str, *, num_layers: int, num_experts: int, stacked: bool, latent_attention: bool = False) -> Place:
+def place_of(
+    name: str, *, num_layers: int, num_experts: int, stacked: bool, latent_attention: bool = False
+) -> Place:
     """The place of a parameter by its canonical Megatron name (see ``models.mapping``).
 
     Args:
@@ -72,7 +80,9 @@ def place_of(name: str, *, num_layers: int, num_experts: int, stacked: bool, lat
         index, axes = (*index, int(found[1])), (*axes, num_experts)
         name = name.replace(found[0], ".experts.")
     if not latent_attention:
-        name = re.sub(r"(layers\.(?:\d+\.)?)input_layernorm\.", r"\1self_attention.linear_qkv.layer_norm_", name)
+        name = re.sub(
+            r"(layers\.(?:\d+\.)?)input_layernorm\.", r"\1self_attention.linear_qkv.layer_norm_", name
+        )
     return Place(name, index, axes)
 
 
@@ -98,7 +108,9 @@ def checkpoint_folder(path: Path) -> Path:
         named = (path / LATEST).read_text().strip()
         folder = path / (f"iter_{int(named):07d}" if named.isdigit() else named)
     if not (folder / ".metadata").is_file():
-        raise InputError(f"{str(folder)!r} holds no .metadata: give a whole Megatron checkpoint in the torch_dist format")
+        raise InputError(
+            f"{str(folder)!r} holds no .metadata: give a whole Megatron checkpoint in the torch_dist format"
+        )
     return folder
 
 
@@ -113,7 +125,9 @@ class TorchDistReader:
         self.folder = folder
         metadata = _read_metadata(folder / ".metadata")
         stored = metadata.state_dict_metadata
-        self.tensors = {key: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)}
+        self.tensors = {
+            key: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)
+        }
         self._storage: dict[tuple[str, tuple[int, ...]], Any] = {}
         ends: dict[str, int] = {}
         for index, info in (metadata.storage_data or {}).items():
@@ -122,12 +136,18 @@ class TorchDistReader:
         self.files = set(ends)
         for file, end in ends.items():
             if not (folder / file).is_file():
-                raise InputError(f"{folder / '.metadata'} names {file!r}, which is not there: the checkpoint is not whole")
+                raise InputError(
+                    f"{folder / '.metadata'} names {file!r}, which is not there: the checkpoint is not whole"
+                )
             if (size := (folder / file).stat().st_size) < end:
-                raise InputError(f"{folder / file} has {size} bytes where .metadata tells of {end}: the checkpoint is not whole")
+                raise InputError(
+                    f"{folder / file} has {size} bytes where .metadata tells of {end}: the checkpoint is not whole"
+                )
         self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
         for key, about in self.tensors.items():
-            for chunk in about.chunks:  # by the first two offsets, the layer's and the expert's in the largest tensors
+            for chunk in (
+                about.chunks
+            ):  # by the first two offsets, the layer's and the expert's in the largest tensors
                 self._chunks.setdefault((key, tuple(chunk.offsets[:2])), []).append(chunk)
 
     def get(self, place: Place) -> Tensor:
@@ -149,7 +169,9 @@ class TorchDistReader:
             target.copy_(piece)
             filled += piece.numel()
         if filled != full.numel():
-            raise InputError(f"{self.folder}: {place.key!r} has only {filled} of {full.numel()} elements at {place.index}")
+            raise InputError(
+                f"{self.folder}: {place.key!r} has only {filled} of {full.numel()} elements at {place.index}"
+            )
         return full
 
     def _candidates(self, place: Place) -> list[ChunkStorageMetadata]:
@@ -158,12 +180,16 @@ class TorchDistReader:
     def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._storage[key, tuple(chunk.offsets)]
         with (self.folder / info.relative_path).open("rb", buffering=0) as file:
-            view: Any = _create_file_view(file, info.offset, info.length)  # read into the tensor without a buffer between
+            view: Any = _create_file_view(
+                file, info.offset, info.length
+            )  # read into the tensor without a buffer between
             try:
                 tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 line = " ".join(str(error).split())[:100]
-                raise InputError(f"{self.folder / info.relative_path}: {key!r} cannot be read ({line})") from None
+                raise InputError(
+                    f"{self.folder / info.relative_path}: {key!r} cannot be read ({line})"
+                ) from None
         assert tensor.shape == chunk.sizes, f"{key}: {tensor.shape} stored for {chunk.sizes}"
         return tensor
 
@@ -200,7 +226,9 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
         with closing(read_ahead(pieces, lambda piece: piece.read(), lambda piece: piece.nbytes)) as tensors:
             writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
             planner = _StreamingPlanner(pieces, tensors, list(extra_states))
-            dcp.save({}, storage_writer=writer, planner=planner, no_dist=torch.distributed.get_world_size() == 1)
+            dcp.save(
+                {}, storage_writer=writer, planner=planner, no_dist=torch.distributed.get_world_size() == 1
+            )
         if not torch.distributed.get_rank():
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
             torch.save({"iteration": 0, "checkpoint_version": 3.0}, folder / "common.pt")
@@ -221,7 +249,9 @@ def _disk_error(error: BaseException) -> BaseException:
 class _StreamingPlanner(SavePlanner):
     """Plans from shapes alone and takes each tensor when the writer asks for it, which it does in the order of the plan."""
 
-    def __init__(self, pieces: list[Piece], tensors: Iterator[tuple[Piece, Tensor]], extra_states: list[Place]) -> None:
+    def __init__(
+        self, pieces: list[Piece], tensors: Iterator[tuple[Piece, Tensor]], extra_states: list[Place]
+    ) -> None:
         self._pieces, self._tensors = pieces, tensors
         torch.save([None], buffer := io.BytesIO())
         self._empty_state = buffer.getvalue()
@@ -260,7 +290,9 @@ class _StreamingPlanner(SavePlanner):
 def _chunk(piece: Piece) -> ChunkStorageMetadata:
     """The box of the stored tensor that a piece fills: one step along each leading axis, all of the others."""
     index = piece.place.index
-    return ChunkStorageMetadata(torch.Size((*index, *[0] * len(piece.shape))), torch.Size((*[1] * len(index), *piece.shape)))
+    return ChunkStorageMetadata(
+        torch.Size((*index, *[0] * len(piece.shape))), torch.Size((*[1] * len(index), *piece.shape))
+    )
 
 
 _METADATA_RECORDS = {

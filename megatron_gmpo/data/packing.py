@@ -27,7 +27,9 @@ _ATTENTION_EQUALS_REST = 32768
 24 h^2 are in matrices and 2 L h in causal attention: equal at L = 12 h, here for a hidden size of 2,700."""
 
 
-def make_train_batch(groups: list[SampleGroup], advantages: Tensor, routing: RoutingShape | None = None) -> TrainBatch:
+def make_train_batch(
+    groups: list[SampleGroup], advantages: Tensor, routing: RoutingShape | None = None
+) -> TrainBatch:
     """Lays the samples of all groups end to end.
 
     Args:
@@ -41,10 +43,16 @@ def make_train_batch(groups: list[SampleGroup], advantages: Tensor, routing: Rou
     samples = [sample for group in groups for sample in group.samples]
     assert advantages.shape == (len(samples),)
     assert not any(sample.response_mask[0] for sample in samples)
-    mask = torch.tensor(list(chain.from_iterable(sample.response_mask for sample in samples)), dtype=torch.bool)
-    rollout_logprobs = torch.tensor(list(chain.from_iterable(sample.rollout_logprobs for sample in samples)), dtype=torch.float32)
+    mask = torch.tensor(
+        list(chain.from_iterable(sample.response_mask for sample in samples)), dtype=torch.bool
+    )
+    rollout_logprobs = torch.tensor(
+        list(chain.from_iterable(sample.rollout_logprobs for sample in samples)), dtype=torch.float32
+    )
     return TrainBatch(
-        tokens=torch.tensor(list(chain.from_iterable(sample.tokens for sample in samples)), dtype=torch.int64),
+        tokens=torch.tensor(
+            list(chain.from_iterable(sample.tokens for sample in samples)), dtype=torch.int64
+        ),
         lengths=torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64),
         response_mask=mask,
         advantages=advantages.float(),
@@ -60,24 +68,34 @@ def stack_routed_experts(samples: list[Sample], routing: RoutingShape) -> Tensor
         InputError: a sample has no record, one of another shape, an expert that the model does not have, or one twice for a token.
     """
     moe = list(routing.moe_layers)
-    record = np.full((sum(len(sample.tokens) for sample in samples), routing.num_layers, routing.topk), -1, np.int16)
+    record = np.full(
+        (sum(len(sample.tokens) for sample in samples), routing.num_layers, routing.topk), -1, np.int16
+    )
     start = 0
     for number, sample in enumerate(samples):
         found, expected = sample.routed_experts, (len(sample.tokens) - 1, routing.num_layers, routing.topk)
         if found is None:
-            raise InputError(f"sample {number} has no record of its routed experts: generate with rollout.routed_experts = true")
+            raise InputError(
+                f"sample {number} has no record of its routed experts: generate with rollout.routed_experts = true"
+            )
         if found.shape != expected:
             raise InputError(
                 f"sample {number}: routed experts of shape {found.shape}, not {expected} (tokens - 1, layers, topk): "
                 "generate with the model of model.path"
             )
         experts = found[:, moe]
-        ranked = np.ascontiguousarray(experts.reshape(-1, routing.topk).T)  # (topk, tokens x layers): whole rows are compared
+        ranked = np.ascontiguousarray(
+            experts.reshape(-1, routing.topk).T
+        )  # (topk, tokens x layers): whole rows are compared
         if ranked.size and not 0 <= ranked.min() <= ranked.max() < routing.num_experts:
             outside = ranked[(ranked < 0) | (ranked >= routing.num_experts)]
-            raise InputError(f"sample {number}: routed expert {outside[0]} of {routing.num_experts}: generate with the model of model.path")
+            raise InputError(
+                f"sample {number}: routed expert {outside[0]} of {routing.num_experts}: generate with the model of model.path"
+            )
         if any((one == other).any() for one, other in combinations(ranked, 2)):
-            raise InputError(f"sample {number}: a token has the same routed expert twice: generate with the model of model.path")
+            raise InputError(
+                f"sample {number}: a token has the same routed expert twice: generate with the model of model.path"
+            )
         record[start : start + len(found), moe] = experts
         start += len(sample.tokens)
     return torch.from_numpy(record)
@@ -89,7 +107,12 @@ def cost(length: int) -> float:
 
 
 def plan_microbatches(
-    lengths: list[int], *, max_tokens: int, data_parallel_size: int, sequence_multiple: int = 1, count_multiple: int = 1
+    lengths: list[int],
+    *,
+    max_tokens: int,
+    data_parallel_size: int,
+    sequence_multiple: int = 1,
+    count_multiple: int = 1,
 ) -> list[list[list[int]]]:
     """Shares sequences out over data-parallel ranks and microbatches.
 
@@ -143,7 +166,9 @@ def _best_fit(padded: list[int], longest_first: list[int], max_tokens: int) -> l
     return bins
 
 
-def _even_fill(padded: list[int], longest_first: list[int], max_tokens: int, count: int) -> list[list[int]] | None:
+def _even_fill(
+    padded: list[int], longest_first: list[int], max_tokens: int, count: int
+) -> list[list[int]] | None:
     """Each sequence into the emptiest of ``count`` bins; None when that overflows."""
     bins: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, b) for b in range(count)]  # a heap of (slots taken, bin)
@@ -188,7 +213,9 @@ def pack(
     padded[-1] += max(multiple, -(-total // multiple) * multiple) - total
     cu_seqlens = torch.nn.functional.pad(padded.cumsum(0), (1, 0))
 
-    owner = torch.repeat_interleave(torch.arange(len(padded), device=device), padded)  # (slots over all ranks,)
+    owner = torch.repeat_interleave(
+        torch.arange(len(padded), device=device), padded
+    )  # (slots over all ranks,)
     position = torch.arange(len(owner), device=device) - cu_seqlens[owner]
     if cp_size > 1:
         chunk = position // (padded // (2 * cp_size))[owner]
@@ -200,7 +227,9 @@ def pack(
 
     def per_token(values: Tensor, index: Tensor, padding: int = 0) -> Tensor:
         """``values`` at ``index``, ``padding`` where the index is -1."""
-        return values[index.clamp(min=0)].masked_fill((index < 0).view(-1, *[1] * (values.dim() - 1)), padding)
+        return values[index.clamp(min=0)].masked_fill(
+            (index < 0).view(-1, *[1] * (values.dim() - 1)), padding
+        )
 
     def per_sequence(values: Tensor) -> Tensor:
         return values[chosen] if sequences else values.new_zeros(1)
@@ -222,6 +251,8 @@ def pack(
         token_weights=None if batch.token_weights is None else per_token(batch.token_weights, flat_index),
         kept_tokens=None if batch.kept_tokens is None else per_token(batch.kept_tokens, flat_index),
         router_shift=None if batch.router_shift is None else per_token(batch.router_shift, input_index),
-        routed_experts=None if batch.routed_experts is None else per_token(batch.routed_experts, input_index, padding=-1),
+        routed_experts=None
+        if batch.routed_experts is None
+        else per_token(batch.routed_experts, input_index, padding=-1),
         router_scores=None if batch.router_scores is None else per_token(batch.router_scores, input_index),
     )

@@ -33,7 +33,9 @@ def load_tokenizer(path: str, field: str = "model.path") -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"{field} = {path!r} has no tokenizer that can be loaded ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{field} = {path!r} has no tokenizer that can be loaded ({' '.join(str(error).split())})"
+        ) from None
 
 
 def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:
@@ -54,30 +56,42 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
     _check_template(cfg.template, section)
     chat = tokenizer.chat_template is not None if cfg.use_chat_template is None else cfg.use_chat_template
     if chat and tokenizer.chat_template is None:
-        raise InputError(f"{section}.use_chat_template = true: the tokenizer has no chat template, leave it out or set it to false")
+        raise InputError(
+            f"{section}.use_chat_template = true: the tokenizer has no chat template, leave it out or set it to false"
+        )
     if cfg.system_prompt and not chat:
-        raise InputError(f"{section}.system_prompt = {cfg.system_prompt!r} needs a chat template: put it into {section}.template")
+        raise InputError(
+            f"{section}.system_prompt = {cfg.system_prompt!r} needs a chat template: put it into {section}.template"
+        )
 
     rows = _load(cfg, section)
     for field, column in (("prompt_column", cfg.prompt_column), ("answer_column", cfg.answer_column)):
         if column not in rows.column_names:
-            raise InputError(f"{section}.{field} = {column!r} is not a column of {cfg.path}: choose one of {rows.column_names}")
+            raise InputError(
+                f"{section}.{field} = {column!r} is not a column of {cfg.path}: choose one of {rows.column_names}"
+            )
     if len(rows) == 0:
         raise InputError(f"{section}.path = {cfg.path!r} has no rows: give a data set with problems")
 
     name = Path(cfg.path.partition(":")[0]).stem
     prompts: list[Prompt] = []
-    for row, (problem, answer) in enumerate(zip(rows[cfg.prompt_column], rows[cfg.answer_column], strict=True)):
+    for row, (problem, answer) in enumerate(
+        zip(rows[cfg.prompt_column], rows[cfg.answer_column], strict=True)
+    ):
         where = f"{section}.path = {cfg.path!r}, row {row}"
         if not isinstance(answer, str | int | float) or not str(answer).strip():
-            raise InputError(f"{where}: column {cfg.answer_column!r} is {answer!r}, give every problem an answer: text or a number")
+            raise InputError(
+                f"{where}: column {cfg.answer_column!r} is {answer!r}, give every problem an answer: text or a number"
+            )
         prompt = Prompt(id=f"{name}/{row}", answer=str(answer))
         if chat:
             prompt.messages = _messages(problem, cfg, where)
         elif isinstance(problem, str) and problem:
             prompt.text = _fill(cfg.template, problem)
         else:
-            raise InputError(f"{where}: column {cfg.prompt_column!r} is not text, and only a chat template takes messages")
+            raise InputError(
+                f"{where}: column {cfg.prompt_column!r} is not text, and only a chat template takes messages"
+            )
         prompts.append(prompt)
 
     _tokenize(prompts, tokenizer, chat, section)
@@ -89,7 +103,14 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
         )
     left_out = len(prompts) - len(kept)
     kept = kept[: cfg.max_prompts]
-    logger.info("%s: %d prompts from %s; %d longer than %d tokens left out", section, len(kept), cfg.path, left_out, cfg.max_prompt_tokens)
+    logger.info(
+        "%s: %d prompts from %s; %d longer than %d tokens left out",
+        section,
+        len(kept),
+        cfg.path,
+        left_out,
+        cfg.max_prompt_tokens,
+    )
     return kept
 
 
@@ -121,7 +142,12 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: a few ints."""
-        return {"seed": self.seed, "epoch": self.epoch, "position": self.position, "num_prompts": len(self.prompts)}
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "num_prompts": len(self.prompts),
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on exactly where ``state`` was taken, under the seed of then.
@@ -153,7 +179,9 @@ def _check_template(template: str, section: str) -> None:
     try:
         fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise InputError(f"{field} is not a format string ({error}): write literal braces as {{{{ and }}}}") from None
+        raise InputError(
+            f"{field} is not a format string ({error}): write literal braces as {{{{ and }}}}"
+        ) from None
     if fields != {"prompt"}:
         raise InputError(
             f"{field} must have the field {{prompt}} and no other, has {sorted(fields)}: write literal braces as {{{{ and }}}}"
@@ -177,7 +205,9 @@ def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
     try:
         if path.suffix == ".csv":
             # All columns as text: the type inference of datasets' reader turns the answer "052" into 52 and "NA" into nothing.
-            splits = {"train": datasets.Dataset.from_pandas(pandas.read_csv(path, dtype=str, keep_default_na=False))}
+            splits = {
+                "train": datasets.Dataset.from_pandas(pandas.read_csv(path, dtype=str, keep_default_na=False))
+            }
         elif path.is_file():
             splits = datasets.load_dataset(_FORMATS[path.suffix], data_files=cfg.path)
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
@@ -185,7 +215,10 @@ def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
         else:
             name, _, subset = cfg.path.partition(":")
             splits = datasets.load_dataset(name, subset or None)
-    except (StopIteration, IndexError):  # what datasets makes of an empty file and of a saved data set without rows
+    except (
+        StopIteration,
+        IndexError,
+    ):  # what datasets makes of an empty file and of a saved data set without rows
         raise InputError(f"{field} has no rows: give a data set with problems") from None
     except (DatasetsError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
@@ -193,7 +226,9 @@ def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
     if isinstance(splits, datasets.Dataset):
         return splits
     if cfg.split not in splits:
-        raise InputError(f"{section}.split = {cfg.split!r} is not a split of {cfg.path}: choose one of {list(splits)}")
+        raise InputError(
+            f"{section}.split = {cfg.split!r} is not a split of {cfg.path}: choose one of {list(splits)}"
+        )
     return splits[cfg.split]
 
 
@@ -202,10 +237,14 @@ def _messages(problem: Any, cfg: DataConfig, where: str) -> list[dict[str, str]]
         messages = [{"role": "user", "content": _fill(cfg.template, problem)}]
     elif isinstance(problem, list) and problem and all(map(_is_message, problem)):
         if cfg.template:
-            raise InputError(f"{where}: column {cfg.prompt_column!r} holds messages: leave template out, it applies to text")
+            raise InputError(
+                f"{where}: column {cfg.prompt_column!r} holds messages: leave template out, it applies to text"
+            )
         messages = [{"role": message["role"], "content": message["content"]} for message in problem]
     else:
-        raise InputError(f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages with role and content, both text")
+        raise InputError(
+            f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages with role and content, both text"
+        )
     if cfg.system_prompt:
         if messages[0]["role"] == "system":
             raise InputError(f"{where}: the messages have a system message already: leave system_prompt out")
@@ -222,9 +261,13 @@ def _tokenize(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, chat: b
     if chat:
         try:
             conversations = [prompt.messages for prompt in prompts]
-            token_ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False)  # pyright: ignore[reportArgumentType]
+            token_ids = tokenizer.apply_chat_template(
+                conversations, add_generation_prompt=True, return_dict=False
+            )  # pyright: ignore[reportArgumentType]
         except TemplateError as error:
-            raise InputError(f"{section}: the tokenizer's chat template refuses the messages: {error}") from None
+            raise InputError(
+                f"{section}: the tokenizer's chat template refuses the messages: {error}"
+            ) from None
     else:
         token_ids = tokenizer([prompt.text for prompt in prompts])["input_ids"]  # pyright: ignore[reportArgumentType]
     for prompt, ids in zip(prompts, token_ids, strict=True):  # pyright: ignore[reportArgumentType]

@@ -51,10 +51,21 @@ def main(
         if waiting:
             at_once = cores // plan.file.processes
             if at_once < 1:
-                raise InputError(f"--cores {cores} is less than the study's processes = {plan.file.processes}: give as many")
-            console.print(f"{plan.name}: {len(waiting)} of {len(trials)} trials to run, {at_once} at a time", highlight=False)
+                raise InputError(
+                    f"--cores {cores} is less than the study's processes = {plan.file.processes}: give as many"
+                )
+            console.print(
+                f"{plan.name}: {len(waiting)} of {len(trials)} trials to run, {at_once} at a time",
+                highlight=False,
+            )
             _prepare(plan.file.prepare)
-            records = run_trials(waiting, processes=plan.file.processes, at_once=at_once, timeout_s=plan.file.timeout_s, console=console)
+            records = run_trials(
+                waiting,
+                processes=plan.file.processes,
+                at_once=at_once,
+                timeout_s=plan.file.timeout_s,
+                console=console,
+            )
             ends = Counter(record.outcome for record in records)
             console.print(", ".join(f"{count} {outcome}" for outcome, count in ends.items()), highlight=False)
         print(write_report(plan, f"python -m megatron_gmpo.lab {study}", out or RUNS / plan.name / "report"))
@@ -67,8 +78,12 @@ def main(
 def _prepare(prepare: Prepare) -> None:
     if prepare.command and not Path(prepare.output or ".nothing").exists():
         command = [sys.executable, "-m", *prepare.command]
-        if code := subprocess.run(command, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
-            raise InputError(f"prepare.command {shlex.join(prepare.command)!r} ended with code {code}: mend it, its output is above")
+        if code := subprocess.run(
+            command, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ).returncode:
+            raise InputError(
+                f"prepare.command {shlex.join(prepare.command)!r} ended with code {code}: mend it, its output is above"
+            )
 
 
 def _interrupt(*_: object) -> None:

@@ -45,12 +45,20 @@ PANELS = (
         log=True,
     ),
     Panel(
-        "Sequence ratios after the mean, range", {"policy/sequence_ratio_max": "largest", "policy/sequence_ratio_min": "smallest"}, log=True
+        "Sequence ratios after the mean, range",
+        {"policy/sequence_ratio_max": "largest", "policy/sequence_ratio_min": "smallest"},
+        log=True,
     ),
-    Panel("Log ratio, 0.1 % and 99.9 % of tokens", {"policy/log_ratio_q999": "99.9 %", "policy/log_ratio_q001": "0.1 %"}),
+    Panel(
+        "Log ratio, 0.1 % and 99.9 % of tokens",
+        {"policy/log_ratio_q999": "99.9 %", "policy/log_ratio_q001": "0.1 %"},
+    ),
     Panel("Clipped, fraction", {"policy/clip_fraction_high": "above", "policy/clip_fraction_low": "below"}),
     Panel("Clip", {"policy/clip_high": "high", "policy/clip_low": "low"}, log=True),
-    Panel("Left out of the policy term, fraction", {"policy/masked_fraction": "tokens", "policy/masked_sequences": "sequences"}),
+    Panel(
+        "Left out of the policy term, fraction",
+        {"policy/masked_fraction": "tokens", "policy/masked_sequences": "sequences"},
+    ),
     Panel("Effective sample size of the ratios, share of tokens", {"policy/ratio_effective_sample_size": ""}),
     Panel("Rollout against policy, KL in nats a token", {"rollout/k3_kl": ""}, log=True),
     Panel("Routed otherwise in the rollout, fraction of tokens", {"moe/routing_differs_tokens": ""}),
@@ -60,17 +68,28 @@ PANELS = (
     Panel("Response length, tokens", {"response_length/mean": ""}),
 )
 
-_STYLES = ("-", (0, (3, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (6, 2)), (0, (6, 1.2, 1, 1.2, 1, 1.2)))
+_STYLES = (
+    "-",
+    (0, (3, 1.5)),
+    (0, (1, 1.2)),
+    (0, (4, 1.2, 1, 1.2)),
+    (0, (6, 2)),
+    (0, (6, 1.2, 1, 1.2, 1, 1.2)),
+)
 
 
 def panel_curves(panel: Panel, arms: Mapping[str, Sequence[Series]]) -> dict[str, dict[str, Curve]]:
     """Metric -> arm -> curve, of what the arms' runs have."""
     present = {metric for runs in arms.values() for series in runs for metric in series}
     metrics = [metric for pattern in panel.metrics for metric in sorted(fnmatch.filter(present, pattern))]
-    return {metric: {arm: c for arm, runs in arms.items() if (c := curve(runs, metric))} for metric in metrics}
+    return {
+        metric: {arm: c for arm, runs in arms.items() if (c := curve(runs, metric))} for metric in metrics
+    }
 
 
-def draw(panel: Panel, curves: Mapping[str, Mapping[str, Curve]], labels: Mapping[str, str], out: Path) -> None:
+def draw(
+    panel: Panel, curves: Mapping[str, Mapping[str, Curve]], labels: Mapping[str, str], out: Path
+) -> None:
     """Writes the picture of one panel.
 
     Args:
@@ -85,12 +104,27 @@ def draw(panel: Panel, curves: Mapping[str, Mapping[str, Curve]], labels: Mappin
     for style, of_arms in zip(cycle(_STYLES), curves.values(), strict=False):
         for arm, c in of_arms.items():
             ax.fill_between(c.steps, c.low, c.high, color=colors[arm], alpha=0.13, lw=0)
-            ax.plot(c.steps, c.mean, color=colors[arm], lw=1.6, ls=style, marker="o" if len(c.steps) < 20 else None, ms=3)
+            ax.plot(
+                c.steps,
+                c.mean,
+                color=colors[arm],
+                lw=1.6,
+                ls=style,
+                marker="o" if len(c.steps) < 20 else None,
+                ms=3,
+            )
     names = [panel.metrics.get(metric, metric.removeprefix("eval/")) for metric in curves]
     if len(names) > 1:
-        styled = [Line2D([], [], color=MUTED, lw=1.6, ls=style, label=name) for style, name in zip(cycle(_STYLES), names, strict=False)]
+        styled = [
+            Line2D([], [], color=MUTED, lw=1.6, ls=style, label=name)
+            for style, name in zip(cycle(_STYLES), names, strict=False)
+        ]
         ax.legend(handles=styled, frameon=False, fontsize=7.5, labelcolor=MUTED, loc="best")
     arms = [Line2D([], [], color=colors[arm], lw=2.2, label=label) for arm, label in labels.items()]
-    figure.legend(handles=arms, loc="outside lower center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(
+        handles=arms, loc="outside lower center", ncols=4, frameon=False, fontsize=8, labelcolor=INK
+    )
     canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(255).save(out, optimize=True)  # a quarter of the bytes
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(255).save(
+        out, optimize=True
+    )  # a quarter of the bytes

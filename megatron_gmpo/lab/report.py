@@ -39,7 +39,9 @@ def write_report(study: Study, command: str, out: Path) -> Path:
     """
     results = read_results(study)
     if not any(results.values()):
-        raise InputError(f"study {study.name} has nothing to report: run python -m megatron_gmpo.lab without --report first")
+        raise InputError(
+            f"study {study.name} has nothing to report: run python -m megatron_gmpo.lab without --report first"
+        )
     out.mkdir(parents=True, exist_ok=True)
     arms = {arm: [run.series for run in runs.values()] for arm, runs in results.items()}
     labels = {arm.name: arm.label for arm in study.arms}
@@ -49,7 +51,10 @@ def write_report(study: Study, command: str, out: Path) -> Path:
         if of_panel := panel_curves(panel, arms):
             draw(panel, of_panel, labels, out / panel.file)
             drawn.append((panel.title, panel.file))
-            curves |= {metric: {arm: _lists(vars(c)) for arm, c in of_arms.items()} for metric, of_arms in of_panel.items()}
+            curves |= {
+                metric: {arm: _lists(vars(c)) for arm, c in of_arms.items()}
+                for metric, of_arms in of_panel.items()
+            }
     rows = compare(study, results)
     ends = [(trial, results[trial.arm.name].get(trial.seed)) for trial in study.trials]
     records = [run.record for _, run in ends if run and run.record]
@@ -64,7 +69,9 @@ def write_report(study: Study, command: str, out: Path) -> Path:
         "processes": study.file.processes,
         "ran": _span(records),
         "machine": sorted({record.machine for record in records}),
-        "versions": sorted({f"{name} {version}" for record in records for name, version in record.versions.items()}),
+        "versions": sorted(
+            {f"{name} {version}" for record in records for name, version in record.versions.items()}
+        ),
     }
     numbers = {
         "about": about | {"reported": datetime.now(UTC).isoformat(timespec="seconds")},
@@ -75,7 +82,9 @@ def write_report(study: Study, command: str, out: Path) -> Path:
     }
     (out / "numbers.json").write_text(json.dumps(numbers, allow_nan=False, separators=(",", ":")))
 
-    environment = Environment(loader=PackageLoader(__package__ or ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=PackageLoader(__package__ or ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     environment.filters |= {"figure": _figure, "interval": _interval}
     page = environment.get_template("report.html").render(
         about=about,
@@ -133,7 +142,10 @@ def _lists(arrays: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
 
 def _plain(overrides: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity."""
-    return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in overrides.items()}
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in overrides.items()
+    }
 
 
 def _rounded(value: float) -> float | None:

@@ -56,7 +56,11 @@ class Measure:
         if self.metric not in series:
             return None
         values = series[self.metric][1]
-        return float({"last": values[-1], "best": values.max(), "mean": values.mean(), "tail": values[-TAIL:].mean()}[self.kind])
+        return float(
+            {"last": values[-1], "best": values.max(), "mean": values.mean(), "tail": values[-TAIL:].mean()}[
+                self.kind
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -126,16 +130,25 @@ def curve(runs: Sequence[Series], metric: str) -> Curve | None:
 
 def compare(study: Study, results: dict[str, dict[int, Result]]) -> list[Row]:
     """Every measure of every arm, over the runs that count; those no run has are left out."""
-    counted = {arm: {seed: run.series for seed, run in runs.items() if run.counts} for arm, runs in results.items()}
+    counted = {
+        arm: {seed: run.series for seed, run in runs.items() if run.counts} for arm, runs in results.items()
+    }
     present = {metric for runs in counted.values() for series in runs.values() for metric in series}
-    measures = [Measure(f"{name} {metric.removeprefix('eval/')}", metric, kind) for metric, name, kind in _evaluations(present)]
+    measures = [
+        Measure(f"{name} {metric.removeprefix('eval/')}", metric, kind)
+        for metric, name, kind in _evaluations(present)
+    ]
     measures += [Measure(title, metric, "tail") for metric, title in TAILS.items() if metric in present]
     measures += [Measure(title, metric, "mean") for metric, title in MEANS.items() if metric in present]
     rows: list[Row] = []
     for measure in measures:
         values = {arm: _present(measure, runs) for arm, runs in counted.items()}
         for arm in study.arms:
-            difference = None if arm.name == arm.baseline else paired_difference(values[arm.name], values[arm.baseline])
+            difference = (
+                None
+                if arm.name == arm.baseline
+                else paired_difference(values[arm.name], values[arm.baseline])
+            )
             rows.append(Row(measure, arm, estimate(list(values[arm.name].values())), difference))
     return rows
 
@@ -146,4 +159,8 @@ def _present(measure: Measure, runs: dict[int, Series]) -> dict[int, float]:
 
 def _evaluations(present: set[str]) -> list[tuple[str, str, Literal["last", "best"]]]:
     of_each: list[tuple[str, Literal["last", "best"]]] = [("final", "last"), ("best", "best")]
-    return [(metric, name, kind) for metric in sorted(fnmatch.filter(present, "eval/*/pass@1")) for name, kind in of_each]
+    return [
+        (metric, name, kind)
+        for metric in sorted(fnmatch.filter(present, "eval/*/pass@1"))
+        for name, kind in of_each
+    ]

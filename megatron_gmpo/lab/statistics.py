@@ -47,6 +47,8 @@ def t_quantile(degrees: int) -> float:
     """The t that Student's distribution leaves within [-t, t] with probability ``CONFIDENCE``."""
 
     def too_much_outside(t: Any) -> Any:
-        return mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True) - (1 - CONFIDENCE)
+        return mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True) - (
+            1 - CONFIDENCE
+        )
 
     return float(mpmath.findroot(too_much_outside, (1.9, 13.0), solver="anderson"))

@@ -87,7 +87,9 @@ class StudyFile(_Section):
             raise ValueError(f"seeds = {list(self.seeds)} names a seed twice")
         for name in (name for axis in (self.arms, *self.grid.values()) for name in axis):
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r} becomes a part of a folder's name: use letters, digits and _ . + =")
+                raise ValueError(
+                    f"{name!r} becomes a part of a folder's name: use letters, digits and _ . + ="
+                )
         if self.baseline not in self.arms:
             raise ValueError(f"baseline = {self.baseline!r} is no arm: choose one of {list(self.arms)}")
         return self
@@ -149,8 +151,12 @@ class Study:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
                 raise InputError(f"--only {name}: the study has no such arm, did you mean {nearest!r}?")
         if unknown := set(seeds) - set(self.file.seeds):
-            raise InputError(f"--seeds {min(unknown)}: the study's seeds are {list(self.file.seeds)}, add it there")
-        return [t for t in self.trials if t.arm.name in (arms or (t.arm.name,)) and t.seed in (seeds or (t.seed,))]
+            raise InputError(
+                f"--seeds {min(unknown)}: the study's seeds are {list(self.file.seeds)}, add it there"
+            )
+        return [
+            t for t in self.trials if t.arm.name in (arms or (t.arm.name,)) and t.seed in (seeds or (t.seed,))
+        ]
 
 
 def load_study(path: Path) -> Study:
@@ -176,7 +182,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping) and value
+            else {prefix + key: value}
+        )
     return flat
 
 
@@ -207,7 +217,11 @@ def _trial(path: Path, base: Path, file: StudyFile, arm: Arm, seed: int, folder:
 
 def _text(value: Any) -> str:
     """``value`` as the command line takes it: plain words as they are, all else as TOML."""
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value) and value not in ("true", "false", "nan", "inf")
+    plain = (
+        isinstance(value, str)
+        and re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value)
+        and value not in ("true", "false", "nan", "inf")
+    )
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
@@ -226,4 +240,8 @@ def _check_equal(path: Path, trials: Iterable[Trial]) -> None:
 
 
 def _equal_part(cfg: Config) -> dict[str, Any]:
-    return {key: value for key, value in flatten(cfg.model_dump()).items() if f"{key}.".startswith(tuple(f"{part}." for part in EQUAL))}
+    return {
+        key: value
+        for key, value in flatten(cfg.model_dump()).items()
+        if f"{key}.".startswith(tuple(f"{part}." for part in EQUAL))
+    }

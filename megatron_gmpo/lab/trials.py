@@ -74,7 +74,9 @@ def unfinished(trials: Sequence[Trial]) -> list[Trial]:
     return [t for t in trials if (record := read_record(t)) is None or record.outcome == "failed"]
 
 
-def run_trials(trials: Sequence[Trial], *, processes: int, at_once: int, timeout_s: float, console: Console) -> list[Record]:
+def run_trials(
+    trials: Sequence[Trial], *, processes: int, at_once: int, timeout_s: float, console: Console
+) -> list[Record]:
     """Runs trials, ``at_once`` at a time, and shows how far they are.
 
     A trial goes on from the newest checkpoint in its folder, or starts over where there is none. No failure ends the others; an exception
@@ -139,7 +141,12 @@ class _Running:
             reason = errors[-1] if errors else f"exit code {code}: {last[-1] if last else 'no output'}"
         versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
         record = Record(
-            outcome=outcome, reason=reason, seconds=round(seconds, 1), started=self.started, machine=_machine(), versions=versions
+            outcome=outcome,
+            reason=reason,
+            seconds=round(seconds, 1),
+            started=self.started,
+            machine=_machine(),
+            versions=versions,
         )
         aside = self.trial.folder / f"{RECORD}.tmp"
         aside.write_text(record.model_dump_json(indent=1))
@@ -167,7 +174,11 @@ class _Running:
 
 def _start(trial: Trial, lock: IO[str], processes: int) -> _Running:
     (trial.folder / RECORD).unlink(missing_ok=True)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
     with (trial.folder / LOG).open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *launch, "-m", "megatron_gmpo.train", *trial.argv],
@@ -189,7 +200,9 @@ def _lock(trial: Trial) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise InputError(f"{trial.folder} is being written by another process: wait for it or end it") from None
+        raise InputError(
+            f"{trial.folder} is being written by another process: wait for it or end it"
+        ) from None
     return file
 
 
@@ -205,7 +218,9 @@ def _check_folder(trial: Trial) -> None:
     if before != trial.cfg:
         old, new = flatten(before.model_dump()), flatten(trial.cfg.model_dump())
         key = next(key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
-        raise InputError(f"{trial.folder} was run with {key} = {old.get(key)!r}, the study says {new.get(key)!r}: {remedy}")
+        raise InputError(
+            f"{trial.folder} was run with {key} = {old.get(key)!r}, the study says {new.get(key)!r}: {remedy}"
+        )
 
 
 def _ended_itself(events: Path) -> bool:
@@ -221,7 +236,11 @@ def _lines(path: Path) -> list[str]:
 def _machine() -> str:
     names = Path("/proc/cpuinfo")
     models = (
-        [line.partition(":")[2].strip() for line in names.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.partition(":")[2].strip()
+            for line in names.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if names.exists()
         else []
     )
@@ -253,7 +272,9 @@ class _Board:
         self._bars.stop()
 
     def started(self, process: _Running) -> None:
-        process.task = self._bars.add_task(_name(process.trial), total=process.trial.cfg.train.num_steps, figures="starts")
+        process.task = self._bars.add_task(
+            _name(process.trial), total=process.trial.cfg.train.num_steps, figures="starts"
+        )
 
     def update(self, process: _Running) -> None:
         assert process.task is not None

@@ -106,7 +106,9 @@ class _Reward(_Signal):
         if self.best is None or mean > self.best:
             self.best = mean
         standard_error = math.sqrt(self.squares / (2 * (self.steps - 1) * cfg.window))
-        if math.isinf(cfg.reward_drop) or self.best - mean <= max(cfg.reward_drop * abs(self.best), STANDARD_ERRORS * standard_error):
+        if math.isinf(cfg.reward_drop) or self.best - mean <= max(
+            cfg.reward_drop * abs(self.best), STANDARD_ERRORS * standard_error
+        ):
             return None
         return f"reward/mean over {cfg.window} steps fell from {self.best:.3g} to {mean:.3g}"
 
@@ -124,7 +126,11 @@ class CollapseDetector:
     def __init__(self, cfg: CollapseConfig) -> None:
         self.rollbacks = 0
         self._cfg = cfg
-        self._signals: dict[str, _Signal] = {"policy/entropy": _Entropy(), "grad_norm": _GradNorm(), "reward/mean": _Reward()}
+        self._signals: dict[str, _Signal] = {
+            "policy/entropy": _Entropy(),
+            "grad_norm": _GradNorm(),
+            "reward/mean": _Reward(),
+        }
 
     def update(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
         """What the figures of ``step`` complete, if anything. Collective: every rank gets what the first one finds."""
@@ -137,7 +143,10 @@ class CollapseDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"rollbacks": self.rollbacks, "signals": {name: dict(vars(signal)) for name, signal in self._signals.items()}}
+        return {
+            "rollbacks": self.rollbacks,
+            "signals": {name: dict(vars(signal)) for name, signal in self._signals.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what ``state_dict`` gave."""

@@ -78,7 +78,9 @@ def check_wandb(project: str) -> None:
         InputError: a project is named and wandb is not installed.
     """
     if project and importlib.util.find_spec("wandb") is None:
-        raise InputError(f"log.wandb_project = {project!r} needs wandb: pip install 'megatron_gmpo[wandb]', or leave it empty")
+        raise InputError(
+            f"log.wandb_project = {project!r} needs wandb: pip install 'megatron_gmpo[wandb]', or leave it empty"
+        )
 
 
 class MetricLogger:
@@ -119,7 +121,9 @@ class MetricLogger:
             import wandb  # pyright: ignore[reportMissingImports]
 
             name = self._run_dir.resolve().name
-            self._wandb = wandb.init(project=wandb_project, name=name, dir=str(self._run_dir), config=dict(config or {}))
+            self._wandb = wandb.init(
+                project=wandb_project, name=name, dir=str(self._run_dir), config=dict(config or {})
+            )
 
     def add(self, metrics: Mapping[str, Metric | float]) -> None:
         """Adds to the current step; a name that comes again is merged as in ``reduce_metrics``."""

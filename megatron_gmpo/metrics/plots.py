@@ -51,18 +51,38 @@ PANELS = (
     Panel("Policy loss", {"loss": ""}, smoothed=True),
     Panel("Gradient norm", {"grad_norm": ""}, smoothed=True),
     Panel("Policy entropy, nats a token", {"policy/entropy": ""}, smoothed=True),
-    Panel("Log ratio to the old policy, range over tokens", {"policy/log_ratio_min": "", "policy/log_ratio_max": ""}, kind="band"),
-    Panel("Log ratio, 0.1 % to 99.9 % of tokens", {"policy/log_ratio_q001": "", "policy/log_ratio_q999": ""}, kind="band"),
-    Panel("Clipped tokens, fraction", {"policy/clip_fraction_high": "high", "policy/clip_fraction_low": "low"}),
+    Panel(
+        "Log ratio to the old policy, range over tokens",
+        {"policy/log_ratio_min": "", "policy/log_ratio_max": ""},
+        kind="band",
+    ),
+    Panel(
+        "Log ratio, 0.1 % to 99.9 % of tokens",
+        {"policy/log_ratio_q001": "", "policy/log_ratio_q999": ""},
+        kind="band",
+    ),
+    Panel(
+        "Clipped tokens, fraction", {"policy/clip_fraction_high": "high", "policy/clip_fraction_low": "low"}
+    ),
     Panel("Clip", {"policy/clip_high": "high", "policy/clip_low": "low"}),
-    Panel("Left out of the policy term, fraction", {"policy/masked_fraction": "tokens", "policy/masked_sequences": "sequences"}),
+    Panel(
+        "Left out of the policy term, fraction",
+        {"policy/masked_fraction": "tokens", "policy/masked_sequences": "sequences"},
+    ),
     Panel("KL, nats a token", {"policy/kl_old": "to the old policy", "policy/kl_ref": "to the reference"}),
     Panel(
         "Rollout against trainer",
-        {"rollout/logprob_diff_mean": "mean |Δ log p|", "rollout/logprob_diff_max": "largest", "rollout/k3_kl": "k3 KL"},
+        {
+            "rollout/logprob_diff_mean": "mean |Δ log p|",
+            "rollout/logprob_diff_max": "largest",
+            "rollout/k3_kl": "k3 KL",
+        },
         log=True,
     ),
-    Panel("MoE load over the mean expert's", {"moe/load_max": "fullest expert", "moe/load_cv": "standard deviation"}),
+    Panel(
+        "MoE load over the mean expert's",
+        {"moe/load_max": "fullest expert", "moe/load_cv": "standard deviation"},
+    ),
     Panel("MoE experts without a token", {"moe/dead_experts": ""}),
     Panel("MoE router entropy, nats", {"moe/router_entropy": ""}),
     Panel("MoE routings that differ, fraction", {"moe/routing_*": ""}),
@@ -87,7 +107,9 @@ def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> li
     runs = {label: read_metrics(path) for label, path in metrics_paths.items()}
     drawn = [(panel, chosen) for panel in PANELS if (chosen := _choose(panel, runs))]
     if not drawn:
-        raise InputError(f"no figures to plot in {', '.join(str(p) for p in metrics_paths.values())}: has the run logged a step?")
+        raise InputError(
+            f"no figures to plot in {', '.join(str(p) for p in metrics_paths.values())}: has the run logged a step?"
+        )
 
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
@@ -98,8 +120,12 @@ def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> li
         _draw(ax, panel, chosen, runs)
     for ax in axes[len(drawn) :]:
         ax.set_axis_off()
-    handles = [Line2D([], [], color=COLORS[i % len(COLORS)], lw=2.2, label=label) for i, label in enumerate(runs)]
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=10, labelcolor=INK)
+    handles = [
+        Line2D([], [], color=COLORS[i % len(COLORS)], lw=2.2, label=label) for i, label in enumerate(runs)
+    ]
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=10, labelcolor=INK
+    )
     figure.savefig(str(out_png), dpi=130)
     return [panel.title for panel, _ in drawn]
 
@@ -114,12 +140,16 @@ def read_metrics(path: str | Path) -> Series:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give the folder of a run that has logged a step")
     points: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):  # a run that died may have left half a line
+    for number, line in enumerate(
+        path.read_text().split("\n")[:-1], 1
+    ):  # a run that died may have left half a line
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"line {number} of {path} is not a JSON object with a step: remove the line") from None
+            raise InputError(
+                f"line {number} of {path} is not a JSON object with a step: remove the line"
+            ) from None
         for name, value in record.items():
             if isinstance(value, int | float):
                 points.setdefault(name, {})[step] = float(value)
@@ -167,10 +197,14 @@ def _draw(ax: Axes, panel: Panel, chosen: dict[str, str], runs: Mapping[str, Ser
     if panel.kind == "stack":
         ax.set_ylim(bottom=0)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, fontsize=7.5, labelcolor=MUTED, handlelength=1.4, ncols=1 if len(chosen) < 5 else 2)
+        ax.legend(
+            frameon=False, fontsize=7.5, labelcolor=MUTED, handlelength=1.4, ncols=1 if len(chosen) < 5 else 2
+        )
 
 
-def _draw_lines(ax: Axes, panel: Panel, chosen: dict[str, str], series: Series, number: int, *, alone: bool) -> None:
+def _draw_lines(
+    ax: Axes, panel: Panel, chosen: dict[str, str], series: Series, number: int, *, alone: bool
+) -> None:
     """The metrics of one run. They differ in color when it is alone, else in line style: color then tells the runs apart."""
     styles = ("-", (0, (3, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
     for i, (name, label) in enumerate(chosen.items()):

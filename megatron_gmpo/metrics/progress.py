@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 from ..distributed import rank
@@ -28,7 +35,9 @@ class Progress:
         console: where to write, stderr by default.
     """
 
-    def __init__(self, total: int, *, done: int = 0, enabled: bool = True, console: Console | None = None) -> None:
+    def __init__(
+        self, total: int, *, done: int = 0, enabled: bool = True, console: Console | None = None
+    ) -> None:
         self._total = total
         self._console = console or Console(stderr=True)
         self._enabled = enabled and rank() == 0
@@ -59,7 +68,9 @@ class Progress:
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
         """Shows that ``step`` steps are done, with the figures of the last."""
-        texts = [f"{label} {figures[name]:{form}}" for name, (label, form) in SHOWN.items() if name in figures]
+        texts = [
+            f"{label} {figures[name]:{form}}" for name, (label, form) in SHOWN.items() if name in figures
+        ]
         if self._bar:
             self._bar.update(self._task, completed=step, figures=" ".join(f"[cyan]{t}[/cyan]" for t in texts))
         elif self._enabled:

@@ -82,7 +82,10 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params is not None, "only packed sequences are supported"
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         bounds: list[int] = packed_seq_params.cu_seqlens_q.tolist()
-        key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) if cp > 1 else x for x in (key, value))
+        key, value = (
+            gather_from_sequence_parallel_region(x, group=self.cp_group) if cp > 1 else x
+            for x in (key, value)
+        )
 
         outputs = []
         for start, end in pairwise(bounds):
@@ -95,7 +98,9 @@ class PackedAttention(torch.nn.Module):
                 mask = positions[:, None] >= torch.arange(end - start)
                 mask = mask.to(query.device)
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, d)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+            )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs).flatten(1)
 
@@ -110,7 +115,9 @@ class LatentAttention(MLASelfAttention):
         super().__init__(*args, **kwargs)
         module: Any
         for module in self.children():
-            if hasattr(module, "eps"):  # the norms, or the up projections that Transformer Engine fuses them into
+            if hasattr(
+                module, "eps"
+            ):  # the norms, or the up projections that Transformer Engine fuses them into
                 module.eps = 1e-6
 
 

@@ -56,12 +56,16 @@ def attention(hf: HFConfig, *, bias: bool, qk_norm: bool) -> list[Row]:
     if bias:
         rows.append(Row(ours + "linear_qkv.bias", tuple(f"{theirs}{x}_proj.bias" for x in "qkv"), qkv))
     if qk_norm:
-        rows += [Row(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), Replicated()) for x in "qk"]
+        rows += [
+            Row(f"{ours}{x}_layernorm.weight", (f"{theirs}{x}_norm.weight",), Replicated()) for x in "qk"
+        ]
     return rows
 
 
 def mlp_norm() -> Row:
-    return Row(LAYER + "pre_mlp_layernorm.weight", (HF_LAYER + "post_attention_layernorm.weight",), Replicated())
+    return Row(
+        LAYER + "pre_mlp_layernorm.weight", (HF_LAYER + "post_attention_layernorm.weight",), Replicated()
+    )
 
 
 def gated_mlp(ours: str, theirs: str) -> list[Row]:
@@ -99,7 +103,9 @@ def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
         InputError: the config asks for something the model code does not compute.
     """
     refuse(hf, "hidden_act", hf.hidden_act != "silu", "only silu is supported")
-    windows = getattr(hf, "use_sliding_window", False) or "sliding_attention" in (getattr(hf, "layer_types", None) or [])
+    windows = getattr(hf, "use_sliding_window", False) or "sliding_attention" in (
+        getattr(hf, "layer_types", None) or []
+    )
     refuse(hf, "use_sliding_window", windows, "sliding-window attention is not supported")
     refuse(hf, "mlp_bias", getattr(hf, "mlp_bias", False), "biases in the MLP are not supported")
     return {
@@ -129,10 +135,20 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
     in_groups = (hf.n_group or 1) > (hf.topk_group or 1)  # else every group is chosen
     refuse(hf, "first_k_dense_replace", dense >= layers, "a model without experts is not supported")
     refuse(hf, "n_shared_experts", not hf.n_shared_experts, "a model without shared experts is not supported")
-    refuse(hf, "norm_topk_prob", hf.norm_topk_prob != (topk > 1), "scores are normalised over the chosen experts, but for a single one")
+    refuse(
+        hf,
+        "norm_topk_prob",
+        hf.norm_topk_prob != (topk > 1),
+        "scores are normalised over the chosen experts, but for a single one",
+    )
     # a group's score is the sum of its best 2 in transformers, of its best topk // topk_group in moe_utils.py:group_limited_topk
     wrong = in_groups and topk // hf.topk_group != 2
-    refuse(hf, "topk_group", wrong, f"only half of num_experts_per_tok = {topk} is supported, or all n_group = {hf.n_group}")
+    refuse(
+        hf,
+        "topk_group",
+        wrong,
+        f"only half of num_experts_per_tok = {topk} is supported, or all n_group = {hf.n_group}",
+    )
     return {
         "num_moe_experts": hf.n_routed_experts,
         "moe_ffn_hidden_size": hf.moe_intermediate_size,
@@ -154,9 +170,16 @@ def prediction_layers(hf: HFConfig) -> tuple[str, ...]:
 
 
 def no_attention_bias(hf: HFConfig) -> None:
-    refuse(hf, "attention_bias", getattr(hf, "attention_bias", False), "this family's table has no attention biases")
+    refuse(
+        hf,
+        "attention_bias",
+        getattr(hf, "attention_bias", False),
+        "this family's table has no attention biases",
+    )
 
 
 def refuse(hf: HFConfig, field: str, wrong: bool, why: str) -> None:
     if wrong:
-        raise InputError(f"config.json of this {hf.model_type} model has {field} = {getattr(hf, field, None)!r}: {why}")
+        raise InputError(
+            f"config.json of this {hf.model_type} model has {field} = {getattr(hf, field, None)!r}: {why}"
+        )

@@ -55,8 +55,14 @@ class ModelDescription:
         """The MoE layers and their experts."""
         config = self.transformer
         assert config.num_moe_experts
-        frequency = config.moe_layer_freq  # "every n-th from the first", or a 0 or 1 for each layer (gpt_layer_specs.py)
-        is_moe = frequency if isinstance(frequency, list) else [layer % frequency == 0 for layer in range(config.num_layers)]
+        frequency = (
+            config.moe_layer_freq
+        )  # "every n-th from the first", or a 0 or 1 for each layer (gpt_layer_specs.py)
+        is_moe = (
+            frequency
+            if isinstance(frequency, list)
+            else [layer % frequency == 0 for layer in range(config.num_layers)]
+        )
         layers = tuple(layer for layer, moe in enumerate(is_moe) if moe)
         return RoutingShape(config.num_layers, layers, config.num_moe_experts, config.moe_router_topk)
 
@@ -72,12 +78,16 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]
     architecture = family.architecture(hf)
-    check_layout(cfg.parallel, architecture, world_size, uneven_stages=not _UNEVEN_STAGES.isdisjoint(cfg.megatron))
+    check_layout(
+        cfg.parallel, architecture, world_size, uneven_stages=not _UNEVEN_STAGES.isdisjoint(cfg.megatron)
+    )
     use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     transformer = _transformer_config(cfg, architecture, world_size, use_te)
     multiple = math.lcm(128, cfg.parallel.tensor_model_parallel_size)
     padded_vocab_size = -(-hf.vocab_size // multiple) * multiple
-    mapping = Mapping(family.rows(hf, padded_vocab_size), tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
+    mapping = Mapping(
+        family.rows(hf, padded_vocab_size), tied=hf.tie_word_embeddings, left_out=prediction_layers(hf)
+    )
     return ModelDescription(hf, transformer, mapping, padded_vocab_size, _rope(hf, architecture), use_te)
 
 
@@ -96,25 +106,35 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
     except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{field} = {path!r}: config.json cannot be read ({_one_line(error)})") from None
     if hf.model_type not in FAMILIES:
-        raise InputError(f"{field} = {path!r} is a {hf.model_type!r} model, a family without a table: use one of {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{field} = {path!r} is a {hf.model_type!r} model, a family without a table: use one of {', '.join(FAMILIES)}"
+        )
     return hf
 
 
 _UNEVEN_STAGES = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
 
 
-def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_size: int, *, uneven_stages: bool = False) -> None:
+def check_layout(
+    parallel: ParallelConfig, architecture: dict[str, Any], world_size: int, *, uneven_stages: bool = False
+) -> None:
     """Refuses a layout that does not divide the world or the model, naming the fields and both numbers.
 
     With ``uneven_stages`` the layers are left to Megatron, which is told how many the first or last stage has.
     """
-    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     experts = architecture.get("num_moe_experts")
 
     def divides(field: str, value: int, what: str, number: int) -> None:
         if number % value:
-            raise InputError(f"parallel.{field} = {value} does not divide {what} = {number}: choose a divisor of {number}")
+            raise InputError(
+                f"parallel.{field} = {value} does not divide {what} = {number}: choose a divisor of {number}"
+            )
 
     size = parallel.model_parallel_size
     if world_size % size:
@@ -129,7 +149,12 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
         divides("tensor_model_parallel_size", tp, "shared_expert_intermediate_size", shared)
     stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     if not uneven_stages:
-        divides("pipeline_model_parallel_size x virtual_pipeline_model_parallel_size", stages, "num_layers", architecture["num_layers"])
+        divides(
+            "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size",
+            stages,
+            "num_layers",
+            architecture["num_layers"],
+        )
     if not experts:
         for field, value in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
             if value > 1:
@@ -143,7 +168,9 @@ def check_layout(parallel: ParallelConfig, architecture: dict[str, Any], world_s
             f"{world_size}: choose a smaller expert_model_parallel_size"
         )
     if tp > 1 and not parallel.uses_sequence_parallel:
-        raise InputError("parallel.sequence_parallel = false with tensor_model_parallel_size > 1 on a MoE model: Megatron needs it true")
+        raise InputError(
+            "parallel.sequence_parallel = false with tensor_model_parallel_size > 1 on a MoE model: Megatron needs it true"
+        )
     if ep == 1 and etp != tp:  # Megatron-Core then reduces expert gradients over the ranks of the dense part
         raise InputError(
             f"parallel.expert_tensor_parallel_size = {etp} with tensor_model_parallel_size = {tp} and expert_model_parallel_size = 1 gives "
@@ -179,13 +206,18 @@ _LIBRARIES = {
     ("moe_grouped_gemm", True): ("transformer_engine", "Transformer Engine"),
     ("moe_router_fusion", True): ("transformer_engine", "Transformer Engine"),
     # Transformer Engine's layers need no other for it, but the output layer is Megatron's own (tensor_parallel/layers.py)
-    ("gradient_accumulation_fusion", True): ("fused_weight_gradient_mlp_cuda", "Transformer Engine and NVIDIA apex built from source"),
+    ("gradient_accumulation_fusion", True): (
+        "fused_weight_gradient_mlp_cuda",
+        "Transformer Engine and NVIDIA apex built from source",
+    ),
     ("moe_token_dispatcher_type", "flex"): ("deep_ep", "Transformer Engine and DeepEP"),
 }
 """What a field's value needs: a module, and the libraries that have it. All of them need a GPU."""
 
 
-def _transformer_config(cfg: Config, architecture: dict[str, Any], world_size: int, use_te: bool) -> TransformerConfig:
+def _transformer_config(
+    cfg: Config, architecture: dict[str, Any], world_size: int, use_te: bool
+) -> TransformerConfig:
     parallel, dtype = cfg.parallel, DTYPES[cfg.model.dtype]
     _check_megatron_table(cfg.megatron, architecture, use_te)
     routing_field = _routing_field(cfg)
@@ -257,7 +289,9 @@ def _check_routing_can_be_replayed(transformer: TransformerConfig, routing_field
         if (value := getattr(transformer, name)) != harmless:
             raise InputError(f"megatron.{name} = {value!r} with {routing_field}: {why}; remove one of them")
     if transformer.moe_router_load_balancing_type == "sinkhorn":
-        raise InputError(f"megatron.moe_router_load_balancing_type = 'sinkhorn' with {routing_field}: it neither records nor replays")
+        raise InputError(
+            f"megatron.moe_router_load_balancing_type = 'sinkhorn' with {routing_field}: it neither records nor replays"
+        )
 
 
 def _check_balancing(transformer: TransformerConfig, max_tokens_per_microbatch: int) -> None:
@@ -267,7 +301,11 @@ def _check_balancing(transformer: TransformerConfig, max_tokens_per_microbatch: 
             "megatron.moe_router_load_balancing_type = 'seq_aux_loss': Megatron takes a packed microbatch for one sequence; set "
             "train.max_tokens_per_microbatch = 1, which packs each alone, or choose 'aux_loss'"
         )
-    if transformer.num_moe_experts and transformer.moe_router_bias_update_rate and not transformer.moe_router_enable_expert_bias:
+    if (
+        transformer.num_moe_experts
+        and transformer.moe_router_bias_update_rate
+        and not transformer.moe_router_enable_expert_bias
+    ):
         raise InputError(
             f"megatron.moe_router_bias_update_rate = {transformer.moe_router_bias_update_rate:g} but this model's routers have no bias: "
             "remove it"
@@ -301,7 +339,9 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
         if name in _FIXED_FIELDS:
             raise InputError(f"megatron.{name} = {value!r}: {_FIXED_FIELDS[name]}; remove it")
         if name in architecture:
-            raise InputError(f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; remove it")
+            raise InputError(
+                f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; remove it"
+            )
     for (name, value), (module, libraries) in _LIBRARIES.items():
         if table.get(name) == value and not (use_te and importlib.util.find_spec(module)):
             raise InputError(
@@ -315,7 +355,9 @@ def _fp8_fields(fp8: Fp8Config, architecture: dict[str, Any], parallel: Parallel
     layers = architecture["num_layers"] // parallel.pipeline_model_parallel_size
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if (count := getattr(fp8, name)) > layers:
-            raise InputError(f"fp8.{name} = {count} is more than the {layers} layers of a pipeline stage: choose a smaller one")
+            raise InputError(
+                f"fp8.{name} = {count} is more than the {layers} layers of a pipeline stage: choose a smaller one"
+            )
     return {
         "fp8": fp8.format or ("e4m3" if fp8.recipe in ("blockwise", "mxfp8") else "hybrid"),
         "fp8_recipe": fp8.recipe,
@@ -323,12 +365,15 @@ def _fp8_fields(fp8: Fp8Config, architecture: dict[str, Any], parallel: Parallel
         "first_last_layers_bf16": fp8.bf16_layers > 0,
         "num_layers_at_start_in_bf16": fp8.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": fp8.num_layers_at_end_in_bf16,
-        "moe_router_padding_for_quantization": bool(architecture.get("num_moe_experts")) and fp8.moe_router_padding_for_quantization,
+        "moe_router_padding_for_quantization": bool(architecture.get("num_moe_experts"))
+        and fp8.moe_router_padding_for_quantization,
     }
 
 
 def _rope(hf: HFConfig, architecture: dict[str, Any]) -> dict[str, Any]:
-    if architecture.get("multi_latent_attention"):  # each of its layers rotates by TransformerConfig's own fields
+    if architecture.get(
+        "multi_latent_attention"
+    ):  # each of its layers rotates by TransformerConfig's own fields
         return {}
     rope = hf.rope_parameters
     base = {"rotary_base": rope["rope_theta"], "rotary_percent": rope.get("partial_rotary_factor", 1.0)}
@@ -339,7 +384,9 @@ def _rope(hf: HFConfig, architecture: dict[str, Any]) -> dict[str, Any]:
     llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if kind == "llama3" and all(rope[key] == value for key, value in llama3.items()):
         return base | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    raise InputError(f"config.json of this {hf.model_type} model has rope_parameters = {rope!r}: only default and llama3 are supported")
+    raise InputError(
+        f"config.json of this {hf.model_type} model has rope_parameters = {rope!r}: only default and llama3 are supported"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -41,7 +41,12 @@ def _latent_attention() -> list[Row]:
 
 def _architecture(hf: HFConfig) -> dict[str, Any]:
     no_attention_bias(hf)
-    refuse(hf, "rope_interleave", not hf.rope_interleave, "only interleaved rotary channels are supported with latent attention")
+    refuse(
+        hf,
+        "rope_interleave",
+        not hf.rope_interleave,
+        "only interleaved rotary channels are supported with latent attention",
+    )
     return {
         **decoder_architecture(hf),
         **sigmoid_routing(hf),
@@ -64,10 +69,17 @@ def _rotary(hf: HFConfig) -> dict[str, Any]:
     if kind == "default":
         return {"rope_type": "rope", "rotary_base": rope["rope_theta"], "rotary_scaling_factor": 1.0}
     refuse(hf, "rope_parameters", kind != "yarn", "only default and yarn are supported with latent attention")
-    refuse(hf, "rope_parameters", rope.get("attention_factor") is not None, "attention_factor is not supported")
+    refuse(
+        hf, "rope_parameters", rope.get("attention_factor") is not None, "attention_factor is not supported"
+    )
     refuse(hf, "rope_parameters", not rope.get("truncate", True), "truncate = false is not supported")
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    refuse(hf, "rope_parameters", bool(mscale_all_dim and not mscale), "mscale_all_dim without mscale is not supported")
+    refuse(
+        hf,
+        "rope_parameters",
+        bool(mscale_all_dim and not mscale),
+        "mscale_all_dim without mscale is not supported",
+    )
     return {
         "rope_type": "yarn",
         "rotary_base": rope["rope_theta"],

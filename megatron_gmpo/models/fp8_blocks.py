@@ -59,10 +59,14 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # (block rows, 128, block columns, 128)
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(
+        0, (-1, BLOCK)
+    )  # (block rows, 128, block columns, 128)
     largest = blocks.abs().amax((1, 3))
     scale = torch.where(largest == 0, 1.0, (largest / _MAX).clamp_min(_SMALLEST_SCALE))
-    values = (blocks / scale[:, None, :, None]).clamp(-_MAX, _MAX)  # what is rounded beyond 448 would become NaN
+    values = (blocks / scale[:, None, :, None]).clamp(
+        -_MAX, _MAX
+    )  # what is rounded beyond 448 would become NaN
     return values.flatten(2).flatten(0, 1)[:rows, :columns].to(_DTYPE), scale
 
 
@@ -101,5 +105,7 @@ def rounded(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, 
 def _finite(name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
     weight, scale = quantize(tensor)
     if not scale.isfinite().all():
-        raise NonFiniteError(f"{name!r} is not finite and cannot be quantised: go back to an earlier checkpoint")
+        raise NonFiniteError(
+            f"{name!r} is not finite and cannot be quantised: go back to an earlier checkpoint"
+        )
     return weight, scale

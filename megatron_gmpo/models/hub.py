@@ -23,7 +23,9 @@ def hub_names(name: str, model_type: str) -> tuple[str, ...]:
     for converter in converters:
         (fused,) = converter.target_patterns
         if name.endswith(fused):
-            names = tuple(name.removesuffix(fused) + part.replace("*", "{e}") for part in converter.source_patterns)
+            names = tuple(
+                name.removesuffix(fused) + part.replace("*", "{e}") for part in converter.source_patterns
+            )
     return tuple(apply_renamings(name, renamings) for name in names)
 
 
@@ -32,4 +34,6 @@ def _rules(model_type: str) -> tuple[list[WeightConverter], list[WeightRenaming]
     """What joins tensors when a model is loaded, and what renames them when it is saved."""
     rules = get_checkpoint_conversion_mapping(model_type) or []
     reverses = [rule.reverse_transform() for rule in reversed(rules)]
-    return [rule for rule in rules if isinstance(rule, WeightConverter)], [rule for rule in reverses if isinstance(rule, WeightRenaming)]
+    return [rule for rule in rules if isinstance(rule, WeightConverter)], [
+        rule for rule in reverses if isinstance(rule, WeightRenaming)
+    ]

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from .blocks import Family, HFConfig, attention, decoder_architecture, dense_mlp, embedding_and_head, mlp_norm, no_attention_bias
+from .blocks import (
+    Family,
+    HFConfig,
+    attention,
+    decoder_architecture,
+    dense_mlp,
+    embedding_and_head,
+    mlp_norm,
+    no_attention_bias,
+)
 
 
 def _architecture(hf: HFConfig) -> dict[str, Any]:
@@ -13,6 +22,11 @@ def _architecture(hf: HFConfig) -> dict[str, Any]:
 
 
 LLAMA = Family(
-    lambda hf, vocab: [*embedding_and_head(hf, vocab), *attention(hf, bias=False, qk_norm=False), mlp_norm(), *dense_mlp()],
+    lambda hf, vocab: [
+        *embedding_and_head(hf, vocab),
+        *attention(hf, bias=False, qk_norm=False),
+        mlp_norm(),
+        *dense_mlp(),
+    ],
     _architecture,
 )

@@ -187,7 +187,11 @@ def expand(rows: list[Row], num_layers: int, num_experts: int) -> Iterator[Row]:
         experts = range(num_experts) if "{e}" in row.megatron else [0]
         for layer in layers:
             for expert in experts:
-                yield Row(row.megatron.format(l=layer, e=expert), tuple(hf.format(l=layer, e=expert) for hf in row.hf), row.operation)
+                yield Row(
+                    row.megatron.format(l=layer, e=expert),
+                    tuple(hf.format(l=layer, e=expert) for hf in row.hf),
+                    row.operation,
+                )
 
 
 def _pattern(megatron: str) -> re.Pattern[str]:

@@ -31,7 +31,10 @@ def _qwen3_architecture(hf: HFConfig) -> dict[str, Any]:
 
 
 def _routed_architecture(hf: HFConfig) -> dict[str, Any]:
-    is_moe = [layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0 for layer in range(hf.num_hidden_layers)]
+    is_moe = [
+        layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0
+        for layer in range(hf.num_hidden_layers)
+    ]
     return {
         "num_moe_experts": hf.num_experts,
         "moe_router_topk": hf.num_experts_per_tok,
@@ -62,12 +65,21 @@ def _shared_expert() -> list[Row]:
     """The MLP that every token meets, times the sigmoid of a score of the token (shared_experts.py of megatron-core)."""
     return [
         *gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_expert."),
-        Row(LAYER + "mlp.shared_experts.gate_weight", (HF_LAYER + "mlp.shared_expert_gate.weight",), Replicated()),
+        Row(
+            LAYER + "mlp.shared_experts.gate_weight",
+            (HF_LAYER + "mlp.shared_expert_gate.weight",),
+            Replicated(),
+        ),
     ]
 
 
 QWEN2 = Family(
-    lambda hf, vocab: [*embedding_and_head(hf, vocab), *attention(hf, bias=True, qk_norm=False), mlp_norm(), *dense_mlp()],
+    lambda hf, vocab: [
+        *embedding_and_head(hf, vocab),
+        *attention(hf, bias=True, qk_norm=False),
+        mlp_norm(),
+        *dense_mlp(),
+    ],
     _qwen2_architecture,
 )
 QWEN2_MOE = Family(
@@ -82,7 +94,12 @@ QWEN2_MOE = Family(
     _qwen2_moe_architecture,
 )
 QWEN3 = Family(
-    lambda hf, vocab: [*embedding_and_head(hf, vocab), *attention(hf, bias=False, qk_norm=True), mlp_norm(), *dense_mlp()],
+    lambda hf, vocab: [
+        *embedding_and_head(hf, vocab),
+        *attention(hf, bias=False, qk_norm=True),
+        mlp_norm(),
+        *dense_mlp(),
+    ],
     _qwen3_architecture,
 )
 QWEN3_MOE = Family(

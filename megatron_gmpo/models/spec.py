@@ -13,10 +13,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from .attention import LatentAttention, PackedAttention, RMSNorm
 
 
-def decoder_spec(config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+def decoder_spec(
+    config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (and virtual stage)."""
     spec: Any = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+        config,
+        use_transformer_engine=use_transformer_engine,
+        normalization=config.normalization,
+        vp_stage=vp_stage,
     )
     layers = spec.layer_specs or []
     if config.multi_latent_attention:
@@ -30,7 +35,9 @@ def decoder_spec(config: TransformerConfig, *, use_transformer_engine: bool, vp_
         is_moe = layer.submodules.mlp.module is MoELayer
         if is_moe:
             # a dense layer's norm is stored as part of linear_fc1, which a MoE layer does not have: the key of Transformer Engine's spec
-            layer.submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+            layer.submodules.sharded_state_dict_keys_map = {
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
+            }
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         if config.multi_latent_attention:
@@ -46,5 +53,8 @@ def decoder_spec(config: TransformerConfig, *, use_transformer_engine: bool, vp_
 
 def _latent_attention_keys(is_moe: bool) -> dict[str, str]:
     """Where Transformer Engine's spec keeps the norms that it fuses into linear layers."""
-    fused = {f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")}
+    fused = {
+        f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_"
+        for x in ("q", "kv")
+    }
     return fused if is_moe else fused | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}

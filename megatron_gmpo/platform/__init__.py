@@ -78,6 +78,10 @@ def check_deterministic(wanted: bool, device: torch.device) -> None:
         InputError: ``megatron.deterministic_mode`` on a GPU without the environment that Transformer Engine, cuBLAS and NCCL want for it;
             libraries read it as they start.
     """
-    lacking = [f"{name}={values[0]}" for name, values in _DETERMINISTIC.items() if os.environ.get(name) not in values]
+    lacking = [
+        f"{name}={values[0]}" for name, values in _DETERMINISTIC.items() if os.environ.get(name) not in values
+    ]
     if wanted and device.type == "cuda" and lacking:
-        raise InputError(f"megatron.deterministic_mode = true needs these set in the environment before the start: {' '.join(lacking)}")
+        raise InputError(
+            f"megatron.deterministic_mode = true needs these set in the environment before the start: {' '.join(lacking)}"
+        )

@@ -36,7 +36,9 @@ def capabilities_of(device: torch.device) -> Capabilities:
         torch.cuda.get_device_name(device),
         torch.cuda.get_device_capability(device),
         _numbers(torch.version.cuda or ""),
-        _numbers(metadata.version("transformer_engine")) if importlib.util.find_spec("transformer_engine") else None,
+        _numbers(metadata.version("transformer_engine"))
+        if importlib.util.find_spec("transformer_engine")
+        else None,
     )
 
 

@@ -130,7 +130,11 @@ def _redirect_tensors() -> None:
 
     def type_with_cuda_name(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = tensor_type(self, *args, **kwargs)
-        return answer.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        return (
+            answer.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
+            if isinstance(answer, str)
+            else answer
+        )
 
     torch.Tensor.type = type_with_cuda_name
 
@@ -158,19 +162,28 @@ def _patch_megatron() -> None:
     patched._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     patched._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     patched = mappings
-    patched._gather_along_first_dim = functools.partial(_gather_along_first_dim, mappings._gather_along_first_dim)
-    patched._reduce_scatter_along_first_dim = functools.partial(_reduce_scatter_along_first_dim, mappings._reduce_scatter_along_first_dim)
+    patched._gather_along_first_dim = functools.partial(
+        _gather_along_first_dim, mappings._gather_along_first_dim
+    )
+    patched._reduce_scatter_along_first_dim = functools.partial(
+        _reduce_scatter_along_first_dim, mappings._reduce_scatter_along_first_dim
+    )
     for patched in (clip_grads, optimizer):
         patched.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
     for patched in (moe_utils, token_dispatcher):
         patched.maybe_move_tensor_to_cpu = _maybe_move_tensor_to_cpu
-    multi_latent_attention.HAVE_TE = HAVE_TE  # it takes the stand-ins that Megatron imports instead for the real thing
+    multi_latent_attention.HAVE_TE = (
+        HAVE_TE  # it takes the stand-ins that Megatron imports instead for the real thing
+    )
     if not hasattr(moe_utils, "te_general_gemm"):  # the name exists only beside Transformer Engine
         moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _clip_grad_by_total_norm_fp32(
-    parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: float,
+    use_decoupled_grad: bool = False,
 ) -> None:
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [getattr(p, "decoupled_grad", None) if use_decoupled_grad else p.grad for p in parameters]
@@ -181,7 +194,11 @@ def _clip_grad_by_total_norm_fp32(
 
 
 def _gather_along_first_dim(
-    of_equal_parts: Callable[..., Tensor], x: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    of_equal_parts: Callable[..., Tensor],
+    x: Tensor,
+    group: Any,
+    sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
 ) -> Tensor:
     if sizes is None or group.size() == 1:
         return of_equal_parts(x, group, sizes, use_global_buffer)
@@ -192,7 +209,11 @@ def _gather_along_first_dim(
 
 
 def _reduce_scatter_along_first_dim(
-    to_equal_parts: Callable[..., Tensor], x: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    to_equal_parts: Callable[..., Tensor],
+    x: Tensor,
+    group: Any,
+    sizes: list[int] | None = None,
+    use_global_buffer: bool = False,
 ) -> Tensor:
     if sizes is None or group.size() == 1:
         return to_equal_parts(x, group, sizes, use_global_buffer)

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -28,9 +32,16 @@ def check_optimizer(cfg: OptimizerConfig, machine: Capabilities) -> None:
     Raises:
         InputError: the machine lacks what ``moments_dtype`` or ``offload_fraction`` needs: Megatron's precision-aware optimizer.
     """
-    for name, value, plain in (("moments_dtype", cfg.moments_dtype, "fp32"), ("offload_fraction", cfg.offload_fraction, 0.0)):
+    for name, value, plain in (
+        ("moments_dtype", cfg.moments_dtype, "fp32"),
+        ("offload_fraction", cfg.offload_fraction, 0.0),
+    ):
         if value != plain and not (machine.device and machine.transformer_engine):
-            missing = "Transformer Engine: install it as docs/install_gpu.md says" if machine.device else "an NVIDIA GPU: use one"
+            missing = (
+                "Transformer Engine: install it as docs/install_gpu.md says"
+                if machine.device
+                else "an NVIDIA GPU: use one"
+            )
             raise InputError(f"optimizer.{name} = {value!r} needs {missing}, or set it to {plain!r}")
 
 
@@ -52,7 +63,9 @@ class TrainableModel:
                 chunk.start_param_sync(force_sync=True)  # pyright: ignore[reportCallIssue]
 
 
-def build_chunks(description: ModelDescription, groups: ProcessGroupCollection, device: torch.device) -> list[torch.nn.Module]:
+def build_chunks(
+    description: ModelDescription, groups: ProcessGroupCollection, device: torch.device
+) -> list[torch.nn.Module]:
     """This rank's model chunks with weights still to be loaded, in the config's dtype."""
     config = copy.copy(description.transformer)  # schedules and DDP write functions into it
     virtual = config.virtual_pipeline_model_parallel_size
@@ -63,7 +76,9 @@ def build_chunks(description: ModelDescription, groups: ProcessGroupCollection, 
         stage_number = vp_stage if virtual else None
         model = GPTModel(
             config,
-            decoder_spec(config, use_transformer_engine=description.use_transformer_engine, vp_stage=stage_number),  # pyright: ignore[reportArgumentType]
+            decoder_spec(
+                config, use_transformer_engine=description.use_transformer_engine, vp_stage=stage_number
+            ),  # pyright: ignore[reportArgumentType]
             vocab_size=description.padded_vocab_size,
             max_sequence_length=description.hf.max_position_embeddings,
             pre_process=stage == 0,
@@ -95,7 +110,8 @@ def make_trainable(
         fp8_param_gather=config.fp8_param,
     )
     wrapped: list[Any] = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups) for i, chunk in enumerate(chunks)
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups)
+        for i, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
     if cfg.overlap_grad_reduce:  # of the last microbatch alone
@@ -123,7 +139,9 @@ def make_trainable(
         optimizer_offload_fraction=cfg.offload_fraction,
         overlap_cpu_optimizer_d2h_h2d=cfg.offload_fraction > 0,
     )
-    optimizer = get_megatron_optimizer(optimizer_config, wrapped, use_gloo_process_groups=False, pg_collection=None)
+    optimizer = get_megatron_optimizer(
+        optimizer_config, wrapped, use_gloo_process_groups=False, pg_collection=None
+    )
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -163,7 +181,9 @@ def on_device(chunks: list[torch.nn.Module], device: torch.device) -> Iterator[N
         for parameter, data in zip(parameters, host, strict=True):
             parameter.data = data
         for module in (module for chunk in chunks for module in chunk.modules()):
-            getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's copies of the weights in FP8
+            getattr(
+                module, "_fp8_workspaces", {}
+            ).clear()  # Transformer Engine's copies of the weights in FP8
 
 
 def _parameters(chunks: list[torch.nn.Module]) -> list[torch.nn.Parameter]:

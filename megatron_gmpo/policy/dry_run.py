@@ -124,7 +124,13 @@ class RankPlan:
 
 
 def dry_run(
-    cfg: Config, description: ModelDescription, *, world_size: int, stage: int, lengths: list[int], num_microbatches: int
+    cfg: Config,
+    description: ModelDescription,
+    *,
+    world_size: int,
+    stage: int,
+    lengths: list[int],
+    num_microbatches: int,
 ) -> RankPlan:
     """The first rank of ``stage`` in a world of ``world_size`` ranks. This process must have no process group.
 
@@ -139,9 +145,19 @@ def dry_run(
         observer = _Observer(groups)
         chunks = _build(cfg, description, groups, observer)
         # the optimizer that runs anywhere: what low precision and offload make of its state is counted below
-        plain = {"moments_dtype": "fp32", "offload_fraction": 0.0, "overlap_grad_reduce": False, "overlap_param_gather": False}
-        chunks = (trainable := make_trainable(chunks, cfg.optimizer.model_copy(update=plain), 1, groups)).chunks
-        observer.resident = {*_storages(_tensors(chunks)), *_storages(buffer.grad_data for buffer in _buffers(chunks))}
+        plain = {
+            "moments_dtype": "fp32",
+            "offload_fraction": 0.0,
+            "overlap_grad_reduce": False,
+            "overlap_param_gather": False,
+        }
+        chunks = (
+            trainable := make_trainable(chunks, cfg.optimizer.model_copy(update=plain), 1, groups)
+        ).chunks
+        observer.resident = {
+            *_storages(_tensors(chunks)),
+            *_storages(buffer.grad_data for buffer in _buffers(chunks)),
+        }
         passes = [_microbatch(cfg, description, groups, chunk, lengths, observer) for chunk in chunks]
         counts = _in_flight(len(chunks), groups, num_microbatches)
         kept = sum(count * one.kept for count, one in zip(counts, passes, strict=True))
@@ -173,7 +189,9 @@ def dry_run(
 
 @contextmanager
 def _groups(cfg: Config, world_size: int, stage: int) -> Iterator[ProcessGroupCollection]:
-    first = stage * (world_size // cfg.parallel.pipeline_model_parallel_size)  # Megatron's order of ranks: tp-cp-ep-dp-pp
+    first = stage * (
+        world_size // cfg.parallel.pipeline_model_parallel_size
+    )  # Megatron's order of ranks: tp-cp-ep-dp-pp
     dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=world_size)
     try:
         yield start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
@@ -185,11 +203,15 @@ def _groups(cfg: Config, world_size: int, stage: int) -> Iterator[ProcessGroupCo
 def _with_even_routing(description: ModelDescription) -> ModelDescription:
     if not description.is_moe:
         return description
-    transformer = dataclasses.replace(description.transformer, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
+    transformer = dataclasses.replace(
+        description.transformer, moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True
+    )
     return dataclasses.replace(description, transformer=transformer)
 
 
-def _build(cfg: Config, description: ModelDescription, groups: ProcessGroupCollection, observer: _Observer) -> list[torch.nn.Module]:
+def _build(
+    cfg: Config, description: ModelDescription, groups: ProcessGroupCollection, observer: _Observer
+) -> list[torch.nn.Module]:
     with _META:
         chunks = build_chunks(description, groups, _META)
     for parent in [module for chunk in chunks for module in chunk.modules()]:
@@ -261,7 +283,9 @@ def _in_flight(chunks: int, groups: ProcessGroupCollection, num_microbatches: in
     if chunks == 1:
         return [min(stages - stage, num_microbatches)]
     alive = min((stages - stage - 1) * 2 + (chunks - 1) * stages + 1, chunks * num_microbatches)
-    order = [(number % (stages * chunks)) // stages for number in range(alive)]  # groups of ``stages`` microbatches go chunk by chunk
+    order = [
+        (number % (stages * chunks)) // stages for number in range(alive)
+    ]  # groups of ``stages`` microbatches go chunk by chunk
     return [order.count(chunk) for chunk in range(chunks)]
 
 
@@ -272,7 +296,9 @@ class _Observer(TorchDispatchMode):
         super().__init__()
         self.resident: set[int] = set()  # storages that were there before
         self._names = {}
-        for field in reversed(dataclasses.fields(groups)):  # tp, cp, ... come first, and win where groups are the same
+        for field in reversed(
+            dataclasses.fields(groups)
+        ):  # tp, cp, ... come first, and win where groups are the same
             group = getattr(groups, field.name, None)
             if isinstance(group, dist.ProcessGroup):
                 self._names[group.group_name] = field.name
@@ -307,13 +333,21 @@ class _Observer(TorchDispatchMode):
         for buffer in _buffers(chunks):
             group = buffer.data_parallel_group
             if buffer.param_data is None:
-                sent[self._key("all_reduce", group)] += _wire_bytes("all_reduce", buffer.grad_data.nbytes, group.size())
+                sent[self._key("all_reduce", group)] += _wire_bytes(
+                    "all_reduce", buffer.grad_data.nbytes, group.size()
+                )
             else:
-                sent[self._key("reduce_scatter", group)] += _wire_bytes("reduce_scatter", buffer.grad_data.nbytes, group.size())
-                sent[self._key("all_gather", group)] += _wire_bytes("all_gather", buffer.param_data.nbytes, group.size())
+                sent[self._key("reduce_scatter", group)] += _wire_bytes(
+                    "reduce_scatter", buffer.grad_data.nbytes, group.size()
+                )
+                sent[self._key("all_gather", group)] += _wire_bytes(
+                    "all_gather", buffer.param_data.nbytes, group.size()
+                )
         return [Traffic(*key, count) for key, count in sent.items() if count]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "c10d":
@@ -342,15 +376,28 @@ class _Observer(TorchDispatchMode):
 
     def _note_collective(self, func: Any, args: tuple[Any, ...]) -> None:
         operation = _OPERATIONS.get(func._overloadpacket._qualified_op_name.removeprefix("c10d::"))
-        group = next((dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg)), None)
+        group = next(
+            (
+                dist.ProcessGroup.unbox(arg)
+                for arg in args
+                if isinstance(arg, torch.ScriptObject) and _is_group(arg)
+            ),
+            None,
+        )
         assert operation, f"{func} is a collective that the dry run does not know"
         assert group is not None
-        size = max(sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args)  # the whole, not a rank's share
+        size = max(
+            sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args
+        )  # the whole, not a rank's share
         if group.size() > 1:
             self._sent[self._key(operation, group)] += _wire_bytes(operation, size, group.size())
 
     def _key(self, operation: str, group: dist.ProcessGroup) -> tuple[str, str, tuple[int, ...]]:
-        return operation, self._names.get(group.group_name, group.group_name), tuple(dist.get_process_group_ranks(group))
+        return (
+            operation,
+            self._names.get(group.group_name, group.group_name),
+            tuple(dist.get_process_group_ranks(group)),
+        )
 
 
 _OPERATIONS = {
@@ -404,7 +451,15 @@ class _FusedAttention(torch.nn.Module):
         super().__init__()
         self.cp_group, self.observer = cp_group, observer
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: PackedSeqParams, **__: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Any,
+        packed_seq_params: PackedSeqParams,
+        **__: Any,
+    ) -> Tensor:
         bounds = packed_seq_params.cu_seqlens_q
         squares = int(((bounds[1:] - bounds[:-1]).long() ** 2).sum()) // self.cp_group.size()
         # two products, of which the causal mask leaves one half
@@ -415,7 +470,13 @@ class _FusedAttention(torch.nn.Module):
 class _FusedAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cp_group: dist.ProcessGroup, observer: _Observer, flops: int
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cp_group: dist.ProcessGroup,
+        observer: _Observer,
+        flops: int,
     ) -> Tensor:
         tokens, heads, _ = query.shape
         out = query.new_empty(tokens, heads * value.shape[2])
@@ -424,7 +485,9 @@ class _FusedAttentionFunction(torch.autograd.Function):
         observer.flops += flops
         for x in (key, value):
             if cp_group.size() > 1:
-                dist.all_gather_into_tensor(x.new_empty(cp_group.size() * len(x), *x.shape[1:]), x.contiguous(), group=cp_group)
+                dist.all_gather_into_tensor(
+                    x.new_empty(cp_group.size() * len(x), *x.shape[1:]), x.contiguous(), group=cp_group
+                )
         return out
 
     @staticmethod
@@ -484,6 +547,8 @@ def _stage_parameters(chunk: Any, groups: ProcessGroupCollection) -> tuple[int, 
             count = param.numel() * groups.ep.size() * groups.expt_tp.size()
             experts += count
         else:
-            count = param.numel() * (groups.tp.size() if getattr(param, "tensor_model_parallel", False) else 1)
+            count = param.numel() * (
+                groups.tp.size() if getattr(param, "tensor_model_parallel", False) else 1
+            )
         total += count
     return total, experts

@@ -15,7 +15,10 @@ from ..config import Config
 from ..errors import InputError
 from ..platform.capabilities import Capabilities
 
-_OLDEST, _TOO_NEW = (2, 9), (2, 12)  # Transformer Engine's versions: what megatron-core 0.16.1 accepts (its pyproject.toml)
+_OLDEST, _TOO_NEW = (
+    (2, 9),
+    (2, 12),
+)  # Transformer Engine's versions: what megatron-core 0.16.1 accepts (its pyproject.toml)
 
 
 def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities) -> None:
@@ -32,25 +35,38 @@ def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities
     if not machine.device:
         raise InputError(f"{setting} needs an NVIDIA GPU, and this run is on a CPU: remove it")
     if machine.transformer_engine is None:
-        raise InputError(f"{setting} needs Transformer Engine >= 2.9, < 2.12: install it as docs/install_gpu.md says, or remove the recipe")
+        raise InputError(
+            f"{setting} needs Transformer Engine >= 2.9, < 2.12: install it as docs/install_gpu.md says, or remove the recipe"
+        )
     if not _OLDEST <= machine.transformer_engine < _TOO_NEW:
         raise InputError(
             f"{setting} needs Transformer Engine >= 2.9, < 2.12, and {_dotted(machine.transformer_engine)} is installed: install another"
         )
     oldest, too_new = _GPUS[recipe]
     if not oldest <= machine.compute_capability < too_new:
-        need = f"of compute capability {_dotted(oldest)} or more" + (f", below {_dotted(too_new)}" if too_new != _ANY else "")
+        need = f"of compute capability {_dotted(oldest)} or more" + (
+            f", below {_dotted(too_new)}" if too_new != _ANY else ""
+        )
         found = f"{machine.device} has {_dotted(machine.compute_capability)}"
         others = [name for name, (low, high) in _GPUS.items() if low <= machine.compute_capability < high]
-        raise InputError(f"{setting} needs a GPU {need}, and {found}: " + (f"choose {others[-1]!r}" if others else "remove it"))
+        raise InputError(
+            f"{setting} needs a GPU {need}, and {found}: "
+            + (f"choose {others[-1]!r}" if others else "remove it")
+        )
     if recipe == "blockwise" and machine.cuda < (12, 9):
-        raise InputError(f"{setting} needs CUDA 12.9 or newer, and torch was built with {_dotted(machine.cuda)}: choose 'tensorwise'")
+        raise InputError(
+            f"{setting} needs CUDA 12.9 or newer, and torch was built with {_dotted(machine.cuda)}: choose 'tensorwise'"
+        )
     multiple = _multiple(recipe)
     for what, size in _sides(transformer):
         if size % multiple:
             raise InputError(
                 f"{setting} needs matrices with sides that {multiple} divides, and {what} is {size}: "
-                + ("choose 'tensorwise'" if multiple > 16 and size % 16 == 0 else "choose another layout, or remove it")
+                + (
+                    "choose 'tensorwise'"
+                    if multiple > 16 and size % 16 == 0
+                    else "choose another layout, or remove it"
+                )
             )
 
 
@@ -72,7 +88,9 @@ def total_multiple(cfg: Config) -> int:
     Tokens of an expert are as many as they are: those are padded by the router or the experts themselves.
     """
     parallel = cfg.parallel
-    ranks = parallel.context_parallel_size * (parallel.tensor_model_parallel_size if parallel.uses_sequence_parallel else 1)
+    ranks = parallel.context_parallel_size * (
+        parallel.tensor_model_parallel_size if parallel.uses_sequence_parallel else 1
+    )
     return ranks * (_multiple(cfg.fp8.recipe) if cfg.fp8.recipe else 1)
 
 
@@ -98,7 +116,11 @@ def _sides(transformer: TransformerConfig) -> Iterator[tuple[str, int]]:
     yield "the hidden size", transformer.hidden_size
     heads, width = transformer.num_attention_heads // tp, transformer.kv_channels or 0
     if isinstance(transformer, MLATransformerConfig):
-        rotary, plain, values = transformer.qk_pos_emb_head_dim, transformer.qk_head_dim, transformer.v_head_dim
+        rotary, plain, values = (
+            transformer.qk_pos_emb_head_dim,
+            transformer.qk_head_dim,
+            transformer.v_head_dim,
+        )
         if transformer.q_lora_rank:
             yield "q_lora_rank", transformer.q_lora_rank
         yield "kv_lora_rank", transformer.kv_lora_rank
@@ -109,12 +131,18 @@ def _sides(transformer: TransformerConfig) -> Iterator[tuple[str, int]]:
     else:
         groups = (transformer.num_query_groups or transformer.num_attention_heads) // tp
         yield "query heads x head size / tensor_model_parallel_size", heads * width
-        yield "(query + key + value heads) x head size / tensor_model_parallel_size", (heads + 2 * groups) * width
+        yield (
+            "(query + key + value heads) x head size / tensor_model_parallel_size",
+            (heads + 2 * groups) * width,
+        )
     frequency = transformer.moe_layer_freq
     if not transformer.num_moe_experts or (0 in frequency if isinstance(frequency, list) else frequency > 1):
         yield "the intermediate size / tensor_model_parallel_size", (transformer.ffn_hidden_size or 0) // tp
     if transformer.num_moe_experts:
-        yield "the experts' intermediate size / expert_tensor_parallel_size", (transformer.moe_ffn_hidden_size or 0) // etp
+        yield (
+            "the experts' intermediate size / expert_tensor_parallel_size",
+            (transformer.moe_ffn_hidden_size or 0) // etp,
+        )
     if shared := transformer.moe_shared_expert_intermediate_size:
         yield "the shared expert's intermediate size / tensor_model_parallel_size", shared // tp
 

@@ -36,7 +36,9 @@ def vocab_parallel_logprobs(
     Returns:
         logprobs and entropy in nats, each (T,), fp32 (fp64 for fp64 logits), equal on every rank of the group.
     """
-    logprobs, entropy = _VocabParallelLogprobs.apply(logits, labels, vocab_size, tp_group, temperature, chunk_tokens)  # pyright: ignore[reportGeneralTypeIssues]
+    logprobs, entropy = _VocabParallelLogprobs.apply(
+        logits, labels, vocab_size, tp_group, temperature, chunk_tokens
+    )  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs, entropy
 
 
@@ -91,9 +93,15 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         for chunk in _chunks(len(logits), ctx.chunk_tokens):
             # with p = softmax and log p: d logprob / d y = onehot - p,  d entropy / d y = -p (log p + entropy)
             logp = logits[chunk, : ctx.valid].to(entropy.dtype, copy=True).div_(ctx.temperature)
-            logp.sub_(highest[chunk, None]).sub_(log_z[chunk, None])  # one after the other: their sum would round log_z away
+            logp.sub_(highest[chunk, None]).sub_(
+                log_z[chunk, None]
+            )  # one after the other: their sum would round log_z away
             p = logp.exp()
-            factor = logp.add_(entropy[chunk, None]).mul_(-grad_entropy[chunk, None]).sub_(grad_logprobs[chunk, None])
+            factor = (
+                logp.add_(entropy[chunk, None])
+                .mul_(-grad_entropy[chunk, None])
+                .sub_(grad_logprobs[chunk, None])
+            )
             p.mul_(factor)
             if ctx.valid:
                 onehot = (grad_logprobs[chunk] * mine[chunk])[:, None]

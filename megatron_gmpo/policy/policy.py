@@ -57,7 +57,9 @@ class Policy:
         device: torch.device,
         trainable: bool = True,
     ) -> None:
-        assert (cfg.fp8.recipe is not None) == bool(description.transformer.fp8), "never silently in another precision"
+        assert (cfg.fp8.recipe is not None) == bool(description.transformer.fp8), (
+            "never silently in another precision"
+        )
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.trainable = trainable
         self.chunks = self._load(cfg.model.path)
@@ -68,7 +70,9 @@ class Policy:
             updates = cfg.train.num_steps * cfg.train.minibatches_per_step
             self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
             self.chunks = self.model.chunks
-            self.reference = self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
+            self.reference = (
+                self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
+            )
             if self.reference:
                 drop_initial_values(self.reference)
                 if cfg.model.reference_offload:
@@ -90,7 +94,9 @@ class Policy:
 
         Under routing replay with the batch's ``routed_experts``, once it has some.
         """
-        return self._logprobs(self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None))
+        return self._logprobs(
+            self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None)
+        )
 
     def set_old_logprobs(self, batch: TrainBatch) -> dict[str, Metric]:
         """Gives the batch its ``old_logprobs`` and, where routing is recorded, that behind them.
@@ -105,7 +111,9 @@ class Policy:
         routers = OldRouters(*self._routers_of(batch), keep_scores=rspo) if self.description.is_moe else None
         batch.old_logprobs = self._logprobs(self.chunks, batch, routing, routers)
         self._weights_are_old = True
-        metrics = routers.metrics(per_layer=self.description.transformer.moe_per_layer_logging) if routers else {}
+        metrics = (
+            routers.metrics(per_layer=self.description.transformer.moe_per_layer_logging) if routers else {}
+        )
         if routing:
             metrics |= routing.metrics("moe/routing_differs")
             if routing.record:
@@ -153,7 +161,9 @@ class Policy:
         response_lengths = minibatch.response_lengths
         scale = self.groups.dp.size() * len(plan) / max(1, objective.count(response_lengths))
 
-        def loss(logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, place: int) -> tuple[Tensor, dict[str, Any]]:
+        def loss(
+            logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, place: int
+        ) -> tuple[Tensor, dict[str, Any]]:
             output = objective(logprobs, entropy, microbatch, self.groups.cp)
             count = objective.count(response_lengths[plan[place]])
             return output.loss * scale, {"loss": Metric(output.loss.detach(), count), **output.metrics}
@@ -179,8 +189,13 @@ class Policy:
     def scale_lr(self, factor: float) -> None:
         """From the next optimizer step on, learning rates are those of the config times ``factor``."""
         optimizer: Any = self.model.optimizer
-        for group in optimizer.param_groups:  # where the schedule looks first (optimizer_param_scheduler.py:get_lr)
-            group["max_lr"], group["min_lr"] = factor * self.cfg.optimizer.lr, factor * self.cfg.optimizer.min_lr
+        for (
+            group
+        ) in optimizer.param_groups:  # where the schedule looks first (optimizer_param_scheduler.py:get_lr)
+            group["max_lr"], group["min_lr"] = (
+                factor * self.cfg.optimizer.lr,
+                factor * self.cfg.optimizer.min_lr,
+            )
 
     def export_hf(self) -> Export:
         """(Hugging Face name, full tensor) on every rank, gathered as it is iterated."""
@@ -190,7 +205,9 @@ class Policy:
         """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``checkpoint.native.save``."""
         state = {"model": self._identity, **state}
         self.model.finish_update()
-        return native.save(run_dir, step, self.model, state, self.groups, keep_last, Path(self.cfg.model.path))
+        return native.save(
+            run_dir, step, self.model, state, self.groups, keep_last, Path(self.cfg.model.path)
+        )
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Takes over weights, optimizer, schedule and random states; returns the ``state`` given to ``save``.
@@ -243,10 +260,19 @@ class Policy:
 
     @torch.no_grad()
     def _logprobs(
-        self, chunks: list[torch.nn.Module], batch: TrainBatch, routing: RoutingPass | None = None, routers: RouterPass | None = None
+        self,
+        chunks: list[torch.nn.Module],
+        batch: TrainBatch,
+        routing: RoutingPass | None = None,
+        routers: RouterPass | None = None,
     ) -> Tensor:
-        def keep(logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int) -> tuple[Tensor, dict[str, Any]]:
-            return logprobs.new_zeros(()), {"at": microbatch.flat_index[microbatch.mask], "logprobs": logprobs[microbatch.mask]}
+        def keep(
+            logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int
+        ) -> tuple[Tensor, dict[str, Any]]:
+            return logprobs.new_zeros(()), {
+                "at": microbatch.flat_index[microbatch.mask],
+                "logprobs": logprobs[microbatch.mask],
+            }
 
         for chunk in chunks:
             chunk.eval()
@@ -256,7 +282,11 @@ class Policy:
         if self.groups.pp.rank() == self.groups.pp.size() - 1:
             dist.all_reduce(flat, group=self.groups.dp_cp)
         if self.groups.pp.size() > 1:
-            dist.broadcast(flat, src=dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1), group=self.groups.pp)
+            dist.broadcast(
+                flat,
+                src=dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1),
+                group=self.groups.pp,
+            )
         return flat.cpu()
 
     def _run(
@@ -357,7 +387,11 @@ class Export:
 
 
 def _on_cpu(metric: Metric) -> Metric:
-    total = metric.total.cpu() if isinstance(metric.total, Tensor) and metric.op == "histogram" else float(metric.total)
+    total = (
+        metric.total.cpu()
+        if isinstance(metric.total, Tensor) and metric.op == "histogram"
+        else float(metric.total)
+    )
     return Metric(total, float(metric.count), metric.op)
 
 

@@ -16,7 +16,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -50,18 +53,25 @@ class AuxiliaryLosses:
         device: of the model.
     """
 
-    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection, device: torch.device) -> None:
+    def __init__(
+        self, config: TransformerConfig, groups: ProcessGroupCollection, device: torch.device
+    ) -> None:
         self._device = device
         kinds: Any = config.moe_router_load_balancing_type
         coefficients: Any = config.moe_aux_loss_coeff
-        of_kinds: dict[str, float] = {kinds: coefficients} if isinstance(kinds, str) else dict(zip(kinds, coefficients, strict=True))
+        of_kinds: dict[str, float] = (
+            {kinds: coefficients} if isinstance(kinds, str) else dict(zip(kinds, coefficients, strict=True))
+        )
         on = {kind for kind, coefficient in of_kinds.items() if coefficient and config.num_moe_experts}
         dp, dense = groups.dp.size(), groups.dp_cp.size() * groups.tp.size()
         named = {
             "load_balancing_loss": ("aux_loss" in on, dp),  # the ranks of tp and cp hold summands
             "seq_load_balancing_loss": ("seq_aux_loss" in on, dp),
             "global_load_balancing_loss": ("global_aux_loss" in on, 1),  # those of dp too
-            "z_loss": (bool(config.num_moe_experts and config.moe_z_loss_coeff), dense),  # all hold a mean over their tokens
+            "z_loss": (
+                bool(config.num_moe_experts and config.moe_z_loss_coeff),
+                dense,
+            ),  # all hold a mean over their tokens
         }
         self._divisors = {name: divisor for name, (used, divisor) in named.items() if used}
 
@@ -72,16 +82,22 @@ class AuxiliaryLosses:
             return {}
         tracker = get_moe_layer_wise_logging_tracker()
         zero = torch.zeros((), device=self._device)  # of a stage without MoE layers
-        sums = torch.stack([tracker[name]["values"].sum() if name in tracker else zero for name in self._divisors])
+        sums = torch.stack(
+            [tracker[name]["values"].sum() if name in tracker else zero for name in self._divisors]
+        )
         dist.all_reduce(sums)
         clear_aux_losses_tracker()
         values = zip(self._divisors.items(), sums.tolist(), strict=True)
         return {f"moe/{name}": Metric(total / divisor / microbatches) for (name, divisor), total in values}
 
 
-def sum_pieces(pieces: list[tuple[Tensor, Tensor]], length: int, topk: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def sum_pieces(
+    pieces: list[tuple[Tensor, Tensor]], length: int, topk: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """(L, topk) on the CPU of every rank from all ranks' (index, values) for some of the tokens, 0 where there are none. Collective."""
-    share = torch.zeros(length + 1, topk, dtype=dtype, device=device)  # one row more than tokens: the index of padding is -1
+    share = torch.zeros(
+        length + 1, topk, dtype=dtype, device=device
+    )  # one row more than tokens: the index of padding is -1
     for index, values in pieces:
         share[index] = values
     # each token was one rank's, so that a sum byte by byte carries nothing, and is exact; NCCL does not know int16
@@ -99,7 +115,9 @@ class RouterPass(ABC):
         device: of the model.
     """
 
-    def __init__(self, shape: RoutingShape, tp_group: dist.ProcessGroup, length: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: RoutingShape, tp_group: dist.ProcessGroup, length: int, device: torch.device
+    ) -> None:
         self.shape, self.length, self.device, self._tp_group = shape, length, device, tp_group
 
     @contextmanager
@@ -111,7 +129,11 @@ class RouterPass(ABC):
             for place, (layer, router) in enumerate(routers_of(chunk).items()):
 
                 def note(
-                    router: TopKRouter, args: tuple[Tensor], output: tuple[Tensor, Tensor], place: int = place, layer: int = layer
+                    router: TopKRouter,
+                    args: tuple[Tensor],
+                    output: tuple[Tensor, Tensor],
+                    place: int = place,
+                    layer: int = layer,
                 ) -> None:
                     self._note(microbatch, index, place, layer, _log_scores(router, args[0]), output[1])
 
@@ -119,7 +141,15 @@ class RouterPass(ABC):
             yield
 
     @abstractmethod
-    def _note(self, microbatch: Microbatch, index: Tensor, place: int, layer: int, log_scores: Tensor, routed: Tensor) -> None:
+    def _note(
+        self,
+        microbatch: Microbatch,
+        index: Tensor,
+        place: int,
+        layer: int,
+        log_scores: Tensor,
+        routed: Tensor,
+    ) -> None:
         """``index``: (T',) input tokens, -1 on padding; ``place``: of the layer in its chunk; ``log_scores``: (T', experts) fp32;
         ``routed``: (T', experts) bool, which of them the tokens go to."""
 
@@ -140,11 +170,23 @@ class OldRouters(RouterPass):
     def __init__(self, *arguments, keep_scores: bool) -> None:
         super().__init__(*arguments)
         self._keep_scores = keep_scores
-        self._scores: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # layer -> (index, (T', topk))
+        self._scores: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(
+            list
+        )  # layer -> (index, (T', topk))
         # by layer: tokens of each expert, and the sum of the tokens' entropies
-        self._sums = torch.zeros(self.shape.num_layers, self.shape.num_experts + 1, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(
+            self.shape.num_layers, self.shape.num_experts + 1, dtype=torch.float64, device=self.device
+        )
 
-    def _note(self, microbatch: Microbatch, index: Tensor, place: int, layer: int, log_scores: Tensor, routed: Tensor) -> None:
+    def _note(
+        self,
+        microbatch: Microbatch,
+        index: Tensor,
+        place: int,
+        layer: int,
+        log_scores: Tensor,
+        routed: Tensor,
+    ) -> None:
         real = (index >= 0)[:, None]
         self._sums[layer, :-1] += (routed & real).sum(0)
         self._sums[layer, -1] -= (log_scores.exp() * log_scores * real).sum(dtype=torch.float64)
@@ -182,14 +224,19 @@ class OldRouters(RouterPass):
         }
         if per_layer:
             for name, values in of_layers.items():
-                metrics |= {f"moe/layer_{n:02d}/{name}": Metric(float(v)) for n, v in zip(self.shape.moe_layers, values, strict=True)}
+                metrics |= {
+                    f"moe/layer_{n:02d}/{name}": Metric(float(v))
+                    for n, v in zip(self.shape.moe_layers, values, strict=True)
+                }
         return metrics
 
     def gather_scores(self) -> Tensor:
         """``TrainBatch.router_scores``. Collective, layer by layer as ``RoutingPass.gather``."""
         everything = torch.zeros(self.length, self.shape.num_layers, self.shape.topk)
         for layer in self.shape.moe_layers:
-            everything[:, layer] = sum_pieces(self._scores[layer], self.length, self.shape.topk, torch.float32, self.device)
+            everything[:, layer] = sum_pieces(
+                self._scores[layer], self.length, self.shape.topk, torch.float32, self.device
+            )
         return everything
 
 
@@ -198,13 +245,25 @@ class RouterShift(RouterPass):
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
-        self._log_shift = torch.zeros(self.length + 1, device=self.device)  # a sum over layers; the last row is padding's
+        self._log_shift = torch.zeros(
+            self.length + 1, device=self.device
+        )  # a sum over layers; the last row is padding's
 
-    def _note(self, microbatch: Microbatch, index: Tensor, place: int, layer: int, log_scores: Tensor, routed: Tensor) -> None:
+    def _note(
+        self,
+        microbatch: Microbatch,
+        index: Tensor,
+        place: int,
+        layer: int,
+        log_scores: Tensor,
+        routed: Tensor,
+    ) -> None:
         assert microbatch.routed_experts is not None
         assert microbatch.router_scores is not None
         experts = microbatch.routed_experts[:, place].long().clamp(min=0).sort().values
-        self._log_shift[index] += log_router_shift(log_scores.gather(1, experts), microbatch.router_scores[:, place])
+        self._log_shift[index] += log_router_shift(
+            log_scores.gather(1, experts), microbatch.router_scores[:, place]
+        )
 
     def gather(self) -> Tensor:
         """``TrainBatch.router_shift``. Collective."""

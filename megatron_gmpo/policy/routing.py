@@ -52,9 +52,13 @@ class Routing:
         tp_group: see ``own_slots``.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], shape: RoutingShape, tp_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, chunks: list[torch.nn.Module], shape: RoutingShape, tp_group: dist.ProcessGroup
+    ) -> None:
         self.shape, self._tp_group = shape, tp_group
-        self.hooks: dict[torch.nn.Module, dict[int, RouterReplay]] = {}  # by chunk, by the layer's number in the model, from 0
+        self.hooks: dict[
+            torch.nn.Module, dict[int, RouterReplay]
+        ] = {}  # by chunk, by the layer's number in the model, from 0
         for chunk in chunks:
             self.hooks[chunk] = {}
             for layer, router in routers_of(chunk).items():
@@ -67,7 +71,10 @@ class Routing:
         """Leaves of ``routed_experts`` and ``router_scores`` this rank's slots and the MoE layers of ``chunk``."""
         whole = {name: getattr(microbatch, name) for name in ("routed_experts", "router_scores")}
         layers = list(self.hooks[chunk])
-        return replace(microbatch, **{name: self.own(tensor)[:, layers] for name, tensor in whole.items() if tensor is not None})
+        return replace(
+            microbatch,
+            **{name: self.own(tensor)[:, layers] for name, tensor in whole.items() if tensor is not None},
+        )
 
 
 @dataclass
@@ -87,23 +94,32 @@ class RoutingPass:
     device: torch.device
     replay: bool
     record: bool = False
-    _recorded: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))  # layer -> (index, experts)
+    _recorded: dict[int, list[tuple[Tensor, Tensor]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # layer -> (index, experts)
 
     def __post_init__(self) -> None:
         assert self.batch.routed_experts is not None or not self.replay
-        self._differs = torch.zeros(len(self.batch.tokens), dtype=torch.int32, device=self.device)  # layers where a token's choice differs
+        self._differs = torch.zeros(
+            len(self.batch.tokens), dtype=torch.int32, device=self.device
+        )  # layers where a token's choice differs
 
     @contextmanager
     def of(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Iterator[None]:
         """Around the forward pass of one microbatch, already ``Routing.cut``, through one chunk."""
-        hooks, experts = self.routing.hooks[chunk], microbatch.routed_experts  # (T', layers of the chunk, topk)
+        hooks, experts = (
+            self.routing.hooks[chunk],
+            microbatch.routed_experts,
+        )  # (T', layers of the chunk, topk)
         if self.replay:
             assert experts is not None
             targets = torch.where(experts < 0, self._spread(microbatch)[:, None], experts)
             for place, hook in enumerate(hooks.values()):
                 hook.set_target_indices(targets[:, place])
         for hook in hooks.values():
-            hook.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD if self.replay else RouterReplayAction.RECORD)
+            hook.set_router_replay_action(
+                RouterReplayAction.REPLAY_FORWARD if self.replay else RouterReplayAction.RECORD
+            )
         yield
         index = self.routing.own(microbatch.input_index)
         for place, (layer, hook) in enumerate(hooks.items()):

@@ -18,7 +18,11 @@ from .math import MathReward
 
 Reward = Callable[[Prompt, str], float]
 
-REWARDS: dict[str, Reward] = {"math": MathReward(workers=1), "arithmetic": arithmetic_reward, "countdown": countdown_reward}
+REWARDS: dict[str, Reward] = {
+    "math": MathReward(workers=1),
+    "arithmetic": arithmetic_reward,
+    "countdown": countdown_reward,
+}
 
 
 def resolve_reward(cfg: RewardConfig) -> Reward:
@@ -43,9 +47,13 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
     try:
         function = pkgutil.resolve_name(cfg.name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"reward.name = {cfg.name!r} cannot be imported ({error}): give module:function on the Python path") from None
+        raise InputError(
+            f"reward.name = {cfg.name!r} cannot be imported ({error}): give module:function on the Python path"
+        ) from None
     if not callable(function):
-        raise InputError(f"reward.name = {cfg.name!r} is a {type(function).__name__}: give a callable (Prompt, str) -> float")
+        raise InputError(
+            f"reward.name = {cfg.name!r} is a {type(function).__name__}: give a callable (Prompt, str) -> float"
+        )
     return _checked(function, cfg.name)
 
 
@@ -58,7 +66,9 @@ def _checked(function: Callable[[Prompt, str], Any], name: str) -> Reward:
         except (TypeError, ValueError):
             number = nan
         if not isfinite(number):
-            raise InputError(f"reward.name = {name!r} returned {value!r} for {prompt.id}: return a finite number")
+            raise InputError(
+                f"reward.name = {name!r} returned {value!r} for {prompt.id}: return a finite number"
+            )
         return number
 
     return reward

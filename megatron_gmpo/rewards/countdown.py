@@ -43,7 +43,9 @@ def countdown_reward(prompt: Prompt, response: str) -> float:
 def _read(prompt: Prompt) -> tuple[list[int], int]:
     """The sorted numbers and the target."""
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*=-?[0-9]+", prompt.answer):
-        raise InputError(f"the answer {prompt.answer!r} of {prompt.id} is no Countdown problem: write numbers and target as 3,7,12=45")
+        raise InputError(
+            f"the answer {prompt.answer!r} of {prompt.id} is no Countdown problem: write numbers and target as 3,7,12=45"
+        )
     numbers, _, target = prompt.answer.partition("=")
     return sorted(map(int, numbers.split(","))), int(target)
 

@@ -56,7 +56,9 @@ class MathReward:
         Raises:
             RuntimeError: the processes cannot start; in a script of your own, guard the entry with ``if __name__ == "__main__"``.
         """
-        future = self._running_pool().schedule(_check, args=(prompt.answer, response, self.timeout_s), timeout=self.timeout_s)
+        future = self._running_pool().schedule(
+            _check, args=(prompt.answer, response, self.timeout_s), timeout=self.timeout_s
+        )
         try:
             return float(future.result(_STALLED_S))
         except (TimeoutError, ProcessExpired):
@@ -81,7 +83,9 @@ class MathReward:
     def __enter__(self) -> MathReward:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _running_pool(self) -> ProcessPool:
@@ -132,7 +136,9 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _check(truth: str, response: str, limit_s: float) -> bool:
-    signal.alarm(math.ceil(limit_s) + _AFTER_THE_TRAINER_S)  # the pool's limit ends with the trainer, the kernel's does not
+    signal.alarm(
+        math.ceil(limit_s) + _AFTER_THE_TRAINER_S
+    )  # the pool's limit ends with the trainer, the kernel's does not
     try:
         return is_correct(truth, response)
     finally:

@@ -93,7 +93,12 @@ class RolloutClient:
     """
 
     def __init__(
-        self, servers: Sequence[Server], local: LocalServers | None, cfg: SGLangConfig, nonce: str, return_routed_experts: bool = False
+        self,
+        servers: Sequence[Server],
+        local: LocalServers | None,
+        cfg: SGLangConfig,
+        nonce: str,
+        return_routed_experts: bool = False,
     ) -> None:
         self.cfg, self.local, self.nonce = cfg, local, nonce
         self.version = -1
@@ -141,7 +146,9 @@ class RolloutClient:
         for task in self._tasks:
             task.cancel()
         if not self.local:
-            await asyncio.gather(*(self._abort(m.server, rid) for m in self._members for rid in m.posts.values()))
+            await asyncio.gather(
+                *(self._abort(m.server, rid) for m in self._members for rid in m.posts.values())
+            )
         for http in (self._http, *(idle for member in self._members for idle in member.idle)):
             await http.aclose()
 
@@ -173,7 +180,9 @@ class RolloutClient:
             return []
         if any(member.ready or member.wants_weights for member in self._members):
             self._waiting_since = time.monotonic()
-        elif not self.local and time.monotonic() - self._waiting_since > self.cfg.start_timeout_s:  # ours have limits of their own
+        elif (
+            not self.local and time.monotonic() - self._waiting_since > self.cfg.start_timeout_s
+        ):  # ours have limits of their own
             urls = ", ".join(member.server.url for member in self._members)
             raise ServerError(f"no SGLang server has answered for {self.cfg.start_timeout_s:g} s: {urls}")
         for member in self._members:
@@ -201,7 +210,9 @@ class RolloutClient:
 
     # samples
 
-    def submit(self, prompts: list[list[int]], sampling: SamplingParams, end_ids: Sequence[int]) -> Future[list[list[Response]]]:
+    def submit(
+        self, prompts: list[list[int]], sampling: SamplingParams, end_ids: Sequence[int]
+    ) -> Future[list[list[Response]]]:
         """Starts sampling; the future's result has ``sampling.n`` responses for each prompt, in order. ``end_ids`` end a response.
 
         Its exception is an InputError for a request the servers refuse, a ServerError for a sample that could not be had.
@@ -217,12 +228,18 @@ class RolloutClient:
             "skip_special_tokens": False,
         }
         self._waiting_since = time.monotonic()
-        future = self._portal.start_task_soon(self._sample_all, prompts, sampling.n, sampling.max_new_tokens, parameters)
+        future = self._portal.start_task_soon(
+            self._sample_all, prompts, sampling.n, sampling.max_new_tokens, parameters
+        )
         self._pending = [*(other for other in self._pending if not other.done()), future]
         return future
 
-    async def _sample_all(self, prompts: list[list[int]], n: int, limit: int, parameters: dict[str, Any]) -> list[list[Response]]:
-        responses = await asyncio.gather(*(self._sample(prompt, limit, parameters) for prompt in prompts for _ in range(n)))
+    async def _sample_all(
+        self, prompts: list[list[int]], n: int, limit: int, parameters: dict[str, Any]
+    ) -> list[list[Response]]:
+        responses = await asyncio.gather(
+            *(self._sample(prompt, limit, parameters) for prompt in prompts for _ in range(n))
+        )
         return [responses[at : at + n] for at in range(0, len(responses), n)]
 
     async def _sample(self, prompt: list[int], limit: int, parameters: dict[str, Any]) -> Response:
@@ -274,12 +291,16 @@ class RolloutClient:
                 self._doubt(member)
                 raise _RetryError(f"{member.server.url} answered from old weights")
             if reply.status_code in (401, 403):
-                raise InputError(f"{member.server.url} refuses the API key (HTTP {reply.status_code}): set SGLANG_API_KEY to the server's")
+                raise InputError(
+                    f"{member.server.url} refuses the API key (HTTP {reply.status_code}): set SGLANG_API_KEY to the server's"
+                )
             if reply.status_code != 429 and reply.status_code < 500:
                 raise InputError(f"{member.server.url} refuses a request: {_message(reply)}")
             refused_since = refused_since or time.monotonic()
             if time.monotonic() > refused_since + self.cfg.request_timeout_s:
-                raise ServerError(f"{member.server.url} took no request for {self.cfg.request_timeout_s:g} s: {_message(reply)}")
+                raise ServerError(
+                    f"{member.server.url} took no request for {self.cfg.request_timeout_s:g} s: {_message(reply)}"
+                )
             self.retries += 1
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -288,7 +309,9 @@ class RolloutClient:
         """The ready server with the fewest requests; waits while all are full or none is ready (``servers_to_sync`` has the limit)."""
         async with self._changed:
             while True:
-                free = [m for m in self._members if m.ready and len(m.posts) < self.cfg.max_concurrent_requests]
+                free = [
+                    m for m in self._members if m.ready and len(m.posts) < self.cfg.max_concurrent_requests
+                ]
                 if free:
                     return min(free, key=lambda m: len(m.posts))
                 await self._changed.wait()
@@ -296,7 +319,9 @@ class RolloutClient:
     async def _post(self, member: _Member, body: dict[str, Any]) -> httpx.Response:
         """The server's reply. After the time limit it is asked to abort, and what it has made until then is the reply."""
         http = member.idle.pop() if member.idle else self._connection()
-        post = asyncio.create_task(http.post(f"{member.server.url}/generate", json=body, headers=member.server.headers))
+        post = asyncio.create_task(
+            http.post(f"{member.server.url}/generate", json=body, headers=member.server.headers)
+        )
         member.posts[post] = body["rid"]
         try:
             await asyncio.wait({post}, timeout=self.cfg.request_timeout_s)
@@ -305,7 +330,9 @@ class RolloutClient:
                 await asyncio.wait({post}, timeout=PROBE_TIMEOUT_S)
             if not post.done():
                 member.silent = True
-                raise _RetryError(f"{member.server.url} did not answer within {self.cfg.request_timeout_s:g} s")
+                raise _RetryError(
+                    f"{member.server.url} did not answer within {self.cfg.request_timeout_s:g} s"
+                )
             if post.cancelled():
                 raise _RetryError(f"{member.server.url} was lost")
             return post.result()
@@ -316,7 +343,9 @@ class RolloutClient:
 
     def _append(self, response: Response, answer: dict[str, Any]) -> None:
         about, finish_reason = answer["meta_info"], answer["meta_info"]["finish_reason"]["type"]
-        if self._return_routed_experts and finish_reason != "abort":  # else the longer prompt is routed again, under the newer weights
+        if (
+            self._return_routed_experts and finish_reason != "abort"
+        ):  # else the longer prompt is routed again, under the newer weights
             flat = np.frombuffer(pybase64.b64decode(about["routed_experts"]), "<i4").astype(np.int16)
             routed = about["prompt_tokens"] + len(answer["output_ids"]) - 1
             if not routed or len(flat) % routed:
@@ -329,7 +358,12 @@ class RolloutClient:
 
     async def _abort(self, server: Server, rid: str) -> None:
         with suppress(httpx.TransportError):  # it is gone, and the request with it
-            await self._http.post(f"{server.url}/abort_request", json={"rid": rid}, headers=server.admin_headers, timeout=PROBE_TIMEOUT_S)
+            await self._http.post(
+                f"{server.url}/abort_request",
+                json={"rid": rid},
+                headers=server.admin_headers,
+                timeout=PROBE_TIMEOUT_S,
+            )
 
     # servers
 
@@ -373,7 +407,11 @@ class RolloutClient:
                 self._lose(member, f"did not come back ({error})")
                 continue
             await self._watch_one_life(member)
-        log.error("SGLang server %s was lost %d times without a weight sync between: given up", member.server.url, member.losses)
+        log.error(
+            "SGLang server %s was lost %d times without a weight sync between: given up",
+            member.server.url,
+            member.losses,
+        )
         if all(m.losses > self.cfg.max_restarts for m in self._members):
             self._problem = ServerError(
                 f"every SGLang server was lost {member.losses} times in a row: see the log of the last, {member.server.url}"
@@ -385,7 +423,9 @@ class RolloutClient:
         while not member.lost:
             version = await self._weight_version(member.server)
             silence = time.monotonic() - seen
-            if version is not None and member.silent:  # the question for its version never reaches what generates
+            if (
+                version is not None and member.silent
+            ):  # the question for its version never reaches what generates
                 member.silent = not await asyncio.to_thread(member.server.answers, self.cfg.hang_timeout_s)
             if version is not None and not member.silent:
                 seen, member.starting = time.monotonic(), False
@@ -393,7 +433,9 @@ class RolloutClient:
             elif self.local and not self.local.is_alive(member.index):
                 self._lose(member, "died")
             elif silence > self.cfg.hang_timeout_s:
-                (self._lose if self.local else self._leave)(member, f"has answered nothing for {silence:.0f} s")
+                (self._lose if self.local else self._leave)(
+                    member, f"has answered nothing for {silence:.0f} s"
+                )
             member.suspect.clear()
             if not member.lost:
                 with suppress(TimeoutError):
@@ -403,7 +445,9 @@ class RolloutClient:
         """A sign of life, with the weights it has."""
         if member.lost or member.ready or member.wants_weights:
             return
-        if version == f"{self.nonce}-{self.version}" and not member.losses:  # what failed a sync may wear its label
+        if (
+            version == f"{self.nonce}-{self.version}" and not member.losses
+        ):  # what failed a sync may wear its label
             member.ready = True
             async with self._changed:
                 self._changed.notify_all()
@@ -412,7 +456,9 @@ class RolloutClient:
 
     async def _weight_version(self, server: Server) -> str | None:
         try:
-            reply = await self._http.get(f"{server.url}/model_info", headers=server.headers, timeout=PROBE_TIMEOUT_S)
+            reply = await self._http.get(
+                f"{server.url}/model_info", headers=server.headers, timeout=PROBE_TIMEOUT_S
+            )
         except httpx.TransportError:
             return None
         return str(reply.json().get("weight_version")) if reply.status_code == 200 else None
@@ -433,7 +479,9 @@ def _allow_open_files(connections: int) -> None:
             f"sglang.max_concurrent_requests: {connections} connections to all servers need as many open files, and ulimit -Hn is {hard}: "
             "lower it, or have the limit raised"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+    )
 
 
 async def _thread_time() -> float:
@@ -443,7 +491,9 @@ async def _thread_time() -> float:
 def versions_of(answer: dict[str, Any], nonce: str) -> list[int]:
     """The training step behind each output token, -1 for weights that are not this run's; one entry more when there is no token."""
     about, count = answer["meta_info"], len(answer["output_ids"])
-    spans = about.get("weight_versions") or [{"version": about["weight_version"], "start": 0, "end": max(1, count)}]
+    spans = about.get("weight_versions") or [
+        {"version": about["weight_version"], "start": 0, "end": max(1, count)}
+    ]
     return [_step(span["version"], nonce) for span in spans for _ in range(span["start"], span["end"])] or [
         _step(about["weight_version"], nonce)
     ]

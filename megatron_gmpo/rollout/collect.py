@@ -52,7 +52,9 @@ class Collector:
             stop=cfg.stop,
             router_noise=cfg.router_noise,
         )
-        self._ahead: deque[tuple[dict[str, int], Any]] = deque()  # state of the stream before a draw, its ticket
+        self._ahead: deque[tuple[dict[str, int], Any]] = (
+            deque()
+        )  # state of the stream before a draw, its ticket
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream of prompts goes on after a resume: with those that were drawn and not yet trained on."""
@@ -85,7 +87,9 @@ class Collector:
             if used == 0 and cfg.max_staleness:
                 groups, stale = self._generated_ahead(steps_left)
             else:
-                groups = self._engine.generate(self._prompts.next(cfg.prompts_per_step - len(kept)), self._sampling)
+                groups = self._engine.generate(
+                    self._prompts.next(cfg.prompts_per_step - len(kept)), self._sampling
+                )
             timeouts += score(groups, self._reward)
             for sample in (s for g in groups for s in g.samples):
                 raw_rewards.append(sample.reward)
@@ -111,12 +115,18 @@ class Collector:
         engine: Any = self._engine  # the config lets only engines with submit and wait be ahead
         while len(self._ahead) < min(1 + self.cfg.max_staleness, steps_left):
             state = self._prompts.state_dict()
-            self._ahead.append((state, engine.submit(self._prompts.next(self.cfg.prompts_per_step), self._sampling)))
+            self._ahead.append(
+                (state, engine.submit(self._prompts.next(self.cfg.prompts_per_step), self._sampling))
+            )
         _, ticket = self._ahead.popleft()
         groups: list[SampleGroup] = engine.wait(ticket)
         oldest = self._engine.version - self.cfg.max_staleness
-        fresh = [group for group in groups if all(sample.policy_version >= oldest for sample in group.samples)]
-        return fresh or engine.generate([group.prompt for group in groups], self._sampling), len(groups) - len(fresh)
+        fresh = [
+            group for group in groups if all(sample.policy_version >= oldest for sample in group.samples)
+        ]
+        return fresh or engine.generate([group.prompt for group in groups], self._sampling), len(
+            groups
+        ) - len(fresh)
 
     def _staleness(self, groups: list[SampleGroup]) -> dict[str, Metric]:
         """How many steps older than the policy the weights behind the response tokens are."""
@@ -154,7 +164,9 @@ def score(groups: list[SampleGroup], reward: Reward) -> int:
     """
     before: int = getattr(reward, "timeouts", 0)
     with ThreadPoolExecutor() as pool:
-        pending = [[pool.submit(reward, g.prompt, s.text) for s in g.samples] for g in groups[rank() :: world_size()]]
+        pending = [
+            [pool.submit(reward, g.prompt, s.text) for s in g.samples] for g in groups[rank() :: world_size()]
+        ]
         mine = [[float(p.result()) for p in row] for row in pending]
     timeouts = 0
     for r, (rows, late) in enumerate(all_gather_objects((mine, getattr(reward, "timeouts", 0) - before))):

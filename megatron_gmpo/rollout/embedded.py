@@ -100,7 +100,10 @@ class EmbeddedEngine:
             if found:
                 raise found
         everyone = {at: sample for _, part in parts for at, sample in part.items()}
-        return [SampleGroup(prompt, [everyone[i, s] for s in range(sampling.n)]) for i, prompt in enumerate(prompts)]
+        return [
+            SampleGroup(prompt, [everyone[i, s] for s in range(sampling.n)])
+            for i, prompt in enumerate(prompts)
+        ]
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -109,15 +112,21 @@ class EmbeddedEngine:
         for name, tensor in fp8_blocks.rounded(named_tensors) if self._quantized else named_tensors:
             slot = self._slots.get(name)
             if slot is None:
-                raise InputError(f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?")
+                raise InputError(
+                    f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?"
+                )
             if name not in missing:
                 raise InputError(f"weight sync: tensor {name!r} came twice")
             if slot.shape != tensor.shape:
-                raise InputError(f"weight sync: {name!r} has shape {tuple(tensor.shape)}, the rollout model {tuple(slot.shape)}")
+                raise InputError(
+                    f"weight sync: {name!r} has shape {tuple(tensor.shape)}, the rollout model {tuple(slot.shape)}"
+                )
             slot.copy_(tensor)
             missing.remove(name)
         if missing:
-            raise InputError(f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}")
+            raise InputError(
+                f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}"
+            )
         self.version = version
         self._calls = 0
 
@@ -132,14 +141,18 @@ class EmbeddedEngine:
         """It started nothing."""
 
     @torch.inference_mode()
-    def _decode(self, prompts: list[list[int]], sampling: SamplingParams, generator: torch.Generator) -> list[Sample]:
+    def _decode(
+        self, prompts: list[list[int]], sampling: SamplingParams, generator: torch.Generator
+    ) -> list[Sample]:
         """One batch of B responses, token by token."""
         self._noise.std, self._noise.generator = sampling.router_noise, generator
         distinct = sorted({tuple(ids) for ids in prompts}, key=len)
         place = {ids: row for row, ids in enumerate(distinct)}
         width = len(distinct[-1])
         assert len(distinct[0]) > 0, "a prompt without input_ids"
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in distinct], device=self.device)  # (D, P) left-padded
+        ids = torch.tensor(
+            [[0] * (width - len(p)) + list(p) for p in distinct], device=self.device
+        )  # (D, P) left-padded
         pad = torch.tensor([width - len(p) for p in distinct], device=self.device)[:, None]  # (D, 1)
         positions = (torch.arange(width, device=self.device)[None] - pad).clamp(min=0)  # (D, P)
 
@@ -154,12 +167,20 @@ class EmbeddedEngine:
         rows = torch.arange(len(prompts), device=self.device)  # (b,) rows of the batch still in the cache
         tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=self.device)
-        experts = None if prompt_experts is None else prompt_experts.new_zeros(*tokens.shape, *prompt_experts.shape[2:])
-        lengths = torch.zeros(len(prompts), dtype=torch.int64, device=self.device)  # 0 while a response goes on
+        experts = (
+            None
+            if prompt_experts is None
+            else prompt_experts.new_zeros(*tokens.shape, *prompt_experts.shape[2:])
+        )
+        lengths = torch.zeros(
+            len(prompts), dtype=torch.int64, device=self.device
+        )  # 0 while a response goes on
         end_tokens = torch.tensor(sorted(self._end_ids), dtype=torch.int64, device=self.device)
         warpers = _warpers(sampling)
         for step in range(sampling.max_new_tokens):
-            token, logprob = _sample(logits, warpers, generator, greedy=sampling.temperature == 0)  # (b,), (b,)
+            token, logprob = _sample(
+                logits, warpers, generator, greedy=sampling.temperature == 0
+            )  # (b,), (b,)
             tokens[rows, step], logprobs[rows, step] = token, logprob
             ends = torch.isin(token, end_tokens)
             if sampling.stop:
@@ -178,9 +199,16 @@ class EmbeddedEngine:
         samples = []
         for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
             response = slice(length or None)
-            sample = self._sample_of(prompt, tokens[i, response].tolist(), logprobs[i, response].tolist(), length > 0, sampling)
+            sample = self._sample_of(
+                prompt, tokens[i, response].tolist(), logprobs[i, response].tolist(), length > 0, sampling
+            )
             if prompt_experts is not None and experts is not None:
-                routed = torch.cat([prompt_experts[spread[i], width - len(prompt) :], experts[i, : sample.response_length - 1]])
+                routed = torch.cat(
+                    [
+                        prompt_experts[spread[i], width - len(prompt) :],
+                        experts[i, : sample.response_length - 1],
+                    ]
+                )
                 sample.routed_experts = routed.short().cpu().numpy()
             samples.append(sample)
         return samples
@@ -189,10 +217,19 @@ class EmbeddedEngine:
         """(B, T) new tokens after the cached ones -> (B, V) fp32 logits of the last; ``pad`` (B, 1) are empty slots on the left."""
         slots = torch.arange(cache.get_seq_length() + ids.shape[1], device=self.device)
         mask = (slots >= pad).long() if bool(pad.any()) else None
-        out = self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         logits = out.logits[:, -1].float()
         if not logits.isfinite().all():
-            raise NonFiniteError(f"the rollout model's logits are not finite under the weights of step {self.version}")
+            raise NonFiniteError(
+                f"the rollout model's logits are not finite under the weights of step {self.version}"
+            )
         return logits
 
     def _ends_with_stop(self, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
@@ -201,7 +238,14 @@ class EmbeddedEngine:
         texts = self.tokenizer.batch_decode(tail.tolist(), skip_special_tokens=True)
         return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
 
-    def _sample_of(self, prompt: list[int], response: list[int], logprobs: list[float], stopped: bool, sampling: SamplingParams) -> Sample:
+    def _sample_of(
+        self,
+        prompt: list[int],
+        response: list[int],
+        logprobs: list[float],
+        stopped: bool,
+        sampling: SamplingParams,
+    ) -> Sample:
         reason: FinishReason = "stop" if stopped else "length"
         return Sample(
             tokens=[*prompt, *response],
@@ -224,7 +268,9 @@ class _RoutedExperts:
                 layer.mlp.experts.register_forward_pre_hook(partial(self._note, number))
 
     def _note(self, layer: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._latest[layer] = inputs[1]  # (hidden states, experts (B * T, topk), their weights), in every family
+        self._latest[layer] = inputs[
+            1
+        ]  # (hidden states, experts (B * T, topk), their weights), in every family
 
     def latest(self, batch_size: int) -> Tensor:
         """(B, T, layers, topk) int32, -1 in layers without experts."""
@@ -261,11 +307,15 @@ class _RouterNoise(TorchFunctionMode):
         with self:
             return forward(hidden_states)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is not F.linear:
             return out
-        return out + self.std * torch.randn(out.shape, generator=self.generator, dtype=out.dtype, device=out.device)
+        return out + self.std * torch.randn(
+            out.shape, generator=self.generator, dtype=out.dtype, device=out.device
+        )
 
 
 def _warpers(sampling: SamplingParams) -> LogitsProcessorList:
@@ -280,12 +330,18 @@ def _warpers(sampling: SamplingParams) -> LogitsProcessorList:
     return warpers
 
 
-def _sample(logits: Tensor, warpers: LogitsProcessorList, generator: torch.Generator, *, greedy: bool) -> tuple[Tensor, Tensor]:
+def _sample(
+    logits: Tensor, warpers: LogitsProcessorList, generator: torch.Generator, *, greedy: bool
+) -> tuple[Tensor, Tensor]:
     """(B, V) fp32 logits -> (B,) tokens and their (B,) log probabilities."""
     if not greedy:
         logits = warpers(None, logits)  # pyright: ignore[reportArgumentType]
     logprobs = logits.log_softmax(-1)
-    token = logprobs.argmax(-1, keepdim=True) if greedy else torch.multinomial(logprobs.exp(), 1, generator=generator)
+    token = (
+        logprobs.argmax(-1, keepdim=True)
+        if greedy
+        else torch.multinomial(logprobs.exp(), 1, generator=generator)
+    )
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 
@@ -305,5 +361,7 @@ def _weight_slots(model: Any) -> dict[str, Tensor]:
             slots[names[0]] = value
             continue
         for e, expert in enumerate(value):
-            slots |= {part.format(e=e): slot for part, slot in zip(names, expert.chunk(len(names)), strict=True)}
+            slots |= {
+                part.format(e=e): slot for part, slot in zip(names, expert.chunk(len(names)), strict=True)
+            }
     return slots

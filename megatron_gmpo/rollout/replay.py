@@ -58,9 +58,13 @@ def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             record = json.loads(line)
-            groups.append(SampleGroup(Prompt(**record["prompt"]), [_decode_sample(s) for s in record["samples"]]))
+            groups.append(
+                SampleGroup(Prompt(**record["prompt"]), [_decode_sample(s) for s in record["samples"]])
+            )
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"rollout.replay_path: line {number} of {path} is broken ({error}): save the step again") from None
+            raise InputError(
+                f"rollout.replay_path: line {number} of {path} is broken ({error}): save the step again"
+            ) from None
     return groups
 
 
@@ -71,7 +75,13 @@ def append_transcripts(path: str | Path, step: int, groups: list[SampleGroup], l
     with Path(path).open("a") as file:
         for group in islice(groups, limit):
             samples = [
-                {"text": s.text, "reward": s.reward, "finish_reason": s.finish_reason, "length": s.response_length} for s in group.samples
+                {
+                    "text": s.text,
+                    "reward": s.reward,
+                    "finish_reason": s.finish_reason,
+                    "length": s.response_length,
+                }
+                for s in group.samples
             ]
             record = {
                 "step": step,
@@ -96,5 +106,7 @@ def _encode_array(value: Any) -> dict[str, Any]:
 def _decode_sample(record: dict[str, Any]) -> Sample:
     experts = record["routed_experts"]
     if experts is not None:
-        record["routed_experts"] = np.frombuffer(base64.b64decode(experts["int16"]), "<i2").reshape(experts["shape"])
+        record["routed_experts"] = np.frombuffer(base64.b64decode(experts["int16"]), "<i2").reshape(
+            experts["shape"]
+        )
     return Sample(**record)

@@ -42,7 +42,9 @@ def serve(cfg: Config) -> None:
     run_dir, task, tasks = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     share, rest = divmod(cfg.rollout.num_servers, tasks)
     if rest:
-        raise InputError(f"rollout.num_servers = {cfg.rollout.num_servers} cannot be shared by {tasks} nodes: choose a multiple")
+        raise InputError(
+            f"rollout.num_servers = {cfg.rollout.num_servers} cannot be shared by {tasks} nodes: choose a multiple"
+        )
     cfg = cfg.model_copy(
         update={
             "rollout": cfg.rollout.model_copy(update={"num_servers": share}),
@@ -51,7 +53,12 @@ def serve(cfg: Config) -> None:
         }
     )
     keys = json.loads((run_dir / "server_keys.json").read_text())
-    servers = local_servers(cfg, choose_device(cfg.device), run_dir / "servers" / node_name(), keys=(keys["api_key"], keys["admin_key"]))
+    servers = local_servers(
+        cfg,
+        choose_device(cfg.device),
+        run_dir / "servers" / node_name(),
+        keys=(keys["api_key"], keys["admin_key"]),
+    )
     try:
         servers.start()
         servers.wait_ready()
@@ -90,12 +97,19 @@ def _watch(cfg: Config, servers: LocalServers) -> None:
         for index, state in enumerate(states):
             if state.losses <= cfg.sglang.max_restarts and (why := _loss(cfg, servers, index, state)):
                 state.losses += 1
-                log.warning("SGLang server %s %s: lost %d times in a row", servers.servers[index].url, why, state.losses)
+                log.warning(
+                    "SGLang server %s %s: lost %d times in a row",
+                    servers.servers[index].url,
+                    why,
+                    state.losses,
+                )
                 if state.losses <= cfg.sglang.max_restarts:
                     try:
                         servers.restart(index)
                     except (ServerError, OSError) as error:
-                        log.warning("SGLang server %s was not started again: %s", servers.servers[index].url, error)
+                        log.warning(
+                            "SGLang server %s was not started again: %s", servers.servers[index].url, error
+                        )
                     state.silent_since = time.monotonic() + cfg.sglang.start_timeout_s
                     state.first_version = None
 
@@ -126,7 +140,9 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
     while missing := [i for i, part in enumerate(parts) if not part.exists()]:
         if time.monotonic() > deadline:
             limit = f"sglang.start_timeout_s = {cfg.sglang.start_timeout_s:g}"
-            raise ServerError(f"the servers of rollout node {missing[0]} were not ready within {limit} after those of node 0")
+            raise ServerError(
+                f"the servers of rollout node {missing[0]} were not ready within {limit} after those of node 0"
+            )
         time.sleep(_POLL_S)
     addresses: list[dict[str, Any]] = [address for part in parts for address in json.loads(part.read_text())]
     write_json(run_dir / "servers.json", addresses)
@@ -136,7 +152,9 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to the trainers, which still want responses before they stop
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # a request to the trainers, which still want responses before they stop
     cfg = None
     try:
         cfg = load_config(sys.argv[1:])

@@ -27,7 +27,9 @@ KEEPALIVE_S = 2.0
 """An idle connection is given up before the server does it (after 5 s), so that no request meets that."""
 
 _LAUNCHER = Path(__file__).with_name("launch_sglang.py")
-_PORTS = range(20_000, 32_768)  # below those the kernel gives to outgoing connections, so that a restart finds its port free
+_PORTS = range(
+    20_000, 32_768
+)  # below those the kernel gives to outgoing connections, so that a restart finds its port free
 _KILL_TIMEOUT_S = 30.0
 _REACH_TIMEOUT_S = 30.0
 _POLL_S = 0.5
@@ -120,7 +122,10 @@ class LocalServers:
         self._api_key, self._admin_key = keys or (secrets.token_hex(16), secrets.token_hex(16))
         address = "127.0.0.1" if cfg.host == "0.0.0.0" else cfg.host
         self.servers = [
-            Server(f"http://{address}:{_number(port)}", self._api_key, self._admin_key, cfg.tensor_parallel_size) for port in self._ports
+            Server(
+                f"http://{address}:{_number(port)}", self._api_key, self._admin_key, cfg.tensor_parallel_size
+            )
+            for port in self._ports
         ]
         self._options = [
             {
@@ -162,7 +167,9 @@ class LocalServers:
             deadline = self._started[i] + self._cfg.start_timeout_s
             while not self.servers[i].answers(min(_REACH_TIMEOUT_S, max(1.0, deadline - time.monotonic()))):
                 if not self.is_alive(i):
-                    raise ServerError(f"SGLang server {i} died before it was ready: {self._last_words(i)} (see {self._log(i)})")
+                    raise ServerError(
+                        f"SGLang server {i} died before it was ready: {self._last_words(i)} (see {self._log(i)})"
+                    )
                 if time.monotonic() > deadline:
                     limit = f"sglang.start_timeout_s = {self._cfg.start_timeout_s:g}"
                     raise ServerError(
@@ -195,7 +202,12 @@ class LocalServers:
                 self._kill(index)
 
     def _launch(self, index: int) -> None:
-        command = [str(Path(self._cfg.python).absolute()), "-I", str(_LAUNCHER), *_command_line(self._options[index])]
+        command = [
+            str(Path(self._cfg.python).absolute()),
+            "-I",
+            str(_LAUNCHER),
+            *_command_line(self._options[index]),
+        ]
         with self._log(index).open("a") as log:
             log.write(f"{_HEADER} {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(command)}\n")
             log.flush()
@@ -209,7 +221,9 @@ class LocalServers:
                 bufsize=0,
             )
         assert process.stdin
-        os.register_at_fork(after_in_child=process.stdin.close)  # a fork of this process must not keep the server alive
+        os.register_at_fork(
+            after_in_child=process.stdin.close
+        )  # a fork of this process must not keep the server alive
         keys = {"--api-key": self._api_key, "--admin-api-key": self._admin_key}
         process.stdin.write(json.dumps(keys).encode() + b"\n")
         self._processes[index], self._started[index] = process, time.monotonic()
@@ -242,7 +256,9 @@ def external_servers(urls: tuple[str, ...]) -> list[Server]:
         InputError: a bad URL, a server that does not answer, or a key it does not take.
     """
     api_key = os.environ.get("SGLANG_API_KEY", "")
-    admin_key = os.environ.get("SGLANG_ADMIN_API_KEY", "") or api_key  # a server without an admin key wants the other
+    admin_key = (
+        os.environ.get("SGLANG_ADMIN_API_KEY", "") or api_key
+    )  # a server without an admin key wants the other
     return [_external_server(url.rstrip("/"), api_key, admin_key, "rollout.server_urls") for url in urls]
 
 
@@ -257,7 +273,9 @@ def published_servers(file: Path, timeout_s: float) -> list[Server]:
     deadline = time.monotonic() + timeout_s
     while not file.is_file():
         if time.monotonic() > deadline:
-            raise ServerError(f"rollout.servers_file = {str(file)!r} was not there within sglang.start_timeout_s = {timeout_s:g}")
+            raise ServerError(
+                f"rollout.servers_file = {str(file)!r} was not there within sglang.start_timeout_s = {timeout_s:g}"
+            )
         time.sleep(_POLL_S)
     published = json.loads(file.read_text())
     if isinstance(published, dict):
@@ -265,7 +283,10 @@ def published_servers(file: Path, timeout_s: float) -> list[Server]:
         raise kind(f"the rollout servers of the job were not started: {published['error']}")
     keys = json.loads(file.with_name("server_keys.json").read_text())
     try:
-        return [_external_server(entry["url"], keys["api_key"], keys["admin_key"], "rollout.servers_file") for entry in published]
+        return [
+            _external_server(entry["url"], keys["api_key"], keys["admin_key"], "rollout.servers_file")
+            for entry in published
+        ]
     except InputError as error:  # nobody typed these
         raise ServerError(str(error)) from None
 
@@ -275,22 +296,37 @@ def _external_server(url: str, api_key: str, admin_key: str, field: str) -> Serv
     try:
         info = _get(f"{url}/server_info", _bearer(api_key), _REACH_TIMEOUT_S)
         # the key is looked at before the body, and an empty body changes nothing
-        update = httpx.post(f"{url}/update_weight_version", headers=_bearer(admin_key), timeout=_REACH_TIMEOUT_S, trust_env=False)
+        update = httpx.post(
+            f"{url}/update_weight_version",
+            headers=_bearer(admin_key),
+            timeout=_REACH_TIMEOUT_S,
+            trust_env=False,
+        )
     except (httpx.UnsupportedProtocol, httpx.InvalidURL):
         raise InputError(f"{named} is not a URL: give http://HOST:PORT") from None
     except httpx.TransportError as error:
-        raise InputError(f"{named} cannot be reached ({error}): start the server or correct the URL") from None
+        raise InputError(
+            f"{named} cannot be reached ({error}): start the server or correct the URL"
+        ) from None
     for answer, name in ((info, "SGLANG_API_KEY"), (update, "SGLANG_ADMIN_API_KEY")):
         if answer.status_code in (401, 403):
-            where = "in server_keys.json" if field == "rollout.servers_file" else f"in the environment variable {name}"
+            where = (
+                "in server_keys.json"
+                if field == "rollout.servers_file"
+                else f"in the environment variable {name}"
+            )
             raise InputError(f"{named} refuses the key {where}: set the one it was started with")
     if info.status_code != 200:
-        raise InputError(f"{named} answers {info.status_code} to /server_info: give the URL of an SGLang server")
+        raise InputError(
+            f"{named} answers {info.status_code} to /server_info: give the URL of an SGLang server"
+        )
     return Server(url, api_key, admin_key, info.json()["tp_size"])
 
 
 def _get(url: str, headers: dict[str, str], timeout_s: float) -> httpx.Response:
-    return httpx.get(url, headers=headers, timeout=timeout_s, trust_env=False)  # no proxy stands between trainer and servers
+    return httpx.get(
+        url, headers=headers, timeout=timeout_s, trust_env=False
+    )  # no proxy stands between trainer and servers
 
 
 def _bearer(key: str) -> dict[str, str]:
@@ -357,7 +393,9 @@ def _hold_port(host: str) -> socket.socket:
             continue
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return holder
-    raise InputError(f"sglang.host = {host!r} has no port to bind to ({taken}): give an address of this machine")
+    raise InputError(
+        f"sglang.host = {host!r} has no port to bind to ({taken}): give an address of this machine"
+    )
 
 
 def _number(port: socket.socket) -> int:

@@ -55,7 +55,9 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
             servers would start with and the weight sync would not send, or another NCCL than the trainer's for a sync that uses it.
     """
     if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
-        raise InputError(f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', or give the model in bf16")
+        raise InputError(
+            f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', or give the model in bf16"
+        )
     if cfg.rollout.server_urls:
         external_servers(cfg.rollout.server_urls)
     elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
@@ -70,7 +72,9 @@ def _check_nccl(python: str) -> None:
     """NCCL joins only processes of its own version (its init.cc)."""
     question = "import torch.cuda.nccl as nccl; print(*nccl.version(), sep='.')"
     try:
-        theirs = subprocess.run([python, "-I", "-c", question], capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S).stdout.strip()
+        theirs = subprocess.run(
+            [python, "-I", "-c", question], capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         theirs = ""  # it is on other nodes, or for the servers to say
     ours = ".".join(map(str, nccl.version()))
@@ -96,7 +100,9 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
     gpus = rollout.num_servers * cfg.sglang.tensor_parallel_size
     if device.type == "cuda" and rollout.placement == "colocated" and gpus > world_size():
-        raise InputError(f"rollout.num_servers = {rollout.num_servers} take {gpus} GPUs, the trainer has {world_size()}: start fewer")
+        raise InputError(
+            f"rollout.num_servers = {rollout.num_servers} take {gpus} GPUs, the trainer has {world_size()}: start fewer"
+        )
     servers: list[Server] = []
     local = None
     if rank() == 0 and rollout.server_urls:
@@ -108,9 +114,13 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         local = local_servers(cfg, device, run_dir / "servers", first_gpu=first_gpu)
         servers = local.servers
     weight_sync = cfg.weight_sync
-    if not rollout.max_staleness:  # nothing is ever in flight, and a server that is paused to retract spins on a core
+    if (
+        not rollout.max_staleness
+    ):  # nothing is ever in flight, and a server that is paused to retract spins on a core
         weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
-    sync = make_weight_sync(weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8")
+    sync = make_weight_sync(
+        weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8"
+    )
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
     engine = SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
     if device.type == "cuda" and rollout.placement == "colocated":
@@ -120,14 +130,21 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
                 local.wait_ready()
         except ServerError as error:
             problem = error
-        if problem := broadcast_object(problem):  # SGLang sizes its cache by what is free: nobody allocates before
+        if problem := broadcast_object(
+            problem
+        ):  # SGLang sizes its cache by what is free: nobody allocates before
             engine.close()
             raise problem
     return engine
 
 
 def local_servers(
-    cfg: Config, device: torch.device, log_dir: Path, *, first_gpu: int = 0, keys: tuple[str, str] | None = None
+    cfg: Config,
+    device: torch.device,
+    log_dir: Path,
+    *,
+    first_gpu: int = 0,
+    keys: tuple[str, str] | None = None,
 ) -> LocalServers:
     """``rollout.num_servers`` servers of the model of ``cfg`` on this machine, not started yet; see ``LocalServers``."""
     model_path, dtype = cfg.model.path, cfg.model.dtype
@@ -139,7 +156,10 @@ def local_servers(
                 "rollout.quantization = 'fp8' needs Hopper GPUs: on newer ones SGLang packs the scales that it loads, and takes no others "
                 "afterwards; set it to 'none'"
             )
-        model_path, dtype = str(fp8_start_folder(Path(model_path), log_dir / "fp8_model")), "bf16"  # which FP8 kernels give
+        model_path, dtype = (
+            str(fp8_start_folder(Path(model_path), log_dir / "fp8_model")),
+            "bf16",
+        )  # which FP8 kernels give
         options["load_format"] = "dummy"
     if cfg.rollout.routed_experts:
         options["enable_return_routed_experts"] = True
@@ -164,7 +184,9 @@ def fp8_start_folder(model: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     copy_companions(model, folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fp8_blocks.QUANTIZATION_CONFIG}, indent=2))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": fp8_blocks.QUANTIZATION_CONFIG}, indent=2)
+    )
     return folder
 
 
@@ -209,10 +231,20 @@ class SGLangEngine:
         routed_experts: tuple[int, int] | None = None,
     ) -> None:
         self.version = -1
-        self._cfg, self._servers, self._sync, self._tokenizer, self._routed_experts = cfg, servers, sync, tokenizer, routed_experts
+        self._cfg, self._servers, self._sync, self._tokenizer, self._routed_experts = (
+            cfg,
+            servers,
+            sync,
+            tokenizer,
+            routed_experts,
+        )
         self._end_ids = end_token_ids(_generation_config(cfg.model.path), tokenizer)
         self._nonce = secrets.token_hex(4)
-        self._client = RolloutClient(servers, local, cfg.sglang, self._nonce, bool(routed_experts)) if rank() == 0 else None
+        self._client = (
+            RolloutClient(servers, local, cfg.sglang, self._nonce, bool(routed_experts))
+            if rank() == 0
+            else None
+        )
         self._asleep = False
         self._figures: dict[str, Metric] = {}
         self._counted = (0, 0)
@@ -230,7 +262,9 @@ class SGLangEngine:
 
     def submit(self, prompts: list[Prompt], sampling: SamplingParams) -> Ticket:
         """Starts sampling and returns at once."""
-        future = self._client and self._client.submit([p.input_ids for p in prompts], sampling, sorted(self._end_ids))
+        future = self._client and self._client.submit(
+            [p.input_ids for p in prompts], sampling, sorted(self._end_ids)
+        )
         return Ticket(prompts, sampling, future)
 
     def wait(self, ticket: Ticket) -> list[SampleGroup]:
@@ -240,9 +274,14 @@ class SGLangEngine:
             if not (ticket.future and ticket.future.done()):
                 return None
             rows = zip(ticket.prompts, ticket.future.result(), strict=True)
-            return [[self._sample_of(p.input_ids, r, ticket.sampling) for r in responses] for p, responses in rows]
+            return [
+                [self._sample_of(p.input_ids, r, ticket.sampling) for r in responses] for p, responses in rows
+            ]
 
-        return [SampleGroup(prompt, samples) for prompt, samples in zip(ticket.prompts, self._until(finished), strict=True)]
+        return [
+            SampleGroup(prompt, samples)
+            for prompt, samples in zip(ticket.prompts, self._until(finished), strict=True)
+        ]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``RolloutEngine.update_weights``. ``named_tensors`` is kept, to be iterated again for a server that comes back.
@@ -302,7 +341,10 @@ class SGLangEngine:
                 if result := finished():
                     return "finished", result
                 time.sleep(_POLL_S)
-        except (InputError, ServerError) as error:  # raised again on every rank, which would else wait for this one
+        except (
+            InputError,
+            ServerError,
+        ) as error:  # raised again on every rank, which would else wait for this one
             return "failed", error
         return "waiting", None
 
@@ -342,5 +384,7 @@ class SGLangEngine:
         expected = (prompt_length + len(response.tokens) - 1, layers * topk)
         if response.routed_experts is None or response.routed_experts.shape != expected:
             found = None if response.routed_experts is None else response.routed_experts.shape
-            raise ServerError(f"SGLang recorded routed experts of shape {found}, not {expected}: does it serve the model of model.path?")
+            raise ServerError(
+                f"SGLang recorded routed experts of shape {found}, not {expected}: does it serve the model of model.path?"
+            )
         return response.routed_experts.reshape(-1, layers, topk)

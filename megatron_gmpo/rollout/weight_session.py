@@ -46,7 +46,9 @@ class Session:
             trust_env=False,  # no proxy stands between trainer and servers
             verify=_certificates(),
         )
-        self._threads = ThreadPoolExecutor(len(servers) + 2)  # a request to each server, a broadcast, and the one that waits for them
+        self._threads = ThreadPoolExecutor(
+            len(servers) + 2
+        )  # a request to each server, a broadcast, and the one that waits for them
 
     @property
     def failed(self) -> tuple[Server, ...]:
@@ -57,7 +59,10 @@ class Session:
 
     def start(self, path: str, body: Any) -> dict[Server, Future[httpx.Response]]:
         """Sends a request to every server: a POST of ``body``, or of ``body(server)``, or a GET when it is None."""
-        return {server: self.run(self._request, server, path, body(server) if callable(body) else body) for server in self.servers}
+        return {
+            server: self.run(self._request, server, path, body(server) if callable(body) else body)
+            for server in self.servers
+        }
 
     def ask(self, path: str, body: Any = None) -> dict[Server, httpx.Response]:
         """As ``start``; the answers of those that took it."""
@@ -84,7 +89,12 @@ class Session:
 
     def close(self) -> None:
         """Lets every server generate again; a failed one first gives up the sync and the requests it would answer from odd weights."""
-        self.attempt(self.failed, ("/end_weight_update", {}), ("/abort_request", {"abort_all": True}), ("/continue_generation", {}))
+        self.attempt(
+            self.failed,
+            ("/end_weight_update", {}),
+            ("/abort_request", {"abort_all": True}),
+            ("/continue_generation", {}),
+        )
         self.attempt(self.servers, ("/continue_generation", {}))
         self.release()
 
@@ -101,11 +111,15 @@ class Session:
             raise NoAnswerError(f"gave no answer to {path}: {error or type(error).__name__}") from None
         if reply.status_code in (401, 403):
             key = "SGLANG_API_KEY" if body is None else "SGLANG_ADMIN_API_KEY"
-            raise InputError(f"{server.url} refuses the API key (HTTP {reply.status_code} to {path}): set {key} to the server's")
+            raise InputError(
+                f"{server.url} refuses the API key (HTTP {reply.status_code} to {path}): set {key} to the server's"
+            )
         if reply.status_code == 404:
             raise InputError(f"{server.url} does not know {path}: it must be SGLang 0.5.23 or newer")
         if reply.status_code != 200:
-            raise SyncError(f"refused {path} (HTTP {reply.status_code}): {' '.join(reply.text.split())[:300]}")
+            raise SyncError(
+                f"refused {path} (HTTP {reply.status_code}): {' '.join(reply.text.split())[:300]}"
+            )
         return reply
 
     def _attempt(self, server: Server, requests: Iterable[tuple[str, dict[str, Any]]]) -> None:

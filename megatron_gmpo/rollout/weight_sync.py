@@ -65,7 +65,9 @@ class SyncReport:
 
 
 class WeightSync(Protocol):
-    def update(self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> SyncReport:
+    def update(
+        self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str
+    ) -> SyncReport:
         """Gives the servers new weights under the name ``version``. Collective: every rank iterates ``named_tensors`` to its end.
 
         Requests that a server is working on stop meanwhile, and go on as ``weight_sync.in_flight`` says.
@@ -105,15 +107,23 @@ def make_weight_sync(
         InputError: a route that cannot serve ``placement`` on GPUs.
     """
     if device.type == "cuda" and cfg.route == "tensor" and placement != "colocated":
-        raise InputError("weight_sync.route = 'tensor' needs rollout.placement = 'colocated': servers elsewhere cannot map a GPU's memory")
+        raise InputError(
+            "weight_sync.route = 'tensor' needs rollout.placement = 'colocated': servers elsewhere cannot map a GPU's memory"
+        )
     if device.type == "cuda" and cfg.route == "distributed" and placement == "colocated":
-        raise InputError("weight_sync.route = 'distributed' needs rollout.placement = 'disaggregated': NCCL wants one rank a GPU")
+        raise InputError(
+            "weight_sync.route = 'distributed' needs rollout.placement = 'disaggregated': NCCL wants one rank a GPU"
+        )
     if cfg.route == "disk":
         base = Path(cfg.folder, *run_dir.absolute().parts[1:]) if cfg.folder else run_dir
         return _DiskSync(cfg, base / "weight_sync", quantized)
     if cfg.route == "distributed":
         return _DistributedSync(cfg, device, quantized)
-    return _CudaTensorSync(cfg, device, quantized) if device.type == "cuda" else _SharedMemorySync(cfg, device, quantized)
+    return (
+        _CudaTensorSync(cfg, device, quantized)
+        if device.type == "cuda"
+        else _SharedMemorySync(cfg, device, quantized)
+    )
 
 
 def release_memory(servers: Sequence[Server], timeout_s: float) -> None:
@@ -124,10 +134,17 @@ def release_memory(servers: Sequence[Server], timeout_s: float) -> None:
     Raises:
         ServerError: a server refuses.
     """
-    _answers(_synced(servers, timeout_s), "/release_memory_occupation", {"tags": ["kv_cache", "weights"]}, timeout_s)
+    _answers(
+        _synced(servers, timeout_s),
+        "/release_memory_occupation",
+        {"tags": ["kv_cache", "weights"]},
+        timeout_s,
+    )
 
 
-def resume_memory(servers: Sequence[Server], tags: Sequence[Literal["weights", "kv_cache"]], timeout_s: float) -> tuple[Server, ...]:
+def resume_memory(
+    servers: Sequence[Server], tags: Sequence[Literal["weights", "kv_cache"]], timeout_s: float
+) -> tuple[Server, ...]:
     """Makes servers take again what ``release_memory`` took; the weights' values are lost.
 
     Returns:
@@ -147,7 +164,9 @@ def _synced(servers: Sequence[Server], timeout_s: float) -> tuple[Server, ...]:
     return tuple(server for server, reply in replies.items() if reply.json()["weight_version"] != "default")
 
 
-def _answers(servers: Sequence[Server], path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[Server, httpx.Response]:
+def _answers(
+    servers: Sequence[Server], path: str, body: dict[str, Any] | None, timeout_s: float
+) -> dict[Server, httpx.Response]:
     session = Session(servers, timeout_s)
     answers = {}
     try:
@@ -174,7 +193,9 @@ class _Route(ABC):
         self._verified: tuple[str, dict[int, list[Any]]] = ("", {})
 
     @torch.no_grad()
-    def update(self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> SyncReport:
+    def update(
+        self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str
+    ) -> SyncReport:
         tensors = iter(named_tensors)
         outcome = None
         try:
@@ -191,7 +212,9 @@ class _Route(ABC):
     def close(self) -> None:
         return
 
-    def _lead(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: str) -> SyncReport:
+    def _lead(
+        self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: str
+    ) -> SyncReport:
         started = time.monotonic()
         nbytes = 0
         session = Session(servers, self._cfg.timeout_s)
@@ -199,7 +222,10 @@ class _Route(ABC):
             working = session.run(self._open, session, version)
             for bucket, last in self._buckets(tensors):
                 working.result()
-                about = {"weight_version": version if last else INCOMPLETE, "flush_cache": last and self._cfg.in_flight != "in_place"}
+                about = {
+                    "weight_version": version if last else INCOMPLETE,
+                    "flush_cache": last and self._cfg.in_flight != "in_place",
+                }
                 working = session.run(self._send, session, self._seal(bucket), about, last)
                 nbytes += bucket.nbytes
             working.result()
@@ -218,10 +244,14 @@ class _Route(ABC):
     def _conclude(self, session: Session, version: str) -> None:
         self._end(session, version)
         if self._cfg.in_flight == "in_place":
-            session.attempt(session.servers, ("/flush_cache", {}))  # refused while unfinished responses need the cache
+            session.attempt(
+                session.servers, ("/flush_cache", {})
+            )  # refused while unfinished responses need the cache
         for server, reply in session.ask("/model_info").items():
             if reply.json()["weight_version"] != version:
-                session.drop(server, f"has weights {reply.json()['weight_version']!r} after the sync, not {version!r}")
+                session.drop(
+                    server, f"has weights {reply.json()['weight_version']!r} after the sync, not {version!r}"
+                )
         if self._cfg.verify:
             self._verify(session, version)
         session.ask("/continue_generation", {})
@@ -252,7 +282,9 @@ class _Route(ABC):
         bucket, count = None, 0
         for unit in _loaded_together(tensors):
             if self._quantized:
-                unit = sorted(fp8_blocks.quantize_all(unit), key=lambda named: -named[1].itemsize)  # so that each is aligned
+                unit = sorted(
+                    fp8_blocks.quantize_all(unit), key=lambda named: -named[1].itemsize
+                )  # so that each is aligned
             if bucket is None or not bucket.takes(tensor for _, tensor in unit):
                 if bucket:
                     yield bucket, False
@@ -281,7 +313,12 @@ class _Route(ABC):
         an earlier sync of this version."""
         checksums = _checksums(session)
         for server, ranks in checksums.items():
-            same = {name for before, after in zip(self._noise[server], ranks, strict=True) for name in after if after[name] == before[name]}
+            same = {
+                name
+                for before, after in zip(self._noise[server], ranks, strict=True)
+                for name in after
+                if after[name] == before[name]
+            }
             if same:
                 names = ", ".join(sorted(same)[:8])
                 problem = f"weight sync: {len(same)} weights of {server.url} are not among the tensors sent, or were ignored: {names}"
@@ -289,7 +326,9 @@ class _Route(ABC):
         if self._verified[0] != version:
             self._verified = (version, {})
         for size in {server.tensor_parallel_size for server in checksums}:
-            alike = {server: ranks for server, ranks in checksums.items() if server.tensor_parallel_size == size}
+            alike = {
+                server: ranks for server, ranks in checksums.items() if server.tensor_parallel_size == size
+            }
             agreed = self._verified[1].get(size) or _majority(list(alike.values()))
             for server in [server for server, ranks in alike.items() if ranks != agreed]:
                 session.drop(server, "has other weights than its peers after the sync")
@@ -300,7 +339,9 @@ class _Route(ABC):
 def _checksums(session: Session) -> dict[Server, list[dict[str, str]]]:
     """Checksum of every weight by the server's own name, for each tensor-parallel rank."""
     replies = session.ask("/weights_checker", {"action": "checksum"})
-    return {server: [rank["checksums"] for rank in reply.json()["ranks"]] for server, reply in replies.items()}
+    return {
+        server: [rank["checksums"] for rank in reply.json()["ranks"]] for server, reply in replies.items()
+    }
 
 
 def _loaded_together(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
@@ -337,7 +378,9 @@ class _DiskSync(_Route):
 
     def _begin(self, session: Session, version: str) -> None:
         with self._writing():
-            for left in set(self._folder.glob("*")) - {self._current}:  # by a sync that broke off, or a run that was killed
+            for left in set(self._folder.glob("*")) - {
+                self._current
+            }:  # by a sync that broke off, or a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             self._draft, self._files = self._folder / f"{version}.incomplete", 0
             self._draft.mkdir(parents=True)
@@ -346,7 +389,9 @@ class _DiskSync(_Route):
         with self._writing():
             self._files += 1
             path = self._draft / f"model-{self._files:05}.safetensors"
-            with SafetensorsFile(path, [(name, dtype, tuple(shape)) for name, dtype, shape, _ in bucket.contents]) as file:
+            with SafetensorsFile(
+                path, [(name, dtype, tuple(shape)) for name, dtype, shape, _ in bucket.contents]
+            ) as file:
                 for name, tensor in bucket.named_tensors():
                     file.write(name, tensor)
             if not last:
@@ -354,7 +399,9 @@ class _DiskSync(_Route):
             whole = self._folder / about["weight_version"]
             shutil.rmtree(whole, ignore_errors=True)
             self._draft.rename(whole)
-        session.ask("/update_weights_from_disk", {"model_path": str(whole), "load_format": "safetensors", **about})
+        session.ask(
+            "/update_weights_from_disk", {"model_path": str(whole), "load_format": "safetensors", **about}
+        )
 
     def _end(self, session: Session, version: str) -> None:
         previous, self._current = self._current, self._folder / version
@@ -366,7 +413,9 @@ class _DiskSync(_Route):
         try:
             yield
         except OSError as error:
-            raise InputError(f"weight_sync.folder = {str(self._folder)!r} cannot be written ({error}): name another folder") from None
+            raise InputError(
+                f"weight_sync.folder = {str(self._folder)!r} cannot be written ({error}): name another folder"
+            ) from None
 
 
 class _DistributedSync(_Route):
@@ -395,7 +444,10 @@ class _DistributedSync(_Route):
     def _begin(self, session: Session, version: str) -> None:
         super()._begin(session, version)
         versions = {reply.json()["weight_version"] for reply in session.ask("/model_info").values()}
-        if (self._members, {self._version}) != (tuple(session.servers), versions):  # one more, one less, or one that was restarted
+        if (self._members, {self._version}) != (
+            tuple(session.servers),
+            versions,
+        ):  # one more, one less, or one that was restarted
             self._disband(session)
 
     def _end(self, session: Session, version: str) -> None:
@@ -423,7 +475,9 @@ class _DistributedSync(_Route):
         listener = socket.create_server((address, 0))
         port = listener.getsockname()[1]
         # the group has a store of its own, a client, so that this one can be closed while the group still waits for members
-        self._store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        self._store = dist.TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
         self._members, self._name = tuple(session.servers), f"weights-{uuid.uuid4().hex[:8]}"
         first_ranks, size = {}, 1
         for server in self._members:
@@ -445,7 +499,11 @@ class _DistributedSync(_Route):
     def _join(self, address: str, port: int, size: int) -> None:
         timeout = timedelta(seconds=self._cfg.timeout_s)
         store: dist.Store = dist.TCPStore(address, port, timeout=timeout, wait_for_workers=False)
-        for prefix in (self._name, f"{self._name}/", f"{self._device.type}/"):  # torch's _new_process_group_helper adds the last two
+        for prefix in (
+            self._name,
+            f"{self._name}/",
+            f"{self._device.type}/",
+        ):  # torch's _new_process_group_helper adds the last two
             store = dist.PrefixStore(prefix, store)
         try:
             if self._device.type == "cuda":
@@ -462,18 +520,24 @@ class _DistributedSync(_Route):
 
     def _broadcast(self, data: Tensor) -> None:
         try:
-            self._group.broadcast(data, 0).wait()  # no variable: an exception would keep it, and with it the connections
+            self._group.broadcast(
+                data, 0
+            ).wait()  # no variable: an exception would keep it, and with it the connections
         except RuntimeError as error:
             raise SyncError(str(error)) from None
 
-    def _agreed(self, session: Session, ours: Future[None], replies: dict[Server, Future[httpx.Response]]) -> bool:
+    def _agreed(
+        self, session: Session, ours: Future[None], replies: dict[Server, Future[httpx.Response]]
+    ) -> bool:
         """Waits for what this process and all servers do together. If one fails it ends it for all, and drops who is to blame."""
         everything: list[Future[Any]] = [ours, *replies.values()]
         wait(everything, return_when=FIRST_EXCEPTION)
         failed = [server for server, reply in replies.items() if reply.done() and reply.exception()]
         if not failed and not (ours.done() and ours.exception()):
             return True
-        session.attempt(failed, ("/destroy_weights_update_group", {"group_name": self._name}))  # ends our broadcast to them
+        session.attempt(
+            failed, ("/destroy_weights_update_group", {"group_name": self._name})
+        )  # ends our broadcast to them
         if self._group:
             self._group.abort()
         self._store = None  # ends the waits of those that still join
@@ -481,7 +545,11 @@ class _DistributedSync(_Route):
         self._group, self._members = None, ()  # ends the waits of those that receive
         errors = {server: reply.exception() for server, reply in replies.items()}
         errors = {server: error for server, error in errors.items() if error}
-        to_blame = {server: error for server, error in errors.items() if not any(word in str(error) for word in self._CONNECTION_WORDS)}
+        to_blame = {
+            server: error
+            for server, error in errors.items()
+            if not any(word in str(error) for word in self._CONNECTION_WORDS)
+        }
         for server, error in (to_blame or errors or dict.fromkeys(replies, "is not connected")).items():
             session.drop(server, error)
         session.attempt(session.servers, ("/destroy_weights_update_group", {"group_name": self._name}))
@@ -513,7 +581,11 @@ class _TensorSync(_Route):
         handles = {server: self._handles(bucket, server) for server in session.servers}
         session.ask(
             "/update_weights_from_tensor",
-            lambda server: {"serialized_named_tensors": handles[server], "load_format": "flattened_bucket", **about},
+            lambda server: {
+                "serialized_named_tensors": handles[server],
+                "load_format": "flattened_bucket",
+                **about,
+            },
         )
 
     @abstractmethod
@@ -536,7 +608,9 @@ class _SharedMemorySync(_TensorSync):
 
     def _handles(self, bucket: Bucket, server: Server) -> list[str]:
         with _sharing_by_name():
-            return [_serialize(bucket) for _ in range(server.tensor_parallel_size)]  # each is read once, and counts as a reader
+            return [
+                _serialize(bucket) for _ in range(server.tensor_parallel_size)
+            ]  # each is read once, and counts as a reader
 
 
 class _CudaTensorSync(_TensorSync):
@@ -550,10 +624,15 @@ class _CudaTensorSync(_TensorSync):
         self._places: dict[Server, int] = {}
         self._is_read = False
 
-    def update(self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str) -> SyncReport:
+    def update(
+        self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str
+    ) -> SyncReport:
         for server in servers:
             self._places.setdefault(server, sum(s.tensor_parallel_size for s in self._places))
-        read = [range(self._places[server], self._places[server] + server.tensor_parallel_size) for server in servers]
+        read = [
+            range(self._places[server], self._places[server] + server.tensor_parallel_size)
+            for server in servers
+        ]
         self._is_read = any(rank() in ranks for ranks in broadcast_object(read))
         return super().update(servers, named_tensors, version)
 
@@ -562,10 +641,14 @@ class _CudaTensorSync(_TensorSync):
             self._seal(bucket)
 
     def _buffer(self, count: int, nbytes: int) -> Tensor:
-        return self._allocate(max(nbytes, self._capacity))  # torch frees it once the last reader has let it go
+        return self._allocate(
+            max(nbytes, self._capacity)
+        )  # torch frees it once the last reader has let it go
 
     def _seal(self, bucket: Bucket) -> list[str]:
-        return all_gather_objects(_serialize(bucket) if self._is_read else "")  # what nobody opens would never be freed
+        return all_gather_objects(
+            _serialize(bucket) if self._is_read else ""
+        )  # what nobody opens would never be freed
 
     def _handles(self, bucket: list[str], server: Server) -> list[str]:
         place = self._places[server]
@@ -584,7 +667,9 @@ class _Pickler(ForkingPickler):
 
 def _serialize(bucket: Bucket) -> str:
     metadata = [
-        SimpleNamespace(name=name, shape=shape, dtype=dtype, start_idx=start, end_idx=start + size, numel=size)
+        SimpleNamespace(
+            name=name, shape=shape, dtype=dtype, start_idx=start, end_idx=start + size, numel=size
+        )
         for name, dtype, shape, start in bucket.contents
         for size in [math.prod(shape) * dtype.itemsize]
     ]

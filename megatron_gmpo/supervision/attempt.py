@@ -70,14 +70,18 @@ class Attempt:
         barrier()
         self._errors = rank_file(self._run_dir, "errors", rank()).open("w")
         faulthandler.enable(self._errors)
-        self._heartbeat = Heartbeat(self._run_dir, rank(), supervision.heartbeat_interval_s, supervision.hang_timeout_s, self._hung)
+        self._heartbeat = Heartbeat(
+            self._run_dir, rank(), supervision.heartbeat_interval_s, supervision.hang_timeout_s, self._hung
+        )
         signals.last_words = self._terminated
         self._vote = StopVote(supervision.stop_margin_s)
         several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
         if several_nodes if supervision.node_check is None else supervision.node_check:
             self.enter("node_check")
             rollout = self._cfg.rollout
-            shared_gpus = rollout.placement == "colocated" and bool(rollout.servers_file or rollout.server_urls)
+            shared_gpus = rollout.placement == "colocated" and bool(
+                rollout.servers_file or rollout.server_urls
+            )
             check_nodes(supervision, self._run_dir, device, checkpoint_bytes, shared_gpus=shared_gpus)
             self._event("node_check", nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")))
             self.enter("start")
@@ -104,7 +108,9 @@ class Attempt:
         self._event("saved_for_requeue", step=step, reason=self._stop)
         self._record_of_all(Exit.REQUEUE, self._stopped())
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self._end(error)
         finally:
@@ -138,10 +144,14 @@ class Attempt:
         if not _of_a_collective(error):
             self._record(Exit.FAILED, f"{where}: {_one_line(error)}")
             return
-        lost = CollectiveError(f"{where}: a collective with other ranks failed ({_one_line(error)}); see {self._errors.name}")
+        lost = CollectiveError(
+            f"{where}: a collective with other ranks failed ({_one_line(error)}); see {self._errors.name}"
+        )
         if "timed out" in str(error).lower():
             lost.exit = Exit.HUNG
-        if not self._record(lost.exit, str(lost), consequence=True) and (cause := read_outcome(self._run_dir)):
+        if not self._record(lost.exit, str(lost), consequence=True) and (
+            cause := read_outcome(self._run_dir)
+        ):
             if cause.node == node_name():  # where it has been said
                 raise SystemExit(cause.code) from None
             lost = CollectiveError(cause.reason)
@@ -151,13 +161,19 @@ class Attempt:
         assert self._heartbeat
         self._heartbeat.dump_stacks()
         append_event(self._run_dir, "hang", step=self._heartbeat.step, rank=rank(), reason=reason)
-        self._last_line(Exit.HUNG, f"{reason}; the stacks are in {self._run_dir / 'stacks'}", consequence=False)
+        self._last_line(
+            Exit.HUNG, f"{reason}; the stacks are in {self._run_dir / 'stacks'}", consequence=False
+        )
         os._exit(Exit.HUNG)
 
     def _terminated(self, reason: str) -> None:
         assert self._heartbeat
         self._heartbeat.dump_stacks()
-        self._last_line(Exit.FAILED, f"rank {rank()} on {node_name()}, in {self._heartbeat.where}: {reason}", consequence=True)
+        self._last_line(
+            Exit.FAILED,
+            f"rank {rank()} on {node_name()}, in {self._heartbeat.where}: {reason}",
+            consequence=True,
+        )
 
     def _last_line(self, code: Exit, reason: str, *, consequence: bool) -> None:
         """Of several ranks that end so only the one that writes the outcome prints."""
@@ -171,7 +187,9 @@ class Attempt:
     def _record(self, code: Exit, reason: str, *, node: str = "", consequence: bool = False) -> bool:
         step = self._heartbeat.step if self._heartbeat else 0
         number = int(os.environ.get("RANK", "0"))
-        return write_outcome(self._run_dir, Outcome(code, reason, step, number, node or node_name(), time.time(), consequence))
+        return write_outcome(
+            self._run_dir, Outcome(code, reason, step, number, node or node_name(), time.time(), consequence)
+        )
 
     def _event(self, name: str, **fields: object) -> None:
         if self._first:
@@ -180,7 +198,9 @@ class Attempt:
     def _stopped(self) -> str:
         assert self._heartbeat
         steps = f"{self._heartbeat.step} of {self._cfg.train.num_steps} steps"
-        return f"stopped by {self._stop} after {steps}, with everything saved: start the same command to go on"
+        return (
+            f"stopped by {self._stop} after {steps}, with everything saved: start the same command to go on"
+        )
 
     def _close_errors(self) -> None:
         faulthandler.disable()
@@ -196,5 +216,7 @@ def _of_a_collective(error: BaseException) -> bool:
 
 def _one_line(error: BaseException) -> str:
     """``ValueError: ...``; of gloo's text without the source file in front and the advice behind."""
-    text = re.sub(r"^\[[^]]*gloo[^]]*\] ", "", " ".join(str(error).split())).partition(". This is typically")[0]
+    text = re.sub(r"^\[[^]]*gloo[^]]*\] ", "", " ".join(str(error).split())).partition(". This is typically")[
+        0
+    ]
     return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"

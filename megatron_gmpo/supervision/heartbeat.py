@@ -28,9 +28,17 @@ class Heartbeat:
         hung: receives one line that says who does not move. Called in the thread.
     """
 
-    def __init__(self, run_dir: Path, rank: int, interval_s: float, hang_timeout_s: float, hung: Callable[[str], None]) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, interval_s: float, hang_timeout_s: float, hung: Callable[[str], None]
+    ) -> None:
         self.step = 0
-        self._run_dir, self._rank, self._interval_s, self._hang_timeout_s, self._hung = run_dir, rank, interval_s, hang_timeout_s, hung
+        self._run_dir, self._rank, self._interval_s, self._hang_timeout_s, self._hung = (
+            run_dir,
+            rank,
+            interval_s,
+            hang_timeout_s,
+            hung,
+        )
         self.enter("start")
         self._file = rank_file(run_dir, "heartbeats", rank, ".json")
         self._stacks = rank_file(run_dir, "stacks", rank).open("w")
@@ -72,12 +80,20 @@ class Heartbeat:
                 self._write()
             # Code that never lets go of the interpreter (a regular expression, say) stops this thread too. faulthandler's own thread needs
             # no interpreter; it dumps the stacks and ends the process with exit code 1, after the ranks that wait for this one have spoken.
-            faulthandler.dump_traceback_later(self._hang_timeout_s + 4 * self._interval_s, file=self._stacks, exit=True)
+            faulthandler.dump_traceback_later(
+                self._hang_timeout_s + 4 * self._interval_s, file=self._stacks, exit=True
+            )
             if reason := self._why_hung():
                 self._hung(reason)
 
     def _write(self) -> None:
-        beat = {"rank": self._rank, "node": node_name(), "pid": os.getpid(), "step": self.step, "phase": self.phase}
+        beat = {
+            "rank": self._rank,
+            "node": node_name(),
+            "pid": os.getpid(),
+            "step": self.step,
+            "phase": self.phase,
+        }
         write_json(self._file, beat | {"since": self.since, "time": time.time()})
 
     def _why_hung(self) -> str:

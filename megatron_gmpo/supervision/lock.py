@@ -30,28 +30,43 @@ class RunLock:
 
     def __init__(self, run_dir: Path) -> None:
         self._file = (run_dir / "run.lock").open("a+")
-        os.register_at_fork(after_in_child=self._file.close)  # a child that outlives this process must not hold it
+        os.register_at_fork(
+            after_in_child=self._file.close
+        )  # a child that outlives this process must not hold it
         deadline = time.monotonic() + _SAME_JOB_S
         while not self._taken():
             holder = self._holder()
             same_job = holder.get("job") is not None and holder["job"] == os.environ.get("SLURM_JOB_ID")
             if not same_job or time.monotonic() > deadline:
                 job = f" of job {holder['job']}" if holder.get("job") else ""
-                who = f"process {holder['pid']}{job} on {holder['node']} since {holder['start']}" if holder else "a run that just starts"
-                raise InputError(f"run_dir = {str(run_dir)!r} is in use by {who}: wait for its end, or choose another run_dir")
+                who = (
+                    f"process {holder['pid']}{job} on {holder['node']} since {holder['start']}"
+                    if holder
+                    else "a run that just starts"
+                )
+                raise InputError(
+                    f"run_dir = {str(run_dir)!r} is in use by {who}: wait for its end, or choose another run_dir"
+                )
             time.sleep(_POLL_S)
 
     def sign(self) -> None:
         """Writes who holds it."""
         start = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = {"job": os.environ.get("SLURM_JOB_ID"), "node": node_name(), "pid": os.getpid(), "start": start}
+        line = {
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "node": node_name(),
+            "pid": os.getpid(),
+            "start": start,
+        }
         self._file.truncate(0)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def release(self) -> None:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing leaves it to a child that has been forked this moment
+            fcntl.flock(
+                self._file, fcntl.LOCK_UN
+            )  # closing leaves it to a child that has been forked this moment
         self._file.close()
 
     def _taken(self) -> bool:
@@ -60,7 +75,9 @@ class RunLock:
         except BlockingIOError:
             return False
         except OSError as error:
-            log.warning(f"the file system of {self._file.name} has no locks ({error.strerror}): see to it that only one run writes there")
+            log.warning(
+                f"the file system of {self._file.name} has no locks ({error.strerror}): see to it that only one run writes there"
+            )
         return True
 
     def _holder(self) -> dict[str, Any]:

@@ -28,7 +28,14 @@ _ALL_REDUCE_TIMEOUT_S = 300.0
 _POLL_S = 0.2
 
 
-def check_nodes(cfg: SupervisionConfig, run_dir: Path, device: torch.device, checkpoint_bytes: int, *, shared_gpus: bool = False) -> None:
+def check_nodes(
+    cfg: SupervisionConfig,
+    run_dir: Path,
+    device: torch.device,
+    checkpoint_bytes: int,
+    *,
+    shared_gpus: bool = False,
+) -> None:
     """Collective; a minute at most where all is well.
 
     Args:
@@ -42,13 +49,21 @@ def check_nodes(cfg: SupervisionConfig, run_dir: Path, device: torch.device, che
         NodeError: on every rank, naming the first bad node, the check, and how many more there are.
         InputError: on every rank, where the disk that all nodes share is too full.
     """
-    _raise_on_every_rank([*_gpus(device, shared_gpus), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()])
+    _raise_on_every_rank(
+        [*_gpus(device, shared_gpus), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()]
+    )
     _check_space(cfg, run_dir, checkpoint_bytes)
-    _raise_on_every_rank([*_all_reduce(device)])  # last: a rank that is missing something might not come to it
+    _raise_on_every_rank(
+        [*_all_reduce(device)]
+    )  # last: a rank that is missing something might not come to it
 
 
 def _raise_on_every_rank(problems: list[str]) -> None:
-    found = list(dict.fromkeys((node, line) for node, lines in all_gather_objects((node_name(), problems)) for line in lines))
+    found = list(
+        dict.fromkeys(
+            (node, line) for node, lines in all_gather_objects((node_name(), problems)) for line in lines
+        )
+    )
     if found:
         node, line = found[0]
         others = sorted({name for name, _ in found} - {node})

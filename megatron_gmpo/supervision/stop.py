@@ -70,7 +70,13 @@ def job_end_time() -> float:
     try:
         command = ["squeue", "--noheader", "--job", job, "--format", "%e"]
         environment = os.environ | {"SLURM_TIME_FORMAT": "standard"}
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, env=environment)
+        asked = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, env=environment
+        )
         return datetime.fromisoformat(asked.stdout.strip()).timestamp()
-    except (OSError, subprocess.TimeoutExpired, ValueError):  # no squeue here, a controller that does not answer, "N/A"
+    except (
+        OSError,
+        subprocess.TimeoutExpired,
+        ValueError,
+    ):  # no squeue here, a controller that does not answer, "N/A"
         return math.inf

@@ -76,10 +76,15 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
 
 def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, float]]:
     objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
-    return [{name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()} for _ in range(steps)]
+    return [
+        {name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()}
+        for _ in range(steps)
+    ]
 
 
-def replay(cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_logprobs: Tensor | None = None) -> dict[str, Any]:
+def replay(
+    cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_logprobs: Tensor | None = None
+) -> dict[str, Any]:
     """``steps`` steps of ``minibatches`` each after ``set_old_logprobs``, or those given; and what each router of this rank chose in them.
 
     Every token of the batch is another one, by which the routers' choices are told apart: ``chosen`` has (token, layer) -> sets of experts.
@@ -91,7 +96,12 @@ def replay(cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_log
         if cfg.algorithm.kl_coef:
             batch.ref_logprobs = policy.reference_logprobs(batch)
         chosen = watch_routers(policy)
-        history = [step for _ in range(steps) for minibatch in batch.split(minibatches) for step in _steps(policy, minibatch, 1)]
+        history = [
+            step
+            for _ in range(steps)
+            for minibatch in batch.split(minibatches)
+            for step in _steps(policy, minibatch, 1)
+        ]
         return {
             "logprobs": logprobs,
             "ref_logprobs": batch.ref_logprobs,
@@ -108,7 +118,9 @@ def policy_mismatch(cfg: Config, batch: TrainBatch) -> dict[str, Any]:
     """The policy's old log probabilities and how far they, and its routing, are from the rollout's."""
     with opened(cfg) as policy:
         figures = policy.set_old_logprobs(batch) | rollout_mismatch(batch)
-        return {"old_logprobs": batch.old_logprobs} | {name: value_of(metric) for name, metric in figures.items()}
+        return {"old_logprobs": batch.old_logprobs} | {
+            name: value_of(metric) for name, metric in figures.items()
+        }
 
 
 def watch_routers(policy: Policy) -> dict[tuple[int, int], set[tuple[int, ...]]]:
@@ -124,9 +136,13 @@ def watch_routers(policy: Policy) -> dict[tuple[int, int], set[tuple[int, ...]]]
         def stop(_: Any, __: Any, ___: Any, running: list[list[int]] = running) -> None:
             running.pop()
 
-        def note(router: Any, _: Any, output: tuple[Tensor, Tensor], running: list[list[int]] = running) -> None:
+        def note(
+            router: Any, _: Any, output: tuple[Tensor, Tensor], running: list[list[int]] = running
+        ) -> None:
             for token, experts in zip(running[0] if running else [], output[1], strict=False):
-                chosen.setdefault((token, router.layer_number - 1), set()).add(tuple(experts.nonzero()[:, 0].tolist()))
+                chosen.setdefault((token, router.layer_number - 1), set()).add(
+                    tuple(experts.nonzero()[:, 0].tolist())
+                )
 
         chunk.register_forward_pre_hook(start)
         chunk.register_forward_hook(stop)
@@ -139,7 +155,11 @@ def router_gradients(cfg: Config, batch: TrainBatch) -> list[Tensor]:
     """Of each layer, after one step without gradient clipping, on one rank."""
     with opened(cfg) as policy:
         _steps(policy, batch, 1)
-        return [module.weight.main_grad.clone() for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
+        return [
+            module.weight.main_grad.clone()
+            for module in policy.chunks[0].modules()
+            if isinstance(module, TopKRouter)
+        ]
 
 
 def router_logits_dtype(cfg: Config, batch: TrainBatch) -> set[torch.dtype]:
@@ -147,10 +167,15 @@ def router_logits_dtype(cfg: Config, batch: TrainBatch) -> set[torch.dtype]:
     with opened(cfg) as policy:
         policy.logprobs(batch)
         routers = [module for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
-        return {router.gating(torch.ones(1, router.config.hidden_size, dtype=router.weight.dtype)).dtype for router in routers}
+        return {
+            router.gating(torch.ones(1, router.config.hidden_size, dtype=router.weight.dtype)).dtype
+            for router in routers
+        }
 
 
-def run_on(cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int, saves: list[int], keep_last: int = 9) -> dict[str, Any]:
+def run_on(
+    cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int, saves: list[int], keep_last: int = 9
+) -> dict[str, Any]:
     """Steps ``first`` to ``last`` of a run, from the latest checkpoint when ``first`` is not 0, saving after the steps ``saves``."""
     with opened(cfg) as policy:
         if first:
@@ -179,7 +204,11 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
         policy.save(run_dir, 3, {"note": ""}, 1)
         _steps(policy, batch, 1)
         resume(policy, run_dir)
-        return found | {"loaded": exported(), "logprobs_after_load": policy.logprobs(batch), "updates": policy.model.scheduler.num_steps}
+        return found | {
+            "loaded": exported(),
+            "logprobs_after_load": policy.logprobs(batch),
+            "updates": policy.model.scheduler.num_steps,
+        }
 
 
 def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
@@ -271,10 +300,18 @@ def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
         saved = _SavedTensors(weights)
         for chunk in policy.chunks:
             chunk.register_forward_hook(saved.note)
-        with saved, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with (
+            saved,
+            torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profile,
+        ):
             _steps(policy, batch, 1)
         live = peak = 0
-        for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        for event in sorted(
+            (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+            key=lambda e: e.start_ns(),
+        ):
             live += event.nbytes()
             peak = max(peak, live)
         chunks: Any = policy.chunks
@@ -282,7 +319,13 @@ def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
         optimizers = getattr(policy.model.optimizer, "chained_optimizers", [policy.model.optimizer])
         torch_optimizers = [optimizer.optimizer for optimizer in optimizers]
         held = [param for one in torch_optimizers for group in one.param_groups for param in group["params"]]
-        held += [value for one in torch_optimizers for state in one.state.values() for value in state.values() if torch.is_tensor(value)]
+        held += [
+            value
+            for one in torch_optimizers
+            for state in one.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        ]
         reference = policy.reference or []
         return {
             "weights": sum(weights.values()),

@@ -36,7 +36,8 @@ class RankPool:
         self._tasks = [context.Queue() for _ in range(size)]
         self._results = context.Queue()
         self._workers = [
-            context.Process(target=_work, args=(rank, tasks, self._results), daemon=False) for rank, tasks in enumerate(self._tasks)
+            context.Process(target=_work, args=(rank, tasks, self._results), daemon=False)
+            for rank, tasks in enumerate(self._tasks)
         ]  # daemons may have no children, and Megatron's checkpoint writer is one
         for worker in self._workers:
             worker.start()
@@ -60,7 +61,9 @@ class RankPool:
                 if self.alive and time.monotonic() < deadline:
                     continue
                 self.close()
-                raise TimeoutError(f"{function.__name__}: of {world_size} ranks only {sorted(results)} answered") from None
+                raise TimeoutError(
+                    f"{function.__name__}: of {world_size} ranks only {sorted(results)} answered"
+                ) from None
             if failure:
                 self.close()
                 raise AssertionError(f"rank {rank} of {world_size}:\n{failure}")
@@ -75,7 +78,9 @@ class RankPool:
         for worker in self._workers:
             if worker.is_alive():
                 with suppress(ProcessLookupError):  # it is so young that it has no group yet
-                    os.killpg(worker.pid, signal.SIGKILL)  # with Megatron's checkpoint writer, which would outlive it
+                    os.killpg(
+                        worker.pid, signal.SIGKILL
+                    )  # with Megatron's checkpoint writer, which would outlive it
                 worker.kill()
             worker.join()
         self._folder.cleanup()
@@ -90,7 +95,9 @@ def _work(rank: int, tasks: Any, results: Any) -> None:
     from megatron_gmpo.platform import prepare_megatron
 
     main: Any = sys.modules["__main__"]
-    main.__spec__ = main.__file__ = None  # what this process spawns, Megatron's checkpoint writer, need not import it
+    main.__spec__ = main.__file__ = (
+        None  # what this process spawns, Megatron's checkpoint writer, need not import it
+    )
     torch.set_num_threads(1)
     prepare_megatron(torch.device("cpu"))
     pool = multiprocessing.parent_process()

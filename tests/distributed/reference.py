@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 
 def load_float64(path: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     return model.train()
 
 
@@ -26,7 +28,9 @@ def sequence_logprobs(model: Any, tokens: Tensor, temperature: float) -> tuple[T
     """(L,) log probability of each token given those before it, and the entropy it was drawn under; both 0 for the first."""
     logps = torch.log_softmax(model(tokens[None]).logits[0] / temperature, -1)[:-1]
     zero = logps.new_zeros(1)
-    return torch.cat([zero, logps.gather(1, tokens[1:, None])[:, 0]]), torch.cat([zero, -(logps.exp() * logps).sum(-1)])
+    return torch.cat([zero, logps.gather(1, tokens[1:, None])[:, 0]]), torch.cat(
+        [zero, -(logps.exp() * logps).sum(-1)]
+    )
 
 
 def spans(batch: Any) -> list[slice]:
@@ -41,7 +45,9 @@ def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
     """
     place = {token: i for i, token in enumerate(tokens.tolist())}
     rows: list[list[int]] = []
-    model.register_forward_pre_hook(lambda _, args: rows.append([place[token] for token in args[0][0].tolist()]))
+    model.register_forward_pre_hook(
+        lambda _, args: rows.append([place[token] for token in args[0][0].tolist()])
+    )
 
     force_experts(model, lambda layer: experts[rows[-1], layer].long())
 
@@ -64,7 +70,9 @@ def own_routing(path: Path, batch: Any) -> Tensor:
     model = load_float64(path)
     routed: list[list[Tensor]] = [[] for _ in model.model.layers]
     for layer, module in enumerate(model.model.layers):
-        module.mlp.gate.register_forward_hook(lambda _, __, output, layer=layer: routed[layer].append(output[2]))
+        module.mlp.gate.register_forward_hook(
+            lambda _, __, output, layer=layer: routed[layer].append(output[2])
+        )
     for span in spans(batch):
         model(batch.tokens[span][None])
     return torch.stack([torch.cat(of_layer) for of_layer in routed], 1)
@@ -100,7 +108,9 @@ def batch_logprobs(path: Path, batch: Any, temperature: float = 1.0, experts: Te
     model = load_float64(path)
     if experts is not None:
         force_routing(model, batch.tokens, experts)
-    logprobs = torch.cat([sequence_logprobs(model, batch.tokens[span], temperature)[0] for span in spans(batch)])
+    logprobs = torch.cat(
+        [sequence_logprobs(model, batch.tokens[span], temperature)[0] for span in spans(batch)]
+    )
     return logprobs * batch.response_mask
 
 
@@ -178,7 +188,9 @@ def train(
     logits: list[list[Tensor]] = [[] for _ in gates]
     for of_layer, gate in zip(logits, gates, strict=True):
         gate.weight.requires_grad_(not freeze_router)
-        gate.register_forward_hook(lambda gate, args, _, of=of_layer: of.append(args[0].flatten(0, -2) @ gate.weight.T))
+        gate.register_forward_hook(
+            lambda gate, args, _, of=of_layer: of.append(args[0].flatten(0, -2) @ gate.weight.T)
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0)
     losses, norms, shifts = [], [], []
     old_routers = None

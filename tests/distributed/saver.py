@@ -30,7 +30,9 @@ SAVES_BEFORE_DEATH = 2
 RANDOM_MOMENTS = 3
 
 
-def live(model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[Any, str, int] | None) -> None:
+def live(
+    model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[Any, str, int] | None
+) -> None:
     """Loads, checks, and saves until killed: by itself, with a ``place``, in the save after those it has reported."""
     start_process_group(cases.CPU, 60)
     with cases.opened(config(model, {}, max_tokens=64)) as policy:
@@ -39,7 +41,9 @@ def live(model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[
         first = 0
         if checkpoint := native.latest_checkpoint(run_dir):
             first = policy.load(checkpoint)["step"]
-            assert all(bool((state == first).all()) for state in states(policy)), f"torn checkpoint of step {first}"
+            assert all(bool((state == first).all()) for state in states(policy)), (
+                f"torn checkpoint of step {first}"
+            )
         report(f"loaded {first}")
         for step in range(first + 1, first + 1000):
             for state in states(policy):
@@ -65,12 +69,16 @@ def die_at(owner: Any, name: str, call: int) -> None:
 
 def states(policy: Policy) -> list[torch.Tensor]:
     slots = list(native._slots(policy.model.optimizer))
-    return [slot.parameter.data for slot in slots] + [tensor for slot in slots for tensor in slot.tensors.values()]
+    return [slot.parameter.data for slot in slots] + [
+        tensor for slot in slots for tensor in slot.tensors.values()
+    ]
 
 
 def main(model: Path, run_dir: Path, seed: int) -> None:
     this: Any = sys.modules["__main__"]
-    this.__spec__ = this.__file__ = None  # what a life spawns, Megatron's checkpoint writer, need not import it
+    this.__spec__ = this.__file__ = (
+        None  # what a life spawns, Megatron's checkpoint writer, need not import it
+    )
     prepare_megatron(cases.CPU)
     torch.set_num_threads(1)
     choose = random.Random(seed)

@@ -47,7 +47,12 @@ LAYOUTS: dict[str, Layout] = {
 
 def make_config(layout: str, path: Path, dtype: str = "fp32") -> tuple[int, Config]:
     world_size, parallel, distributed = LAYOUTS[layout]
-    optimizer = {"use_distributed_optimizer": distributed, "lr_schedule": "linear", "lr_warmup_steps": 3, "weight_decay": 0.1}
+    optimizer = {
+        "use_distributed_optimizer": distributed,
+        "lr_schedule": "linear",
+        "lr_warmup_steps": 3,
+        "weight_decay": 0.1,
+    }
     changes: dict[str, Any] = {"optimizer": optimizer, "model": {"dtype": dtype}, "train": {"num_steps": 8}}
     return world_size, config(path, parallel, max_tokens=64, **changes)
 
@@ -59,7 +64,13 @@ def model_of(tiny_model: Callable[..., Path]) -> Callable[[str], Path]:
 
     def make(name: str) -> Path:
         family, _, tied = name.partition(" ")
-        options = {"hidden_size": 32, "ffn_hidden_size": 32, "head_dim": 16, "num_experts": 4, "tie_word_embeddings": bool(tied)}
+        options = {
+            "hidden_size": 32,
+            "ffn_hidden_size": 32,
+            "head_dim": 16,
+            "num_experts": 4,
+            "tie_word_embeddings": bool(tied),
+        }
         return tiny_model(family, tokenizer=tokenizer, **options)
 
     return make
@@ -72,7 +83,9 @@ def replayed(path: Path) -> TrainBatch:
 
 
 @pytest.fixture(scope="session")
-def straight_runs(model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[str, Any]]]:
+def straight_runs(
+    model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, dict[str, Any]]]:
     """Four steps in one go in a layout, with a checkpoint after the second: its folder and what rank 0 returned."""
     done: dict[tuple[str, str, str], tuple[Path, dict[str, Any]]] = {}
 
@@ -135,7 +148,9 @@ def test_two_steps_and_two_after_resuming_are_four_steps(
     tolerance = {"fp32": 1e-5, "bf16": 2e-3}[dtype]
     for name in ("loss", "grad_norm", "learning_rate"):
         wanted = [step[name] for step in straight["history"][2:]]
-        assert [step[name] for step in resumed["history"]] == pytest.approx(wanted, rel=tolerance, abs=tolerance), name
+        assert [step[name] for step in resumed["history"]] == pytest.approx(
+            wanted, rel=tolerance, abs=tolerance
+        ), name
     assert distance(resumed["weights"], straight["weights"], reference.saved_tensors(path)) < 10 * tolerance
 
 
@@ -146,24 +161,36 @@ def distance(weights: dict[str, Tensor], expected: dict[str, Tensor], start: dic
     return float((off / moved) ** 0.5)
 
 
-def test_saving_leaves_the_run_as_it_was(ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_saving_leaves_the_run_as_it_was(
+    ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     path = model_of("qwen3_moe")
     world_size, cfg = make_config("ep2 distributed optimizer", path, "bf16")
-    saving, plain = (ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path, 0, 3, saves)[0] for saves in ([1, 2], []))
+    saving, plain = (
+        ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path, 0, 3, saves)[0]
+        for saves in ([1, 2], [])
+    )
     assert saving["history"] == plain["history"]
     for name, tensor in plain["weights"].items():
         assert torch.equal(saving["weights"][name], tensor), name
 
 
-def test_saving_before_the_first_step(ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_saving_before_the_first_step(
+    ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     path = model_of("qwen3")
     for layout in ("one rank", "dp2 distributed optimizer"):
         world_size, cfg = make_config(layout, path)
-        fresh, after = (ranks.run(world_size, cases.steps_after_saving, cfg, replayed(path), tmp_path, save)[0] for save in (False, True))
+        fresh, after = (
+            ranks.run(world_size, cases.steps_after_saving, cfg, replayed(path), tmp_path, save)[0]
+            for save in (False, True)
+        )
         assert fresh == after
 
 
-def test_every_generator_goes_on_where_it_was(ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_generator_goes_on_where_it_was(
+    ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     world_size, cfg = make_config("tp2 ep2", model_of("qwen3_moe"))
     numbers = ranks.run(world_size, cases.random_numbers, cfg, tmp_path)
     for before, again in numbers:
@@ -172,14 +199,19 @@ def test_every_generator_goes_on_where_it_was(ranks: RankPool, model_of: Callabl
 
 
 def test_megatron_alone_reads_a_checkpoint(
-    ranks: RankPool, straight_runs: Callable[..., tuple[Path, dict[str, Any]]], model_of: Callable[[str], Path], tmp_path: Path
+    ranks: RankPool,
+    straight_runs: Callable[..., tuple[Path, dict[str, Any]]],
+    model_of: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     path = model_of("qwen3_moe")
     for layout in ("tp2 ep2", "pp2 vpp2 ep2"):
         world_size, cfg = make_config(layout, path)
         at_two = ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path / layout, 0, 2, [2])[0]
         checkpoint = native.latest_checkpoint(tmp_path / layout)
-        saved, names, weights = ranks.run(1, cases.load_with_megatron_alone, make_config("one rank", path)[1], checkpoint)[0]
+        saved, names, weights = ranks.run(
+            1, cases.load_with_megatron_alone, make_config("one rank", path)[1], checkpoint
+        )[0]
         moments = {f"optimizer.{moment}.{name}" for name in names for moment in ("exp_avg", "exp_avg_sq")}
         assert "embedding.word_embeddings.weight" in names
         assert saved == names | moments
@@ -188,7 +220,9 @@ def test_megatron_alone_reads_a_checkpoint(
 
 
 def test_another_model_or_precision_is_refused(
-    ranks: RankPool, straight_runs: Callable[..., tuple[Path, dict[str, Any]]], model_of: Callable[[str], Path]
+    ranks: RankPool,
+    straight_runs: Callable[..., tuple[Path, dict[str, Any]]],
+    model_of: Callable[[str], Path],
 ) -> None:
     folder, _ = straight_runs(ranks, "qwen3", "one rank", "fp32")
     others = {"qwen3 tied": "tie_word_embeddings = False", "qwen3_moe": "model_type = 'qwen3'"}
@@ -196,7 +230,9 @@ def test_another_model_or_precision_is_refused(
         for message in ranks.run(2, cases.refused_resume, make_config("dp2", model_of(model))[1], folder):
             assert "of another model" in message
             assert named in message
-    (message,) = ranks.run(1, cases.refused_resume, make_config("one rank", model_of("qwen3"), "bf16")[1], folder)
+    (message,) = ranks.run(
+        1, cases.refused_resume, make_config("one rank", model_of("qwen3"), "bf16")[1], folder
+    )
     assert "dtype = 'fp32'" in message
 
 
@@ -230,7 +266,14 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
 
 
 def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.distributed.saver", str(model_of("qwen3")), str(tmp_path / "run"), "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.distributed.saver",
+        str(model_of("qwen3")),
+        str(tmp_path / "run"),
+        "0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lives = [line.split() for line in done.stdout.splitlines()]
@@ -239,5 +282,7 @@ def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path]
         assert life[0] == "loaded"
         steps = [int(word) for word in life[1::2]]
         assert len(steps) > 2
-        assert steps[-1] <= int(after[1]) <= steps[-1] + 1  # nothing that was reported is lost; the interrupted one may have made it
+        assert (
+            steps[-1] <= int(after[1]) <= steps[-1] + 1
+        )  # nothing that was reported is lost; the interrupted one may have made it
     assert len(list((tmp_path / "run").glob(".partial_iter_*"))) <= 1

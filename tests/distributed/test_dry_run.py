@@ -20,7 +20,11 @@ from .ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 
-TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+TP, PP, VPP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
 LENGTH, SEQUENCES, MICROBATCHES = 128, 4, 4
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -52,7 +56,12 @@ def batch_for(replicas: int) -> TrainBatch:
     ],
 )
 def test_memory_of_every_rank(
-    ranks: RankPool, tiny_model: Callable[..., Path], family: Any, world_size: int, parallel: dict[str, int], changes: dict[str, Any]
+    ranks: RankPool,
+    tiny_model: Callable[..., Path],
+    family: Any,
+    world_size: int,
+    parallel: dict[str, int],
+    changes: dict[str, Any],
 ) -> None:
     tree: dict[str, Any] = {
         "device": "cpu",
@@ -62,13 +71,22 @@ def test_memory_of_every_rank(
         "model": {"path": str(tiny_model(family)), "dtype": "bf16"} | changes.get("model", {}),
     }
     cfg = Config.model_validate(tree)
-    found = ranks.run(world_size, cases.memory, cfg, batch_for(world_size // cfg.parallel.model_parallel_size))
+    found = ranks.run(
+        world_size, cases.memory, cfg, batch_for(world_size // cfg.parallel.model_parallel_size)
+    )
     description = describe_model(cfg, world_size, torch.device("cpu"))
     stages = parallel.get(PP, 1)
     # torch on a CPU has no fused attention under a mask or with two head sizes, and keeps more
     fused = CP not in parallel and family != "deepseek_v3"
     for stage in range(stages):
-        plan = dry_run(cfg, description, world_size=world_size, stage=stage, lengths=[LENGTH] * SEQUENCES, num_microbatches=MICROBATCHES)
+        plan = dry_run(
+            cfg,
+            description,
+            world_size=world_size,
+            stage=stage,
+            lengths=[LENGTH] * SEQUENCES,
+            num_microbatches=MICROBATCHES,
+        )
         of_stage = found[stage * world_size // stages : (stage + 1) * world_size // stages]
         for name in ("weights", "gradients", "optimizer", "reference"):
             assert getattr(plan, name) == pytest.approx(of_stage[0][name], rel=0.01), name
@@ -79,4 +97,6 @@ def test_memory_of_every_rank(
         if fused:
             assert plan.activations == pytest.approx(kept, rel=0.1)
         if fused and world_size == 1:  # gloo takes memory of its own
-            assert plan.total == pytest.approx(plan.resident + mean(rank["peak"] for rank in of_stage), rel=0.1)
+            assert plan.total == pytest.approx(
+                plan.resident + mean(rank["peak"] for rank in of_stage), rel=0.1
+            )

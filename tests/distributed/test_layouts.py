@@ -22,7 +22,11 @@ from .ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 
-TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+TP, PP, VPP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
 VOCAB = 259  # of the text tokenizer: prime to 128 and to every layout
 STEPS = 3
@@ -34,9 +38,13 @@ def make_batch() -> TrainBatch:
     generator = torch.Generator().manual_seed(0)
     lengths = [13, 1, 29, 7, 40, 2, 18, 5]
     prompts = [3, 1, 5, 7, 8, 1, 3, 4]  # sequence 3 is all prompt
-    mask = torch.cat([torch.arange(length) >= prompt for length, prompt in zip(lengths, prompts, strict=True)])
+    mask = torch.cat(
+        [torch.arange(length) >= prompt for length, prompt in zip(lengths, prompts, strict=True)]
+    )
     advantages = torch.tensor([1.0, 2.0, -1.0, 0.5, -0.5, 2.0, 0.0, -0.7])
-    tokens = torch.randint(3, VOCAB, (sum(lengths),), generator=generator)  # the embedding of <pad>, 0, has no gradient in transformers
+    tokens = torch.randint(
+        3, VOCAB, (sum(lengths),), generator=generator
+    )  # the embedding of <pad>, 0, has no gradient in transformers
     return TrainBatch(tokens, torch.tensor(lengths), mask, advantages, torch.zeros(len(tokens)))
 
 
@@ -56,7 +64,14 @@ class Reference:
         key = (family, minibatches, *sorted(options.items()))
         if key not in self._known:
             path, batch = self.model(family), make_batch().split(minibatches)[0]
-            settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0, "temperature": 1.0}
+            settings = {
+                "loss": "gmpo",
+                "clip_low": CLIP,
+                "clip_high": CLIP,
+                "kl_coef": 0.0,
+                "entropy_coef": 0.0,
+                "temperature": 1.0,
+            }
             settings |= {"lr": LR, "eps": EPS, "clip_grad": CLIP_GRAD} | options
             old = reference.batch_logprobs(path, batch, settings["temperature"])
             noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
@@ -90,8 +105,13 @@ def config(path: Path, parallel: dict[str, int], *, max_tokens: int, **changes: 
 def distance(weights: dict[str, Tensor], expected: dict[str, Any]) -> float:
     """|weights - expected| relative to |update|, over all weights together."""
     assert weights.keys() == expected["weights"].keys()
-    off = sum((weights[name].double() - tensor).square().sum() for name, tensor in expected["weights"].items())
-    moved = sum((tensor - expected["before"][name].double()).square().sum() for name, tensor in expected["weights"].items())
+    off = sum(
+        (weights[name].double() - tensor).square().sum() for name, tensor in expected["weights"].items()
+    )
+    moved = sum(
+        (tensor - expected["before"][name].double()).square().sum()
+        for name, tensor in expected["weights"].items()
+    )
     return float((off / moved).sqrt())
 
 
@@ -137,7 +157,16 @@ MOE: dict[str, tuple[int, dict[str, int], bool]] = {
 
 
 BUDGETS = {"a sequence each": 1, "a few": 64, "all in one": 4096}
-PRODUCTS = ["tp2 cp2", "tp2 cp2 ep2", "tp2 cp2 etp2", "etp2 ep2", "tp2 ep2 etp2", "cp2 ep2 etp2", "dp2 tp2 ep4", "dp2 tp2 ep2"]
+PRODUCTS = [
+    "tp2 cp2",
+    "tp2 cp2 ep2",
+    "tp2 cp2 etp2",
+    "etp2 ep2",
+    "tp2 ep2 etp2",
+    "cp2 ep2 etp2",
+    "dp2 tp2 ep4",
+    "dp2 tp2 ep2",
+]
 """Layouts of two whose parts are tested with every budget."""
 
 
@@ -150,7 +179,9 @@ PRODUCTS = ["tp2 cp2", "tp2 cp2 ep2", "tp2 cp2 etp2", "etp2 ep2", "tp2 ep2 etp2"
         for budget in (["a few"] if layout in PRODUCTS else ["a sequence each", "all in one"])
     ],
 )
-def test_layout_equals_float64_reference(ranks: RankPool, expected: Reference, family: Family, layout: str, budget: str) -> None:
+def test_layout_equals_float64_reference(
+    ranks: RankPool, expected: Reference, family: Family, layout: str, budget: str
+) -> None:
     known = expected(family)
     world_size, parallel, distributed = (LAYOUTS | DENSE | MOE)[layout]
     optimizer = {"use_distributed_optimizer": distributed}
@@ -169,7 +200,9 @@ def test_layout_equals_float64_reference(ranks: RankPool, expected: Reference, f
         ("glm4_moe", "tp2 ep2"),
     ],
 )
-def test_shared_experts_and_a_router_bias(ranks: RankPool, expected: Reference, family: Family, layout: str) -> None:
+def test_shared_experts_and_a_router_bias(
+    ranks: RankPool, expected: Reference, family: Family, layout: str
+) -> None:
     known = expected(family, clip_grad=0.1)
     world_size, parallel, distributed = (LAYOUTS | MOE)[layout]
     optimizer = {"use_distributed_optimizer": distributed, "clip_grad": 0.1}
@@ -207,7 +240,9 @@ def test_kl_and_entropy_penalties(ranks: RankPool, expected: Reference, family: 
     assert known["losses"][0] != pytest.approx(expected(family)["losses"][0], rel=0.01)
     world_size, parallel, _ = (LAYOUTS | MOE)[layout]
     penalties = {"kl_coef": 0.2, "entropy_coef": 0.05}
-    cfg = config(known["path"], parallel, max_tokens=40, algorithm=penalties, model={"reference_path": str(ref_path)})
+    cfg = config(
+        known["path"], parallel, max_tokens=40, algorithm=penalties, model={"reference_path": str(ref_path)}
+    )
     check(ranks.run(world_size, cases.train, cfg, known["batch"], STEPS), known)
 
 
@@ -227,8 +262,12 @@ def test_activation_recomputation(ranks: RankPool, expected: Reference, layout: 
 
 
 @pytest.mark.parametrize("layout", ["dp2 distributed optimizer", "ep2"])
-def test_gradient_norm_is_reported_without_clipping(ranks: RankPool, expected: Reference, layout: str) -> None:
-    known = expected("qwen3_moe", clip_grad=1e-9)  # only the first step's norm is comparable, and the update is not
+def test_gradient_norm_is_reported_without_clipping(
+    ranks: RankPool, expected: Reference, layout: str
+) -> None:
+    known = expected(
+        "qwen3_moe", clip_grad=1e-9
+    )  # only the first step's norm is comparable, and the update is not
     world_size, parallel, distributed = (LAYOUTS | MOE)[layout]
     optimizer = {"clip_grad": 0.0, "use_distributed_optimizer": distributed}
     cfg = config(known["path"], parallel, max_tokens=40, optimizer=optimizer)
@@ -237,7 +276,9 @@ def test_gradient_norm_is_reported_without_clipping(ranks: RankPool, expected: R
 
 
 @pytest.mark.parametrize("layout", [{EP: 2}, {}, {EP: 4}])
-def test_fewer_sequences_than_data_parallel_ranks(ranks: RankPool, expected: Reference, layout: dict[str, int]) -> None:
+def test_fewer_sequences_than_data_parallel_ranks(
+    ranks: RankPool, expected: Reference, layout: dict[str, int]
+) -> None:
     known = expected("qwen3_moe", minibatches=3)
     assert len(known["batch"]) == 3
     cfg = config(known["path"], layout, max_tokens=4096)
@@ -259,10 +300,15 @@ def test_a_loss_that_is_not_finite_stops_every_rank(ranks: RankPool, expected: R
     advantages = known["batch"].advantages.clone()
     advantages[2] = math.nan
     cfg = config(known["path"], {PP: 2}, max_tokens=1)
-    assert ranks.run(4, cases.failure, cfg, replace(known["batch"], advantages=advantages)) == ["loss is nan"] * 4
+    assert (
+        ranks.run(4, cases.failure, cfg, replace(known["batch"], advantages=advantages))
+        == ["loss is nan"] * 4
+    )
 
 
-@pytest.mark.parametrize(("family", "layout"), [("qwen3", "tp2"), ("qwen3_moe", "ep2 distributed optimizer"), ("qwen3_moe", "ep2")])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("qwen3", "tp2"), ("qwen3_moe", "ep2 distributed optimizer"), ("qwen3_moe", "ep2")]
+)
 def test_bf16(ranks: RankPool, expected: Reference, family: Family, layout: str) -> None:
     known = expected(family)
     world_size, parallel, distributed = (DENSE | MOE)[layout]
@@ -273,5 +319,7 @@ def test_bf16(ranks: RankPool, expected: Reference, family: Family, layout: str)
     assert results[0]["history"][0]["grad_norm"] == pytest.approx(known["norms"][0], rel=0.05)
     assert {tensor.dtype for tensor in results[0]["weights"].values()} == {torch.bfloat16}
     for name, tensor in results[0]["weights"].items():
-        may_stay = tensor.ndim == 1 or ".experts." in name  # a norm near 1 may round back, an expert may see no token
+        may_stay = (
+            tensor.ndim == 1 or ".experts." in name
+        )  # a norm near 1 may round back, an expert may see no token
         assert may_stay or not torch.equal(tensor, known["before"][name].bfloat16()), name

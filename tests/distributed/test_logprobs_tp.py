@@ -32,7 +32,12 @@ def outputs_and_gradient(vocab_size: int, chunk_tokens: int) -> tuple[Tensor, Te
     logits, labels, weights = make(vocab_size)
     mine = logits.chunk(dist.get_world_size(), 1)[dist.get_rank()].clone().requires_grad_()
     logprobs, entropy = vocab_parallel_logprobs(
-        mine, labels, vocab_size=vocab_size, tp_group=dist.group.WORLD, temperature=TEMPERATURE, chunk_tokens=chunk_tokens
+        mine,
+        labels,
+        vocab_size=vocab_size,
+        tp_group=dist.group.WORLD,
+        temperature=TEMPERATURE,
+        chunk_tokens=chunk_tokens,
     )
     (gradient,) = torch.autograd.grad((weights * torch.stack([logprobs, entropy])).sum(), mine)
     return logprobs.detach(), entropy.detach(), gradient
@@ -41,7 +46,9 @@ def outputs_and_gradient(vocab_size: int, chunk_tokens: int) -> tuple[Tensor, Te
 @pytest.mark.parametrize("chunk_tokens", [4, 64])
 @pytest.mark.parametrize("vocab_size", [64, 50, 33, 32, 20, 5])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_agree_with_one_process(ranks: RankPool, world_size: int, vocab_size: int, chunk_tokens: int) -> None:
+def test_ranks_agree_with_one_process(
+    ranks: RankPool, world_size: int, vocab_size: int, chunk_tokens: int
+) -> None:
     logits, labels, weights = make(vocab_size)
     exact = logits.double().requires_grad_()
     logp = torch.log_softmax(exact[:, :vocab_size] / TEMPERATURE, -1)

@@ -51,7 +51,9 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """40 tokens of 5 sequences, the last one fully masked; equal on every rank."""
     g = torch.Generator().manual_seed(0)
     ids = torch.arange(40) % S
-    random = {name: torch.randn(40, generator=g, dtype=torch.float64) for name in ("new", "old", "ref", "entropy")}
+    random = {
+        name: torch.randn(40, generator=g, dtype=torch.float64) for name in ("new", "old", "ref", "entropy")
+    }
     return {
         "logprobs": (random["new"] * 0.5 - 2).to(dtype),
         "old_logprobs": (random["new"] * 0.5 - 2 + random["old"] * 0.5).to(dtype),
@@ -113,13 +115,21 @@ def check_case(name: str, options: dict, holders: str, dtype: torch.dtype, group
             assert_close(torch.as_tensor(local.count), torch.as_tensor(metric.count), **tolerance)
         else:
             extreme = torch.as_tensor(local.total).clone()
-            dist.all_reduce(extreme, dist.ReduceOp.MAX if metric.op == "max" else dist.ReduceOp.MIN, group=group)
+            dist.all_reduce(
+                extreme, dist.ReduceOp.MAX if metric.op == "max" else dist.ReduceOp.MIN, group=group
+            )
             assert_close(extreme, torch.as_tensor(metric.total), **tolerance)
 
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=60),
+    )
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {2: pairs[rank // 2], RANKS: dist.group.WORLD}
     done = 0
@@ -130,7 +140,9 @@ def worker(rank: int, folder: str) -> None:
                     try:
                         check_case(name, options, holders, dtype, group)
                     except AssertionError as error:
-                        raise AssertionError(f"{name} {options}, cp {size}, {holders}, {dtype}: {error}") from error
+                        raise AssertionError(
+                            f"{name} {options}, cp {size}, {holders}, {dtype}: {error}"
+                        ) from error
                     done += 1
     assert done == 3 * len(CASES) * len(HOLDERS)
     (Path(folder) / f"done{rank}").touch()

@@ -54,11 +54,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe mlp_only_layers": ("qwen3_moe", {"mlp_only_layers": [0, 3], "intermediate_size": 48}),
     "qwen3_moe decoder_sparse_step": ("qwen3_moe", {"decoder_sparse_step": 2, "intermediate_size": 48}),
     "deepseek_v3": ("deepseek_v3", {"v_head_dim": 12}),
-    "deepseek_v3 no query rank": ("deepseek_v3", {"q_lora_rank": None, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}),
-    "deepseek_v3 all experts": ("deepseek_v3", {"first_k_dense_replace": 0, "n_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-2}),
-    "deepseek_v3 yarn rope": ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, **WIDE}),
+    "deepseek_v3 no query rank": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v3 all experts": (
+        "deepseek_v3",
+        {"first_k_dense_replace": 0, "n_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-2},
+    ),
+    "deepseek_v3 yarn rope": (
+        "deepseek_v3",
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, **WIDE},
+    ),
     "deepseek_v3 yarn rope without mscale": ("deepseek_v3", {"rope_parameters": YARN, **WIDE}),
-    "glm4_moe plain attention": ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "first_k_dense_replace": 2}),
+    "glm4_moe plain attention": (
+        "glm4_moe",
+        {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "first_k_dense_replace": 2},
+    ),
 }
 """Families with changes of config.json; a family's own name is the family as ``tiny_model`` makes it."""
 
@@ -104,20 +116,26 @@ COVERED = {
 
 
 @pytest.fixture(scope="session")
-def model_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def model_folder(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """The folder of a family or of one of MODELS, every weight random, and large enough for attention to look at some tokens only."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
             family, changes = MODELS.get(name, (name, {}))
-            hf = AutoConfig.from_pretrained(tiny_model(family, hidden_size=32, ffn_hidden_size=32, head_dim=16))
+            hf = AutoConfig.from_pretrained(
+                tiny_model(family, hidden_size=32, ffn_hidden_size=32, head_dim=16)
+            )
             hf.update({"vocab_size": VOCAB, "max_position_embeddings": 131072, **changes})
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32)
             with torch.no_grad():
                 for tensor in model.state_dict().values():
-                    torch.nn.init.normal_(tensor, mean=float(tensor.ndim == 1), std=0.3 if tensor.ndim > 1 else 0.1)
+                    torch.nn.init.normal_(
+                        tensor, mean=float(tensor.ndim == 1), std=0.3 if tensor.ndim > 1 else 0.1
+                    )
             made[name] = tmp_path_factory.mktemp("model")
             model.save_pretrained(made[name])
         return made[name]
@@ -125,7 +143,9 @@ def model_folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempP
     return make
 
 
-@pytest.mark.parametrize(("model", "layout"), [(model, layout) for model, layouts in COVERED.items() for layout in layouts])
+@pytest.mark.parametrize(
+    ("model", "layout"), [(model, layout) for model, layouts in COVERED.items() for layout in layouts]
+)
 def test_logprobs_are_transformers_and_export_is_the_source(
     ranks: RankPool, model_folder: Callable[[str], Path], model: str, layout: str
 ) -> None:
@@ -166,19 +186,25 @@ def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path],
     scaled = reference.load_float64(path)
     hf = AutoConfig.from_pretrained(path)
     hf.rope_parameters = {"rope_type": "default", "rope_theta": hf.rope_parameters["rope_theta"]}
-    plain = AutoModelForCausalLM.from_config(hf, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager")
+    plain = AutoModelForCausalLM.from_config(
+        hf, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
     plain.load_state_dict(scaled.state_dict())
     with torch.no_grad():
         scaled, plain = (reference.sequence_logprobs(model, tokens, 1.0)[0] for model in (scaled, plain))
     assert (scaled - plain).abs().max() > 0.1
 
 
-def test_a_folder_with_shards_and_an_index_and_bf16_weights(ranks: RankPool, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_folder_with_shards_and_an_index_and_bf16_weights(
+    ranks: RankPool, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = AutoModelForCausalLM.from_pretrained(model_folder("qwen3_moe"), dtype=torch.bfloat16)
     source.save_pretrained(tmp_path, max_shard_size="100KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     cfg = config(tmp_path, {TP: 2, EP: 2}, max_tokens=64, model={"dtype": "bf16"})
-    assert_same_tensors(ranks.run(2, cases.train, cfg, make_batch(), 0)[0]["weights"], reference.saved_tensors(tmp_path))
+    assert_same_tensors(
+        ranks.run(2, cases.train, cfg, make_batch(), 0)[0]["weights"], reference.saved_tensors(tmp_path)
+    )
 
 
 @pytest.fixture
@@ -201,8 +227,14 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "missing norm of the last stage": (lambda t: t.pop(NORM), f"lacks the tensor '{NORM}'"),
     "missing tensor of one expert": (lambda t: t.pop(FC2), f"lacks the tensor '{FC2}'"),
     "missing head": (lambda t: t.pop("lm_head.weight"), "lacks the tensor 'lm_head.weight'"),
-    "extra bias": (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}), "'model.layers.1.self_attn.q_proj.bias'"),
-    "extra layer": (lambda t: t.update({NORM.replace("3", "4"): t[NORM].clone()}), f"'{NORM.replace('3', '4')}'"),
+    "extra bias": (
+        lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}),
+        "'model.layers.1.self_attn.q_proj.bias'",
+    ),
+    "extra layer": (
+        lambda t: t.update({NORM.replace("3", "4"): t[NORM].clone()}),
+        f"'{NORM.replace('3', '4')}'",
+    ),
     "misshapen expert": (lambda t: t.update({FC2: t[FC2][:, :-2].contiguous()}), f"{FC2} (32, 30)"),
     "misshapen norm": (lambda t: t.update({NORM: torch.ones(1)}), f"{NORM} (1,)"),
     "misshapen key": (
@@ -227,14 +259,23 @@ def test_a_folder_that_does_not_fit_is_refused_on_every_rank(
 ) -> None:
     change, named = REFUSED[name]
     world_size, parallel = LAYOUTS[layout]
-    messages = ranks.run(world_size, cases.refusal, config(broken_folder("qwen3_moe", change), parallel, max_tokens=64))
+    messages = ranks.run(
+        world_size, cases.refusal, config(broken_folder("qwen3_moe", change), parallel, max_tokens=64)
+    )
     for message in messages:
         assert named in message
         assert "\n" not in message
 
 
-def test_megatron_fields_that_add_parameters_are_refused(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
-    cfg = config(model_folder("qwen3_moe"), {PP: 2}, max_tokens=64, megatron={"moe_shared_expert_intermediate_size": 32})
+def test_megatron_fields_that_add_parameters_are_refused(
+    ranks: RankPool, model_folder: Callable[[str], Path]
+) -> None:
+    cfg = config(
+        model_folder("qwen3_moe"),
+        {PP: 2},
+        max_tokens=64,
+        megatron={"moe_shared_expert_intermediate_size": 32},
+    )
     for message in ranks.run(2, cases.refusal, cfg):
         assert "no conversion rule for Megatron parameter" in message
         assert "shared_experts" in message
@@ -244,13 +285,22 @@ def test_weights_that_are_no_safetensors(ranks: RankPool, broken_folder: Callabl
     path = broken_folder("qwen3", lambda tensors: None)
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    assert all(str(file) in message for message in ranks.run(2, cases.refusal, config(path, {}, max_tokens=64)))
+    assert all(
+        str(file) in message for message in ranks.run(2, cases.refusal, config(path, {}, max_tokens=64))
+    )
     file.unlink()
-    assert all("no model.safetensors" in message for message in ranks.run(2, cases.refusal, config(path, {}, max_tokens=64)))
+    assert all(
+        "no model.safetensors" in message
+        for message in ranks.run(2, cases.refusal, config(path, {}, max_tokens=64))
+    )
 
 
-def test_buffers_that_old_folders_store_are_no_parameters(ranks: RankPool, broken_folder: Callable[..., Path]) -> None:
-    path = broken_folder("llama", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+def test_buffers_that_old_folders_store_are_no_parameters(
+    ranks: RankPool, broken_folder: Callable[..., Path]
+) -> None:
+    path = broken_folder(
+        "llama", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    )
     assert ranks.run(1, cases.refusal, config(path, {}, max_tokens=64)) == [""]
 
 

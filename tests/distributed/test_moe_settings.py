@@ -53,7 +53,9 @@ def over_all(logits: list[list[Tensor]]) -> Tensor:
 
 
 def over_sequences(logits: list[list[Tensor]]) -> Tensor:
-    return torch.stack([torch.stack([balancing([sequence]) for sequence in of_layer]).mean() for of_layer in logits]).sum()
+    return torch.stack(
+        [torch.stack([balancing([sequence]) for sequence in of_layer]).mean() for of_layer in logits]
+    ).sum()
 
 
 def z_loss(logits: list[list[Tensor]]) -> Tensor:
@@ -61,25 +63,38 @@ def z_loss(logits: list[list[Tensor]]) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def known(expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+def known(
+    expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
     """``known(**options of reference.train)``: three steps of GMPO."""
     path = expected.model("qwen3_moe")
     old = reference.batch_logprobs(path, batch)
     noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
     noisy = replace(batch, old_logprobs=torch.where(batch.response_mask, old.float() + noise, 0.0))
     settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0}
-    plain = reference.train(path, noisy, STEPS, tmp_path_factory.mktemp("plain"), lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings)
+    plain = reference.train(
+        path, noisy, STEPS, tmp_path_factory.mktemp("plain"), lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings
+    )
 
     def train(**options: Any) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("reference")
-        found = reference.train(path, noisy, STEPS, folder, lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings, **options)
+        found = reference.train(
+            path, noisy, STEPS, folder, lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings, **options
+        )
         assert found["losses"][-1] != pytest.approx(plain["losses"][-1], rel=5e-4)  # it makes a difference
-        return found | {"path": path, "batch": noisy, "before": reference.saved_tensors(path), "logprobs": old}
+        return found | {
+            "path": path,
+            "batch": noisy,
+            "before": reference.saved_tensors(path),
+            "logprobs": old,
+        }
 
     return train
 
 
-def run(ranks: RankPool, known: dict[str, Any], layout: str, *, max_tokens: int = 4096, **sections: Any) -> list[dict[str, Any]]:
+def run(
+    ranks: RankPool, known: dict[str, Any], layout: str, *, max_tokens: int = 4096, **sections: Any
+) -> list[dict[str, Any]]:
     world_size, parallel, distributed = (DATA | MOE)[layout]
     optimizer = {"use_distributed_optimizer": distributed}
     cfg = config(known["path"], parallel, max_tokens=max_tokens, optimizer=optimizer, **sections)
@@ -89,7 +104,9 @@ def run(ranks: RankPool, known: dict[str, Any], layout: str, *, max_tokens: int 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_load_balancing_and_z_loss(ranks: RankPool, known: Callable[..., dict[str, Any]], layout: str) -> None:
+def test_load_balancing_and_z_loss(
+    ranks: RankPool, known: Callable[..., dict[str, Any]], layout: str
+) -> None:
     values: list[tuple[float, float]] = []
 
     def auxiliary(logits: list[list[Tensor]]) -> Tensor:
@@ -106,7 +123,13 @@ def test_load_balancing_and_z_loss(ranks: RankPool, known: Callable[..., dict[st
 @pytest.mark.parametrize("layout", ["one rank", "cp2 ep2"])
 def test_sequence_load_balancing(ranks: RankPool, known: Callable[..., dict[str, Any]], layout: str) -> None:
     table = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": COEFFICIENT}
-    run(ranks, known(auxiliary=lambda logits: COEFFICIENT * over_sequences(logits)), layout, max_tokens=1, megatron=table)
+    run(
+        ranks,
+        known(auxiliary=lambda logits: COEFFICIENT * over_sequences(logits)),
+        layout,
+        max_tokens=1,
+        megatron=table,
+    )
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2 ep2"])
@@ -120,7 +143,9 @@ def test_global_load_balancing(ranks: RankPool, known: Callable[..., dict[str, A
 
     table = {"moe_router_load_balancing_type": ["global_aux_loss"], "moe_aux_loss_coeff": [COEFFICIENT]}
     for result in run(ranks, known(auxiliary=auxiliary), layout, megatron=table):
-        assert [step["moe/global_load_balancing_loss"] for step in result["history"]] == pytest.approx(values, rel=1e-4)
+        assert [step["moe/global_load_balancing_loss"] for step in result["history"]] == pytest.approx(
+            values, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2 ep2", "ep2 distributed optimizer"])
@@ -134,11 +159,16 @@ def test_a_frozen_router_stays(ranks: RankPool, known: Callable[..., dict[str, A
 
 
 @pytest.mark.parametrize("layout", ["one rank", "ep2 distributed optimizer"])
-def test_a_resumed_run_may_freeze_its_routers(ranks: RankPool, known: Callable[..., dict[str, Any]], layout: str, tmp_path: Path) -> None:
+def test_a_resumed_run_may_freeze_its_routers(
+    ranks: RankPool, known: Callable[..., dict[str, Any]], layout: str, tmp_path: Path
+) -> None:
     frozen = known(freeze_router=True)
     world_size, parallel, distributed = (DATA | MOE)[layout]
     sections = {"max_tokens": 4096, "optimizer": {"use_distributed_optimizer": distributed}}
-    free, fixed = (config(frozen["path"], parallel, train={"freeze_router": freeze}, **sections) for freeze in (False, True))
+    free, fixed = (
+        config(frozen["path"], parallel, train={"freeze_router": freeze}, **sections)
+        for freeze in (False, True)
+    )
     first = ranks.run(world_size, cases.run_on, free, frozen["batch"], tmp_path, 0, 1, [1])[0]["weights"]
     second = ranks.run(world_size, cases.run_on, fixed, frozen["batch"], tmp_path, 1, 2, [2])[0]["weights"]
     third = ranks.run(world_size, cases.run_on, fixed, frozen["batch"], tmp_path, 2, 3, [])[0]["weights"]
@@ -156,28 +186,43 @@ def loads(path: Path, batch: TrainBatch) -> dict[str, Tensor]:
     for name, gate in model.named_modules():
         if hasattr(gate, "e_score_correction_bias"):
             of_layer = chosen[f"{name}.e_score_correction_bias"] = []
-            gate.register_forward_hook(lambda _, __, output, of_layer=of_layer: of_layer.append(output[2].flatten()))
+            gate.register_forward_hook(
+                lambda _, __, output, of_layer=of_layer: of_layer.append(output[2].flatten())
+            )
     for span in reference.spans(batch):
         model(batch.tokens[span][None])
     return {name: torch.bincount(torch.cat(of_layer), minlength=EXPERTS) for name, of_layer in chosen.items()}
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2 ep2", "pp2 cp2 ep2", "ep2"])
-def test_a_router_bias_moves_when_asked(ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str) -> None:
+def test_a_router_bias_moves_when_asked(
+    ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str
+) -> None:
     """By the rate, towards the experts that had fewer tokens than the mean; that it stays by default test_layouts tells."""
     path = expected.model("glm4_moe")
     before, counts = reference.saved_tensors(path), loads(path, batch)
     noisy = replace(batch, old_logprobs=reference.batch_logprobs(path, batch).float())
     world_size, parallel, distributed = (DATA | MOE)[layout]
     optimizer = {"use_distributed_optimizer": distributed}
-    cfg = config(path, parallel, max_tokens=4096, optimizer=optimizer, megatron={"moe_router_bias_update_rate": 0.25})
+    cfg = config(
+        path, parallel, max_tokens=4096, optimizer=optimizer, megatron={"moe_router_bias_update_rate": 0.25}
+    )
     weights = ranks.run(world_size, cases.train, cfg, noisy, 1)[0]["weights"]
     assert counts
     for name, load in counts.items():
-        assert_close(weights[name], before[name] + 0.25 * torch.sign(load.double().mean() - load).float(), atol=1e-6, rtol=0)
+        assert_close(
+            weights[name],
+            before[name] + 0.25 * torch.sign(load.double().mean() - load).float(),
+            atol=1e-6,
+            rtol=0,
+        )
 
 
-@pytest.mark.parametrize(("setting", "dtype"), [({}, torch.float32), ({"moe_router_dtype": "fp64"}, torch.float64)])
-def test_the_routers_dtype(ranks: RankPool, expected: Reference, batch: TrainBatch, setting: dict[str, str], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("setting", "dtype"), [({}, torch.float32), ({"moe_router_dtype": "fp64"}, torch.float64)]
+)
+def test_the_routers_dtype(
+    ranks: RankPool, expected: Reference, batch: TrainBatch, setting: dict[str, str], dtype: torch.dtype
+) -> None:
     cfg = config(expected.model("qwen3_moe"), {}, max_tokens=4096, model={"dtype": "bf16"}, megatron=setting)
     assert ranks.run(1, cases.router_logits_dtype, cfg, batch) == [{dtype}]

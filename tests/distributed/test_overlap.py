@@ -38,7 +38,9 @@ def test_overlap_of_gradients_alone(ranks: RankPool, expected: Reference) -> Non
     check(ranks.run(2, cases.train, cfg, known["batch"], STEPS), known)
 
 
-def test_weights_are_whole_wherever_they_are_read(ranks: RankPool, expected: Reference, tmp_path: Path) -> None:
+def test_weights_are_whole_wherever_they_are_read(
+    ranks: RankPool, expected: Reference, tmp_path: Path
+) -> None:
     """After an update: in log probabilities, in an export, in a checkpoint, and again after it was loaded."""
     known = expected("qwen3_moe")
     plain = config(known["path"], {}, max_tokens=40, optimizer={"use_distributed_optimizer": True})

@@ -14,9 +14,13 @@ __all__ = ["expected"]  # the fixture
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_every_update_of_a_decaying_schedule_has_a_learning_rate(ranks: RankPool, expected: Reference, schedule: str) -> None:
+def test_every_update_of_a_decaying_schedule_has_a_learning_rate(
+    ranks: RankPool, expected: Reference, schedule: str
+) -> None:
     known = expected("qwen3_moe")
-    decaying = config(known["path"], {}, max_tokens=64, optimizer={"lr_schedule": schedule}, train={"num_steps": 3})
+    decaying = config(
+        known["path"], {}, max_tokens=64, optimizer={"lr_schedule": schedule}, train={"num_steps": 3}
+    )
     (result,) = ranks.run(1, cases.train, decaying, known["batch"], 3)
     rates = [step["learning_rate"] for step in result["history"]]
     assert LR > rates[0] > rates[1] > rates[2] > 0
@@ -26,5 +30,7 @@ def test_an_auxiliary_loss_needs_only_its_coefficient(ranks: RankPool, expected:
     known = expected("qwen3_moe")
     balanced = config(known["path"], {}, max_tokens=64, megatron={"moe_aux_loss_coeff": 1.0})
     (result,) = ranks.run(1, cases.train, balanced, known["batch"], 3)
-    assert result["history"][0]["loss"] == pytest.approx(known["losses"][0], rel=1e-4)  # not part of what is logged
+    assert result["history"][0]["loss"] == pytest.approx(
+        known["losses"][0], rel=1e-4
+    )  # not part of what is logged
     assert distance(result["weights"], known) > 1e-2

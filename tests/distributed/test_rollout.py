@@ -28,23 +28,33 @@ TEXTS = ["1", "07+45=", "3 - 2 + 10 = 8 + 8 - 5", "12+1="]
 
 def generate(folder: Path, texts: list[str], sampling: SamplingParams, batch_size: int) -> list[SampleGroup]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    engine = EmbeddedEngine(str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=0)
-    return engine.generate([Prompt(text, answer="", input_ids=tokenizer(text)["input_ids"]) for text in texts], sampling)
+    engine = EmbeddedEngine(
+        str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=0
+    )
+    return engine.generate(
+        [Prompt(text, answer="", input_ids=tokenizer(text)["input_ids"]) for text in texts], sampling
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_greedy_answers_are_those_of_one_process(ranks: RankPool, world_size: int, tiny_model: Callable[..., Path]) -> None:
+def test_greedy_answers_are_those_of_one_process(
+    ranks: RankPool, world_size: int, tiny_model: Callable[..., Path]
+) -> None:
     folder = tiny_model("qwen3_moe", num_layers=2, initializer_range=0.15)
     greedy = SamplingParams(n=2, max_new_tokens=8, temperature=0)
     alone = generate(folder, TEXTS, greedy, batch_size=64)
     for groups in ranks.run(world_size, generate, folder, TEXTS, greedy, 3):
         assert [g.prompt for g in groups] == [g.prompt for g in alone]
-        for a, b in zip((s for g in groups for s in g.samples), (s for g in alone for s in g.samples), strict=True):
+        for a, b in zip(
+            (s for g in groups for s in g.samples), (s for g in alone for s in g.samples), strict=True
+        ):
             assert replace(a, rollout_logprobs=[]) == replace(b, rollout_logprobs=[])
             assert a.rollout_logprobs == pytest.approx(b.rollout_logprobs, abs=2e-5)
 
 
-def test_ranks_hold_the_same_samples_and_draw_their_own(ranks: RankPool, tiny_model: Callable[..., Path]) -> None:
+def test_ranks_hold_the_same_samples_and_draw_their_own(
+    ranks: RankPool, tiny_model: Callable[..., Path]
+) -> None:
     folder = tiny_model("qwen3", num_layers=2)
     sampling = SamplingParams(n=4, max_new_tokens=12)
     results = ranks.run(4, generate, folder, ["07+45="], sampling, 8)  # one response a rank

@@ -32,7 +32,14 @@ def rspo(expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPa
     old = reference.batch_logprobs(path, batch)
     noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
     noisy = replace(batch, old_logprobs=torch.where(batch.response_mask, old.float() + noise, 0.0))
-    settings = {"loss": "rspo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0, "min_router_shift": FLOOR}
+    settings = {
+        "loss": "rspo",
+        "clip_low": CLIP,
+        "clip_high": CLIP,
+        "kl_coef": 0.0,
+        "entropy_coef": 0.0,
+        "min_router_shift": FLOOR,
+    }
     folder = tmp_path_factory.mktemp("rspo")
     known = reference.train(path, noisy, STEPS, folder, lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings)
     before = reference.saved_tensors(path)
@@ -45,25 +52,35 @@ def check_shifts(results: list[dict[str, Any]], known: dict[str, Any], batch: Tr
     not_last = torch.ones(len(batch.tokens), dtype=torch.bool)
     not_last[batch.lengths.cumsum(0) - 1] = False
     for result in results:
-        assert_close(result["router_shift"].double()[not_last], known["shifts"][-1][not_last], atol=1e-4, rtol=0)
+        assert_close(
+            result["router_shift"].double()[not_last], known["shifts"][-1][not_last], atol=1e-4, rtol=0
+        )
         means = [step["policy/router_shift"] for step in result["history"]]
         assert means[0] == 1
-        assert means == pytest.approx([float(shift[inputs].mean()) for shift in known["shifts"][:STEPS]], abs=1e-5)
+        assert means == pytest.approx(
+            [float(shift[inputs].mean()) for shift in known["shifts"][:STEPS]], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rspo_in_every_layout(ranks: RankPool, rspo: dict[str, Any], batch: TrainBatch, layout: str) -> None:
     algorithm = {"loss": "rspo", "options": {"min_router_shift": FLOOR}}
-    world_size, cfg = replaying(rspo["path"], layout, "none", max_tokens=40, algorithm=algorithm, rollout={"routed_experts": False})
+    world_size, cfg = replaying(
+        rspo["path"], layout, "none", max_tokens=40, algorithm=algorithm, rollout={"routed_experts": False}
+    )
     results = ranks.run(world_size, cases.replay, cfg, batch, 1, STEPS, rspo["old_logprobs"])
     check(results, rspo)
     check_shifts(results, rspo, batch)
 
 
-def test_rspo_under_replay_compares_the_replayed_experts(ranks: RankPool, expected: Reference, batch: TrainBatch, tmp_path: Path) -> None:
+def test_rspo_under_replay_compares_the_replayed_experts(
+    ranks: RankPool, expected: Reference, batch: TrainBatch, tmp_path: Path
+) -> None:
     known = train_forced(expected.model("qwen3_moe"), batch, tmp_path, loss="rspo", min_router_shift=FLOOR)
     algorithm = {"loss": "rspo", "moe_routing_replay": "rollout", "options": {"min_router_shift": FLOOR}}
-    world_size, cfg = replaying(known["path"], "pp2 vpp2 ep2", "rollout", max_tokens=40, algorithm=algorithm, megatron=RECOMPUTE)
+    world_size, cfg = replaying(
+        known["path"], "pp2 vpp2 ep2", "rollout", max_tokens=40, algorithm=algorithm, megatron=RECOMPUTE
+    )
     results = ranks.run(world_size, cases.replay, cfg, known["batch"], 1, STEPS, known["old_logprobs"])
     check(results, known)
     check_shifts(results, known, batch)
@@ -73,7 +90,10 @@ def test_rspo_under_replay_compares_the_replayed_experts(ranks: RankPool, expect
 def figures(expected: Reference, batch: TrainBatch) -> dict[str, float]:
     """Of the routers, one layer and expert after another."""
     log_probs = reference.router_log_probs(reference.load_float64(expected.model("qwen3_moe")), batch)
-    loads = [[sum(e in chosen for chosen in layer) for e in range(4)] for layer in log_probs.topk(2).indices.transpose(0, 1).tolist()]
+    loads = [
+        [sum(e in chosen for chosen in layer) for e in range(4)]
+        for layer in log_probs.topk(2).indices.transpose(0, 1).tolist()
+    ]
     of_layers = {
         "load_max": [max(load) / statistics.mean(load) for load in loads],
         "load_cv": [statistics.pstdev(load) / statistics.mean(load) for load in loads],
@@ -87,12 +107,21 @@ def figures(expected: Reference, batch: TrainBatch) -> dict[str, float]:
         "moe/load_cv": statistics.mean(of_layers["load_cv"]),
         "moe/dead_experts": sum(of_layers["dead_experts"]),
         "moe/router_entropy": statistics.mean(of_layers["router_entropy"]),
-    } | {f"moe/layer_0{layer}/{name}": value for name, values in of_layers.items() for layer, value in enumerate(values)}
+    } | {
+        f"moe/layer_0{layer}/{name}": value
+        for name, values in of_layers.items()
+        for layer, value in enumerate(values)
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_load_and_entropy(ranks: RankPool, expected: Reference, batch: TrainBatch, figures: dict[str, float], layout: str) -> None:
-    path, sections = expected.model("qwen3_moe"), {"rollout": {"routed_experts": False}, "megatron": {"moe_per_layer_logging": True}}
+def test_load_and_entropy(
+    ranks: RankPool, expected: Reference, batch: TrainBatch, figures: dict[str, float], layout: str
+) -> None:
+    path, sections = (
+        expected.model("qwen3_moe"),
+        {"rollout": {"routed_experts": False}, "megatron": {"moe_per_layer_logging": True}},
+    )
     world_size, cfg = replaying(path, layout, "none", max_tokens=40, **sections)
     assert figures["moe/load_cv"] > 0.05
     assert figures["moe/load_max_layer"] > 0
@@ -101,17 +130,23 @@ def test_load_and_entropy(ranks: RankPool, expected: Reference, batch: TrainBatc
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2 ep2"])
-def test_entropy_of_sigmoid_routers(ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str) -> None:
+def test_entropy_of_sigmoid_routers(
+    ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str
+) -> None:
     path = expected.model("glm4_moe")
     log_probs = reference.router_log_probs(reference.load_float64(path), batch)
     world_size, cfg = replaying(path, layout, "none", max_tokens=40, rollout={"routed_experts": False})
     for result in ranks.run(world_size, cases.replay, cfg, batch, 1, 0):
-        assert result["compared"]["moe/router_entropy"] == pytest.approx(float(-(log_probs.exp() * log_probs).sum(-1).mean()), rel=1e-6)
+        assert result["compared"]["moe/router_entropy"] == pytest.approx(
+            float(-(log_probs.exp() * log_probs).sum(-1).mean()), rel=1e-6
+        )
 
 
 def test_an_expert_without_tokens_is_dead(ranks: RankPool, expected: Reference, batch: TrainBatch) -> None:
     """One token goes to 2 of 4 experts in each of 4 layers; on two ranks there is padding too, which does not count."""
-    world_size, cfg = replaying(expected.model("qwen3_moe"), "tp2 cp2 ep2", "none", max_tokens=40, rollout={"routed_experts": False})
+    world_size, cfg = replaying(
+        expected.model("qwen3_moe"), "tp2 cp2 ep2", "none", max_tokens=40, rollout={"routed_experts": False}
+    )
     (result, *_) = ranks.run(world_size, cases.replay, cfg, one_token(batch), 1, 0)
     found = {name: result["compared"][name] for name in ("moe/load_max", "moe/load_cv", "moe/dead_experts")}
     assert found == {"moe/load_max": 2, "moe/load_cv": 1, "moe/dead_experts": 8}

@@ -21,7 +21,23 @@ from tools.make_tiny_model import text_tokenizer
 
 from . import cases, reference
 from .ranks import RankPool
-from .test_layouts import CLIP, CLIP_GRAD, EP, EPS, LR, MOE, PP, STEPS, VPP, Reference, check, config, distance, expected, make_batch
+from .test_layouts import (
+    CLIP,
+    CLIP_GRAD,
+    EP,
+    EPS,
+    LR,
+    MOE,
+    PP,
+    STEPS,
+    VPP,
+    Reference,
+    check,
+    config,
+    distance,
+    expected,
+    make_batch,
+)
 from .test_layouts import LAYOUTS as DATA
 
 pytestmark = pytest.mark.distributed
@@ -29,7 +45,10 @@ pytestmark = pytest.mark.distributed
 __all__ = ["expected"]  # the fixture
 
 LAYOUTS = {
-    **{name: (DATA | MOE)[name][:2] for name in ("one rank", "dp2", "tp2 ep2", "cp2 ep2", "tp2 cp2 ep2", "pp2 cp2 ep2")},
+    **{
+        name: (DATA | MOE)[name][:2]
+        for name in ("one rank", "dp2", "tp2 ep2", "cp2 ep2", "tp2 cp2 ep2", "pp2 cp2 ep2")
+    },
     "pp2 vpp2 ep2": (4, {PP: 2, VPP: 2, EP: 2}),
 }
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -55,23 +74,42 @@ def train_forced(path: Path, batch: TrainBatch, folder: Path, **options: Any) ->
     old = reference.batch_logprobs(path, batch, experts=experts)
     noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
     noisy = replace(batch, old_logprobs=torch.where(batch.response_mask, old.float() + noise, 0.0))
-    settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0} | options
-    known = reference.train(path, noisy, STEPS, folder, lr=LR, eps=EPS, clip_grad=CLIP_GRAD, experts=experts, **settings)
+    settings = {
+        "loss": "gmpo",
+        "clip_low": CLIP,
+        "clip_high": CLIP,
+        "kl_coef": 0.0,
+        "entropy_coef": 0.0,
+    } | options
+    known = reference.train(
+        path, noisy, STEPS, folder, lr=LR, eps=EPS, clip_grad=CLIP_GRAD, experts=experts, **settings
+    )
     record = experts.short()
     record[batch.lengths.cumsum(0) - 1] = -1
     recorded = replace(batch, routed_experts=record)
     before = reference.saved_tensors(path)
-    return known | {"path": path, "before": before, "batch": recorded, "logprobs": old, "old_logprobs": noisy.old_logprobs}
+    return known | {
+        "path": path,
+        "before": before,
+        "batch": recorded,
+        "logprobs": old,
+        "old_logprobs": noisy.old_logprobs,
+    }
 
 
 @pytest.fixture(scope="session")
-def forced(expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def forced(
+    expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     return train_forced(expected.model("qwen3_moe"), batch, tmp_path_factory.mktemp("forced"))
 
 
 def replaying(path: Any, layout: str, kind: str, *, max_tokens: int, **sections: Any) -> tuple[int, Config]:
     world_size, parallel = LAYOUTS[layout]
-    sections = {"algorithm": {"moe_routing_replay": kind}, "rollout": {"routed_experts": kind != "policy"}} | sections
+    sections = {
+        "algorithm": {"moe_routing_replay": kind},
+        "rollout": {"routed_experts": kind != "policy"},
+    } | sections
     return world_size, config(path, parallel, max_tokens=max_tokens, **sections)
 
 
@@ -79,7 +117,9 @@ def routings(results: list[dict[str, Any]], batch: TrainBatch) -> Tensor:
     """(L, layers, topk) what the routers of all ranks chose for each token, always the same; -2 where none did."""
     place = {token: i for i, token in enumerate(batch.tokens.tolist())}
     found = torch.full((len(batch.tokens), 4, 2), -2)
-    for (token, layer), chosen in ((key, value) for result in results for key, value in result["chosen"].items() if key[0] in place):
+    for (token, layer), chosen in (
+        (key, value) for result in results for key, value in result["chosen"].items() if key[0] in place
+    ):
         (experts,) = chosen
         found[place[token], layer] = torch.tensor(experts)
     return found
@@ -87,9 +127,13 @@ def routings(results: list[dict[str, Any]], batch: TrainBatch) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", ["a sequence each", "a few"])
-def test_random_experts_in_every_layout(ranks: RankPool, forced: dict[str, Any], layout: str, budget: str) -> None:
+def test_random_experts_in_every_layout(
+    ranks: RankPool, forced: dict[str, Any], layout: str, budget: str
+) -> None:
     batch = forced["batch"]
-    world_size, cfg = replaying(forced["path"], layout, "rollout", max_tokens={"a sequence each": 1, "a few": 40}[budget])
+    world_size, cfg = replaying(
+        forced["path"], layout, "rollout", max_tokens={"a sequence each": 1, "a few": 40}[budget]
+    )
     results = ranks.run(world_size, cases.replay, cfg, batch, 1, STEPS, forced["old_logprobs"])
     check(results, forced)
     known = batch.routed_experts[:, 0, 0] >= 0
@@ -101,13 +145,17 @@ def test_random_experts_in_every_layout(ranks: RankPool, forced: dict[str, Any],
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2 ep2", "pp2 vpp2 ep2"])
-def test_recomputed_activations_take_the_same_experts(ranks: RankPool, forced: dict[str, Any], layout: str) -> None:
+def test_recomputed_activations_take_the_same_experts(
+    ranks: RankPool, forced: dict[str, Any], layout: str
+) -> None:
     world_size, cfg = replaying(forced["path"], layout, "rollout", max_tokens=40, megatron=RECOMPUTE)
     check(ranks.run(world_size, cases.replay, cfg, forced["batch"], 1, STEPS, forced["old_logprobs"]), forced)
 
 
 @pytest.mark.parametrize("layout", ["tp2 ep2", "pp2 cp2 ep2", "pp2 vpp2 ep2"])
-def test_layers_without_experts(ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str, tmp_path: Path) -> None:
+def test_layers_without_experts(
+    ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str, tmp_path: Path
+) -> None:
     """Two stages share the layers as 0 1 | 2 3, two virtual ones of each as 0 2 | 1 3: one stage, or some chunks, have no router."""
     hf = AutoConfig.from_pretrained(expected.model("qwen3_moe"))
     hf.mlp_only_layers = [0, 1]
@@ -124,9 +172,14 @@ def test_layers_without_experts(ranks: RankPool, expected: Reference, batch: Tra
     assert {layer for result in results for _, layer in result["chosen"]} == {2, 3}
 
 
-def test_the_reference_policy_routes_for_itself(ranks: RankPool, expected: Reference, forced: dict[str, Any]) -> None:
+def test_the_reference_policy_routes_for_itself(
+    ranks: RankPool, expected: Reference, forced: dict[str, Any]
+) -> None:
     ref_path = expected.model("qwen3_moe", seed=1)
-    penalty = {"algorithm": {"moe_routing_replay": "rollout", "kl_coef": 0.2}, "model": {"reference_path": str(ref_path)}}
+    penalty = {
+        "algorithm": {"moe_routing_replay": "rollout", "kl_coef": 0.2},
+        "model": {"reference_path": str(ref_path)},
+    }
     world_size, cfg = replaying(forced["path"], "tp2 ep2", "rollout", max_tokens=40, **penalty)
     own = reference.batch_logprobs(ref_path, forced["batch"])
     for result in ranks.run(world_size, cases.replay, cfg, forced["batch"], 1, 1):
@@ -134,7 +187,9 @@ def test_the_reference_policy_routes_for_itself(ranks: RankPool, expected: Refer
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_policys_own_experts_are_replayed(ranks: RankPool, expected: Reference, batch: TrainBatch, own: Tensor, layout: str) -> None:
+def test_the_policys_own_experts_are_replayed(
+    ranks: RankPool, expected: Reference, batch: TrainBatch, own: Tensor, layout: str
+) -> None:
     world_size, cfg = replaying(expected.model("qwen3_moe"), layout, "policy", max_tokens=40)
     minibatches = 1 if layout == "one rank" else 2  # which then meet other neighbours, on other ranks
     results = ranks.run(world_size, cases.replay, cfg, batch, minibatches, STEPS)
@@ -161,7 +216,9 @@ def test_share_of_routings_that_differ(
     for token, layer in changed:
         record[token, layer] = torch.tensor([e for e in range(4) if e not in own[token, layer]])
     record[ends] = -1
-    world_size, cfg = replaying(expected.model("qwen3_moe"), layout, kind, max_tokens=40, rollout={"routed_experts": True})
+    world_size, cfg = replaying(
+        expected.model("qwen3_moe"), layout, kind, max_tokens=40, rollout={"routed_experts": True}
+    )
     known = len(batch.tokens) - len(batch)
     for result in ranks.run(world_size, cases.replay, cfg, replace(batch, routed_experts=record), 1, 1):
         assert result["compared"]["moe/routing_differs"] == 4 / (4 * known)
@@ -177,19 +234,28 @@ def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: 
     """Old log probabilities are those of a float64 model forced to the engine's experts, whose own it would mostly not have chosen."""
     path = tiny_model("qwen3_moe", num_layers=2, num_experts=4, initializer_range=0.15)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    engine = EmbeddedEngine(str(path), tokenizer, device="cpu", dtype=torch.float32, batch_size=64, seed=0, routed_experts=True)
-    prompts = [Prompt(text, answer="", input_ids=tokenizer(text)["input_ids"]) for text in ("07+45=", "1", "3 - 2 + 10 = 8")]
+    engine = EmbeddedEngine(
+        str(path), tokenizer, device="cpu", dtype=torch.float32, batch_size=64, seed=0, routed_experts=True
+    )
+    prompts = [
+        Prompt(text, answer="", input_ids=tokenizer(text)["input_ids"])
+        for text in ("07+45=", "1", "3 - 2 + 10 = 8")
+    ]
     found = {}
     for noise, kind in ((0.0, "none"), (1.0, "none"), (1.0, "rollout")):
         groups = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=12, router_noise=noise))
         recorded = make_train_batch(groups, torch.ones(12), RoutingShape(2, (0, 1), 4, 2))
         assert recorded.routed_experts is not None
-        cfg = config(path, {}, max_tokens=64, algorithm={"moe_routing_replay": kind}, rollout={"routed_experts": True})
+        cfg = config(
+            path, {}, max_tokens=64, algorithm={"moe_routing_replay": kind}, rollout={"routed_experts": True}
+        )
         (found[noise, kind],) = ranks.run(1, cases.policy_mismatch, cfg, recorded)
     undisturbed, free, replayed = found.values()
     assert undisturbed["moe/routing_differs"] == 0
     assert undisturbed["rollout/logprob_diff_mean"] < 1e-5
-    assert min(free["moe/routing_differs"], replayed["moe/routing_differs"]) > 0.3  # under replay: what it would have chosen
+    assert (
+        min(free["moe/routing_differs"], replayed["moe/routing_differs"]) > 0.3
+    )  # under replay: what it would have chosen
     assert min(free["rollout/logprob_diff_mean"], replayed["rollout/logprob_diff_mean"]) > 0.05
 
     experts = recorded.routed_experts.long()
@@ -203,7 +269,15 @@ def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: 
 
 
 def test_router_gradients_of_one_layer(ranks: RankPool, batch: TrainBatch, tiny_model: Any) -> None:
-    path = tiny_model("qwen3_moe", num_layers=1, hidden_size=32, ffn_hidden_size=32, head_dim=16, num_experts=4, tokenizer=text_tokenizer())
+    path = tiny_model(
+        "qwen3_moe",
+        num_layers=1,
+        hidden_size=32,
+        ffn_hidden_size=32,
+        head_dim=16,
+        num_experts=4,
+        tokenizer=text_tokenizer(),
+    )
     experts = torch.rand(len(batch.tokens), 1, 4, generator=torch.Generator().manual_seed(4)).topk(2).indices
     old = reference.batch_logprobs(path, batch, experts=experts).float()
     recorded = replace(batch, old_logprobs=old, routed_experts=experts.short())
@@ -211,7 +285,14 @@ def test_router_gradients_of_one_layer(ranks: RankPool, batch: TrainBatch, tiny_
     (gradients,) = ranks.run(1, cases.router_gradients, cfg, recorded)
     model = reference.load_float64(path)
     reference.force_routing(model, batch.tokens, experts)
-    settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0, "temperature": 1.0}
+    settings = {
+        "loss": "gmpo",
+        "clip_low": CLIP,
+        "clip_high": CLIP,
+        "kl_coef": 0.0,
+        "entropy_coef": 0.0,
+        "temperature": 1.0,
+    }
     reference.batch_loss(model, recorded, old, **settings).backward()
     (wanted,) = (layer.mlp.gate.weight.grad for layer in model.model.layers)
     assert wanted.norm() > 1e-4

@@ -37,7 +37,9 @@ def votes_after_signals(received: list[signal.Signals | None]) -> str:
         ([signal.SIGUSR1, signal.SIGTERM, None], "SIGTERM"),
     ],
 )
-def test_one_rank_that_heard_a_signal_stops_all(ranks: RankPool, received: list[signal.Signals | None], reason: str) -> None:
+def test_one_rank_that_heard_a_signal_stops_all(
+    ranks: RankPool, received: list[signal.Signals | None], reason: str
+) -> None:
     assert ranks.run(3, votes_after_signals, received) == [reason] * 3
 
 
@@ -50,7 +52,13 @@ def votes_towards_a_deadline() -> list[str]:
     reasons: list[str] = []
     try:
         vote = stop.StopVote(margin_s=5)
-        for now, save in [(0, 0), (20, 8), (50, 0), (57, 0), (58, 0)]:  # steps of 12, 30, 7 and 1, one save of 8: 43 are needed
+        for now, save in [
+            (0, 0),
+            (20, 8),
+            (50, 0),
+            (57, 0),
+            (58, 0),
+        ]:  # steps of 12, 30, 7 and 1, one save of 8: 43 are needed
             clock.now = now
             if save:
                 vote.saved(save)
@@ -87,7 +95,9 @@ def test_every_rank_names_the_bad_node(ranks: RankPool, tmp_path: Path) -> None:
 
 def problem_of_disk(run_dir: Path) -> str:
     try:
-        node_check.check_nodes(SupervisionConfig(min_free_disk_gb=1e9), run_dir, torch.device("cpu"), checkpoint_bytes=0)
+        node_check.check_nodes(
+            SupervisionConfig(min_free_disk_gb=1e9), run_dir, torch.device("cpu"), checkpoint_bytes=0
+        )
     except InputError as error:
         return str(error)
     return ""
@@ -113,4 +123,6 @@ def test_a_folder_that_is_not_shared_is_noticed(ranks: RankPool, tmp_path: Path)
         (tmp_path / str(rank)).mkdir()
     first, second = ranks.run(2, problem_of_folder, tmp_path)
     assert first == second
-    assert first.startswith(f"node node1: run_dir = '{tmp_path}/1' does not show what the first rank wrote there")
+    assert first.startswith(
+        f"node node1: run_dir = '{tmp_path}/1' does not show what the first rank wrote there"
+    )

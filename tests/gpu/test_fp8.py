@@ -32,7 +32,9 @@ def forward_and_backward(policy: Policy, batch: TrainBatch) -> tuple[Tensor, Ten
         batch.old_logprobs = policy.logprobs(batch)
         steps(policy, batch, count)
     parameters: list[Any] = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
-    return policy.logprobs(batch), torch.cat([parameter.main_grad.flatten().float() for parameter in parameters])
+    return policy.logprobs(batch), torch.cat(
+        [parameter.main_grad.flatten().float() for parameter in parameters]
+    )
 
 
 STILL = {"lr": 1e-12}
@@ -65,9 +67,13 @@ def test_experts_with_few_tokens_or_none(policy_of: Open, recipe: str, lengths: 
             found.append(forward_and_backward(policy, batch))
     (logprobs, gradients), (copied, copied_gradients) = found
     assert difference(logprobs, copied, batch) < (LOGPROBS if one_scale else 0.02)
-    assert torch.cosine_similarity(gradients, copied_gradients, dim=0) > (GRADIENTS["qwen3_moe"] if one_scale else 0.99)
+    assert torch.cosine_similarity(gradients, copied_gradients, dim=0) > (
+        GRADIENTS["qwen3_moe"] if one_scale else 0.99
+    )
     with policy_of("qwen3_moe", optimizer=STILL) as policy:
-        assert difference(logprobs, policy.logprobs(batch), batch) < 3 * LOGPROBS  # few tokens: one that changes its expert counts
+        assert (
+            difference(logprobs, policy.logprobs(batch), batch) < 3 * LOGPROBS
+        )  # few tokens: one that changes its expert counts
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -50,11 +50,17 @@ def test_logprobs_are_those_of_transformers(policy_of: Open, batch: TrainBatch, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_layer_specs_agree(policy_of: Open, batch: TrainBatch, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_layer_specs_agree(
+    policy_of: Open, batch: TrainBatch, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with policy_of(family) as policy:
         fused = policy.logprobs(batch)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "transformer_engine" else find(name, *args))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *args: None if name == "transformer_engine" else find(name, *args),
+    )
     with policy_of(family, transformer_engine=False) as policy:
         assert difference(policy.logprobs(batch), fused, batch) < 0.05
 
@@ -95,7 +101,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_checkpoint_brings_the_optimizer_back(policy_of: Open, batch: TrainBatch, tmp_path: Path, kind: str) -> None:
+def test_a_checkpoint_brings_the_optimizer_back(
+    policy_of: Open, batch: TrainBatch, tmp_path: Path, kind: str
+) -> None:
     sections = OPTIMIZERS[kind]
     optimizer = {"lr": 1e-3} | sections.get("optimizer", {})
     with policy_of("qwen3_moe", **(sections | {"optimizer": optimizer})) as policy:
@@ -113,11 +121,16 @@ def test_a_checkpoint_brings_the_optimizer_back(policy_of: Open, batch: TrainBat
 
 
 def optimizer_state(policy: Policy) -> list[dict[str, torch.Tensor]]:
-    return [{name: tensor.float().cpu().clone() for name, tensor in slot.tensors.items()} for slot in native._slots(policy.model.optimizer)]
+    return [
+        {name: tensor.float().cpu().clone() for name, tensor in slot.tensors.items()}
+        for slot in native._slots(policy.model.optimizer)
+    ]
 
 
 @pytest.mark.parametrize("optimizer", [{"moments_dtype": "bf16"}, {"offload_fraction": 1.0}])
-def test_an_optimizer_of_another_kind_takes_the_same_steps(policy_of: Open, batch: TrainBatch, optimizer: dict[str, Any]) -> None:
+def test_an_optimizer_of_another_kind_takes_the_same_steps(
+    policy_of: Open, batch: TrainBatch, optimizer: dict[str, Any]
+) -> None:
     def learned(**changes: Any) -> torch.Tensor:
         with policy_of("qwen3", optimizer={"lr": 1e-3, **changes}) as policy:
             batch.old_logprobs = policy.logprobs(batch)
@@ -132,7 +145,11 @@ def test_an_optimizer_of_another_kind_takes_the_same_steps(policy_of: Open, batc
 @pytest.mark.parametrize("fp8", [{}, {"recipe": "tensorwise"}])
 def test_memory_is_free_after_each_phase(policy_of: Open, fp8: dict[str, Any]) -> None:
     batch = make_batch([900, 700, 800])
-    sections: dict[str, Any] = {"fp8": fp8, "algorithm": {"kl_coef": 0.1}, "model": {"reference_offload": True}}
+    sections: dict[str, Any] = {
+        "fp8": fp8,
+        "algorithm": {"kl_coef": 0.1},
+        "model": {"reference_offload": True},
+    }
     with policy_of("qwen3_moe", **sections) as policy:
 
         def phases() -> list[int]:

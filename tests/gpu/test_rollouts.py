@@ -39,7 +39,9 @@ def disagreement(policy: Policy, server: Server) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_by_cuda_ipc_and_memory_in_turn(policy_of: Open, batch: TrainBatch, family: str, tmp_path: Path) -> None:
+def test_weights_by_cuda_ipc_and_memory_in_turn(
+    policy_of: Open, batch: TrainBatch, family: str, tmp_path: Path
+) -> None:
     with policy_of(family, optimizer={"lr": 1e-3}) as policy:
         args = {"enable_memory_saver": True, "mem_fraction_static": 0.3}
         folder = policy.cfg.model.path

@@ -19,11 +19,22 @@ def command_line(module: str, *argv: object, ranks: int | None = None) -> list[s
     launch = ["-m", module]
     if ranks:
         handled = "SIGTERM,SIGINT,SIGUSR1"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--signals-to-handle", handled, "--nproc-per-node", str(ranks), *launch]
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--signals-to-handle",
+            handled,
+            "--nproc-per-node",
+            str(ranks),
+            *launch,
+        ]
     return [sys.executable, *launch, *map(str, argv)]
 
 
-def run_module(module: str, *argv: object, ranks: int | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def run_module(
+    module: str, *argv: object, ranks: int | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Runs the ``command_line`` to its end, with ``env`` added to the environment."""
     return subprocess.run(
         command_line(module, *argv, ranks=ranks),

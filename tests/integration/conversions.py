@@ -45,9 +45,17 @@ def to_megatron(hf: Path, megatron: Path) -> int:
     return sum(done)
 
 
-def to_hf(megatron: Path, hf: Path, template: Path | None = None, dtype: str | None = None, max_shard_size: int = 10**9) -> int:
+def to_hf(
+    megatron: Path,
+    hf: Path,
+    template: Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: int = 10**9,
+) -> int:
     done: list[int] = []
-    MegatronToHF(megatron, template, dtype).convert(hf, max_shard_size=max_shard_size, verify=True, advance=done.append)
+    MegatronToHF(megatron, template, dtype).convert(
+        hf, max_shard_size=max_shard_size, verify=True, advance=done.append
+    )
     return sum(done)
 
 
@@ -70,7 +78,9 @@ def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tenso
             gpt: Any = chunk
             for parameter in gpt.parameters():
                 parameter.data.fill_(float("nan"))
-            loaded: Any = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, str(checkpoint_folder(checkpoint)))
+            loaded: Any = dist_checkpointing.load(
+                {"model": gpt.sharded_state_dict()}, str(checkpoint_folder(checkpoint))
+            )
             gpt.load_state_dict(loaded["model"])
         weights = {name: tensor.clone() for name, tensor in export_hf(chunks, description.mapping, groups)}
         return weights if rank() == 0 else None
@@ -78,7 +88,9 @@ def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tenso
         stop_model_parallel()
 
 
-def save_as_megatron_lm(cfg: Config, batch: TrainBatch, folder: Path, optimizer_format: str) -> dict[str, Tensor]:
+def save_as_megatron_lm(
+    cfg: Config, batch: TrainBatch, folder: Path, optimizer_format: str
+) -> dict[str, Tensor]:
     """Writes what generate_state_dict of Megatron-LM's training/checkpointing.py puts together, and slime with it; the weights."""
     with cases.opened(cfg) as policy:
         metadata = {
@@ -99,7 +111,9 @@ def save_as_megatron_lm(cfg: Config, batch: TrainBatch, folder: Path, optimizer_
             "checkpoint_version": 3.0,
             "iteration": 7,
             "model": model,
-            "optimizer": policy.model.optimizer.sharded_state_dict(gpt.sharded_state_dict(metadata=metadata), metadata=metadata),
+            "optimizer": policy.model.optimizer.sharded_state_dict(
+                gpt.sharded_state_dict(metadata=metadata), metadata=metadata
+            ),
             "opt_param_scheduler": policy.model.scheduler.state_dict(),
             "rng_state": ShardedObject("rng_state", random_states, (1, world_size()), (0, rank())),
         }
@@ -125,10 +139,19 @@ def keys_of_the_plain_spec(cfg: Config) -> set[str]:
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
         transformer = description.transformer
-        spec: Any = get_gpt_decoder_block_spec(transformer, use_transformer_engine=False, normalization="RMSNorm")
+        spec: Any = get_gpt_decoder_block_spec(
+            transformer, use_transformer_engine=False, normalization="RMSNorm"
+        )
         for layer in spec.layer_specs:  # Megatron's own cannot be built with latent attention
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
-        gpt = GPTModel(transformer, spec, description.padded_vocab_size, 64, position_embedding_type="rope", pg_collection=groups)
+        gpt = GPTModel(
+            transformer,
+            spec,
+            description.padded_vocab_size,
+            64,
+            position_embedding_type="rope",
+            pg_collection=groups,
+        )
         sharded = gpt.sharded_state_dict()
         apply_factories(sharded)
         return {value.key for value in nested_values(sharded) if isinstance(value, ShardedTensor)}

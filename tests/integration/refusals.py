@@ -22,7 +22,10 @@ def refuse(argv: list[str], env: dict[str, str]) -> dict[str, Any]:
     code: Any = 0
     sys.argv[1:] = argv
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | env)
-    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+    ):
         try:
             start_command(main)
         except SystemExit as stop:

@@ -21,7 +21,9 @@ def multiply_with_torch() -> None:
     from sglang.srt.layers.quantization.fp8_utils import block_quant_dequant
     from torch.nn.functional import linear
 
-    def multiply(input: Any, weight: Any, block_size: Any, weight_scale: Any, input_scale: Any, bias: Any) -> Any:
+    def multiply(
+        input: Any, weight: Any, block_size: Any, weight_scale: Any, input_scale: Any, bias: Any
+    ) -> Any:
         return linear(input, block_quant_dequant(weight, weight_scale, block_size, input.dtype), bias)
 
     class Experts:
@@ -33,7 +35,11 @@ def multiply_with_torch() -> None:
 
     def run_experts(method: Any, layer: Any, dispatch_output: Any) -> Any:
         x = dispatch_output.hidden_states
-        return StandardCombineInput(moe_forward_native(Experts(layer, x.dtype), x, dispatch_output.topk_output, method.moe_runner_config))
+        return StandardCombineInput(
+            moe_forward_native(
+                Experts(layer, x.dtype), x, dispatch_output.topk_output, method.moe_runner_config
+            )
+        )
 
     fp8._is_cpu = False  # the way of GPUs, not of AMX
     fp8.dispatch_w8a8_block_fp8_linear = lambda **_: multiply

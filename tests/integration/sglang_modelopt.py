@@ -18,13 +18,22 @@ from sglang.srt.layers.quantization.utils import is_layer_skipped
 LINEAR = {"modelopt_fp8": ModelOptFp8LinearMethod, "modelopt_fp4": ModelOptFp4LinearMethod}
 MODULES = ["lm_head", "model.embed_tokens"] + [
     f"model.layers.1.{module}"
-    for module in ("mlp.gate", "mlp.experts", "mlp.gate_up_proj", "mlp.down_proj", "self_attn.qkv_proj", "self_attn.o_proj")
+    for module in (
+        "mlp.gate",
+        "mlp.experts",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+    )
 ]
 
 
 def main(folder: str) -> None:
     model, layer = ModelConfig(folder), torch.nn.Module()
-    config = get_quantization_config(model.quantization).from_config(model.hf_config.quantization_config | {"packed_modules_mapping": {}})
+    config = get_quantization_config(model.quantization).from_config(
+        model.hf_config.quantization_config | {"packed_modules_mapping": {}}
+    )
     LINEAR[model.quantization](config).create_weights(
         layer,
         input_size_per_partition=256,
@@ -34,8 +43,14 @@ def main(folder: str) -> None:
         params_dtype=torch.bfloat16,
         weight_loader=lambda *_: None,
     )
-    parameters = {name: [str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p in layer.named_parameters()}
-    skipped = [name for name in MODULES if is_layer_skipped(name, config.exclude_modules, {}) or config.is_layer_excluded(name)]
+    parameters = {
+        name: [str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p in layer.named_parameters()
+    }
+    skipped = [
+        name
+        for name in MODULES
+        if is_layer_skipped(name, config.exclude_modules, {}) or config.is_layer_excluded(name)
+    ]
     print(json.dumps({"method": model.quantization, "parameters": parameters, "skipped": skipped}))
 
 

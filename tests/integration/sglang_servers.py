@@ -29,10 +29,17 @@ needs_sglang = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-sglang: 
 
 @contextmanager
 def local_servers(
-    model: Path | str, log_dir: Path, num_servers: int = 1, dtype: str = "fp32", device: torch.device = CPU, **settings: Any
+    model: Path | str,
+    log_dir: Path,
+    num_servers: int = 1,
+    dtype: str = "fp32",
+    device: torch.device = CPU,
+    **settings: Any,
 ) -> Iterator[LocalServers]:
     """Servers that are stopped at the end; ``settings`` are fields of SGLangConfig. They are not started here."""
-    cfg = SGLangConfig(**{"python": str(PYTHON), "start_timeout_s": 300.0, "health_interval_s": 20.0} | settings)
+    cfg = SGLangConfig(
+        **{"python": str(PYTHON), "start_timeout_s": 300.0, "health_interval_s": 20.0} | settings
+    )
     servers = LocalServers(str(model), num_servers, cfg, log_dir, dtype=dtype, seed=1, device=device)
     try:
         yield servers
@@ -40,9 +47,20 @@ def local_servers(
         servers.stop()
 
 
-def generate(server: Server, input_ids: list[int], *, headers: dict[str, str] | None = None, **sampling: Any) -> httpx.Response:
-    body = {"input_ids": input_ids, "sampling_params": {"temperature": 0, "ignore_eos": True} | sampling, "return_logprob": True}
-    return httpx.post(f"{server.url}/generate", json=body, headers=server.headers if headers is None else headers, timeout=120)
+def generate(
+    server: Server, input_ids: list[int], *, headers: dict[str, str] | None = None, **sampling: Any
+) -> httpx.Response:
+    body = {
+        "input_ids": input_ids,
+        "sampling_params": {"temperature": 0, "ignore_eos": True} | sampling,
+        "return_logprob": True,
+    }
+    return httpx.post(
+        f"{server.url}/generate",
+        json=body,
+        headers=server.headers if headers is None else headers,
+        timeout=120,
+    )
 
 
 def process_group(servers: LocalServers, index: int = 0) -> int:

@@ -27,7 +27,8 @@ from .commands import ROOT
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where the daemons are
 needs_slurm = pytest.mark.skipif(
-    not all(shutil.which(name, path=PATH) for name in DAEMONS), reason="no slurmctld, slurmd or munged: install Slurm (docs/slurm.md)"
+    not all(shutil.which(name, path=PATH) for name in DAEMONS),
+    reason="no slurmctld, slurmd or munged: install Slurm (docs/slurm.md)",
 )
 
 _COMMAND_TIMEOUT_S = 60
@@ -100,12 +101,20 @@ class SlurmCluster:
         try:
             socket_file = self.folder / "munge.sock"
             files = [f"--{name}-file={self.folder / name}" for name in ("key", "pid", "log", "seed")]
-            self._start_daemon("munged", "munged", "--foreground", "--force", f"--socket={socket_file}", *files)
+            self._start_daemon(
+                "munged", "munged", "--foreground", "--force", f"--socket={socket_file}", *files
+            )
             self.until(socket_file.is_socket, 20)
             self._start_daemon("slurmctld", "slurmctld", "-D")
             for node in self.nodes:
                 self.start_node(node)
-            self.until(lambda: set(self.nodes) <= set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split()), 60)
+            self.until(
+                lambda: (
+                    set(self.nodes)
+                    <= set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
+                ),
+                60,
+            )
         except BaseException:
             self.stop()
             raise
@@ -128,7 +137,9 @@ class SlurmCluster:
 
     def job(self, job: int) -> dict[str, str]:
         """The fields of ``scontrol show job``, e.g. JobState, Restarts, ExitCode, Reason."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job).splitlines()[0]))
+        return dict(
+            re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job).splitlines()[0])
+        )
 
     def state(self, job: int) -> str:
         return self.job(job)["JobState"]
@@ -139,7 +150,11 @@ class SlurmCluster:
         Raises:
             RuntimeError: it is not, within the limit.
         """
-        self.until(lambda: self.state(job) in states, timeout_s, lambda: f"job {job} is {self.job(job)}, not {' or '.join(states)}")
+        self.until(
+            lambda: self.state(job) in states,
+            timeout_s,
+            lambda: f"job {job} is {self.job(job)}, not {' or '.join(states)}",
+        )
         return self.job(job)
 
     def start_node(self, node: str) -> None:
@@ -151,7 +166,12 @@ class SlurmCluster:
         self._daemons[node].kill()
         self._daemons[node].wait()
         while tasks := self.processes(node):  # again, for what was just being forked
-            keepers = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
+            keepers = {
+                parent
+                for task in tasks
+                for parent in task.parents()
+                if parent.name().startswith("slurmstepd")
+            }
             for process in [*keepers, *tasks]:  # in this order, so that no stepd reports the end of its tasks
                 _kill(process)
 
@@ -163,7 +183,9 @@ class SlurmCluster:
                 env = process.environ()
             except psutil.Error:
                 continue
-            ours = env.get("SLURM_CONF") == self.env["SLURM_CONF"] and env.get("SLURMD_NODENAME", "") in ([node] if node else self.nodes)
+            ours = env.get("SLURM_CONF") == self.env["SLURM_CONF"] and env.get("SLURMD_NODENAME", "") in (
+                [node] if node else self.nodes
+            )
             if ours and (job is None or env.get("SLURM_JOB_ID") == str(job)):
                 found.append(process)
         return found
@@ -180,10 +202,16 @@ class SlurmCluster:
         with (self.folder / f"{key}.out").open("ab") as out:
             # SLURM_CONF in the environment of a slurmd is also what marks its steps as ours
             self._daemons[key] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command], env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
             )
 
-    def until(self, holds: Callable[[], bool], timeout_s: float, problem: Callable[[], str] | None = None) -> None:
+    def until(
+        self, holds: Callable[[], bool], timeout_s: float, problem: Callable[[], str] | None = None
+    ) -> None:
         """Looks now and then, for at most so long.
 
         Raises:
@@ -192,19 +220,26 @@ class SlurmCluster:
         deadline = time.monotonic() + timeout_s
         while not holds():
             if time.monotonic() > deadline:
-                raise RuntimeError(problem() if problem else f"not within {timeout_s:g} s; the daemons say:\n{self._last_words()}")
+                raise RuntimeError(
+                    problem()
+                    if problem
+                    else f"not within {timeout_s:g} s; the daemons say:\n{self._last_words()}"
+                )
             time.sleep(_POLL_S)
 
     def _last_words(self) -> str:
         logs = [*self.folder.glob("*.out"), *self.folder.glob("*.log"), self.folder / "log"]
-        return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs if log.is_file())
+        return "\n".join(
+            f"{log.name}: {log.read_text(errors='replace')[-1500:]}" for log in logs if log.is_file()
+        )
 
     def _write_configuration(self) -> None:
         host = socket.gethostname().split(".")[0]
         ports = _free_ports(1 + len(self.nodes))
         user = psutil.Process().username()
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}" for node, port in zip(self.nodes, ports[1:], strict=True)
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
+            for node, port in zip(self.nodes, ports[1:], strict=True)
         )
         (self.folder / "state").mkdir(parents=True)
         for node in self.nodes:
@@ -213,7 +248,12 @@ class SlurmCluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(1024))
         conf = _SLURM_CONF.format(
-            host=host, port=ports[0], first_job=1 + secrets.randbelow(60_000), user=user, folder=self.folder, nodes=nodes
+            host=host,
+            port=ports[0],
+            first_job=1 + secrets.randbelow(60_000),
+            user=user,
+            folder=self.folder,
+            nodes=nodes,
         )
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")

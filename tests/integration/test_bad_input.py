@@ -30,10 +30,22 @@ def case(world_size: int = 1, **values: object) -> Case:
 
 # what is wrong -> (options, what the line must say); {tmp} is the folder of the fixture ``folder``
 CASES: dict[str, tuple[Case, str]] = {
-    "unknown key": (case(optimizer__learning_rat=1), r"unknown config key 'optimizer\.learning_rat': did you mean '"),
-    "unknown megatron field": (case(megatron__moe_aux_loss_coef=0.1), r"'megatron\.moe_aux_loss_coef'.*'megatron\.moe_aux_loss_coeff'"),
-    "fp8 without a GPU": (case(fp8__recipe="tensorwise", model__dtype="bf16"), r"fp8\.recipe = .tensorwise. needs an NVIDIA GPU"),
-    "world size": (case(world_size=3, parallel__pipeline_model_parallel_size=2), r"= 2 does not divide the world size 3"),
+    "unknown key": (
+        case(optimizer__learning_rat=1),
+        r"unknown config key 'optimizer\.learning_rat': did you mean '",
+    ),
+    "unknown megatron field": (
+        case(megatron__moe_aux_loss_coef=0.1),
+        r"'megatron\.moe_aux_loss_coef'.*'megatron\.moe_aux_loss_coeff'",
+    ),
+    "fp8 without a GPU": (
+        case(fp8__recipe="tensorwise", model__dtype="bf16"),
+        r"fp8\.recipe = .tensorwise. needs an NVIDIA GPU",
+    ),
+    "world size": (
+        case(world_size=3, parallel__pipeline_model_parallel_size=2),
+        r"= 2 does not divide the world size 3",
+    ),
     "expert world size": (
         case(world_size=2, parallel__expert_model_parallel_size=4),
         r"expert 4 .* = 4 does not divide the world size 2",
@@ -67,23 +79,53 @@ CASES: dict[str, tuple[Case, str]] = {
         case(world_size=2, parallel__tensor_model_parallel_size=2),
         r"expert_tensor_parallel_size = 1 with tensor_model_parallel_size = 2 .*: set expert_tensor_parallel_size = 2",
     ),
-    "no config file": ({"argv": [], "env": {}}, r"config file nowhere\.toml does not exist: give the path of a TOML file"),
+    "no config file": (
+        {"argv": [], "env": {}},
+        r"config file nowhere\.toml does not exist: give the path of a TOML file",
+    ),
     "bad TOML": ({"argv": [], "env": {}}, r"config file .*broken\.toml cannot be read as TOML: .*line 2"),
     "no value": ({"argv": ["--train.num_steps"], "env": {}}, r"--train\.num_steps has no value"),
-    "no model": (case(model__path="nowhere"), r"model\.path = 'nowhere' has no config\.json: give a Hugging Face model folder"),
-    "model family": (case(model__path="{tmp}/gpt2"), r"is a 'gpt2' model, a family without a table: use one of .*qwen3_moe"),
-    "no data file": (case(data__path="nowhere.jsonl"), r"data\.path = 'nowhere\.jsonl' does not exist: give a \.jsonl"),
-    "no column": (case(data__prompt_column="question"), r"data\.prompt_column = 'question' is not a column of .*choose one of"),
+    "no model": (
+        case(model__path="nowhere"),
+        r"model\.path = 'nowhere' has no config\.json: give a Hugging Face model folder",
+    ),
+    "model family": (
+        case(model__path="{tmp}/gpt2"),
+        r"is a 'gpt2' model, a family without a table: use one of .*qwen3_moe",
+    ),
+    "no data file": (
+        case(data__path="nowhere.jsonl"),
+        r"data\.path = 'nowhere\.jsonl' does not exist: give a \.jsonl",
+    ),
+    "no column": (
+        case(data__prompt_column="question"),
+        r"data\.prompt_column = 'question' is not a column of .*choose one of",
+    ),
     "no rows": (case(data__path="{tmp}/empty.jsonl"), r"data\.path = '.*empty\.jsonl' has no rows"),
-    "no benchmark file": (case(eval__sets__heldout__path="nowhere.csv"), r"eval\.sets\.heldout\.path = 'nowhere\.csv' does not exist"),
-    "negative clip": (case(algorithm__clip_low=-0.2), r"algorithm\.clip_low = '-0\.2': .*greater than or equal to 0"),
-    "unknown loss": (case(algorithm__loss="gmp"), r"algorithm\.loss = 'gmp' is unknown: did you mean 'gmpo'\?"),
+    "no benchmark file": (
+        case(eval__sets__heldout__path="nowhere.csv"),
+        r"eval\.sets\.heldout\.path = 'nowhere\.csv' does not exist",
+    ),
+    "negative clip": (
+        case(algorithm__clip_low=-0.2),
+        r"algorithm\.clip_low = '-0\.2': .*greater than or equal to 0",
+    ),
+    "unknown loss": (
+        case(algorithm__loss="gmp"),
+        r"algorithm\.loss = 'gmp' is unknown: did you mean 'gmpo'\?",
+    ),
     "unknown loss option": (
         case(algorithm__options__dual_clp=3.0),
         r"algorithm\.options\.dual_clp .*did you mean algorithm\.options\.dual_clip",
     ),
-    "unknown reward": (case(reward__name="maths"), r"reward\.name = 'maths' is unknown: did you mean 'math'\?"),
-    "reward import": (case(reward__name="tests.nowhere:reward"), r"reward\.name = 'tests\.nowhere:reward' cannot be imported"),
+    "unknown reward": (
+        case(reward__name="maths"),
+        r"reward\.name = 'maths' is unknown: did you mean 'math'\?",
+    ),
+    "reward import": (
+        case(reward__name="tests.nowhere:reward"),
+        r"reward\.name = 'tests\.nowhere:reward' cannot be imported",
+    ),
     "k above samples": (case(eval__k="[1, 8]"), r"eval: k = 8 needs samples_per_prompt >= 8, not 1"),
     "checkpoint of another model": (
         case(run_dir="{tmp}/other"),
@@ -160,7 +202,9 @@ def refusals(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_refused_with_one_line(name: str, refusals: dict[str, dict[str, Any]], folder: Path) -> None:
+def test_bad_input_is_refused_with_one_line(
+    name: str, refusals: dict[str, dict[str, Any]], folder: Path
+) -> None:
     result = refusals[name]
     assert result["code"] == 2, result["stderr"]
     (line,) = error_lines(result["stderr"])
@@ -180,9 +224,13 @@ def test_the_command_itself_exits_with_code_2(name: str, folder: Path) -> None:
 
 
 def test_evaluate_wants_a_benchmark(folder: Path) -> None:
-    done = run_module("megatron_gmpo.evaluate", *options(model__path=folder / "model", run_dir=folder / "run"))
+    done = run_module(
+        "megatron_gmpo.evaluate", *options(model__path=folder / "model", run_dir=folder / "run")
+    )
     assert done.returncode == 2
-    assert error_lines(done.stderr) == ["error: eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"]
+    assert error_lines(done.stderr) == [
+        "error: eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"
+    ]
 
 
 def test_plot_metrics_wants_a_run(tmp_path: Path) -> None:
@@ -204,7 +252,10 @@ def test_trouble_of_one_rank_alone_is_not_silent(folder: Path, tmp_path: Path) -
     run_dir = tmp_path / "run"
     argv = [*arguments("unknown loss", folder), *options(run_dir=run_dir, algorithm__loss="gmpo")]
     done = run_module(
-        "megatron_gmpo.train", *argv, *options(reward__name="tests.integration.rewards:broken_on_rank_1", train__num_steps=1), ranks=2
+        "megatron_gmpo.train",
+        *argv,
+        *options(reward__name="tests.integration.rewards:broken_on_rank_1", train__num_steps=1),
+        ranks=2,
     )
     assert done.returncode != 0
     (line,) = error_lines(done.stderr)

@@ -54,7 +54,9 @@ def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         plain = tiny_model(family, dtype=dtype, **options)
         folder = tmp_path_factory.mktemp(variant)
         shutil.copytree(plain, folder, dirs_exist_ok=True)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plain, **changes[variant]), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(plain, **changes[variant]), dtype=torch.float32
+        )
         for parameter in model.parameters():  # buffers stay fp32
             parameter.data = parameter.data.to(dtype)
         model.save_pretrained(folder)
@@ -185,20 +187,34 @@ def test_training_checkpoint_of_any_layout(
 ) -> None:
     source = model(name)
     world_size, cfg = make_config(layout, source, dtype)
-    trained = ranks.run(world_size, cases.run_on, cfg, replayed(source), tmp_path / "run", 0, 2, [1, 2])[0]["weights"]
+    trained = ranks.run(world_size, cases.run_on, cfg, replayed(source), tmp_path / "run", 0, 2, [1, 2])[0][
+        "weights"
+    ]
     before = tensors(source)
     assert any(not torch.equal(trained[key].bfloat16(), before[key]) for key in before)
     ranks.run(2, conversions.to_hf, tmp_path / "run", tmp_path / "out")
     assert_same(tmp_path / "out", trained)
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    told = {"dtype": "float32" if dtype == "fp32" else "bfloat16"}  # what was trained, not what it started from
-    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((source / "config.json").read_text()) | told
+    told = {
+        "dtype": "float32" if dtype == "fp32" else "bfloat16"
+    }  # what was trained, not what it started from
+    assert (
+        json.loads((tmp_path / "out/config.json").read_text())
+        == json.loads((source / "config.json").read_text()) | told
+    )
     ranks.run(1, conversions.to_hf, tmp_path / "run/iter_0000002", tmp_path / "out2", None, "bf16")
     bias = "e_score_correction_bias"  # stays fp32
-    assert_same(tmp_path / "out2", {key: tensor if key.endswith(bias) else tensor.bfloat16() for key, tensor in trained.items()})
+    assert_same(
+        tmp_path / "out2",
+        {key: tensor if key.endswith(bias) else tensor.bfloat16() for key, tensor in trained.items()},
+    )
     assert json.loads((tmp_path / "out2/config.json").read_text())["dtype"] == "bfloat16"
-    assert "largest difference" in ranks.run(1, compare_logits, tmp_path / "out2", tmp_path / "run", "bf16")[0]
-    assert "is not the model" in ranks.run(1, conversions.refusal, compare_logits, source, tmp_path / "run")[0]
+    assert (
+        "largest difference" in ranks.run(1, compare_logits, tmp_path / "out2", tmp_path / "run", "bf16")[0]
+    )
+    assert (
+        "is not the model" in ranks.run(1, conversions.refusal, compare_logits, source, tmp_path / "run")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +227,13 @@ def test_training_checkpoint_of_any_layout(
     ],
 )
 def test_checkpoint_of_megatron_lm(
-    ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str, layout: str, dtype: str, optimizer_format: str
+    ranks: RankPool,
+    model: Callable[..., Path],
+    tmp_path: Path,
+    name: str,
+    layout: str,
+    dtype: str,
+    optimizer_format: str,
 ) -> None:
     """Its further keys, of the optimizer and the random states, are no weights; what in it is a pickle is not read."""
     world_size, cfg = make_config(layout, model(name), dtype)
@@ -225,7 +247,9 @@ def test_checkpoint_of_megatron_lm(
     assert (about["step"], about["optimizer"]) == ("7", "yes")
     assert "largest difference" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
     torch.save({"args": conversions.Evil(evil)}, run / "iter_0000007/common.pt")
-    assert "holds objects that Megatron does not load" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
+    assert (
+        "holds objects that Megatron does not load" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
+    )
     assert not evil.exists()
 
 
@@ -275,7 +299,9 @@ def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path,
         expected[name] = torch.empty(rows, columns, dtype=torch.bfloat16)
         for row in range(rows):
             for column in range(columns):
-                expected[name][row, column] = float(stored[name][row, column]) * float(scale[row // 128, column // 128])
+                expected[name][row, column] = float(stored[name][row, column]) * float(
+                    scale[row // 128, column // 128]
+                )
     save_file(stored, folder / "model.safetensors")
     about = json.loads((folder / "config.json").read_text())
     about["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -295,14 +321,23 @@ def test_layers_for_multi_token_prediction_are_left_out(
     """DeepSeek-V3 and GLM-4.5 have one such layer on the hub."""
     source = model("deepseek_v3")
     folder, further = copied(source, tmp_path), "model.layers.4.mlp.experts.0.up_proj.weight"
-    added = {"model.layers.4.enorm.weight": torch.ones(32), further: torch.ones(32, 32), f"{further}_scale_inv": torch.ones(1, 1)}
+    added = {
+        "model.layers.4.enorm.weight": torch.ones(32),
+        further: torch.ones(32, 32),
+        f"{further}_scale_inv": torch.ones(1, 1),
+    }
     save_file(tensors(folder) | added, folder / "model.safetensors")
-    assert "2 tensors that config.json does not ask for" in conversions.refusal(conversions.to_megatron, folder, tmp_path / "out")
+    assert "2 tensors that config.json does not ask for" in conversions.refusal(
+        conversions.to_megatron, folder, tmp_path / "out"
+    )
     about = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(about))
     HFToMegatron(folder)
     (warning,) = caplog.messages
-    assert "3 tensors of layers for multi-token prediction are not carried over, the first 'model.layers.4.enorm.weight'" in warning
+    assert (
+        "3 tensors of layers for multi-token prediction are not carried over, the first 'model.layers.4.enorm.weight'"
+        in warning
+    )
     ranks.run(1, conversions.to_megatron, folder, tmp_path / "megatron")
     ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
     assert_same(tmp_path / "back", source)
@@ -327,7 +362,10 @@ def test_has_what_the_plain_layer_spec_of_megatron_looks_for(
 def test_norms_of_latents_have_the_names_of_either_layer_spec(model: Callable[..., Path]) -> None:
     """Transformer Engine's fused ones (gpt_layer_specs.py) first; of layer 0, a dense one, and of layer 1."""
     table = ConversionTable(model("deepseek_v3"))
-    keys = {entry.name: [place.key.removeprefix("decoder.layers.") for place in table.places(entry)] for entry in table.entries}
+    keys = {
+        entry.name: [place.key.removeprefix("decoder.layers.") for place in table.places(entry)]
+        for entry in table.entries
+    }
     expected = {
         "0.input_layernorm.weight": [],
         "0.pre_mlp_layernorm.weight": ["0.mlp.linear_fc1.layer_norm_weight"],
@@ -384,17 +422,33 @@ def indexed(**files: str) -> Spoil:
 
 HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
     "missing": (changed(pop=lambda t: t.pop(GATE)), f"lacks the tensor '{GATE}'"),
-    "extra": (changed(add=lambda t: t.update(surplus=torch.ones(3))), "1 tensors that config.json does not ask for, the first 'surplus'"),
-    "misshapen": (changed(cut=lambda t: t.update({GATE: t[GATE][1:].clone()})), f"'{GATE}' is (31, 32), config.json asks for (32, 32)"),
-    "another dtype": (changed(cast=lambda t: t.update({GATE: t[GATE].float()})), f"'{GATE}' is torch.float32 where its like are"),
+    "extra": (
+        changed(add=lambda t: t.update(surplus=torch.ones(3))),
+        "1 tensors that config.json does not ask for, the first 'surplus'",
+    ),
+    "misshapen": (
+        changed(cut=lambda t: t.update({GATE: t[GATE][1:].clone()})),
+        f"'{GATE}' is (31, 32), config.json asks for (32, 32)",
+    ),
+    "another dtype": (
+        changed(cast=lambda t: t.update({GATE: t[GATE].float()})),
+        f"'{GATE}' is torch.float32 where its like are",
+    ),
     "NaN": (changed(nan=lambda t: t[GATE][3].fill_(float("nan"))), f"'{GATE}' holds NaN or infinite numbers"),
-    "infinite": (changed(inf=lambda t: t[GATE][3].fill_(float("-inf"))), f"'{GATE}' holds NaN or infinite numbers"),
+    "infinite": (
+        changed(inf=lambda t: t[GATE][3].fill_(float("-inf"))),
+        f"'{GATE}' holds NaN or infinite numbers",
+    ),
     "FP8 without scales": (
         changed(cut=lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)})),
         f"'{GATE}' is FP8 without a scale for each block",
     ),
     "scales of other blocks": (
-        changed(cut=lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn), f"{GATE}_scale_inv": torch.ones(2, 2)})),
+        changed(
+            cut=lambda t: t.update(
+                {GATE: t[GATE].to(torch.float8_e4m3fn), f"{GATE}_scale_inv": torch.ones(2, 2)}
+            )
+        ),
         f"'{GATE}_scale_inv' (2, 2) is no scale of blocks of 128 x 128",
     ),
     "truncated": (truncated, "model.safetensors has "),
@@ -412,7 +466,9 @@ HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize("problem", HF_PROBLEMS)
-def test_bad_hf_folder_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, problem: str) -> None:
+def test_bad_hf_folder_is_refused(
+    ranks: RankPool, model: Callable[..., Path], tmp_path: Path, problem: str
+) -> None:
     spoil, expected = HF_PROBLEMS[problem]
     folder = copied(model("qwen3_moe"), tmp_path)
     spoil(folder)
@@ -429,10 +485,15 @@ def truncated_distcp(folder: Path) -> None:
 
 MEGATRON_PROBLEMS: dict[str, tuple[Spoil, str]] = {
     "truncated": (truncated_distcp, "bytes where .metadata tells of"),
-    "absent file": (lambda folder: max(folder.glob("*.distcp")).unlink(), "which is not there: the checkpoint is not whole"),
+    "absent file": (
+        lambda folder: max(folder.glob("*.distcp")).unlink(),
+        "which is not there: the checkpoint is not whole",
+    ),
     "no metadata": (lambda folder: (folder / ".metadata").unlink(), "holds no .metadata"),
     "code in the metadata": (
-        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(conversions.Evil(folder / "evil"))) and None,
+        lambda folder: (
+            (folder / ".metadata").write_bytes(pickle.dumps(conversions.Evil(folder / "evil"))) and None
+        ),
         "cannot be trusted or read (it asks for pathlib.Path.touch)",
     ),
     "no config": (lambda folder: shutil.rmtree(folder.parent / "hf"), "give --template"),
@@ -449,14 +510,18 @@ def test_bad_megatron_folder_is_refused(
     spoil, expected = MEGATRON_PROBLEMS[problem]
     ranks.run(2, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
     spoil(tmp_path / "megatron/iter_0000000")
-    for message in ranks.run(2, conversions.refusal, conversions.to_hf, tmp_path / "megatron", tmp_path / "out"):
+    for message in ranks.run(
+        2, conversions.refusal, conversions.to_hf, tmp_path / "megatron", tmp_path / "out"
+    ):
         assert expected in message
         assert "\n" not in message
     assert left_over(tmp_path) == []
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_template_of_another_model_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
+def test_template_of_another_model_is_refused(
+    ranks: RankPool, model: Callable[..., Path], tmp_path: Path
+) -> None:
     ranks.run(1, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
     cases_ = {
         "qwen3_moe mixed": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
@@ -464,12 +529,21 @@ def test_template_of_another_model_is_refused(ranks: RankPool, model: Callable[.
         "qwen3_moe tied": "1 tensors that config.json does not ask for, the first 'output_layer.weight'",
     }
     for template, expected in cases_.items():
-        (message,) = ranks.run(1, conversions.refusal, conversions.to_hf, tmp_path / "megatron", tmp_path / "out", model(template))
+        (message,) = ranks.run(
+            1,
+            conversions.refusal,
+            conversions.to_hf,
+            tmp_path / "megatron",
+            tmp_path / "out",
+            model(template),
+        )
         assert expected in message
     assert left_over(tmp_path) == []
 
 
-def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(model: Callable[..., Path], tmp_path: Path) -> None:
+def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(
+    model: Callable[..., Path], tmp_path: Path
+) -> None:
     source, out = model("qwen3"), tmp_path / "out"
     command = [sys.executable, "-m", "tests.integration.conversions", str(source), str(out), "5"]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200)
@@ -480,18 +554,28 @@ def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(model: Calla
     assert left_over(tmp_path) == ["out"]
     assert "largest difference" in done.stdout
     assert "MB/s" in done.stdout.splitlines()[-1]
-    back = run_module(TO_HF, "--megatron", out, "--hf", tmp_path / "back", "--verify", "--max-shard-size", "20KB", ranks=2)
+    back = run_module(
+        TO_HF, "--megatron", out, "--hf", tmp_path / "back", "--verify", "--max-shard-size", "20KB", ranks=2
+    )
     assert back.returncode == 0, back.stderr
     assert "largest difference" in back.stdout
     assert_same(tmp_path / "back", source)
 
 
-@pytest.mark.parametrize(("tool", "limit"), [(TO_MEGATRON, 20), (TO_MEGATRON, 47), (TO_MEGATRON, 64), (TO_HF, 64)])
-def test_full_disk(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, tool: str, limit: int) -> None:
+@pytest.mark.parametrize(
+    ("tool", "limit"), [(TO_MEGATRON, 20), (TO_MEGATRON, 47), (TO_MEGATRON, 64), (TO_HF, 64)]
+)
+def test_full_disk(
+    ranks: RankPool, model: Callable[..., Path], tmp_path: Path, tool: str, limit: int
+) -> None:
     """A limit on the size of a file fails a write as a full disk does, in the middle."""
     source, out = model("qwen3_moe"), tmp_path / "out"
     ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
-    arguments = ["--hf", source, "--megatron", out] if tool == TO_MEGATRON else ["--megatron", tmp_path / "megatron", "--hf", out]
+    arguments = (
+        ["--hf", source, "--megatron", out]
+        if tool == TO_MEGATRON
+        else ["--megatron", tmp_path / "megatron", "--hf", out]
+    )
     line = f"ulimit -f {limit}; exec {sys.executable} -m {tool} {' '.join(map(str, arguments))}"
     failed = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert failed.returncode == 2, failed.stderr
@@ -500,15 +584,21 @@ def test_full_disk(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, 
     assert left_over(tmp_path) == []
 
 
-def test_a_head_of_its_own_under_tied_embeddings_is_refused(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_head_of_its_own_under_tied_embeddings_is_refused(
+    ranks: RankPool, model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = copied(model("qwen3 tied"), tmp_path)
     changed(add=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))(folder)
-    assert "set tie_word_embeddings = false" in conversions.refusal(conversions.to_megatron, folder, tmp_path / "out")
+    assert "set tie_word_embeddings = false" in conversions.refusal(
+        conversions.to_megatron, folder, tmp_path / "out"
+    )
     changed(add=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
     ranks.run(1, conversions.to_megatron, folder, tmp_path / "out")
 
 
-def test_config_tells_the_dtype_of_weights_saved_in_another(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
+def test_config_tells_the_dtype_of_weights_saved_in_another(
+    ranks: RankPool, model: Callable[..., Path], tmp_path: Path
+) -> None:
     ranks.run(1, conversions.to_megatron, model("qwen3", torch.float32), tmp_path / "megatron")
     ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back", model("qwen3", torch.bfloat16))
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "float32"
@@ -522,7 +612,11 @@ def test_too_small_a_disk_is_refused_before_writing(model: Callable[..., Path], 
     about["vocab_size"] = (2 * shutil.disk_usage(tmp_path).free + 10**9) // (2 * about["hidden_size"])
     (folder / "config.json").write_text(json.dumps(about))
     entries = ConversionTable(folder).entries
-    shapes = [(name, torch.bfloat16, shape) for entry in entries for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)]
+    shapes = [
+        (name, torch.bfloat16, shape)
+        for entry in entries
+        for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
+    ]
     with suppress(AssertionError), SafetensorsFile(folder / "model.safetensors", shapes):
         pass  # nothing but the header
     file = folder / "model.safetensors"
@@ -537,7 +631,9 @@ def test_existing_folder_is_refused(model: Callable[..., Path], tmp_path: Path) 
     (tmp_path / "out/precious").touch()
     failed = run_module(TO_MEGATRON, "--hf", model("qwen3"), "--megatron", tmp_path / "out", ranks=2)
     assert failed.returncode != 0
-    assert error_lines(failed.stderr) == [f"error: '{tmp_path}/out' exists: choose another folder or remove it"]
+    assert error_lines(failed.stderr) == [
+        f"error: '{tmp_path}/out' exists: choose another folder or remove it"
+    ]
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 

@@ -31,7 +31,11 @@ from megatron_gmpo.types import Prompt
 from .sglang_servers import CPU, PYTHON, generate, needs_sglang
 
 PROMPT = [5, 6, 7, 8, 9, 10]
-SHAPE = {"num_layers": 2, "head_dim": 64, "ffn_hidden_size": 128}  # SGLang joins matrices only of whole blocks
+SHAPE = {
+    "num_layers": 2,
+    "head_dim": 64,
+    "ffn_hidden_size": 128,
+}  # SGLang joins matrices only of whole blocks
 HIDDEN = {"qwen3": 192, "qwen3_moe": 128}  # one and a half blocks; but its checksums want whole ones
 
 
@@ -57,12 +61,19 @@ def logits_of(model: Any, ids: list[int]) -> Tensor:
     return model(torch.tensor([ids])).logits[0]  # (tokens, vocabulary)
 
 
-def differences(models: list[Any], prompt: list[int], response: list[int], logprobs: list[float]) -> list[float]:
+def differences(
+    models: list[Any], prompt: list[int], response: list[int], logprobs: list[float]
+) -> list[float]:
     """Mean absolute difference of a server's log probabilities to each model's."""
     found = []
     for model in models:
         expected = logits_of(model, prompt + response)[len(prompt) - 1 : -1].log_softmax(-1)
-        found.append((torch.tensor(logprobs) - expected.gather(1, torch.tensor(response)[:, None])[:, 0]).abs().mean().item())
+        found.append(
+            (torch.tensor(logprobs) - expected.gather(1, torch.tensor(response)[:, None])[:, 0])
+            .abs()
+            .mean()
+            .item()
+        )
     print("mean difference to the dequantised model, the one before, another:", found)
     return found
 
@@ -74,7 +85,9 @@ def fp8_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fp8_config(model: Path, **sections: dict[str, Any]) -> Config:
     rollout = {"engine": "sglang", "quantization": "fp8"}
-    return Config.model_validate({"model": {"path": str(model)}, "sglang": {"python": str(PYTHON)}, "rollout": rollout} | sections)
+    return Config.model_validate(
+        {"model": {"path": str(model)}, "sglang": {"python": str(PYTHON)}, "rollout": rollout} | sections
+    )
 
 
 @needs_sglang
@@ -107,7 +120,9 @@ def test_routes(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Pat
 @needs_sglang
 def test_engine(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """As a run does it; every weight of the servers is noise before a sync, and compared after it."""
-    old, new = (tiny_model("qwen3_moe", hidden_size=HIDDEN["qwen3_moe"], seed=seed, **SHAPE) for seed in (0, 1))
+    old, new = (
+        tiny_model("qwen3_moe", hidden_size=HIDDEN["qwen3_moe"], seed=seed, **SHAPE) for seed in (0, 1)
+    )
     cfg = fp8_config(old, weight_sync={"route": "distributed", "verify": True, "timeout_s": 60}).model_copy(
         update={"run_dir": str(tmp_path)}
     )
@@ -119,13 +134,17 @@ def test_engine(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Pat
     engine = start_sglang(cfg, AutoConfig.from_pretrained(old), AutoTokenizer.from_pretrained(old), CPU)
     try:
         engine.update_weights(tensors_of(new), version=1)
-        (group,) = engine.generate([Prompt(id="0", answer="", input_ids=PROMPT)], SamplingParams(n=4, max_new_tokens=16))
+        (group,) = engine.generate(
+            [Prompt(id="0", answer="", input_ids=PROMPT)], SamplingParams(n=4, max_new_tokens=16)
+        )
     finally:
         engine.close()
     for sample in group.samples:
         assert sample.policy_version == 1
         response = len(PROMPT)
-        right, before, wrong = differences(compared, PROMPT, sample.tokens[response:], sample.rollout_logprobs[response:])
+        right, before, wrong = differences(
+            compared, PROMPT, sample.tokens[response:], sample.rollout_logprobs[response:]
+        )
         assert right < 0.03  # in bf16 some tokens change experts
         assert right < before < wrong
 
@@ -134,7 +153,9 @@ def test_engine(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Pat
 def test_embedded_engine(family: str, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     old, new = (tiny_model(family, hidden_size=HIDDEN[family], seed=seed, **SHAPE) for seed in (0, 1))
     tokenizer = AutoTokenizer.from_pretrained(old)
-    engine = EmbeddedEngine(str(old), tokenizer, device=CPU, dtype=torch.float32, batch_size=4, seed=1, quantized=True)
+    engine = EmbeddedEngine(
+        str(old), tokenizer, device=CPU, dtype=torch.float32, batch_size=4, seed=1, quantized=True
+    )
     engine.update_weights(tensors_of(new), version=1)
     expected = logits_of(dequantized(new, tmp_path / "dequantized"), PROMPT)
     torch.testing.assert_close(logits_of(engine.model, PROMPT), expected, rtol=0, atol=1e-5)
@@ -143,7 +164,11 @@ def test_embedded_engine(family: str, tiny_model: Callable[..., Path], tmp_path:
 
 def test_a_model_in_fp8_wants_fp8_rollouts(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = fp8_start_folder(tiny_model("qwen3", num_layers=2), tmp_path / "fp8")
-    about: dict[str, Any] = {"model": {"path": str(folder)}, "rollout": {"engine": "sglang"}, "sglang": {"python": sys.executable}}
+    about: dict[str, Any] = {
+        "model": {"path": str(folder)},
+        "rollout": {"engine": "sglang"},
+        "sglang": {"python": sys.executable},
+    }
     with pytest.raises(InputError, match=r"model\.path = '.*' is in FP8: set rollout\.quantization = 'fp8'"):
         check_servers(Config.model_validate(about), AutoConfig.from_pretrained(folder), torch.device("cpu"))
     about["rollout"]["quantization"] = "fp8"
@@ -154,7 +179,12 @@ def test_transformers_reads_such_a_folder(tiny_model: Callable[..., Path], tmp_p
     """Whole blocks only: it takes the size of a block from the numbers of scales."""
     model = tiny_model("qwen3_moe", hidden_size=128, **SHAPE)
     folder = fp8_start_folder(model, tmp_path / "fp8")
-    save_file({name: tensor.contiguous() for name, tensor in quantize_all(tensors_of(model))}, folder / "model.safetensors")
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in quantize_all(tensors_of(model))},
+        folder / "model.safetensors",
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+    )
     expected = logits_of(dequantized(model, tmp_path / "dequantized"), PROMPT)
     torch.testing.assert_close(logits_of(theirs, PROMPT), expected, rtol=0, atol=1e-5)

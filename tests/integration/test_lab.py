@@ -51,7 +51,9 @@ TIMEOUT_S = 240
 def lab(folder: Path, *argv: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "megatron_gmpo.lab", "study.toml", "--cores", "2", *argv]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def steps(runs: Path, arm: str) -> int:
@@ -87,14 +89,21 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     assert (runs / "grpo/seed_0/trial.json").read_bytes() == finished  # not run again, nor is the broken one
     assert "study: 1 of 3 trials to run" in errors
     for arm in ("grpo", "gmpo"):  # each was saved when it was interrupted
-        assert "resume" in [json.loads(line)["event"] for line in (runs / arm / "seed_0/events.jsonl").read_text().splitlines()]
+        assert "resume" in [
+            json.loads(line)["event"]
+            for line in (runs / arm / "seed_0/events.jsonl").read_text().splitlines()
+        ]
 
     report = tmp_path / page.strip()
     html = report.read_text()
     assert "Two losses &amp; a mistake" in html
     assert 'src="http' not in html
     numbers = json.loads((report.parent / "numbers.json").read_text())
-    assert {trial["arm"]: trial["outcome"] for trial in numbers["trials"]} == {"grpo": "finished", "gmpo": "finished", "broken": "stopped"}
+    assert {trial["arm"]: trial["outcome"] for trial in numbers["trials"]} == {
+        "grpo": "finished",
+        "gmpo": "finished",
+        "broken": "stopped",
+    }
     assert "step 1:" in next(trial["reason"] for trial in numbers["trials"] if trial["arm"] == "broken")
     for arm in ("grpo", "gmpo"):
         logged = [json.loads(line) for line in (runs / arm / "seed_0/metrics.jsonl").read_text().splitlines()]

@@ -53,19 +53,37 @@ def groups(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("groups")
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    made = [SampleGroup(Prompt(id=str(i), answer="", input_ids=ids), [sample(ids, 9), sample(ids, 14)]) for i, ids in enumerate(prompts)]
+    made = [
+        SampleGroup(Prompt(id=str(i), answer="", input_ids=ids), [sample(ids, 9), sample(ids, 14)])
+        for i, ids in enumerate(prompts)
+    ]
     save_groups(folder, 0, made)
     return folder
 
 
 def run(model: Path, groups: Path, out: Path, sides: str, *options: str) -> Any:
     about = ["--device", "cpu", "--model.path", model, "--model.dtype", "fp32", "--sglang.python", PYTHON]
-    return run_module("tools.mismatch", "--groups", groups, "--out", out, *about, *options, "--sides", *sides.split(), COLUMNS="120")
+    return run_module(
+        "tools.mismatch",
+        "--groups",
+        groups,
+        "--out",
+        out,
+        *about,
+        *options,
+        "--sides",
+        *sides.split(),
+        COLUMNS="120",
+    )
 
 
 def rows(stdout: str) -> dict[str, list[float]]:
     """Side -> mean, median, 99 %, largest, k3."""
-    cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in stdout.splitlines() if line.startswith("│")]
+    cells = [
+        [cell.strip() for cell in line.strip("│ ").split("│")]
+        for line in stdout.splitlines()
+        if line.startswith("│")
+    ]
     return {name: [float(figure) for figure in figures] for name, *figures in cells}
 
 
@@ -78,7 +96,9 @@ def test_sides(model: Path, groups: Path, tmp_path: Path) -> None:
     assert found["recorded"] == pytest.approx([OFFSET] * 4 + [expm1(OFFSET) - OFFSET], rel=1e-2)
     assert max(found["policy"]) < 1e-4
     assert 1e-4 < found["bf16"][0] < found["fp8"][0] < 0.1
-    layers = dict(re.findall(r"^(\w+): hidden states after each layer differ by (.*)$", done.stdout, re.MULTILINE))
+    layers = dict(
+        re.findall(r"^(\w+): hidden states after each layer differ by (.*)$", done.stdout, re.MULTILINE)
+    )
     errors = {name: [float(error) for error in line.split(", ")] for name, line in layers.items()}
     assert {name: len(line) for name, line in errors.items()} == {"bf16": 2, "fp8": 2, "policy": 2}
     assert max(errors["policy"]) < 1e-5 < min(errors["bf16"]) < min(errors["fp8"]) < 0.1
@@ -89,7 +109,9 @@ def test_policy_in_a_layout(model: Path, groups: Path, tmp_path: Path) -> None:
     layout = ["--parallel.tensor_model_parallel_size", "2", "--parallel.expert_model_parallel_size", "2"]
     about = ["--device", "cpu", "--model.path", model, "--model.dtype", "fp32", *layout]
     sides = ["--sides", "policy", "recorded"]
-    done = run_module("tools.mismatch", "--groups", groups, "--out", tmp_path / "m.png", *about, *sides, ranks=2)
+    done = run_module(
+        "tools.mismatch", "--groups", groups, "--out", tmp_path / "m.png", *about, *sides, ranks=2
+    )
     assert done.returncode == 0, done.stderr
     assert rows(done.stdout)["recorded"][0] == pytest.approx(OFFSET, rel=1e-2)
 

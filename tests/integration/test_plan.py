@@ -31,7 +31,14 @@ def test_a_big_model_fits_and_has_the_published_size(
 ) -> None:
     log = tmp_path / "log"
     with log.open("w") as out:
-        command = [sys.executable, "-m", "tools.plan", f"examples/moe/{name}.toml", "--world_size", str(world_size)]
+        command = [
+            sys.executable,
+            "-m",
+            "tools.plan",
+            f"examples/moe/{name}.toml",
+            "--world_size",
+            str(world_size),
+        ]
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     text = log.read_text()
@@ -51,16 +58,46 @@ def test_a_big_model_fits_and_has_the_published_size(
     [
         (CONFIG, {}, r"world_size = None: give the number"),
         (CONFIG, {"world_size": 2, "train__num_step": 1}, r"unknown config key 'train\.num_step'"),
-        (CONFIG, {"world_size": 3, "parallel__expert_model_parallel_size": 3}, r"expert_model_parallel_size = 3 does not divide"),
-        (CONFIG, {"world_size": 1, "response_tokens": 10**6}, r"response_tokens = 1000000 is above rollout\.max_new_tokens"),
-        (CONFIG, {"world_size": 1, "algorithm__clip": "adaptive", "train__minibatches_per_step": 1}, r"adaptive"),
-        (BIG, {"world_size": 8}, r"rank 0 \(pipeline stage 0\) needs [\d.]+ GiB of 79\.0: [\d.]+ too much; raise parallel\."),
-        (BIG, {"world_size": 32, "train__max_tokens_per_microbatch": 65536}, r"needs [\d.]+ GiB .* too much; .*max_tokens_per_microbatch"),
-        (BIG, {"world_size": 32, "sglang__args__mem_fraction_static": 0.6}, r"colocated servers take 47\.4 GiB .*mem_fraction_static"),
-        (BIG, {"world_size": 32, "sglang__args__mem_fraction_static": 0.15}, r"a server's 4 GPUs give it 47\.4 GiB, too little"),
+        (
+            CONFIG,
+            {"world_size": 3, "parallel__expert_model_parallel_size": 3},
+            r"expert_model_parallel_size = 3 does not divide",
+        ),
+        (
+            CONFIG,
+            {"world_size": 1, "response_tokens": 10**6},
+            r"response_tokens = 1000000 is above rollout\.max_new_tokens",
+        ),
+        (
+            CONFIG,
+            {"world_size": 1, "algorithm__clip": "adaptive", "train__minibatches_per_step": 1},
+            r"adaptive",
+        ),
+        (
+            BIG,
+            {"world_size": 8},
+            r"rank 0 \(pipeline stage 0\) needs [\d.]+ GiB of 79\.0: [\d.]+ too much; raise parallel\.",
+        ),
+        (
+            BIG,
+            {"world_size": 32, "train__max_tokens_per_microbatch": 65536},
+            r"needs [\d.]+ GiB .* too much; .*max_tokens_per_microbatch",
+        ),
+        (
+            BIG,
+            {"world_size": 32, "sglang__args__mem_fraction_static": 0.6},
+            r"colocated servers take 47\.4 GiB .*mem_fraction_static",
+        ),
+        (
+            BIG,
+            {"world_size": 32, "sglang__args__mem_fraction_static": 0.15},
+            r"a server's 4 GPUs give it 47\.4 GiB, too little",
+        ),
     ],
 )
-def test_what_does_not_fit_is_one_line(tiny_model: Callable[..., Path], config: str, values: dict[str, object], line: str) -> None:
+def test_what_does_not_fit_is_one_line(
+    tiny_model: Callable[..., Path], config: str, values: dict[str, object], line: str
+) -> None:
     model = options(model__path=tiny_model("qwen3_moe")) if config == CONFIG else []
     done = run_module("tools.plan", config, *model, *options(**values))
     assert done.returncode == 2, done.stdout + done.stderr
@@ -70,7 +107,11 @@ def test_what_does_not_fit_is_one_line(tiny_model: Callable[..., Path], config: 
 
 def test_a_run_on_a_cpu_with_the_embedded_engine(tiny_model: Callable[..., Path]) -> None:
     model = tiny_model("qwen3_moe")
-    done = run_module("tools.plan", CONFIG, *options(model__path=model, world_size=4, parallel__pipeline_model_parallel_size=2))
+    done = run_module(
+        "tools.plan",
+        CONFIG,
+        *options(model__path=model, world_size=4, parallel__pipeline_model_parallel_size=2),
+    )
     assert done.returncode == 0, done.stderr
     assert "4 ranks on h100: PP 2 DP 2" in done.stdout
     assert "send and receive" in done.stdout
@@ -78,7 +119,27 @@ def test_a_run_on_a_cpu_with_the_embedded_engine(tiny_model: Callable[..., Path]
 
 def test_a_server_of_more_gpus_than_heads_repeats_the_heads() -> None:
     """Qwen3-30B-A3B: keys and values of 4 heads of 128 in 48 layers, bf16. DeepSeek-V3: one latent of 576 in 61 layers."""
-    qwen = Model(0, 0, 0, kv_heads=4, kv_head_bytes=2 * 2 * 128 * 48, num_layers=48, num_experts=128, topk=8, served_weights=0)
+    qwen = Model(
+        0,
+        0,
+        0,
+        kv_heads=4,
+        kv_head_bytes=2 * 2 * 128 * 48,
+        num_layers=48,
+        num_experts=128,
+        topk=8,
+        served_weights=0,
+    )
     assert [qwen.kv_bytes_on(gpus) for gpus in (1, 4, 8)] == [98_304, 98_304, 196_608]
-    deepseek = Model(0, 0, 0, kv_heads=1, kv_head_bytes=2 * 576 * 61, num_layers=61, num_experts=256, topk=8, served_weights=0)
+    deepseek = Model(
+        0,
+        0,
+        0,
+        kv_heads=1,
+        kv_head_bytes=2 * 576 * 61,
+        num_layers=61,
+        num_experts=256,
+        topk=8,
+        served_weights=0,
+    )
     assert deepseek.kv_bytes_on(8) == 8 * 70_272

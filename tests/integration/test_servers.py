@@ -23,7 +23,17 @@ from megatron_gmpo.rollout.servers import LocalServers, Server, external_servers
 from megatron_gmpo.supervision.records import node_name
 
 from .commands import CONFIG, ROOT, command_line, error_lines, options
-from .sglang_servers import CPU, PYTHON, generate, local_servers, members, needs_sglang, process_group, wait_for, wait_until_gone
+from .sglang_servers import (
+    CPU,
+    PYTHON,
+    generate,
+    local_servers,
+    members,
+    needs_sglang,
+    process_group,
+    wait_for,
+    wait_until_gone,
+)
 
 PROMPT = [5, 6, 7, 8]
 
@@ -54,7 +64,11 @@ def test_keys_open_and_stay_secret(sglang_server: LocalServers) -> None:
     assert "'api_key': '***'" in log
     processes = members(process_group(sglang_server))
     assert len(processes) >= 3  # HTTP, scheduler, detokenizer
-    shown = [*(" ".join(p.cmdline()) + str(p.environ()) for p in psutil.process_iter(["pid"]) if p in processes), log, repr(server)]
+    shown = [
+        *(" ".join(p.cmdline()) + str(p.environ()) for p in psutil.process_iter(["pid"]) if p in processes),
+        log,
+        repr(server),
+    ]
     for key in (server.api_key, server.admin_key):
         assert len(key) == 32
         assert not [text for text in shown if key in text]
@@ -66,20 +80,26 @@ def test_external_servers(sglang_server: LocalServers, monkeypatch: pytest.Monke
     monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
     monkeypatch.setenv("SGLANG_ADMIN_API_KEY", server.admin_key)
     assert external_servers((server.url + "/",)) == [server]
-    version = httpx.get(f"{server.url}/model_info", headers=server.headers, timeout=60).json()["weight_version"]
+    version = httpx.get(f"{server.url}/model_info", headers=server.headers, timeout=60).json()[
+        "weight_version"
+    ]
     assert version == "default"  # asking changed nothing
 
     for name in ("SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "wrong")
-            with pytest.raises(InputError, match=rf"rollout.server_urls: '{server.url}' refuses the key .* {name}: "):
+            with pytest.raises(
+                InputError, match=rf"rollout.server_urls: '{server.url}' refuses the key .* {name}: "
+            ):
                 external_servers((server.url,))
 
 
 def test_external_servers_that_are_none() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(InputError, match=rf"'http://127.0.0.1:{port}' cannot be reached \(.*refused\): start the server"):
+    with pytest.raises(
+        InputError, match=rf"'http://127.0.0.1:{port}' cannot be reached \(.*refused\): start the server"
+    ):
         external_servers((f"http://127.0.0.1:{port}",))
     for url in ("127.0.0.1:30000", "http://host:port", ""):
         with pytest.raises(InputError, match="is not a URL: give http://HOST:PORT"):
@@ -121,7 +141,10 @@ def test_the_reason_of_a_start_that_fails(tmp_path: Path) -> None:
     for name, (model, args, reason) in cases.items():
         with local_servers(model, tmp_path / name, args=args) as servers:
             servers.start()
-            with pytest.raises(ServerError, match=rf"^SGLang server 0 died before it was ready: .*{reason}.*\(see .*server_0.log\)$"):
+            with pytest.raises(
+                ServerError,
+                match=rf"^SGLang server 0 died before it was ready: .*{reason}.*\(see .*server_0.log\)$",
+            ):
                 servers.wait_ready()
 
 
@@ -130,7 +153,10 @@ def test_start_timeout_and_stop(tmp_path: Path) -> None:
     with local_servers("no model", tmp_path, num_servers=2, start_timeout_s=0.1) as servers:
         servers.start()
         groups = [process_group(servers, i) for i in range(2)]
-        with pytest.raises(ServerError, match=r"^SGLang server 0 was not ready within sglang.start_timeout_s = 0.1; .*server_0.log\)$"):
+        with pytest.raises(
+            ServerError,
+            match=r"^SGLang server 0 was not ready within sglang.start_timeout_s = 0.1; .*server_0.log\)$",
+        ):
             servers.wait_ready()
         assert all(servers.is_alive(i) for i in range(2))
         servers.stop()
@@ -143,7 +169,10 @@ def test_start_timeout_and_stop(tmp_path: Path) -> None:
 def test_no_server_outlives_a_killed_trainer(tmp_path: Path) -> None:
     """Neither one that runs nor one that is stopped, and although a fork of the trainer lives on."""
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.sglang_servers", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tests.integration.sglang_servers", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as trainer:
         assert trainer.stdout
         started = json.loads(trainer.stdout.readline())
@@ -174,8 +203,14 @@ def test_ports_are_held(tmp_path: Path) -> None:
 
 def test_refuses_settings_it_cannot_use(tmp_path: Path) -> None:
     for settings, message in (
-        ({"host": "192.0.2.1"}, r"sglang.host = '192.0.2.1' has no port to bind to \(.*\): give an address of this machine"),
-        ({"args": {"admin-api-key": "k"}}, r"sglang.args.admin_api_key is set by the run itself: leave it out"),
+        (
+            {"host": "192.0.2.1"},
+            r"sglang.host = '192.0.2.1' has no port to bind to \(.*\): give an address of this machine",
+        ),
+        (
+            {"args": {"admin-api-key": "k"}},
+            r"sglang.args.admin_api_key is set by the run itself: leave it out",
+        ),
     ):
         with pytest.raises(InputError, match=f"^{message}$"):
             LocalServers("no model", 1, SGLangConfig(**settings), tmp_path, dtype="fp32", seed=1, device=CPU)
@@ -186,14 +221,24 @@ def test_keys_are_not_printed() -> None:
 
 
 @needs_sglang
-def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(sglang_model: Path, tmp_path: Path) -> None:
+def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(
+    sglang_model: Path, tmp_path: Path
+) -> None:
     limits = options(
-        sglang__python=PYTHON, sglang__health_interval_s=1, sglang__hang_timeout_s=5, sglang__max_restarts=1, weight_sync__timeout_s=5
+        sglang__python=PYTHON,
+        sglang__health_interval_s=1,
+        sglang__hang_timeout_s=5,
+        sglang__max_restarts=1,
+        weight_sync__timeout_s=5,
     )
-    command = command_line("megatron_gmpo.rollout.serve", CONFIG, *options(model__path=sglang_model, run_dir=tmp_path), *limits)
+    command = command_line(
+        "megatron_gmpo.rollout.serve", CONFIG, *options(model__path=sglang_model, run_dir=tmp_path), *limits
+    )
     (tmp_path / "server_keys.json").write_text('{"api_key": "user", "admin_key": "admin"}')
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1"}
-    with subprocess.Popen([*command, "--rollout.engine", "sglang"], cwd=ROOT, env=os.environ | slurm, stderr=subprocess.PIPE) as node:
+    with subprocess.Popen(
+        [*command, "--rollout.engine", "sglang"], cwd=ROOT, env=os.environ | slurm, stderr=subprocess.PIPE
+    ) as node:
         try:
             (server,) = published_servers(tmp_path / "servers.json", 300)
             ((log,),) = [list(tmp_path.glob("servers/*/server_0.log"))]
@@ -207,19 +252,29 @@ def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(sg
         finally:
             node.terminate()
     assert node.returncode == 1
-    assert error_lines(said.decode()) == [f"error: every SGLang server of {node_name()} was lost 2 times in a row: see its log"]
-    with pytest.raises(ServerError, match="the rollout servers of the job were not started: every SGLang server of"):
+    assert error_lines(said.decode()) == [
+        f"error: every SGLang server of {node_name()} was lost 2 times in a row: see its log"
+    ]
+    with pytest.raises(
+        ServerError, match="the rollout servers of the job were not started: every SGLang server of"
+    ):
         published_servers(tmp_path / "servers.json", 1)
 
 
 def test_published_servers_are_not_the_users_to_correct(tmp_path: Path) -> None:
     file = tmp_path / "servers.json"
     (tmp_path / "server_keys.json").write_text('{"api_key": "user", "admin_key": "admin"}')
-    with pytest.raises(ServerError, match=r"rollout\.servers_file = .* was not there within sglang\.start_timeout_s = 0\.1"):
+    with pytest.raises(
+        ServerError, match=r"rollout\.servers_file = .* was not there within sglang\.start_timeout_s = 0\.1"
+    ):
         published_servers(file, 0.1)
     file.write_text('[{"url": "http://127.0.0.1:9", "node": "node2"}]')
-    with pytest.raises(ServerError, match=r"rollout\.servers_file: 'http://127\.0\.0\.1:9' cannot be reached"):
+    with pytest.raises(
+        ServerError, match=r"rollout\.servers_file: 'http://127\.0\.0\.1:9' cannot be reached"
+    ):
         published_servers(file, 1)
-    file.write_text('{"error": "rollout.num_servers = 3 cannot be shared by 2 nodes: choose a multiple", "code": 2}')
+    file.write_text(
+        '{"error": "rollout.num_servers = 3 cannot be shared by 2 nodes: choose a multiple", "code": 2}'
+    )
     with pytest.raises(InputError, match=r"rollout\.num_servers = 3 cannot be shared"):
         published_servers(file, 1)

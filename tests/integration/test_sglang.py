@@ -49,7 +49,10 @@ def weights(sglang_model: Path) -> list[Weights]:
     """Three sets of weights of the served model: the folder's, and two that answer differently."""
     first = load_file(sglang_model / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    return [first] + [{name: t + 0.3 * t.std() * torch.randn(t.shape, generator=generator) for name, t in first.items()} for _ in range(2)]
+    return [first] + [
+        {name: t + 0.3 * t.std() * torch.randn(t.shape, generator=generator) for name, t in first.items()}
+        for _ in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +70,19 @@ def models(sglang_model: Path, weights: list[Weights], tmp_path_factory: pytest.
 
 def config(model: Path, run_dir: Path, **sections: dict[str, Any]) -> Config:
     rollout = {"engine": "sglang"} | sections.pop("rollout", {})
-    sglang = {"python": str(PYTHON), "health_interval_s": 1.0, "start_timeout_s": 400.0} | sections.pop("sglang", {})
+    sglang = {"python": str(PYTHON), "health_interval_s": 1.0, "start_timeout_s": 400.0} | sections.pop(
+        "sglang", {}
+    )
     model_table = {"path": str(model), "dtype": "fp32"}
-    return Config.model_validate(dict(run_dir=str(run_dir), model=model_table, rollout=rollout, sglang=sglang, **sections))
+    return Config.model_validate(
+        dict(run_dir=str(run_dir), model=model_table, rollout=rollout, sglang=sglang, **sections)
+    )
 
 
 @pytest.fixture
-def engine(sglang_server: LocalServers, sglang_model: Path, tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
+def engine(
+    sglang_server: LocalServers, sglang_model: Path, tmp_path: Path
+) -> Iterator[Callable[..., SGLangEngine]]:
     """Makes an engine on the running server, as on a foreign one."""
     made: list[SGLangEngine] = []
 
@@ -103,10 +112,14 @@ def assert_made_by(sample: Sample, models: list[Any], prompt_length: int = 4) ->
     expected = [model(torch.tensor([sample.tokens])).logits[0].log_softmax(-1) for model in models]
     places = range(prompt_length, len(sample.tokens))
     wanted = [float(expected[sample.token_versions[t]][t - 1, sample.tokens[t]]) for t in places]
-    assert_close(torch.tensor(sample.rollout_logprobs[prompt_length:]), torch.tensor(wanted), atol=1e-4, rtol=0)
+    assert_close(
+        torch.tensor(sample.rollout_logprobs[prompt_length:]), torch.tensor(wanted), atol=1e-4, rtol=0
+    )
 
 
-def test_samples_are_what_transformers_says(engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any]) -> None:
+def test_samples_are_what_transformers_says(
+    engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any]
+) -> None:
     served = engine()
     served.update_weights(weights[0].items(), 0)
     drawn = samples(served, n=4, max_new_tokens=9)
@@ -133,7 +146,11 @@ def test_temperature_is_in_the_logprobs_and_a_stop_string_ends(
     logprobs = (models[0](torch.tensor([hot.tokens])).logits[0] / 2).log_softmax(-1)
     wanted = [float(logprobs[t - 1, hot.tokens[t]]) for t in range(4, len(hot.tokens))]
     assert_close(torch.tensor(hot.rollout_logprobs[4:]), torch.tensor(wanted), atol=1e-4, rtol=0)
-    stopped = [s for s in samples(served, n=8, max_new_tokens=60, stop=("7",)) if "7" in served._tokenizer.decode(s.tokens[4:])]
+    stopped = [
+        s
+        for s in samples(served, n=8, max_new_tokens=60, stop=("7",))
+        if "7" in served._tokenizer.decode(s.tokens[4:])
+    ]
     assert stopped
     for sample in stopped:
         assert sample.finish_reason == "stop"
@@ -151,7 +168,11 @@ def test_routed_experts_are_aligned_with_the_tokens(
     for sample in [*samples(served, n=2, max_new_tokens=12), *samples(served, n=2, max_new_tokens=12)]:
         router_logits = models[0](torch.tensor([sample.tokens]), output_router_logits=True).router_logits
         assert sample.routed_experts is not None
-        assert sample.routed_experts.shape == (len(sample.tokens) - 1, hf.num_hidden_layers, hf.num_experts_per_tok)
+        assert sample.routed_experts.shape == (
+            len(sample.tokens) - 1,
+            hf.num_hidden_layers,
+            hf.num_experts_per_tok,
+        )
         for layer, logits in enumerate(router_logits):
             chosen = logits.topk(hf.num_experts_per_tok).indices.sort().values[:-1]
             assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
@@ -174,7 +195,9 @@ def test_a_converted_folder_is_served(
     served.update_weights(weights[0].items(), 1)
     server, version = sglang_server.servers[0], f"{served._nonce}-1"
     body = {"model_path": str(tmp_path / "back"), "weight_version": version}
-    reply = httpx.post(f"{server.url}/update_weights_from_disk", json=body, headers=server.admin_headers, timeout=120)
+    reply = httpx.post(
+        f"{server.url}/update_weights_from_disk", json=body, headers=server.admin_headers, timeout=120
+    )
     assert reply.status_code == 200, reply.text
     for sample in samples(served, n=2, max_new_tokens=8):
         assert_made_by(sample, models)
@@ -210,14 +233,19 @@ def test_a_sync_in_place_keeps_the_cache(engine: Callable[..., SGLangEngine], we
     served = engine(weight_sync={"in_flight": "in_place"})
     served._end_ids = set()
     served.update_weights(weights[0].items(), 0)
-    for sample in during(served, weights[1], 1, served.submit(PROMPTS[:2], SamplingParams(n=1, max_new_tokens=300))):
+    for sample in during(
+        served, weights[1], 1, served.submit(PROMPTS[:2], SamplingParams(n=1, max_new_tokens=300))
+    ):
         assert {0, 1} <= set(sample.token_versions[4:])
         assert sample.response_length == 300
     served.update_weights(weights[0].items(), 2)  # leaves no cache of other weights behind for later tests
 
 
 def test_weights_of_somebody_else_are_never_sampled_from(
-    engine: Callable[..., SGLangEngine], sglang_server: LocalServers, weights: list[Weights], models: list[Any]
+    engine: Callable[..., SGLangEngine],
+    sglang_server: LocalServers,
+    weights: list[Weights],
+    models: list[Any],
 ) -> None:
     """Another run takes the server over; the answers that come from its weights are thrown away, and the server synced again."""
     served, other = engine(), engine()
@@ -230,7 +258,9 @@ def test_weights_of_somebody_else_are_never_sampled_from(
     assert value_of(served.take_metrics()["rollout/retries"]) > 0
 
 
-def test_a_request_no_server_takes_is_one_error(engine: Callable[..., SGLangEngine], weights: list[Weights]) -> None:
+def test_a_request_no_server_takes_is_one_error(
+    engine: Callable[..., SGLangEngine], weights: list[Weights]
+) -> None:
     served = engine()
     served.update_weights(weights[0].items(), 0)
     with pytest.raises(ValueError, match=r"refuses a request: .*longer than") as error:
@@ -280,7 +310,9 @@ def test_a_full_queue_only_delays(pair: SGLangEngine, weights: list[Weights], mo
     assert value_of(pair.take_metrics()["rollout/retries"]) > 0
 
 
-def test_one_server_killed_and_one_hung_during_a_rollout(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
+def test_one_server_killed_and_one_hung_during_a_rollout(
+    pair: SGLangEngine, weights: list[Weights], models: list[Any]
+) -> None:
     """No sample is lost or doubled, and both servers are started again and synced before they answer."""
     pair.update_weights(weights[1].items(), 1)
     killed, hung = groups_of(pair)
@@ -298,7 +330,9 @@ def test_one_server_killed_and_one_hung_during_a_rollout(pair: SGLangEngine, wei
 
 
 @pytest.mark.parametrize("noticed", [False, True], ids=["found by the sync", "found by its watcher"])
-def test_a_server_killed_during_a_sync(pair: SGLangEngine, weights: list[Weights], models: list[Any], noticed: bool) -> None:
+def test_a_server_killed_during_a_sync(
+    pair: SGLangEngine, weights: list[Weights], models: list[Any], noticed: bool
+) -> None:
     pair.update_weights(weights[1].items(), 1)
     wait_for_both(pair)
     victim = groups_of(pair)[0]
@@ -331,7 +365,9 @@ def test_a_server_killed_during_a_sync(pair: SGLangEngine, weights: list[Weights
         assert_made_by(sample, models)
 
 
-def test_servers_that_keep_dying_end_the_run(sglang_model: Path, tmp_path: Path, weights: list[Weights]) -> None:
+def test_servers_that_keep_dying_end_the_run(
+    sglang_model: Path, tmp_path: Path, weights: list[Weights]
+) -> None:
     """With no restart allowed, the first death of the only server is the last."""
     cfg = config(sglang_model, tmp_path, sglang={"max_restarts": 0})
     tokenizer = AutoTokenizer.from_pretrained(sglang_model)
@@ -383,9 +419,13 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
     figures = json_lines(run_dir / "metrics.jsonl")[1:]
     rewards = [line["reward/mean"] for line in figures]
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1
-    assert max(line["rollout/logprob_diff_mean"] for line in figures[:1]) < 1e-4  # the first rollout has the policy's weights
+    assert (
+        max(line["rollout/logprob_diff_mean"] for line in figures[:1]) < 1e-4
+    )  # the first rollout has the policy's weights
     assert [line["rollout/staleness_max"] for line in figures] == [0] + [1] * 7
-    assert figures[0]["moe/routing_differs"] < 0.01  # equal weights, so only rounding can choose another expert
+    assert (
+        figures[0]["moe/routing_differs"] < 0.01
+    )  # equal weights, so only rounding can choose another expert
     for line in figures:
         assert line["weight_sync/gigabytes_per_second"] > 0
         assert line["rollout/weight_mean"] == pytest.approx(1, abs=0.2)
@@ -395,7 +435,11 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
 
 def servers_of(run_dir: Path) -> list[int]:
     """Process groups that servers of the run left behind."""
-    return [process.pid for process in psutil.process_iter(["cmdline"]) if str(run_dir) in " ".join(process.info["cmdline"] or [])]
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if str(run_dir) in " ".join(process.info["cmdline"] or [])
+    ]
 
 
 def test_a_killed_trainer_leaves_no_server(sglang_model: Path, tmp_path: Path) -> None:
@@ -411,7 +455,9 @@ def test_a_killed_trainer_leaves_no_server(sglang_model: Path, tmp_path: Path) -
         sglang__python=PYTHON,
         log__tensorboard="false",
     )
-    trainer = subprocess.Popen([sys.executable, "-m", "megatron_gmpo.train", CONFIG, *config], cwd=ROOT, start_new_session=True)
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "megatron_gmpo.train", CONFIG, *config], cwd=ROOT, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while len(servers_of(tmp_path / "model")) < 3:  # trainer, server and its watcher
         assert time.monotonic() < deadline
@@ -425,7 +471,12 @@ def test_a_killed_trainer_leaves_no_server(sglang_model: Path, tmp_path: Path) -
 
 
 def test_without_the_servers_environment_a_run_is_refused(sglang_model: Path, tmp_path: Path) -> None:
-    config = options(model__path=sglang_model, rollout__engine="sglang", sglang__python=tmp_path / "python", run_dir=tmp_path / "run")
+    config = options(
+        model__path=sglang_model,
+        rollout__engine="sglang",
+        sglang__python=tmp_path / "python",
+        run_dir=tmp_path / "run",
+    )
     done = run_module("megatron_gmpo.train", CONFIG, *config)
     assert done.returncode == 2
     assert error_lines(done.stderr) == [

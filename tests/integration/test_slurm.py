@@ -21,7 +21,13 @@ from .commands import json_lines, options
 from .sglang_servers import PYTHON, needs_sglang
 from .slurm_cluster import SlurmCluster, needs_slurm
 
-pytestmark = [needs_slurm, pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
+pytestmark = [
+    needs_slurm,
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.timeout(1800),
+]
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 STEPS = 16
@@ -51,7 +57,10 @@ class Job:
         def progress() -> bool:
             assert self.cluster.state(self.id) not in ENDED, "the job has ended"
             last = self.attempts[-1:]
-            return any(attempt.code is None and checkpoint_step(self.run_dir) > attempt.checkpoint_step for attempt in last)
+            return any(
+                attempt.code is None and checkpoint_step(self.run_dir) > attempt.checkpoint_step
+                for attempt in last
+            )
 
         self._or_log(lambda: self.cluster.until(progress, _LIMIT_S))
 
@@ -61,7 +70,9 @@ class Job:
     def wait_for_log(self, words: str, times: int) -> None:
         """Until so many lines of the main log begin with these words, after the time."""
         line = re.compile(rf"^\[[^]]*] {words}", re.MULTILINE)
-        self._or_log(lambda: self.cluster.until(lambda: len(line.findall(self.log.read_text())) >= times, _LIMIT_S))
+        self._or_log(
+            lambda: self.cluster.until(lambda: len(line.findall(self.log.read_text())) >= times, _LIMIT_S)
+        )
 
     @property
     def attempts(self) -> list[AttemptRecord]:
@@ -72,7 +83,9 @@ class Job:
             return wait()
         except Exception:
             for file in (self.log, *sorted((self.run_dir / "logs").glob("*")), self.run_dir / "outcome.json"):
-                print(f"--- {file.name}\n{file.read_text(errors='replace')[-6000:] if file.exists() else 'is not there'}")
+                print(
+                    f"--- {file.name}\n{file.read_text(errors='replace')[-6000:] if file.exists() else 'is not there'}"
+                )
             print(self.cluster.run("squeue", "--all", check=False))
             raise
 
@@ -85,7 +98,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture(scope="module")
-def submit(cluster: SlurmCluster, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
+def submit(
+    cluster: SlurmCluster, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Job]:
     """``submit(name, script, *arguments, sbatch=[...])`` submits a script of examples/moe, or a command line, on a tiny random model."""
     folder = tmp_path_factory.mktemp("jobs")
     arithmetic.main(folder)
@@ -105,11 +120,21 @@ def submit(cluster: SlurmCluster, tiny_model: Callable[..., Path], tmp_path_fact
         supervision__stop_margin_s=30,
     )
 
-    def submit(name: str, script: str, *arguments: object, sbatch: tuple[str, ...] = (), **chosen: object) -> Job:
+    def submit(
+        name: str, script: str, *arguments: object, sbatch: tuple[str, ...] = (), **chosen: object
+    ) -> Job:
         run_dir, log = folder / name, folder / f"{name}.out"
         what = [script] if script.endswith(".sbatch") else ["--wrap", f"exec {script}"]
         argv = [*small, *options(run_dir=run_dir), *arguments] if script.endswith(".sbatch") else []
-        answer = cluster.run("sbatch", "--parsable", f"--output={log}", *sbatch, *what, *argv, env={"PYTHON": sys.executable, **chosen})
+        answer = cluster.run(
+            "sbatch",
+            "--parsable",
+            f"--output={log}",
+            *sbatch,
+            *what,
+            *argv,
+            env={"PYTHON": sys.executable, **chosen},
+        )
         return Job(cluster, int(answer.splitlines()[-1]), log, run_dir)
 
     return submit
@@ -124,7 +149,10 @@ def undisturbed(submit: Callable[..., Job]) -> Job:
     second.log = Path(f"{job.log}.second")
     code, log = second.end()
     assert code == 2
-    assert re.search(rf"error: run_dir = .* is in use by process \d+ of job {job.id} on node1 since .*: wait for its end", log), log
+    assert re.search(
+        rf"error: run_dir = .* is in use by process \d+ of job {job.id} on node1 since .*: wait for its end",
+        log,
+    ), log
     assert len(_errors(log)) == 1
     code, log = job.end()
     assert code == 0, log
@@ -135,14 +163,23 @@ def test_trains_on_two_nodes(undisturbed: Job) -> None:
     log = undisturbed.log.read_text()
     assert "2 nodes with 1 ranks each" in log
     assert f"done: {STEPS} steps are saved" in log
-    assert [line["step"] for line in json_lines(undisturbed.run_dir / "metrics.jsonl")] == list(range(1, STEPS + 1))
-    beats = [json.loads(file.read_text()) for file in sorted((undisturbed.run_dir / "heartbeats").glob("*.json"))]
-    assert [(beat["rank"], beat["node"]) for beat in beats] == [(0, "node1"), (1, "node2")]  # ranks follow the nodes
+    assert [line["step"] for line in json_lines(undisturbed.run_dir / "metrics.jsonl")] == list(
+        range(1, STEPS + 1)
+    )
+    beats = [
+        json.loads(file.read_text()) for file in sorted((undisturbed.run_dir / "heartbeats").glob("*.json"))
+    ]
+    assert [(beat["rank"], beat["node"]) for beat in beats] == [
+        (0, "node1"),
+        (1, "node2"),
+    ]  # ranks follow the nodes
     (attempt,) = undisturbed.attempts
     assert (attempt.attempt, attempt.checkpoint_step, attempt.code) == (1, 0, 0)
 
 
-def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: Job, submit: Callable[..., Job], tmp_path: Path) -> None:
+def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(
+    undisturbed: Job, submit: Callable[..., Job], tmp_path: Path
+) -> None:
     cluster, hold = undisturbed.cluster, tmp_path / "hold"
     job = submit("disturbed", "examples/moe/tiny.sbatch", sbatch=("--signal=B:USR1@179",), HOLD=str(hold))
 
@@ -161,7 +198,11 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: 
     job.wait_for_attempt(3)
 
     job.wait_for_progress()
-    (victim,) = [process for process in cluster.processes("node2") if process.environ().get("RANK") == "1" and _is_rank(process)]
+    (victim,) = [
+        process
+        for process in cluster.processes("node2")
+        if process.environ().get("RANK") == "1" and _is_rank(process)
+    ]
     victim.kill()
     job.wait_for_attempt(4)
 
@@ -173,7 +214,9 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: 
     job.wait_for_progress()
     cluster.run("scontrol", "update", "NodeName=node2", "State=down", "Reason=test")
     job.wait("PENDING")
-    cluster.run("scontrol", "update", "NodeName=node2", "State=resume", check=False)  # it may be back by itself
+    cluster.run(
+        "scontrol", "update", "NodeName=node2", "State=resume", check=False
+    )  # it may be back by itself
     job.wait_for_attempt(6)
 
     job.wait_for_progress()
@@ -193,7 +236,9 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(undisturbed: 
     assert "rank 1 on node2 was killed by SIGKILL" in reasons[2]
     steps = [attempt.checkpoint_step for attempt in job.attempts]
     assert steps == sorted(set(steps))  # each went on from a newer checkpoint
-    expected, found = ([_untimed(line) for line in json_lines(each.run_dir / "metrics.jsonl")] for each in (undisturbed, job))
+    expected, found = (
+        [_untimed(line) for line in json_lines(each.run_dir / "metrics.jsonl")] for each in (undisturbed, job)
+    )
     assert found == expected
 
 
@@ -211,22 +256,34 @@ def test_a_cancelled_job_saves_and_does_not_come_back(submit: Callable[..., Job]
 
 def test_a_job_without_time_for_a_step_ends(submit: Callable[..., Job]) -> None:
     """The ranks ask Slurm when the job ends, and stop before it; the second time without progress is the last."""
-    job = submit("short", "examples/moe/tiny.sbatch", *options(supervision__stop_margin_s=1800), sbatch=("--time=30",))
+    job = submit(
+        "short", "examples/moe/tiny.sbatch", *options(supervision__stop_margin_s=1800), sbatch=("--time=30",)
+    )
     code, log = job.end()
     assert code == 1, log
     (error,) = _errors(log)
-    assert re.search(r"error: two attempts in a row have left no checkpoint after step 0; .* stopped by the job's time limit", error), error
+    assert re.search(
+        r"error: two attempts in a row have left no checkpoint after step 0; .* stopped by the job's time limit",
+        error,
+    ), error
     assert [attempt.code for attempt in job.attempts] == [85, 85]
 
 
 def test_a_job_that_gets_nowhere_ends(submit: Callable[..., Job]) -> None:
     """Each node it gets is found unfit: it is tried without the first, and then given up."""
-    unfit = options(supervision__node_check="true", supervision__min_free_memory_gb=1e9, parallel__expert_model_parallel_size=1)
+    unfit = options(
+        supervision__node_check="true",
+        supervision__min_free_memory_gb=1e9,
+        parallel__expert_model_parallel_size=1,
+    )
     job = submit("nowhere", "examples/moe/tiny.sbatch", *unfit, sbatch=("--nodes=1",))
     code, log = job.end()
     assert code == 87
     (error,) = _errors(log)
-    assert re.search(r"error: two attempts in a row have left no checkpoint after step 0; the last attempt: .*node2.* memory", error), error
+    assert re.search(
+        r"error: two attempts in a row have left no checkpoint after step 0; the last attempt: .*node2.* memory",
+        error,
+    ), error
     assert [attempt.code for attempt in job.attempts] == [87, 87]
     assert "node1" in job.attempts[0].reason
     assert job.cluster.job(job.id)["ExcNodeList"] == "node1"
@@ -239,8 +296,18 @@ CASES: dict[str, tuple[str, list[str], int, str]] = {
         2,
         r"run_dir = .* GB of disk space left, and supervision\.min_free_disk_gb = 1e\+09: make room, or choose another run_dir",
     ),
-    "missing config": ("examples/moe/launch.sh nowhere.toml", [], 2, r"config file nowhere\.toml does not exist"),
-    "bad setting": ("examples/moe/tiny.sbatch", options(train__num_stepps=3), 2, r"unknown config key 'train\.num_stepps': did you mean"),
+    "missing config": (
+        "examples/moe/launch.sh nowhere.toml",
+        [],
+        2,
+        r"config file nowhere\.toml does not exist",
+    ),
+    "bad setting": (
+        "examples/moe/tiny.sbatch",
+        options(train__num_stepps=3),
+        2,
+        r"unknown config key 'train\.num_stepps': did you mean",
+    ),
     "unreachable server": (
         "examples/moe/tiny.sbatch",
         options(rollout__engine="sglang", rollout__server_urls='["http://127.0.0.1:9"]'),
@@ -275,7 +342,11 @@ def test_sbatch_refuses_a_wrong_partition(submit: Callable[..., Job]) -> None:
 @pytest.mark.parametrize("place", ["other component", "other node"])
 def test_trainers_and_sglang_servers_apart(place: str, submit: Callable[..., Job]) -> None:
     sglang = options(
-        train__num_steps=3, sglang__python=PYTHON, sglang__start_timeout_s=600, rollout__engine="sglang", weight_sync__route="distributed"
+        train__num_steps=3,
+        sglang__python=PYTHON,
+        sglang__start_timeout_s=600,
+        rollout__engine="sglang",
+        weight_sync__route="distributed",
     )
     if place == "other component":
         job = submit("het", "examples/moe/tiny_het.sbatch", *sglang)
@@ -294,7 +365,9 @@ def test_trainers_and_sglang_servers_apart(place: str, submit: Callable[..., Job
     assert {server["node"], beat["node"]} == {"node1", "node2"}
     figures = json_lines(job.run_dir / "metrics.jsonl")
     assert [line["step"] for line in figures] == [1, 2, 3]
-    assert all(line["rollout/logprob_diff_mean"] < 0.02 for line in figures)  # the servers have the policy's weights
+    assert all(
+        line["rollout/logprob_diff_mean"] < 0.02 for line in figures
+    )  # the servers have the policy's weights
     keys = job.run_dir / "server_keys.json"
     assert stat.S_IMODE(keys.stat().st_mode) == 0o600
     logs = [file.read_text(errors="replace") for file in (job.log, *job.run_dir.rglob("*.log"))]
@@ -307,7 +380,9 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _errors(log: str) -> list[str]:
-    return [line for line in log.splitlines() if "error: " in line and not line.startswith(("slurmstepd", "srun"))]
+    return [
+        line for line in log.splitlines() if "error: " in line and not line.startswith(("slurmstepd", "srun"))
+    ]
 
 
 def _untimed(line: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,9 @@ ABSURD = {"train__num_steps": 8, "optimizer__lr": 0.3, "optimizer__adam_eps": 1e
 def four_steps(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A healthy run, as far as it got."""
     run_dir = tmp_path_factory.mktemp("run") / "four_steps"
-    done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir, train__num_steps=4, **WATCHED, **EP2), ranks=2)
+    done = run_module(
+        "megatron_gmpo.train", *argv, *options(run_dir=run_dir, train__num_steps=4, **WATCHED, **EP2), ranks=2
+    )
     assert done.returncode == 0, done.stderr
     assert events(run_dir) == [("checkpoint", step) for step in (1, 2, 3, 4)]
     return run_dir
@@ -47,7 +49,9 @@ def run_dir(four_steps: Path, tmp_path: Path) -> Path:
 
 
 def test_a_collapsed_run_stops(argv: list[str], run_dir: Path) -> None:
-    done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir, collapse__action="stop", **WATCHED, **ABSURD))
+    done = run_module(
+        "megatron_gmpo.train", *argv, *options(run_dir=run_dir, collapse__action="stop", **WATCHED, **ABSURD)
+    )
     assert done.returncode == 3
     (line,) = error_lines(done.stderr)
     assert line.startswith("error: step 6: the policy collapsed: policy/entropy 0.")
@@ -61,7 +65,14 @@ def test_a_collapsed_run_stops(argv: list[str], run_dir: Path) -> None:
 
 def test_a_collapsed_run_goes_back_and_on(argv: list[str], run_dir: Path) -> None:
     """Back to step 4 with a sane learning rate, on two ranks; then it is resumed."""
-    chosen = options(run_dir=run_dir, collapse__action="rollback", collapse__rollback_lr_scale=1e-3, **WATCHED, **ABSURD, **EP2)
+    chosen = options(
+        run_dir=run_dir,
+        collapse__action="rollback",
+        collapse__rollback_lr_scale=1e-3,
+        **WATCHED,
+        **ABSURD,
+        **EP2,
+    )
     first = json_lines(run_dir / "metrics.jsonl")
     done = run_module("megatron_gmpo.train", *argv, *chosen, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -87,7 +98,9 @@ def test_a_collapsed_run_goes_back_and_on(argv: list[str], run_dir: Path) -> Non
 
 
 def test_a_run_that_keeps_collapsing_stops(argv: list[str], run_dir: Path) -> None:
-    chosen = options(run_dir=run_dir, collapse__action="rollback", collapse__rollback_lr_scale=1, collapse__max_rollbacks=1)
+    chosen = options(
+        run_dir=run_dir, collapse__action="rollback", collapse__rollback_lr_scale=1, collapse__max_rollbacks=1
+    )
     done = run_module("megatron_gmpo.train", *argv, *chosen, *options(**WATCHED, **ABSURD))
     assert done.returncode == 3
     (line,) = error_lines(done.stderr)
@@ -112,7 +125,10 @@ STEP_FIGURES = [
     *(f"moe/routing_{name}" for name in ("differs", "differs_tokens", "drift", "drift_tokens")),
     *(f"policy/log_ratio_{name}" for name in ("min", "q001", "q01", "q99", "q999", "max")),
     *(f"policy/{kind}_ratio_{end}" for kind in ("token", "sequence") for end in ("min", "max")),
-    *(f"policy/{name}" for name in ("entropy", "kl_old", "kl_ref", "clip_fraction_low", "clip_fraction_high")),
+    *(
+        f"policy/{name}"
+        for name in ("entropy", "kl_old", "kl_ref", "clip_fraction_low", "clip_fraction_high")
+    ),
     *("policy/ratio_effective_sample_size", "rollout/effective_sample_size", "grad_norm"),
     *("policy/router_shift", "policy/router_shift_floored", "moe/load_balancing_loss", "moe/z_loss"),
 ]
@@ -141,5 +157,9 @@ def test_rspo_with_every_figure(argv: list[str], tmp_path: Path, replay: str) ->
     for line in figures:
         assert [name for name in STEP_FIGURES if line.get(name) is None] == []
         assert 0.8 < line["policy/router_shift"] < 1  # of the first of three updates it is 1
-        assert line["policy/token_ratio_min"] <= line["policy/sequence_ratio_min"] <= line["policy/sequence_ratio_max"]
+        assert (
+            line["policy/token_ratio_min"]
+            <= line["policy/sequence_ratio_min"]
+            <= line["policy/sequence_ratio_max"]
+        )
         assert (line["moe/routing_drift"] > 0) or line["step"] > 1

@@ -25,7 +25,11 @@ pytestmark = pytest.mark.distributed
 TRAIN = "megatron_gmpo.train"
 STEPS = 12
 _TIMEOUT_S = 240
-QUICK = {"supervision__heartbeat_interval_s": 0.5, "supervision__hang_timeout_s": 20, "train__num_steps": STEPS}
+QUICK = {
+    "supervision__heartbeat_interval_s": 0.5,
+    "supervision__hang_timeout_s": 20,
+    "train__num_steps": STEPS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,10 @@ def events(run_dir: Path) -> list[str]:
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     lines = json_lines(run_dir / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "throughput/"))} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "throughput/"))}
+        for line in lines
+    ]
 
 
 def newest_checkpoint(run_dir: Path) -> int:
@@ -129,7 +136,9 @@ def test_a_run_stopped_three_times_equals_an_undisturbed_one(argv: list[str], tm
     # a job whose time is up before a step fits in stops at once, and saves nothing anew
     over = run_module(TRAIN, *command, ranks=2, SLURM_JOB_END_TIME=str(int(time.time())))
     assert over.returncode != 0, over.stderr
-    assert outcome(stopped)["reason"].startswith(f"stopped by the job's time limit after {reached} of {STEPS} steps")
+    assert outcome(stopped)["reason"].startswith(
+        f"stopped by the job's time limit after {reached} of {STEPS} steps"
+    )
     assert events(stopped)[-3:] == ["resume", "stop_requested", "saved_for_requeue"]
 
     done = run_module(TRAIN, *command, ranks=2)
@@ -150,13 +159,18 @@ def test_a_reward_that_never_returns_is_named(argv: list[str], tmp_path: Path) -
     assert error_lines(done.stderr) == [f"error: {end['reason']}"]
     assert "in sleeps_on_rank_1" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
     # where the other one waited: in its traceback, or, where torchrun's SIGTERM came before the error did, in its stacks
-    assert any("all_gather_object" in (tmp_path / folder / "rank_00000.txt").read_text() for folder in ("errors", "stacks"))
+    assert any(
+        "all_gather_object" in (tmp_path / folder / "rank_00000.txt").read_text()
+        for folder in ("errors", "stacks")
+    )
     assert events(tmp_path)[-1] == "hang"
 
 
 def test_a_rank_that_stands_still_is_named_by_the_others(argv: list[str], tmp_path: Path) -> None:
     """Before, a second start on the same folder is refused."""
-    with started([*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3") as torchrun:
+    with started(
+        [*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3"
+    ) as torchrun:
         wait_for_step(tmp_path, 1, torchrun)
         second = run_module(TRAIN, *argv, *options(run_dir=tmp_path))
         os.kill(heartbeat(tmp_path, 1)["pid"], signal.SIGSTOP)
@@ -164,7 +178,10 @@ def test_a_rank_that_stands_still_is_named_by_the_others(argv: list[str], tmp_pa
     assert second.returncode == Exit.BAD_INPUT
     (line,) = error_lines(second.stderr)
     holder = json_lines(tmp_path / "run.lock")[0]
-    assert f"is in use by process {holder['pid']} on {holder['node']} since {holder['start']}: wait for its end" in line
+    assert (
+        f"is in use by process {holder['pid']} on {holder['node']} since {holder['start']}: wait for its end"
+        in line
+    )
     end = outcome(tmp_path)
     assert (end["code"], end["rank"]) == (Exit.HUNG, 0), said
     assert "rank 1 on " in end["reason"]
@@ -201,13 +218,18 @@ def test_a_crash_is_recorded_by_the_rank_that_knows(argv: list[str], tmp_path: P
 
 
 def test_a_rank_that_is_killed_is_noticed(argv: list[str], tmp_path: Path) -> None:
-    with started([*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600") as torchrun:
+    with started(
+        [*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600"
+    ) as torchrun:
         wait_for_step(tmp_path, 1, torchrun)
         os.kill(heartbeat(tmp_path, 0)["pid"], signal.SIGKILL)
         _, said = torchrun.communicate(timeout=_TIMEOUT_S)
     end = outcome(tmp_path)
     assert (end["code"], end["rank"]) == (Exit.FAILED, 1), said
-    assert "another rank of this node has ended" in end["reason"] or "a collective with other ranks failed" in end["reason"]
+    assert (
+        "another rank of this node has ended" in end["reason"]
+        or "a collective with other ranks failed" in end["reason"]
+    )
 
 
 def test_a_bad_node_is_named(argv: list[str], tmp_path: Path) -> None:

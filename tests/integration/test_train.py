@@ -189,12 +189,28 @@ def test_replayed_rollouts_train_the_same_in_another_layout(
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
 
 
-def test_the_rollouts_routing_is_replayed_in_another_layout(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
-    replay = options(algorithm__moe_routing_replay="rollout", train__num_steps=2, eval__before="false", checkpoint__save_final="false")
-    sampling = options(run_dir=tmp_path / "ep2", rollout__routed_experts="true", rollout__save_path=tmp_path / "rollouts", **EP2)
+def test_the_rollouts_routing_is_replayed_in_another_layout(
+    argv: list[str], two_steps: Path, tmp_path: Path
+) -> None:
+    replay = options(
+        algorithm__moe_routing_replay="rollout",
+        train__num_steps=2,
+        eval__before="false",
+        checkpoint__save_final="false",
+    )
+    sampling = options(
+        run_dir=tmp_path / "ep2",
+        rollout__routed_experts="true",
+        rollout__save_path=tmp_path / "rollouts",
+        **EP2,
+    )
     done = run_module("megatron_gmpo.train", *argv, *replay, *sampling, ranks=2)
     assert done.returncode == 0, done.stderr
-    saved = options(run_dir=tmp_path / "pp2", rollout__replay_path=tmp_path / "rollouts", parallel__pipeline_model_parallel_size=2)
+    saved = options(
+        run_dir=tmp_path / "pp2",
+        rollout__replay_path=tmp_path / "rollouts",
+        parallel__pipeline_model_parallel_size=2,
+    )
     done = run_module("megatron_gmpo.train", *argv, *replay, *saved, ranks=2)
     assert done.returncode == 0, done.stderr
     expected, found = (json_lines(tmp_path / name / "metrics.jsonl") for name in ("ep2", "pp2"))
@@ -207,13 +223,17 @@ def test_the_rollouts_routing_is_replayed_in_another_layout(argv: list[str], two
     without = options(run_dir=tmp_path / "none", rollout__replay_path=two_steps / "rollouts")
     done = run_module("megatron_gmpo.train", *argv, *replay, *without)
     assert done.returncode == 2
-    assert error_lines(done.stderr) == ["error: sample 0 has no record of its routed experts: generate with rollout.routed_experts = true"]
+    assert error_lines(done.stderr) == [
+        "error: sample 0 has no record of its routed experts: generate with rollout.routed_experts = true"
+    ]
 
 
 def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     shutil.copytree(two_steps, broken)
-    with (broken / "transcripts.jsonl").open("a") as file:  # what a kill between two checkpoints leaves behind
+    with (broken / "transcripts.jsonl").open(
+        "a"
+    ) as file:  # what a kill between two checkpoints leaves behind
         file.write(json.dumps({"step": 3, "prompt_id": "lost"}) + "\n")
     shared = options(
         train__num_steps=4,
@@ -227,10 +247,14 @@ def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, 
     for run_dir in (broken, unbroken):
         done = run_module("megatron_gmpo.train", *argv, *shared, *options(run_dir=run_dir), ranks=2)
         assert done.returncode == 0, done.stderr
-    first, second = ([_untimed(line) for line in json_lines(folder / "metrics.jsonl")] for folder in (broken, unbroken))
+    first, second = (
+        [_untimed(line) for line in json_lines(folder / "metrics.jsonl")] for folder in (broken, unbroken)
+    )
     assert [line["step"] for line in first] == [0, 1, 2, 3, 4]
     assert first == second
-    assert first[3]["policy/clip_low"] != first[1]["policy/clip_low"]  # the adapted clip went through the checkpoint
+    assert (
+        first[3]["policy/clip_low"] != first[1]["policy/clip_low"]
+    )  # the adapted clip went through the checkpoint
     assert (broken / "transcripts.jsonl").read_text() == (unbroken / "transcripts.jsonl").read_text()
 
 
@@ -240,7 +264,11 @@ def _untimed(line: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_finished_run_is_left_as_it_is(argv: list[str], two_steps: Path) -> None:
     def contents() -> dict[Path, tuple[int, bytes]]:
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in two_steps.rglob("*") if path.is_file()}
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes())
+            for path in two_steps.rglob("*")
+            if path.is_file()
+        }
 
     before = contents()
     done = run_module("megatron_gmpo.train", *argv, *options(run_dir=two_steps, train__num_steps=2))
@@ -274,10 +302,18 @@ def test_dynamic_sampling_with_a_reference_policy(mode: str, argv: list[str], tm
 
 
 @pytest.mark.parametrize("minibatches", [3, 1], ids=["in the update", "in the next rollout"])
-def test_a_diverged_run_stops_and_says_where(minibatches: int, argv: list[str], two_steps: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_stops_and_says_where(
+    minibatches: int, argv: list[str], two_steps: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(two_steps, run_dir)
-    diverging = options(run_dir=run_dir, train__num_steps=9, optimizer__lr=1e30, train__minibatches_per_step=minibatches, **EP2)
+    diverging = options(
+        run_dir=run_dir,
+        train__num_steps=9,
+        optimizer__lr=1e30,
+        train__minibatches_per_step=minibatches,
+        **EP2,
+    )
     done = run_module("megatron_gmpo.train", *argv, *diverging, ranks=2)
     assert done.returncode == 1
     (line,) = error_lines(done.stderr)
@@ -286,7 +322,9 @@ def test_a_diverged_run_stops_and_says_where(minibatches: int, argv: list[str], 
     assert (run_dir / "checkpoints" / "iter_0000002" / "state.json").is_file()
     if minibatches == 1:
         file = run_dir / "nonfinite_step_000004.safetensors"
-        assert line.startswith("error: step 4: the rollout model's logits are not finite under the weights of step 3")
+        assert line.startswith(
+            "error: step 4: the rollout model's logits are not finite under the weights of step 3"
+        )
     else:
         file = run_dir / "nonfinite_step_000003.safetensors"
         assert line.startswith("error: step 3: loss is nan")
@@ -299,7 +337,9 @@ def test_a_diverged_run_stops_and_says_where(minibatches: int, argv: list[str], 
 
 
 def test_the_countdown_example_runs_on_disturbed_rollouts(tmp_path: Path) -> None:
-    made = run_module("tools.countdown", "--out", tmp_path, "--num_train", 100, "--num_heldout", 4, "--warm_up_steps", 30)
+    made = run_module(
+        "tools.countdown", "--out", tmp_path, "--num_train", 100, "--num_heldout", 4, "--warm_up_steps", 30
+    )
     assert made.returncode == 0, made.stderr
     chosen = options(
         run_dir=tmp_path / "run",
@@ -323,14 +363,18 @@ def test_the_countdown_example_runs_on_disturbed_rollouts(tmp_path: Path) -> Non
         assert line["rollout/logprob_diff_mean"] > 0.01
     assert "eval/heldout/pass@1" in second
     transcripts = json_lines(tmp_path / "run" / "transcripts.jsonl")
-    scored = [(Prompt("", answer=line["answer"]), sample) for line in transcripts for sample in line["samples"]]
+    scored = [
+        (Prompt("", answer=line["answer"]), sample) for line in transcripts for sample in line["samples"]
+    ]
     assert len(scored) == 2 * 8 * 8
     assert all(countdown_reward(prompt, sample["text"]) == sample["reward"] for prompt, sample in scored)
 
 
 def test_the_gsm8k_example_runs_on_text_with_the_math_verifier(text_model: Path, tmp_path: Path) -> None:
     problems = tmp_path / "problems.parquet"
-    pandas.DataFrame({"problem": ["What is $1+1$?", "What is half of 8?"], "answer": ["2", "#### 4"]}).to_parquet(problems)
+    pandas.DataFrame(
+        {"problem": ["What is $1+1$?", "What is half of 8?"], "answer": ["2", "#### 4"]}
+    ).to_parquet(problems)
     run_dir = tmp_path / "run"
     chosen = options(
         run_dir=run_dir,
@@ -346,7 +390,12 @@ def test_the_gsm8k_example_runs_on_text_with_the_math_verifier(text_model: Path,
     done = run_module("megatron_gmpo.train", "examples/moe/gsm8k_tiny_cpu.toml", *chosen)
     assert done.returncode == 0, done.stderr
     before, after = json_lines(run_dir / "metrics.jsonl")
-    assert {"eval/math500/pass@1", "eval/math500/pass@2", "eval/aime24/pass@1", "eval/aime24/pass@2"} <= before.keys() & after.keys()
+    assert {
+        "eval/math500/pass@1",
+        "eval/math500/pass@2",
+        "eval/aime24/pass@1",
+        "eval/aime24/pass@2",
+    } <= before.keys() & after.keys()
     assert after["reward/timeouts"] == 0
     prompt = json_lines(run_dir / "transcripts.jsonl")[0]["prompt"]
     assert prompt[0]["content"].endswith("put the final answer in \\boxed{}.")

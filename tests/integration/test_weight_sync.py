@@ -23,7 +23,13 @@ from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import WeightSyncConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.servers import LocalServers, Server
-from megatron_gmpo.rollout.weight_sync import INCOMPLETE, WeightSync, make_weight_sync, release_memory, resume_memory
+from megatron_gmpo.rollout.weight_sync import (
+    INCOMPLETE,
+    WeightSync,
+    make_weight_sync,
+    release_memory,
+    resume_memory,
+)
 
 from ..distributed.ranks import RankPool
 from .sglang_servers import generate, local_servers, needs_sglang, process_group, wait_for
@@ -58,7 +64,9 @@ def weight_sync(tmp_path: Path) -> Iterator[Callable[..., WeightSync]]:
     made: list[WeightSync] = []
 
     def make(route: str, **fields: Any) -> WeightSync:
-        cfg = WeightSyncConfig.model_validate({"route": route, "bucket_bytes": BUCKET_BYTES, "timeout_s": 60.0} | fields)
+        cfg = WeightSyncConfig.model_validate(
+            {"route": route, "bucket_bytes": BUCKET_BYTES, "timeout_s": 60.0} | fields
+        )
         made.append(make_weight_sync(cfg, "disaggregated", CPU, tmp_path))
         return made[-1]
 
@@ -99,7 +107,11 @@ def assert_serves(server: Server, new: Path, old: Path, version: str, prompt: li
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_dense_in_fp32_to_servers_in_bf16(
-    route: str, pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync], tmp_path: Path
+    route: str,
+    pair: LocalServers,
+    dense: tuple[Path, Path],
+    weight_sync: Callable[..., WeightSync],
+    tmp_path: Path,
 ) -> None:
     sync = weight_sync(route)
     for step in range(3):  # there, back, and there again
@@ -119,7 +131,11 @@ def test_dense_in_fp32_to_servers_in_bf16(
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_moe(
-    route: str, sglang_server: LocalServers, sglang_model: Path, tiny_model: Callable[..., Path], weight_sync: Callable[..., WeightSync]
+    route: str,
+    sglang_server: LocalServers,
+    sglang_model: Path,
+    tiny_model: Callable[..., Path],
+    weight_sync: Callable[..., WeightSync],
 ) -> None:
     other = tiny_model("qwen3_moe", num_layers=2, seed=1)
     (server,) = sglang_server.servers
@@ -133,7 +149,16 @@ def test_moe(
 def test_buckets_are_bounded_and_aligned(tmp_path: Path) -> None:
     sync: Any = make_weight_sync(WeightSyncConfig(bucket_bytes=2048), "disaggregated", CPU, tmp_path)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 1024), (7,), (3, 5), (1,), (33, 3), (2, 1024), (5,), (100, 2)]  # the first too large for a bucket, as embeddings are
+    shapes = [
+        (2, 1024),
+        (7,),
+        (3, 5),
+        (1,),
+        (33, 3),
+        (2, 1024),
+        (5,),
+        (100, 2),
+    ]  # the first too large for a bucket, as embeddings are
     dtypes = [torch.bfloat16, torch.float32, torch.bfloat16]
     tensors = [
         (f"{round_}.{i}", torch.randn(shape, generator=generator).to(dtypes[(i + round_) % 3]))
@@ -157,7 +182,9 @@ def test_verification_names_a_weight_that_was_not_sent(
 ) -> None:
     sync = weight_sync(route, verify=True)
     some = [(name, tensor) for name, tensor in tensors_of(dense[1]) if "layers.1.mlp.down_proj" not in name]
-    with pytest.raises(InputError, match=r"1 weights of .* were ignored: model\.layers\.1\.mlp\.down_proj\.weight"):
+    with pytest.raises(
+        InputError, match=r"1 weights of .* were ignored: model\.layers\.1\.mlp\.down_proj\.weight"
+    ):
         sync.update(pair.servers, some, "verify-0")
     assert sync.update(pair.servers, tensors_of(dense[1]), "verify-1").failed == ()
     for server in pair.servers:
@@ -192,7 +219,9 @@ def long_response(server: Server, sync: Callable[[], None]) -> dict[str, Any]:
     }
     message: dict[str, Any] = {}
     syncing = threading.Thread(target=sync)
-    with httpx.stream("POST", f"{server.url}/generate", json=body, headers=server.headers, timeout=120) as stream:
+    with httpx.stream(
+        "POST", f"{server.url}/generate", json=body, headers=server.headers, timeout=120
+    ) as stream:
         for line in stream.iter_lines():
             if line.startswith("data: {"):
                 message = json.loads(line.removeprefix("data: "))
@@ -210,7 +239,9 @@ def test_a_response_on_its_way(
     server = pair.servers[0]
     assert sync.update([server], tensors_of(dense[0]), "flight-0").failed == ()
     failed: list[Any] = []
-    answer = long_response(server, lambda: failed.append(sync.update([server], tensors_of(dense[1]), "flight-1").failed))
+    answer = long_response(
+        server, lambda: failed.append(sync.update([server], tensors_of(dense[1]), "flight-1").failed)
+    )
     assert failed == [()]
     about = answer["meta_info"]
     if in_flight == "abort":
@@ -254,7 +285,9 @@ def test_a_server_that_refuses_a_bucket(
     assert_serves(bad, dense[1], dense[0], "refusal-2")
 
 
-def test_a_wrong_key_is_the_users_error(pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]) -> None:
+def test_a_wrong_key_is_the_users_error(
+    pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]
+) -> None:
     servers = [replace(server, admin_key="wrong") for server in pair.servers]
     with pytest.raises(InputError, match=r"refuses the API key .* set SGLANG_ADMIN_API_KEY to the server's"):
         weight_sync("tensor").update(servers, tensors_of(dense[1]), "key-0")
@@ -265,7 +298,9 @@ def test_a_folder_that_cannot_be_written(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"weight_sync.folder = .*/file/.*' cannot be written"):
-        weight_sync("disk", folder=str(tmp_path / "file")).update(pair.servers, tensors_of(dense[1]), "folder-0")
+        weight_sync("disk", folder=str(tmp_path / "file")).update(
+            pair.servers, tensors_of(dense[1]), "folder-0"
+        )
     assert generate(pair.servers[0], PROMPT, max_new_tokens=1).status_code == 200  # it generates again
 
 
@@ -273,16 +308,25 @@ def test_what_a_killed_run_left_is_removed(
     pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync], tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
-    ours, others = (shared.joinpath(*run.parts[1:], "weight_sync") for run in (tmp_path, tmp_path / "another"))
+    ours, others = (
+        shared.joinpath(*run.parts[1:], "weight_sync") for run in (tmp_path, tmp_path / "another")
+    )
     for folder in (ours / "killed-3", ours / "killed-4.incomplete", others / "alive-5"):
         folder.mkdir(parents=True)
-    assert not weight_sync("disk", folder=str(shared)).update(pair.servers, tensors_of(dense[1]), "left-0").failed
+    assert (
+        not weight_sync("disk", folder=str(shared))
+        .update(pair.servers, tensors_of(dense[1]), "left-0")
+        .failed
+    )
     assert [path.name for path in ours.iterdir()] == ["left-0"]
     assert [path.name for path in others.iterdir()] == ["alive-5"]
 
 
 def test_memory_is_released_and_taken_again(
-    sglang_server: LocalServers, sglang_model: Path, tiny_model: Callable[..., Path], weight_sync: Callable[..., WeightSync]
+    sglang_server: LocalServers,
+    sglang_model: Path,
+    tiny_model: Callable[..., Path],
+    weight_sync: Callable[..., WeightSync],
 ) -> None:
     other = tiny_model("qwen3_moe", num_layers=2, seed=1)
     (server,) = sglang_server.servers
@@ -319,7 +363,12 @@ def sync_on_a_rank(server: Server, model: Path, folder: Path) -> list[Any]:
 
     results: list[Any] = []
     for route in ROUTES:
-        sync = make_weight_sync(WeightSyncConfig(route=route, bucket_bytes=BUCKET_BYTES, timeout_s=60.0), "disaggregated", CPU, folder)
+        sync = make_weight_sync(
+            WeightSyncConfig(route=route, bucket_bytes=BUCKET_BYTES, timeout_s=60.0),
+            "disaggregated",
+            CPU,
+            folder,
+        )
         for target in (replace(server, admin_key="wrong"), server):
             try:
                 results.append(sync.update([target], export(), f"ranks-{route}"))

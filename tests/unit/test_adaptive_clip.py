@@ -34,14 +34,24 @@ def step(loss: str, clip: AdaptiveClip, scale: float, g: torch.Generator) -> dic
     """Metrics of the loss over two minibatches whose log ratios spread: nothing at first, then heavy-tailed of this scale."""
     ids = torch.repeat_interleave(torch.arange(SEQUENCES), TOKENS)
     advantages = torch.where(torch.arange(SEQUENCES) % 2 == 0, 1.0, -1.0)
-    options = {"length_normalizer": 64.0} if loss == "dr_grpo" else {"router_shift": torch.ones(len(ids))} if loss == "rspo" else {}
+    options = (
+        {"length_normalizer": 64.0}
+        if loss == "dr_grpo"
+        else {"router_shift": torch.ones(len(ids))}
+        if loss == "rspo"
+        else {}
+    )
 
     def minibatch(scale: float) -> dict[str, Metric]:
-        tails = torch.empty(len(ids)).exponential_(generator=g) * torch.randn(len(ids), generator=g)  # kurtosis 18
+        tails = torch.empty(len(ids)).exponential_(generator=g) * torch.randn(
+            len(ids), generator=g
+        )  # kurtosis 18
         new = torch.full((len(ids),), -2.0)
         mask = torch.ones(len(ids), dtype=torch.bool)
         clips = {"clip_low": clip.clips["low"], "clip_high": clip.clips["high"]}
-        return POLICY_LOSSES[loss](new, new - scale * tails, mask, ids, advantages, **clips, **options).metrics
+        return POLICY_LOSSES[loss](
+            new, new - scale * tails, mask, ids, advantages, **clips, **options
+        ).metrics
 
     return reduce_metrics([minibatch(0.0), minibatch(scale)])
 
@@ -52,9 +62,12 @@ def fraction(metrics: list[dict[str, Metric]], side: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("loss", "target", "gain"), [("gmpo", 0.01, 0.1), ("gmpo", 0.002, 0.1), ("rspo", 0.01, 0.1), ("grpo", 0.01, 0.1), ("gspo", 0.1, 0.3)]
+    ("loss", "target", "gain"),
+    [("gmpo", 0.01, 0.1), ("gmpo", 0.002, 0.1), ("rspo", 0.01, 0.1), ("grpo", 0.01, 0.1), ("gspo", 0.1, 0.3)],
 )
-def test_the_clip_fraction_reaches_its_target_while_the_ratios_drift(loss: str, target: float, gain: float) -> None:
+def test_the_clip_fraction_reaches_its_target_while_the_ratios_drift(
+    loss: str, target: float, gain: float
+) -> None:
     """The scale grows fourfold over 120 steps, then stays; on the way the controller lags by the drift of a step over its gain."""
     largest = 4.0 if loss in ("gmpo", "rspo") else 1.0
     clip = controller(loss=loss, clip_target=target, clip_gain=gain, clip_bounds=(1e-6, largest))
@@ -76,19 +89,36 @@ def test_the_tail_reaches_its_target_where_the_policy_answers_the_clip() -> None
     """A policy that drifts further the wider its clip, at a rate that doubles over 80 steps and then stays."""
     clip = controller(clip_signal="tail", clip_target=0.2, clip_bounds=(1e-3, 1.0))
     g = torch.Generator().manual_seed(0)
-    history = [step_and_move("gmpo", clip, 0.3 * (1 + min(i / 80, 1)) * math.sqrt(clip.clips["high"]), g) for i in range(140)]
+    history = [
+        step_and_move("gmpo", clip, 0.3 * (1 + min(i / 80, 1)) * math.sqrt(clip.clips["high"]), g)
+        for i in range(140)
+    ]
     for q in (0.001, 0.999):
         assert abs(quantile(history[0]["policy/log_ratio"].total, q)) > 0.4
-        assert abs(quantile(reduce_metrics(history[-20:])["policy/log_ratio"].total, q)) == pytest.approx(0.2, rel=0.2)
+        assert abs(quantile(reduce_metrics(history[-20:])["policy/log_ratio"].total, q)) == pytest.approx(
+            0.2, rel=0.2
+        )
 
 
 metrics_of_a_step = st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))
 
 
 @settings(deadline=None)
-@given(st.lists(metrics_of_a_step, max_size=200), st.sampled_from(["fraction", "tail"]), st.sampled_from(["gmpo", "grpo", "cispo"]))
+@given(
+    st.lists(metrics_of_a_step, max_size=200),
+    st.sampled_from(["fraction", "tail"]),
+    st.sampled_from(["gmpo", "grpo", "cispo"]),
+)
 def test_clips_never_leave_their_bounds(steps: list[tuple[int, int, int]], signal: str, loss: str) -> None:
-    clip = controller(loss=loss, clip_signal=signal, clip_target=0.2, clip_gain=1.0, clip_low=0.3, clip_high=0.3, clip_bounds=(0.1, 2.0))
+    clip = controller(
+        loss=loss,
+        clip_signal=signal,
+        clip_target=0.2,
+        clip_gain=1.0,
+        clip_low=0.3,
+        clip_high=0.3,
+        clip_bounds=(0.1, 2.0),
+    )
     for low, high, count in steps:
         counts = torch.zeros(BINS)
         counts[low], counts[-1 - high] = count, count
@@ -107,7 +137,10 @@ def test_it_moves_each_side_by_the_rule_and_goes_on_from_its_state() -> None:
     clip = controller(clip_low=0.3, clip_high=0.4, clip_target=0.01, clip_gain=0.2)
     moved = {"policy/clip_fraction_low": Metric(15.0, 1000), "policy/clip_fraction_high": Metric(0.0, 1000)}
     clip.update(moved)
-    assert clip.clips == {"low": pytest.approx(0.3 * math.exp(0.2 * 0.5)), "high": pytest.approx(0.4 * math.exp(-0.2))}
+    assert clip.clips == {
+        "low": pytest.approx(0.3 * math.exp(0.2 * 0.5)),
+        "high": pytest.approx(0.4 * math.exp(-0.2)),
+    }
     before = dict(clip.clips)
     clip.update({name: Metric(0.0, 0) for name in moved})  # no response tokens
     assert clip.clips == before
@@ -138,8 +171,14 @@ def test_the_objective_takes_the_clips() -> None:
         ({"options": {"clip_mode": "none"}}, r"clip_mode = 'none' clips nothing"),
         ({"clip_signal": "tail"}, r"clip_signal = 'tail' needs algorithm\.clip_target"),
         ({"clip_low": 0.0}, r"algorithm\.clip_low = 0 cannot adapt"),
-        ({"clip_high": 3.0, "clip_bounds": (0.1, 2.0)}, r"algorithm\.clip_high = 3 cannot adapt: start within \[0\.1, 2\]"),
-        ({"loss": "grpo", "clip_low": 1.5}, r"algorithm\.clip_low = 1\.5 cannot adapt: start within \[0\.1875, 1\]"),
+        (
+            {"clip_high": 3.0, "clip_bounds": (0.1, 2.0)},
+            r"algorithm\.clip_high = 3 cannot adapt: start within \[0\.1, 2\]",
+        ),
+        (
+            {"loss": "grpo", "clip_low": 1.5},
+            r"algorithm\.clip_low = 1\.5 cannot adapt: start within \[0\.1875, 1\]",
+        ),
     ],
 )
 def test_what_cannot_adapt_is_refused(fields: dict, message: str) -> None:
@@ -148,4 +187,9 @@ def test_what_cannot_adapt_is_refused(fields: dict, message: str) -> None:
 
 
 def test_fixed_is_the_default() -> None:
-    assert make_adaptive_clip(AlgorithmConfig(), make_objective(AlgorithmConfig(), is_moe=False, max_new_tokens=8)) is None
+    assert (
+        make_adaptive_clip(
+            AlgorithmConfig(), make_objective(AlgorithmConfig(), is_moe=False, max_new_tokens=8)
+        )
+        is None
+    )

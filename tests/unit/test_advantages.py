@@ -16,7 +16,9 @@ KINDS = ["normalized", "mean", "leave_one_out"]
 
 
 def group(rewards: list[float]) -> SampleGroup:
-    samples = [Sample([1, 2], [False, True], [0.0, -1.0], "x", "stop", 0, reward=reward) for reward in rewards]
+    samples = [
+        Sample([1, 2], [False, True], [0.0, -1.0], "x", "stop", 0, reward=reward) for reward in rewards
+    ]
     return SampleGroup(Prompt("p", "a", text="q"), samples)
 
 
@@ -31,11 +33,17 @@ def definition(rewards: list[float], kind: str) -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, derandomize=True)
-@given(rewards=st.lists(st.lists(st.sampled_from([0.0, 1.0, 0.1, -0.5, 0.7]), min_size=1, max_size=8), min_size=1, max_size=4))
+@given(
+    rewards=st.lists(
+        st.lists(st.sampled_from([0.0, 1.0, 0.1, -0.5, 0.7]), min_size=1, max_size=8), min_size=1, max_size=4
+    )
+)
 def test_matches_the_definition_in_group_order(kind: str, rewards: list[list[float]]):
     advantages = group_advantages([group(row) for row in rewards], kind)
     assert advantages.dtype == torch.float32
-    assert advantages.tolist() == pytest.approx([a for row in rewards for a in definition(row, kind)], rel=1e-6, abs=1e-7)
+    assert advantages.tolist() == pytest.approx(
+        [a for row in rewards for a in definition(row, kind)], rel=1e-6, abs=1e-7
+    )
 
 
 def test_normalized_uses_trl_std():

@@ -28,13 +28,20 @@ def one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tupl
     """``one(code, reason, saved=step)`` is what comes of an attempt that ends so: exit code, stdout and stderr of ``end``."""
 
     def one(
-        code: int | None, reason: str = "why", *, saved: int | None = None, node: str = "node1", status: int = 1
+        code: int | None,
+        reason: str = "why",
+        *,
+        saved: int | None = None,
+        node: str = "node1",
+        status: int = 1,
     ) -> tuple[Exit, str, str]:
         begin(run_dir)
         if saved is not None:
             save(run_dir, saved)
         if code is not None:
-            (run_dir / OUTCOME).write_text(json.dumps(Outcome(code, reason, 0, 0, node, time.time()).__dict__))
+            (run_dir / OUTCOME).write_text(
+                json.dumps(Outcome(code, reason, 0, 0, node, time.time()).__dict__)
+            )
         capsys.readouterr()
         result = attempt.end(run_dir, status)
         printed = capsys.readouterr()
@@ -70,7 +77,10 @@ def test_a_job_that_makes_progress_goes_on_to_its_end(one: One, run_dir: Path) -
         (3, "7", 5, 0),
     ]
     restarts = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    assert [(event["event"], event["attempt"], event["step"]) for event in restarts] == [("restart", 2, 3), ("restart", 3, 5)]
+    assert [(event["event"], event["attempt"], event["step"]) for event in restarts] == [
+        ("restart", 2, 3),
+        ("restart", 3, 5),
+    ]
 
 
 @pytest.mark.parametrize("code", [Exit.BAD_INPUT, Exit.COLLAPSED])
@@ -85,8 +95,13 @@ def test_two_attempts_without_a_newer_checkpoint_are_enough(one: One, run_dir: P
     assert one(85, saved=3)[0] == 85
     code, _, err = one(85, "stopped by SIGUSR1", saved=3)
     assert code == Exit.FAILED
-    assert "error: two attempts in a row have left no checkpoint after step 3; the last attempt: stopped by SIGUSR1\n" in err
-    with pytest.raises(RunError, match=r"^two attempts in a row have left no checkpoint after step 3; "):  # had Slurm requeued it
+    assert (
+        "error: two attempts in a row have left no checkpoint after step 3; the last attempt: stopped by SIGUSR1\n"
+        in err
+    )
+    with pytest.raises(
+        RunError, match=r"^two attempts in a row have left no checkpoint after step 3; "
+    ):  # had Slurm requeued it
         begin(run_dir)
 
 
@@ -104,7 +119,9 @@ def test_crashes_and_restarts_have_limits(one: One) -> None:
     assert [one(code, saved=step)[0] for step, code in enumerate((1, 86), start=1)] == [85, 85]
     code, _, err = one(1, saved=3)
     assert code == 1
-    assert "error: the job has been started again after 2 crashes, MAX_CRASHES; the last attempt: why\n" in err
+    assert (
+        "error: the job has been started again after 2 crashes, MAX_CRASHES; the last attempt: why\n" in err
+    )
 
 
 def test_restarts_have_a_limit(one: One) -> None:
@@ -129,7 +146,10 @@ def test_an_attempt_that_nobody_could_speak_for(one: One, run_dir: Path) -> None
     begin(run_dir)  # and Slurm took the node away
     code, _, err = one(None, status=143)
     assert code == 85
-    assert f"attempt 2: the trainers ended with exit code 143 and without a reason: see {run_dir / 'logs'}" in err
+    assert (
+        f"attempt 2: the trainers ended with exit code 143 and without a reason: see {run_dir / 'logs'}"
+        in err
+    )
     first, second = read_attempts(run_dir)
     assert (first.code, first.reason) == (None, "ended by Slurm: a preemption or a failed node")
     assert second.code == 1
@@ -140,7 +160,9 @@ def test_the_outcome_of_an_earlier_attempt_is_not_this_ones(one: One, run_dir: P
     assert one(None, status=85, saved=1)[0] == 85
 
 
-def test_a_run_folder_of_a_running_job_is_refused(one: One, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_folder_of_a_running_job_is_refused(
+    one: One, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     begin(run_dir)
     squeue = tmp_path / "squeue"
     squeue.write_text('#!/bin/sh\n[ "$*" = "--noheader --job 7 --format %T" ] && echo RUNNING\n')

@@ -15,11 +15,16 @@ from megatron_gmpo.models.fp8_blocks import SCALE
 from megatron_gmpo.rollout.weight_sync import _Route, make_weight_sync
 
 
-def buckets_of(tensors: list[tuple[str, Tensor]], tmp_path: Path, *, quantized: bool, bucket_bytes: int) -> list[dict[str, Tensor]]:
+def buckets_of(
+    tensors: list[tuple[str, Tensor]], tmp_path: Path, *, quantized: bool, bucket_bytes: int
+) -> list[dict[str, Tensor]]:
     cfg = WeightSyncConfig(route="tensor", bucket_bytes=bucket_bytes)
     route = make_weight_sync(cfg, "disaggregated", torch.device("cpu"), tmp_path, quantized=quantized)
     assert isinstance(route, _Route)
-    found = [{name: tensor.clone() for name, tensor in bucket.named_tensors()} for bucket, _ in route._buckets(iter(tensors))]
+    found = [
+        {name: tensor.clone() for name, tensor in bucket.named_tensors()}
+        for bucket, _ in route._buckets(iter(tensors))
+    ]
     route.close()
     return found
 
@@ -47,7 +52,9 @@ def test_what_sglang_loads_together_is_in_one_bucket(
 
 def test_without_a_low_rank_for_queries_nothing_waits_in_vain(tmp_path: Path) -> None:
     tensors = [
-        (f"model.layers.{i}.self_attn.{name}.weight", torch.ones(4, 4)) for i in range(3) for name in ("q_proj", "kv_a_proj_with_mqa")
+        (f"model.layers.{i}.self_attn.{name}.weight", torch.ones(4, 4))
+        for i in range(3)
+        for name in ("q_proj", "kv_a_proj_with_mqa")
     ]
     buckets = buckets_of(tensors, tmp_path, quantized=False, bucket_bytes=128)
     assert sorted(name for bucket in buckets for name in bucket) == sorted(name for name, _ in tensors)

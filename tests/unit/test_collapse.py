@@ -36,7 +36,11 @@ def healthy(seed: int, *, answers: int = 256, final_entropy: float = 0.2, final_
         reward = rng.binomial(answers, 0.2 + (final_reward - 0.2) * progress) / answers
         entropy = 0.6 * (final_entropy / 0.6) ** progress * rng.lognormal(0, 0.1)
         spike = 40.0 if step in spikes else 1.0
-        return {"policy/entropy": entropy, "grad_norm": 0.3 * spike * rng.lognormal(0, 0.5), "reward/mean": reward}
+        return {
+            "policy/entropy": entropy,
+            "grad_norm": 0.3 * spike * rng.lognormal(0, 0.5),
+            "reward/mean": reward,
+        }
 
     return figures
 
@@ -61,7 +65,9 @@ def run(curve: Curve, steps: int = STEPS, **fields) -> list[tuple[int, Collapse]
     final_entropy=st.floats(0.06, 1.2),
     final_reward=st.floats(0.15, 1.0),
 )
-def test_healthy_noisy_runs_never_fire(seed: int, answers: int, final_entropy: float, final_reward: float) -> None:
+def test_healthy_noisy_runs_never_fire(
+    seed: int, answers: int, final_entropy: float, final_reward: float
+) -> None:
     """Also runs whose entropy falls to a tenth, or rises, and whose reward hardly moves or loses a quarter."""
     curve = healthy(seed, answers=answers, final_entropy=final_entropy, final_reward=final_reward)
     assert run(curve, 200) == []
@@ -78,7 +84,10 @@ def test_every_collapse_fires_within_a_window_and_once(seed: int, kind: str) -> 
         assert AT + cfg.patience <= step <= AT + cfg.window  # most of the running mean must have seen it
         assert AT - cfg.window < collapse.began <= AT
     else:
-        assert step in (AT + cfg.patience - 2, AT + cfg.patience - 1)  # a spike of the gradient may come right before
+        assert step in (
+            AT + cfg.patience - 2,
+            AT + cfg.patience - 1,
+        )  # a spike of the gradient may come right before
         assert collapse.began == step - cfg.patience + 1
 
 
@@ -98,7 +107,9 @@ def test_an_explosion_does_not_become_the_new_normal() -> None:
 
 def test_two_figures_at_once_are_one_collapse_that_began_with_the_earlier() -> None:
     base = healthy(0)
-    ((step, collapse),) = run(lambda step: base(step) | ({"policy/entropy": 0.0, "grad_norm": 1e3} if step >= AT else {}))
+    ((step, collapse),) = run(
+        lambda step: base(step) | ({"policy/entropy": 0.0, "grad_norm": 1e3} if step >= AT else {})
+    )
     assert (step, collapse.began) == (AT + 2, AT)
     assert "policy/entropy 0 is below" in collapse.reason
     assert "; grad_norm 1e+03 is above" in collapse.reason
@@ -110,7 +121,9 @@ def test_steps_that_say_nothing_are_left_out() -> None:
     silent = {"policy/entropy": math.nan, "grad_norm": 0.0, "reward/mean": math.nan}
     assert run(lambda step: silent if step % 3 else base(step), 300) == []
     assert run(lambda step: silent) == []
-    found = run(lambda step: silent if step % 2 else base(step) | ({"policy/entropy": 1e-4} if step >= AT else {}))
+    found = run(
+        lambda step: silent if step % 2 else base(step) | ({"policy/entropy": 1e-4} if step >= AT else {})
+    )
     assert [step for step, _ in found] == [66]
 
 
@@ -148,7 +161,9 @@ def test_a_resumed_detector_finds_the_same(at: int) -> None:
     resumed = CollapseDetector(CollapseConfig())
     resumed.load_state_dict(state)
     assert resumed.rollbacks == 1
-    assert found + [resumed.update(step, f) for step, f in islice(enumerate(figures, 1), at, None)] == expected
+    assert (
+        found + [resumed.update(step, f) for step, f in islice(enumerate(figures, 1), at, None)] == expected
+    )
     assert any(expected)
 
 
@@ -170,7 +185,9 @@ def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: p
     for step in (4, 5, 6):
         checkpoint = tmp_path / f"iter_000000{step}"
         (checkpoint / "weights").mkdir(parents=True)
-        (checkpoint / "state.json").write_text(json.dumps({"step": step, "collapse": {"rollbacks": 0}, "scheduler": {"lr": step}}))
+        (checkpoint / "state.json").write_text(
+            json.dumps({"step": step, "collapse": {"rollbacks": 0}, "scheduler": {"lr": step}})
+        )
     (tmp_path / native.LATEST).write_text("6")
     good = native.checkpoint_before(tmp_path, 5)
     assert good

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_gmpo.config import ALONE_S, AlgorithmConfig, Config, EvalConfig, ParallelConfig, exit_with_one_line, load_config
+from megatron_gmpo.config import (
+    ALONE_S,
+    AlgorithmConfig,
+    Config,
+    EvalConfig,
+    ParallelConfig,
+    exit_with_one_line,
+    load_config,
+)
 from megatron_gmpo.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +71,12 @@ def test_no_arguments_give_the_defaults() -> None:
 
 def test_toml_fills_the_tree_and_leaves_the_other_defaults(toml: str) -> None:
     cfg = load_config([toml])
-    assert (cfg.run_dir, cfg.model.path, cfg.train.num_steps, cfg.rollout.stop) == ("runs/a", "models/qwen", 7, ("</answer>",))
+    assert (cfg.run_dir, cfg.model.path, cfg.train.num_steps, cfg.rollout.stop) == (
+        "runs/a",
+        "models/qwen",
+        7,
+        ("</answer>",),
+    )
     assert cfg.megatron == {"moe_router_dtype": "fp32"}
     assert {name: (data.path, data.max_prompts) for name, data in cfg.eval.sets.items()} == {
         "math500": ("math500.parquet", None),
@@ -73,13 +86,30 @@ def test_toml_fills_the_tree_and_leaves_the_other_defaults(toml: str) -> None:
 
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(toml: str) -> None:
-    cfg = load_config([toml, "--train.num_steps", "8", "--run_dir=runs/b", "--train.num_steps", "9", "--eval.sets.aime24.max_prompts=3"])
+    cfg = load_config(
+        [
+            toml,
+            "--train.num_steps",
+            "8",
+            "--run_dir=runs/b",
+            "--train.num_steps",
+            "9",
+            "--eval.sets.aime24.max_prompts=3",
+        ]
+    )
     assert (cfg.train.num_steps, cfg.run_dir) == (9, "runs/b")
     assert (cfg.eval.sets["aime24"].max_prompts, cfg.eval.sets["aime24"].path) == (3, "aime24.parquet")
 
 
 def test_overrides_alone_open_new_tables() -> None:
-    cfg = load_config(["--eval.sets.gsm8k.path", "g.jsonl", "--megatron.moe_aux_loss_coeff=0.001", "--algorithm.options.dual_clip=3.0"])
+    cfg = load_config(
+        [
+            "--eval.sets.gsm8k.path",
+            "g.jsonl",
+            "--megatron.moe_aux_loss_coeff=0.001",
+            "--algorithm.options.dual_clip=3.0",
+        ]
+    )
     assert cfg.eval.sets["gsm8k"].path == "g.jsonl"
     assert cfg.megatron == {"moe_aux_loss_coeff": 0.001}
     assert cfg.algorithm.options == {"dual_clip": 3.0}
@@ -173,12 +203,30 @@ def test_unknown_key_in_the_file(tmp_path: Path) -> None:
         ),
         (["--eval.k", "[1, 8]", "--eval.temperature", "1"], ["k = 8", "samples_per_prompt >= 8"]),
         (["--eval.samples_per_prompt", "4"], ["samples_per_prompt > 1", "temperature > 0"]),
-        (["--algorithm.clip", "adaptive"], ["algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1"]),
-        (["--algorithm.clip_bounds", "[0.5, 0.1]"], ["clip_bounds = [0.5, 0.1]", "the smaller one comes first"]),
-        (["--algorithm.mask", "icepop", "--algorithm.mask_low", "6"], ["mask_low = 6 is above mask_high = 5"]),
-        (["--rollout.engine", "sglang", "--rollout.dtype", "fp32"], ["dtype = 'fp32' needs engine = 'embedded'", "sglang.args.dtype"]),
-        (["--rollout.engine", "sglang", "--rollout.router_noise", "0.5"], ["router_noise = 0.5 needs engine = 'embedded'"]),
-        (["--algorithm.moe_routing_replay", "rollout"], ["algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true"]),
+        (
+            ["--algorithm.clip", "adaptive"],
+            ["algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1"],
+        ),
+        (
+            ["--algorithm.clip_bounds", "[0.5, 0.1]"],
+            ["clip_bounds = [0.5, 0.1]", "the smaller one comes first"],
+        ),
+        (
+            ["--algorithm.mask", "icepop", "--algorithm.mask_low", "6"],
+            ["mask_low = 6 is above mask_high = 5"],
+        ),
+        (
+            ["--rollout.engine", "sglang", "--rollout.dtype", "fp32"],
+            ["dtype = 'fp32' needs engine = 'embedded'", "sglang.args.dtype"],
+        ),
+        (
+            ["--rollout.engine", "sglang", "--rollout.router_noise", "0.5"],
+            ["router_noise = 0.5 needs engine = 'embedded'"],
+        ),
+        (
+            ["--algorithm.moe_routing_replay", "rollout"],
+            ["algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true"],
+        ),
     ],
 )
 def test_fields_that_contradict_each_other(argv: list[str], parts: list[str]) -> None:
@@ -189,7 +237,12 @@ def test_fields_that_contradict_each_other(argv: list[str], parts: list[str]) ->
 def test_fields_that_fit_together() -> None:
     assert AlgorithmConfig(mask="icepop").mask_band == (0.5, 5.0)
     assert AlgorithmConfig(mask="geometric", mask_low=0.9).mask_band == (0.9, 1.01)
-    assert ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2).model_parallel_size == 2
+    assert (
+        ParallelConfig(
+            pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+        ).model_parallel_size
+        == 2
+    )
     assert EvalConfig(k=(1, 8), samples_per_prompt=8, temperature=0.6).k == (1, 8)
     saved = load_config(["--algorithm.moe_routing_replay", "rollout", "--rollout.replay_path", "rollouts"])
     assert saved.needs_rollout_routing
@@ -197,15 +250,20 @@ def test_fields_that_fit_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tp", "sequence_parallel", "expected"), [(1, None, False), (2, None, True), (2, False, False), (1, True, False), (2, True, True)]
+    ("tp", "sequence_parallel", "expected"),
+    [(1, None, False), (2, None, True), (2, False, False), (1, True, False), (2, True, True)],
 )
-def test_sequence_parallelism_follows_tensor_parallelism(tp: int, sequence_parallel: bool | None, expected: bool) -> None:
+def test_sequence_parallelism_follows_tensor_parallelism(
+    tp: int, sequence_parallel: bool | None, expected: bool
+) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
     assert parallel.uses_sequence_parallel is expected
 
 
 def test_the_tree_is_frozen_and_survives_json() -> None:
-    cfg = load_config(["--parallel.pipeline_model_parallel_size", "2", "--eval.sets.a.path", "b", "--rollout.stop", '["x"]'])
+    cfg = load_config(
+        ["--parallel.pipeline_model_parallel_size", "2", "--eval.sets.a.path", "b", "--rollout.stop", '["x"]']
+    )
     with pytest.raises(ValidationError):
         cfg.train.num_steps = 3  # pyright: ignore[reportAttributeAccessIssue]
     assert Config.model_validate_json(cfg.model_dump_json()) == cfg

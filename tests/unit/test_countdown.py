@@ -103,7 +103,12 @@ def test_the_longest_expression_that_is_read() -> None:
     assert score("1,1=2", "(" * 98 + "1" + ")" * 98 + "  +1") == 0.0
 
 
-@given(st.text(alphabet=st.one_of(st.sampled_from("0123456789+-*/() =_.eE,x<>answer\n\0²٣"), st.characters()), max_size=300))
+@given(
+    st.text(
+        alphabet=st.one_of(st.sampled_from("0123456789+-*/() =_.eE,x<>answer\n\0²٣"), st.characters()),
+        max_size=300,
+    )
+)
 def test_no_response_raises(response: str) -> None:
     assert score("3,7,12=15", response) in (0.0, 1.0)
 
@@ -121,7 +126,9 @@ def expressions(draw: st.DrawFn) -> tuple[str, list[int], Fraction]:
 
 
 @given(expressions(), st.randoms(use_true_random=False), st.integers(-50, 50))
-def test_values_are_exact_and_numbers_are_counted(expression: tuple[str, list[int], Fraction], order: random.Random, off: int) -> None:
+def test_values_are_exact_and_numbers_are_counted(
+    expression: tuple[str, list[int], Fraction], order: random.Random, off: int
+) -> None:
     text, numbers, value = expression
     order.shuffle(numbers)
     given_numbers = ",".join(map(str, numbers))
@@ -131,9 +138,13 @@ def test_values_are_exact_and_numbers_are_counted(expression: tuple[str, list[in
     assert score(f"{given_numbers},1={int(value)}", text) == 0.0
 
 
-@pytest.mark.parametrize("answer", ["", "3,7,12", "3,7,12=", "=15", "3;7=15", "3,7=1.5", "3, 7=10", "3,7=10\n", "٣,7=10"])
+@pytest.mark.parametrize(
+    "answer", ["", "3,7,12", "3,7,12=", "=15", "3;7=15", "3,7=1.5", "3, 7=10", "3,7=10\n", "٣,7=10"]
+)
 def test_a_prompt_that_is_no_problem_is_named(answer: str) -> None:
-    with pytest.raises(InputError, match="of t/0 is no Countdown problem: write numbers and target as 3,7,12=45"):
+    with pytest.raises(
+        InputError, match="of t/0 is no Countdown problem: write numbers and target as 3,7,12=45"
+    ):
         score(answer, "3+7")
 
 
@@ -174,7 +185,10 @@ def test_every_solvable_problem_is_found_and_no_other() -> None:
                     expected.add(f"{','.join(map(str, sorted((a, b, c), reverse=True)))}={value}")
     kind = Countdown(count=3, max_number=3, max_target=20)
     assert set(kind.problems(len(expected), random.Random(1))) == expected
-    with pytest.raises(InputError, match=rf"num_train \+ num_heldout = 999, but only {len(expected)} problems of .* ask for fewer"):
+    with pytest.raises(
+        InputError,
+        match=rf"num_train \+ num_heldout = 999, but only {len(expected)} problems of .* ask for fewer",
+    ):
         kind.problems(999, random.Random(1))
 
 
@@ -182,7 +196,8 @@ def test_the_command_writes_seeded_disjoint_problems_and_their_tokenizer_reads_t
     def written(folder: str, seed: int) -> list[list[dict[str, str]]]:
         countdown.main(tmp_path / folder, num_train=300, num_heldout=50, seed=seed, problems_only=True)
         return [
-            [json.loads(line) for line in (tmp_path / folder / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "heldout")
+            [json.loads(line) for line in (tmp_path / folder / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("train", "heldout")
         ]
 
     train, heldout = written("a", 3)

@@ -16,7 +16,17 @@ from megatron_gmpo.policy.dry_run import RankPlan, Traffic, dry_run
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 EP = "expert_model_parallel_size"
-HIDDEN, LAYERS, HEADS, GROUPS, HEAD, FFN, EXPERTS, TOPK, VOCAB = 64, 4, 4, 2, 32, 64, 8, 2, 128  # of the tiny models, in bf16
+HIDDEN, LAYERS, HEADS, GROUPS, HEAD, FFN, EXPERTS, TOPK, VOCAB = (
+    64,
+    4,
+    4,
+    2,
+    32,
+    64,
+    8,
+    2,
+    128,
+)  # of the tiny models, in bf16
 LENGTHS = [256, 768]
 TOKENS = sum(LENGTHS)
 Plan = Callable[..., RankPlan]
@@ -24,11 +34,20 @@ Plan = Callable[..., RankPlan]
 
 @pytest.fixture
 def plan(tiny_model: Callable[..., Path]) -> Plan:
-    def make(family: str = "qwen3", world_size: int = 1, stage: int = 0, num_microbatches: int = 8, **sections: Any) -> RankPlan:
+    def make(
+        family: str = "qwen3", world_size: int = 1, stage: int = 0, num_microbatches: int = 8, **sections: Any
+    ) -> RankPlan:
         model = {"path": str(tiny_model(family)), "dtype": "bf16"} | sections.pop("model", {})
         cfg = Config.model_validate({"model": model, **sections})
         description = describe_model(cfg, world_size, torch.device("cpu"))
-        return dry_run(cfg, description, world_size=world_size, stage=stage, lengths=LENGTHS, num_microbatches=num_microbatches)
+        return dry_run(
+            cfg,
+            description,
+            world_size=world_size,
+            stage=stage,
+            lengths=LENGTHS,
+            num_microbatches=num_microbatches,
+        )
 
     return make
 
@@ -40,20 +59,28 @@ def sent(traffic: tuple[Traffic, ...], operation: str, group: str) -> int:
 def test_flops_of_a_dense_model(plan: Plan) -> None:
     qkv, out, mlp = HIDDEN * (HEADS + 2 * GROUPS) * HEAD, HEADS * HEAD * HIDDEN, 3 * HIDDEN * FFN
     products = 2 * TOKENS * (LAYERS * (qkv + out + mlp) + VOCAB * HIDDEN)
-    attention = LAYERS * sum(2 * length**2 * HEADS * HEAD for length in LENGTHS)  # two products, half of them masked
+    attention = LAYERS * sum(
+        2 * length**2 * HEADS * HEAD for length in LENGTHS
+    )  # two products, half of them masked
     whole = plan()
     assert whole.forward.flops == products + attention
     assert whole.training.flops == 3 * products + attention * 7 // 2
     assert whole.forward.traffic == whole.training.traffic == ()
-    recomputed = plan(megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1})
-    assert recomputed.training.flops == whole.training.flops + whole.forward.flops - 2 * TOKENS * VOCAB * HIDDEN
+    recomputed = plan(
+        megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    )
+    assert (
+        recomputed.training.flops == whole.training.flops + whole.forward.flops - 2 * TOKENS * VOCAB * HIDDEN
+    )
     assert recomputed.activations < whole.activations / 5
 
 
 def test_experts_meet_their_share_of_tokens(plan: Plan) -> None:
     layer = TOPK * 3 * HIDDEN * FFN + EXPERTS * HIDDEN  # the experts of a token, and the router
     dense = 3 * HIDDEN * FFN
-    assert plan("qwen3_moe").forward.flops == plan("qwen3").forward.flops + 2 * TOKENS * LAYERS * (layer - dense)
+    assert plan("qwen3_moe").forward.flops == plan("qwen3").forward.flops + 2 * TOKENS * LAYERS * (
+        layer - dense
+    )
 
 
 def test_traffic_of_expert_and_context_parallelism(plan: Plan) -> None:
@@ -71,8 +98,12 @@ def test_traffic_of_tensor_parallelism(plan: Plan) -> None:
     hidden = 2 * TOKENS * HIDDEN // 2
     tensor = plan("qwen3", 2, parallel={TP: 2}).forward.traffic
     assert sent(tensor, "all_gather", "tp") == (2 * LAYERS + 1) * hidden  # before attention, MLP and head
-    assert sent(tensor, "reduce_scatter", "tp") == (2 * LAYERS + 1) * hidden  # after embedding, attention and MLP
-    assert sent(tensor, "all_reduce", "tp") == 2 * 4 * 4 * TOKENS // 2  # highest logit, and three fp32 sums a token
+    assert (
+        sent(tensor, "reduce_scatter", "tp") == (2 * LAYERS + 1) * hidden
+    )  # after embedding, attention and MLP
+    assert (
+        sent(tensor, "all_reduce", "tp") == 2 * 4 * 4 * TOKENS // 2
+    )  # highest logit, and three fp32 sums a token
 
 
 def test_the_optimizer_is_shared_by_the_replicas(plan: Plan) -> None:

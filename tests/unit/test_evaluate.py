@@ -21,7 +21,9 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_one(n: int) -> None:
     for c in range(n + 1):
         samples = [True] * c + [False] * (n - c)
         for k in range(1, n + 1):
-            assert pass_at_k(n, c, k) == pytest.approx(fmean(any(choice) for choice in combinations(samples, k)), abs=1e-12)
+            assert pass_at_k(n, c, k) == pytest.approx(
+                fmean(any(choice) for choice in combinations(samples, k)), abs=1e-12
+            )
 
 
 def test_pass_at_k_of_many_samples() -> None:
@@ -39,7 +41,12 @@ def test_pass_at_k_of_impossible_counts(n: int, c: int, k: int) -> None:
 
 def benchmarks() -> tuple[ScriptedEngine, dict[str, list[Prompt]]]:
     """Of four samples: 4, 1 and 0 right in the first set, 2 in the second; "7" is right."""
-    script = {"a": ["7"] * 4, "b": ["8", "7", "88", "99"], "c": ["1", "2", "3", "666"], "d": ["7", "1", "2", "7"]}
+    script = {
+        "a": ["7"] * 4,
+        "b": ["8", "7", "88", "99"],
+        "c": ["1", "2", "3", "666"],
+        "d": ["7", "1", "2", "7"],
+    }
     prompts = [Prompt(name, answer="7", input_ids=[1, 2, 3]) for name in script]
     return ScriptedEngine(script), {"first": prompts[:3], "second": prompts[3:]}
 
@@ -76,7 +83,11 @@ def test_every_benchmark_has_its_figures() -> None:
 def test_defaults_are_one_greedy_answer() -> None:
     engine, sets = benchmarks()
     results = evaluate(engine, sets, arithmetic_reward, EvalConfig(), max_new_tokens=9)
-    assert set(results) == {f"eval/{name}/{figure}" for name in sets for figure in ("pass@1", "reward", "response_length", "timeouts")}
+    assert set(results) == {
+        f"eval/{name}/{figure}"
+        for name in sets
+        for figure in ("pass@1", "reward", "response_length", "timeouts")
+    }
     assert results["eval/first/pass@1"] == pytest.approx(1 / 3)
     assert engine.calls[0][1] == SamplingParams(n=1, max_new_tokens=9, temperature=0.0)
 

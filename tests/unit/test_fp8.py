@@ -60,13 +60,33 @@ def refusal(refuse: Callable[[], object]) -> str:
     ("recipe", "machine", "words"),
     [
         ("tensorwise", Capabilities(), ["fp8.recipe = 'tensorwise' needs an NVIDIA GPU"]),
-        ("tensorwise", Capabilities("H100", (9, 0), (12, 9)), ["Transformer Engine >= 2.9, < 2.12", "docs/install_gpu.md"]),
+        (
+            "tensorwise",
+            Capabilities("H100", (9, 0), (12, 9)),
+            ["Transformer Engine >= 2.9, < 2.12", "docs/install_gpu.md"],
+        ),
         ("tensorwise", Capabilities("H100", (9, 0), (12, 9), (2, 8)), ["2.8 is installed"]),
         ("tensorwise", Capabilities("H100", (9, 0), (12, 9), (2, 12)), ["2.12 is installed"]),
-        ("delayed", Capabilities("NVIDIA A100", (8, 0), (12, 9), (2, 11)), ["8.9 or more", "A100 has 8.0", "remove it"]),
-        ("tensorwise", Capabilities("NVIDIA A100", (8, 0), (12, 9), (2, 11)), ["8.9 or more", "A100 has 8.0", "remove it"]),
-        ("blockwise", Capabilities("NVIDIA L40S", (8, 9), (12, 9), (2, 11)), ["9.0 or more", "L40S has 8.9", "choose 'tensorwise'"]),
-        ("blockwise", Capabilities("NVIDIA H100", (9, 0), (12, 8), (2, 11)), ["CUDA 12.9 or newer", "12.8", "choose 'tensorwise'"]),
+        (
+            "delayed",
+            Capabilities("NVIDIA A100", (8, 0), (12, 9), (2, 11)),
+            ["8.9 or more", "A100 has 8.0", "remove it"],
+        ),
+        (
+            "tensorwise",
+            Capabilities("NVIDIA A100", (8, 0), (12, 9), (2, 11)),
+            ["8.9 or more", "A100 has 8.0", "remove it"],
+        ),
+        (
+            "blockwise",
+            Capabilities("NVIDIA L40S", (8, 9), (12, 9), (2, 11)),
+            ["9.0 or more", "L40S has 8.9", "choose 'tensorwise'"],
+        ),
+        (
+            "blockwise",
+            Capabilities("NVIDIA H100", (9, 0), (12, 8), (2, 11)),
+            ["CUDA 12.9 or newer", "12.8", "choose 'tensorwise'"],
+        ),
         ("mxfp8", H100, ["10.0 or more, below 12.0", "H100 80GB HBM3 has 9.0", "choose 'blockwise'"]),
         ("mxfp8", Capabilities("RTX 5090", (12, 0), (12, 9), (2, 11)), ["below 12.0", "RTX 5090 has 12.0"]),
     ],
@@ -77,7 +97,9 @@ def test_machines_without_a_recipe(recipe: str, machine: Capabilities, words: li
         assert word in message
 
 
-@pytest.mark.parametrize(("recipe", "machine"), [*product(RECIPES[:3], [H100]), *product(RECIPES, [B200]), (None, Capabilities())])
+@pytest.mark.parametrize(
+    ("recipe", "machine"), [*product(RECIPES[:3], [H100]), *product(RECIPES, [B200]), (None, Capabilities())]
+)
 def test_machines_with_a_recipe(recipe: str | None, machine: Capabilities) -> None:
     check_fp8(config(recipe), transformer(), machine)
 
@@ -87,11 +109,23 @@ def test_machines_with_a_recipe(recipe: str | None, machine: Capabilities) -> No
     [
         ("tensorwise", {"hidden_size": 264}, ["16 divides", "the hidden size is 264", "remove it"]),
         ("tensorwise", {"ffn_hidden_size": 520}, ["intermediate size / tensor_model_parallel_size is 520"]),
-        ("tensorwise", {"ffn_hidden_size": 544, "tensor_model_parallel_size": 4}, ["is 136", "another layout"]),
+        (
+            "tensorwise",
+            {"ffn_hidden_size": 544, "tensor_model_parallel_size": 4},
+            ["is 136", "another layout"],
+        ),
         ("mxfp8", {"ffn_hidden_size": 528}, ["32 divides", "is 528", "choose 'tensorwise'"]),
         ("tensorwise", {"kv_channels": 9}, ["query heads x head size / tensor_model_parallel_size is 72"]),
-        ("mxfp8", {"kv_channels": 12, "tensor_model_parallel_size": 4}, ["heads x head size / tensor_model_parallel_size is 24"]),
-        ("tensorwise", {"num_moe_experts": 4, "moe_ffn_hidden_size": 24}, ["the experts' intermediate size", "is 24"]),
+        (
+            "mxfp8",
+            {"kv_channels": 12, "tensor_model_parallel_size": 4},
+            ["heads x head size / tensor_model_parallel_size is 24"],
+        ),
+        (
+            "tensorwise",
+            {"num_moe_experts": 4, "moe_ffn_hidden_size": 24},
+            ["the experts' intermediate size", "is 24"],
+        ),
         (
             "tensorwise",
             {"num_moe_experts": 4, "moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 40},
@@ -108,7 +142,9 @@ def test_matrices_that_no_kernel_takes(recipe: str, changes: dict[str, Any], wor
 def test_sides_that_no_layer_has_do_not_matter() -> None:
     all_experts = transformer(num_moe_experts=4, moe_ffn_hidden_size=64, ffn_hidden_size=520)
     check_fp8(config("tensorwise"), all_experts, H100)
-    some_dense = transformer(num_moe_experts=4, moe_ffn_hidden_size=64, ffn_hidden_size=520, moe_layer_freq=[0, 1, 1, 1])
+    some_dense = transformer(
+        num_moe_experts=4, moe_ffn_hidden_size=64, ffn_hidden_size=520, moe_layer_freq=[0, 1, 1, 1]
+    )
     assert "is 520" in refusal(lambda: check_fp8(config("tensorwise"), some_dense, H100))
 
 
@@ -124,15 +160,39 @@ def test_latent_attention(tiny_model: Callable[..., Path]) -> None:
     [
         (["--fp8.recipe", "int8"], ["fp8.recipe = 'int8'", "'tensorwise'"]),
         (["--fp8.param", "true"], ["fp8: param = True needs a recipe"]),
-        (["--fp8.recipe", "delayed", "--fp8.num_layers_at_end_in_bf16", "1"], ["fp8: layers in bf16", "choose 'tensorwise'"]),
+        (
+            ["--fp8.recipe", "delayed", "--fp8.num_layers_at_end_in_bf16", "1"],
+            ["fp8: layers in bf16", "choose 'tensorwise'"],
+        ),
         (["--fp8.recipe", "mxfp8", "--fp8.param", "true"], ["another recipe than 'mxfp8'"]),
-        (["--fp8.recipe", "tensorwise", "--model.dtype", "fp32"], ["fp8.recipe = 'tensorwise' needs model.dtype = 'bf16', not 'fp32'"]),
-        (["--fp8.recipe", "delayed", "--algorithm.kl_coef", "0.1"], ["fp8.recipe = 'delayed' with algorithm.kl_coef", "tensorwise"]),
-        (["--optimizer.moments_dtype", "bf16", "--model.dtype", "fp32"], ["optimizer.moments_dtype = 'bf16' needs model.dtype"]),
-        (["--optimizer.offload_fraction", "0.5", "--model.dtype", "fp32"], ["optimizer.offload_fraction = 0.5 needs model.dtype"]),
-        (["--optimizer.moments_dtype", "bf16", "--optimizer.use_distributed_optimizer", "false"], ["needs use_distributed_optimizer"]),
-        (["--optimizer.moments_dtype", "bf16", "--optimizer.offload_fraction", "1"], ["moments_dtype = 'bf16' with offload_fraction"]),
-        (["--optimizer.overlap_param_gather", "true"], ["overlap_param_gather = true needs overlap_grad_reduce = true"]),
+        (
+            ["--fp8.recipe", "tensorwise", "--model.dtype", "fp32"],
+            ["fp8.recipe = 'tensorwise' needs model.dtype = 'bf16', not 'fp32'"],
+        ),
+        (
+            ["--fp8.recipe", "delayed", "--algorithm.kl_coef", "0.1"],
+            ["fp8.recipe = 'delayed' with algorithm.kl_coef", "tensorwise"],
+        ),
+        (
+            ["--optimizer.moments_dtype", "bf16", "--model.dtype", "fp32"],
+            ["optimizer.moments_dtype = 'bf16' needs model.dtype"],
+        ),
+        (
+            ["--optimizer.offload_fraction", "0.5", "--model.dtype", "fp32"],
+            ["optimizer.offload_fraction = 0.5 needs model.dtype"],
+        ),
+        (
+            ["--optimizer.moments_dtype", "bf16", "--optimizer.use_distributed_optimizer", "false"],
+            ["needs use_distributed_optimizer"],
+        ),
+        (
+            ["--optimizer.moments_dtype", "bf16", "--optimizer.offload_fraction", "1"],
+            ["moments_dtype = 'bf16' with offload_fraction"],
+        ),
+        (
+            ["--optimizer.overlap_param_gather", "true"],
+            ["overlap_param_gather = true needs overlap_grad_reduce = true"],
+        ),
         (
             ["--fp8.recipe", "tensorwise", "--fp8.param", "true", "--optimizer.moments_dtype", "bf16"],
             ["fp8.param = true with optimizer.moments_dtype"],
@@ -159,18 +219,29 @@ def test_megatrons_fields() -> None:
         "num_layers_at_end_in_bf16": 2,
         "moe_router_padding_for_quantization": True,
     }
-    given = {name: value for name, value in _fp8_fields(Fp8Config(recipe="delayed"), {"num_layers": 8}, cfg.parallel).items() if value}
+    given = {
+        name: value
+        for name, value in _fp8_fields(Fp8Config(recipe="delayed"), {"num_layers": 8}, cfg.parallel).items()
+        if value
+    }
     assert given == {"fp8": "hybrid", "fp8_recipe": "delayed"}
-    assert _fp8_fields(Fp8Config(recipe="mxfp8", format="hybrid"), ARCHITECTURE, cfg.parallel)["fp8"] == "hybrid"
+    assert (
+        _fp8_fields(Fp8Config(recipe="mxfp8", format="hybrid"), ARCHITECTURE, cfg.parallel)["fp8"] == "hybrid"
+    )
     assert _fp8_fields(Fp8Config(), ARCHITECTURE, cfg.parallel) == {}
 
 
 def test_more_bf16_layers_than_a_stage_has() -> None:
     cfg = Config.model_validate(
-        {"fp8": {"recipe": "tensorwise", "num_layers_at_start_in_bf16": 5}, "parallel": {"pipeline_model_parallel_size": 2}}
+        {
+            "fp8": {"recipe": "tensorwise", "num_layers_at_start_in_bf16": 5},
+            "parallel": {"pipeline_model_parallel_size": 2},
+        }
     )
     message = refusal(lambda: _fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel))
-    assert message.startswith("fp8.num_layers_at_start_in_bf16 = 5 is more than the 4 layers of a pipeline stage")
+    assert message.startswith(
+        "fp8.num_layers_at_start_in_bf16 = 5 is more than the 4 layers of a pipeline stage"
+    )
 
 
 def test_the_optimizers_needs() -> None:
@@ -178,8 +249,12 @@ def test_the_optimizers_needs() -> None:
     for field, value in (("moments_dtype", "bf16"), ("offload_fraction", 0.5)):
         cfg = OptimizerConfig.model_validate({field: value})
         check_optimizer(cfg, H100)
-        assert f"optimizer.{field} = {value!r} needs an NVIDIA GPU" in refusal(lambda cfg=cfg: check_optimizer(cfg, Capabilities()))
-        assert "needs Transformer Engine: install it as docs/install_gpu.md says" in refusal(lambda cfg=cfg: check_optimizer(cfg, bare))
+        assert f"optimizer.{field} = {value!r} needs an NVIDIA GPU" in refusal(
+            lambda cfg=cfg: check_optimizer(cfg, Capabilities())
+        )
+        assert "needs Transformer Engine: install it as docs/install_gpu.md says" in refusal(
+            lambda cfg=cfg: check_optimizer(cfg, bare)
+        )
     check_optimizer(OptimizerConfig(overlap_grad_reduce=True, overlap_param_gather=True), Capabilities())
 
 
@@ -219,12 +294,16 @@ def test_determinism_is_set_before_the_start(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     gpu = torch.device("cuda", 0)
-    assert refusal(lambda: check_deterministic(True, gpu)).endswith("NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 CUBLAS_WORKSPACE_CONFIG=:4096:8")
+    assert refusal(lambda: check_deterministic(True, gpu)).endswith(
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 CUBLAS_WORKSPACE_CONFIG=:4096:8"
+    )
     check_deterministic(False, gpu)
     check_deterministic(True, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("recipe", "cp", "tp", "sp"), list(product(ALIGNED, [1, 2, 4], [1, 2, 4, 8], [True, False])))
+@pytest.mark.parametrize(
+    ("recipe", "cp", "tp", "sp"), list(product(ALIGNED, [1, 2, 4], [1, 2, 4, 8], [True, False]))
+)
 def test_every_combination_pads_as_its_kernels_need(recipe: str | None, cp: int, tp: int, sp: bool) -> None:
     check_packing(recipe, cp, tp, sp, [1, 37, 8, 130])
     check_packing(recipe, cp, tp, sp, [1, 37, 8, 130], dummy=True)
@@ -242,7 +321,9 @@ def test_any_lengths(recipe: str | None, cp: int, tp: int, sp: bool, lengths: li
     check_packing(recipe, cp, tp, sp, lengths)
 
 
-def check_packing(recipe: str | None, cp: int, tp: int, sp: bool, lengths: list[int], dummy: bool = False) -> None:
+def check_packing(
+    recipe: str | None, cp: int, tp: int, sp: bool, lengths: list[int], dummy: bool = False
+) -> None:
     """Ranks have equal stretches of a length the kernels take, sequences are cut into equal chunks, and no token is lost or added."""
     parallel = {"context_parallel_size": cp, "tensor_model_parallel_size": tp, "sequence_parallel": sp}
     cfg = config(recipe, parallel=parallel)
@@ -283,4 +364,6 @@ def check_packing(recipe: str | None, cp: int, tp: int, sp: bool, lengths: list[
     smallest = sum(-(-length // (2 * cp)) * 2 * cp if cp > 1 else length for length in lengths)
     step = 2 * cp if cp > 1 else 1
     rank_multiple = ALIGNED[recipe] * (tp if scattered else 1)
-    assert not any(n % (cp * rank_multiple) == 0 for n in range(max(smallest, 1), cp * width, 1) if n % step == 0)
+    assert not any(
+        n % (cp * rank_multiple) == 0 for n in range(max(smallest, 1), cp * width, 1) if n % step == 0
+    )

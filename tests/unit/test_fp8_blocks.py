@@ -18,7 +18,9 @@ from megatron_gmpo.errors import NonFiniteError
 from megatron_gmpo.models.fp8_blocks import dequantize, is_quantized, quantize, quantize_all, rounded
 
 # OCP 8-bit floating point specification, E4M3: bias 7, 3 mantissa bits, subnormals below 2^-6, no infinities, the largest 448
-MAGNITUDES = [m * 2.0**-9 for m in range(8)] + [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
+MAGNITUDES = [m * 2.0**-9 for m in range(8)] + [
+    (8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)
+]
 E4M3 = torch.tensor([-x for x in reversed(MAGNITUDES)] + MAGNITUDES[1:], dtype=torch.float64)
 sizes = st.integers(1, 300)
 
@@ -47,21 +49,27 @@ def test_every_value_is_the_nearest_of_its_block(rows: int, columns: int, seed: 
             right = torch.searchsorted(table, block).clamp(1, len(table) - 1)
             least = torch.minimum((table[right] - block).abs(), (table[right - 1] - block).abs())
             assert (error <= least + 2**-22 * block.abs()).all()  # fp32 division may decide a tie
-            assert (error <= torch.maximum(block.abs() / 16, scale * 2**-10) * (1 + 2**-20)).all()  # the bound that is promised
+            assert (
+                error <= torch.maximum(block.abs() / 16, scale * 2**-10) * (1 + 2**-20)
+            ).all()  # the bound that is promised
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_as_transformers(seed: int) -> None:
     weight = weights(256, 384, seed, 3.0)
     weight[:128, 128:256] = 0
-    quantizer = SimpleNamespace(quantization_config=SimpleNamespace(weight_block_size=(128, 128), scale_fmt="float"))
+    quantizer = SimpleNamespace(
+        quantization_config=SimpleNamespace(weight_block_size=(128, 128), scale_fmt="float")
+    )
     theirs = Fp8Quantize(quantizer)._quantize_one("x.weight", weight)
     values, scales = quantize(weight)
     torch.testing.assert_close(scales, theirs["x.weight_scale_inv"], rtol=2**-22, atol=0)
     steps = (values.view(torch.uint8).int() - theirs["x.weight"].view(torch.uint8).int()).abs()
     assert steps.max() <= 1  # it multiplies by 1 / scale, which decides ties otherwise
     assert steps.float().mean() < 5e-3
-    assert torch.equal(dequantize(values, scales), Fp8Dequantize(quantizer)._dequantize_one(values, scales, torch.bfloat16))
+    assert torch.equal(
+        dequantize(values, scales), Fp8Dequantize(quantizer)._dequantize_one(values, scales, torch.bfloat16)
+    )
 
 
 def test_blocks_of_zeros_and_of_the_smallest_numbers() -> None:
@@ -104,7 +112,10 @@ LATENT = [f"self_attn.{x}" for x in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa
 QUANTIZED = {  # modules of each layer
     "qwen3": [ATTENTION + MLP] * 2,
     "qwen3_moe": [ATTENTION + experts("mlp.experts")] * 2,
-    "deepseek_v3": [LATENT + MLP, LATENT + experts("mlp.experts") + [f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")]],
+    "deepseek_v3": [
+        LATENT + MLP,
+        LATENT + experts("mlp.experts") + [f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")],
+    ],
 }
 
 
@@ -113,7 +124,11 @@ def test_tensors_that_only_the_rollout_has_in_8_bits(family: str, tiny_model: Ca
     folder = SafetensorsFolder(tiny_model(family, num_layers=2))
     trainer = {name: folder.get(name).bfloat16() for name in folder.names}
     rollout = dict(quantize_all(trainer.items()))
-    expected = {f"model.layers.{layer}.{module}.weight" for layer, modules in enumerate(QUANTIZED[family]) for module in modules}
+    expected = {
+        f"model.layers.{layer}.{module}.weight"
+        for layer, modules in enumerate(QUANTIZED[family])
+        for module in modules
+    }
     assert {name for name, tensor in rollout.items() if tensor.dtype == torch.float8_e4m3fn} == expected
     assert rollout.keys() - trainer.keys() == {f"{name}_scale_inv" for name in expected}
     assert all(rollout[name] is trainer[name] for name in trainer.keys() - expected)
@@ -122,7 +137,11 @@ def test_tensors_that_only_the_rollout_has_in_8_bits(family: str, tiny_model: Ca
 @pytest.mark.parametrize("family", ["glm4_moe", "llama", "mixtral", "qwen2", "qwen2_moe"])
 def test_matrices_of_other_families_that_stay(family: str, tiny_model: Callable[..., Path]) -> None:
     folder = SafetensorsFolder(tiny_model(family, num_layers=2))
-    stay = {name.split(".layers.")[-1][2:] for name in folder.names if len(folder.shape(name)) == 2 and not is_quantized(name)}
+    stay = {
+        name.split(".layers.")[-1][2:]
+        for name in folder.names
+        if len(folder.shape(name)) == 2 and not is_quantized(name)
+    }
     routers = {
         "glm4_moe": {"mlp.gate.weight"},
         "mixtral": {"block_sparse_moe.gate.weight"},

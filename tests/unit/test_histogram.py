@@ -10,18 +10,34 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gmpo.histogram import BINS, LARGEST, RELATIVE_ERROR, SMALLEST, effective_sample_size, histogram, quantile
+from megatron_gmpo.histogram import (
+    BINS,
+    LARGEST,
+    RELATIVE_ERROR,
+    SMALLEST,
+    effective_sample_size,
+    histogram,
+    quantile,
+)
 from megatron_gmpo.metrics.logger import QUANTILES, figures_of, reduce_metrics, value_of
 from megatron_gmpo.types import Metric
 
 sizes = st.floats(SMALLEST * 1.001, LARGEST)
 
 
-@given(st.lists(st.one_of(st.just(0.0), sizes, sizes.map(lambda x: -x)), min_size=1, max_size=50), st.floats(0, 1), st.data())
-def test_a_quantile_is_within_its_relative_error_however_the_values_are_split(values: list[float], q: float, data: st.DataObject) -> None:
+@given(
+    st.lists(st.one_of(st.just(0.0), sizes, sizes.map(lambda x: -x)), min_size=1, max_size=50),
+    st.floats(0, 1),
+    st.data(),
+)
+def test_a_quantile_is_within_its_relative_error_however_the_values_are_split(
+    values: list[float], q: float, data: st.DataObject
+) -> None:
     cut = data.draw(st.integers(0, len(values)))
     parts = [torch.tensor(part, dtype=torch.float64) for part in (values[:cut], values[cut:])]
-    counts = histogram(parts[0], torch.ones(cut, dtype=torch.bool)) + histogram(parts[1], torch.ones(len(values) - cut, dtype=torch.bool))
+    counts = histogram(parts[0], torch.ones(cut, dtype=torch.bool)) + histogram(
+        parts[1], torch.ones(len(values) - cut, dtype=torch.bool)
+    )
     expected = float(np.quantile(values, q, method="inverted_cdf"))
     assert counts.sum() == len(values)
     assert quantile(counts, q) == pytest.approx(expected, rel=RELATIVE_ERROR * 1.001, abs=0)
@@ -32,7 +48,9 @@ def test_what_lies_outside() -> None:
     counts = histogram(values, torch.tensor([True, True, True, False, False]))
     assert (counts[0], counts[BINS // 2], counts[-1]) == (1, 1, 1)
     assert quantile(counts, 0.5) == 0
-    assert histogram(torch.tensor([math.nan]), torch.tensor([True])).sum() == 1  # the loss is where it is caught
+    assert (
+        histogram(torch.tensor([math.nan]), torch.tensor([True])).sum() == 1
+    )  # the loss is where it is caught
     assert quantile(counts, 0.0) == pytest.approx(-LARGEST, rel=0.03)
     assert math.isnan(quantile(torch.zeros(BINS, dtype=torch.float64), 0.5))
     assert math.isnan(effective_sample_size(torch.zeros(BINS, dtype=torch.float64)))
@@ -43,13 +61,16 @@ def test_effective_sample_size_is_kishs() -> None:
     weights = logs.exp()
     share = float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
     assert share < 0.85
-    assert effective_sample_size(histogram(logs, torch.ones(2000, dtype=torch.bool))) == pytest.approx(share, rel=0.01)
+    assert effective_sample_size(histogram(logs, torch.ones(2000, dtype=torch.bool))) == pytest.approx(
+        share, rel=0.01
+    )
 
 
 def test_a_distribution_is_reported_as_quantiles() -> None:
     values = torch.linspace(-1, 1, 20_001)
     parts = [
-        {"policy/log_ratio": Metric(histogram(part, torch.ones(len(part), dtype=torch.bool)), op="histogram")} for part in values.chunk(3)
+        {"policy/log_ratio": Metric(histogram(part, torch.ones(len(part), dtype=torch.bool)), op="histogram")}
+        for part in values.chunk(3)
     ]
     figures = figures_of(reduce_metrics(parts) | {"loss": Metric(1.0, 2)})
     for suffix, q in QUANTILES.items():

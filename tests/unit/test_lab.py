@@ -36,7 +36,9 @@ def study(folder: Path, **changes: object) -> Study:
     return load_study(path)
 
 
-@pytest.mark.parametrize(("degrees", "expected"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)])
+@pytest.mark.parametrize(
+    ("degrees", "expected"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)]
+)
 def test_t_quantile(degrees: int, expected: float) -> None:
     assert t_quantile(degrees) == pytest.approx(expected, abs=6e-4)
 
@@ -105,7 +107,12 @@ def test_the_grid_has_every_combination(tmp_path: Path) -> None:
     assert len(found.trials) == 8
     last = found.trials[-1]
     assert (last.arm.name, last.seed) == ("grpo-large", 4)
-    assert (last.cfg.algorithm.loss, last.cfg.optimizer.lr, last.cfg.seed, last.cfg.train.minibatches_per_step) == ("grpo", 1e-3, 4, 2)
+    assert (
+        last.cfg.algorithm.loss,
+        last.cfg.optimizer.lr,
+        last.cfg.seed,
+        last.cfg.train.minibatches_per_step,
+    ) == ("grpo", 1e-3, 4, 2)
     assert last.cfg.run_dir == "runs/studies/two_losses/grpo-large/seed_4"
     nothing = study(tmp_path, overrides={"eval": {"sets": {}}})
     assert nothing.trials[0].cfg.eval.sets == {}
@@ -119,8 +126,14 @@ def test_the_grid_has_every_combination(tmp_path: Path) -> None:
         ({"baseline": "gspo"}, "baseline = 'gspo' is no arm: choose one of ['gmpo', 'grpo']"),
         ({"seeds": [1, 1]}, "seeds = [1, 1] names a seed twice"),
         ({"overrides": {"seed": 3}}, "arm 'gmpo-small': seed is set by the lab, leave it out"),
-        ({"overrides": {"optimizer.lrr": 3}}, "arm 'gmpo-small': unknown config key 'optimizer.lrr': did you mean 'optimizer.lr'?"),
-        ({"grid": {"n": {"a": {}, "b": {"train.num_steps": 7}}}}, "arm 'gmpo-b': train.num_steps = 7 where 'gmpo-a' has 150: arms are"),
+        (
+            {"overrides": {"optimizer.lrr": 3}},
+            "arm 'gmpo-small': unknown config key 'optimizer.lrr': did you mean 'optimizer.lr'?",
+        ),
+        (
+            {"grid": {"n": {"a": {}, "b": {"train.num_steps": 7}}}},
+            "arm 'gmpo-b': train.num_steps = 7 where 'gmpo-a' has 150: arms are",
+        ),
         ({"arms": {"grpo": {}, "g/h": {}}}, "'g/h' becomes a part of a folder's name"),
     ],
 )
@@ -143,13 +156,19 @@ def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = study(tmp_path)
     for trial, outcome in zip(found.trials, ("finished", "stopped", "failed"), strict=False):
         trial.folder.mkdir(parents=True)
-        (trial.folder / "config.toml").write_text(tomli_w.dumps(trial.cfg.model_dump(mode="json", exclude_none=True)))
-        record = Record.model_validate({"outcome": outcome, "seconds": 1, "started": "", "machine": "", "versions": {}})
+        (trial.folder / "config.toml").write_text(
+            tomli_w.dumps(trial.cfg.model_dump(mode="json", exclude_none=True))
+        )
+        record = Record.model_validate(
+            {"outcome": outcome, "seconds": 1, "started": "", "machine": "", "versions": {}}
+        )
         (trial.folder / "trial.json").write_text(record.model_dump_json())
     assert unfinished(found.trials) == list(found.trials[2:])
     other = study(tmp_path, overrides={"train.minibatches_per_step": 4})
     check_folders(found.trials)
-    with pytest.raises(InputError, match=r"was run with train\.minibatches_per_step = 2, the study says 4: remove"):
+    with pytest.raises(
+        InputError, match=r"was run with train\.minibatches_per_step = 2, the study says 4: remove"
+    ):
         check_folders(other.trials)
 
 

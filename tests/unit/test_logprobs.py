@@ -23,7 +23,9 @@ def make(tokens: int = 23, dtype: torch.dtype = torch.float32, garbage: float = 
     return logits.to(dtype), labels
 
 
-def reference(logits: Tensor, labels: Tensor, temperature: float, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference(
+    logits: Tensor, labels: Tensor, temperature: float, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log probabilities, entropy, and the gradient of their sum weighted by ``weights`` (2, T), in float64."""
     logits = logits.double().requires_grad_()
     logp = torch.log_softmax(logits[:, :VOCAB] / temperature, -1)
@@ -32,10 +34,14 @@ def reference(logits: Tensor, labels: Tensor, temperature: float, weights: Tenso
     return logprobs.detach(), entropy.detach(), gradient
 
 
-def compute(logits: Tensor, labels: Tensor, weights: Tensor, **options: float) -> tuple[Tensor, Tensor, Tensor]:
+def compute(
+    logits: Tensor, labels: Tensor, weights: Tensor, **options: float
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.clone().requires_grad_()
     logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=VOCAB, tp_group=None, **options)  # pyright: ignore
-    (gradient,) = torch.autograd.grad((weights.to(logprobs.dtype) * torch.stack([logprobs, entropy])).sum(), logits)
+    (gradient,) = torch.autograd.grad(
+        (weights.to(logprobs.dtype) * torch.stack([logprobs, entropy])).sum(), logits
+    )
     return logprobs.detach(), entropy.detach(), gradient
 
 
@@ -63,7 +69,10 @@ def test_gradcheck_in_float64() -> None:
     logits, labels = make(5, torch.float64)
     logits.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: vocab_parallel_logprobs(x, labels, vocab_size=VOCAB, tp_group=None, temperature=0.8, chunk_tokens=2), logits
+        lambda x: vocab_parallel_logprobs(
+            x, labels, vocab_size=VOCAB, tp_group=None, temperature=0.8, chunk_tokens=2
+        ),
+        logits,
     )
 
 
@@ -81,7 +90,9 @@ def test_padding_columns_take_no_probability_and_get_no_gradient(garbage: float)
 def test_large_logits_do_not_overflow(offset: float) -> None:
     logits, labels = make()
     logits = (logits + offset).float()
-    for got, wanted in zip(compute(logits, labels, mixture(23)), reference(logits, labels, 1.0, mixture(23)), strict=True):
+    for got, wanted in zip(
+        compute(logits, labels, mixture(23)), reference(logits, labels, 1.0, mixture(23)), strict=True
+    ):
         assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -132,7 +143,8 @@ def test_only_a_few_chunks_live_beside_the_logits() -> None:
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             fresh = isinstance(out, Tensor) and not any(
-                isinstance(a, Tensor) and a.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() for a in args
+                isinstance(a, Tensor) and a.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+                for a in args
             )
             if fresh:
                 full = out.shape == (512, PADDED)
@@ -143,7 +155,9 @@ def test_only_a_few_chunks_live_beside_the_logits() -> None:
     logits, labels = make(512)
     logits.requires_grad_()
     with Largest() as largest:
-        logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=VOCAB, tp_group=None, chunk_tokens=16)
+        logprobs, entropy = vocab_parallel_logprobs(
+            logits, labels, vocab_size=VOCAB, tp_group=None, chunk_tokens=16
+        )
         (logprobs + entropy).sum().backward()
     assert largest.whole == 1
     assert largest.elements <= max(16 * PADDED, 3 * 512)

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_gmpo.algorithms import POLICY_LOSSES, TOKEN_MEAN_LOSSES, PolicyMask, TokenPenalty, check_loss, default_clip
+from megatron_gmpo.algorithms import (
+    POLICY_LOSSES,
+    TOKEN_MEAN_LOSSES,
+    PolicyMask,
+    TokenPenalty,
+    check_loss,
+    default_clip,
+)
 from megatron_gmpo.algorithms.rspo import log_router_shift
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.types import LossOutput
@@ -77,11 +84,21 @@ def packed(draw, min_response: int = 0) -> Packed:
         advantage = draw(st.sampled_from([0.0, 1.0, -1.0]) | st.floats(-2, 2))
         mask = draw(st.lists(st.booleans(), min_size=1, max_size=6).filter(lambda m: sum(m) >= min_response))
         rows += [(i, advantage, m, *(draw(st.floats(lo, hi)) for lo, hi in _RANGES)) for m in mask]
-    ids, advantages, mask, logprobs, delta, ref_delta, entropy = (torch.tensor(column) for column in zip(*rows, strict=True))
+    ids, advantages, mask, logprobs, delta, ref_delta, entropy = (
+        torch.tensor(column) for column in zip(*rows, strict=True)
+    )
     logprobs, delta, ref_delta, entropy = (x.double() for x in (logprobs, delta, ref_delta, entropy))
     per_sequence = torch.stack([advantages[ids == i][0] for i in range(int(ids.max()) + 1)]).double()
     refs = logprobs - ref_delta
-    return Packed(logprobs.requires_grad_(), logprobs.detach() - delta, mask, ids, per_sequence, refs.detach(), entropy.requires_grad_())
+    return Packed(
+        logprobs.requires_grad_(),
+        logprobs.detach() - delta,
+        mask,
+        ids,
+        per_sequence,
+        refs.detach(),
+        entropy.requires_grad_(),
+    )
 
 
 _RANGES = [(-8.0, -0.01), (-1.5, 2.0), (-1.0, 1.0), (0.0, 3.0)]  # logprob, delta, ref delta, entropy
@@ -122,7 +139,9 @@ def rspo_paper(new, old, A, low=0.2, high=0.2, floor=0.8):
 
 def gmpo_dual(new, old, A, cap):
     delta = new - old
-    clipped = torch.minimum(delta, delta.new_tensor(0.4)) if A > 0 else torch.maximum(delta, delta.new_tensor(-0.4))
+    clipped = (
+        torch.minimum(delta, delta.new_tensor(0.4)) if A > 0 else torch.maximum(delta, delta.new_tensor(-0.4))
+    )
     if A < 0:
         clipped = torch.minimum(clipped, delta.new_tensor(cap))
     return -A * torch.exp(clipped.mean())
@@ -153,7 +172,11 @@ FORMULAS = {
         {"clip_mode": "sequence", "clip_low": 0.2, "clip_high": 0.3},
         lambda new, old, A: gmpo_paper(new, old, A, 0.2, 0.3, mode="sequence"),
     ),
-    "gmpo no 1/n": ("gmpo", {"length_normalize": False}, lambda new, old, A: gmpo_paper(new, old, A, normalize=False)),
+    "gmpo no 1/n": (
+        "gmpo",
+        {"length_normalize": False},
+        lambda new, old, A: gmpo_paper(new, old, A, normalize=False),
+    ),
     "gmpo sequence clip no 1/n": (
         "gmpo",
         {"clip_mode": "sequence", "length_normalize": False},
@@ -175,13 +198,23 @@ FORMULAS = {
     "dr_grpo": ("dr_grpo", {}, lambda new, old, A: -ppo_min(torch.exp(new - old), A, 0.2, 0.2).sum() / 6),
     "dapo": ("dapo", {}, lambda new, old, A: -ppo_min(torch.exp(new - old), A, 0.2, 0.28).sum()),
     "gspo": ("gspo", {}, gspo_paper),
-    "gspo wide": ("gspo", {"clip_low": 0.2, "clip_high": 0.4}, lambda new, old, A: gspo_paper(new, old, A, 0.2, 0.4)),
+    "gspo wide": (
+        "gspo",
+        {"clip_low": 0.2, "clip_high": 0.4},
+        lambda new, old, A: gspo_paper(new, old, A, 0.2, 0.4),
+    ),
     "cispo": ("cispo", {}, cispo_paper),
-    "cispo two-sided": ("cispo", {"clip_low": 0.3, "clip_high": 0.5}, lambda new, old, A: cispo_paper(new, old, A, 0.3, 0.5)),
+    "cispo two-sided": (
+        "cispo",
+        {"clip_low": 0.3, "clip_high": 0.5},
+        lambda new, old, A: cispo_paper(new, old, A, 0.3, 0.5),
+    ),
 }
 
 # Derandomized: a value that lands exactly on a kink of a clip would have several right gradients.
-quick = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(
+    deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def formula_loss(batch: Packed, formula, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -191,7 +224,9 @@ def formula_loss(batch: Packed, formula, weights: Tensor | None = None) -> tuple
     for i, A in enumerate(batch.advantages):
         rows = batch.mask & (batch.sequence_ids == i)
         if rows.any():
-            loss = loss + (1 if weights is None else weights[i]) * formula(leaf[rows], batch.old_logprobs[rows], A)
+            loss = loss + (1 if weights is None else weights[i]) * formula(
+                leaf[rows], batch.old_logprobs[rows], A
+            )
     (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient
 
@@ -238,7 +273,12 @@ TRL_SETTINGS = {
     "grpo": {"epsilon_low": 0.2, "epsilon_high": 0.2, "loss_type": "grpo"},
     "dr_grpo": {"epsilon_low": 0.2, "epsilon_high": 0.2, "loss_type": "dr_grpo", "max_completion_length": 6},
     "dapo": {"epsilon_low": 0.2, "epsilon_high": 0.28, "loss_type": "dapo"},
-    "gspo": {"epsilon_low": 3e-4, "epsilon_high": 4e-4, "loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "gspo": {
+        "epsilon_low": 3e-4,
+        "epsilon_high": 4e-4,
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+    },
     "cispo": {"epsilon_low": None, "epsilon_high": 5.0, "loss_type": "cispo"},
 }
 
@@ -294,14 +334,20 @@ def trl_loss(trainer_class, batch: Packed, beta: float, **attributes) -> tuple[T
 def test_matches_trl(trl, name: str, beta: float, batch: Packed):
     attributes = TRL_SETTINGS[name]
     loss, gradient, metrics = trl_loss(trl.get(name, trl["grpo"]), batch, beta, **attributes)
-    clip = {"clip_low": attributes["epsilon_low"], "clip_high": attributes["epsilon_high"]} if name == "gmpo" else {}
+    clip = (
+        {"clip_low": attributes["epsilon_low"], "clip_high": attributes["epsilon_high"]}
+        if name == "gmpo"
+        else {}
+    )
     output = batch.run(name, kl_coef=beta, **clip)
     divisor = batch.mask.sum() if name in TOKEN_MEAN_LOSSES else len(batch.advantages)
     assert_close(output.loss / divisor, loss, **EXACT)
     assert_close(batch.logprobs.grad / divisor, gradient, **EXACT)
     if name in ("gmpo", "grpo", "dapo"):
         for side in ("low", "high"):
-            assert mean(output, f"policy/clip_fraction_{side}") == pytest.approx(metrics[f"clip_ratio/{side}_mean"][0])
+            assert mean(output, f"policy/clip_fraction_{side}") == pytest.approx(
+                metrics[f"clip_ratio/{side}_mean"][0]
+            )
 
 
 # --- properties every loss has ---
@@ -338,7 +384,9 @@ def test_garbage_outside_the_mask_changes_nothing(name: str):
     options = {"kl_coef": 0.1, "entropy_coef": 0.2}
     expected = clean.run(name, **options)
     outside = ~clean.mask
-    garbage = torch.tensor([math.nan, math.inf, -math.inf], dtype=torch.float64).repeat(len(clean.mask))[: len(clean.mask)]
+    garbage = torch.tensor([math.nan, math.inf, -math.inf], dtype=torch.float64).repeat(len(clean.mask))[
+        : len(clean.mask)
+    ]
 
     def spoil(x: Tensor, shift: int) -> Tensor:
         return torch.where(outside, garbage.roll(shift), x.detach())
@@ -356,7 +404,9 @@ def test_garbage_outside_the_mask_changes_nothing(name: str):
     assert_close(dirty.entropy.grad, clean.entropy.grad, rtol=0, atol=0)
     assert (dirty.logprobs.grad[outside] == 0).all()
     assert (dirty.logprobs.grad[clean.mask] != 0).any()
-    totals = [{k: torch.as_tensor(m.total).tolist() for k, m in o.metrics.items()} for o in (output, expected)]
+    totals = [
+        {k: torch.as_tensor(m.total).tolist() for k, m in o.metrics.items()} for o in (output, expected)
+    ]
     assert totals[0] == totals[1]
 
 
@@ -423,7 +473,9 @@ def test_arithmetic_is_fp32(name: str, dtype: torch.dtype):
         old_logprobs=batch.old_logprobs.to(dtype),
         advantages=batch.advantages.float(),
     )
-    exact = replace(low, logprobs=low.logprobs.detach().double().requires_grad_(), old_logprobs=low.old_logprobs.double())
+    exact = replace(
+        low, logprobs=low.logprobs.detach().double().requires_grad_(), old_logprobs=low.old_logprobs.double()
+    )
     output = low.run(name)
     assert output.loss.dtype == torch.float32
     assert low.logprobs.grad.dtype == dtype
@@ -434,7 +486,9 @@ def test_arithmetic_is_fp32(name: str, dtype: torch.dtype):
 def test_metrics_are_means_and_extremes_over_tokens(name: str):
     batch = random_packed(6, [4, 3, 5])
     output = batch.run(name)
-    assert not any(torch.as_tensor(x).requires_grad for m in output.metrics.values() for x in (m.total, m.count))
+    assert not any(
+        torch.as_tensor(x).requires_grad for m in output.metrics.values() for x in (m.total, m.count)
+    )
     delta = (batch.logprobs - batch.old_logprobs).detach()[batch.mask]
     ref = (batch.ref_logprobs - batch.logprobs).detach()[batch.mask]
     assert float(output.metrics["policy/log_ratio_max"].total) == pytest.approx(float(delta.max()))
@@ -451,7 +505,11 @@ def example(deltas: list[list[float]], advantages: list[float]) -> Packed:
     """Sequences with the given log ratios."""
     batch = random_packed(7, [len(row) for row in deltas], prompt=0)
     delta = torch.tensor([x for row in deltas for x in row], dtype=torch.float64)
-    return replace(batch, old_logprobs=batch.logprobs.detach() - delta, advantages=torch.tensor(advantages, dtype=torch.float64))
+    return replace(
+        batch,
+        old_logprobs=batch.logprobs.detach() - delta,
+        advantages=torch.tensor(advantages, dtype=torch.float64),
+    )
 
 
 # --- what is left out of the policy term ---
@@ -524,7 +582,11 @@ def test_off_policy_masking_matches_trl(trl, batch: Packed):
     pad = lambda x: torch.stack([torch.nn.functional.pad(x[r], (0, width - int(r.sum()))) for r in rows])  # noqa: E731
     rows = [batch.sequence_ids == i for i in range(len(batch.advantages))]
     keep = trl["grpo"].get_off_policy_mask(
-        batch.advantages[:, None], pad(batch.logprobs.detach()), pad(batch.ref_logprobs), pad(batch.mask.double()), 0.1
+        batch.advantages[:, None],
+        pad(batch.logprobs.detach()),
+        pad(batch.ref_logprobs),
+        pad(batch.mask.double()),
+        0.1,
     )
     assert_close(keep[:, 0] == 0, off_policy(batch, batch.ref_logprobs, 0.1))
 
@@ -537,10 +599,14 @@ def test_a_step_with_everything_left_out_is_nothing(name: str):
     output = batch.run(name, policy_mask=PolicyMask(nothing))
     assert output.loss == 0
     assert (batch.logprobs.grad == 0).all()
-    assert output.metrics["policy/masked_fraction"].total == output.metrics["policy/masked_fraction"].count == 7
+    assert (
+        output.metrics["policy/masked_fraction"].total == output.metrics["policy/masked_fraction"].count == 7
+    )
     assert output.metrics["policy/masked_sequences"].total == 2
     with_penalty = batch.run(name, policy_mask=PolicyMask(nothing), kl_coef=0.1)
-    assert float(with_penalty.loss) == pytest.approx(0.1 * float(random_packed(8, [3, 4]).run(name, kl_coef=1.0, **silent(name)).loss))
+    assert float(with_penalty.loss) == pytest.approx(
+        0.1 * float(random_packed(8, [3, 4]).run(name, kl_coef=1.0, **silent(name)).loss)
+    )
 
 
 def silent(name: str) -> dict:
@@ -583,14 +649,21 @@ def test_rspo_without_a_shift_is_gmpo_and_reports_the_shift():
 @all_losses
 def test_ratios_before_and_after_the_mean(name: str):
     batch = example([[1.0, -1.0, 0.1], [1.0, -1.0, 0.1]], [1.0, -1.0])
-    found = {key: float(m.total) for key, m in batch.run(name, clip_low=0.2, clip_high=0.3).metrics.items() if "ratio_m" in key}
+    found = {
+        key: float(m.total)
+        for key, m in batch.run(name, clip_low=0.2, clip_high=0.3).metrics.items()
+        if "ratio_m" in key
+    }
     delta = [1.0, -1.0, 0.1]
     if name == "gspo":
         tokens = [math.exp(d) for d in delta]
         sequences = [math.exp(sum(delta) / 3)] * 2
     elif name in ("gmpo", "rspo"):
         gamma = router_shift(batch.old_logprobs).clamp(min=0.8).log() if name == "rspo" else torch.zeros(6)
-        log = [*(torch.tensor(delta) + gamma[:3]).clamp(max=0.3).tolist(), *(torch.tensor(delta) + gamma[3:]).clamp(min=-0.2).tolist()]
+        log = [
+            *(torch.tensor(delta) + gamma[:3]).clamp(max=0.3).tolist(),
+            *(torch.tensor(delta) + gamma[3:]).clamp(min=-0.2).tolist(),
+        ]
         tokens = [math.exp(x) for x in log]
         sequences = [math.exp(sum(log[:3]) / 3), math.exp(sum(log[3:]) / 3)]
     elif name == "cispo":
@@ -607,9 +680,19 @@ def test_ratios_before_and_after_the_mean(name: str):
 def test_gmpo_clip_counts_only_the_active_side():
     batch = example([[0.5, -0.9, 0.6, 0.1], [0.5, -0.9, 0.1], [0.5, -0.9, 0.0]], [1.0, -1.0, 0.0])
     output = batch.run("gmpo")
-    assert (output.metrics["policy/clip_fraction_high"].total, output.metrics["policy/clip_fraction_high"].count) == (2, 10)
-    assert (output.metrics["policy/clip_fraction_low"].total, output.metrics["policy/clip_fraction_low"].count) == (1, 10)
-    ratios = [math.exp((0.4 - 0.9 + 0.4 + 0.1) / 4), math.exp((0.5 - 0.4 + 0.1) / 3), math.exp((0.5 - 0.4) / 3)]
+    assert (
+        output.metrics["policy/clip_fraction_high"].total,
+        output.metrics["policy/clip_fraction_high"].count,
+    ) == (2, 10)
+    assert (
+        output.metrics["policy/clip_fraction_low"].total,
+        output.metrics["policy/clip_fraction_low"].count,
+    ) == (1, 10)
+    ratios = [
+        math.exp((0.4 - 0.9 + 0.4 + 0.1) / 4),
+        math.exp((0.5 - 0.4 + 0.1) / 3),
+        math.exp((0.5 - 0.4) / 3),
+    ]
     assert float(output.metrics["policy/ratio_max"].total) == pytest.approx(max(ratios))
     assert float(output.metrics["policy/ratio_min"].total) == pytest.approx(min(ratios))
     assert float(output.loss) == pytest.approx(-ratios[0] + ratios[1])
@@ -620,7 +703,10 @@ def test_sequence_level_clips_count_sequences():
     for name, options in (("gmpo", {"clip_mode": "sequence"}), ("gspo", {})):
         metrics = batch.run(name, **options).metrics
         for side in ("high", "low"):
-            assert (metrics[f"policy/clip_fraction_{side}"].total, metrics[f"policy/clip_fraction_{side}"].count) == (1, 3)
+            assert (
+                metrics[f"policy/clip_fraction_{side}"].total,
+                metrics[f"policy/clip_fraction_{side}"].count,
+            ) == (1, 3)
 
 
 def test_cispo_clips_and_counts_both_sides_of_any_sign():
@@ -642,13 +728,20 @@ def test_dual_clip_bounds_negative_advantages_only():
     assert float(output.loss) == pytest.approx(math.exp(1.1 / 2) - math.exp(3.1 / 2))
     assert batch.logprobs.grad[0] == 0
     assert (batch.logprobs.grad[1:] != 0).all()
-    assert (output.metrics["policy/clip_fraction_dual"].total, output.metrics["policy/clip_fraction_dual"].count) == (1, 4)
+    assert (
+        output.metrics["policy/clip_fraction_dual"].total,
+        output.metrics["policy/clip_fraction_dual"].count,
+    ) == (1, 4)
 
 
 def test_gmpo_of_long_sequences_stays_in_log_space():
     n = 20_000
     batch = example([[0.3] * n, [-0.3] * n], [1.0, -1.0])
-    batch = replace(batch, logprobs=batch.logprobs.detach().float().requires_grad_(), old_logprobs=batch.old_logprobs.float())
+    batch = replace(
+        batch,
+        logprobs=batch.logprobs.detach().float().requires_grad_(),
+        old_logprobs=batch.old_logprobs.float(),
+    )
     output = batch.run("gmpo")
     assert float(output.loss) == pytest.approx(-math.exp(0.3) + math.exp(-0.3), rel=1e-6)
     assert_close(batch.logprobs.grad[0], torch.tensor(-math.exp(0.3) / n), rtol=1e-6, atol=0)
@@ -718,7 +811,12 @@ def test_an_overflowing_ratio_without_1_over_n_is_nothing_where_the_advantage_is
     logprobs = torch.zeros(2000, requires_grad=True)
     old = torch.full((2000,), -0.05)
     output = POLICY_LOSSES["gmpo"](
-        logprobs, old, torch.ones(2000, dtype=torch.bool), torch.zeros(2000, dtype=torch.int64), torch.zeros(1), length_normalize=False
+        logprobs,
+        old,
+        torch.ones(2000, dtype=torch.bool),
+        torch.zeros(2000, dtype=torch.int64),
+        torch.zeros(1),
+        length_normalize=False,
     )
     output.loss.backward()
     assert output.loss.item() == 0

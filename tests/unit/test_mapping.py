@@ -86,7 +86,9 @@ def test_query_key_value(groups_a_rank: int, queries: int, dim: int, rest: tuple
     query, key, value = (part.view(count, dim, *rest) for part, count in zip(parts, heads, strict=True))
     layout = full.view(groups, queries + 2, dim, *rest)
     for g in range(groups):
-        assert torch.equal(layout[g], torch.cat([query[g * queries : (g + 1) * queries], key[g : g + 1], value[g : g + 1]]))
+        assert torch.equal(
+            layout[g], torch.cat([query[g * queries : (g + 1) * queries], key[g : g + 1], value[g : g + 1]])
+        )
     # a rank holds whole groups: separating its shard gives its share of each projection
     shard = operation.shard(full, tp - 1, tp)
     for part, ours in zip(parts, QueryKeyValue(0, groups_a_rank, queries, dim).separate(shard), strict=True):
@@ -112,8 +114,14 @@ LAYER = "decoder.layers.3."
     [
         (LAYER + "self_attention.linear_qkv.layer_norm_weight", LAYER + "input_layernorm.weight"),
         (LAYER + "mlp.linear_fc1.layer_norm_weight", LAYER + "pre_mlp_layernorm.weight"),
-        (LAYER + "self_attention.linear_q_up_proj.layer_norm_weight", LAYER + "self_attention.q_layernorm.weight"),
-        (LAYER + "self_attention.linear_kv_up_proj.layer_norm_weight", LAYER + "self_attention.kv_layernorm.weight"),
+        (
+            LAYER + "self_attention.linear_q_up_proj.layer_norm_weight",
+            LAYER + "self_attention.q_layernorm.weight",
+        ),
+        (
+            LAYER + "self_attention.linear_kv_up_proj.layer_norm_weight",
+            LAYER + "self_attention.kv_layernorm.weight",
+        ),
         (LAYER + "mlp.experts.linear_fc1.weight12", LAYER + "mlp.experts.local_experts.12.linear_fc1.weight"),
         (LAYER + "mlp.experts.linear_fc2.weight0", LAYER + "mlp.experts.local_experts.0.linear_fc2.weight"),
     ],
@@ -124,7 +132,12 @@ def test_canonical_names(transformer_engine: str, plain: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["output_layer.weight", LAYER + "mlp.shared_experts.linear_fc1.weight", LAYER + "self_attention.linear_qkv.bias"]
+    "name",
+    [
+        "output_layer.weight",
+        LAYER + "mlp.shared_experts.linear_fc1.weight",
+        LAYER + "self_attention.linear_qkv.bias",
+    ],
 )
 def test_other_names_are_canonical_already(name: str) -> None:
     assert canonical_name(name) == name
@@ -132,14 +145,20 @@ def test_other_names_are_canonical_already(name: str) -> None:
 
 def test_global_numbers() -> None:
     name = "decoder.layers.1.mlp.experts.local_experts.2.linear_fc1.weight"
-    assert with_global_numbers(name, {0: 4, 1: 9}, 6) == "decoder.layers.9.mlp.experts.local_experts.8.linear_fc1.weight"
+    assert (
+        with_global_numbers(name, {0: 4, 1: 9}, 6)
+        == "decoder.layers.9.mlp.experts.local_experts.8.linear_fc1.weight"
+    )
     assert with_global_numbers("output_layer.weight", {0: 4}, 6) == "output_layer.weight"
     assert is_expert(name)
     assert not is_expert("decoder.layers.1.mlp.router.weight")
 
 
 def test_find_fills_in_the_numbers() -> None:
-    mapping = Mapping([Row("a.{l}.{e}.w", ("x.{l}.y.{e}", "x.{l}.z.{e}"), GateUp()), Row("a.w", ("b.w",), Split(0))], tied=False)
+    mapping = Mapping(
+        [Row("a.{l}.{e}.w", ("x.{l}.y.{e}", "x.{l}.z.{e}"), GateUp()), Row("a.w", ("b.w",), Split(0))],
+        tied=False,
+    )
     match = mapping.find("a.12.3.w")
     assert (match.megatron, match.hf, match.operation) == ("a.12.3.w", ("x.12.y.3", "x.12.z.3"), GateUp())
     assert mapping.find("a.w").hf == ("b.w",)
@@ -147,14 +166,23 @@ def test_find_fills_in_the_numbers() -> None:
 
 @pytest.mark.parametrize("name", ["a.w.extra", "pre.a.w", "aXw", "a.1.w", "a.1.2.w2"])
 def test_an_unknown_parameter_is_an_error_that_names_it(name: str) -> None:
-    mapping = Mapping([Row("a.w", ("b.w",), Replicated()), Row("a.{l}.{e}.w", ("x.{l}.{e}",), Replicated())], tied=False)
+    mapping = Mapping(
+        [Row("a.w", ("b.w",), Replicated()), Row("a.{l}.{e}.w", ("x.{l}.{e}",), Replicated())], tied=False
+    )
     with pytest.raises(KeyError, match=f"no conversion rule.*{name}"):
         mapping.find(name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tables_are_one_to_one(family: str) -> None:
-    hf = SimpleNamespace(vocab_size=100, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, qkv_bias=True)
+    hf = SimpleNamespace(
+        vocab_size=100,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        qkv_bias=True,
+    )
     rows = list(expand(FAMILIES[family].rows(hf, 128), num_layers=3, num_experts=4))
     ours = [row.megatron for row in rows]
     theirs = [name for row in rows for name in row.hf]

@@ -39,12 +39,22 @@ def json_lines(path: Path) -> list[dict]:
 
 def test_means_are_weighted_and_extremes_stay() -> None:
     parts = [
-        {"loss": Metric(6.0, 2), "high": Metric(1.0, op="max"), "low": Metric(1.0, op="min"), "here": Metric(3.0)},
+        {
+            "loss": Metric(6.0, 2),
+            "high": Metric(1.0, op="max"),
+            "low": Metric(1.0, op="min"),
+            "here": Metric(3.0),
+        },
         {"loss": Metric(0.0, 1), "high": Metric(-2.0, op="max"), "low": Metric(-2.0, op="min")},
         {"loss": Metric(torch.tensor(3.0), torch.tensor(6)), "high": Metric(torch.tensor(5.0), op="max")},
     ]
     merged = reduce_metrics(parts)
-    assert {name: value_of(metric) for name, metric in merged.items()} == {"loss": 1.0, "high": 5.0, "low": -2.0, "here": 3.0}
+    assert {name: value_of(metric) for name, metric in merged.items()} == {
+        "loss": 1.0,
+        "high": 5.0,
+        "low": -2.0,
+        "here": 3.0,
+    }
     assert isinstance(merged["loss"].total, torch.Tensor)  # nothing waited for the device
     assert reduce_metrics([]) == {}
 
@@ -55,7 +65,10 @@ numbers = st.floats(-1e6, 1e6)
 @given(st.lists(st.tuples(numbers, st.integers(1, 50)), min_size=1), st.data())
 def test_any_split_merges_to_the_same(pairs: list[tuple[float, int]], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(pairs)))
-    parts = [{"mean": Metric(total, count), "max": Metric(total, op="max"), "min": Metric(total, op="min")} for total, count in pairs]
+    parts = [
+        {"mean": Metric(total, count), "max": Metric(total, op="max"), "min": Metric(total, op="min")}
+        for total, count in pairs
+    ]
     merged = reduce_metrics([reduce_metrics(parts[:cut]), reduce_metrics(parts[cut:])])
     totals, counts = zip(*pairs, strict=True)
     assert value_of(merged["mean"]) == pytest.approx(math.fsum(totals) / sum(counts), abs=1e-6)
@@ -78,8 +91,12 @@ def test_a_mean_over_nothing_is_not_a_number() -> None:
 
 def test_a_step_is_a_line_of_strict_json(tmp_path: Path) -> None:
     logger = MetricLogger(tmp_path / "new" / "run", tensorboard=False)
-    logger.add({"loss": Metric(3.0, 2), "grad_norm": 0.5, "policy/ratio_max": Metric(torch.tensor(1.5), op="max")})
-    logger.add({"loss": Metric(1.0, 2), "grad_norm": 1.5, "policy/ratio_max": Metric(torch.tensor(1.25), op="max")})
+    logger.add(
+        {"loss": Metric(3.0, 2), "grad_norm": 0.5, "policy/ratio_max": Metric(torch.tensor(1.5), op="max")}
+    )
+    logger.add(
+        {"loss": Metric(1.0, 2), "grad_norm": 1.5, "policy/ratio_max": Metric(torch.tensor(1.25), op="max")}
+    )
     returned = logger.log(1, {"moe/none": Metric(0.0, 0), "eval/a/pass@1": 0.25})
     assert math.isnan(returned.pop("moe/none"))
     assert returned == {"loss": 1.0, "grad_norm": 1.0, "policy/ratio_max": 1.5, "eval/a/pass@1": 0.25}
@@ -175,7 +192,10 @@ def test_events_stand_beside_the_figures(tmp_path: Path) -> None:
     MetricLogger(tmp_path, tensorboard=False, resume_step=1).event("done")
     first, second = json_lines(tmp_path / "events.jsonl")
     assert before <= first.pop("time") <= second.pop("time") <= time.time()
-    assert (first, second) == ({"event": "resume", "step": 3, "checkpoint": "iter_0000003"}, {"event": "done"})
+    assert (first, second) == (
+        {"event": "resume", "step": 3, "checkpoint": "iter_0000003"},
+        {"event": "done"},
+    )
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -202,7 +222,13 @@ def test_phases_and_the_rest_make_the_step(monkeypatch: pytest.MonkeyPatch) -> N
         now += 16
         raise RuntimeError
     now += 32
-    assert timer.take() == {"time/rollout": 12, "time/train": 2, "time/broken": 16, "time/step": 63, "time/other": 33}
+    assert timer.take() == {
+        "time/rollout": 12,
+        "time/train": 2,
+        "time/broken": 16,
+        "time/step": 63,
+        "time/other": 33,
+    }
     now += 5
     assert timer.take() == {"time/step": 5, "time/other": 5}
 
@@ -211,7 +237,9 @@ def test_phases_and_the_rest_make_the_step(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def console(terminal: bool = False) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=60, color_system=None, legacy_windows=False)
+    return Console(
+        file=io.StringIO(), force_terminal=terminal, width=60, color_system=None, legacy_windows=False
+    )
 
 
 def written(console: Console) -> str:
@@ -219,7 +247,13 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
-FIGURES = {"reward/mean": 0.51234, "loss": -0.00123456, "policy/entropy": 1.5, "throughput/tokens_per_second": 12345.6, "time/step": 2.25}
+FIGURES = {
+    "reward/mean": 0.51234,
+    "loss": -0.00123456,
+    "policy/entropy": 1.5,
+    "throughput/tokens_per_second": 12345.6,
+    "time/step": 2.25,
+}
 
 
 def test_nobody_watching_gets_a_plain_line_a_step() -> None:
@@ -227,7 +261,10 @@ def test_nobody_watching_gets_a_plain_line_a_step() -> None:
     with Progress(30, done=6, console=out) as progress:
         progress.update(7, FIGURES | {"moe/ignored": 1.0})
         progress.update(8, {"loss": math.nan})
-    assert written(out) == "step 7/30  reward 0.512  loss -0.00123  entropy 1.500  tok/s 12,346  2.25 s\nstep 8/30  loss nan\n"
+    assert (
+        written(out)
+        == "step 7/30  reward 0.512  loss -0.00123  entropy 1.500  tok/s 12,346  2.25 s\nstep 8/30  loss nan\n"
+    )
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -322,7 +359,10 @@ def test_one_run_and_several_with_every_metric(tmp_path: Path) -> None:
 def test_panels_without_data_are_left_out(tmp_path: Path) -> None:
     few = write_run(tmp_path / "few", 2, ["reward/mean", "policy/log_ratio_max", "time/step"])
     loss = write_run(tmp_path / "loss", 2, ["loss"])
-    assert plot_run({"few": few}, tmp_path / "few.png") == ["Reward, mean of a step", "Log ratio to the old policy, range over tokens"]
+    assert plot_run({"few": few}, tmp_path / "few.png") == [
+        "Reward, mean of a step",
+        "Log ratio to the old policy, range over tokens",
+    ]
     titles = plot_run({"few": few, "loss": loss}, tmp_path / "both.png")
     assert titles == [
         "Reward, mean of a step",
@@ -348,7 +388,14 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_the_curves_are_the_figures_of_the_run(figures: list[Figure], tmp_path: Path) -> None:
-    names = ["loss", "policy/log_ratio_min", "policy/log_ratio_max", "time/rollout", "time/other", "time/step"]
+    names = [
+        "loss",
+        "policy/log_ratio_min",
+        "policy/log_ratio_max",
+        "time/rollout",
+        "time/other",
+        "time/step",
+    ]
     path = write_run(tmp_path / "run", 30, names)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[4]["loss"] = None
@@ -365,21 +412,31 @@ def test_the_curves_are_the_figures_of_the_run(figures: list[Figure], tmp_path: 
     assert high.tolist() == [line["policy/log_ratio_max"] for line in lines]
     tops = [c.get_paths()[0].vertices[:, 1].max() for c in stack.collections]
     assert tops[-1] == pytest.approx(max(line["time/rollout"] + line["time/other"] for line in lines))
-    assert [text.get_text() for text in stack.get_legend().get_texts()] == ["rollout", "other"]  # the whole is not a part
+    assert [text.get_text() for text in stack.get_legend().get_texts()] == [
+        "rollout",
+        "other",
+    ]  # the whole is not a part
 
 
-def test_zeros_on_a_logarithmic_axis_and_steps_without_a_value(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_zeros_on_a_logarithmic_axis_and_steps_without_a_value(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     file = tmp_path / "metrics.jsonl"
     same = {"rollout/k3_kl": 0.0, "rollout/logprob_diff_mean": 1e-7}
     lines = [{"step": 1, "loss": None} | same, {"step": 2, "time/rollout": 1.0} | same]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert plot_run({"run": file}, tmp_path / "x.png") == ["Rollout against trainer", "Time of a step, seconds"]
+    assert plot_run({"run": file}, tmp_path / "x.png") == [
+        "Rollout against trainer",
+        "Time of a step, seconds",
+    ]
     assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_the_later_line_of_a_step_counts(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0, "note": "x"}\n{"step": 1, "loss": 3.0}\n')
+    file.write_text(
+        '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0, "note": "x"}\n{"step": 1, "loss": 3.0}\n'
+    )
     steps, values = read_metrics(file)["loss"]
     assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == {1: 3.0, 2: 2.0}
     assert "note" not in read_metrics(file)
@@ -391,7 +448,10 @@ def test_the_later_line_of_a_step_counts(tmp_path: Path) -> None:
         (None, r"metrics\.jsonl does not exist: give the folder of a run that has logged a step"),
         ("", r"no figures to plot in .*metrics\.jsonl: has the run logged a step\?"),
         ('{"step": 1, "other": 2.0, "loss": null}\n', "no figures to plot in"),
-        ('{"step": 1}\n{"loss": 1.0}\n', r"line 2 of .*metrics\.jsonl is not a JSON object with a step: remove the line"),
+        (
+            '{"step": 1}\n{"loss": 1.0}\n',
+            r"line 2 of .*metrics\.jsonl is not a JSON object with a step: remove the line",
+        ),
         ('{"step": 1}\n[1]\n', r"line 2 of .* is not a JSON object with a step"),
         ('{"step": 1}\n{"step": null}\n', r"line 2 of .* is not a JSON object with a step"),
         ('{"step": 1, "lo\n', r"line 1 of .* is not a JSON object with a step"),

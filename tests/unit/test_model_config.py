@@ -18,7 +18,11 @@ from megatron_gmpo.models.config import ModelDescription, describe_model
 from megatron_gmpo.types import RoutingShape
 
 CPU = torch.device("cpu")
-TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+TP, PP, VPP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+)
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
 Describe = Callable[..., ModelDescription]
@@ -28,7 +32,9 @@ Describe = Callable[..., ModelDescription]
 def describe(tiny_model: Callable[..., Path], tmp_path: Path) -> Describe:
     """``describe(family, world_size, hf={changes of config.json}, **sections)``; 4 layers, 4 heads in 2 groups, 8 experts."""
 
-    def make(family: str = "qwen3_moe", world_size: int = 1, *, hf: dict[str, Any] | None = None, **sections: Any) -> ModelDescription:
+    def make(
+        family: str = "qwen3_moe", world_size: int = 1, *, hf: dict[str, Any] | None = None, **sections: Any
+    ) -> ModelDescription:
         source = tiny_model(family)
         path = tmp_path / "model"
         path.mkdir(exist_ok=True)
@@ -52,8 +58,17 @@ def test_a_moe_model(describe: Describe) -> None:
     description = describe("qwen3_moe", 8, parallel={TP: 2, PP: 2, EP: 2})
     transformer = description.transformer
     assert description.is_moe
-    assert (transformer.num_layers, transformer.num_attention_heads, transformer.num_query_groups, transformer.kv_channels) == (4, 4, 2, 32)
-    assert (transformer.num_moe_experts, transformer.moe_router_topk, transformer.moe_ffn_hidden_size) == (8, 2, 64)
+    assert (
+        transformer.num_layers,
+        transformer.num_attention_heads,
+        transformer.num_query_groups,
+        transformer.kv_channels,
+    ) == (4, 4, 2, 32)
+    assert (transformer.num_moe_experts, transformer.moe_router_topk, transformer.moe_ffn_hidden_size) == (
+        8,
+        2,
+        64,
+    )
     assert (transformer.tensor_model_parallel_size, transformer.expert_model_parallel_size) == (2, 2)
     assert transformer.sequence_parallel
     assert transformer.qk_layernorm
@@ -74,7 +89,11 @@ def test_a_shared_expert(describe: Describe) -> None:
 
 def test_mixtral(describe: Describe) -> None:
     transformer = describe("mixtral").transformer
-    assert (transformer.num_moe_experts, transformer.moe_router_topk, transformer.moe_ffn_hidden_size) == (8, 2, 64)
+    assert (transformer.num_moe_experts, transformer.moe_router_topk, transformer.moe_ffn_hidden_size) == (
+        8,
+        2,
+        64,
+    )
     assert not transformer.moe_router_pre_softmax
     assert transformer.moe_shared_expert_intermediate_size is None
 
@@ -88,12 +107,22 @@ def test_a_dense_model(describe: Describe) -> None:
 
 
 def test_latent_attention(describe: Describe) -> None:
-    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 30}
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 30,
+    }
     transformer = describe("deepseek_v3", hf={"rope_parameters": rope}).transformer
     assert isinstance(transformer, MLATransformerConfig)
     assert (transformer.qk_head_dim, transformer.qk_pos_emb_head_dim, transformer.v_head_dim) == (32, 16, 32)
     assert (transformer.q_lora_rank, transformer.kv_lora_rank) == (48, 32)
-    assert (transformer.rope_type, transformer.rotary_base, transformer.rotary_scaling_factor) == ("yarn", 1e4, 40)
+    assert (transformer.rope_type, transformer.rotary_base, transformer.rotary_scaling_factor) == (
+        "yarn",
+        1e4,
+        40,
+    )
     assert (transformer.beta_fast, transformer.beta_slow) == (30, 1)
     assert describe("deepseek_v3", hf={"q_lora_rank": None}).transformer.q_lora_rank is None
 
@@ -107,13 +136,26 @@ def test_a_router_with_a_bias(describe: Describe, family: str) -> None:
     assert transformer.moe_router_score_function == "sigmoid"
     assert transformer.moe_router_enable_expert_bias
     assert transformer.moe_router_bias_update_rate == 0
-    assert describe(family, hf={"topk_group": 2}).transformer.moe_router_num_groups is None  # no group is left out
+    assert (
+        describe(family, hf={"topk_group": 2}).transformer.moe_router_num_groups is None
+    )  # no group is left out
 
 
 def test_uneven_stages_are_left_to_megatron(describe: Describe) -> None:
     table = {"num_layers_in_last_pipeline_stage": 2}
-    assert describe("deepseek_v3", 3, parallel={PP: 3}, megatron=table).transformer.num_layers_in_last_pipeline_stage == 2
-    message = mistake(describe, "deepseek_v3", 3, parallel={PP: 3}, megatron=table | {"num_layers_in_first_pipeline_stage": 2})
+    assert (
+        describe(
+            "deepseek_v3", 3, parallel={PP: 3}, megatron=table
+        ).transformer.num_layers_in_last_pipeline_stage
+        == 2
+    )
+    message = mistake(
+        describe,
+        "deepseek_v3",
+        3,
+        parallel={PP: 3},
+        megatron=table | {"num_layers_in_first_pipeline_stage": 2},
+    )
     assert "TransformerConfig refuses" in message
 
 
@@ -153,13 +195,19 @@ def test_routing_of_a_mixed_model(describe: Describe) -> None:
         ("qwen3_moe", {"moe_enable_routing_replay": True}, "set algorithm.moe_routing_replay instead"),
     ],
 )
-def test_routing_that_cannot_be_replayed_is_refused(describe: Describe, family: str, megatron: dict[str, Any], words: str) -> None:
+def test_routing_that_cannot_be_replayed_is_refused(
+    describe: Describe, family: str, megatron: dict[str, Any], words: str
+) -> None:
     assert words in mistake(describe, family, algorithm={"moe_routing_replay": "policy"}, megatron=megatron)
 
 
 def test_rspo_needs_experts(describe: Describe) -> None:
-    assert mistake(describe, "qwen3", algorithm={"loss": "rspo"}).startswith("algorithm.loss = 'rspo' but this model has no experts")
-    assert mistake(describe, "qwen3", train={"freeze_router": True}).startswith("train.freeze_router = true but this model has no experts")
+    assert mistake(describe, "qwen3", algorithm={"loss": "rspo"}).startswith(
+        "algorithm.loss = 'rspo' but this model has no experts"
+    )
+    assert mistake(describe, "qwen3", train={"freeze_router": True}).startswith(
+        "train.freeze_router = true but this model has no experts"
+    )
 
 
 def test_load_balancing_of_sequences_needs_each_alone(describe: Describe) -> None:
@@ -174,7 +222,11 @@ def test_router_noise_needs_experts(describe: Describe) -> None:
 
 
 def test_megatron_fields_pass_through(describe: Describe) -> None:
-    table = {"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss", "recompute_granularity": "selective"}
+    table = {
+        "moe_aux_loss_coeff": 0.01,
+        "moe_router_load_balancing_type": "aux_loss",
+        "recompute_granularity": "selective",
+    }
     transformer = describe(megatron=table).transformer
     assert {name: getattr(transformer, name) for name in table} == table
 
@@ -195,12 +247,19 @@ def test_megatron_fields_pass_through(describe: Describe) -> None:
         ("qwen3_moe", 3, {ETP: 3, EP: 1}, [f"parallel.{ETP} = 3", "moe_intermediate_size = 64"]),
         ("qwen3_moe", 4, {EP: 8}, ["expert 8 x expert tensor 1 x pipeline 1 = 8", "world size 4"]),
         ("qwen3_moe", 4, {PP: 2, EP: 4}, ["expert 4 x expert tensor 1 x pipeline 2 = 8", "world size 4"]),
-        ("qwen3_moe", 2, {TP: 2, EP: 2, "sequence_parallel": False}, ["parallel.sequence_parallel = false", "true"]),
+        (
+            "qwen3_moe",
+            2,
+            {TP: 2, EP: 2, "sequence_parallel": False},
+            ["parallel.sequence_parallel = false", "true"],
+        ),
         ("qwen3_moe", 2, {TP: 2}, [f"parallel.{ETP} = 1", f"{TP} = 2", f"set {ETP} = 2"]),
         ("qwen3_moe", 2, {ETP: 2}, [f"parallel.{ETP} = 2", f"{TP} = 1", f"set {ETP} = 1"]),
     ],
 )
-def test_refused_layouts(describe: Describe, family: str, world_size: int, parallel: dict[str, Any], words: list[str]) -> None:
+def test_refused_layouts(
+    describe: Describe, family: str, world_size: int, parallel: dict[str, Any], words: list[str]
+) -> None:
     message = mistake(describe, family, world_size, parallel=parallel)
     assert message.startswith("parallel")
     for word in words:
@@ -214,7 +273,9 @@ def test_the_intermediate_size_is_divided(describe: Describe) -> None:
 
 
 def test_the_shared_experts_size_is_divided(describe: Describe) -> None:
-    message = mistake(describe, "qwen2_moe", 2, hf={"shared_expert_intermediate_size": 65}, parallel={TP: 2, ETP: 2})
+    message = mistake(
+        describe, "qwen2_moe", 2, hf={"shared_expert_intermediate_size": 65}, parallel={TP: 2, ETP: 2}
+    )
     assert f"parallel.{TP} = 2" in message
     assert "shared_expert_intermediate_size = 65" in message
 
@@ -223,24 +284,45 @@ def test_the_shared_experts_size_is_divided(describe: Describe) -> None:
     ("table", "words"),
     [
         ({"moe_aux_loss_coef": 0.1}, ["'megatron.moe_aux_loss_coef'", "'megatron.moe_aux_loss_coeff'"]),
-        ({"context_parallel_size": 2}, ["megatron.context_parallel_size = 2", "parallel.context_parallel_size"]),
+        (
+            {"context_parallel_size": 2},
+            ["megatron.context_parallel_size = 2", "parallel.context_parallel_size"],
+        ),
         ({"sequence_parallel": True}, ["megatron.sequence_parallel = True", "parallel.sequence_parallel"]),
         ({"bf16": True}, ["megatron.bf16 = True", "model.dtype"]),
         ({"params_dtype": "bf16"}, ["megatron.params_dtype", "model.dtype"]),
         ({"num_layers": 2}, ["megatron.num_layers = 2", "config.json already says 4"]),
         ({"calculate_per_token_loss": True}, ["megatron.calculate_per_token_loss = True", "remove it"]),
         ({"variable_seq_lengths": False}, ["megatron.variable_seq_lengths = False", "remove it"]),
-        ({"moe_router_bias_update_rate": 0.001}, ["megatron.moe_router_bias_update_rate = 0.001", "no bias", "remove it"]),
+        (
+            {"moe_router_bias_update_rate": 0.001},
+            ["megatron.moe_router_bias_update_rate = 0.001", "no bias", "remove it"],
+        ),
         ({"moe_router_enable_expert_bias": True}, ["TransformerConfig refuses", "sigmoid"]),
-        ({"moe_router_load_balancing_type": "seq_aux_loss"}, ["'seq_aux_loss'", "train.max_tokens_per_microbatch = 1"]),
-        ({"moe_router_load_balancing_type": ["seq_aux_loss"], "moe_aux_loss_coeff": [0.1]}, ["'seq_aux_loss'"]),
+        (
+            {"moe_router_load_balancing_type": "seq_aux_loss"},
+            ["'seq_aux_loss'", "train.max_tokens_per_microbatch = 1"],
+        ),
+        (
+            {"moe_router_load_balancing_type": ["seq_aux_loss"], "moe_aux_loss_coeff": [0.1]},
+            ["'seq_aux_loss'"],
+        ),
         ({"fp8": "hybrid"}, ["megatron.fp8 = 'hybrid'", "set fp8.recipe instead"]),
         ({"moe_router_padding_for_fp8": True}, ["set fp8.moe_router_padding_for_quantization instead"]),
         ({"fp4": "e2m1"}, ["megatron.fp4 = 'e2m1'", "not padded", "remove it"]),
         ({"tp_comm_overlap": True}, ["megatron.tp_comm_overlap = True", "differ", "remove it"]),
-        ({"moe_grouped_gemm": True}, ["megatron.moe_grouped_gemm = True needs Transformer Engine, and a GPU:", "docs/install_gpu.md"]),
-        ({"gradient_accumulation_fusion": True}, ["Transformer Engine and NVIDIA apex built from source", "docs/install_gpu.md"]),
-        ({"moe_token_dispatcher_type": "flex"}, ["megatron.moe_token_dispatcher_type = 'flex'", "and DeepEP"]),
+        (
+            {"moe_grouped_gemm": True},
+            ["megatron.moe_grouped_gemm = True needs Transformer Engine, and a GPU:", "docs/install_gpu.md"],
+        ),
+        (
+            {"gradient_accumulation_fusion": True},
+            ["Transformer Engine and NVIDIA apex built from source", "docs/install_gpu.md"],
+        ),
+        (
+            {"moe_token_dispatcher_type": "flex"},
+            ["megatron.moe_token_dispatcher_type = 'flex'", "and DeepEP"],
+        ),
         ({"recompute_granularity": "ful"}, ["TransformerConfig refuses", "recompute"]),
     ],
 )
@@ -257,10 +339,18 @@ def test_refused_megatron_fields(describe: Describe, table: dict[str, Any], word
         ("qwen3", {"attention_bias": True}, ["attention_bias = True"]),
         ("llama", {"attention_bias": True}, ["attention_bias = True"]),
         ("llama", {"mlp_bias": True}, ["mlp_bias = True"]),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, ["use_sliding_window = True"]),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+            ["use_sliding_window = True"],
+        ),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 16}, ["use_sliding_window = True"]),
         ("mixtral", {"sliding_window": 4096}, ["sliding_window = 4096"]),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["rope_parameters", "yarn", "llama3"]),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            ["rope_parameters", "yarn", "llama3"],
+        ),
         (
             "llama",
             {
@@ -277,15 +367,35 @@ def test_refused_megatron_fields(describe: Describe, table: dict[str, Any], word
         ),
         ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave = False"]),
         ("deepseek_v3", {"attention_bias": True}, ["attention_bias = True"]),
-        ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, ["rope_parameters", "yarn"]),
-        ("deepseek_v3", {"rope_parameters": YARN | {"attention_factor": 1.5}}, ["rope_parameters", "attention_factor is not supported"]),
-        ("deepseek_v3", {"rope_parameters": YARN | {"truncate": False}}, ["rope_parameters", "truncate = false"]),
-        ("deepseek_v3", {"rope_parameters": YARN | {"mscale_all_dim": 1.0}}, ["rope_parameters", "mscale_all_dim without mscale"]),
+        (
+            "deepseek_v3",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+            ["rope_parameters", "yarn"],
+        ),
+        (
+            "deepseek_v3",
+            {"rope_parameters": YARN | {"attention_factor": 1.5}},
+            ["rope_parameters", "attention_factor is not supported"],
+        ),
+        (
+            "deepseek_v3",
+            {"rope_parameters": YARN | {"truncate": False}},
+            ["rope_parameters", "truncate = false"],
+        ),
+        (
+            "deepseek_v3",
+            {"rope_parameters": YARN | {"mscale_all_dim": 1.0}},
+            ["rope_parameters", "mscale_all_dim without mscale"],
+        ),
         ("glm4_moe", {"rope_parameters": YARN}, ["rope_parameters", "llama3"]),
         ("glm4_moe", {"first_k_dense_replace": 4}, ["first_k_dense_replace = 4"]),
         ("glm4_moe", {"n_shared_experts": 0}, ["n_shared_experts = 0"]),
         ("glm4_moe", {"norm_topk_prob": False}, ["norm_topk_prob = False"]),
-        ("glm4_moe", {"num_experts_per_tok": 4}, ["topk_group = 1", "num_experts_per_tok = 4", "n_group = 2"]),
+        (
+            "glm4_moe",
+            {"num_experts_per_tok": 4},
+            ["topk_group = 1", "num_experts_per_tok = 4", "n_group = 2"],
+        ),
     ],
 )
 def test_refused_models(describe: Describe, family: str, hf: dict[str, Any], words: list[str]) -> None:

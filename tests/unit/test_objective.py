@@ -50,7 +50,9 @@ def microbatch() -> Microbatch:
 def predicted() -> tuple[Tensor, Tensor]:
     """Log probabilities and entropies under the policy, with gradient."""
     g = torch.Generator().manual_seed(1)
-    return (torch.randn(SLOTS, generator=g) - 2).requires_grad_(), torch.rand(SLOTS, generator=g).requires_grad_()
+    return (torch.randn(SLOTS, generator=g) - 2).requires_grad_(), torch.rand(
+        SLOTS, generator=g
+    ).requires_grad_()
 
 
 def objective_of(*, is_moe: bool = False, max_new_tokens: int = 64, **fields) -> Objective:
@@ -64,14 +66,18 @@ def outcome(call, batch: Microbatch) -> tuple[LossOutput, list[Tensor | None]]:
     return replace(output, loss=output.loss.detach()), [logprobs.grad, entropy.grad]
 
 
-def assert_same(ours: tuple[LossOutput, list[Tensor | None]], direct: tuple[LossOutput, list[Tensor | None]]) -> None:
+def assert_same(
+    ours: tuple[LossOutput, list[Tensor | None]], direct: tuple[LossOutput, list[Tensor | None]]
+) -> None:
     assert float(direct[0].loss) != 0
     assert_close(ours[0].loss, direct[0].loss, rtol=0, atol=0)
     for a, b in zip(ours[1], direct[1], strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             assert_close(a, b, rtol=0, atol=0)
-    values = [{name: value_of(metric) for name, metric in output.metrics.items()} for output, _ in (ours, direct)]
+    values = [
+        {name: value_of(metric) for name, metric in output.metrics.items()} for output, _ in (ours, direct)
+    ]
     assert values[0] == values[1]
 
 
@@ -87,7 +93,9 @@ def direct_call(loss, batch: Microbatch, kl_coef: float = 0.0, entropy_coef: flo
             advantages=batch.advantages,
             sequence_weights=batch.sequence_weights,
             policy_mask=PolicyMask(batch.kept_tokens),
-            penalty=TokenPenalty(batch.ref_logprobs, kl_coef, entropy if entropy_coef else entropy.detach(), entropy_coef),
+            penalty=TokenPenalty(
+                batch.ref_logprobs, kl_coef, entropy if entropy_coef else entropy.detach(), entropy_coef
+            ),
             **options,
         )
 
@@ -128,7 +136,10 @@ def test_options_reach_the_loss() -> None:
 
 def test_dr_grpo_divides_by_the_token_limit_unless_told() -> None:
     batch = microbatch()
-    assert_same(ours(objective_of(loss="dr_grpo", max_new_tokens=48), batch), direct_call(dr_grpo_loss, batch, length_normalizer=48.0))
+    assert_same(
+        ours(objective_of(loss="dr_grpo", max_new_tokens=48), batch),
+        direct_call(dr_grpo_loss, batch, length_normalizer=48.0),
+    )
     told = objective_of(loss="dr_grpo", max_new_tokens=48, options={"length_normalizer": 7})
     assert_same(ours(told, batch), direct_call(dr_grpo_loss, batch, length_normalizer=7.0))
 
@@ -136,7 +147,9 @@ def test_dr_grpo_divides_by_the_token_limit_unless_told() -> None:
 @pytest.mark.parametrize("loss", POLICY_LOSSES)
 def test_every_loss_with_its_own_defaults(loss: str) -> None:
     batch = microbatch()
-    required = {"dr_grpo": {"length_normalizer": 64.0}, "rspo": {"router_shift": torch.rand(SLOTS)}}.get(loss, {})
+    required = {"dr_grpo": {"length_normalizer": 64.0}, "rspo": {"router_shift": torch.rand(SLOTS)}}.get(
+        loss, {}
+    )
     batch.router_shift = required.get("router_shift")
     objective = objective_of(loss=loss, is_moe=loss == "rspo")
     assert_same(ours(objective, batch), direct_call(POLICY_LOSSES[loss], batch, **required))
@@ -149,7 +162,9 @@ def test_every_loss_with_its_own_defaults(loss: str) -> None:
 def test_penalties(loss: str, kl_coef: float, entropy_coef: float) -> None:
     batch = microbatch()
     found = ours(objective_of(loss=loss, kl_coef=kl_coef, entropy_coef=entropy_coef), batch)
-    assert_same(found, direct_call({"gmpo": gmpo_loss, "dapo": dapo_loss}[loss], batch, kl_coef, entropy_coef))
+    assert_same(
+        found, direct_call({"gmpo": gmpo_loss, "dapo": dapo_loss}[loss], batch, kl_coef, entropy_coef)
+    )
     bare = ours(objective_of(loss=loss), batch)
     # gmpo takes each sequence's mean over its four tokens, dapo the sum
     per = 4 if loss == "gmpo" else 1
@@ -162,7 +177,9 @@ def test_penalties(loss: str, kl_coef: float, entropy_coef: float) -> None:
         assert_close(found[1][1], gradient)
     else:
         assert found[1][1] is None
-    assert {"policy/kl_ref", "policy/entropy"} <= bare[0].metrics.keys()  # logged without being part of the loss
+    assert {"policy/kl_ref", "policy/entropy"} <= bare[
+        0
+    ].metrics.keys()  # logged without being part of the loss
 
 
 def test_off_policy_masking_reaches_the_loss() -> None:
@@ -228,10 +245,13 @@ def test_mismatch_is_over_response_tokens_only() -> None:
             "rollout/logprob_diff_max": 1.0,
             "rollout/logprob_diff_far": 2 / 3,
             "rollout/k3_kl": ((math.exp(0.5) - 1.5) + (math.exp(-1.0) - 0.0) + 0.0) / 3,
-            "rollout/effective_sample_size": (math.exp(0.5) + math.exp(-1) + 1) ** 2 / (3 * (math.exp(1) + math.exp(-2) + 1)),
+            "rollout/effective_sample_size": (math.exp(0.5) + math.exp(-1) + 1) ** 2
+            / (3 * (math.exp(1) + math.exp(-2) + 1)),
         }
     )
-    assert [found[f"rollout/{name}"].count for name in ("logprob_diff_mean", "logprob_diff_far", "k3_kl")] == [3, 3, 3]
+    assert [
+        found[f"rollout/{name}"].count for name in ("logprob_diff_mean", "logprob_diff_far", "k3_kl")
+    ] == [3, 3, 3]
 
 
 def test_k3_estimates_the_divergence_of_the_rollout_from_the_policy() -> None:
@@ -273,7 +293,14 @@ def three_sequences() -> tuple[TrainBatch, list[list[float]]]:
     mask = [False, True, True, True, False, False, False, True, False, True, True, True]
     old = torch.where(torch.tensor(mask), -torch.rand(12, generator=generator), 0)
     rollout = torch.where(torch.tensor(mask), -torch.rand(12, generator=generator), 0)
-    batch = TrainBatch(torch.zeros(12, dtype=torch.int64), torch.tensor(lengths), torch.tensor(mask), torch.ones(3), rollout, old)
+    batch = TrainBatch(
+        torch.zeros(12, dtype=torch.int64),
+        torch.tensor(lengths),
+        torch.tensor(mask),
+        torch.ones(3),
+        rollout,
+        old,
+    )
     difference = [(float(old[i]) - float(rollout[i])) if mask[i] else 0.0 for i in range(12)]
     return batch, [difference[0:4], difference[4:5], difference[5:12]]
 
@@ -291,7 +318,11 @@ def test_importance_weights_are_the_formulas_in_float64() -> None:
     for level, values in expected.items():
         weights, metrics = importance_weights(batch, level, cap)
         assert_close(weights, torch.tensor(values), atol=1e-6, rtol=0)
-        counted = [w for w, m in zip(values, mask, strict=True) if m] if level == "token" else [values[0], values[2]]
+        counted = (
+            [w for w, m in zip(values, mask, strict=True) if m]
+            if level == "token"
+            else [values[0], values[2]]
+        )
         assert value_of(metrics["rollout/weight_mean"]) == pytest.approx(sum(counted) / len(counted))
         assert value_of(metrics["rollout/weight_truncated"]) == sum(w >= cap for w in counted) / len(counted)
         share = math.fsum(counted) ** 2 / (len(counted) * math.fsum(w * w for w in counted))
@@ -308,7 +339,13 @@ def test_token_weights_multiply_each_tokens_term() -> None:
     """Against the sum of single-token losses, each weighted: one token a sequence, where Dr. GRPO's term is the token's."""
     generator = torch.Generator().manual_seed(1)
     new, old, weights = (torch.randn(6, generator=generator) for _ in range(3))
-    arguments = (new, old, torch.ones(6, dtype=torch.bool), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([1.5, -0.5]))
+    arguments = (
+        new,
+        old,
+        torch.ones(6, dtype=torch.bool),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+        torch.tensor([1.5, -0.5]),
+    )
     found = float(POLICY_LOSSES["dr_grpo"](*arguments, length_normalizer=4.0, token_weights=weights).loss)
     expected = 0.0
     for t in range(6):
@@ -329,7 +366,9 @@ def test_icepop_keeps_tokens_and_geometric_keeps_sequences_within_the_band() -> 
     low, high = 0.8, 1.2
     tokens = kept_tokens(batch, "icepop", low, high).tolist()
     assert tokens == [low <= math.exp(d) <= high for row in rows for d in row]
-    assert len({t for t, m in zip(tokens, batch.response_mask.tolist(), strict=True) if m}) == 2  # some of both
+    assert (
+        len({t for t, m in zip(tokens, batch.response_mask.tolist(), strict=True) if m}) == 2
+    )  # some of both
     means = [math.exp(math.fsum(row) / n) for row, n in zip(rows, (3, 1, 4), strict=True)]
     between = math.sqrt(means[0] * means[2])  # of the two with a response, one is kept
     low, high = (between, 9.0) if means[0] > means[2] else (0.1, between)

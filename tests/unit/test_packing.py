@@ -56,7 +56,9 @@ def test_plan(arguments: dict[str, Any]) -> None:
 def test_ranks_meet_with_microbatches_of_like_cost(arguments: dict[str, Any]) -> None:
     multiple = arguments["sequence_multiple"]
     padded = [math.ceil(length / multiple) * multiple for length in arguments["lengths"]]
-    costs = np.array([[sum(cost(padded[i]) for i in members) for members in row] for row in plan_microbatches(**arguments)])
+    costs = np.array(
+        [[sum(cost(padded[i]) for i in members) for members in row] for row in plan_microbatches(**arguments)]
+    )
     # Sorted over the whole plan: nothing in a place is cheaper than anything in the next place.
     assert (costs.min(axis=0)[:-1] >= costs.max(axis=0)[1:] - 1e-9).all()
     # Giving the dearest of a place to the least loaded rank keeps loads as close as the unlikest place.
@@ -77,7 +79,9 @@ def test_missing_microbatches_are_empty() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_fill_and_balance_on_lognormal_lengths(seed: int) -> None:
     lengths = benchmark.lognormal_lengths(benchmark.SEQUENCES, seed)
-    plan = plan_microbatches(lengths, max_tokens=benchmark.MAX_TOKENS, data_parallel_size=benchmark.DATA_PARALLEL_SIZE)
+    plan = plan_microbatches(
+        lengths, max_tokens=benchmark.MAX_TOKENS, data_parallel_size=benchmark.DATA_PARALLEL_SIZE
+    )
     assert benchmark.fill(lengths, plan) >= 0.92
     ranks, steps = benchmark.imbalance(lengths, plan)
     assert ranks < 1.03
@@ -88,7 +92,10 @@ def test_best_fit_takes_over_where_even_fill_overflows() -> None:
     # Two microbatches of exactly 10; the emptiest-first rule puts 6 4 | 5 and then cannot place 3 2 evenly.
     lengths = [6, 5, 3, 2, 4]
     plan = plan_microbatches(lengths, max_tokens=10, data_parallel_size=2)
-    assert sorted(sum(lengths[i] for i in members) for microbatches in plan for members in microbatches) == [10, 10]
+    assert sorted(sum(lengths[i] for i in members) for microbatches in plan for members in microbatches) == [
+        10,
+        10,
+    ]
 
 
 def test_cost_is_superadditive() -> None:
@@ -120,7 +127,12 @@ def batch_of(lengths: list[int], seed: int = 0, **absent: None) -> TrainBatch:
 
 
 def reference_slots(
-    batch: TrainBatch, sequences: list[int], cp_size: int, cp_rank: int, sequence_multiple: int, total_multiple: int
+    batch: TrainBatch,
+    sequences: list[int],
+    cp_size: int,
+    cp_rank: int,
+    sequence_multiple: int,
+    total_multiple: int,
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """What ``pack`` says of itself, slot by slot."""
     lengths = [int(batch.lengths[i]) for i in sequences]
@@ -135,10 +147,21 @@ def reference_slots(
             slot: dict[str, Any] = {"position_ids": t, "sequence_ids": s, "flat_index": -1}
             slot["tokens"] = int(batch.tokens[first + t]) if t < lengths[s] else 0
             slot["input_index"] = first + t if t < lengths[s] else -1
-            slot["routed_experts"] = batch.routed_experts[first + t].tolist() if t < lengths[s] else [[-1, -1]] * 3
-            slot["router_scores"] = batch.router_scores[first + t].tolist() if t < lengths[s] else [[0.0, 0.0]] * 3
+            slot["routed_experts"] = (
+                batch.routed_experts[first + t].tolist() if t < lengths[s] else [[-1, -1]] * 3
+            )
+            slot["router_scores"] = (
+                batch.router_scores[first + t].tolist() if t < lengths[s] else [[0.0, 0.0]] * 3
+            )
             slot["router_shift"] = float(batch.router_shift[first + t]) if t < lengths[s] else 0.0
-            for field in ("labels", "mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "kept_tokens"):
+            for field in (
+                "labels",
+                "mask",
+                "old_logprobs",
+                "ref_logprobs",
+                "rollout_logprobs",
+                "kept_tokens",
+            ):
                 slot[field] = 0
             if t + 1 < lengths[s]:
                 predicted = first + t + 1
@@ -207,7 +230,10 @@ def test_context_parallel_ranks_hold_every_token_once_and_undo_to_the_whole(
 
     sequence_ids = torch.cat([part.sequence_ids for part in parts])
     order = (boundaries[sequence_ids] + torch.cat([part.position_ids for part in parts])).argsort()
-    tokens, labels, flat_index = (torch.cat([getattr(part, name) for part in parts])[order] for name in ("tokens", "labels", "flat_index"))
+    tokens, labels, flat_index = (
+        torch.cat([getattr(part, name) for part in parts])[order]
+        for name in ("tokens", "labels", "flat_index")
+    )
     for s, i in enumerate(sequences):
         start, length = int(boundaries[s]), lengths[i]
         first = int(batch.starts[i])
@@ -221,7 +247,9 @@ def test_context_parallel_ranks_hold_every_token_once_and_undo_to_the_whole(
 def test_every_masked_token_of_a_plan_is_computed_once() -> None:
     lengths = benchmark.lognormal_lengths(40, 1)
     batch = batch_of(lengths)
-    plan = plan_microbatches(lengths, max_tokens=4096, data_parallel_size=2, sequence_multiple=4, count_multiple=2)
+    plan = plan_microbatches(
+        lengths, max_tokens=4096, data_parallel_size=2, sequence_multiple=4, count_multiple=2
+    )
     gathered = torch.zeros(len(batch.tokens))
     for microbatches in plan:
         for members in microbatches:
@@ -239,7 +267,9 @@ def slots(packed: Microbatch) -> int:
 def test_dummy_microbatch(cp_size: int) -> None:
     batch = batch_of([5, 3])
     multiple = 2 * cp_size if cp_size > 1 else 1
-    packed = pack(batch, [], cp_size=cp_size, cp_rank=cp_size - 1, sequence_multiple=multiple, total_multiple=6)
+    packed = pack(
+        batch, [], cp_size=cp_size, cp_rank=cp_size - 1, sequence_multiple=multiple, total_multiple=6
+    )
     total = math.lcm(multiple, 6)
     assert packed.cu_seqlens.tolist() == [0, total]
     assert slots(packed) == total // cp_size
@@ -254,7 +284,12 @@ def test_absent_tensors_stay_absent() -> None:
     batch = batch_of([5, 3], old_logprobs=None, ref_logprobs=None, sequence_weights=None, routed_experts=None)
     for sequences in ([1, 0], []):
         packed = pack(batch, sequences)
-        assert (packed.old_logprobs, packed.ref_logprobs, packed.sequence_weights, packed.routed_experts) == (None, None, None, None)
+        assert (packed.old_logprobs, packed.ref_logprobs, packed.sequence_weights, packed.routed_experts) == (
+            None,
+            None,
+            None,
+            None,
+        )
         assert packed.rollout_logprobs is not None
 
 
@@ -293,7 +328,15 @@ def routed(length: int, seed: int = 0) -> Sample:
     """A sample with a record whose layer without experts holds nonsense."""
     experts = np.random.default_rng(seed).random((length - 1, 3, 8)).argsort()[..., :2].astype(np.int16)
     experts[:, 1] = 30_000
-    return Sample(list(range(length)), [False] + [True] * (length - 1), [0.0] * length, "", "stop", 0, routed_experts=experts)
+    return Sample(
+        list(range(length)),
+        [False] + [True] * (length - 1),
+        [0.0] * length,
+        "",
+        "stop",
+        0,
+        routed_experts=experts,
+    )
 
 
 def test_routed_experts_lie_beside_their_input_tokens() -> None:
@@ -318,7 +361,10 @@ def test_routed_experts_lie_beside_their_input_tokens() -> None:
         (lambda experts: experts[..., :1], r"shape \(3, 3, 1\), not \(3, 3, 2\)"),
         (lambda experts: np.where([[[True], [False], [True]]], [0, 8], experts), "expert 8 of 8"),
         (lambda experts: np.where([[[True], [False], [True]]], [-1, 0], experts), "expert -1 of 8"),
-        (lambda experts: np.where([[[False], [False], [True]]], [5, 5], experts), "the same routed expert twice"),
+        (
+            lambda experts: np.where([[[False], [False], [True]]], [5, 5], experts),
+            "the same routed expert twice",
+        ),
     ],
 )
 def test_a_wrong_record_of_routed_experts_is_refused(change: Any, words: str) -> None:

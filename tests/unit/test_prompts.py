@@ -34,7 +34,9 @@ CHAT_TEMPLATE = (
 
 def character_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """One token a character."""
-    vocab = {"?": 0} | {character: i + 1 for i, character in enumerate(c for c in string.printable if c != "?")}
+    vocab = {"?": 0} | {
+        character: i + 1 for i, character in enumerate(c for c in string.printable if c != "?")
+    }
     tokenizer = Tokenizer(WordLevel(vocab, unk_token="?"))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", chat_template=chat_template)
@@ -75,7 +77,9 @@ def test_every_format_gives_the_same_prompts(tmp_path: Path, kind: str) -> None:
     else:
         datasets.DatasetDict(test=rows).save_to_disk(path)
     tokenizer = character_tokenizer()
-    prompts = load_prompts(DataConfig(path=str(path), split="test" if kind == "dict_folder" else "train"), tokenizer)
+    prompts = load_prompts(
+        DataConfig(path=str(path), split="test" if kind == "dict_folder" else "train"), tokenizer
+    )
     assert [(p.id, p.text, p.answer, p.messages) for p in prompts] == [
         (f"sums/{i}", row["problem"], row["answer"], None) for i, row in enumerate(ROWS)
     ]
@@ -85,7 +89,9 @@ def test_every_format_gives_the_same_prompts(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(("answer", "text"), [(72, "72"), (0.5, "0.5"), (True, "True"), (-3, "-3")])
 def test_answers_become_text(tmp_path: Path, answer: object, text: str) -> None:
     path = write(tmp_path, [{"question": "q", "truth": answer}])
-    (prompt,) = load_prompts(DataConfig(path=path, prompt_column="question", answer_column="truth"), character_tokenizer())
+    (prompt,) = load_prompts(
+        DataConfig(path=path, prompt_column="question", answer_column="truth"), character_tokenizer()
+    )
     assert prompt.answer == text
 
 
@@ -105,7 +111,11 @@ def test_template_and_chat_template(jsonl: str) -> None:
 
 
 def test_message_columns(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "2+2="}]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "2+2="},
+    ]
     path = write(tmp_path, [{"problem": messages, "answer": 4}])
     tokenizer = character_tokenizer(CHAT_TEMPLATE)
     (prompt,) = load_prompts(DataConfig(path=path, system_prompt="S"), tokenizer)
@@ -113,10 +123,14 @@ def test_message_columns(tmp_path: Path) -> None:
     assert text_of(tokenizer, prompt) == "<system>S<user>hi<assistant>ho<user>2+2=<assistant>"
 
 
-def test_length_filter_comes_before_max_prompts_and_keeps_row_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_length_filter_comes_before_max_prompts_and_keeps_row_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(tmp_path, [{"problem": "x" * n, "answer": "1"} for n in (9, 3, 8, 4, 5)])
     with caplog.at_level(logging.INFO, logger="megatron_gmpo.data.prompts"):
-        prompts = load_prompts(DataConfig(path=path, max_prompt_tokens=5, max_prompts=2), character_tokenizer())
+        prompts = load_prompts(
+            DataConfig(path=path, max_prompt_tokens=5, max_prompts=2), character_tokenizer()
+        )
     assert [p.id for p in prompts] == ["sums/1", "sums/3"]
     assert "2 prompts" in caplog.text
     assert "2 longer than 5 tokens left out" in caplog.text
@@ -150,12 +164,18 @@ def test_input_errors_name_field_value_and_remedy(jsonl: str, options: dict, par
 @pytest.mark.parametrize(
     ("rows", "part"),
     [
-        ([{"problem": "a", "answer": "1"}, {"problem": "b", "answer": None}], "row 1: column 'answer' is None"),
+        (
+            [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": None}],
+            "row 1: column 'answer' is None",
+        ),
         ([{"problem": "a", "answer": "1"}, {"problem": "", "answer": "1"}], "row 1: column 'problem'"),
         ([{"problem": [{"role": "tool", "content": "x"}], "answer": "1"}], "no tools here"),
         ([{"problem": [{"role": "system", "content": "x"}], "answer": "1"}], "a system message already"),
         ([{"problem": [{"text": "x"}], "answer": "1"}], "role and content"),
-        ([{"problem": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "answer": "1"}], "role and content"),
+        (
+            [{"problem": [{"role": "user", "content": [{"type": "text", "text": "x"}]}], "answer": "1"}],
+            "role and content",
+        ),
         ([{"problem": [{"role": "user", "content": None}], "answer": "1"}], "role and content"),
         ([{"problem": "a", "answer": {"x": 2}}], "row 0: column 'answer' is {'x': 2}"),
     ],

@@ -105,7 +105,12 @@ def test_right_and_wrong_answers(math_reward: MathReward) -> None:
 
 def test_an_answer_that_does_not_end_is_cut_off_and_counted() -> None:
     with MathReward(timeout_s=2, workers=2) as reward:
-        pairs = [("72", "\\boxed{9^{9^{9^9}}}"), ("72", "\\boxed{72}"), ("3", "\\boxed{10^{10^{10}}}"), ("72", "\\boxed{73}")]
+        pairs = [
+            ("72", "\\boxed{9^{9^{9^9}}}"),
+            ("72", "\\boxed{72}"),
+            ("3", "\\boxed{10^{10^{10}}}"),
+            ("72", "\\boxed{73}"),
+        ]
         assert score(reward, pairs[1:2]) == [1.0]
         assert score(reward, pairs) == [0.0, 1.0, 0.0, 0.0]
         assert reward.timeouts == 2
@@ -128,7 +133,13 @@ def test_the_registry_works_without_config_and_lets_the_interpreter_end(tmp_path
         "    print(REWARDS['math'](Prompt('t/0', answer='1/2'), '\\\\boxed{0.5}'))\n"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "1.0\n", "")
 
 

@@ -37,7 +37,9 @@ from .scripted import ScriptedEngine
 
 TEXTS = ["1", "07+45=", "3 - 2 + 10 = 8 + 8 - 5", "12+1=", "12+1=", "99"]
 EOS = 1
-families = pytest.mark.parametrize("family", ["qwen3_moe", "qwen3", "qwen2_moe", "mixtral", "llama", "deepseek_v3", "glm4_moe"])
+families = pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen3", "qwen2_moe", "mixtral", "llama", "deepseek_v3", "glm4_moe"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +48,27 @@ def folder_of(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
     return lambda family, **options: tiny_model(family, num_layers=2, initializer_range=0.15, **options)
 
 
-def engine_of(folder: Path, *, batch_size: int = 64, seed: int = 0, routed_experts: bool = False) -> EmbeddedEngine:
+def engine_of(
+    folder: Path, *, batch_size: int = 64, seed: int = 0, routed_experts: bool = False
+) -> EmbeddedEngine:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return EmbeddedEngine(
-        str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=seed, routed_experts=routed_experts
+        str(folder),
+        tokenizer,
+        device="cpu",
+        dtype=torch.float32,
+        batch_size=batch_size,
+        seed=seed,
+        routed_experts=routed_experts,
     )
 
 
 def prompts_of(folder: Path, texts: list[str]) -> list[Prompt]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [Prompt(str(i), answer="", text=text, input_ids=tokenizer(text)["input_ids"]) for i, text in enumerate(texts)]
+    return [
+        Prompt(str(i), answer="", text=text, input_ids=tokenizer(text)["input_ids"])
+        for i, text in enumerate(texts)
+    ]
 
 
 @cache
@@ -72,7 +85,9 @@ def response_logits(folder: Path, sample: Sample) -> tuple[Tensor, Tensor]:
 
 
 def responses(groups: list[SampleGroup]) -> list[list[int]]:
-    return [[t for t, m in zip(s.tokens, s.response_mask, strict=True) if m] for g in groups for s in g.samples]
+    return [
+        [t for t, m in zip(s.tokens, s.response_mask, strict=True) if m] for g in groups for s in g.samples
+    ]
 
 
 # --- the embedded engine: what it samples, and with which probabilities ---
@@ -128,9 +143,13 @@ def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> T
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (16, 0.6), (6, 0.8)])
-def test_truncated_sampling_reports_the_truncated_distribution(top_k: int, top_p: float, folder_of: Callable[..., Path]) -> None:
+def test_truncated_sampling_reports_the_truncated_distribution(
+    top_k: int, top_p: float, folder_of: Callable[..., Path]
+) -> None:
     folder = folder_of("qwen3_moe")
-    sampling = SamplingParams(n=4, max_new_tokens=8, temperature=1.3, top_k=0 if top_k == 16 else top_k, top_p=top_p)
+    sampling = SamplingParams(
+        n=4, max_new_tokens=8, temperature=1.3, top_k=0 if top_k == 16 else top_k, top_p=top_p
+    )
     groups = engine_of(folder).generate(prompts_of(folder, TEXTS), sampling)
     whole = []
     for sample in (s for g in groups for s in g.samples):
@@ -147,7 +166,9 @@ def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None
     folder = folder_of("qwen3")
     (prompt,) = prompts_of(folder, ["12+1="])
     n = 10_000
-    (group,) = engine_of(folder, batch_size=n).generate([prompt], SamplingParams(n=n, max_new_tokens=1, temperature=1.5))
+    (group,) = engine_of(folder, batch_size=n).generate(
+        [prompt], SamplingParams(n=n, max_new_tokens=1, temperature=1.5)
+    )
     counts = torch.bincount(torch.tensor([s.tokens[-1] for s in group.samples]), minlength=16).double()
     logits, _ = response_logits(folder, group.samples[0])
 
@@ -155,7 +176,9 @@ def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None
         expected = n * (logits[0].double() / temperature).softmax(-1)
         assert expected.min() > 5
         chi_square = ((counts - expected) ** 2 / expected).sum()
-        return float(torch.special.gammaincc(torch.tensor(15 / 2).double(), chi_square / 2))  # its survival function
+        return float(
+            torch.special.gammaincc(torch.tensor(15 / 2).double(), chi_square / 2)
+        )  # its survival function
 
     assert p_value(1.5) > 0.001
     assert p_value(1.3) < 1e-6  # the test would notice
@@ -201,13 +224,17 @@ def test_greedy_decoding_is_that_of_generate(early_stops: Path) -> None:
     model = model_of(early_stops)
     for prompt, response in zip(prompts, responses(groups), strict=True):
         ids = torch.tensor([prompt.input_ids])
-        generated = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+        generated = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
+        )[0, ids.shape[1] :]
         assert response == generated.tolist()
     for (sample,) in (g.samples for g in groups):
         logits, response = response_logits(early_stops, sample)
         spoken = response[:-1] if sample.finish_reason == "stop" else response
         assert sample.text == engine.tokenizer.decode(spoken)  # 7 and 12 are no special tokens
-        expected = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]  # of the model itself, at temperature 1
+        expected = logits.log_softmax(-1).gather(1, response[:, None])[
+            :, 0
+        ]  # of the model itself, at temperature 1
         assert_close(torch.tensor(sample.rollout_logprobs)[-len(response) :], expected, atol=2e-5, rtol=0)
     assert {len(r) for r in responses(groups)} > {12}
     assert {g.samples[0].finish_reason for g in groups} == {"stop", "length"}
@@ -225,8 +252,12 @@ def test_answers_do_not_depend_on_the_batch(batch_size: int, early_stops: Path) 
         assert one.rollout_logprobs == pytest.approx(other.rollout_logprobs, abs=2e-5)
 
 
-@pytest.mark.parametrize("stop_of", [lambda t: (t[9:11],), lambda t: ("zzz", t[18:21], t[9:11]), lambda t: (t[9],)])
-def test_stop_strings_end_responses_and_leave_the_text(stop_of: Callable[[str], tuple[str, ...]], folder_of: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "stop_of", [lambda t: (t[9:11],), lambda t: ("zzz", t[18:21], t[9:11]), lambda t: (t[9],)]
+)
+def test_stop_strings_end_responses_and_leave_the_text(
+    stop_of: Callable[[str], tuple[str, ...]], folder_of: Callable[..., Path]
+) -> None:
     folder = folder_of("qwen3")
     prompts = prompts_of(folder, ["3 - 2 + 10 = 8"])
     free = SamplingParams(n=12, max_new_tokens=24)
@@ -235,7 +266,9 @@ def test_stop_strings_end_responses_and_leave_the_text(stop_of: Callable[[str], 
     stopped = engine_of(folder, batch_size=1).generate(prompts, replace(free, stop=stop))[0].samples
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cuts = 0
-    for before, after in zip(unstopped, stopped, strict=True):  # a batch of one draws the same tokens until it stops
+    for before, after in zip(
+        unstopped, stopped, strict=True
+    ):  # a batch of one draws the same tokens until it stops
         at = min((before.text.find(s) for s in stop if s in before.text), default=None)
         if at is None:
             assert after == before
@@ -249,7 +282,10 @@ def test_stop_strings_end_responses_and_leave_the_text(stop_of: Callable[[str], 
         assert after.finish_reason == "stop"
         cuts += 1
     assert cuts > 0
-    assert any(s.finish_reason == "stop" and b.finish_reason == "length" for s, b in zip(stopped, unstopped, strict=True))
+    assert any(
+        s.finish_reason == "stop" and b.finish_reason == "length"
+        for s, b in zip(stopped, unstopped, strict=True)
+    )
 
 
 def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
@@ -270,7 +306,9 @@ def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops
     samples = [s for g in groups for s in g.samples]
     assert len({s.response_length for s in samples}) > 3
     for sample in samples:
-        router_logits = model_of(early_stops)(torch.tensor([sample.tokens]), output_router_logits=True).router_logits
+        router_logits = model_of(early_stops)(
+            torch.tensor([sample.tokens]), output_router_logits=True
+        ).router_logits
         assert sample.routed_experts is not None
         assert sample.routed_experts.dtype == np.int16
         assert sample.routed_experts.shape == (len(sample.tokens) - 1, 2, 2)
@@ -279,18 +317,26 @@ def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops
             assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
 
 
-moe_families = pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe"])
+moe_families = pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe"]
+)
 
 
 @moe_families
-def test_router_noise_disturbs_the_choice_that_is_recorded(family: str, folder_of: Callable[..., Path]) -> None:
+def test_router_noise_disturbs_the_choice_that_is_recorded(
+    family: str, folder_of: Callable[..., Path]
+) -> None:
     """What the routers saw and gave is watched from outside; a plain model made to do the same has the reported probabilities."""
     folder = folder_of(family)
     engine = engine_of(folder, routed_experts=True)
-    gates = {i: layer.mlp.gate for i, layer in enumerate(engine.model.model.layers) if hasattr(layer.mlp, "gate")}
+    gates = {
+        i: layer.mlp.gate for i, layer in enumerate(engine.model.model.layers) if hasattr(layer.mlp, "gate")
+    }
     seen: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in gates}
     for layer, gate in gates.items():
-        gate.register_forward_hook(lambda _, args, out, layer=layer: seen[layer].append((args[0].flatten(0, -2), *out)))
+        gate.register_forward_hook(
+            lambda _, args, out, layer=layer: seen[layer].append((args[0].flatten(0, -2), *out))
+        )
     (prompt,) = prompts_of(folder, ["3 - 2 + 10 = 8"])
     (group,) = engine.generate([prompt], SamplingParams(max_new_tokens=200, router_noise=0.7))
     (sample,) = group.samples
@@ -304,7 +350,9 @@ def test_router_noise_disturbs_the_choice_that_is_recorded(family: str, folder_o
         assert np.array_equal(sample.routed_experts[:, layer], experts)
         if family == "qwen3_moe":
             assert torch.equal(experts, logits.topk(2).indices)
-        model.model.layers[layer].mlp.gate.register_forward_hook(lambda *_, given=(logits, weights, experts): given)
+        model.model.layers[layer].mlp.gate.register_forward_hook(
+            lambda *_, given=(logits, weights, experts): given
+        )
     draws = torch.cat(noise).flatten()
     assert abs(float(draws.mean())) < 4 * 0.7 / len(draws) ** 0.5
     assert abs(float(draws.std()) / 0.7 - 1) < 4 / (2 * len(draws)) ** 0.5
@@ -324,7 +372,9 @@ def test_router_noise_is_drawn_as_the_samples_are_and_0_is_none(folder_of: Calla
 
     def draw(engine: EmbeddedEngine, sampling: SamplingParams) -> list[str]:
         engine.update_weights(load_file(folder / "model.safetensors").items(), 5)
-        return [str(sample) for group in engine.generate(prompts, sampling) for sample in group.samples]  # its floats exactly
+        return [
+            str(sample) for group in engine.generate(prompts, sampling) for sample in group.samples
+        ]  # its floats exactly
 
     engine, untouched = engine_of(folder), engine_of(folder)
     for layer in untouched.model.model.layers:
@@ -364,7 +414,16 @@ def test_routed_experts_of_a_model_with_dense_layers(tiny_model: Callable[..., P
         ("deepseek_v3", {}),
         ("glm4_moe", {}),
     ],
-    ids=["routed experts", "tied embeddings", "biases", "llama", "shared expert", "mixtral", "latent attention", "router biases"],
+    ids=[
+        "routed experts",
+        "tied embeddings",
+        "biases",
+        "llama",
+        "shared expert",
+        "mixtral",
+        "latent attention",
+        "router biases",
+    ],
 )
 def test_new_weights_make_the_other_model(family: str, options: dict, folder_of: Callable[..., Path]) -> None:
     folder, other = folder_of(family, **options), folder_of(family, seed=1, **options)
@@ -374,7 +433,9 @@ def test_new_weights_make_the_other_model(family: str, options: dict, folder_of:
     tensors = load_file(other / "model.safetensors")
     routed = ("qwen3_moe", "qwen2_moe", "mixtral", "deepseek_v3", "glm4_moe")
     assert any(".experts.3." in name for name in tensors) == (family in routed)
-    assert any("e_score_correction_bias" in name for name in tensors) == (family in ("deepseek_v3", "glm4_moe"))
+    assert any("e_score_correction_bias" in name for name in tensors) == (
+        family in ("deepseek_v3", "glm4_moe")
+    )
     assert ("lm_head.weight" in tensors) != bool(options)
     engine.update_weights(((name, tensors[name]) for name in reversed(tensors)), version=4)
     tokens = torch.tensor([prompts[2].input_ids])
@@ -394,15 +455,26 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: [*t.items(), ("model.lost.weight", t["lm_head.weight"])], "has no tensor 'model.lost.weight'"),
+        (
+            lambda t: [*t.items(), ("model.lost.weight", t["lm_head.weight"])],
+            "has no tensor 'model.lost.weight'",
+        ),
         (lambda t: [*t.items(), (EXPERT, t[EXPERT])], f"tensor '{EXPERT}' came twice"),
-        (lambda t: [(k, v) for k, v in t.items() if k != EXPERT], f"1 tensors of the rollout model were not sent: {EXPERT}"),
+        (
+            lambda t: [(k, v) for k, v in t.items() if k != EXPERT],
+            f"1 tensors of the rollout model were not sent: {EXPERT}",
+        ),
         (lambda t: [], "were not sent: lm_head.weight"),
-        (lambda t: [(k, v[1:] if k == EXPERT else v) for k, v in t.items()], f"'{EXPERT}' has shape (63, 64), the rollout model (64, 64)"),
+        (
+            lambda t: [(k, v[1:] if k == EXPERT else v) for k, v in t.items()],
+            f"'{EXPERT}' has shape (63, 64), the rollout model (64, 64)",
+        ),
     ],
     ids=["unknown", "repeated", "missing", "none at all", "misshapen"],
 )
-def test_weights_that_do_not_fit_are_named(change: Callable, message: str, folder_of: Callable[..., Path]) -> None:
+def test_weights_that_do_not_fit_are_named(
+    change: Callable, message: str, folder_of: Callable[..., Path]
+) -> None:
     folder = folder_of("qwen3_moe")
     engine = engine_of(folder)
     with pytest.raises(InputError) as error:
@@ -430,7 +502,9 @@ SCRIPT = {"right": "aa", "wrong": "bb", "mixed": "ab", "mixed too": "ba", "wrong
 def collected(order: list[str], **options) -> tuple[Collected, ScriptedEngine]:
     """Two prompts a step and two samples each, from the stream of these prompts; "a" is right."""
     engine = ScriptedEngine(SCRIPT)
-    prompts = PromptStream([Prompt(name, answer="a", input_ids=[1, 2]) for name in order], seed=0, shuffle=False)
+    prompts = PromptStream(
+        [Prompt(name, answer="a", input_ids=[1, 2]) for name in order], seed=0, shuffle=False
+    )
     cfg = RolloutConfig(prompts_per_step=2, samples_per_prompt=2, **options)
     protocol: RolloutEngine = engine
     return Collector(protocol, prompts, arithmetic_reward, cfg).collect(), engine
@@ -445,7 +519,14 @@ def values(result: Collected) -> dict[str, float]:
 
 
 def test_collect_hands_the_sampling_on_and_scores() -> None:
-    chosen = {"max_new_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "stop": ("x",), "router_noise": 0.1}
+    chosen = {
+        "max_new_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+        "stop": ("x",),
+        "router_noise": 0.1,
+    }
     result, engine = collected(["right", "mixed", "wrong"], **chosen)
     sampling = SamplingParams(n=2, **chosen)
     assert engine.calls == [(["right", "mixed"], sampling)]
@@ -469,11 +550,17 @@ def test_drop_leaves_groups_without_variance_out() -> None:
     assert names(result.groups) == ["mixed"]
     assert len(engine.calls) == 1
     found = values(result)
-    assert (found["rollout/dropped_groups"], found["rollout/resample_rounds"], found["reward/mean"]) == (1, 0, 0.75)
+    assert (found["rollout/dropped_groups"], found["rollout/resample_rounds"], found["reward/mean"]) == (
+        1,
+        0,
+        0.75,
+    )
 
 
 def test_resample_draws_as_many_as_are_missing() -> None:
-    result, engine = collected(["right", "mixed", "wrong", "mixed too", "wrong too"], dynamic_sampling="resample")
+    result, engine = collected(
+        ["right", "mixed", "wrong", "mixed too", "wrong too"], dynamic_sampling="resample"
+    )
     assert [ids for ids, _ in engine.calls] == [["right", "mixed"], ["wrong"], ["mixed too"]]
     assert names(result.groups) == ["mixed", "mixed too"]
     found = values(result)
@@ -512,7 +599,12 @@ def test_penalised_lengths_count_as_variance_and_the_raw_mean_is_kept() -> None:
     engine = ScriptedEngine({"p": ["bbb", "bbbb", "bbbbbb"], "q": ["b", "bb", "a"]})
     prompts = PromptStream([Prompt(name, answer="a") for name in "pq"], seed=0, shuffle=False)
     cfg = RolloutConfig(
-        prompts_per_step=2, samples_per_prompt=3, max_new_tokens=5, overlong_buffer=2, overlong_penalty=0.5, dynamic_sampling="drop"
+        prompts_per_step=2,
+        samples_per_prompt=3,
+        max_new_tokens=5,
+        overlong_buffer=2,
+        overlong_penalty=0.5,
+        dynamic_sampling="drop",
     )
     result = Collector(engine, prompts, arithmetic_reward, cfg).collect()
     assert [g.rewards for g in result.groups] == [[0.0, -0.25, -0.5], [0.0, 0.0, 1.0]]
@@ -524,13 +616,18 @@ def test_penalised_lengths_count_as_variance_and_the_raw_mean_is_kept() -> None:
 
 
 def sample_of(length: int, reward: float) -> Sample:
-    return Sample([5] * (length + 2), [False] * 2 + [True] * length, [0.0] * (length + 2), "", "stop", 0, reward)
+    return Sample(
+        [5] * (length + 2), [False] * 2 + [True] * length, [0.0] * (length + 2), "", "stop", 0, reward
+    )
 
 
 def test_figures_of_scored_groups() -> None:
     rewards = [[0.0, 1.0, 1.0, 0.5], [0.25, -1.0]]
     lengths = iter([3, 9, 1, 4, 7, 2])
-    groups = [SampleGroup(Prompt(str(i), ""), [sample_of(next(lengths), r) for r in row]) for i, row in enumerate(rewards)]
+    groups = [
+        SampleGroup(Prompt(str(i), ""), [sample_of(next(lengths), r) for r in row])
+        for i, row in enumerate(rewards)
+    ]
     groups[0].samples[1].finish_reason = groups[1].samples[0].finish_reason = "length"
     found = {name: value_of(metric) for name, metric in rollout_figures(groups).items()}
     assert found == pytest.approx(
@@ -566,8 +663,12 @@ def test_timeouts_are_counted_a_step() -> None:
 
     engine = ScriptedEngine(SCRIPT)
     prompts = PromptStream([Prompt(name, "") for name in SCRIPT], seed=0, shuffle=False)
-    cfg = RolloutConfig(prompts_per_step=1, samples_per_prompt=2, dynamic_sampling="resample", max_resample_rounds=2)
-    assert values(Collector(engine, prompts, Impatient(), cfg).collect())["reward/timeouts"] == 3  # "aa", "bb", "ab"
+    cfg = RolloutConfig(
+        prompts_per_step=1, samples_per_prompt=2, dynamic_sampling="resample", max_resample_rounds=2
+    )
+    assert (
+        values(Collector(engine, prompts, Impatient(), cfg).collect())["reward/timeouts"] == 3
+    )  # "aa", "bb", "ab"
 
 
 class AheadEngine(ScriptedEngine):
@@ -602,7 +703,13 @@ def test_generation_runs_ahead_by_the_staleness_and_no_further_than_the_last_ste
         trained += names(result.groups)
         ages.append(values(result)["rollout/staleness_max"])
     assert trained == list(SCRIPT)
-    assert engine.submitted == [(0, ["right"]), (0, ["wrong"]), (0, ["mixed"]), (1, ["mixed too"]), (2, ["wrong too"])]
+    assert engine.submitted == [
+        (0, ["right"]),
+        (0, ["wrong"]),
+        (0, ["mixed"]),
+        (1, ["mixed too"]),
+        (2, ["wrong too"]),
+    ]
     assert ages == [0, 1, 2, 2, 2]
     assert positions == [0, 1, 2, 3, 4]  # a resume draws again what was under way
     assert collector.state_dict() == stream.state_dict()
@@ -643,7 +750,10 @@ def test_staleness_is_counted_by_token() -> None:
     stream = PromptStream([Prompt("p", answer="a", input_ids=[1])], seed=0, shuffle=False)
     engine.update_weights([], 5)
     collector = Collector(
-        engine, stream, arithmetic_reward, RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=1, max_staleness=2)
+        engine,
+        stream,
+        arithmetic_reward,
+        RolloutConfig(engine="sglang", prompts_per_step=1, samples_per_prompt=1, max_staleness=2),
     )
     wait = engine.wait
 
@@ -670,9 +780,20 @@ FLOATS = [0.1, -1 / 3, 5e-324, 1.7976931348623157e308, -0.0, math.pi * 1e-9, flo
 
 def groups_to_save() -> list[SampleGroup]:
     experts = np.random.default_rng(0).integers(-1, 128, (7, 3, 2), dtype=np.int16)
-    chat = Prompt("set/1", answer="42\u2028\n", messages=[{"role": "user", "content": "¿6*7?\x85"}], input_ids=[3, 2, 1])
+    chat = Prompt(
+        "set/1", answer="42\u2028\n", messages=[{"role": "user", "content": "¿6*7?\x85"}], input_ids=[3, 2, 1]
+    )
     plain = Prompt("set/2", answer="", text='"quoted"\n', input_ids=[9])
-    moe = Sample([3, 2, 1, 4, 5, 6, 7, 8], [False] * 3 + [True] * 5, [0.0, *FLOATS], "Zoë 🍎", "length", 7, -1 / 7, experts)
+    moe = Sample(
+        [3, 2, 1, 4, 5, 6, 7, 8],
+        [False] * 3 + [True] * 5,
+        [0.0, *FLOATS],
+        "Zoë 🍎",
+        "length",
+        7,
+        -1 / 7,
+        experts,
+    )
     other = Sample([3, 2, 1, 0], [False] * 3 + [True], [0.0] * 3 + [-5.5], "", "abort", 6)
     empty = replace(other, routed_experts=np.zeros((0, 3, 2), np.int16), finish_reason="stop")
     return [SampleGroup(chat, [moe, other]), SampleGroup(plain, [empty])]
@@ -683,7 +804,9 @@ def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
     save_groups(tmp_path / "new" / "folder", 12, groups)
     loaded = load_groups(tmp_path / "new" / "folder", 12)
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["step_000012.jsonl"]
-    for a, b in zip((s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True):
+    for a, b in zip(
+        (s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True
+    ):
         if a.routed_experts is None:
             assert b.routed_experts is None
         else:
@@ -702,7 +825,10 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"rollout\.replay_path = '.*' has no groups for step 3, it has no steps at all: save them"):
+    with pytest.raises(
+        InputError,
+        match=r"rollout\.replay_path = '.*' has no groups for step 3, it has no steps at all: save them",
+    ):
         load_groups(tmp_path / "nowhere", 3)
     for step in (2, 3, 10):
         save_groups(tmp_path, step, groups_to_save())
@@ -730,7 +856,8 @@ def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) ->
     assert broken(second) != second
     file.write_text(f"{first}\n{broken(second)}\n")
     with pytest.raises(
-        InputError, match=r"rollout\.replay_path: line 2 of .*step_000001\.jsonl is broken \(.*\): save the step again"
+        InputError,
+        match=r"rollout\.replay_path: line 2 of .*step_000001\.jsonl is broken \(.*\): save the step again",
     ) as error:
         load_groups(tmp_path, 1)
     assert "\n" not in str(error.value)
@@ -768,7 +895,10 @@ def test_as_many_files_may_be_open_as_there_are_requests() -> None:
         _allow_open_files(16)  # lowers nothing
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
         if hard != resource.RLIM_INFINITY:
-            with pytest.raises(InputError, match=rf"max_concurrent_requests: {hard} connections .* ulimit -Hn is {hard}: lower it"):
+            with pytest.raises(
+                InputError,
+                match=rf"max_concurrent_requests: {hard} connections .* ulimit -Hn is {hard}: lower it",
+            ):
                 _allow_open_files(hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -47,13 +47,18 @@ def test_a_run_folder_has_one_holder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = RunLock(tmp_path)
     first.sign()
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} of job 17 on node3 since 20\d\d-.*: wait for its end, or "):
+    with pytest.raises(
+        InputError,
+        match=rf"is in use by process {os.getpid()} of job 17 on node3 since 20\d\d-.*: wait for its end, or ",
+    ):
         RunLock(tmp_path)
     first.release()
     RunLock(tmp_path).release()
 
 
-def test_a_requeued_job_waits_for_the_end_of_its_last_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeued_job_waits_for_the_end_of_its_last_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     last = RunLock(tmp_path)
     last.sign()
@@ -86,7 +91,11 @@ def test_the_end_of_the_job_comes_from_slurm(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(tmp_path))
     assert job_end_time() == math.inf  # no squeue
     squeue = tmp_path / "squeue"
-    for says, end in (("2026-11-21T17:00:00", datetime(2026, 11, 21, 17).timestamp()), ("N/A", math.inf), ("", math.inf)):
+    for says, end in (
+        ("2026-11-21T17:00:00", datetime(2026, 11, 21, 17).timestamp()),
+        ("N/A", math.inf),
+        ("", math.inf),
+    ):
         squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --job 17 --format %e" ] && echo {says}\n')
         squeue.chmod(0o755)
         assert job_end_time() == end

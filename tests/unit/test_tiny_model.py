@@ -44,16 +44,27 @@ def test_moe_tensors_have_the_names_and_shapes_of_the_hub(tiny_model: Callable[.
     expected = {"model.embed_tokens.weight": (16, 64), "model.norm.weight": (64,), "lm_head.weight": (16, 64)}
     for layer in range(4):
         here = f"model.layers.{layer}."
-        expected |= {here + name: (64,) for name in ("input_layernorm.weight", "post_attention_layernorm.weight")}
+        expected |= {
+            here + name: (64,) for name in ("input_layernorm.weight", "post_attention_layernorm.weight")
+        }
         expected |= {here + f"self_attn.{name}_norm.weight": (32,) for name in "qk"}
-        expected |= {here + f"self_attn.{name}_proj.weight": (rows, 64) for name, rows in (("q", 128), ("k", 64), ("v", 64))}
+        expected |= {
+            here + f"self_attn.{name}_proj.weight": (rows, 64)
+            for name, rows in (("q", 128), ("k", 64), ("v", 64))
+        }
         expected |= {here + "self_attn.o_proj.weight": (64, 128), here + "mlp.gate.weight": (8, 64)}
-        expected |= {here + f"mlp.experts.{expert}.{name}_proj.weight": (64, 64) for expert in range(8) for name in ("gate", "up", "down")}
+        expected |= {
+            here + f"mlp.experts.{expert}.{name}_proj.weight": (64, 64)
+            for expert in range(8)
+            for name in ("gate", "up", "down")
+        }
     assert found == expected
 
 
 def test_options_shape_the_model(tiny_model: Callable[..., Path]) -> None:
-    folder = tiny_model("qwen3_moe", num_layers=2, num_experts=4, tie_word_embeddings=True, dtype=torch.bfloat16)
+    folder = tiny_model(
+        "qwen3_moe", num_layers=2, num_experts=4, tie_word_embeddings=True, dtype=torch.bfloat16
+    )
     assert "lm_head.weight" not in tensors(folder)
     assert "model.layers.1.mlp.experts.3.up_proj.weight" in tensors(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -80,12 +91,17 @@ def test_the_seed_decides_the_weights_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_tokenizers_encode_as_before(family: Family, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_saved_tokenizers_encode_as_before(
+    family: Family, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     loaded = AutoTokenizer.from_pretrained(tiny_model(family))
     tokens = loaded("07+45=")["input_ids"]
     assert tokens == arithmetic_tokenizer()("07+45=")["input_ids"] == [2, 9, 12, 2 + 4, 2 + 5, 14]
     assert loaded.decode(tokens) == "07+45="
-    assert loaded.decode([*tokens, loaded.eos_token_id, loaded.pad_token_id], skip_special_tokens=True) == "07+45="
+    assert (
+        loaded.decode([*tokens, loaded.eos_token_id, loaded.pad_token_id], skip_special_tokens=True)
+        == "07+45="
+    )
     make_tiny_model(tmp_path, family=family, tokenizer=TEXT)
     text = "Zoë pays  $3.50\n\nfor 7 \\frac{1}{2} 🍎"
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == TEXT(text)["input_ids"]
@@ -115,7 +131,9 @@ def test_byte_tokens_round_trip_any_text(text: str) -> None:
 
 def test_chat_template_is_chatml() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "6*7?"}]
-    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n6*7?<|im_end|>\n<|im_start|>assistant\n"
+    expected = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n6*7?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert TEXT.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
     tokens = TEXT(expected)["input_ids"]
     assert tokens.count(TEXT.convert_tokens_to_ids("<|im_start|>")) == 3
@@ -131,7 +149,9 @@ def test_merges_learned_on_a_corpus_shorten_its_text(tmp_path: Path) -> None:
     assert len(learned) == 300
     assert len(learned(text)["input_ids"]) < len(TEXT(text)["input_ids"]) / 2
     assert learned.decode(learned("Ünseen ✓")["input_ids"]) == "Ünseen ✓"
-    with pytest.raises(InputError, match=r"tokenizer_corpus_column = 'problem' is not in .* choose from question"):
+    with pytest.raises(
+        InputError, match=r"tokenizer_corpus_column = 'problem' is not in .* choose from question"
+    ):
         text_tokenizer(corpus)
     with pytest.raises(InputError, match=r"gone\.jsonl does not exist"):
         text_tokenizer(tmp_path / "gone.jsonl")
@@ -150,7 +170,9 @@ def test_command_line_writes_a_model_and_names_a_mistake(tmp_path: Path) -> None
     wrong = ["--tokenizer", "text", "--tokenizer_corpus", "none.jsonl"]
     done = subprocess.run([*command, *wrong], capture_output=True, text=True, timeout=120, cwd=root)
     assert done.returncode == 2
-    assert done.stderr == "error: tokenizer_corpus = none.jsonl does not exist: give a .parquet or .jsonl file\n"
+    assert (
+        done.stderr == "error: tokenizer_corpus = none.jsonl does not exist: give a .parquet or .jsonl file\n"
+    )
 
 
 def test_addition_problems_are_right_disjoint_and_seeded(tmp_path: Path) -> None:

@@ -28,14 +28,26 @@ def run_dir(tmp_path: Path) -> Path:
     """Four of ten steps, one restart, a rank at work and one that is silent."""
     logger = MetricLogger(tmp_path, tensorboard=False)
     for step in range(1, 5):
-        figures = {"reward/mean": step / 10, "throughput/tokens_per_second": 1234.0, "rollout/logprob_diff_mean": 0.0123}
+        figures = {
+            "reward/mean": step / 10,
+            "throughput/tokens_per_second": 1234.0,
+            "rollout/logprob_diff_mean": 0.0123,
+        }
         logger.log(step, figures | {"time/step": 10.0 if step > 1 else 90.0, "eval/math500/pass@1": 0.25})
     logger.event("checkpoint", step=4, path="somewhere")
     (tmp_path / "config.toml").write_text("[train]\nnum_steps = 10\n")
     (tmp_path / "restarts.jsonl").write_text('{"attempt": 1, "code": 85}\n{"attempt": 2}\n')
     (tmp_path / "heartbeats").mkdir()
     for rank, age in ((0, 3), (1, 200)):
-        beat = {"rank": rank, "node": f"node{rank}", "pid": 7, "step": 5, "phase": "rollout", "since": NOW - 300, "time": NOW - age}
+        beat = {
+            "rank": rank,
+            "node": f"node{rank}",
+            "pid": 7,
+            "step": 5,
+            "phase": "rollout",
+            "since": NOW - 300,
+            "time": NOW - age,
+        }
         (tmp_path / "heartbeats" / f"rank_{rank:05}.json").write_text(json.dumps(beat))
     return tmp_path
 
@@ -67,7 +79,9 @@ def test_a_job_that_has_gone_silent(run_dir: Path) -> None:
 
 def test_a_crash(run_dir: Path) -> None:
     (run_dir / "errors").mkdir()
-    (run_dir / "errors" / "rank_00001.txt").write_text("Traceback (most recent call last):\n  File ...\nValueError: [bold] went wrong\n")
+    (run_dir / "errors" / "rank_00001.txt").write_text(
+        "Traceback (most recent call last):\n  File ...\nValueError: [bold] went wrong\n"
+    )
     (run_dir / "stacks").mkdir()
     for folder in ("errors", "stacks"):  # of ranks to which nothing has happened
         (run_dir / folder / "rank_00000.txt").touch()

@@ -15,7 +15,9 @@ def _declare_torchvision_operators() -> None:
     from torch import library as operators
 
     for name in ("nms", "qnms"):
-        operators.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        operators.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
 
 
 def _leave_host_memory_unpinned(module: Any) -> None:
