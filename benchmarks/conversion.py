@@ -23,8 +23,8 @@ import torch
 import tyro
 from transformers import AutoConfig
 
-from megatron_gmpo.checkpoint.convert import ConversionTable, HFToMegatron, MegatronToHF
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFile
+from megatron_gmpo.weights.convert import ConversionTable, HFToMegatron, MegatronToHF
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFile
 from tools.conversion import processes
 
 BLOCK = 16 * 2**20
@@ -100,7 +100,7 @@ def to_hf(folder: Path, out: Path) -> None:
 def measure(what: str, folder: Path) -> None:
     """Does one thing in this process and prints ``seconds peak-bytes``."""
     if what.startswith("mbridge"):
-        from . import mbridge_conversion
+        from benchmarks import mbridge_conversion
 
         conversion = getattr(mbridge_conversion, what.removeprefix("mbridge_"))
     else:

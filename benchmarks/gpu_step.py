@@ -35,15 +35,15 @@ from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
-from megatron_gmpo.algorithms.objective import make_objective
+from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
+from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.models.config import describe_model
 from megatron_gmpo.platform import choose_device, prepare_megatron, seed_everything, start_process_group
 from megatron_gmpo.platform.capabilities import capabilities_of
 from megatron_gmpo.policy.fp8 import check_fp8
 from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.types import TrainBatch
 from tools.make_tiny_model import arithmetic_tokenizer
 from tools.step_estimate import HARDWARE, Hardware
 

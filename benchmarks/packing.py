@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from megatron_gmpo.data.packing import cost, plan_microbatches
+from megatron_gmpo.batch.packing import cost, plan_microbatches
 
 MAX_TOKENS = 8192
 SEQUENCES, DATA_PARALLEL_SIZE, SEEDS = 1024, 8, 20

@@ -28,12 +28,12 @@ import torch
 import tyro
 from torch import multiprocessing
 
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import SGLangConfig, WeightSyncConfig
-from megatron_gmpo.rollout.client import RolloutClient
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.servers import LocalServers
-from megatron_gmpo.rollout.weight_sync import make_weight_sync
+from megatron_gmpo.rollout.sglang.client import RolloutClient
+from megatron_gmpo.rollout.sglang.servers import LocalServers
+from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 from tools.make_tiny_model import make_tiny_model
 
 CPU = torch.device("cpu")

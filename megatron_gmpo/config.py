@@ -263,7 +263,7 @@ class RewardConfig(_Section):
 
 class AlgorithmConfig(_Section):
     loss: str = "gmpo"
-    """A name in ``megatron_gmpo.algorithms.POLICY_LOSSES``."""
+    """A name in ``megatron_gmpo.losses.registry.POLICY_LOSSES``."""
     clip_low: NonNegative | None = None
     clip_high: NonNegative | None = None
     """None means the loss's default; for gmpo 0.4 (dense) or 0.2 (MoE). The run prints which it took and why."""

@@ -7,6 +7,7 @@ from contextlib import closing
 from math import comb
 from statistics import fmean
 
+from .batch.samples import Prompt, SampleGroup
 from .config import Config, EvalConfig
 from .distributed import rank
 from .errors import InputError
@@ -14,7 +15,6 @@ from .rollout.collect import Reward, score
 from .rollout.engine import RolloutEngine, SamplingParams
 from .rollout.replay import append_transcripts
 from .run import closing_reward, prepare, start_command
-from .types import Prompt, SampleGroup
 
 
 def evaluate(

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from .batch.samples import Prompt
 from .checkpoint import native
-from .checkpoint.hf import SafetensorsFolder
 from .config import Config, exit_with_one_line, load_config
 from .data.prompts import load_prompts, load_tokenizer
 from .distributed import rank
@@ -43,8 +43,8 @@ from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups
-from .rollout.sglang import check_servers, start_sglang
-from .types import Prompt
+from .rollout.sglang.engine import check_servers, start_sglang
+from .weights.export import SafetensorsFolder
 
 
 @dataclass

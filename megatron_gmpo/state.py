@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .algorithms.adaptive_clip import AdaptiveClip
-from .algorithms.objective import Objective
 from .checkpoint import native
 from .data.prompts import PromptStream
 from .distributed import broadcast_object, rank
 from .errors import CollapseError
+from .losses.adaptive_clip import AdaptiveClip
+from .losses.objective import Objective
 from .metrics.collapse import Collapse, CollapseDetector
+from .metrics.figures import Metric
 from .metrics.logger import MetricLogger, cut_after
 from .rollout.collect import Collector
 from .rollout.engine import RolloutEngine
 from .run import Run
-from .types import Metric
 
 
 class TrainingState:

@@ -7,7 +7,7 @@ probabilities before the first update, then make one optimizer step for each min
 from __future__ import annotations
 
 if __name__ == "__main__":  # before what takes time to import: until then a signal would kill
-    from megatron_gmpo.supervision.signals import listen
+    from .supervision.signals import listen
 
     listen()
 
@@ -17,17 +17,20 @@ from contextlib import closing, nullcontext
 import safetensors.torch
 from torch import Tensor
 
-from .algorithms import group_advantages
-from .algorithms.adaptive_clip import AdaptiveClip, make_adaptive_clip
-from .algorithms.correction import correct, rollout_mismatch
-from .algorithms.objective import Objective, make_objective
+from .batch.columns import TrainBatch
+from .batch.packing import make_train_batch
+from .batch.samples import SampleGroup
 from .checkpoint import native
 from .config import Config
-from .data.packing import make_train_batch
 from .distributed import barrier, rank, world_size
 from .errors import NonFiniteError
 from .evaluate import evaluate
-from .metrics.logger import MetricLogger, Timer, reduce_metrics
+from .losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
+from .losses.advantages import group_advantages
+from .losses.correction import correct, rollout_mismatch
+from .losses.objective import Objective, make_objective
+from .metrics.figures import Metric, reduce_metrics
+from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
 from .rollout.collect import Collected, rollout_figures
 from .rollout.engine import RolloutEngine
@@ -35,7 +38,6 @@ from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
-from .types import Metric, SampleGroup, TrainBatch
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 
 from tools.make_tiny_model import Family, make_tiny_model, text_tokenizer
 
-from .distributed.ranks import RankPool
+from .support.ranks import RankPool
 
 torch.set_num_threads(1)
 

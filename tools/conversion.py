@@ -28,8 +28,6 @@ from rich.progress import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_gmpo.checkpoint.convert import HFToMegatron, MegatronToHF
-from megatron_gmpo.checkpoint.torch_dist import checkpoint_folder
 from megatron_gmpo.config import Config, exit_with_one_line
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError
@@ -38,6 +36,8 @@ from megatron_gmpo.models.config import DTYPES, ModelDescription, describe_model
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
+from megatron_gmpo.weights.convert import HFToMegatron, MegatronToHF
+from megatron_gmpo.weights.torch_dist import checkpoint_folder
 
 TEXT = (
     "A train leaves at 9:40 and travels 126 km at 84 km/h. It arrives at 11:10, since 126 / 84 = 1.5 hours."

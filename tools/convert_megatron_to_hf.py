@@ -11,9 +11,9 @@ from typing import Literal
 
 import tyro
 
-from megatron_gmpo.checkpoint.convert import MegatronToHF
 from megatron_gmpo.config import exit_with_one_line
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.weights.convert import MegatronToHF
 from tools.conversion import compare_logits, run_conversion
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

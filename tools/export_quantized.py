@@ -17,14 +17,14 @@ from typing import Literal
 import tyro
 from safetensors import safe_open
 
-from megatron_gmpo.checkpoint.companions import copy_companions
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import DataConfig, exit_with_one_line
 from megatron_gmpo.data.prompts import load_prompts, load_tokenizer
 from megatron_gmpo.errors import InputError, RunError
 from megatron_gmpo.models.blocks import prediction_layers
 from megatron_gmpo.models.config import read_hf_config
 from megatron_gmpo.models.fp8_blocks import is_quantized
+from megatron_gmpo.weights.companions import copy_companions
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 Format = Literal["fp8", "nvfp4"]
 

@@ -35,14 +35,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_gmpo.algorithms.sequences import k3
-from megatron_gmpo.checkpoint.hf import unwrapped
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
+from megatron_gmpo.batch.packing import make_train_batch
+from megatron_gmpo.batch.samples import SampleGroup
 from megatron_gmpo.config import Config, exit_with_one_line, load_config
-from megatron_gmpo.data.packing import make_train_batch
 from megatron_gmpo.data.prompts import load_tokenizer
 from megatron_gmpo.distributed import rank
 from megatron_gmpo.errors import InputError, RunError, ServerError
+from megatron_gmpo.losses.tokens import k3
 from megatron_gmpo.metrics.plots import COLORS, set_up_axes
 from megatron_gmpo.models.blocks import prediction_layers
 from megatron_gmpo.models.config import describe_model, read_hf_config
@@ -51,10 +50,11 @@ from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.replay import load_groups
-from megatron_gmpo.rollout.servers import Server, external_servers
-from megatron_gmpo.rollout.sglang import check_servers, local_servers
-from megatron_gmpo.rollout.weight_sync import make_weight_sync
-from megatron_gmpo.types import SampleGroup
+from megatron_gmpo.rollout.sglang.engine import check_servers, local_servers
+from megatron_gmpo.rollout.sglang.servers import Server, external_servers
+from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
+from megatron_gmpo.weights.export import unwrapped
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 TRANSFORMERS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp8": (torch.float32, True)}
 """Side -> precision of the model, and whether its weights are rounded to FP8."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_gmpo.batch.packing import plan_microbatches
 from megatron_gmpo.config import Config
-from megatron_gmpo.data.packing import plan_microbatches
 from megatron_gmpo.models.fp8_blocks import BLOCK
-from megatron_gmpo.policy.dry_run import RankPlan, Traffic, Work
+from megatron_gmpo.planning.dry_run import RankPlan, Traffic, Work
 
 GIB = 2**30
 

@@ -117,7 +117,7 @@ say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $num_trainers nodes w
   "$MASTER_ADDR:$MASTER_PORT, logs in $run_dir/logs"
 
 if ((ROLLOUT_NODES > 0)); then
-  step servers "${on_servers[@]}" -- "$PYTHON" -m megatron_gmpo.rollout.serve "$@" &
+  step servers "${on_servers[@]}" -- "$PYTHON" -m megatron_gmpo.rollout.sglang.serve "$@" &
   servers=$!
   set -- "$@" --rollout.servers_file "$run_dir/servers.json"
 fi

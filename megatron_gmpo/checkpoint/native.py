@@ -50,9 +50,9 @@ from torch import Tensor
 
 from ..distributed import barrier, rank
 from ..errors import InputError
-from .companions import copy_companions
-from .hf import unwrapped
-from .torch_dist import LATEST
+from ..weights.companions import copy_companions
+from ..weights.export import unwrapped
+from ..weights.torch_dist import LATEST
 
 _IDENTITY = [
     "model_type",

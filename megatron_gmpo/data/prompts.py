@@ -14,9 +14,9 @@ from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..batch.samples import Prompt
 from ..config import DataConfig
 from ..errors import InputError
-from ..types import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -262,8 +262,10 @@ def _tokenize(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, chat: b
         try:
             conversations = [prompt.messages for prompt in prompts]
             token_ids = tokenizer.apply_chat_template(
-                conversations, add_generation_prompt=True, return_dict=False
-            )  # pyright: ignore[reportArgumentType]
+                conversations,  # pyright: ignore[reportArgumentType]
+                add_generation_prompt=True,
+                return_dict=False,
+            )
         except TemplateError as error:
             raise InputError(
                 f"{section}: the tokenizer's chat template refuses the messages: {error}"

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..algorithms.objective import make_objective
 from ..config import Config, explain, load_config, read_toml
 from ..errors import InputError
+from ..losses.objective import make_objective
 
 RUNS = Path("runs/studies")
 

@@ -7,69 +7,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..distributed import rank
 from ..errors import InputError
-from ..histogram import effective_sample_size, quantile
 from ..supervision.records import append_event
-from ..types import Metric
-
-QUANTILES = {"q001": 0.001, "q01": 0.01, "q99": 0.99, "q999": 0.999}
-"""What a distribution is reported as: suffix of the figure -> share of the values that do not exceed it."""
-
-
-def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Merges the metrics of microbatches or minibatches: totals and counts add up, extremes stay extreme,
-    distributions are joined.
-
-    Tensors stay tensors, so that nothing waits for the device.
-    """
-    merged: dict[str, Metric] = {}
-    for part in parts:
-        for name, new in part.items():
-            old = merged.get(name)
-            if old is None:
-                merged[name] = new
-                continue
-            assert old.op == new.op, f"{name} is both {old.op} and {new.op}"
-            if new.op in ("mean", "histogram"):
-                merged[name] = Metric(old.total + new.total, old.count + new.count, new.op)
-            else:
-                pick = torch.maximum if new.op == "max" else torch.minimum
-                extremes = (torch.as_tensor(m.total, dtype=torch.float64) for m in (old, new))
-                merged[name] = Metric(pick(*extremes), op=new.op)
-    return merged
-
-
-def value_of(metric: Metric | float) -> float:
-    """One figure for a metric; NaN for a mean over nothing. Of a distribution it is the median."""
-    if not isinstance(metric, Metric):
-        return float(metric)
-    if metric.op == "histogram":
-        return quantile(torch.as_tensor(metric.total), 0.5)
-    if metric.op != "mean":
-        return float(metric.total)
-    return float(metric.total) / float(metric.count) if float(metric.count) else math.nan
-
-
-def figures_of(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """The figures to report. A distribution ``a/log_b`` becomes its QUANTILES, ``a/log_b_q001`` and so on, and the effective sample
-    size of weights with these logarithms, ``a/b_effective_sample_size``."""
-    figures: dict[str, float] = {}
-    for name, metric in metrics.items():
-        if metric.op == "histogram":
-            counts = torch.as_tensor(metric.total)
-            figures |= {f"{name}_{suffix}": quantile(counts, q) for suffix, q in QUANTILES.items()}
-            figures[f"{name.replace('/log_', '/')}_effective_sample_size"] = effective_sample_size(counts)
-        else:
-            figures[name] = value_of(metric)
-    return figures
+from .figures import Metric, figures_of, reduce_metrics
 
 
 def check_wandb(project: str) -> None:

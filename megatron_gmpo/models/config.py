@@ -15,9 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig
 
+from ..batch.columns import RoutingShape
 from ..config import Config, Fp8Config, ParallelConfig
 from ..errors import InputError
-from ..types import RoutingShape
 from . import FAMILIES
 from .blocks import HFConfig, prediction_layers
 from .mapping import Mapping

@@ -16,17 +16,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from ..algorithms.objective import Objective
+from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..batch.packing import pack, plan_microbatches
 from ..checkpoint import native
-from ..checkpoint.hf import export_hf, load_hf
 from ..config import Config
-from ..data.packing import pack, plan_microbatches
 from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
-from ..metrics.logger import reduce_metrics, value_of
+from ..losses.objective import Objective
+from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.attention import packing_of
 from ..models.config import ModelDescription
-from ..types import Metric, Microbatch, RoutingShape, TrainBatch
+from ..weights.export import export_hf, load_hf
 from .build import build_chunks, make_trainable, move_to_host, on_device
 from .fp8 import drop_initial_values, total_multiple
 from .logprobs import vocab_parallel_logprobs

@@ -23,8 +23,9 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from ..algorithms.rspo import log_router_shift
-from ..types import Metric, Microbatch, RoutingShape
+from ..batch.columns import Microbatch, RoutingShape
+from ..losses.rspo import log_router_shift
+from ..metrics.figures import Metric
 
 
 def routers_of(chunk: torch.nn.Module) -> dict[int, TopKRouter]:

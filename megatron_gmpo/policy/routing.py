@@ -17,7 +17,8 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
-from ..types import Metric, Microbatch, RoutingShape, TrainBatch
+from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..metrics.figures import Metric
 from .routers import own_slots, routers_of, sum_pieces
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from math import isfinite, nan
 from typing import Any
 
+from ..batch.samples import Prompt
 from ..config import RewardConfig
 from ..errors import InputError
-from ..types import Prompt
 from .arithmetic import arithmetic_reward
 from .countdown import countdown_reward
 from .math import MathReward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..types import Prompt
+from ..batch.samples import Prompt
 
 
 def arithmetic_reward(prompt: Prompt, response: str) -> float:

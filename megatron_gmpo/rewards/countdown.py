@@ -7,8 +7,8 @@ import operator
 import re
 from fractions import Fraction
 
+from ..batch.samples import Prompt
 from ..errors import InputError
-from ..types import Prompt
 
 MAX_LENGTH = 200
 """Characters of the longest expression that is read."""

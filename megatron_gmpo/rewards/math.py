@@ -15,7 +15,7 @@ from types import TracebackType
 from math_verify import parse, verify
 from pebble import CONSTS, ProcessExpired, ProcessPool
 
-from ..types import Prompt
+from ..batch.samples import Prompt
 
 # The workers ignore SIGTERM, so pebble need not wait long for it before it kills.
 CONSTS.term_timeout = 0.1

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..batch.samples import Prompt, SampleGroup
 from ..config import RolloutConfig
 from ..distributed import all_gather_objects, rank, world_size
+from ..metrics.figures import Metric
 from ..rewards import Reward
-from ..types import Metric, Prompt, SampleGroup
 from .engine import RolloutEngine, SamplingParams
 
 

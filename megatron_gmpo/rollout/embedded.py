@@ -19,11 +19,12 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from ..batch.samples import FinishReason, Prompt, Sample, SampleGroup
 from ..distributed import all_gather_objects, rank, world_size
 from ..errors import InputError, NonFiniteError
+from ..metrics.figures import Metric
 from ..models import fp8_blocks
 from ..models.hub import hub_names
-from ..types import FinishReason, Metric, Prompt, Sample, SampleGroup
 from .engine import SamplingParams, end_token_ids, response_text
 
 

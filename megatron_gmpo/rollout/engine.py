@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..types import Metric, Prompt, SampleGroup
+from ..batch.samples import Prompt, SampleGroup
+from ..metrics.figures import Metric
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ..batch.samples import Prompt, Sample, SampleGroup
 from ..distributed import rank
 from ..errors import InputError
-from ..types import Prompt, Sample, SampleGroup
 
 
 def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> None:

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.checkpoint import native
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.types import TrainBatch
 from tools.make_tiny_model import text_tokenizer
 
-from . import cases, reference
-from .ranks import RankPool
+from ..support import cases, reference
+from ..support.ranks import RankPool
 from .test_layouts import CP, EP, ETP, PP, TP, VPP, config, make_batch
 
 pytestmark = pytest.mark.distributed
@@ -269,7 +269,7 @@ def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path]
     command = [
         sys.executable,
         "-m",
-        "tests.distributed.saver",
+        "tests.support.saver",
         str(model_of("qwen3")),
         str(tmp_path / "run"),
         "0",

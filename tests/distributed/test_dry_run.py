@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 from megatron_gmpo.models.config import describe_model
-from megatron_gmpo.policy.dry_run import dry_run
-from megatron_gmpo.types import TrainBatch
+from megatron_gmpo.planning.dry_run import dry_run
 
-from . import cases
-from .ranks import RankPool
+from ..support import cases
+from ..support.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
-from megatron_gmpo.types import TrainBatch
 from tools.make_tiny_model import Family, text_tokenizer
 
-from . import cases, reference
-from .ranks import RankPool
+from ..support import cases, reference
+from ..support.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 

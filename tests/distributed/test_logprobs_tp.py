@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from megatron_gmpo.policy.logprobs import vocab_parallel_logprobs
 
-from .ranks import RankPool
+from ..support.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 

@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_gmpo.algorithms import POLICY_LOSSES, PolicyMask, TokenPenalty
+from megatron_gmpo.losses.registry import POLICY_LOSSES
+from megatron_gmpo.losses.tokens import PolicyMask, TokenPenalty
 
 RANKS = 4
 S = 5

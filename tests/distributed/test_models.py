@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_gmpo.types import TrainBatch
+from megatron_gmpo.batch.columns import TrainBatch
 
-from . import cases, reference
-from .ranks import RankPool
+from ..support import cases, reference
+from ..support.ranks import RankPool
 from .test_layouts import CP, EP, ETP, PP, TP, VPP, config, make_batch
 
 pytestmark = pytest.mark.distributed

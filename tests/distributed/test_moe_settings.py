@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from megatron_gmpo.types import TrainBatch
+from megatron_gmpo.batch.columns import TrainBatch
 
-from . import cases, reference
-from .ranks import RankPool
+from ..support import cases, reference
+from ..support.ranks import RankPool
 from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, MOE, STEPS, VOCAB, Reference, check, config, expected
 from .test_layouts import LAYOUTS as DATA
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from torch.testing import assert_close
 
-from . import cases
-from .ranks import RankPool
+from ..support import cases
+from ..support.ranks import RankPool
 from .test_layouts import CP, EP, PP, STEPS, TP, VPP, Reference, check, config, expected
 
 pytestmark = pytest.mark.distributed

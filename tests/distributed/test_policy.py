@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from . import cases
-from .ranks import RankPool
+from ..support import cases
+from ..support.ranks import RankPool
 from .test_layouts import LR, Reference, config, distance, expected
 
 pytestmark = pytest.mark.distributed

@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.distributed import all_gather_objects, rank, sum_over_group, world_size
 from megatron_gmpo.metrics.logger import MetricLogger
 from megatron_gmpo.rollout.collect import score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, save_groups
-from megatron_gmpo.types import Prompt, Sample, SampleGroup
 
-from .ranks import RankPool
+from ..support.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megatron_gmpo.types import TrainBatch
+from megatron_gmpo.batch.columns import TrainBatch
 
-from . import cases, reference
-from .ranks import RankPool
+from ..support import cases, reference
+from ..support.ranks import RankPool
 from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, STEPS, Reference, check, expected
 from .test_routing import LAYOUTS, RECOMPUTE, batch, replaying, train_forced
 

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gmpo.batch.columns import RoutingShape, TrainBatch
+from megatron_gmpo.batch.packing import make_train_batch
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config
-from megatron_gmpo.data.packing import make_train_batch
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.types import Prompt, RoutingShape, TrainBatch
 from tools.make_tiny_model import text_tokenizer
 
-from . import cases, reference
-from .ranks import RankPool
+from ..support import cases, reference
+from ..support.ranks import RankPool
 from .test_layouts import (
     CLIP,
     CLIP_GRAD,

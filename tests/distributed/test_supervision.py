@@ -16,7 +16,7 @@ from megatron_gmpo.config import SupervisionConfig
 from megatron_gmpo.errors import InputError, NodeError
 from megatron_gmpo.supervision import node_check, signals, stop
 
-from .ranks import RankPool
+from ..support.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.config import describe_model
@@ -21,7 +22,6 @@ from megatron_gmpo.policy.build import check_optimizer
 from megatron_gmpo.policy.fp8 import check_fp8
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.types import TrainBatch
 
 Open = Callable[..., AbstractContextManager[Policy]]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.types import TrainBatch
 
 from .conftest import Open, make_batch
 from .test_policy import FAMILIES, difference, steps

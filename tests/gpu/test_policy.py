@@ -11,12 +11,12 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from megatron_gmpo.algorithms.objective import make_objective
+from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.checkpoint import native
-from megatron_gmpo.checkpoint.hf import SafetensorsFolder
-from megatron_gmpo.metrics.logger import value_of
+from megatron_gmpo.losses.objective import make_objective
+from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.types import TrainBatch
+from megatron_gmpo.weights.export import SafetensorsFolder
 
 from .conftest import LENGTHS, Open, make_batch
 

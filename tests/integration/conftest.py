@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gmpo.rollout.servers import LocalServers
+from megatron_gmpo.rollout.sglang.servers import LocalServers
 
-from .sglang_servers import local_servers
+from ..support.sglang_servers import local_servers
 
 
 @pytest.fixture(scope="session")

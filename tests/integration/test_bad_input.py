@@ -17,7 +17,7 @@ from megatron_gmpo.checkpoint import native
 from megatron_gmpo.models.config import read_hf_config
 from tools import arithmetic
 
-from .commands import CONFIG, ROOT, error_lines, options, run_module
+from ..support.commands import CONFIG, ROOT, error_lines, options, run_module
 
 pytestmark = pytest.mark.distributed
 
@@ -190,7 +190,7 @@ def refusals(folder: Path) -> dict[str, dict[str, Any]]:
     """What came of each case, all run in one process."""
     cases = [{"argv": arguments(name, folder), "env": CASES[name][0]["env"]} for name in CASES]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.refusals"],
+        [sys.executable, "-m", "tests.support.refusals"],
         input=json.dumps(cases),
         cwd=ROOT,
         capture_output=True,
@@ -254,7 +254,7 @@ def test_trouble_of_one_rank_alone_is_not_silent(folder: Path, tmp_path: Path) -
     done = run_module(
         "megatron_gmpo.train",
         *argv,
-        *options(reward__name="tests.integration.rewards:broken_on_rank_1", train__num_steps=1),
+        *options(reward__name="tests.support.rewards:broken_on_rank_1", train__num_steps=1),
         ranks=2,
     )
     assert done.returncode != 0

@@ -22,18 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_gmpo.checkpoint.convert import ConversionTable, HFToMegatron, inspect_checkpoint
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFile
-from megatron_gmpo.checkpoint.torch_dist import TorchDistReader
+from megatron_gmpo.weights.convert import ConversionTable, HFToMegatron, inspect_checkpoint
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFile
+from megatron_gmpo.weights.torch_dist import TorchDistReader
 from tools.conversion import compare_logits
 from tools.make_tiny_model import text_tokenizer
 
-from ..distributed import cases
-from ..distributed.ranks import RankPool
 from ..distributed.test_checkpoint import make_config, replayed
 from ..distributed.test_layouts import EP, ETP, PP, TP, config
-from . import conversions
-from .commands import ROOT, error_lines, run_module
+from ..support import cases, conversions
+from ..support.commands import ROOT, error_lines, run_module
+from ..support.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 
@@ -545,7 +544,7 @@ def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(
     model: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, out = model("qwen3"), tmp_path / "out"
-    command = [sys.executable, "-m", "tests.integration.conversions", str(source), str(out), "5"]
+    command = [sys.executable, "-m", "tests.support.conversions", str(source), str(out), "5"]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200)
     assert killed.returncode == -signal.SIGKILL
     assert left_over(tmp_path) == [".partial_out"]

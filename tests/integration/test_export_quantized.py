@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from megatron_gmpo.errors import InputError, RunError
 from tools.export_quantized import PYTHON, export_quantized
 
-from .commands import ROOT, run_module
-from .sglang_servers import PYTHON as SGLANG_PYTHON
+from ..support.commands import ROOT, run_module
+from ..support.sglang_servers import PYTHON as SGLANG_PYTHON
 
 needs_modelopt = pytest.mark.skipif(
     not (ROOT / PYTHON).exists(), reason="no .venv-modelopt: run make modelopt"

@@ -17,18 +17,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config, WeightSyncConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.fp8_blocks import quantize_all
-from megatron_gmpo.rollout import servers as servers_module
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.sglang import check_servers, fp8_start_folder, local_servers, start_sglang
-from megatron_gmpo.rollout.weight_sync import make_weight_sync
-from megatron_gmpo.types import Prompt
+from megatron_gmpo.rollout.sglang.engine import (
+    check_servers,
+    fp8_start_folder,
+    local_servers,
+    start_sglang,
+)
+from megatron_gmpo.rollout.sglang.engine import servers as servers_module
+from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
-from .sglang_servers import CPU, PYTHON, generate, needs_sglang
+from ..support.sglang_servers import CPU, PYTHON, generate, needs_sglang
 
 PROMPT = [5, 6, 7, 8, 9, 10]
 SHAPE = {

@@ -15,7 +15,7 @@ import pytest
 
 from tools import arithmetic
 
-from .commands import ROOT, error_lines
+from ..support.commands import ROOT, error_lines
 
 STUDY = """
 title = "Two losses & a mistake"

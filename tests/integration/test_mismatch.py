@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.replay import save_groups
-from megatron_gmpo.types import Prompt, Sample, SampleGroup
 from tools.mismatch import Options, measure
 
-from .commands import error_lines, run_module
-from .sglang_servers import PYTHON, needs_sglang
+from ..support.commands import error_lines, run_module
+from ..support.sglang_servers import PYTHON, needs_sglang
 
 OFFSET = 0.5
 """What the rollout engine is said to have reported too much."""

@@ -13,7 +13,7 @@ import pytest
 
 from tools.step_estimate import Model
 
-from .commands import CONFIG, ROOT, error_lines, options, run_module
+from ..support.commands import CONFIG, ROOT, error_lines, options, run_module
 
 pytestmark = pytest.mark.distributed
 

@@ -19,11 +19,16 @@ from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.config import SGLangConfig
 from megatron_gmpo.errors import InputError, ServerError
-from megatron_gmpo.rollout.servers import LocalServers, Server, external_servers, published_servers
+from megatron_gmpo.rollout.sglang.servers import (
+    LocalServers,
+    Server,
+    external_servers,
+    published_servers,
+)
 from megatron_gmpo.supervision.records import node_name
 
-from .commands import CONFIG, ROOT, command_line, error_lines, options
-from .sglang_servers import (
+from ..support.commands import CONFIG, ROOT, command_line, error_lines, options
+from ..support.sglang_servers import (
     CPU,
     PYTHON,
     generate,
@@ -169,7 +174,7 @@ def test_start_timeout_and_stop(tmp_path: Path) -> None:
 def test_no_server_outlives_a_killed_trainer(tmp_path: Path) -> None:
     """Neither one that runs nor one that is stopped, and although a fork of the trainer lives on."""
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.integration.sglang_servers", str(tmp_path)],
+        [sys.executable, "-m", "tests.support.sglang_servers", str(tmp_path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -232,7 +237,10 @@ def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(
         weight_sync__timeout_s=5,
     )
     command = command_line(
-        "megatron_gmpo.rollout.serve", CONFIG, *options(model__path=sglang_model, run_dir=tmp_path), *limits
+        "megatron_gmpo.rollout.sglang.serve",
+        CONFIG,
+        *options(model__path=sglang_model, run_dir=tmp_path),
+        *limits,
     )
     (tmp_path / "server_keys.json").write_text('{"api_key": "user", "admin_key": "admin"}')
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "1", "MASTER_ADDR": "127.0.0.1"}

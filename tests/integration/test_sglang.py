@@ -23,20 +23,20 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gmpo.batch.samples import Prompt, Sample
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import ServerError
-from megatron_gmpo.metrics.logger import value_of
+from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.servers import LocalServers
-from megatron_gmpo.rollout.sglang import SGLangEngine, start_sglang
-from megatron_gmpo.rollout.weight_sync import make_weight_sync
-from megatron_gmpo.types import Prompt, Sample
+from megatron_gmpo.rollout.sglang.engine import SGLangEngine, start_sglang
+from megatron_gmpo.rollout.sglang.servers import LocalServers
+from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
 from tools import arithmetic
 
-from ..distributed.ranks import RankPool
-from . import conversions
-from .commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
-from .sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_until_gone
+from ..support import conversions
+from ..support.commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
+from ..support.ranks import RankPool
+from ..support.sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_until_gone
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -397,7 +397,7 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
         eval__sets__heldout__path=problems / "heldout.jsonl",
         eval__sets__heldout__max_prompts=8,
         eval__pass_reward=0.5,
-        reward__name="tests.integration.rewards:share_of_digits",
+        reward__name="tests.support.rewards:share_of_digits",
         rollout__engine="sglang",
         rollout__num_servers=2,
         rollout__max_staleness=1,

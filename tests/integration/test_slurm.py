@@ -17,9 +17,9 @@ import pytest
 from tools import arithmetic
 from tools.attempt import AttemptRecord, checkpoint_step, read_attempts
 
-from .commands import json_lines, options
-from .sglang_servers import PYTHON, needs_sglang
-from .slurm_cluster import SlurmCluster, needs_slurm
+from ..support.commands import json_lines, options
+from ..support.sglang_servers import PYTHON, needs_sglang
+from ..support.slurm_cluster import SlurmCluster, needs_slurm
 
 pytestmark = [
     needs_slurm,
@@ -109,7 +109,7 @@ def submit(
         data__path=folder / "train.jsonl",
         data__max_prompts=40,
         eval__sets="{}",
-        reward__name="tests.integration.rewards:unhurried_share_of_digits",
+        reward__name="tests.support.rewards:unhurried_share_of_digits",
         rollout__prompts_per_step=4,
         rollout__samples_per_prompt=4,
         train__num_steps=STEPS,

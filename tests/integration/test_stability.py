@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .commands import error_lines, json_lines, options, run_module
+from ..support.commands import error_lines, json_lines, options, run_module
 from .test_train import EP2, argv
 
 pytestmark = pytest.mark.distributed

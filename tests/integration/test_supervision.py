@@ -18,7 +18,7 @@ import pytest
 from megatron_gmpo.errors import Exit
 from tools import arithmetic
 
-from .commands import CONFIG, ROOT, command_line, error_lines, json_lines, options, run_module
+from ..support.commands import CONFIG, ROOT, command_line, error_lines, json_lines, options, run_module
 
 pytestmark = pytest.mark.distributed
 
@@ -44,7 +44,7 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             data__path=problems / "train.jsonl",
             data__max_prompts=40,
             eval__sets="{}",
-            reward__name="tests.integration.rewards:share_of_digits",
+            reward__name="tests.support.rewards:share_of_digits",
             rollout__prompts_per_step=6,
             rollout__samples_per_prompt=4,
             train__minibatches_per_step=2,
@@ -149,7 +149,7 @@ def test_a_run_stopped_three_times_equals_an_undisturbed_one(argv: list[str], tm
 
 
 def test_a_reward_that_never_returns_is_named(argv: list[str], tmp_path: Path) -> None:
-    hanging = options(run_dir=tmp_path, reward__name="tests.integration.rewards:sleeps_on_rank_1")
+    hanging = options(run_dir=tmp_path, reward__name="tests.support.rewards:sleeps_on_rank_1")
     done = run_module(TRAIN, *argv, *hanging, ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
     assert done.returncode != 0
     end = outcome(tmp_path)
@@ -192,7 +192,7 @@ def test_a_rank_that_stands_still_is_named_by_the_others(argv: list[str], tmp_pa
 def test_a_collective_that_gives_up_says_where(argv: list[str], tmp_path: Path) -> None:
     hanging = options(
         run_dir=tmp_path,
-        reward__name="tests.integration.rewards:sleeps_on_rank_1",
+        reward__name="tests.support.rewards:sleeps_on_rank_1",
         distributed_timeout_s=15,
         supervision__hang_timeout_s=600,
     )
@@ -208,7 +208,7 @@ def test_a_collective_that_gives_up_says_where(argv: list[str], tmp_path: Path) 
 
 
 def test_a_crash_is_recorded_by_the_rank_that_knows(argv: list[str], tmp_path: Path) -> None:
-    crashing = options(run_dir=tmp_path, reward__name="tests.integration.rewards:crashes_on_rank_1")
+    crashing = options(run_dir=tmp_path, reward__name="tests.support.rewards:crashes_on_rank_1")
     done = run_module(TRAIN, *argv, *crashing, ranks=2)
     assert done.returncode != 0
     end = outcome(tmp_path)

@@ -13,12 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import load_config
 from megatron_gmpo.rewards.countdown import countdown_reward
-from megatron_gmpo.types import Prompt
 from tools import arithmetic
 
-from .commands import CONFIG, error_lines, json_lines, options, run_module
+from ..support.commands import CONFIG, error_lines, json_lines, options, run_module
 
 pytestmark = pytest.mark.distributed
 
@@ -73,7 +73,7 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             eval__sets__heldout__path=problems / "heldout.jsonl",
             eval__sets__heldout__max_prompts=8,
             eval__pass_reward=0.5,
-            reward__name="tests.integration.rewards:share_of_digits",
+            reward__name="tests.support.rewards:share_of_digits",
             rollout__prompts_per_step=6,
             rollout__samples_per_prompt=4,
             train__minibatches_per_step=3,

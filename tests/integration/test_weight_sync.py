@@ -19,20 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import WeightSyncConfig
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.rollout.servers import LocalServers, Server
-from megatron_gmpo.rollout.weight_sync import (
+from megatron_gmpo.rollout.sglang.servers import LocalServers, Server
+from megatron_gmpo.rollout.sglang.sync.weight_sync import (
     INCOMPLETE,
     WeightSync,
     make_weight_sync,
     release_memory,
     resume_memory,
 )
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
-from ..distributed.ranks import RankPool
-from .sglang_servers import generate, local_servers, needs_sglang, process_group, wait_for
+from ..support.ranks import RankPool
+from ..support.sglang_servers import generate, local_servers, needs_sglang, process_group, wait_for
 
 pytestmark = needs_sglang
 

@@ -10,14 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gmpo.algorithms import POLICY_LOSSES
-from megatron_gmpo.algorithms.adaptive_clip import AdaptiveClip, make_adaptive_clip
-from megatron_gmpo.algorithms.objective import make_objective
 from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.histogram import BINS, quantile
-from megatron_gmpo.metrics.logger import reduce_metrics
-from megatron_gmpo.types import Metric
+from megatron_gmpo.losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
+from megatron_gmpo.losses.objective import make_objective
+from megatron_gmpo.losses.registry import POLICY_LOSSES
+from megatron_gmpo.metrics.figures import Metric, reduce_metrics
+from megatron_gmpo.metrics.histogram import BINS, quantile
 
 SEQUENCES, TOKENS = 256, 16
 

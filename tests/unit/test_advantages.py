@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gmpo.algorithms import group_advantages
-from megatron_gmpo.types import Prompt, Sample, SampleGroup
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.losses.advantages import group_advantages
 
 KINDS = ["normalized", "mean", "leave_one_out"]
 

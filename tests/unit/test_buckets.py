@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.config import WeightSyncConfig
 from megatron_gmpo.models.fp8_blocks import SCALE
-from megatron_gmpo.rollout.weight_sync import _Route, make_weight_sync
+from megatron_gmpo.rollout.sglang.sync.weight_sync import _Route, make_weight_sync
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 
 def buckets_of(

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import RewardConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rewards import REWARDS, resolve_reward
-from megatron_gmpo.types import Prompt
 from tools import countdown
 from tools.countdown import Countdown
 from tools.make_tiny_model import countdown_tokenizer

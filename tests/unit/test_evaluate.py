@@ -7,13 +7,13 @@ from statistics import fmean
 
 import pytest
 
+from megatron_gmpo.batch.samples import Prompt, SampleGroup
 from megatron_gmpo.config import EvalConfig
 from megatron_gmpo.evaluate import evaluate, pass_at_k
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.types import Prompt, SampleGroup
 
-from .scripted import ScriptedEngine
+from ..support.scripted import ScriptedEngine
 
 
 @pytest.mark.parametrize("n", range(1, 8))

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer import TransformerConfig
 
+from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.config import Config, Fp8Config, OptimizerConfig, load_config
-from megatron_gmpo.data.packing import pack
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.config import _fp8_fields, describe_model
 from megatron_gmpo.platform import check_deterministic
 from megatron_gmpo.platform.capabilities import Capabilities, capabilities_of, check_apex
 from megatron_gmpo.policy.build import check_optimizer
 from megatron_gmpo.policy.fp8 import check_fp8, total_multiple
-from megatron_gmpo.types import TrainBatch
 
 H100 = Capabilities("NVIDIA H100 80GB HBM3", (9, 0), (12, 9), (2, 11))
 B200 = Capabilities("NVIDIA B200", (10, 0), (12, 9), (2, 11))

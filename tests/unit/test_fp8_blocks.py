@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
-from megatron_gmpo.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.errors import NonFiniteError
 from megatron_gmpo.models.fp8_blocks import dequantize, is_quantized, quantize, quantize_all, rounded
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 # OCP 8-bit floating point specification, E4M3: bias 7, 3 mantissa bits, subnormals below 2^-6, no infinities, the largest 448
 MAGNITUDES = [m * 2.0**-9 for m in range(8)] + [

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gmpo.histogram import (
+from megatron_gmpo.metrics.figures import QUANTILES, Metric, figures_of, reduce_metrics, value_of
+from megatron_gmpo.metrics.histogram import (
     BINS,
     LARGEST,
     RELATIVE_ERROR,
@@ -19,8 +20,6 @@ from megatron_gmpo.histogram import (
     histogram,
     quantile,
 )
-from megatron_gmpo.metrics.logger import QUANTILES, figures_of, reduce_metrics, value_of
-from megatron_gmpo.types import Metric
 
 sizes = st.floats(SMALLEST * 1.001, LARGEST)
 

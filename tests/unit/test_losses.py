@@ -16,17 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_gmpo.algorithms import (
-    POLICY_LOSSES,
-    TOKEN_MEAN_LOSSES,
-    PolicyMask,
-    TokenPenalty,
-    check_loss,
-    default_clip,
-)
-from megatron_gmpo.algorithms.rspo import log_router_shift
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.types import LossOutput
+from megatron_gmpo.losses.registry import POLICY_LOSSES, TOKEN_MEAN_LOSSES, check_loss, default_clip
+from megatron_gmpo.losses.rspo import log_router_shift
+from megatron_gmpo.losses.tokens import LossOutput, PolicyMask, TokenPenalty
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 REQUIRED = {"dr_grpo": {"length_normalizer": 6}}

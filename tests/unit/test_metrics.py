@@ -21,10 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics import plots
-from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after, reduce_metrics, value_of
+from megatron_gmpo.metrics.figures import Metric, reduce_metrics, value_of
+from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after
 from megatron_gmpo.metrics.plots import PANELS, plot_run, read_metrics
 from megatron_gmpo.metrics.progress import Progress
-from megatron_gmpo.types import Metric
 
 
 def json_lines(path: Path) -> list[dict]:

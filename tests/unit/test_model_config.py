@@ -12,10 +12,10 @@ import pytest
 import torch
 from megatron.core.transformer import MLATransformerConfig
 
+from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.config import ModelDescription, describe_model
-from megatron_gmpo.types import RoutingShape
 
 CPU = torch.device("cpu")
 TP, PP, VPP = (

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_gmpo.algorithms import POLICY_LOSSES, TOKEN_MEAN_LOSSES, PolicyMask, TokenPenalty
-from megatron_gmpo.algorithms.baselines import dapo_loss, dr_grpo_loss
-from megatron_gmpo.algorithms.correction import correct, importance_weights, kept_tokens, rollout_mismatch
-from megatron_gmpo.algorithms.gmpo import gmpo_loss
-from megatron_gmpo.algorithms.objective import Objective, make_objective
+from megatron_gmpo.batch.columns import Microbatch, TrainBatch
 from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.distributed import all_gather_objects, barrier, rank, sum_over_group, world_size
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.metrics.logger import value_of
-from megatron_gmpo.types import LossOutput, Microbatch, TrainBatch
+from megatron_gmpo.losses.correction import correct, importance_weights, kept_tokens, rollout_mismatch
+from megatron_gmpo.losses.gmpo import gmpo_loss
+from megatron_gmpo.losses.objective import Objective, make_objective
+from megatron_gmpo.losses.ppo_family import dapo_loss, dr_grpo_loss
+from megatron_gmpo.losses.registry import POLICY_LOSSES, TOKEN_MEAN_LOSSES
+from megatron_gmpo.losses.tokens import LossOutput, PolicyMask, TokenPenalty
+from megatron_gmpo.metrics.figures import value_of
 
 SLOTS, SEQUENCES = 24, 4
 

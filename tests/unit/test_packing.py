@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import packing as benchmark
-from megatron_gmpo.data.packing import cost, make_train_batch, pack, plan_microbatches, stack_routed_experts
+from megatron_gmpo.batch.columns import Microbatch, RoutingShape, TrainBatch
+from megatron_gmpo.batch.packing import cost, make_train_batch, pack, plan_microbatches, stack_routed_experts
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.types import Microbatch, Prompt, RoutingShape, Sample, SampleGroup, TrainBatch
 
 quick = settings(deadline=None, max_examples=80)
 

@@ -16,10 +16,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import DataConfig
 from megatron_gmpo.data.prompts import PromptStream, load_prompts
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.types import Prompt
 
 ROWS = [
     {"problem": "2+2=", "answer": "052"},

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import RewardConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rewards import REWARDS, MathReward, resolve_reward
-from megatron_gmpo.types import Prompt
 
 RIGHT = [
     ("72", "so it is \\boxed{72}"),
@@ -128,7 +128,7 @@ def test_the_registry_works_without_config_and_lets_the_interpreter_end(tmp_path
     script = tmp_path / "script.py"
     script.write_text(
         "from megatron_gmpo.rewards import REWARDS\n"
-        "from megatron_gmpo.types import Prompt\n"
+        "from megatron_gmpo.batch.samples import Prompt\n"
         "if __name__ == '__main__':\n"
         "    print(REWARDS['math'](Prompt('t/0', answer='1/2'), '\\\\boxed{0.5}'))\n"
     )

@@ -21,19 +21,19 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.prompts import PromptStream
 from megatron_gmpo.errors import InputError, NonFiniteError
-from megatron_gmpo.metrics.logger import value_of
+from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
-from megatron_gmpo.rollout.client import _allow_open_files
 from megatron_gmpo.rollout.collect import Collected, Collector, overlong_penalty, rollout_figures, score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
-from megatron_gmpo.types import Prompt, Sample, SampleGroup
+from megatron_gmpo.rollout.sglang.client import _allow_open_files
 
-from .scripted import ScriptedEngine
+from ..support.scripted import ScriptedEngine
 
 TEXTS = ["1", "07+45=", "3 - 2 + 10 = 8 + 8 - 5", "12+1=", "12+1=", "99"]
 EOS = 1

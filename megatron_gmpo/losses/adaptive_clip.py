@@ -1,0 +1,132 @@
+"""Clips that follow a target: the adaptive clip that the GMPO paper (arXiv 2507.20673) leaves to future work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from ..config import AlgorithmConfig
+from ..errors import InputError
+from ..metrics.figures import Metric
+from ..metrics.histogram import quantile
+from .objective import Objective
+from .registry import LOG_CLIP_LOSSES
+
+SPAN = 8.0
+"""Without ``algorithm.clip_bounds`` a clip stays within this factor of where it started."""
+TAIL = 0.001
+"""Share of the tokens beyond each of the two quantiles that ``tail`` holds."""
+DEFAULT_FRACTION = 0.01
+"""Target of ``fraction`` when the user names none."""
+
+
+class AdaptiveClip:
+    """An integral controller of clip_low and clip_high, each by itself, in log space.
+
+    After every step, with e = signal / target - 1 kept within [-1, 1]: ``clip *= exp(gain e)`` where the signal is the fraction clipped
+    (clips too much: widen), ``clip *= exp(-gain e)`` where it is a tail of the log ratio (the policy moves too far: narrow). Equal metrics
+    give equal clips, so all ranks agree.
+
+    It moves once a step, from the metrics of all its optimizer steps, and not after each of them: within a step ratios start at 1 and
+    spread, and a controller as fast as that would narrow at every start and widen at every end.
+
+    Args:
+        clip_low, clip_high: where to start, within the bounds.
+        signal: ``fraction`` or ``tail``, see ``AlgorithmConfig.clip_signal``.
+        target: of the signal.
+        bounds_low, bounds_high: (smallest, largest) of each clip.
+        gain: the logarithm of the largest step.
+    """
+
+    def __init__(
+        self,
+        clip_low: float,
+        clip_high: float,
+        *,
+        signal: Literal["fraction", "tail"],
+        target: float,
+        bounds_low: tuple[float, float],
+        bounds_high: tuple[float, float],
+        gain: float,
+    ) -> None:
+        self.clips = {"low": clip_low, "high": clip_high}
+        self._bounds = {"low": bounds_low, "high": bounds_high}
+        self._signal, self._target, self._gain = signal, target, gain
+
+    def update(self, metrics: Mapping[str, Metric]) -> None:
+        """Moves the clips, given the reduced metrics of a step; a step without response tokens moves nothing."""
+        for side, clip in self.clips.items():
+            signal = self._measure(side, metrics)
+            if math.isnan(signal):
+                continue
+            error = min(max(signal / self._target - 1, -1.0), 1.0)
+            if self._signal == "tail":
+                error = -error
+            smallest, largest = self._bounds[side]
+            self.clips[side] = min(max(clip * math.exp(self._gain * error), smallest), largest)
+
+    def _measure(self, side: str, metrics: Mapping[str, Metric]) -> float:
+        if self._signal == "tail":
+            return abs(
+                quantile(
+                    torch.as_tensor(metrics["policy/log_ratio"].total), TAIL if side == "low" else 1 - TAIL
+                )
+            )
+        clipped = metrics[f"policy/clip_fraction_{side}"]
+        return float(clipped.total) / float(clipped.count) if clipped.count else math.nan
+
+    def applied_to(self, objective: Objective) -> Objective:
+        """The objective with these clips."""
+        return replace(objective, clip_low=self.clips["low"], clip_high=self.clips["high"])
+
+    def state_dict(self) -> dict[str, float]:
+        """JSON-able."""
+        return dict(self.clips)
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Takes over the clips, as far as the bounds allow."""
+        self.clips = {
+            side: min(max(float(state[side]), smallest), largest)
+            for side, (smallest, largest) in self._bounds.items()
+        }
+
+
+def make_adaptive_clip(cfg: AlgorithmConfig, objective: Objective) -> AdaptiveClip | None:
+    """The controller that ``cfg`` asks for, starting from the clips of ``objective``; None for fixed clips.
+
+    Raises:
+        InputError: nothing to adapt, a start that is 0 or out of bounds, or no target for a tail.
+    """
+    if cfg.clip == "fixed":
+        return None
+    if cfg.options.get("clip_mode") == "none":
+        raise InputError(
+            "algorithm.clip = 'adaptive': algorithm.options.clip_mode = 'none' clips nothing; choose 'token' or clip = 'fixed'"
+        )
+    if cfg.clip_signal == "tail" and cfg.clip_target is None:
+        raise InputError(
+            "algorithm.clip_signal = 'tail' needs algorithm.clip_target, the size of a log ratio: e.g. 0.2"
+        )
+    bounds: dict[str, tuple[float, float]] = {}
+    for side, start in (("low", objective.clip_low), ("high", objective.clip_high)):
+        smallest, largest = cfg.clip_bounds or (start / SPAN, start * SPAN)
+        if side == "low" and cfg.loss not in LOG_CLIP_LOSSES:
+            largest = min(largest, 1.0)  # ratios are positive
+        if not 0 < smallest <= start <= largest:
+            raise InputError(
+                f"algorithm.clip_{side} = {start:g} cannot adapt: start within [{smallest:g}, {largest:g}] and above 0"
+            )
+        bounds[side] = smallest, largest
+    return AdaptiveClip(
+        objective.clip_low,
+        objective.clip_high,
+        signal=cfg.clip_signal,
+        target=DEFAULT_FRACTION if cfg.clip_target is None else cfg.clip_target,
+        bounds_low=bounds["low"],
+        bounds_high=bounds["high"],
+        gain=cfg.clip_gain,
+    )

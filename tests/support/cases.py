@@ -1,0 +1,375 @@
+"""What the ranks of a layout test run: the real policy on replayed rollouts. Imported by the worker processes."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.checkpoint import native
+from megatron_gmpo.config import Config
+from megatron_gmpo.distributed import rank, world_size
+from megatron_gmpo.errors import InputError, NonFiniteError
+from megatron_gmpo.losses.correction import rollout_mismatch
+from megatron_gmpo.losses.objective import make_objective
+from megatron_gmpo.metrics.figures import value_of
+from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.platform import seed_everything
+from megatron_gmpo.policy.build import build_chunks
+from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
+from megatron_gmpo.policy.policy import Policy
+from megatron_gmpo.weights.export import export_hf
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def opened(cfg: Config) -> Iterator[Policy]:
+    description = describe_model(cfg, world_size(), CPU)
+    groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
+    try:
+        policy = Policy(cfg, description, groups, CPU)
+        yield policy
+        _let_go(policy)
+    finally:
+        stop_model_parallel()
+
+
+def _let_go(policy: Policy) -> None:
+    """Drops what would keep the policy, and with it the threads of its process groups, alive in this process.
+
+    The dispatcher's graph leads to the gradient hooks and so back to the model, a cycle the garbage collector does not see.
+    """
+    for module in (module for chunk in policy.chunks for module in chunk.modules()):
+        if hasattr(module, "token_dispatcher"):
+            module.token_dispatcher.probs = None
+    RotaryEmbedding.forward.cache_clear()
+    YarnRotaryEmbedding.forward.cache_clear()
+
+
+def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
+    """``steps`` optimizer steps on one batch: logprobs before, metrics of each step, and the weights after."""
+    with opened(cfg) as policy:
+        logprobs = policy.logprobs(batch)
+        if cfg.algorithm.kl_coef:
+            batch.ref_logprobs = policy.reference_logprobs(batch)
+        history = _steps(policy, batch, steps)
+        return {"logprobs": logprobs, "history": history, "weights": weights_on_rank_0(policy)}
+
+
+def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, float]]:
+    objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
+    return [
+        {name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()}
+        for _ in range(steps)
+    ]
+
+
+def replay(
+    cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_logprobs: Tensor | None = None
+) -> dict[str, Any]:
+    """``steps`` steps of ``minibatches`` each after ``set_old_logprobs``, or those given; and what each router of this rank chose in them.
+
+    Every token of the batch is another one, by which the routers' choices are told apart: ``chosen`` has (token, layer) -> sets of experts.
+    """
+    with opened(cfg) as policy:
+        compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(batch).items()}
+        logprobs = batch.old_logprobs
+        batch.old_logprobs = logprobs if old_logprobs is None else old_logprobs
+        if cfg.algorithm.kl_coef:
+            batch.ref_logprobs = policy.reference_logprobs(batch)
+        chosen = watch_routers(policy)
+        history = [
+            step
+            for _ in range(steps)
+            for minibatch in batch.split(minibatches)
+            for step in _steps(policy, minibatch, 1)
+        ]
+        return {
+            "logprobs": logprobs,
+            "ref_logprobs": batch.ref_logprobs,
+            "routed_experts": batch.routed_experts,
+            "compared": compared,
+            "history": history,
+            "chosen": chosen,
+            "router_shift": None if batch.router_scores is None else policy.router_shift(batch),
+            "weights": weights_on_rank_0(policy),
+        }
+
+
+def policy_mismatch(cfg: Config, batch: TrainBatch) -> dict[str, Any]:
+    """The policy's old log probabilities and how far they, and its routing, are from the rollout's."""
+    with opened(cfg) as policy:
+        figures = policy.set_old_logprobs(batch) | rollout_mismatch(batch)
+        return {"old_logprobs": batch.old_logprobs} | {
+            name: value_of(metric) for name, metric in figures.items()
+        }
+
+
+def watch_routers(policy: Policy) -> dict[tuple[int, int], set[tuple[int, ...]]]:
+    """Fills as the model runs forward: (token, layer) -> the sets of experts it went to, from the routers' output."""
+    chosen: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    tp = policy.groups.tp
+    for chunk in policy.chunks:
+        running: list[list[int]] = []  # tokens of the microbatch; none while a backward pass recomputes
+
+        def start(_: Any, args: Any, running: list[list[int]] = running) -> None:
+            running.append(args[0][0].chunk(tp.size())[tp.rank()].tolist())
+
+        def stop(_: Any, __: Any, ___: Any, running: list[list[int]] = running) -> None:
+            running.pop()
+
+        def note(
+            router: Any, _: Any, output: tuple[Tensor, Tensor], running: list[list[int]] = running
+        ) -> None:
+            for token, experts in zip(running[0] if running else [], output[1], strict=False):
+                chosen.setdefault((token, router.layer_number - 1), set()).add(
+                    tuple(experts.nonzero()[:, 0].tolist())
+                )
+
+        chunk.register_forward_pre_hook(start)
+        chunk.register_forward_hook(stop)
+        for router in (module for module in chunk.modules() if isinstance(module, TopKRouter)):
+            router.register_forward_hook(note)
+    return chosen
+
+
+def router_gradients(cfg: Config, batch: TrainBatch) -> list[Tensor]:
+    """Of each layer, after one step without gradient clipping, on one rank."""
+    with opened(cfg) as policy:
+        _steps(policy, batch, 1)
+        return [
+            module.weight.main_grad.clone()
+            for module in policy.chunks[0].modules()
+            if isinstance(module, TopKRouter)
+        ]
+
+
+def router_logits_dtype(cfg: Config, batch: TrainBatch) -> set[torch.dtype]:
+    """Of all layers."""
+    with opened(cfg) as policy:
+        policy.logprobs(batch)
+        routers = [module for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
+        return {
+            router.gating(torch.ones(1, router.config.hidden_size, dtype=router.weight.dtype)).dtype
+            for router in routers
+        }
+
+
+def run_on(
+    cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int, saves: list[int], keep_last: int = 9
+) -> dict[str, Any]:
+    """Steps ``first`` to ``last`` of a run, from the latest checkpoint when ``first`` is not 0, saving after the steps ``saves``."""
+    with opened(cfg) as policy:
+        if first:
+            assert resume(policy, run_dir) == {"step": first, "note": {"of step": first}}
+        history: list[dict[str, float]] = []
+        for step in range(first + 1, last + 1):
+            history += _steps(policy, batch, 1)
+            if step in saves:
+                policy.save(run_dir, step, {"note": {"of step": step}}, keep_last)
+        return {"history": history, "weights": weights_on_rank_0(policy)}
+
+
+def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any]:
+    """What this rank finds directly after updates, of unlike numbers of microbatches: log probabilities, exported weights, and both when a
+    checkpoint has been loaded."""
+    with opened(cfg) as policy:
+
+        def exported() -> dict[str, Tensor]:
+            return {name: tensor.clone() for name, tensor in policy.export_hf()}
+
+        _steps(policy, batch, 1)
+        found: dict[str, Any] = {"logprobs": policy.logprobs(batch)}
+        _steps(policy, batch.split(2)[0], 1)
+        found["exported"] = exported()
+        _steps(policy, batch, 1)
+        policy.save(run_dir, 3, {"note": ""}, 1)
+        _steps(policy, batch, 1)
+        resume(policy, run_dir)
+        return found | {
+            "loaded": exported(),
+            "logprobs_after_load": policy.logprobs(batch),
+            "updates": policy.model.scheduler.num_steps,
+        }
+
+
+def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
+    """Loads the latest checkpoint; of its state the step and the note."""
+    checkpoint = native.latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    state = policy.load(checkpoint)
+    return {name: state[name] for name in ("step", "note")}
+
+
+def refused_resume(cfg: Config, run_dir: Path) -> str:
+    """The message with which the latest checkpoint is refused."""
+    with opened(cfg) as policy, pytest.raises(InputError) as error:
+        resume(policy, run_dir)
+    return str(error.value)
+
+
+def random_numbers(cfg: Config, run_dir: Path) -> tuple[list[float], list[float]]:
+    """What every generator gives after a save, and again after loading it."""
+
+    def draw() -> list[float]:
+        with get_cuda_rng_tracker().fork():
+            tracked = torch.rand(()).item()
+        with get_cuda_rng_tracker().fork("expert-parallel-rng"):
+            tracked += torch.rand(()).item()
+        return [random.random(), float(np.random.rand()), torch.rand(()).item(), tracked]
+
+    with opened(cfg) as policy:
+        seed_everything(100 + rank())
+        draw()
+        policy.save(run_dir, 1, {"note": ""}, 1)
+        before = draw()
+        draw()
+        resume(policy, run_dir)
+        return before, draw()
+
+
+def load_with_megatron_alone(cfg: Config, checkpoint: Path) -> tuple[set[str], set[str], dict[str, Tensor]]:
+    """The checkpoint's names, those of GPTModel.sharded_state_dict, and the weights of a fresh GPTModel filled from it."""
+    description = describe_model(cfg, world_size(), CPU)
+    groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
+    try:
+        (model,) = build_chunks(description, groups, CPU)
+        model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(checkpoint)))
+        weights = {name: tensor.clone() for name, tensor in export_hf([model], description.mapping, groups)}
+        tensors = model.sharded_state_dict()
+        apply_factories(tensors)
+        names = {value.key for value in nested_values(tensors) if isinstance(value, ShardedTensor)}
+        return set(dist_checkpointing.load_tensors_metadata(str(checkpoint))), names, weights
+    finally:
+        stop_model_parallel()
+
+
+def weights_on_rank_0(policy: Policy) -> dict[str, Tensor] | None:
+    weights = {name: tensor.clone() for name, tensor in policy.export_hf()}
+    return weights if rank() == 0 else None
+
+
+def failure(cfg: Config, batch: TrainBatch) -> str:
+    """The message with which a training step stops."""
+    with opened(cfg) as policy, pytest.raises(NonFiniteError) as error:
+        _steps(policy, batch, 1)
+    return str(error.value)
+
+
+def refusal(cfg: Config) -> str:
+    """The message with which opening the policy is refused."""
+    try:
+        with opened(cfg):
+            return ""
+    except InputError as error:
+        return str(error)
+
+
+def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool) -> list[dict[str, float]]:
+    """Two steps of a fresh policy, saved before them or not."""
+    with opened(cfg) as policy:
+        if save:
+            policy.save(run_dir, 0, {"note": ""}, 1)
+        return _steps(policy, batch, 2)
+
+
+def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
+    """Bytes on this rank: weights, gradients, optimizer and reference after a step; in the next step ``saved``, the most that autograd kept
+    at the end of a forward pass, and ``peak``, the most that was allocated."""
+    with opened(cfg) as policy:
+        weights = _storages(_weights(policy.chunks))
+        _steps(policy, batch, 1)  # makes the optimizer's moments
+        saved = _SavedTensors(weights)
+        for chunk in policy.chunks:
+            chunk.register_forward_hook(saved.note)
+        with (
+            saved,
+            torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            ) as profile,
+        ):
+            _steps(policy, batch, 1)
+        live = peak = 0
+        for event in sorted(
+            (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
+            key=lambda e: e.start_ns(),
+        ):
+            live += event.nbytes()
+            peak = max(peak, live)
+        chunks: Any = policy.chunks
+        buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        optimizers = getattr(policy.model.optimizer, "chained_optimizers", [policy.model.optimizer])
+        torch_optimizers = [optimizer.optimizer for optimizer in optimizers]
+        held = [param for one in torch_optimizers for group in one.param_groups for param in group["params"]]
+        held += [
+            value
+            for one in torch_optimizers
+            for state in one.state.values()
+            for value in state.values()
+            if torch.is_tensor(value)
+        ]
+        reference = policy.reference or []
+        return {
+            "weights": sum(weights.values()),
+            "gradients": sum(_storages([buffer.grad_data for buffer in buffers]).values()),
+            "optimizer": sum(size for key, size in _storages(held).items() if key not in weights),
+            "reference": sum(_storages(_weights(reference)).values()),
+            "saved": saved.most,
+            "peak": peak,
+        }
+
+
+def _weights(chunks: list[torch.nn.Module]) -> list[Tensor]:
+    return [tensor for chunk in chunks for tensor in (*chunk.parameters(), *torch.nn.Module.buffers(chunk))]
+
+
+def _storages(tensors: list[Tensor]) -> dict[int, int]:
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+class _Saved:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for backward passes, each storage once; ``most`` is the maximum over the calls of ``note``."""
+
+    def __init__(self, known: dict[int, int]) -> None:
+        self._known, self._users, self._nbytes, self.most = known, Counter[int](), 0, 0
+        super().__init__(self._pack, lambda kept: kept.tensor)
+
+    def note(self, *_: Any) -> None:
+        self.most = max(self.most, self._nbytes)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        kept = _Saved(tensor)
+        if key not in self._known:
+            self._nbytes += size if not self._users[key] else 0
+            self._users[key] += 1
+            weakref.finalize(kept, self._drop, key, size)
+        return kept
+
+    def _drop(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        self._nbytes -= size if not self._users[key] else 0

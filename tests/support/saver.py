@@ -1,0 +1,123 @@
+"""A run that saves in a loop and is killed with SIGKILL again and again: ``python -m tests.support.saver MODEL RUN_DIR SEED``.
+
+Every life of the run is a fork of this process, which has the imports done. It loads the latest checkpoint, checks that weights and
+moments are those of that step, and then saves step after step, every number in them being the step. Prints one line a life.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_gmpo.checkpoint import native
+from megatron_gmpo.platform import prepare_megatron, start_process_group
+from megatron_gmpo.policy.policy import Policy
+
+from ..distributed.test_layouts import config
+from . import cases
+
+SAVES_BEFORE_DEATH = 2
+RANDOM_MOMENTS = 3
+
+
+def live(
+    model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[Any, str, int] | None
+) -> None:
+    """Loads, checks, and saves until killed: by itself, with a ``place``, in the save after those it has reported."""
+    start_process_group(cases.CPU, 60)
+    with cases.opened(config(model, {}, max_tokens=64)) as policy:
+        for state in states(policy):
+            state.zero_()
+        first = 0
+        if checkpoint := native.latest_checkpoint(run_dir):
+            first = policy.load(checkpoint)["step"]
+            assert all(bool((state == first).all()) for state in states(policy)), (
+                f"torn checkpoint of step {first}"
+            )
+        report(f"loaded {first}")
+        for step in range(first + 1, first + 1000):
+            for state in states(policy):
+                state.fill_(step)
+            if place and step > first + SAVES_BEFORE_DEATH:
+                die_at(*place)
+                place = None
+            policy.save(run_dir, step, {}, keep_last=2)
+            report(f"saved {step}")
+
+
+def die_at(owner: Any, name: str, call: int) -> None:
+    """Makes the so-manieth call of a function the end of this process."""
+    original, calls = getattr(owner, name), iter(range(1, call + 1))
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+
+
+def states(policy: Policy) -> list[torch.Tensor]:
+    slots = list(native._slots(policy.model.optimizer))
+    return [slot.parameter.data for slot in slots] + [
+        tensor for slot in slots for tensor in slot.tensors.values()
+    ]
+
+
+def main(model: Path, run_dir: Path, seed: int) -> None:
+    this: Any = sys.modules["__main__"]
+    this.__spec__ = this.__file__ = (
+        None  # what a life spawns, Megatron's checkpoint writer, need not import it
+    )
+    prepare_megatron(cases.CPU)
+    torch.set_num_threads(1)
+    choose = random.Random(seed)
+    places: list[tuple[Any, str, int] | None] = [
+        (Path, "rename", 1),  # Megatron gives the new checkpoint its metadata
+        (Path, "rename", 2),  # it is whole, but not in its place
+        (Path, "rename", 3),  # in its place, but not the latest
+        (shutil, "rmtree", 1),  # the latest, with one too many before it
+        *[None] * RANDOM_MOMENTS,
+    ]
+    for place in [*places, None]:
+        told = run_dir.with_name("told")
+        told.write_text("")
+
+        def report(line: str, told: Path = told) -> None:
+            with told.open("a") as file:
+                print(line, file=file, flush=True)
+
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            try:
+                live(model, run_dir, report, place)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+        deadline = time.monotonic() + 200
+        dead = None
+        while dead is None and time.monotonic() < deadline:
+            if place is None and told.read_text().count("saved") >= SAVES_BEFORE_DEATH:
+                time.sleep(choose.uniform(0, 0.5))
+                os.kill(pid, signal.SIGKILL)
+            found, status = os.waitpid(pid, os.WNOHANG)
+            dead = status if found else None
+            time.sleep(0.005)
+        os.killpg(pid, signal.SIGKILL)  # its writers, which outlive it
+        assert dead == signal.SIGKILL, f"{place}: status {dead}"
+        print(" ".join(told.read_text().split()), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
