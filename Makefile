@@ -1,5 +1,10 @@
 PYTHON ?= python3.11
-VENV := .venv
+# A command that runs, or else the newest interpreter of that name that pyenv holds.
+FOUND := $(shell $(PYTHON) -c "" 2>/dev/null && echo $(PYTHON) || \
+	ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(PYTHON:python%=%)*/bin/$(PYTHON) 2>/dev/null | sort -V | tail -n 1)
+# Python 3.12 and later run another megatron-core: see setup.py.
+CONSTRAINTS := $(if $(FOUND),$(shell $(FOUND) -c "import sys; print('constraints' + '-py312' * (sys.version_info >= (3, 12)) + '.txt')" 2>/dev/null))
+VENV := .venv$(addprefix -,$(filter-out python3.11,$(PYTHON)))
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SGLANG := .venv-sglang/.installed
@@ -9,21 +14,22 @@ export OMP_NUM_THREADS ?= 1
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-$(INSTALLED): constraints.txt setup.py
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+$(INSTALLED): $(CONSTRAINTS) setup.py
+	@test -n "$(FOUND)" || { echo "error: PYTHON = $(PYTHON) is not found: install Python 3.11 or 3.12, or name one, e.g. make PYTHON=python3.12"; exit 2; }
+	test -x $(PY) || $(FOUND) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
-install: $(INSTALLED)  ## Create .venv with the tested versions
+install: $(INSTALLED)  ## Create .venv (PYTHON=python3.12: .venv-python3.12) with the tested versions
 
 $(SGLANG): $(wildcard tools/install_sglang/*)
-	PYTHON=$(PYTHON) tools/install_sglang/install.sh $(@D)
+	PYTHON=$(FOUND) tools/install_sglang/install.sh $(@D)
 	touch $@
 
 sglang: $(SGLANG)  ## Create .venv-sglang, the rollout servers' own environment
 
 $(MODELOPT): $(wildcard tools/install_modelopt/*)
-	PYTHON=$(PYTHON) tools/install_modelopt/install.sh $(@D)
+	PYTHON=$(FOUND) tools/install_modelopt/install.sh $(@D)
 	touch $@
 
 modelopt: $(MODELOPT)  ## Create .venv-modelopt, which tools.export_quantized quantises in
@@ -34,7 +40,7 @@ demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
 lint: $(INSTALLED)  ## Style, types and import layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(VENV)/bin/lint-imports
 
 test: export HF_HUB_OFFLINE = 1
@@ -45,6 +51,10 @@ test-fast: export HF_HUB_OFFLINE = 1
 test-fast: $(INSTALLED)  ## Unit tests only, under a minute
 	$(PY) -m pytest tests/unit -m "not slow and not distributed and not gpu"
 
+test-versions: export HF_HUB_OFFLINE = 1
+test-versions: $(INSTALLED)  ## The part of the tests that CI runs on every tested pair of Python and megatron-core
+	$(PY) -m pytest -m versions
+
 test-slurm: export HF_HUB_OFFLINE = 1
 test-slurm: $(INSTALLED)  ## Jobs on an emulated Slurm cluster; part of make test
 	$(PY) -m pytest -m slurm
@@ -54,6 +64,6 @@ test-gpu: $(INSTALLED)  ## Tests that need an NVIDIA GPU
 	$(PY) -m pytest tests/gpu
 
 clean:  ## Remove the environment and everything the tools left behind
-	rm -rf $(VENV) .venv-sglang .venv-modelopt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: help install sglang modelopt demo lint test test-fast test-slurm test-gpu clean
+.PHONY: help install sglang modelopt demo lint test test-fast test-versions test-slurm test-gpu clean

@@ -22,7 +22,9 @@ setup(
         "jinja2>=3.1",
         "math-verify>=0.8",
         "matplotlib>=3.9",
-        "megatron-core==0.16.1",  # 0.17 needs Python 3.12; the loss contract of its schedules is tested for this version
+        # the loss contract of the schedules is tested for these two versions; 0.17 and later need Python 3.12
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core==0.19.2; python_version >= '3.12'",
         "mpmath>=1.3",
         "numpy>=2.0",
         "orjson>=3.10",
@@ -42,7 +44,10 @@ setup(
         "tyro>=1.0",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],  # what megatron-core 0.16.1 accepts
+        "gpu": [  # the versions that megatron-core 0.16.1 and 0.19.2 accept
+            "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[core_cu13,pytorch]>=2.9; python_version >= '3.12'",
+        ],
         "wandb": ["wandb>=0.19"],
         "dev": [
             "hypothesis>=6.130",

@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformers import AutoConfig
 
-from megatron_gmpo.models.spec import decoder_spec
+from megatron_gmpo.models.layer_spec import decoder_spec
 from megatron_gmpo.platform import choose_device, prepare_megatron
 
 DEVICE = choose_device("auto")

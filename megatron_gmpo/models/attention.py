@@ -120,6 +120,17 @@ class LatentAttention(MLASelfAttention):
             ):  # the norms, or the up projections that Transformer Engine fuses them into
                 module.eps = 1e-6
 
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """Return the modules of the layer spec unchanged.
+
+        Megatron-Core 0.19 calls this hook (multi_latent_attention.py). Its default refuses ``qk_layernorm`` for a model without
+        a low-rank query projection, because it would put a norm in front of the full query projection.
+        """
+        return {name: getattr(submodules, name) for name in _QK_MODULES}
+
+
+_QK_MODULES = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+
 
 def _zigzag(start: int, end: int, total: int, cp: int, rank: int) -> tuple[Tensor, Tensor]:
     """Where a sequence's tokens lie in the gathered tensor, in order; and the positions this rank holds, both int64.

@@ -1,15 +1,15 @@
-"""Megatron-Core on a machine without a GPU: the only place that replaces parts of Megatron.
+"""Run Megatron-Core on a machine without a GPU. No other module replaces parts of Megatron.
 
-Megatron-Core names CUDA in three ways, and each gets its CPU meaning here:
+Megatron-Core refers to CUDA in three ways. This module gives each of them a CPU meaning:
 
-- calls into ``torch.cuda`` (current device, streams, events, RNG state) and the literal ``"cuda"`` as the device of a new tensor:
-  Megatron's modules, and no others, get a copy of the ``torch`` module in which these mean the CPU;
-- ``Tensor.cuda()`` and ``Module.cuda()``, which do nothing;
-- tests of ``tensor.type()`` against ``"torch.cuda.FloatTensor"``, which the answer is made to pass.
+- Calls into ``torch.cuda`` (current device, streams, events, RNG state) and the literal ``"cuda"`` as the device of a new tensor.
+  Megatron's modules, and only they, receive a copy of the ``torch`` module in which both refer to the CPU.
+- ``Tensor.cuda()`` and ``Module.cuda()`` return the object unchanged.
+- Comparisons of ``tensor.type()`` with ``"torch.cuda.FloatTensor"`` succeed, because ``type()`` reports CUDA names.
 
-Functions of Megatron itself that assume a GPU library are replaced: gradient clipping (clip_grads.py), the token counts that the MoE
-dispatcher hands to the all-to-all (moe_utils.py), and gathers of unequal parts, which NCCL can do and gloo cannot (mappings.py).
-Everything was read from and tested against ``SUPPORTED_VERSION``.
+Three functions of Megatron assume a GPU library and are replaced: gradient clipping (clip_grads.py), the token counts that the MoE
+dispatcher passes to all-to-all (moe_utils.py), and gathers of unequal parts, which gloo does not support (mappings.py).
+The replacements were written for and tested with ``SUPPORTED_VERSIONS``.
 """
 
 from __future__ import annotations
@@ -26,27 +26,32 @@ from torch import Tensor
 
 from ..errors import InputError
 
-SUPPORTED_VERSION = "0.16.1"
+SUPPORTED_VERSIONS = ("0.16.1", "0.19.2")
+"""Tested versions of megatron-core. 0.16.1 is the newest for Python 3.11, 0.19.2 needs Python 3.12."""
 
 _CPU = torch.device("cpu")
-_device = _CPU  # what "cuda" means
+_device = _CPU  # the device that "cuda" refers to
 _installed = False
 
 
 def install() -> None:
-    """Installs the shim once for this process.
+    """Install the replacements in this process. Later calls do nothing.
 
     Raises:
-        InputError: this megatron-core is not the version the shim was tested with.
+        InputError: the installed megatron-core is none of ``SUPPORTED_VERSIONS``.
     """
     global _installed
     if _installed:
         return
     import megatron.core
 
-    if megatron.core.__version__ != SUPPORTED_VERSION:
+    version = megatron.core.__version__.partition("+")[
+        0
+    ]  # 0.19 appends the commit of the enclosing repository
+    if version not in SUPPORTED_VERSIONS:
         raise InputError(
-            f"megatron-core {megatron.core.__version__} was not tested on CPU: install megatron-core=={SUPPORTED_VERSION}, or use a GPU"
+            f"megatron-core {version} is not tested on CPUs: install one of the tested versions, "
+            f"{SUPPORTED_VERSIONS[0]} (Python 3.11) or {SUPPORTED_VERSIONS[1]} (Python 3.12), or run on a GPU"
         )
     _redirect_tensors()
     _patch_megatron()
@@ -55,7 +60,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Within it Megatron's "cuda" is the meta device, whose tensors have shapes and no memory: for a dry run."""
+    """Let Megatron's "cuda" refer to the meta device inside the context. Its tensors have shapes but no memory (dry runs)."""
     global _device
     _device = torch.device("meta")
     try:
@@ -65,7 +70,7 @@ def on_meta() -> Iterator[None]:
 
 
 class _Stream:
-    """A stream of work that is always already done."""
+    """A stream without pending work."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
@@ -85,7 +90,7 @@ class _Event:
 
 
 def _torch_on_cpu() -> ModuleType:
-    """A copy of the torch module whose ``cuda`` and whose factories of tensors mean the CPU."""
+    """Return a copy of the torch module whose ``cuda`` and whose tensor factories use the CPU."""
     cuda = _copy(torch.cuda)
     cuda.current_device = lambda: _device
     cuda.Stream, cuda.Event = _Stream, _Event
@@ -103,7 +108,7 @@ def _torch_on_cpu() -> ModuleType:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             if _names_cuda(kwargs.get("device")):
                 kwargs["device"] = _device
-            kwargs.pop("pin_memory", None)  # there is no GPU to copy it to
+            kwargs.pop("pin_memory", None)  # pinning needs a GPU driver
             return make(*args, **kwargs)
 
         return made
@@ -118,7 +123,7 @@ def _torch_on_cpu() -> ModuleType:
 def _copy(module: ModuleType) -> Any:
     copy = ModuleType(module.__name__)
     copy.__dict__.update(module.__dict__)
-    copy.__getattr__ = lambda name: getattr(module, name)  # what the module loads lazily
+    copy.__getattr__ = lambda name: getattr(module, name)  # lazily loaded attributes
     return copy
 
 
@@ -144,11 +149,16 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _patch_megatron() -> None:
+    # Megatron 0.19 imports these lazily. They must be loaded before their ``torch`` is replaced below.
+    import megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader
+    import megatron.core.dist_checkpointing.strategies.filesystem_async
+    import megatron.core.dist_checkpointing.strategies.state_dict_saver
     import megatron.core.dist_checkpointing.strategies.torch
     import megatron.core.models.gpt
     import megatron.core.pipeline_parallel  # noqa: F401
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.post_training.modelopt.layers import Linear
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -172,10 +182,9 @@ def _patch_megatron() -> None:
         patched.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
     for patched in (moe_utils, token_dispatcher):
         patched.maybe_move_tensor_to_cpu = _maybe_move_tensor_to_cpu
-    multi_latent_attention.HAVE_TE = (
-        HAVE_TE  # it takes the stand-ins that Megatron imports instead for the real thing
-    )
-    if not hasattr(moe_utils, "te_general_gemm"):  # the name exists only beside Transformer Engine
+    # Without Transformer Engine, 0.16 mistakes its stand-ins for the library, and 0.19 leaves ``Linear`` None.
+    multi_latent_attention.HAVE_TE, multi_latent_attention.Linear = HAVE_TE, Linear
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 defines the name only with Transformer Engine
         moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -223,5 +232,5 @@ def _reduce_scatter_along_first_dim(
 
 
 def _maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    # gloo's all_to_all_single takes plain integers; on CUDA the original gives numpy as well
+    # gloo's all_to_all_single takes plain integers. The original function returns numpy arrays on CUDA too.
     return tensor.numpy() if isinstance(tensor, Tensor) and as_numpy else tensor

@@ -5,20 +5,22 @@ Megatron itself turns FP8 off without a word where Transformer Engine is missing
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import package_info
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from ..config import Config
 from ..errors import InputError
 from ..platform.capabilities import Capabilities
 
-_OLDEST, _TOO_NEW = (
-    (2, 9),
-    (2, 12),
-)  # Transformer Engine's versions: what megatron-core 0.16.1 accepts (its pyproject.toml)
+_OLDEST = (2, 9)
+_TOO_NEW = (2, 12) if package_info.MINOR < 17 else (sys.maxsize, 0)
+"""Versions of Transformer Engine that Megatron-Core accepts: 0.16.1 has an upper bound (its pyproject.toml), 0.19.2 has none."""
+_RANGE = f">= {_OLDEST[0]}.{_OLDEST[1]}" + (", < 2.12" if _TOO_NEW == (2, 12) else "")
 
 
 def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities) -> None:
@@ -36,11 +38,11 @@ def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities
         raise InputError(f"{setting} needs an NVIDIA GPU, and this run is on a CPU: remove it")
     if machine.transformer_engine is None:
         raise InputError(
-            f"{setting} needs Transformer Engine >= 2.9, < 2.12: install it as docs/install_gpu.md says, or remove the recipe"
+            f"{setting} needs Transformer Engine {_RANGE}: install it as docs/install_gpu.md says, or remove the recipe"
         )
     if not _OLDEST <= machine.transformer_engine < _TOO_NEW:
         raise InputError(
-            f"{setting} needs Transformer Engine >= 2.9, < 2.12, and {_dotted(machine.transformer_engine)} is installed: install another"
+            f"{setting} needs Transformer Engine {_RANGE}, and {_dotted(machine.transformer_engine)} is installed: install another"
         )
     oldest, too_new = _GPUS[recipe]
     if not oldest <= machine.compute_capability < too_new:

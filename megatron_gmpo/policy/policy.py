@@ -27,10 +27,11 @@ from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.attention import packing_of
 from ..models.config import ModelDescription
 from ..weights.export import export_hf, load_hf
+from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device
 from .fp8 import drop_initial_values, total_multiple
 from .logprobs import vocab_parallel_logprobs
-from .routers import AuxiliaryLosses, OldRouters, RouterPass, RouterShift, freeze_routers
+from .routers import OldRouters, RouterPass, RouterShift, freeze_routers
 from .routing import Routing, RoutingPass
 
 MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]

@@ -10,16 +10,9 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -43,53 +36,6 @@ def freeze_routers(chunks: list[torch.nn.Module]) -> None:
     """Leaves the routers' weights out of training; before gradient buffers are made."""
     for router in (router for chunk in chunks for router in routers_of(chunk).values()):
         router.requires_grad_(False)
-
-
-class AuxiliaryLosses:
-    """The values of the auxiliary losses that a MoE trains on, from Megatron's own record of them (moe_utils.py).
-
-    Args:
-        config: says which losses there are.
-        groups: of the model that is trained.
-        device: of the model.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, groups: ProcessGroupCollection, device: torch.device
-    ) -> None:
-        self._device = device
-        kinds: Any = config.moe_router_load_balancing_type
-        coefficients: Any = config.moe_aux_loss_coeff
-        of_kinds: dict[str, float] = (
-            {kinds: coefficients} if isinstance(kinds, str) else dict(zip(kinds, coefficients, strict=True))
-        )
-        on = {kind for kind, coefficient in of_kinds.items() if coefficient and config.num_moe_experts}
-        dp, dense = groups.dp.size(), groups.dp_cp.size() * groups.tp.size()
-        named = {
-            "load_balancing_loss": ("aux_loss" in on, dp),  # the ranks of tp and cp hold summands
-            "seq_load_balancing_loss": ("seq_aux_loss" in on, dp),
-            "global_load_balancing_loss": ("global_aux_loss" in on, 1),  # those of dp too
-            "z_loss": (
-                bool(config.num_moe_experts and config.moe_z_loss_coeff),
-                dense,
-            ),  # all hold a mean over their tokens
-        }
-        self._divisors = {name: divisor for name, (used, divisor) in named.items() if used}
-
-    def metrics(self, microbatches: int) -> dict[str, Metric]:
-        """``moe/load_balancing_loss``, ``moe/seq_load_balancing_loss``, ``moe/global_load_balancing_loss`` and ``moe/z_loss``, those there
-        are, without their coefficients, summed over layers and averaged over an optimizer step of so many microbatches. Collective."""
-        if not self._divisors:
-            return {}
-        tracker = get_moe_layer_wise_logging_tracker()
-        zero = torch.zeros((), device=self._device)  # of a stage without MoE layers
-        sums = torch.stack(
-            [tracker[name]["values"].sum() if name in tracker else zero for name in self._divisors]
-        )
-        dist.all_reduce(sums)
-        clear_aux_losses_tracker()
-        values = zip(self._divisors.items(), sums.tolist(), strict=True)
-        return {f"moe/{name}": Metric(total / divisor / microbatches) for (name, divisor), total in values}
 
 
 def sum_pieces(

@@ -32,7 +32,9 @@ def decoder_spec(
     spec.layer_norm = RMSNorm
     for layer in layers:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        is_moe = layer.submodules.mlp.module is MoELayer
+        mlp = layer.submodules.mlp
+        # a ModuleSpec in 0.16, a functools.partial since 0.18
+        is_moe = getattr(mlp, "func", getattr(mlp, "module", None)) is MoELayer
         if is_moe:
             # a dense layer's norm is stored as part of linear_fc1, which a MoE layer does not have: the key of Transformer Engine's spec
             layer.submodules.sharded_state_dict_keys_map = {

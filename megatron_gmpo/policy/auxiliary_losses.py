@@ -1,0 +1,76 @@
+"""The values of the auxiliary losses that a MoE trains on, read from Megatron's own tracker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
+from torch import Tensor
+
+from ..metrics.figures import Metric
+
+
+class AuxiliaryLosses:
+    """Report the auxiliary losses of each optimizer step.
+
+    Args:
+        config: names the losses and their coefficients.
+        groups: process groups of the trained model.
+        device: device of the model.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, groups: ProcessGroupCollection, device: torch.device
+    ) -> None:
+        self._device = device
+        kinds: Any = config.moe_router_load_balancing_type
+        coefficients: Any = config.moe_aux_loss_coeff
+        by_kind: dict[str, float] = (
+            {kinds: coefficients} if isinstance(kinds, str) else dict(zip(kinds, coefficients, strict=True))
+        )
+        on = {kind for kind, coefficient in by_kind.items() if coefficient and config.num_moe_experts}
+        dp, dense = groups.dp.size(), groups.dp_cp.size() * groups.tp.size()
+        z_loss = bool(config.num_moe_experts and config.moe_z_loss_coeff)
+        named = {
+            "load_balancing_loss": ("aux_loss" in on, dp),  # ranks of tp and cp hold summands
+            "seq_load_balancing_loss": ("seq_aux_loss" in on, dp),
+            "global_load_balancing_loss": (
+                "global_aux_loss" in on,
+                1,
+            ),  # ranks of tp, cp and dp hold summands
+            "z_loss": (z_loss, dense),  # every rank holds a mean over its tokens
+        }
+        self._divisors = {name: divisor for name, (used, divisor) in named.items() if used}
+
+    def metrics(self, microbatches: int) -> dict[str, Metric]:
+        """Return the losses in use, without their coefficients, and clear Megatron's tracker. Collective.
+
+        The names are ``moe/load_balancing_loss``, ``moe/seq_load_balancing_loss``, ``moe/global_load_balancing_loss`` and
+        ``moe/z_loss``. Each value is a sum over layers, averaged over the ``microbatches`` of the optimizer step.
+        """
+        if not self._divisors:
+            return {}
+        values = _take_values()
+        zero = torch.zeros((), device=self._device)  # a pipeline stage without MoE layers records nothing
+        sums = torch.stack([values[name].sum() if name in values else zero for name in self._divisors])
+        dist.all_reduce(sums)
+        totals = zip(self._divisors.items(), sums.tolist(), strict=True)
+        return {f"moe/{name}": Metric(total / divisor / microbatches) for (name, divisor), total in totals}
+
+
+def _take_values() -> dict[str, Tensor]:
+    """Return the tracked values by loss, (layers,) each, and clear the tracker."""
+    core: Any = moe_utils
+    if hasattr(core, "get_moe_metrics_tracker"):  # since 0.18 (moe_logging.py)
+        tracker = core.get_moe_metrics_tracker()
+        values = {name: entry.values.clone() for name, entry in tracker.metrics.items()}
+        tracker.clear()
+        return values
+    tracker = core.get_moe_layer_wise_logging_tracker()
+    values = {name: entry["values"].clone() for name, entry in tracker.items()}
+    core.clear_aux_losses_tracker()
+    return values
