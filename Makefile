@@ -14,8 +14,10 @@ export OMP_NUM_THREADS ?= 1
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-$(INSTALLED): $(CONSTRAINTS) setup.py
+check-python:
 	@test -n "$(FOUND)" || { echo "error: PYTHON = $(PYTHON) is not found: install Python 3.11 or 3.12, or name one, e.g. make PYTHON=python3.12"; exit 2; }
+
+$(INSTALLED): $(CONSTRAINTS) setup.py | check-python
 	test -x $(PY) || $(FOUND) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e ".[dev]"
 	touch $@
@@ -66,4 +68,4 @@ test-gpu: $(INSTALLED)  ## Tests that need an NVIDIA GPU
 clean:  ## Remove the environment and everything the tools left behind
 	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: help install sglang modelopt demo lint test test-fast test-versions test-slurm test-gpu clean
+.PHONY: check-python help install sglang modelopt demo lint test test-fast test-versions test-slurm test-gpu clean

@@ -170,13 +170,25 @@ PRODUCTS = [
 """Layouts of two whose parts are tested with every budget."""
 
 
+EVERY_VERSION = {
+    ("qwen3", "dp2 distributed optimizer", "all in one"),
+    ("qwen3", "cp2 pp2", "all in one"),
+    ("qwen3", "tp2 pp2 vpp2", "a sequence each"),
+    ("qwen3_moe", "tp2 cp2 ep2", "a few"),
+    ("qwen3_moe", "tp2 ep2 etp2", "a few"),
+    ("qwen3_moe", "tp2 pp2 ep2", "all in one"),
+}
+"""Cases that run on every tested pair of Python and megatron-core: every kind of parallelism, together and in products."""
+
+
 @pytest.mark.parametrize(
     ("family", "layout", "budget"),
     [
-        (family, layout, budget)
+        pytest.param(*case, marks=[pytest.mark.versions] if case in EVERY_VERSION else [])
         for family, layouts in {"qwen3": LAYOUTS | DENSE, "qwen3_moe": LAYOUTS | MOE}.items()
         for layout in layouts
         for budget in (["a few"] if layout in PRODUCTS else ["a sequence each", "all in one"])
+        for case in [(family, layout, budget)]
     ],
 )
 def test_layout_equals_float64_reference(

@@ -143,6 +143,7 @@ def model_folder(
     return make
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("model", "layout"), [(model, layout) for model, layouts in COVERED.items() for layout in layouts]
 )

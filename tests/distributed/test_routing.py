@@ -145,6 +145,7 @@ def test_random_experts_in_every_layout(
     assert distance({name: results[0]["weights"][name] for name in gates}, only) < 1e-4
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("layout", ["one rank", "tp2 ep2", "pp2 vpp2 ep2"])
 def test_recomputed_activations_take_the_same_experts(
     ranks: RankPool, forced: dict[str, Any], layout: str
@@ -153,6 +154,7 @@ def test_recomputed_activations_take_the_same_experts(
     check(ranks.run(world_size, cases.replay, cfg, forced["batch"], 1, STEPS, forced["old_logprobs"]), forced)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("layout", ["tp2 ep2", "pp2 cp2 ep2", "pp2 vpp2 ep2"])
 def test_layers_without_experts(
     ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str, tmp_path: Path
