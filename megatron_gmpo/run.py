@@ -1,4 +1,4 @@
-"""From a config to the parts of a run. Everything that can be refused is refused before the process group starts."""
+"""Turn a config into the parts of a run; refuse bad input before the process group starts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ import transformers
 
 from .batch.samples import Prompt
 from .checkpoint import native
-from .config import Config, exit_with_one_line, load_config
+from .command_line import load_config, one_line_errors
+from .config import Config
 from .data.prompts import load_prompts, load_tokenizer
 from .distributed import rank
-from .errors import Exit, InputError, RunError, StopRequest
+from .errors import Exit, InputError, StopRequest
 from .metrics.logger import check_wandb
 from .models.config import DTYPES, ModelDescription, describe_model, read_hf_config
 from .platform import (
@@ -49,14 +50,14 @@ from .weights.export import SafetensorsFolder
 
 @dataclass
 class Run:
-    """A checked config, with what it names loaded, but no process group and no weights yet.
+    """A checked config with its tokenizer, data and reward loaded. It has no process group and no weights yet.
 
     Attributes:
-        checkpoint: the newest one in the run folder, to go on from, or None.
-        step: steps taken when it was written, 0 without one.
-        checkpoint_bytes: about what one takes on the disk.
-        prompts: training problems; empty when saved rollouts are replayed.
         eval_sets: benchmarks by name.
+        prompts: training problems; empty when saved rollouts are replayed.
+        checkpoint: newest checkpoint in the run folder, from which the run resumes, or None.
+        step: steps taken when ``checkpoint`` was written; 0 without one.
+        checkpoint_bytes: estimated size of one checkpoint on disk.
     """
 
     cfg: Config
@@ -83,18 +84,21 @@ class Run:
         return self.run_dir / "transcripts.jsonl"
 
     def start(self) -> None:
-        """Joins the process group and seeds every generator."""
+        """Join the process group and seed every random generator."""
         start_process_group(self.device, self.cfg.distributed_timeout_s)
         seed_everything(self.cfg.seed)
         torch.use_deterministic_algorithms(self.description.transformer.deterministic_mode)
 
     def policy(self, *, trainable: bool = True) -> Policy:
-        """The policy with the weights of ``model.path``; makes the model-parallel groups."""
+        """Make the model-parallel groups and return the policy with the weights of ``model.path``."""
         groups = start_model_parallel(self.cfg.parallel, self.cfg.seed, self.cfg.distributed_timeout_s)
         return Policy(self.cfg, self.description, groups, self.device, trainable)
 
     def engine(self) -> RolloutEngine:
-        """The rollout engine; servers of ours are started and load while the policy is built, if on devices of their own."""
+        """Return the rollout engine.
+
+        SGLang servers that the run starts on devices of their own load in the background while the policy is built.
+        """
         if self.cfg.rollout.engine == "sglang":
             return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device)
         return EmbeddedEngine(
@@ -109,7 +113,7 @@ class Run:
         )
 
     def write_config(self) -> None:
-        """Puts the resolved config into the run folder, as a file that ``load_config`` reads."""
+        """Write the resolved config to config.toml in the run folder; ``load_config`` reads that file."""
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.toml").write_text(
@@ -118,14 +122,14 @@ class Run:
 
 
 def prepare(cfg: Config, *, train: bool) -> Run:
-    """Checks the config against the model, the data, the world size and the run folder.
+    """Check the config against the model, the data, the world size and the run folder.
 
     Args:
-        train: whether training prompts are needed and the run folder will be written.
+        train: load the training prompts and check that the run folder can be written.
 
     Raises:
-        InputError: see ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_deterministic``, ``load_prompts``,
-            ``check_groups``, ``resolve_reward``; or a run folder that holds another run.
+        InputError: the run folder holds another run; or see ``describe_model``, ``check_fp8``, ``check_optimizer``,
+            ``check_deterministic``, ``load_prompts``, ``check_groups``, ``resolve_reward``.
     """
     device = choose_device(cfg.device)
     prepare_megatron(device)
@@ -137,34 +141,16 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     check_deterministic(description.transformer.deterministic_mode, device)
     weights = SafetensorsFolder(cfg.model.path)
     identity = native.model_identity(description.hf, cfg.model.dtype)
-    if cfg.model.reference_path:
-        reference = read_hf_config(cfg.model.reference_path, "model.reference_path")
-        SafetensorsFolder(cfg.model.reference_path)
-        if native.model_identity(reference, cfg.model.dtype) != identity:
-            raise InputError(
-                f"model.reference_path = {cfg.model.reference_path!r} is not of the shape of model.path: give one that is"
-            )
+    _check_reference(cfg, identity)
     checkpoint = native.latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
     if checkpoint:
         native.check_model(checkpoint, identity)
-        if train and not cfg.checkpoint.resume:
-            raise InputError(
-                f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
-            )
-        if (
-            train
-            and native.read_state(checkpoint)["config"]["train"].get("freeze_router")
-            and not cfg.train.freeze_router
-        ):
-            raise InputError(
-                f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer state of the routers: "
-                "set it to true or choose another run_dir"
-            )
+        if train:
+            _check_resume(cfg, checkpoint)
     check_wandb(cfg.log.wandb_project)
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
-    if (
-        cfg.rollout.engine == "sglang" and generates and os.environ.get("RANK", "0") == "0"
-    ):  # the only rank that speaks to servers
+    on_rank_0 = os.environ.get("RANK", "0") == "0"  # the only rank that talks to servers
+    if cfg.rollout.engine == "sglang" and generates and on_rank_0:
         check_servers(cfg, description.hf, device)
     tokenizer = load_tokenizer(cfg.model.path)
     eval_sets = {
@@ -176,55 +162,90 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
     elif train:
         prompts = load_prompts(cfg.data, tokenizer)
-    reward = resolve_reward(cfg.reward)
-    checkpoint_bytes = native.size_of(
-        sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype]
-    )
     return Run(
-        cfg, device, description, tokenizer, reward, eval_sets, prompts, checkpoint, step, checkpoint_bytes
+        cfg=cfg,
+        device=device,
+        description=description,
+        tokenizer=tokenizer,
+        reward=resolve_reward(cfg.reward),
+        eval_sets=eval_sets,
+        prompts=prompts,
+        checkpoint=checkpoint,
+        step=step,
+        checkpoint_bytes=native.size_of(
+            sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype]
+        ),
     )
+
+
+def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:
+    """Refuse a reference policy whose folder is incomplete or whose shape differs from the policy's."""
+    if not cfg.model.reference_path:
+        return
+    reference = read_hf_config(cfg.model.reference_path, "model.reference_path")
+    SafetensorsFolder(cfg.model.reference_path)
+    if native.model_identity(reference, cfg.model.dtype) != identity:
+        raise InputError(
+            f"model.reference_path = {cfg.model.reference_path!r} has another shape than model.path: "
+            "give a model of the same shape"
+        )
+
+
+def _check_resume(cfg: Config, checkpoint: Path) -> None:
+    """Refuse to train from ``checkpoint`` when the config forbids it or needs state that the checkpoint lacks."""
+    if not cfg.checkpoint.resume:
+        raise InputError(
+            f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another "
+            "run_dir"
+        )
+    froze_router = native.read_state(checkpoint)["config"]["train"].get("freeze_router")
+    if froze_router and not cfg.train.freeze_router:
+        raise InputError(
+            f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer state of the "
+            "routers: set it to true or choose another run_dir"
+        )
 
 
 def start_command(command: Callable[[Config], None]) -> None:
-    """Runs a command line's function on the config of ``sys.argv``: one line for a ``RunError``, with its exit code."""
-    _keep_children_light()
+    """Run ``command`` on the config of ``sys.argv`` and exit; a ``RunError`` becomes one line and its exit code."""
+    _skip_main_in_children()
     _set_up_messages()
     code = Exit.DONE
-    try:
-        command(load_config(sys.argv[1:]))
-    except StopRequest as stop:  # of every rank, each of which has done its part
-        code = stop.exit
-        if rank() == 0:
-            print(stop, file=sys.stderr, flush=True)
-    except RunError as error:
-        exit_with_one_line(error, error.exit)
-    # not after an error: the other ranks may stand in a collective, and NCCL would wait for them
+    with one_line_errors():
+        try:
+            command(load_config(sys.argv[1:]))
+        except StopRequest as stop:  # raised on every rank, after each has saved its part
+            code = stop.exit
+            if rank() == 0:
+                print(stop, file=sys.stderr, flush=True)
+    # not after an error: other ranks may be inside a collective, and NCCL would wait for them
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
 
 
+def closing_reward(reward: Reward) -> Any:
+    """Return a context that stops the reward's processes; a reward without ``close`` has none."""
+    return closing(reward) if hasattr(reward, "close") else nullcontext()  # pyright: ignore[reportArgumentType]
+
+
 def _set_up_messages() -> None:
-    """Our own log lines and the libraries' progress bars from the first rank only."""
+    """Show log lines of this package and progress bars of the libraries on rank 0 only."""
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO if first else logging.WARNING)
-    # Megatron and torch disagree on names inside torch.distributed.checkpoint
+    # Megatron uses deprecated names of torch.distributed.checkpoint
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
     if not first:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
 
 
-def closing_reward(reward: Reward) -> Any:
-    """A context that stops a reward's processes, where it has some."""
-    return closing(reward) if hasattr(reward, "close") else nullcontext()  # pyright: ignore[reportArgumentType]
+def _skip_main_in_children() -> None:
+    """Keep spawned processes (reward workers, Megatron's checkpoint writer) from importing the main module.
 
-
-def _keep_children_light() -> None:
-    """Spares spawned processes (reward workers, Megatron's checkpoint writer) the import of this command with torch and Megatron.
-
-    Each would re-import the main module (multiprocessing/spawn.py:get_preparation_data); nothing they run is defined there.
+    Each would import it again, with torch and Megatron (multiprocessing/spawn.py:get_preparation_data). None of them runs code
+    that is defined there.
     """
     main: Any = sys.modules["__main__"]
     main.__spec__ = main.__file__ = None

@@ -6,10 +6,15 @@ probabilities before the first update, then make one optimizer step for each min
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before what takes time to import: until then a signal would kill
+if __name__ == "__main__":  # before the imports below, which take seconds
+    import sys
+
+    from .command_line import load_config, one_line_errors
     from .supervision.signals import listen
 
     listen()
+    with one_line_errors():
+        load_config(sys.argv[1:])
 
 import logging
 from contextlib import closing, nullcontext

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ..config import load_config
+from ..command_line import load_config
 from ..errors import InputError
 from .study import Trial, flatten
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from megatron_gmpo.batch.samples import Prompt
-from megatron_gmpo.config import load_config
+from megatron_gmpo.command_line import load_config
 from megatron_gmpo.rewards.countdown import countdown_reward
 from tools import arithmetic
 

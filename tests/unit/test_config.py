@@ -270,7 +270,7 @@ def test_the_tree_is_frozen_and_survives_json() -> None:
 
 
 def test_help_lists_every_option_and_exits_0() -> None:
-    code = "import sys; from megatron_gmpo.config import load_config; load_config(sys.argv[1:])"
+    code = "import sys; from megatron_gmpo.command_line import load_config; load_config(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     options = [

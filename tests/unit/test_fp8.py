@@ -18,7 +18,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.batch.packing import pack
-from megatron_gmpo.config import Config, Fp8Config, OptimizerConfig, load_config
+from megatron_gmpo.command_line import load_config
+from megatron_gmpo.config import Config, Fp8Config, OptimizerConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.config import _fp8_fields, describe_model
 from megatron_gmpo.platform import check_deterministic

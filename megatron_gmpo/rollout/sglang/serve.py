@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import Config, exit_with_one_line, load_config
+from ...command_line import exit_with_one_line, load_config
+from ...config import Config
 from ...errors import InputError, RunError, ServerError
 from ...platform import choose_device
 from ...supervision.records import node_name, write_json

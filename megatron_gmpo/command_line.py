@@ -1,0 +1,380 @@
+"""Command lines: options and help from one schema, values as in TOML, one line and an exit code for every refusal.
+
+A schema is a pydantic model. ``Config`` is the schema of a run: ``CONFIG.toml --train.num_steps 3``. A command with options of
+its own declares a subclass of ``Options``. One argparse parser, built from the fields of the schema, prints the help and reads
+the options; pydantic checks the values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import json
+import os
+import re
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeGuard, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from .config import Config
+from .errors import Exit, InputError, RunError
+
+ALONE_S = 10.0
+"""Seconds that a rank other than rank 0 waits for rank 0 to report an error before it prints its own."""
+
+
+class Positional:
+    """Marks a field of ``Options`` whose value has no option name: ``folder: Annotated[Path, Positional]``."""
+
+
+class Options(BaseModel):
+    """Base of a command's options. ``--help`` shows the class docstring; a bool field is a flag without a value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+OptionsType = TypeVar("OptionsType", bound=Options)
+
+
+def load_config(argv: Sequence[str], prog: str = "megatron-gmpo train") -> Config:
+    """Read ``CONFIG.toml --section.key value ...``; ``--help`` prints every option and exits.
+
+    Values are written as in TOML (``3``, ``0.5``, ``true``, ``["a", "b"]``); strings need no quotes, and a list may also be
+    several values (``--eval.k 1 4``).
+
+    Raises:
+        InputError: the file is missing or is not TOML, an unknown key (the message names the nearest), a value of the wrong
+            type or out of range.
+    """
+    return _validated(Config, _parse(argv, prog, Config))
+
+
+def parse_options(schema: type[OptionsType], argv: Sequence[str], prog: str) -> OptionsType:
+    """Read the options of a command; ``--help`` prints them and exits.
+
+    Raises:
+        InputError: an unknown or missing option, a value of the wrong type or out of range.
+    """
+    return _validated(schema, _parse(argv, prog, schema))
+
+
+def parse_options_and_config(
+    schema: type[OptionsType], argv: Sequence[str], prog: str
+) -> tuple[OptionsType, Config]:
+    """Read the options of a command together with a run's config: ``CONFIG.toml --option value --section.key value``.
+
+    Raises:
+        InputError: see ``parse_options`` and ``load_config``.
+    """
+    tree = _parse(argv, prog, schema, Config)
+    own = {name: tree.pop(name) for name in schema.model_fields if name in tree}
+    return _validated(schema, own), _validated(Config, tree)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        InputError: the file does not exist or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"config file {path} does not exist: give the path of a TOML file, e.g. examples/moe/tiny_cpu.toml"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
+
+
+def as_argument(value: Any) -> str:
+    """Return ``value`` as the command line reads it: a plain word unquoted, everything else as TOML."""
+    if value is None:
+        return "None"
+    if isinstance(value, Path):
+        value = str(value)
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value)
+    if plain and value not in ("true", "false", "nan", "inf", "None", "True", "False"):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a ``RunError`` into one line on stderr and the error's exit code."""
+    try:
+        yield
+    except RunError as error:
+        exit_with_one_line(error, error.exit)
+
+
+def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn:
+    """Print ``error`` in one line and exit with ``code``.
+
+    When one rank exits, torchrun kills the others. All ranks usually find the same error, so the others give rank 0 the time to
+    print it for all of them. If they are still alive after ``ALONE_S``, the error is theirs alone (a file missing on one node)
+    and they print it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(ALONE_S)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def explain(error: ValidationError, *roots: type[BaseModel]) -> str:
+    """Return one line about the first mistake; for an unknown key it names the nearest key of ``roots``."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(where, roots)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} = {first['input']!r}: {message}"
+
+
+def _validated(schema: type[Schema], tree: dict[str, Any]) -> Schema:
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(explain(error, schema)) from None
+
+
+# --- the parser ---------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if missing := re.fullmatch(r"argument (\S+): expected .*", message):
+            message = f"{missing[1]} has no value: write {missing[1]} VALUE"
+        raise InputError(f"{message}; --help lists the options")
+
+
+_CONFIG_DESCRIPTION = """A TOML file, if given, is read first; options override it. Values are written as in TOML, strings need no
+quotes. A list is one TOML value or several values: --eval.k [1, 4] or --eval.k 1 4. A whole section or table can be given as
+an inline table: --algorithm.options '{dual_clip = 3.0}'. NAME stands for a name of your choice in a table."""
+
+
+def _parse(argv: Sequence[str], prog: str, *schemas: type[BaseModel]) -> dict[str, Any]:
+    """Return what the file, if ``Config`` is among ``schemas``, and the options say, as a tree of sections."""
+    first, has_config = schemas[0], Config in schemas
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [CONFIG.toml] [--section.key VALUE ...]" if has_config else None,
+        description=_text(_CONFIG_DESCRIPTION if first is Config else first.__doc__),
+        epilog=_text(_CONFIG_DESCRIPTION) if has_config and first is not Config else None,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=6),
+    )
+    if has_config:
+        parser.add_argument("config_file", nargs="?", metavar="CONFIG.toml", help="Config of the run.")
+    kinds: dict[str, Any] = {}
+    for schema in schemas:
+        kinds |= _add_section(parser, parser.add_argument, schema, "", argv)
+    found, rest = parser.parse_known_intermixed_args(_normalized(argv, kinds))
+    for word in rest:
+        if word.startswith("--"):
+            raise InputError(_unknown(word[2:].partition("=")[0], schemas))
+        raise InputError(f"argument {word!r} is not an option: write --NAME VALUE, --help lists the names")
+    given = vars(found)
+    tree = read_toml(Path(given.pop("config_file"))) if "config_file" in given else {}
+    for key, words in given.items():
+        _set(tree, key, _value(kinds[key], words))
+    return tree
+
+
+def _add_section(
+    parser: argparse.ArgumentParser,
+    add: Callable[..., object],
+    section: type[BaseModel],
+    prefix: str,
+    argv: Sequence[str],
+) -> dict[str, Any]:
+    """Add an option for every field of ``section`` by ``add``, and a group of its own for every section in it.
+
+    Returns:
+        Key -> type of its value.
+    """
+    kinds: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        key, kind = prefix + name, field.annotation
+        is_table = get_origin(kind) is dict
+        if is_table or _is_section(kind):  # as a whole, an inline table
+            kinds[key] = dict
+            add(f"--{key}", help=argparse.SUPPRESS)
+        if _is_section(kind):
+            group = parser.add_argument_group(key, _text(kind.__doc__) or None)
+            kinds |= _add_section(parser, group.add_argument, kind, f"{key}.", argv)
+        elif is_table:
+            element = get_args(kind)[1]
+            for entry in dict.fromkeys(["NAME", *_names_in(argv, key)]):
+                if _is_section(element):
+                    kinds |= _add_section(parser, add, element, f"{key}.{entry}.", argv)
+                else:
+                    kinds[f"{key}.{entry}"] = element
+                    add(f"--{key}.{entry}", metavar=_form(element), help=_text(field.description))
+        else:
+            kinds[key] = kind
+            _add_option(add, key, field, is_flag=kind is bool and issubclass(section, Options))
+    return kinds
+
+
+def _add_option(add: Callable[..., object], key: str, field: FieldInfo, *, is_flag: bool) -> None:
+    kind, about = field.annotation, _text(field.description)
+    if not field.is_required():
+        about = f"{about} (default: {_text(as_argument(field.default))})".lstrip()
+    several = {"nargs": "+"} if get_origin(_unwrapped(kind)[0]) is tuple else {}
+    if Positional in field.metadata:
+        add(key, metavar=key.upper(), help=about, **several)
+    elif is_flag:
+        add(f"--{key}", action="store_true", help=_text(field.description))
+    else:
+        add(f"--{key}", metavar=_form(kind), required=field.is_required(), help=about, **several)
+
+
+def _normalized(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
+    """Return ``argv`` with dashes in option names as underscores, and ``--key -1e-3`` as ``--key=-1e-3``.
+
+    Before Python 3.14 argparse takes a negative number with an exponent for an option.
+    """
+    words: list[str] = []
+    for word in argv:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if words and words[-1].startswith("--") and re.fullmatch(r"-[\d.]+e[+-]?\d+", word, re.IGNORECASE):
+            words[-1] += f"={word}"
+        elif word.startswith("--") and name not in kinds and name.replace("-", "_") in kinds:
+            words.append(f"--{name.replace('-', '_')}{equals}{value}")
+        else:
+            words.append(word)
+    return words
+
+
+def _names_in(argv: Sequence[str], table: str) -> Iterator[str]:
+    """Yield the names that ``--table.NAME`` and ``--table.NAME.key`` options in ``argv`` use."""
+    for word in argv:
+        if word.startswith(f"--{table}."):
+            yield word.removeprefix(f"--{table}.").partition("=")[0].partition(".")[0]
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"--{key}: {section} is a value, not a section")
+    tree[name] = value
+
+
+# --- values and their forms ---------------------------------------------------------------------------------
+
+
+def _value(kind: Any, words: str | list[str] | bool) -> Any:
+    """Convert what argparse found for an option of type ``kind``: a word, several words, or True for a flag."""
+    if isinstance(words, bool):
+        return words
+    if isinstance(words, str):
+        return _scalar(kind, words)
+    values = [_scalar(kind, word) for word in words]
+    return values[0] if len(values) == 1 and not isinstance(values[0], str) else values
+
+
+def _scalar(kind: Any, text: str) -> Any:
+    """Read quoted strings, lists, inline tables and values of free tables as TOML; leave the rest for the field's type.
+
+    A path ``2025-08-01`` stays text. Free tables also take Python's True, False and None, and optional fields None.
+    """
+    inner, optional = _unwrapped(kind)
+    if text == "None" and optional:
+        return None
+    if inner is Any and text in ("True", "False"):
+        return text == "True"
+    if inner is Any or text.startswith(('"', "'", "[", "{")):
+        try:
+            return tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            return text
+    return text
+
+
+_FORMS = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+
+
+def _form(kind: Any) -> str:
+    """Return how ``--help`` writes a value of type ``kind``, e.g. ``INT`` or ``{None,hybrid,e4m3}``."""
+    inner, optional = _unwrapped(kind)
+    if get_origin(inner) is tuple:
+        return _form(get_args(inner)[0])
+    form = "{" + ",".join(get_args(inner)) + "}" if get_origin(inner) is Literal else _FORMS.get(inner, "VALUE")
+    if not optional or inner is Any:
+        return form
+    return form.replace("{", "{None,") if form.startswith("{") else f"{form}|None"
+
+
+def _unwrapped(kind: Any) -> tuple[Any, bool]:
+    """Return a type without ``Annotated`` and ``None``, and whether it admits None."""
+    if get_origin(kind) is Annotated:
+        return _unwrapped(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        (inner,) = (arg for arg in get_args(kind) if arg is not NoneType)
+        return _unwrapped(inner)[0], True
+    return kind, kind is Any
+
+
+def _text(docstring: str | None) -> str:
+    """Return a docstring as argparse prints it: ``%`` escaped, one backtick for two."""
+    return inspect.cleandoc(docstring or "").replace("%", "%%").replace("``", "`")
+
+
+# --- unknown keys -------------------------------------------------------------------------------------------
+
+
+def _unknown(where: str, roots: Sequence[type[BaseModel]]) -> str:
+    section = where.rpartition(".")[0]
+    nearest = max(
+        (key for root in roots for key in _all_keys(root)),
+        key=lambda key: (
+            _likeness(key, where)
+            + _likeness(_leaf(key), _leaf(where))
+            + 0.3 * (key.rpartition(".")[0] == section)
+        ),
+    )
+    if all(issubclass(root, Options) for root in roots):
+        return f"unknown option '--{where}': did you mean '--{nearest}'?"
+    return f"unknown config key {where!r}: did you mean {nearest!r}?"
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = [prefix[:-1]] if prefix else []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        element = get_args(kind)[-1] if get_origin(kind) is dict else None
+        if _is_section(kind):
+            keys += _all_keys(kind, f"{prefix}{name}.")
+        elif _is_section(element):
+            keys += _all_keys(element, f"{prefix}{name}.*.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return inspect.isclass(kind) and issubclass(kind, BaseModel)
