@@ -14,6 +14,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_gmpo", "megatron_gmpo.*"]),
+    entry_points={"console_scripts": ["megatron-gmpo = megatron_gmpo.commands:main"]},
     package_data={"megatron_gmpo": ["py.typed", "lab/templates/*.html"]},
     install_requires=[
         "anyio>=4.0",
@@ -25,7 +26,6 @@ setup(
         # the loss contract of the schedules is tested for these two versions; 0.17 and later need Python 3.12
         "megatron-core==0.16.1; python_version < '3.12'",
         "megatron-core==0.19.2; python_version >= '3.12'",
-        "mpmath>=1.3",
         "numpy>=2.0",
         "orjson>=3.10",
         "pandas>=2.2",
@@ -41,7 +41,6 @@ setup(
         "tomli-w>=1.0",
         "torch>=2.9",
         "transformers>=5.0",
-        "tyro>=1.0",
     ],
     extras_require={
         "gpu": [  # the versions that megatron-core 0.16.1 and 0.19.2 accept

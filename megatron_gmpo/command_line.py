@@ -16,6 +16,7 @@ import re
 import sys
 import time
 import tomllib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,8 @@ def parse_options_and_config(
         InputError: see ``parse_options`` and ``load_config``.
     """
     tree = _parse(argv, prog, schema, Config)
-    own = {name: tree.pop(name) for name in schema.model_fields if name in tree}
+    names = [field.alias or name for name, field in schema.model_fields.items()]
+    own = {name: tree.pop(name) for name in names if name in tree}
     return _validated(schema, own), _validated(Config, tree)
 
 
@@ -182,11 +184,9 @@ def _parse(argv: Sequence[str], prog: str, *schemas: type[BaseModel]) -> dict[st
     kinds: dict[str, Any] = {}
     for schema in schemas:
         kinds |= _add_section(parser, parser.add_argument, schema, "", argv)
-    found, rest = parser.parse_known_intermixed_args(_normalized(argv, kinds))
-    for word in rest:
-        if word.startswith("--"):
-            raise InputError(_unknown(word[2:].partition("=")[0], schemas))
-        raise InputError(f"argument {word!r} is not an option: write --NAME VALUE, --help lists the names")
+    found, rest = parser.parse_known_intermixed_args(list(_normalized(argv, kinds, schemas)))
+    if rest:
+        raise InputError(f"argument {rest[0]!r} is not an option: write --NAME VALUE, --help lists the names")
     given = vars(found)
     tree = read_toml(Path(given.pop("config_file"))) if "config_file" in given else {}
     for key, words in given.items():
@@ -208,7 +208,7 @@ def _add_section(
     """
     kinds: dict[str, Any] = {}
     for name, field in section.model_fields.items():
-        key, kind = prefix + name, field.annotation
+        key, kind = prefix + (field.alias or name), field.annotation
         is_table = get_origin(kind) is dict
         if is_table or _is_section(kind):  # as a whole, an inline table
             kinds[key] = dict
@@ -243,21 +243,28 @@ def _add_option(add: Callable[..., object], key: str, field: FieldInfo, *, is_fl
         add(f"--{key}", metavar=_form(kind), required=field.is_required(), help=about, **several)
 
 
-def _normalized(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
-    """Return ``argv`` with dashes in option names as underscores, and ``--key -1e-3`` as ``--key=-1e-3``.
+def _normalized(
+    argv: Sequence[str], kinds: Mapping[str, Any], schemas: Sequence[type[BaseModel]]
+) -> Iterator[str]:
+    """Yield ``argv`` with dashes in option names as underscores, and ``--key -1e-3`` as ``--key=-1e-3``.
 
     Before Python 3.14 argparse takes a negative number with an exponent for an option.
+
+    Raises:
+        InputError: an option is not in ``kinds``.
     """
-    words: list[str] = []
-    for word in argv:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if words and words[-1].startswith("--") and re.fullmatch(r"-[\d.]+e[+-]?\d+", word, re.IGNORECASE):
-            words[-1] += f"={word}"
-        elif word.startswith("--") and name not in kinds and name.replace("-", "_") in kinds:
-            words.append(f"--{name.replace('-', '_')}{equals}{value}")
-        else:
-            words.append(word)
-    return words
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        if option := re.fullmatch(r"--(\w[\w.-]*)(=.*)?", word, re.DOTALL):
+            name, value = option[1], option[2] or ""
+            if name not in kinds and name != "help":
+                if (name := name.replace("-", "_")) not in kinds:
+                    raise InputError(_unknown(option[1], schemas))
+                word = f"--{name}{value}"
+            if not value and words and re.fullmatch(r"-[\d.]+e[+-]?\d+", words[0], re.IGNORECASE):
+                word += f"={words.popleft()}"
+        yield word
 
 
 def _names_in(argv: Sequence[str], table: str) -> Iterator[str]:
@@ -315,7 +322,9 @@ def _form(kind: Any) -> str:
     inner, optional = _unwrapped(kind)
     if get_origin(inner) is tuple:
         return _form(get_args(inner)[0])
-    form = "{" + ",".join(get_args(inner)) + "}" if get_origin(inner) is Literal else _FORMS.get(inner, "VALUE")
+    form = (
+        "{" + ",".join(get_args(inner)) + "}" if get_origin(inner) is Literal else _FORMS.get(inner, "VALUE")
+    )
     if not optional or inner is Any:
         return form
     return form.replace("{", "{None,") if form.startswith("{") else f"{form}|None"
@@ -372,7 +381,7 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         elif _is_section(element):
             keys += _all_keys(element, f"{prefix}{name}.*.")
         else:
-            keys.append(prefix + name)
+            keys.append(prefix + (field.alias or name))
     return keys
 
 

@@ -95,6 +95,16 @@ class ParallelConfig(_Section):
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Return the multiple to which a sequence is padded: each context-parallel rank holds two chunks of it."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """Return the multiple that the number of microbatches on a rank must be; the interleaved schedule needs one."""
+        return self.pipeline_model_parallel_size if self.virtual_pipeline_model_parallel_size else 1
+
     @model_validator(mode="after")
     def _virtual_needs_pipeline(self) -> ParallelConfig:
         if self.virtual_pipeline_model_parallel_size and self.pipeline_model_parallel_size == 1:

@@ -9,10 +9,12 @@ from __future__ import annotations
 if __name__ == "__main__":  # before the imports below, which take seconds
     import sys
 
-    from .command_line import load_config, one_line_errors
     from .supervision.signals import listen
 
     listen()
+
+    from .command_line import load_config, one_line_errors
+
     with one_line_errors():
         load_config(sys.argv[1:])
 

@@ -1,1 +1,1 @@
-"""Command line tools; run them from the repository root as ``python -m tools.NAME``."""
+"""The commands of ``megatron_gmpo.commands``, for people who look for them here: ``python tools/NAME.py``."""

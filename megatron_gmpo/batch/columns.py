@@ -26,6 +26,13 @@ class RoutingShape:
     topk: int
 
 
+def minibatch_bounds(count: int, parts: int) -> list[tuple[int, int]]:
+    """Return (start, end) of at most ``parts`` stretches of ``count`` sequences whose sizes differ by at most one."""
+    parts = min(parts, count)
+    bounds = [round(i * count / parts) for i in range(parts + 1)]
+    return list(pairwise(bounds))
+
+
 @dataclass
 class TrainBatch:
     """The sequences of a step, laid end to end, equal on every rank (S sequences, L = sum of their lengths).
@@ -83,8 +90,6 @@ class TrainBatch:
 
     def split(self, parts: int) -> list[TrainBatch]:
         """Cuts into at most ``parts`` minibatches of neighbouring sequences whose counts differ by at most one."""
-        parts = min(parts, len(self))
-        bounds = [round(i * len(self) / parts) for i in range(parts + 1)]
         starts = [*self.starts.tolist(), len(self.tokens)]
 
         def cut(name: str, lo: int, hi: int) -> Tensor | None:
@@ -96,7 +101,7 @@ class TrainBatch:
 
         return [
             replace(self, **{name: cut(name, lo, hi) for name in self.__dataclass_fields__})
-            for lo, hi in pairwise(bounds)
+            for lo, hi in minibatch_bounds(len(self), parts)
         ]
 
 

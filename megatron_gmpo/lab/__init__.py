@@ -1,1 +1,1 @@
-"""The lab: a study is a grid of whole training runs on equal prompts and budgets, repeated over seeds, and a report on them."""
+"""Studies: grids of training runs with equal prompts and budgets, repeated over seeds, and a report on them."""

@@ -1,4 +1,4 @@
-"""Runs a study and reports on it: python -m megatron_gmpo.lab STUDY.toml"""
+"""Run a study and write its report: ``python -m megatron_gmpo.lab STUDY.toml``."""
 
 from __future__ import annotations
 
@@ -11,79 +11,93 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-from rich.console import Console
-
-from ..config import exit_with_one_line
+from ..command_line import (
+    Options,
+    Positional,
+    exit_with_one_line,
+    one_line_errors,
+    parse_options,
+)
+from ..config import Positive
 from ..errors import InputError
-from .report import write_report
-from .study import RUNS, Prepare, load_study
-from .trials import check_folders, run_trials, unfinished
-
-console = Console(stderr=True)
 
 
-def main(
-    study: Annotated[Path, tyro.conf.Positional],
-    /,
-    cores: int = os.cpu_count() or 1,
-    seeds: tuple[int, ...] = (),
-    only: tuple[str, ...] = (),
-    report: bool = False,
-    out: Path | None = None,
-) -> None:
-    """Runs what a study's trials lack, then writes its report: report.html, PNGs, numbers.json.
+class Lab(Options):
+    """Run the trials of a study that have not finished, then write its report: report.html, PNGs, numbers.json."""
 
-    Args:
-        study: TOML file of the study.
-        cores: Cores to use; each process of a trial takes one.
-        seeds: Run these seeds of the study only.
-        only: Run these arms of the study only.
-        report: Run nothing; report on what has run so far.
-        out: Folder of the report, runs/studies/STUDY/report by default.
+    study: Annotated[Path, Positional]
+    """TOML file of the study."""
+    cores: Positive = os.cpu_count() or 1
+    """CPU cores to use; each process of a trial takes one."""
+    seeds: tuple[int, ...] = ()
+    """Run only these seeds of the study."""
+    only: tuple[str, ...] = ()
+    """Run only these arms of the study."""
+    report: bool = False
+    """Run nothing; report on the trials that have run."""
+    out: Path | None = None
+    """Folder of the report; by default runs/studies/STUDY/report."""
+
+
+def main(argv: list[str]) -> None:
+    """Run the trials of a study that have not finished and write its report.
+
+    Raises:
+        InputError: see ``load_study``, ``check_folders``, ``run_trials`` and ``write_report``.
     """
+    options = parse_options(Lab, argv, "megatron-gmpo lab")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        plan = load_study(study)
-        trials = plan.choose(only, seeds)
-        check_folders(plan.trials)
-        waiting = [] if report else unfinished(trials)
-        if waiting:
-            at_once = cores // plan.file.processes
-            if at_once < 1:
-                raise InputError(
-                    f"--cores {cores} is less than the study's processes = {plan.file.processes}: give as many"
-                )
-            console.print(
-                f"{plan.name}: {len(waiting)} of {len(trials)} trials to run, {at_once} at a time",
-                highlight=False,
-            )
-            _prepare(plan.file.prepare)
-            records = run_trials(
-                waiting,
-                processes=plan.file.processes,
-                at_once=at_once,
-                timeout_s=plan.file.timeout_s,
-                console=console,
-            )
-            ends = Counter(record.outcome for record in records)
-            console.print(", ".join(f"{count} {outcome}" for outcome, count in ends.items()), highlight=False)
-        print(write_report(plan, f"python -m megatron_gmpo.lab {study}", out or RUNS / plan.name / "report"))
-    except InputError as error:
-        exit_with_one_line(error)
+        _run(options)
     except KeyboardInterrupt:
-        exit_with_one_line(InputError("interrupted; the same command goes on"), code=130)
+        exit_with_one_line(InputError("interrupted; the same command continues"), code=130)
 
 
-def _prepare(prepare: Prepare) -> None:
-    if prepare.command and not Path(prepare.output or ".nothing").exists():
-        command = [sys.executable, "-m", *prepare.command]
-        if code := subprocess.run(
-            command, stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        ).returncode:
+def _run(options: Lab) -> None:
+    from rich.console import Console
+
+    from .report import write_report
+    from .study import RUNS, load_study
+    from .trials import check_folders, run_trials, unfinished
+
+    console = Console(stderr=True)
+    study = load_study(options.study)
+    trials = study.choose(options.only, options.seeds)
+    check_folders(study.trials)
+    waiting = [] if options.report else unfinished(trials)
+    if waiting:
+        processes = study.file.processes
+        at_once = options.cores // processes
+        if at_once < 1:
             raise InputError(
-                f"prepare.command {shlex.join(prepare.command)!r} ended with code {code}: mend it, its output is above"
+                f"--cores {options.cores} is less than the study's processes = {processes}: give at least {processes}"
             )
+        line = f"{study.name}: {len(waiting)} of {len(trials)} trials to run, {at_once} at a time"
+        console.print(line, highlight=False)
+        _prepare(study.file.prepare.command, study.file.prepare.output)
+        records = run_trials(
+            waiting,
+            processes=processes,
+            at_once=at_once,
+            timeout_s=study.file.timeout_s,
+            console=console,
+        )
+        ends = Counter(record.outcome for record in records)
+        console.print(", ".join(f"{count} {outcome}" for outcome, count in ends.items()), highlight=False)
+    out = options.out or RUNS / study.name / "report"
+    print(write_report(study, f"python -m megatron_gmpo.lab {options.study}", out))
+
+
+def _prepare(command: tuple[str, ...], output: str) -> None:
+    """Run ``python -m command...`` unless the file ``output`` exists."""
+    if not command or (output and Path(output).exists()):
+        return
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = subprocess.run([sys.executable, "-m", *command], stdin=subprocess.DEVNULL, env=env).returncode
+    if code:
+        raise InputError(
+            f"prepare.command {shlex.join(command)!r} ended with code {code}: its output is above, correct the command"
+        )
 
 
 def _interrupt(*_: object) -> None:
@@ -91,4 +105,5 @@ def _interrupt(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    with one_line_errors():
+        main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Pictures of a study: one small PNG a panel, a color an arm, shaded 95 % intervals."""
+"""Pictures of a study: one PNG per panel, one color per arm, shaded 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from .results import Curve, curve
 
 @dataclass(frozen=True)
 class Panel:
-    """Metrics in one frame, told apart by line style; ``metrics``: metric, or a pattern with ``*`` -> its name in the legend."""
+    """Metrics in one frame; the line style distinguishes them.
+
+    Attributes:
+        metrics: metric, or a pattern with ``*`` -> name in the legend.
+        log: logarithmic axis.
+    """
 
     title: str
     metrics: dict[str, str]
@@ -29,6 +34,7 @@ class Panel:
 
     @property
     def file(self) -> str:
+        """Return the name of the picture."""
         return re.sub(r"\W+", "_", self.title.lower().partition(",")[0]).strip("_") + ".png"
 
 
@@ -61,7 +67,7 @@ PANELS = (
     ),
     Panel("Effective sample size of the ratios, share of tokens", {"policy/ratio_effective_sample_size": ""}),
     Panel("Rollout against policy, KL in nats a token", {"rollout/k3_kl": ""}, log=True),
-    Panel("Routed otherwise in the rollout, fraction of tokens", {"moe/routing_differs_tokens": ""}),
+    Panel("Routed differently in the rollout, fraction of tokens", {"moe/routing_differs_tokens": ""}),
     Panel("Rerouted by updates, fraction of tokens", {"moe/routing_drift_tokens": ""}),
     Panel("Router entropy, nats", {"moe/router_entropy": ""}),
     Panel("Load of the fullest expert, over the mean", {"moe/load_max": ""}),
@@ -79,7 +85,7 @@ _STYLES = (
 
 
 def panel_curves(panel: Panel, arms: Mapping[str, Sequence[Series]]) -> dict[str, dict[str, Curve]]:
-    """Metric -> arm -> curve, of what the arms' runs have."""
+    """Return metric -> arm -> curve for the metrics that the runs have."""
     present = {metric for runs in arms.values() for series in runs for metric in series}
     metrics = [metric for pattern in panel.metrics for metric in sorted(fnmatch.filter(present, pattern))]
     return {
@@ -90,11 +96,11 @@ def panel_curves(panel: Panel, arms: Mapping[str, Sequence[Series]]) -> dict[str
 def draw(
     panel: Panel, curves: Mapping[str, Mapping[str, Curve]], labels: Mapping[str, str], out: Path
 ) -> None:
-    """Writes the picture of one panel.
+    """Write the picture of one panel.
 
     Args:
-        curves: from ``panel_curves``.
-        labels: arm -> its name in the legend; their order decides the colors.
+        curves: result of ``panel_curves``.
+        labels: arm -> name in the legend; the order decides the colors.
     """
     figure = Figure(figsize=(5.6, 3.5), dpi=100, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
@@ -125,6 +131,5 @@ def draw(
         handles=arms, loc="outside lower center", ncols=4, frameon=False, fontsize=8, labelcolor=INK
     )
     canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(255).save(
-        out, optimize=True
-    )  # a quarter of the bytes
+    # a palette makes the file four times smaller
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(255).save(out, optimize=True)

@@ -1,4 +1,4 @@
-"""The report on a study: report.html, which stands alone, its pictures as PNG files, and numbers.json with all that is drawn and tabled."""
+"""The report on a study: report.html, a single self-contained page; its pictures as PNG files; all numbers in numbers.json."""
 
 from __future__ import annotations
 
@@ -25,14 +25,11 @@ _VERDICTS = {1: "higher", -1: "lower", 0: "not distinguishable"}
 
 
 def write_report(study: Study, command: str, out: Path) -> Path:
-    """Writes the report on the trials so far.
+    """Write the report on the trials so far and return the path of the page.
 
     Args:
-        command: how the study was run, for the page.
-        out: folder, made when missing.
-
-    Returns:
-        The page.
+        command: command that ran the study, to be shown on the page.
+        out: folder to write.
 
     Raises:
         InputError: no trial has logged a step.
@@ -141,7 +138,7 @@ def _lists(arrays: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
 
 
 def _plain(overrides: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """Replace infinities and NaN by text, since JSON has neither."""
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in overrides.items()
@@ -157,7 +154,7 @@ def _figure(value: float) -> str:
 
 
 def _interval(x: Estimate) -> str:
-    """``0.48 ± 0.02``; a single value has no interval."""
+    """Format an estimate, e.g. ``0.48 ± 0.02``; a single value has no interval."""
     return f"{_figure(x.mean)} ± {_figure(x.half)}" if x.n > 1 else _figure(x.mean)
 
 

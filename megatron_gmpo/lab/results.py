@@ -1,4 +1,4 @@
-"""What trials logged, put together over seeds: curves with intervals, and figures of whole runs to compare arms by."""
+"""Aggregate what trials logged over seeds: curves with confidence intervals, and measures that compare arms."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from .study import Arm, Study
 from .trials import Record, read_record
 
 POINTS = 40
-"""Most points of a curve; each is the mean over its share of the steps."""
+"""Largest number of points per curve; each point is the mean over its share of the steps."""
 TAIL = 10
-"""Last steps that ``tail`` averages."""
+"""Number of last steps that ``tail`` averages."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A trial that logged something: ``record`` is None while it has not ended."""
+    """The metrics of a trial that logged at least one step; ``record`` is None until it ends."""
 
     record: Record | None
     series: Series
 
     @property
     def counts(self) -> bool:
-        """Finished, or stopped itself, which is a result too: its last figures then stand for the run."""
+        """Return whether the trial finished or stopped itself; a stopped run counts with its last figures."""
         return self.record is not None and self.record.outcome != "failed"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """(P,) arrays: mean over the seeds that have a step, and the bounds of its interval, nan where one seed has it."""
+    """(P,) arrays: mean over the seeds that have the step, and bounds of its interval; nan if only one seed has the step."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -45,14 +45,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure of a run: its ``last`` value, its ``best`` (largest) one, its ``mean``, or the mean over the last ``TAIL`` steps."""
+    """One number per run: the ``last``, ``best`` (largest) or ``mean`` value of a metric, or its mean over the last ``TAIL`` steps."""
 
     title: str
     metric: str
     kind: Literal["last", "best", "mean", "tail"]
 
     def of(self, series: Series) -> float | None:
-        """None where the run has not logged the metric."""
+        """Return the measure of a run, or None if the run has not logged the metric."""
         if self.metric not in series:
             return None
         values = series[self.metric][1]
@@ -65,7 +65,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Row:
-    """A measure of one arm: mean over seeds, and over seeds the difference from the arm's baseline."""
+    """A measure of one arm: its mean over seeds, and the mean paired difference from the arm's baseline."""
 
     measure: Measure
     arm: Arm
@@ -91,14 +91,15 @@ MEANS = {
     "policy/clip_fraction_low": "clipped below, fraction",
     "policy/clip_fraction_high": "clipped above, fraction",
     "rollout/k3_kl": "KL rollout to policy, nats a token",
-    "moe/routing_differs_tokens": "tokens routed otherwise in the rollout, fraction",
+    "moe/routing_differs_tokens": "tokens routed differently in the rollout, fraction",
     "moe/routing_drift_tokens": "tokens rerouted by updates, fraction",
 }
-"""Metric -> name of its mean over a run: figures of the updates, which a learning rate that decays makes small in the last steps."""
+"""Metric -> name of its mean over a run. These metrics describe updates, which a decaying learning rate makes small in the last
+steps."""
 
 
 def read_results(study: Study) -> dict[str, dict[int, Result]]:
-    """Arm -> seed -> result, of the trials that have logged a step."""
+    """Return arm -> seed -> result for the trials that have logged a step."""
     results: dict[str, dict[int, Result]] = {arm.name: {} for arm in study.arms}
     for trial in study.trials:
         if (path := trial.folder / "metrics.jsonl").exists():
@@ -107,7 +108,7 @@ def read_results(study: Study) -> dict[str, dict[int, Result]]:
 
 
 def curve(runs: Sequence[Series], metric: str) -> Curve | None:
-    """The metric over steps, None where no run has it."""
+    """Return the metric over steps, or None if no run has it."""
     having = [series[metric] for series in runs if metric in series and len(series[metric][0])]
     if not having:
         return None
@@ -129,7 +130,7 @@ def curve(runs: Sequence[Series], metric: str) -> Curve | None:
 
 
 def compare(study: Study, results: dict[str, dict[int, Result]]) -> list[Row]:
-    """Every measure of every arm, over the runs that count; those no run has are left out."""
+    """Return every measure of every arm, over the runs that count. A measure that no run has is left out."""
     counted = {
         arm: {seed: run.series for seed, run in runs.items() if run.counts} for arm, runs in results.items()
     }

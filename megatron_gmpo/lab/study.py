@@ -1,9 +1,8 @@
-"""From a study's TOML file to its trials: one training run for each arm and seed, all checked before the first one starts."""
+"""Read a study's TOML file and make its trials: one training run per arm and seed, all checked before the first one starts."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..command_line import as_argument, explain, load_config, read_toml
+from ..command_line import explain, load_config, read_toml
 from ..config import Config
 from ..errors import InputError
 from ..losses.objective import make_objective
@@ -30,7 +29,8 @@ EQUAL = (
     "rollout.samples_per_prompt",
     "rollout.max_new_tokens",
 )
-"""Config keys and sections that all arms share. Prompts are then equal at equal seeds: ``PromptStream`` looks at nothing else."""
+"""Config keys and sections that must be equal in all arms. They alone decide the prompts that ``PromptStream`` draws with a
+seed, so arms with equal seeds see equal prompts."""
 
 _FROM_LAB = ("seed", "run_dir")
 _NAME = re.compile(r"[\w.+=]+")
@@ -41,46 +41,51 @@ class _Section(BaseModel):
 
 
 class Variant(_Section):
-    """A label, and next to it any keys of the training config: ``algorithm.loss = "gmpo"``."""
+    """A label, and any keys of the training config beside it: ``algorithm.loss = "gmpo"``."""
 
     model_config = ConfigDict(extra="allow")
 
     label: str = ""
-    """Its name in the report; empty means its name in the file."""
+    """Name in the report; empty means the name in the file."""
 
     @property
     def overrides(self) -> dict[str, Any]:
+        """Return the keys of the training config."""
         return self.model_extra or {}
 
 
 class Prepare(_Section):
     command: tuple[str, ...] = ()
-    """A module and its arguments, e.g. ["tools.demo", "--prepare_only"], run once before the first trial."""
+    """A module and its arguments, run as ``python -m`` once before the first trial, e.g. ["megatron_gmpo", "demo",
+    "--prepare_only"]."""
     output: str = ""
-    """A file it leaves behind: where that exists the command is not run."""
+    """A file that the command writes; if it exists, the command does not run."""
 
 
 class StudyFile(_Section):
-    """The keys of a study's TOML file; its name is the file's."""
+    """The keys of a study's TOML file. The study's name is the name of the file."""
 
     title: str
     question: str = ""
-    """What the study is to find out, for the report; empty lines separate paragraphs."""
+    """The question that the study asks, for the report; empty lines separate paragraphs."""
     base: str
-    """Training config that every arm starts from, relative to the study's file."""
+    """Training config that every arm changes; the path is relative to the study's file."""
     prepare: Prepare = Prepare()
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    """Every arm runs once per seed."""
     processes: Annotated[int, Field(ge=1)] = 1
-    """Ranks of one trial."""
+    """Ranks per trial."""
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0
-    """Limit for one trial; it is then ended and counts as failed."""
+    """Time limit of a trial; a trial that exceeds it is killed and counts as failed."""
     baseline: str
-    """Arm that the others are compared with; in a grid, its cell with the same values on the other axes."""
+    """Arm that the other arms are compared with. In a grid, an arm is compared with the baseline at the same values of the other
+    axes."""
     overrides: dict[str, Any] = {}
-    """Keys of the training config, for all arms."""
+    """Keys of the training config that hold for all arms."""
     arms: Annotated[dict[str, Variant], Field(min_length=1)]
+    """Arms by name."""
     grid: dict[str, dict[str, Variant]] = {}
-    """Further axes, [grid.AXIS.VALUE] with keys of the training config: every arm is run with every combination of their values."""
+    """Further axes, [grid.AXIS.VALUE] with keys of the training config. Every arm runs with every combination of their values."""
 
     @model_validator(mode="after")
     def _names(self) -> StudyFile:
@@ -89,10 +94,10 @@ class StudyFile(_Section):
         for name in (name for axis in (self.arms, *self.grid.values()) for name in axis):
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name!r} becomes a part of a folder's name: use letters, digits and _ . + ="
+                    f"{name!r} becomes part of a folder's name: use only letters, digits and _ . + ="
                 )
         if self.baseline not in self.arms:
-            raise ValueError(f"baseline = {self.baseline!r} is no arm: choose one of {list(self.arms)}")
+            raise ValueError(f"baseline = {self.baseline!r} is not an arm: choose one of {list(self.arms)}")
         return self
 
 
@@ -101,9 +106,9 @@ class Arm:
     """One cell of the grid.
 
     Attributes:
-        name: of the arm and of its values on the other axes, joined by ``-``.
-        overrides: dotted key of the training config -> value, those for all arms left out.
-        baseline: name of the arm it is compared with; its own for a baseline.
+        name: name of the arm and of its values on the other axes, joined by ``-``.
+        overrides: dotted key of the training config -> value, without the keys that hold for all arms.
+        baseline: name of the arm that it is compared with; a baseline has its own name here.
     """
 
     name: str
@@ -117,8 +122,8 @@ class Trial:
     """One training run.
 
     Attributes:
-        argv: what ``python -m megatron_gmpo.train`` is given.
-        cfg: what that resolves to.
+        argv: arguments of ``python -m megatron_gmpo.train``.
+        cfg: the config that ``argv`` resolves to.
     """
 
     arm: Arm
@@ -128,12 +133,17 @@ class Trial:
 
     @property
     def folder(self) -> Path:
+        """Return the run folder."""
         return Path(self.cfg.run_dir)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study: ``trials`` has every arm with the first seed, then with the second, so that a part of it compares all arms."""
+    """A checked study.
+
+    Attributes:
+        trials: every arm with the first seed, then every arm with the second, so that an interrupted study compares all arms.
+    """
 
     name: str
     file: StudyFile
@@ -142,7 +152,7 @@ class Study:
     trials: tuple[Trial, ...]
 
     def choose(self, arms: Collection[str], seeds: Collection[int]) -> list[Trial]:
-        """The trials of these arms and seeds; none given means all.
+        """Return the trials of these arms and seeds; empty means all.
 
         Raises:
             InputError: the study has no such arm or seed.
@@ -153,7 +163,7 @@ class Study:
                 raise InputError(f"--only {name}: the study has no such arm, did you mean {nearest!r}?")
         if unknown := set(seeds) - set(self.file.seeds):
             raise InputError(
-                f"--seeds {min(unknown)}: the study's seeds are {list(self.file.seeds)}, add it there"
+                f"--seeds {min(unknown)}: the study's seeds are {list(self.file.seeds)}, add it to the study"
             )
         return [
             t for t in self.trials if t.arm.name in (arms or (t.arm.name,)) and t.seed in (seeds or (t.seed,))
@@ -161,11 +171,11 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Reads a study and resolves the config of every trial.
+    """Read a study and resolve the config of every trial.
 
     Raises:
-        InputError: no such file, an unknown key (naming the nearest), a bad value; an arm whose config would be refused, or whose prompts
-            or budget differ from the first arm's.
+        InputError: there is no such file, an unknown key (the message names the nearest), a bad value; training would refuse the
+            config of an arm, or its prompts or budget differ from the first arm's.
     """
     try:
         file = StudyFile.model_validate(read_toml(path))
@@ -180,7 +190,7 @@ def load_study(path: Path) -> Study:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
+    """Return ``{"a.b": 1}`` for ``{"a": {"b": 1}}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= (
@@ -205,9 +215,12 @@ def _trial(path: Path, base: Path, file: StudyFile, arm: Arm, seed: int, folder:
     overrides = flatten(file.overrides) | arm.overrides
     where = f"{path}, arm {arm.name!r}"
     if taken := [key for key in _FROM_LAB if key in overrides]:
-        raise InputError(f"{where}: {taken[0]} is set by the lab, leave it out")
+        raise InputError(f"{where}: {taken[0]} is set by the lab: leave it out")
     overrides |= {"seed": seed, "run_dir": (folder / arm.name / f"seed_{seed}").as_posix()}
-    argv = (str(base), *(part for key, value in overrides.items() for part in (f"--{key}", _text(value))))
+    argv = (
+        str(base),
+        *(part for key, value in overrides.items() for part in (f"--{key}", as_argument(value))),
+    )
     try:
         cfg = load_config(list(argv))
         make_objective(cfg.algorithm, is_moe=True, max_new_tokens=cfg.rollout.max_new_tokens)
@@ -216,18 +229,8 @@ def _trial(path: Path, base: Path, file: StudyFile, arm: Arm, seed: int, folder:
     return Trial(arm, seed, argv, cfg)
 
 
-def _text(value: Any) -> str:
-    """``value`` as the command line takes it: plain words as they are, all else as TOML."""
-    plain = (
-        isinstance(value, str)
-        and re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value)
-        and value not in ("true", "false", "nan", "inf")
-    )
-    return value if plain else json.dumps(value, ensure_ascii=False)
-
-
 def _check_equal(path: Path, trials: Iterable[Trial]) -> None:
-    """One trial of each arm."""
+    """Check that ``trials``, one per arm, agree on the keys ``EQUAL``."""
     first, *others = trials
     expected = _equal_part(first.cfg)
     for trial in others:
@@ -235,8 +238,8 @@ def _check_equal(path: Path, trials: Iterable[Trial]) -> None:
         for key in sorted(expected.keys() | found.keys()):
             if found.get(key) != expected.get(key):
                 raise InputError(
-                    f"{path}, arm {trial.arm.name!r}: {key} = {found.get(key)!r} where {first.arm.name!r} has {expected.get(key)!r}: "
-                    "arms are compared on equal prompts and budgets, set it under [overrides]"
+                    f"{path}, arm {trial.arm.name!r}: {key} = {found.get(key)!r}, but {first.arm.name!r} has "
+                    f"{expected.get(key)!r}: arms are compared on equal prompts and budgets, set it under [overrides]"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Running trials: several processes at a time, what became of each in its folder, and an end to all of them when the lab ends."""
+"""Run trials in several processes at a time, record how each ended, and end all of them when the lab ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .study import Trial, flatten
 
 POLL_S = 0.5
 GRACE_S = 45.0
-"""Between asking a trial to end and killing it; torchrun gives its ranks 30 s."""
+"""Seconds between SIGTERM and SIGKILL for a trial; torchrun gives its ranks 30 s."""
 
 RECORD = "trial.json"
 LOG = "log.txt"
@@ -37,13 +37,13 @@ _PACKAGES = ("megatron_gmpo", "megatron-core", "torch", "transformers", "numpy")
 
 
 class Record(BaseModel):
-    """What became of a trial; written when it has ended.
+    """How a trial ended.
 
     Attributes:
-        outcome: ``stopped`` is a run that ended itself with a reason, such as a loss that is not finite: a result of the study.
-            ``failed`` is any other end before its last step; it is run again.
-        reason: why it did not finish, else empty.
-        seconds: of this process, its start included; of a resumed trial the last process.
+        outcome: a ``stopped`` run ended itself with a reason, such as a loss that is not finite; that is a result of the study.
+            A ``failed`` run ended before its last step for any other reason; it is run again.
+        reason: why it did not finish; otherwise empty.
+        seconds: wall time of the process with its start; for a resumed trial, of the last process.
     """
 
     outcome: Literal["finished", "stopped", "failed"]
@@ -55,39 +55,40 @@ class Record(BaseModel):
 
 
 def read_record(trial: Trial) -> Record | None:
-    """None for a trial that has not ended."""
+    """Return the record of a trial, or None if it has not ended."""
     path = trial.folder / RECORD
     return Record.model_validate_json(path.read_text()) if path.exists() else None
 
 
 def check_folders(trials: Sequence[Trial]) -> None:
-    """
+    """Check that no folder of the trials holds another run.
+
     Raises:
-        InputError: a folder holds a run of another config than the study's.
+        InputError: a folder holds a run whose config differs from the study's.
     """
     for trial in trials:
         _check_folder(trial)
 
 
 def unfinished(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that are still to be run."""
+    """Return the trials that have not ended or have failed."""
     return [t for t in trials if (record := read_record(t)) is None or record.outcome == "failed"]
 
 
 def run_trials(
     trials: Sequence[Trial], *, processes: int, at_once: int, timeout_s: float, console: Console
 ) -> list[Record]:
-    """Runs trials, ``at_once`` at a time, and shows how far they are.
+    """Run trials, ``at_once`` at a time, and show their progress.
 
-    A trial goes on from the newest checkpoint in its folder, or starts over where there is none. No failure ends the others; an exception
-    here (an interrupt) ends all.
+    A trial resumes from the newest checkpoint in its folder; without one it starts over. A failed trial does not end the others.
+    An exception here, such as an interrupt, ends all.
 
     Args:
-        processes: ranks of one trial.
-        timeout_s: limit for one trial.
+        processes: ranks per trial.
+        timeout_s: time limit of a trial.
 
     Raises:
-        InputError: a trial is being run by another process.
+        InputError: another process is running a trial.
     """
     records: list[Record] = []
     running: list[_Running] = []
@@ -109,7 +110,7 @@ def run_trials(
             finally:
                 for process in running:
                     process.signal(signal.SIGTERM)
-                for process in running:  # no second SIGTERM: it would end a trial that is saving
+                for process in running:  # a second SIGTERM would kill a trial that is saving
                     process.wait_or_kill()
     return records
 
@@ -124,7 +125,7 @@ class _Running:
     done: bool = False
 
     def ended(self, timeout_s: float) -> Record | None:
-        """Writes and returns the record once the process has ended, or ends it when its time is over."""
+        """Write and return the record if the process has ended or exceeded its time limit; otherwise return None."""
         seconds = time.monotonic() - self.start
         code = self.process.poll()
         if code is None and seconds <= timeout_s:
@@ -155,7 +156,7 @@ class _Running:
         return record
 
     def signal(self, number: signal.Signals) -> None:
-        """To the process and those it started; it leads a process group."""
+        """Send a signal to the process group that the process leads."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 
@@ -164,7 +165,7 @@ class _Running:
         self.wait_or_kill()
 
     def wait_or_kill(self) -> None:
-        """Gives a process that was asked to end the time to save."""
+        """Wait until the process has saved and ended; kill it after ``GRACE_S``."""
         try:
             self.process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
@@ -193,7 +194,7 @@ def _start(trial: Trial, lock: IO[str], processes: int) -> _Running:
 
 
 def _lock(trial: Trial) -> IO[str]:
-    """A lock on the trial's folder. Its process inherits it, so it outlives a lab that was killed and left the process behind."""
+    """Lock the trial's folder. The trial's process inherits the lock and so keeps it even if the lab is killed."""
     trial.folder.mkdir(parents=True, exist_ok=True)
     file = (trial.folder / ".lock").open("w")
     try:
@@ -214,17 +215,17 @@ def _check_folder(trial: Trial) -> None:
     try:
         before = load_config([str(path)])
     except InputError as error:
-        raise InputError(f"{path} is of an older version ({error}): {remedy}") from None
+        raise InputError(f"{path} was written by an older version ({error}): {remedy}") from None
     if before != trial.cfg:
         old, new = flatten(before.model_dump()), flatten(trial.cfg.model_dump())
         key = next(key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
         raise InputError(
-            f"{trial.folder} was run with {key} = {old.get(key)!r}, the study says {new.get(key)!r}: {remedy}"
+            f"{trial.folder} was run with {key} = {old.get(key)!r}, but the study says {new.get(key)!r}: {remedy}"
         )
 
 
 def _ended_itself(events: Path) -> bool:
-    """Whether the last thing a run wrote down is that its figures are not finite or that its policy collapsed."""
+    """Return whether the last event of a run is a figure that is not finite or a collapse of the policy."""
     last = _newest(events) or {"event": ""}
     return last["event"] == "nonfinite" or (last["event"] == "collapse" and last["action"] != "warn")
 
@@ -248,7 +249,7 @@ def _machine() -> str:
 
 
 class _Board:
-    """The trials on the terminal: a bar for all and one for each that runs, or a line when one ends where nobody watches."""
+    """Show the trials: in a terminal one bar for all and one per running trial; elsewhere one line per ended trial."""
 
     def __init__(self, total: int, console: Console) -> None:
         self._console, self._total, self._ended = console, total, 0
@@ -297,6 +298,6 @@ def _name(trial: Trial) -> str:
 
 
 def _newest(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a ``metrics.jsonl`` or ``events.jsonl``."""
+    """Return the last complete line of a JSON-lines file, or None."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(lines[-1]) if lines else None

@@ -1,0 +1,1 @@
+"""Plan a layout without GPUs: memory, traffic and time of a step."""

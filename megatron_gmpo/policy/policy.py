@@ -234,19 +234,14 @@ class Policy:
 
     def _plan(self, batch: TrainBatch) -> list[list[int]]:
         """This data-parallel rank's microbatches, as numbers of sequences."""
-        virtual = self.cfg.parallel.virtual_pipeline_model_parallel_size
         plan = plan_microbatches(
             batch.lengths.tolist(),
             max_tokens=self.cfg.train.max_tokens_per_microbatch,
             data_parallel_size=self.groups.dp.size(),
-            sequence_multiple=self._sequence_multiple,
-            count_multiple=self.groups.pp.size() if virtual else 1,
+            sequence_multiple=self.cfg.parallel.sequence_multiple,
+            count_multiple=self.cfg.parallel.microbatch_multiple,
         )
         return plan[self.groups.dp.rank()]
-
-    @property
-    def _sequence_multiple(self) -> int:
-        return 2 * self.groups.cp.size() if self.groups.cp.size() > 1 else 1
 
     def _routing_pass(self, batch: TrainBatch, *, replay: bool, record: bool = False) -> RoutingPass | None:
         """What the routers do in a pass over the batch; None where nobody asks."""
@@ -328,7 +323,7 @@ class Policy:
                 sequences,
                 cp_size=cp.size(),
                 cp_rank=cp.rank(),
-                sequence_multiple=self._sequence_multiple,
+                sequence_multiple=self.cfg.parallel.sequence_multiple,
                 total_multiple=total_multiple(self.cfg),
             )
             if routing:

@@ -86,6 +86,18 @@ def _check_nccl(python: str) -> None:
         )
 
 
+def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None:
+    """Check that colocated servers need no more GPUs than the trainer has.
+
+    Raises:
+        InputError: they need more.
+    """
+    if gpus > trainer_gpus:
+        raise InputError(
+            f"rollout.num_servers = {num_servers} take {gpus} GPUs, the trainer has {trainer_gpus}: start fewer"
+        )
+
+
 def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
     """The engine of ``cfg``, on the first rank with its servers starting, or up where they share the trainer's GPUs; collective.
 
@@ -100,10 +112,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     """
     rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
     gpus = rollout.num_servers * cfg.sglang.tensor_parallel_size
-    if device.type == "cuda" and rollout.placement == "colocated" and gpus > world_size():
-        raise InputError(
-            f"rollout.num_servers = {rollout.num_servers} take {gpus} GPUs, the trainer has {world_size()}: start fewer"
-        )
+    if device.type == "cuda" and rollout.placement == "colocated":
+        check_colocated_gpus(rollout.num_servers, gpus, world_size())
     servers: list[Server] = []
     local = None
     if rank() == 0 and rollout.server_urls:

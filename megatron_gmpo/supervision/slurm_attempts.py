@@ -1,10 +1,7 @@
-"""The attempts of a Slurm job at one run, for examples/moe/launch.sh: whether another may be made, and what became of the last.
+"""The attempts of a Slurm job at one run: whether the job may make another, and how the last one ended.
 
-    RUN_DIR=$(python -m tools.attempt begin CONFIG.toml --section.key value ...)
-    python -m tools.attempt end RUN_DIR STATUS_OF_SRUN
-
-RUN_DIR/restarts.jsonl has a line for each. A new sbatch of the same run counts anew. Nothing here imports torch, which may
-take half a minute from a busy file system: a job whose time is up does not have that.
+restarts.jsonl in the run folder has one line per attempt. Limits count the attempts of one job; a new sbatch of the same run
+starts from zero. This module does not import torch, see ``commands/slurm_attempt.py``.
 """
 
 from __future__ import annotations
@@ -19,25 +16,26 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_gmpo.config import exit_with_one_line, load_config
-from megatron_gmpo.errors import Exit, InputError, RunError
-from megatron_gmpo.supervision.lock import RunLock
-from megatron_gmpo.supervision.records import OUTCOME, append_event, read_outcome, write_whole
+from ..config import Config
+from ..errors import Exit, InputError, RunError
+from .lock import RunLock
+from .records import OUTCOME, append_event, read_outcome, write_whole
 
 RESTARTS = "restarts.jsonl"
 CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
-"""After these another attempt may go better; each counts for MAX_CRASHES."""
+"""Exit codes after which another attempt may succeed; each counts for MAX_CRASHES."""
 
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """
+    """One line of restarts.jsonl.
+
     Attributes:
         attempt: number within the job, from 1.
-        job: Slurm's id, which stays when a job is requeued.
+        job: Slurm's job id, which a requeue keeps.
         start: Unix time in seconds.
-        checkpoint_step: steps in the newest checkpoint at that time, 0 without one.
-        code: an ``Exit``; None while it runs, and for ever where Slurm ended it before anybody could say why.
+        checkpoint_step: steps in the newest checkpoint at ``start``; 0 without one.
+        code: an ``Exit``; None while the attempt runs, and forever if Slurm ended it before it could record a reason.
         reason: one line.
     """
 
@@ -49,14 +47,13 @@ class AttemptRecord:
     reason: str = ""
 
 
-def begin(argv: list[str]) -> None:
-    """Checks config, lock and limits, enters the attempt, draws the keys of rollout servers, and prints the run folder.
+def begin(cfg: Config) -> Path:
+    """Check the lock and the limits, record the attempt, draw the keys of rollout servers, and return the run folder.
 
     Raises:
-        InputError: see ``load_config`` and ``RunLock``.
-        RunError: there were attempts enough.
+        InputError: another job uses the run folder, see ``RunLock``.
+        RunError: the job has used up its attempts.
     """
-    cfg = load_config(argv)
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     RunLock(run_dir).release()
@@ -66,7 +63,7 @@ def begin(argv: list[str]) -> None:
         raise InputError(
             f"run_dir = {cfg.run_dir!r} is in use by job {attempts[-1].job}: wait for its end, or choose another run_dir"
         )
-    if attempts and attempts[-1].code is None:  # Slurm requeued it: a preemption, a node that failed
+    if attempts and attempts[-1].code is None:  # Slurm requeued the job: a preemption or a failed node
         attempts[-1] = _concluded(run_dir, attempts[-1], "ended by Slurm: a preemption or a failed node")
     ours = [attempt for attempt in attempts if attempt.job == job]
     if reason := why_no_more(ours, step):
@@ -75,22 +72,23 @@ def begin(argv: list[str]) -> None:
     _write_attempts(run_dir, [*attempts, AttemptRecord(len(ours) + 1, job, time.time(), step)])
     if ours:
         append_event(run_dir, "restart", attempt=len(ours) + 1, step=step, reason=ours[-1].reason)
-    for name in (OUTCOME, "servers.json"):  # what comes from now on is of this attempt
+    for name in (OUTCOME, "servers.json"):  # left by the last attempt
         (run_dir / name).unlink(missing_ok=True)
     if cfg.rollout.engine == "sglang":
         _write_keys(run_dir / "server_keys.json")
-    print(run_dir)
+    return run_dir
 
 
-def end(run_dir: Path, status: int) -> Exit:
-    """Enters how the attempt ended, and says on stderr what is next; a node that must not be used again goes to stdout.
+def end(run_dir: Path, status: int) -> tuple[Exit, str]:
+    """Record how the attempt ended, and print on stderr what happens next.
 
     Args:
-        status: srun's exit code: 0, or ``Exit.REQUEUE`` of an attempt that was stopped before its trainers were started. Any other says
-            nothing: torchrun exits with 1 whatever its ranks exit with.
+        status: srun's exit code: 0, or ``Exit.REQUEUE`` if the attempt was stopped before its trainers were started. Other
+            values carry no information: torchrun exits with 1 whatever its ranks exit with.
 
     Returns:
-        ``Exit.REQUEUE`` when the job is to be started again, else what it is to exit with.
+        The job's exit code, ``Exit.REQUEUE`` if it is to be started again, and the name of a node that must not be used again,
+        or "".
     """
     attempts = read_attempts(run_dir)
     this = max(index for index, attempt in enumerate(attempts) if attempt.job == os.environ["SLURM_JOB_ID"])
@@ -110,33 +108,30 @@ def end(run_dir: Path, status: int) -> Exit:
         _say(f"error: {last.reason}")
     elif reason := why_no_more(ours, step):
         _say(f"error: {reason}")
-        return Exit.FAILED if code == Exit.REQUEUE else code
+        code = Exit.FAILED if code == Exit.REQUEUE else code
     else:
         crashes = sum(attempt.code in CRASHES for attempt in ours)
+        limits = f"{_limit('MAX_RESTARTS')}, {crashes} of {_limit('MAX_CRASHES')}"
         _say(f"attempt {last.attempt}: {last.reason}")
-        restarts = f"restart {len(ours)} of {_limit('MAX_RESTARTS')}, {crashes} of {_limit('MAX_CRASHES')} after a crash"
-        _say(f"it may be tried again from step {step}: {restarts}")
+        _say(f"it may be tried again from step {step}: restart {len(ours)} of {limits} after a crash")
         outcome = read_outcome(run_dir)
-        if code == Exit.BAD_NODE and outcome:
-            print(outcome.node)
-        return Exit.REQUEUE
-    return code
+        return Exit.REQUEUE, outcome.node if code == Exit.BAD_NODE and outcome else ""
+    return code, ""
 
 
 def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
-    """Why a job with these attempts behind it must not make another, or nothing.
+    """Return why a job that has made these attempts must not make another, or "".
 
     Args:
-        step: of the newest checkpoint.
+        step: steps in the newest checkpoint.
     """
     if not attempts:
         return ""
     last = f"; the last attempt: {attempts[-1].reason}"
     restarts, crashes = _limit("MAX_RESTARTS"), _limit("MAX_CRASHES")
-    came_to_an_end = [
-        attempt for attempt in attempts if attempt.code is not None
-    ]  # a preemption or a lost node says nothing of the run
-    if len(came_to_an_end) > 1 and came_to_an_end[-2].checkpoint_step == step:
+    # an attempt without a code ended by a preemption or a lost node, for which the run is not to blame
+    ended = [attempt for attempt in attempts if attempt.code is not None]
+    if len(ended) > 1 and ended[-2].checkpoint_step == step:
         return f"two attempts in a row have left no checkpoint after step {step}{last}"
     if len(attempts) > restarts:
         return f"the job has been started again {restarts} times, MAX_RESTARTS{last}"
@@ -146,7 +141,7 @@ def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
 
 
 def checkpoint_step(run_dir: Path) -> int:
-    """Steps in the newest checkpoint, 0 without one."""
+    """Return the steps in the newest checkpoint, 0 without one."""
     try:
         return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     except FileNotFoundError:
@@ -154,7 +149,7 @@ def checkpoint_step(run_dir: Path) -> int:
 
 
 def read_attempts(run_dir: Path) -> list[AttemptRecord]:
-    """All attempts at a run, of all jobs, oldest first."""
+    """Return all attempts at a run, by all jobs, oldest first."""
     try:
         lines = (run_dir / RESTARTS).read_text().splitlines()
     except FileNotFoundError:
@@ -162,17 +157,17 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
     return [AttemptRecord(**json.loads(line)) for line in lines]
 
 
-def _concluded(run_dir: Path, attempt: AttemptRecord, otherwise: str) -> AttemptRecord:
-    """With what ``outcome.json`` says, or else a reason and no code."""
+def _concluded(run_dir: Path, attempt: AttemptRecord, default_reason: str) -> AttemptRecord:
+    """Return the attempt with code and reason of ``outcome.json``; without that file, with ``default_reason`` and no code."""
     outcome = read_outcome(run_dir)
     if outcome is None:
-        return replace(attempt, reason=otherwise)
+        return replace(attempt, reason=default_reason)
     return replace(attempt, code=outcome.code, reason=outcome.reason)
 
 
 def _is_running(job: str) -> bool:
     try:
-        asked = subprocess.run(
+        queue = subprocess.run(
             ["squeue", "--noheader", "--job", job, "--format", "%T"],
             capture_output=True,
             text=True,
@@ -181,9 +176,9 @@ def _is_running(job: str) -> bool:
     except (
         OSError,
         subprocess.TimeoutExpired,
-    ):  # no squeue here, a controller that does not answer: the lock has to do
+    ):  # no squeue, or no answer from the controller: rely on the lock
         return False
-    return "RUNNING" in asked.stdout
+    return "RUNNING" in queue.stdout
 
 
 def _write_attempts(run_dir: Path, attempts: list[AttemptRecord]) -> None:
@@ -191,7 +186,7 @@ def _write_attempts(run_dir: Path, attempts: list[AttemptRecord]) -> None:
 
 
 def _write_keys(path: Path) -> None:
-    """Keys that only this user reads, for servers and trainers of this attempt."""
+    """Write the keys for servers and trainers of this attempt to a file that only this user can read."""
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump({"api_key": secrets.token_hex(16), "admin_key": secrets.token_hex(16)}, file)
@@ -206,18 +201,3 @@ def _limit(name: str) -> int:
 
 def _say(line: str) -> None:
     print(time.strftime("[%Y-%m-%d %H:%M:%S]"), line, file=sys.stderr, flush=True)
-
-
-def main() -> None:
-    command, *argv = sys.argv[1:]
-    try:
-        if command == "begin":
-            begin(argv)
-        else:
-            sys.exit(end(Path(argv[0]), int(argv[1])))
-    except RunError as error:
-        exit_with_one_line(error, error.exit)
-
-
-if __name__ == "__main__":
-    main()

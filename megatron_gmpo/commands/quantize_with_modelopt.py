@@ -1,8 +1,8 @@
-"""Quantises a Hugging Face model with NVIDIA's ModelOpt; the part of ``tools.export_quantized`` that runs in ModelOpt's own environment:
+"""Quantize a Hugging Face model with NVIDIA's ModelOpt; ``export_quantized`` runs this script in ModelOpt's own environment.
 
     python -I quantize_with_modelopt.py
 
-Stdin is a JSON object: ``hf`` and ``out``, folders; ``format``, fp8 or nvfp4; ``prompts``, lists of tokens to calibrate on.
+Stdin is a JSON object: ``hf`` and ``out``, folders; ``format``, fp8 or nvfp4; ``prompts``, lists of token ids for calibration.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from typing import Any
 
-import modelopt.torch.quantization as mtq
+import modelopt.torch.quantization as mtq  # pyright: ignore[reportMissingImports]
 import torch
-from modelopt.torch.export import export_hf_checkpoint
+from modelopt.torch.export import (  # pyright: ignore[reportMissingImports]
+    export_hf_checkpoint,
+)
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -27,14 +30,13 @@ def main() -> None:
     placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
     model = AutoModelForCausalLM.from_pretrained(task["hf"], dtype=torch.bfloat16, **placed).eval()
 
-    def calibrate(model: torch.nn.Module) -> None:
+    def calibrate(model: Any) -> None:
         for prompt in tqdm(task["prompts"], "calibrating", unit=" prompts", disable=None):
             model(torch.tensor([prompt], device=model.device), use_cache=False)
 
     mtq.quantize(model, FORMATS[task["format"]], calibrate)
-    model.config.architectures = model.config.architectures or [
-        type(model).__name__
-    ]  # SGLang chooses its model by this
+    # SGLang chooses its model class by this
+    model.config.architectures = model.config.architectures or [type(model).__name__]
     export_hf_checkpoint(model, export_dir=task["out"])
 
 

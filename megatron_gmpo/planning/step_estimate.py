@@ -1,6 +1,7 @@
-"""How long a step takes: what each rank computes and sends, from the dry run, over stated hardware numbers.
+"""Estimate how long a step takes: the work and traffic of a dry run, divided by stated hardware figures.
 
-A rough estimate, good for comparing layouts and for finding what dominates. The assumptions that make it one are the constants below.
+The estimate is rough. It serves to compare layouts and to find what dominates a step. Its assumptions are the constants of
+``hardware.py``.
 """
 
 from __future__ import annotations
@@ -12,65 +13,38 @@ from typing import Any
 
 import numpy as np
 
-from megatron_gmpo.batch.packing import plan_microbatches
-from megatron_gmpo.config import Config
-from megatron_gmpo.models.fp8_blocks import BLOCK
-from megatron_gmpo.planning.dry_run import RankPlan, Traffic, Work
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One GPU of a node of eight.
-
-    Attributes:
-        memory: bytes that torch sees.
-        flops: dense BF16 a second.
-        bandwidth: of its memory, bytes a second.
-        nvlink, network: bytes a second in one direction, to GPUs of the node and to other nodes.
-    """
-
-    memory: int
-    flops: float
-    bandwidth: float
-    nvlink: float
-    network: float
-
-
-# NVIDIA's data sheets of the H100 SXM, the H200 SXM and the HGX B200; sparsity left out, NVLink halved to one direction. Network: one
-# 400 Gb/s adapter a GPU, as in DGX systems.
-HARDWARE = {
-    "h100": Hardware(79 * GIB, 989e12, 3.35e12, 450e9, 50e9),
-    "h200": Hardware(139 * GIB, 989e12, 4.8e12, 450e9, 50e9),
-    "b200": Hardware(178 * GIB, 2250e12, 7.7e12, 900e9, 50e9),
-}
-GPUS_PER_NODE = 8
-
-# Assumptions
-COMPUTE_EFFICIENCY = 0.45
-"""Share of the peak that the matrix products of training reach, with the small kernels between them."""
-PREFILL_EFFICIENCY = 0.4
-"""The same of the servers' prompts."""
-DECODE_EFFICIENCY = 0.6
-"""Share of the memory bandwidth that decoding reaches."""
-LINK_EFFICIENCY = 0.7
-"""Share of NVLink and network that collectives reach; none of their time is hidden behind computation."""
-LAYER_LATENCY_S = 60e-6
-"""Of one layer in decoding, however small the batch: launches of a dozen kernels."""
-TP_LATENCY_S = 20e-6
-"""Of one layer's two all-reduces in decoding with a server of several GPUs."""
-DISK_BANDWIDTH = 2e9
-"""Bytes a second that one process writes to a shared file system, or reads."""
-HOST_COPY_BANDWIDTH = 10e9
-"""Bytes a second through shared memory of a host."""
-RESERVED = 5 * GIB
-"""Memory for CUDA's context, NCCL's buffers, workspaces of libraries, and holes between tensors."""
+from ..batch.columns import minibatch_bounds
+from ..batch.packing import plan_microbatches
+from ..config import Config
+from ..models.fp8_blocks import BLOCK
+from .hardware import (
+    COMPUTE_EFFICIENCY,
+    DECODE_EFFICIENCY,
+    DISK_BANDWIDTH,
+    GPUS_PER_NODE,
+    HOST_COPY_BANDWIDTH,
+    LAYER_LATENCY_S,
+    LINK_EFFICIENCY,
+    PREFILL_EFFICIENCY,
+    TP_LATENCY_S,
+    Hardware,
+)
+from .rank_plan import RankPlan, Traffic, Work
 
 
 @dataclass(frozen=True)
 class Model:
-    """Elements of all parameters and of those that one token meets, and bytes of a token's keys and values of one head over all layers."""
+    """The size of the whole model.
+
+    Attributes:
+        parameters: elements of all parameters.
+        active_parameters: elements that one token uses.
+        expert_parameters: elements of routed experts.
+        kv_heads: heads of keys and values.
+        kv_head_bytes: bytes of one token's keys and values of one head over all layers.
+        topk: experts per token; 0 for a dense model, like ``num_experts``.
+        served_weights: bytes of the weights on a server, and of a weight sync.
+    """
 
     parameters: int
     active_parameters: int
@@ -81,15 +55,14 @@ class Model:
     num_experts: int
     topk: int
     served_weights: int
-    """Bytes of the weights on a server, and on their way to it."""
 
     @property
     def weights(self) -> int:
-        """Bytes in bf16."""
+        """Return the bytes of the weights in bf16."""
         return 2 * self.parameters
 
     def kv_bytes_on(self, gpus: int) -> int:
-        """Bytes that a token takes in the caches of a server's GPUs together: each has whole heads, at least one."""
+        """Return the bytes of one token in the caches of all GPUs of a server; each GPU holds whole heads, at least one."""
         return self.kv_head_bytes * max(self.kv_heads, gpus)
 
 
@@ -98,9 +71,10 @@ class Batch:
     """The sequences of a step and how they are packed.
 
     Attributes:
-        lengths: tokens of each sequence; responses: tokens of each response.
-        microbatches: of each optimizer step, on a rank.
-        forward_microbatches: of a pass over the whole batch, on a rank.
+        lengths: tokens per sequence.
+        responses: tokens per response.
+        microbatches: for each optimizer step, microbatches on a rank.
+        forward_microbatches: microbatches on a rank of a forward pass over the whole batch.
     """
 
     lengths: list[int]
@@ -114,37 +88,38 @@ class Batch:
 
 
 def draw_batch(cfg: Config, world_size: int, prompt_tokens: int, response_tokens: int) -> Batch:
-    """Lognormal response lengths around a mean of ``response_tokens``, cut at ``rollout.max_new_tokens``, and their packing."""
+    """Draw the sequences of a step and pack them.
+
+    Response lengths are lognormal with a mean of ``response_tokens``, cut at ``rollout.max_new_tokens``.
+    """
     count = cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt
     shape = np.random.default_rng(0).lognormal(0.0, 0.6, count)
     limit, scale = cfg.rollout.max_new_tokens, float(response_tokens)
-    for _ in range(50):  # until the mean after the cut is the one asked for
+    for _ in range(50):  # until the mean after the cut is ``response_tokens``
         responses = np.clip(shape * scale, 1, limit)
         scale *= response_tokens / responses.mean()
     responses = [int(length) for length in np.clip(shape * scale, 1, limit)]
     lengths = [prompt_tokens + length for length in responses]
-    parallel, parts = cfg.parallel, cfg.train.minibatches_per_step
-    replicas = world_size // parallel.model_parallel_size
-    cp, pp = parallel.context_parallel_size, parallel.pipeline_model_parallel_size
+    parallel = cfg.parallel
 
     def microbatches(part: list[int]) -> int:
         plan = plan_microbatches(
             part,
             max_tokens=cfg.train.max_tokens_per_microbatch,
-            data_parallel_size=replicas,
-            sequence_multiple=2 * cp if cp > 1 else 1,
-            count_multiple=pp if parallel.virtual_pipeline_model_parallel_size else 1,
+            data_parallel_size=world_size // parallel.model_parallel_size,
+            sequence_multiple=parallel.sequence_multiple,
+            count_multiple=parallel.microbatch_multiple,
         )
         return len(plan[0])
 
-    bounds = [round(i * count / parts) for i in range(parts + 1)]
-    minibatches = [lengths[bounds[i] : bounds[i + 1]] for i in range(parts)]
-    return Batch(lengths, responses, [microbatches(part) for part in minibatches], microbatches(lengths))
+    bounds = minibatch_bounds(count, cfg.train.minibatches_per_step)
+    per_update = [microbatches(lengths[start:end]) for start, end in bounds]
+    return Batch(lengths, responses, per_update, microbatches(lengths))
 
 
 @dataclass(frozen=True)
 class Servers:
-    """Rollout servers: how many, GPUs of each, and how many tokens one's cache of keys and values holds."""
+    """Number of rollout servers, GPUs per server, and tokens that the key-value cache of a server holds."""
 
     count: int
     gpus: int
@@ -152,10 +127,10 @@ class Servers:
 
 
 class StepEstimate:
-    """Seconds of each phase of a step, and bytes that one rank sends in it.
+    """Seconds of each phase of a step, and bytes that one rank sends in a step.
 
     Args:
-        slots: tokens of the microbatch that the plans are of.
+        slots: tokens of the microbatch of the dry run.
     """
 
     def __init__(
@@ -172,7 +147,7 @@ class StepEstimate:
         self.cfg, self.model, self.plans, self.batch = cfg, model, plans, batch
         self.servers, self.hardware, self.world_size = servers, hardware, world_size
         replicas = world_size // cfg.parallel.model_parallel_size
-        # tokens in a microbatch of training over those of a full one
+        # tokens of a training microbatch relative to the dry run's
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
         self.passes = 2 if cfg.algorithm.kl_coef > 0 else 1
@@ -190,7 +165,7 @@ class StepEstimate:
 
     @property
     def step(self) -> float:
-        """Seconds; with ``rollout.max_staleness`` the servers generate while the trainer trains."""
+        """Return the seconds of a step; with ``rollout.max_staleness`` generation overlaps training."""
         trainer = self.seconds["logprobs"] + self.seconds["train"]
         both = (
             max(trainer, self.seconds["rollout"])
@@ -201,13 +176,13 @@ class StepEstimate:
 
     @property
     def gpus(self) -> int:
-        """The trainer's, and the servers' where they have their own."""
+        """Return the number of GPUs of the trainer and of servers on GPUs of their own."""
         colocated = self.cfg.rollout.placement == "colocated" or self.cfg.rollout.engine == "embedded"
         return self.world_size + (0 if colocated else self.servers.count * self.servers.gpus)
 
     @property
     def mfu(self) -> float:
-        """Of the training phase: three forward passes' FLOPs, without recomputation, over the peak."""
+        """Return the MFU of the training phase: FLOPs of three forward passes, without recomputation, over the peak."""
         forward = sum(plan.forward.flops for plan in self.plans) / len(self.plans)
         return (
             3
@@ -218,7 +193,7 @@ class StepEstimate:
         )
 
     def traffic(self) -> list[Traffic]:
-        """What the busiest rank of each group sends in a step."""
+        """Return what the busiest rank of each group sends in a step."""
         most: dict[tuple[str, str], Traffic] = {}
         for plan in self.plans:
             sent: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
@@ -236,7 +211,7 @@ class StepEstimate:
         return list(most.values())
 
     def boundary(self) -> int:
-        """Bytes that a stage sends to its neighbours in a step, forward and back."""
+        """Return the bytes that a stage sends to its neighbours in a step, forward and backward."""
         sent = max(plan.boundary for plan in self.plans) * (
             self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
         )
@@ -244,7 +219,7 @@ class StepEstimate:
         return int(sent * (2 * sum(self.batch.microbatches) * self._filled + forward))
 
     def _pipeline(self, microbatches: int, filled: float, *, training: bool) -> float:
-        """Of the slowest stage, with the bubble at both ends: (microbatches + (stages - 1) / chunks) passes."""
+        """Return the time of the slowest stage with the pipeline bubble: (microbatches + (stages - 1) / chunks) passes."""
         stages, chunks = len(self.plans), self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
         slowest = max(self._seconds(plan.training if training else plan.forward) for plan in self.plans)
         slowest += (
@@ -263,7 +238,10 @@ class StepEstimate:
         return work.flops / (self.hardware.flops * COMPUTE_EFFICIENCY) + sum(map(self._sending, work.traffic))
 
     def _sending(self, traffic: Traffic) -> float:
-        """Rings that leave a node go at the network's speed; of an all-to-all only what leaves the node."""
+        """Return the time of a collective.
+
+        A ring that leaves a node runs at the speed of the network. Of an all-to-all, only the part that leaves the node does.
+        """
         nodes = Counter(rank // GPUS_PER_NODE for rank in traffic.ranks)
         outside = 1.0 if len(nodes) > 1 else 0.0
         if traffic.operation == "all_to_all":
@@ -274,7 +252,7 @@ class StepEstimate:
         return traffic.sent * slowest / LINK_EFFICIENCY
 
     def _update(self) -> float:
-        """Of the slowest rank: gradients summed, weights gathered, and the optimizer's state read and written."""
+        """Return the time of an optimizer step on the slowest rank: collectives, and reading and writing its state."""
         return max(
             sum(map(self._sending, plan.gradient_sync))
             + 2 * (plan.optimizer + plan.gradients) / self.hardware.bandwidth
@@ -282,7 +260,7 @@ class StepEstimate:
         )
 
     def _weight_sync(self) -> float:
-        """Every rank gathers all weights once; the first gives them on."""
+        """Return the time in which every rank gathers all weights once and rank 0 sends them to the servers."""
         link = self.hardware.network if self.world_size > GPUS_PER_NODE else self.hardware.nvlink
         gathered = self.model.weights / (link * LINK_EFFICIENCY)
         if self.cfg.rollout.engine == "embedded":
@@ -295,14 +273,15 @@ class StepEstimate:
         return gathered + route[self.cfg.weight_sync.route]
 
     def _rollout(self) -> float:
-        """Of the slowest server: its prompts' prefill, then decoding with as many responses at a time as it takes."""
+        """Return the time of the slowest server: prefill of its prompts, then decoding in a full batch."""
         servers, model, hardware = self.servers, self.model, self.hardware
         responses = self.batch.responses[:: servers.count]
         prompts = [
             length - response
             for length, response in zip(self.batch.lengths, self.batch.responses, strict=True)
         ][:: servers.count]
-        unique = sum(prompts) / self.cfg.rollout.samples_per_prompt  # the prefix cache keeps a group's prompt
+        # the prefix cache holds a group's prompt
+        unique = sum(prompts) / self.cfg.rollout.samples_per_prompt
         prefill = 2 * model.active_parameters * unique / (servers.gpus * hardware.flops * PREFILL_EFFICIENCY)
         mean_prompt, mean_response = sum(prompts) / len(prompts), sum(responses) / len(responses)
         slots = max(
@@ -324,11 +303,12 @@ class StepEstimate:
 
     def _decode_step(self, batch: int, cached_tokens: float) -> float:
         model, servers, hardware = self.model, self.servers, self.hardware
-        met = (
-            1 - (1 - model.topk / model.num_experts) ** batch if model.num_experts else 0.0
-        )  # experts that some token meets
+        # share of the experts that some token uses
+        used = 1 - (1 - model.topk / model.num_experts) ** batch if model.num_experts else 0.0
         weights = (
-            model.served_weights / model.parameters * (model.parameters - model.expert_parameters * (1 - met))
+            model.served_weights
+            / model.parameters
+            * (model.parameters - model.expert_parameters * (1 - used))
         )
         read = weights + cached_tokens * model.kv_bytes_on(servers.gpus)
         reading = read / (servers.gpus * hardware.bandwidth * DECODE_EFFICIENCY)
@@ -338,11 +318,11 @@ class StepEstimate:
 
 
 def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, quantized: bool) -> Model:
-    """The whole model, from its stages.
+    """Return the size of the whole model from the plans of its stages.
 
     Args:
         padding: elements that pad the vocabulary.
-        quantized: the servers hold it in block-wise FP8.
+        quantized: the servers hold the weights in block-wise FP8.
     """
     parameters = sum(plan.stage_parameters for plan in plans) - padding
     experts = sum(plan.stage_expert_parameters for plan in plans)
@@ -352,13 +332,12 @@ def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, 
     )
     idle = experts * (count - topk) // count if count else 0
     if getattr(transformer, "multi_latent_attention", False):
-        kv_heads, kv = 1, 2 * (hf.kv_lora_rank + hf.qk_rope_head_dim)  # the latents, which all heads share
+        kv_heads, kv = 1, 2 * (hf.kv_lora_rank + hf.qk_rope_head_dim)  # latents, which all heads share
     else:
         kv_heads, kv = transformer.num_query_groups, 2 * 2 * transformer.kv_channels
     layers = transformer.num_layers
-    wide = hf.hidden_size * (
-        hf.vocab_size * (1 if hf.tie_word_embeddings else 2) + layers * count
-    )  # embeddings, routers; norms are small
+    # embeddings and routers stay in bf16; norms are small
+    wide = hf.hidden_size * (hf.vocab_size * (1 if hf.tie_word_embeddings else 2) + layers * count)
     served = 2 * wide + (parameters - wide) * (1 + 4 / BLOCK**2) if quantized else 2 * parameters
     return Model(
         parameters, parameters - idle, experts, kv_heads, kv * layers, layers, count, topk, round(served)

@@ -1,0 +1,113 @@
+"""What both conversion commands do around a conversion: processes, progress bar, table, verification."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from ..distributed import rank, world_size
+from ..platform import start_process_group
+from ..weights.convert import HFToMegatron, MegatronToHF
+
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
+_TIMEOUT_S = 4 * 3600
+"""Limit for one collective. Ranks meet only before and after their shares of the conversion."""
+
+
+@contextmanager
+def processes(*, alone: bool = False) -> Iterator[None]:
+    """Join the process group that torchrun describes.
+
+    Args:
+        alone: form a group of one process instead.
+    """
+    _keep_freed_memory()
+    # Megatron uses deprecated names of torch.distributed.checkpoint
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    try:
+        if alone:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            start_process_group(torch.device("cpu"), _TIMEOUT_S)
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_conversion(
+    opened: Callable[[], HFToMegatron | MegatronToHF],
+    target: Path,
+    *,
+    dry_run: bool,
+    verify: bool,
+    compare: Callable[[], str],
+    **options: Any,
+) -> None:
+    """Open a conversion, then print its table or carry it out and print a summary.
+
+    Args:
+        opened: checks the source and returns the conversion.
+        target: folder to write.
+        compare: returns the line about logits; runs on rank 0 alone, after the other ranks are done.
+        options: further arguments of ``convert``.
+
+    Raises:
+        InputError: see ``HFToMegatron`` and ``MegatronToHF``.
+    """
+    with processes():
+        conversion = opened()
+        lines = list(conversion.lines()) if dry_run else []
+        if not dry_run:
+            with _progress(conversion.nbytes) as advance:
+                lines = [f"{target}: {conversion.convert(target, verify=verify, advance=advance, **options)}"]
+        first = rank() == 0
+    if first:
+        if verify and not dry_run:
+            with processes(alone=True):
+                print(compare())
+        print(*lines, sep="\n")
+
+
+@contextmanager
+def _progress(nbytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar over the bytes of this rank's share, on rank 0 and only in a terminal."""
+    console = Console(stderr=True)
+    columns = [
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console, disable=rank() > 0 or not console.is_terminal) as bar:
+        task = bar.add_task("converting", total=nbytes / world_size())
+        yield lambda done: bar.advance(task, done)
+
+
+def _keep_freed_memory() -> None:
+    """Make malloc reuse the memory of one large tensor for the next.
+
+    By default each large tensor gets new pages, and mapping them takes longer than reading the tensor.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**30)

@@ -1,0 +1,28 @@
+"""Print what a Hugging Face or Megatron checkpoint folder holds.
+
+megatron-gmpo inspect_checkpoint FOLDER
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from ..command_line import Options, Positional, parse_options
+
+
+class InspectCheckpoint(Options):
+    """Print kind, family, parameters, dtypes, layout and step of a checkpoint, and whether it is complete. No weights are read."""
+
+    folder: Annotated[Path, Positional]
+    """Hugging Face folder, Megatron checkpoint folder, or one of its iter_* folders."""
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(InspectCheckpoint, argv, "megatron-gmpo inspect_checkpoint")
+    from ..weights.convert import inspect_checkpoint
+
+    about = inspect_checkpoint(options.folder)
+    width = max(map(len, about))
+    for label, value in about.items():
+        print(f"{label:<{width}}  {value}")

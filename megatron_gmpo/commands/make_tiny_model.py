@@ -1,0 +1,65 @@
+"""Write a tiny random model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from ..command_line import Options, parse_options
+from ..config import Positive
+from ..testing import Family
+
+
+class TinyModel(Options):
+    """Write a tiny random model as a Hugging Face folder: config.json, safetensors in the hub's layout, tokenizer."""
+
+    out: Path
+    """Folder to write."""
+    family: Family = "qwen3_moe"
+    """Architecture, by its Hugging Face model_type."""
+    tokenizer: Literal["arithmetic", "countdown", "text"] = "arithmetic"
+    """``arithmetic`` and ``countdown`` have one token per character of their task. ``text`` is a byte-level BPE with a chat
+    template and encodes any text."""
+    tokenizer_corpus: Path | None = None
+    """.parquet or .jsonl file from which the text tokenizer learns its merges; without it a token is a byte."""
+    tokenizer_corpus_column: str = "problem"
+    """Column of that file."""
+    num_layers: Positive = 4
+    """Transformer layers."""
+    hidden_size: Positive = 64
+    """Width of the residual stream."""
+    ffn_hidden_size: Positive = 64
+    """Width of the MLP; in a MoE, width of each expert."""
+    num_experts: Positive = 8
+    """Experts per layer of a MoE; two are active."""
+    tie_word_embeddings: bool = False
+    """Share the input and output embeddings."""
+    randomize_norms: bool = False
+    """Draw norm weights and biases too."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the saved weights."""
+    seed: int = 0
+    """Seed of the weights."""
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(TinyModel, argv, "megatron-gmpo make_tiny_model")
+
+    import torch
+    from transformers.utils import logging
+
+    from ..testing.tiny_models import make_tiny_model
+    from ..testing.tiny_tokenizers import arithmetic_tokenizer, countdown_tokenizer, text_tokenizer
+
+    logging.disable_progress_bar()
+    if options.tokenizer == "text":
+        tokenizer = text_tokenizer(options.tokenizer_corpus, options.tokenizer_corpus_column)
+    else:
+        tokenizer = countdown_tokenizer() if options.tokenizer == "countdown" else arithmetic_tokenizer()
+    shape = options.model_dump(
+        exclude={"out", "tokenizer", "tokenizer_corpus", "tokenizer_corpus_column", "dtype"}
+    )
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    model = make_tiny_model(options.out, tokenizer=tokenizer, dtype=dtype, **shape)
+    parameters, vocabulary = model.num_parameters(), model.config.vocab_size
+    print(f"{options.out}: {options.family}, {parameters:,} parameters, vocabulary {vocabulary}")

@@ -1,0 +1,72 @@
+"""Predict memory, traffic and step time of a layout, without GPUs.
+
+megatron-gmpo plan CONFIG.toml --world_size N [--hardware h100] [--section.key value ...]
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..command_line import Options, parse_options_and_config
+from ..config import Config, Positive
+from ..errors import InputError
+
+MODEL_CONFIGS = Path("examples/moe/model_configs")
+
+
+class Plan(Options):
+    """Print what the ranks of every pipeline stage hold, what a step computes and sends, and about how long it takes. A config
+    that training would refuse, or that does not fit, is refused with one line and exit code 2."""
+
+    world_size: Positive
+    """Ranks of the trainer, one per GPU."""
+    hardware: Literal["h100", "h200", "b200"] = "h100"
+    """Kind of GPU."""
+    config_folder: Annotated[Path | None, Field(alias="model_config")] = None
+    """Folder with the model's config.json; needed only if model.path does not exist yet. By default the folder of that name in
+    examples/moe/model_configs."""
+    prompt_tokens: Positive | None = None
+    """Mean length of prompts; a quarter of data.max_prompt_tokens by default."""
+    response_tokens: Positive | None = None
+    """Mean length of responses; half of rollout.max_new_tokens by default."""
+
+
+def main(argv: list[str]) -> None:
+    options, cfg = parse_options_and_config(Plan, argv, "megatron-gmpo plan")
+    longest = cfg.rollout.max_new_tokens
+    if options.response_tokens and options.response_tokens > longest:
+        raise InputError(
+            f"response_tokens = {options.response_tokens} is above rollout.max_new_tokens = {longest}: choose a smaller one"
+        )
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+    from rich.console import Console
+
+    from ..planning.layout import print_plan
+
+    print_plan(
+        _with_model_config(cfg, options.config_folder),
+        options.world_size,
+        options.hardware,
+        prompt_tokens=options.prompt_tokens or max(1, cfg.data.max_prompt_tokens // 4),
+        response_tokens=options.response_tokens or max(1, cfg.rollout.max_new_tokens // 2),
+        console=Console(width=None if sys.stdout.isatty() else 150),
+    )
+
+
+def _with_model_config(cfg: Config, folder: Path | None) -> Config:
+    """Return the config with ``model.path`` set to a folder that has the model's config.json."""
+    if folder is None:
+        known = MODEL_CONFIGS / Path(cfg.model.path).name
+        is_there = (Path(cfg.model.path) / "config.json").is_file()
+        if not cfg.model.path or is_there or not (known / "config.json").is_file():
+            return cfg
+        folder = known
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(folder)})})

@@ -1,0 +1,12 @@
+"""Start the SGLang servers of one rollout node of a Slurm job.
+
+The same as ``python -m megatron_gmpo.rollout.sglang.serve``; examples/moe/launch.sh starts it.
+"""
+
+from __future__ import annotations
+
+from . import run_module
+
+
+def main(argv: list[str]) -> None:
+    run_module("megatron_gmpo.rollout.sglang.serve", argv)

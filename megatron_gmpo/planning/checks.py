@@ -1,0 +1,68 @@
+"""Check that a layout fits into the memory of its GPUs."""
+
+from __future__ import annotations
+
+from ..config import Config
+from ..errors import InputError
+from ..rollout.sglang.engine import check_colocated_gpus
+from .hardware import GIB, RESERVED, SERVER_MEMORY, Hardware
+from .rank_plan import RankPlan
+from .step_estimate import Model, Servers
+
+
+def check_trainer(plans: list[RankPlan], hardware: Hardware) -> None:
+    """Check that the ranks of every pipeline stage fit.
+
+    Raises:
+        InputError: a rank needs more memory than the GPU has.
+    """
+    plan = max(plans, key=lambda plan: plan.total)
+    over = plan.total + RESERVED - hardware.memory
+    if over > 0:
+        passing = plan.activations + plan.logits + plan.temporaries
+        remedy = (
+            "lower train.max_tokens_per_microbatch, or set megatron.recompute_granularity = 'full'"
+            if passing > plan.resident
+            else "raise parallel.expert_model_parallel_size, tensor_model_parallel_size or pipeline_model_parallel_size, "
+            "or the world size"
+        )
+        raise InputError(
+            f"rank {plan.rank} (pipeline stage {plan.stage}) needs {gib(plan.total + RESERVED)} GiB of "
+            f"{gib(hardware.memory)}: {gib(over)} too much; {remedy}"
+        )
+
+
+def plan_servers(
+    cfg: Config, world_size: int, model: Model, plans: list[RankPlan], hardware: Hardware
+) -> Servers:
+    """Return the rollout servers and the size of their caches.
+
+    Raises:
+        InputError: a cache cannot hold one response of full length, or servers and trainer do not fit on the same GPUs.
+    """
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    if cfg.rollout.engine == "embedded":  # every rank holds the whole model
+        return Servers(world_size, 1, cfg.rollout.batch_size * longest)
+    count, gpus = len(cfg.rollout.server_urls) or cfg.rollout.num_servers, cfg.sglang.tensor_parallel_size
+    taken = int(float(cfg.sglang.args.get("mem_fraction_static", SERVER_MEMORY)) * hardware.memory)
+    if cfg.rollout.placement == "colocated":
+        check_colocated_gpus(count, count * gpus, world_size)
+        plan = max(plans, key=lambda plan: plan.resident)
+        over = taken + plan.resident + RESERVED - hardware.memory
+        if over > 0:
+            raise InputError(
+                f"colocated servers take {gib(taken)} GiB beside the {gib(plan.resident)} GiB of rank {plan.rank}: "
+                f"{gib(over)} too much for the GPU; lower sglang.args.mem_fraction_static"
+            )
+    cache_tokens = (taken * gpus - model.served_weights) // model.kv_bytes_on(gpus)
+    if cache_tokens < longest:
+        raise InputError(
+            f"a server's {gpus} GPUs give it {gib(taken * gpus)} GiB, too little for {gib(model.served_weights)} GiB of "
+            "weights and one response: raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
+        )
+    return Servers(count, gpus, cache_tokens)
+
+
+def gib(nbytes: float) -> str:
+    """Return bytes as GiB with one decimal."""
+    return f"{nbytes / GIB:.1f}"

@@ -1,0 +1,101 @@
+"""What a dry run reports: memory, work and traffic of one rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The bytes that one rank sends in one kind of collective.
+
+    Attributes:
+        operation: ``all_gather``, ``reduce_scatter``, ``all_reduce``, ``all_to_all`` or ``broadcast``.
+        group: name of the process group in Megatron's ProcessGroupCollection, e.g. ``tp``.
+        ranks: ranks of that group.
+        sent: bytes on the wire per rank, as a ring sends them: (n - 1) / n of the tensor, twice that in an all-reduce.
+    """
+
+    operation: str
+    group: str
+    ranks: tuple[int, ...]
+    sent: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The cost of one microbatch on one rank.
+
+    Attributes:
+        flops: FLOPs of matrix products and attention.
+        traffic: collectives within the pass, without the sends of the pipeline.
+    """
+
+    flops: int
+    traffic: tuple[Traffic, ...]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What the first rank of a pipeline stage holds and does. Memory is in bytes.
+
+    Attributes:
+        stage: pipeline stage.
+        rank: global rank.
+        parameters: elements on this rank.
+        stage_parameters: elements of the whole stage, each counted once over all its ranks.
+        stage_expert_parameters: elements of routed experts among them.
+        weights: weights of the model.
+        gradients: fp32 gradient buffers.
+        optimizer: this rank's share of fp32 main weights and moments.
+        reference: weights of the reference policy.
+        activations: what the microbatches in flight keep for their backward passes, without logits.
+        logits: logits of a microbatch and their gradient.
+        temporaries: everything else that is alive at the peak of a microbatch's passes. With recomputation this is mostly the
+            layer that is being recomputed.
+        in_flight: microbatches whose activations are alive together; with a virtual pipeline, passes through one chunk.
+        boundary: bytes that a microbatch sends from one chunk to the next, and its gradient sends back; 0 for the last stage
+            of a pipeline with one chunk per rank.
+        forward: a forward pass with log probabilities.
+        training: forward, backward and recomputation.
+        gradient_sync: collectives of an optimizer step.
+    """
+
+    stage: int
+    rank: int
+    parameters: int
+    stage_parameters: int
+    stage_expert_parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    logits: int
+    temporaries: int
+    in_flight: int
+    boundary: int
+    forward: Work
+    training: Work
+    gradient_sync: tuple[Traffic, ...]
+
+    @property
+    def resident(self) -> int:
+        """Return the bytes that stay allocated between steps."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def total(self) -> int:
+        """Return the bytes at the peak of a training step."""
+        return self.resident + self.activations + self.logits + self.temporaries
+
+
+def total_work(parts: Iterable[Work]) -> Work:
+    """Return the sum of several pieces of work."""
+    parts = list(parts)
+    sent: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+    for traffic in (traffic for part in parts for traffic in part.traffic):
+        sent[traffic.operation, traffic.group, traffic.ranks] += traffic.sent
+    return Work(sum(part.flops for part in parts), tuple(Traffic(*key, count) for key, count in sent.items()))

@@ -1,0 +1,117 @@
+"""Print a plan as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import Config
+from ..models.config import ModelDescription
+from .checks import gib
+from .hardware import GPUS_PER_NODE, RESERVED, Hardware
+from .rank_plan import RankPlan
+from .step_estimate import Batch, Model, Servers, StepEstimate
+
+
+def headline(cfg: Config, description: ModelDescription, model: Model, world_size: int, hardware: str) -> str:
+    """Return one line about the model and the layout."""
+    parallel = cfg.parallel
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "VPP": parallel.virtual_pipeline_model_parallel_size or 1,
+        "CP": parallel.context_parallel_size,
+        "EP": parallel.expert_model_parallel_size,
+        "ETP": parallel.expert_tensor_parallel_size,
+        "DP": world_size // parallel.model_parallel_size,
+    }
+    layout = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
+    active = f", {model.active_parameters / 1e9:.2f} B of them active" if description.is_moe else ""
+    return (
+        f"[bold]{Path(cfg.model.path).name}[/bold] ({description.hf.model_type}): "
+        f"{model.parameters / 1e9:.2f} B parameters{active}; {world_size} ranks on {hardware}: {layout}"
+    )
+
+
+def memory_table(plans: list[RankPlan], hardware: Hardware) -> Table:
+    """Return one row per pipeline stage; the ranks of a stage hold the same."""
+    table = Table("stage", "rank", title="Memory of a rank, GiB", title_justify="left")
+    columns = (
+        "weights",
+        "gradients",
+        "optimizer",
+        "reference",
+        "activations",
+        "logits",
+        "temporaries",
+        "total",
+    )
+    for name in ("parameters", *columns, "of memory", "in flight"):
+        table.add_column(name, justify="right")
+    for plan in plans:
+        table.add_row(
+            str(plan.stage),
+            str(plan.rank),
+            f"{plan.parameters / 1e9:.3f} B",
+            *(gib(getattr(plan, name)) for name in columns),
+            f"{(plan.total + RESERVED) / hardware.memory:.0%}",
+            str(plan.in_flight),
+        )
+    table.caption = f"of memory: with {gib(RESERVED)} GiB reserved, of {gib(hardware.memory)} GiB"
+    return table
+
+
+def print_step(console: Console, cfg: Config, estimate: StepEstimate) -> None:
+    """Print what a step consists of, what a rank sends in it, and how long it takes."""
+    for table in (
+        batch_table(cfg, estimate.batch, estimate.servers),
+        traffic_table(estimate),
+        time_table(estimate),
+    ):
+        console.print(table)
+
+
+def batch_table(cfg: Config, batch: Batch, servers: Servers) -> Table:
+    """Return the sequences, optimizer steps and servers of a step."""
+    table = Table(title="A step", title_justify="left", show_header=False)
+    rollout, sequences, updates = cfg.rollout, len(batch.lengths), batch.microbatches
+    groups = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt}"
+    table.add_row("sequences", f"{sequences:,}", groups)
+    table.add_row("tokens", f"{batch.tokens:,}", f"{batch.tokens / sequences:,.0f} per sequence (assumed)")
+    table.add_row("optimizer steps", str(len(updates)), f"{max(updates)} microbatches per rank in each")
+    cache = f"{servers.gpus} GPUs each, {servers.cache_tokens:,} tokens in the cache"
+    table.add_row("rollout servers", str(servers.count), cache)
+    return table
+
+
+def traffic_table(estimate: StepEstimate) -> Table:
+    """Return what the busiest rank sends in a step."""
+    title = "Sent by a rank in a step"
+    table = Table("collective", "group", "ranks", "nodes", title=title, title_justify="left")
+    table.add_column("GB", justify="right")
+    for traffic in sorted(estimate.traffic(), key=lambda traffic: -traffic.sent):
+        nodes = str(len({rank // GPUS_PER_NODE for rank in traffic.ranks}))
+        ranks, sent = str(len(traffic.ranks)), f"{traffic.sent / 1e9:.2f}"
+        table.add_row(traffic.operation, traffic.group, ranks, nodes, sent)
+    if boundary := estimate.boundary():
+        table.add_row("send and receive", "pp", str(len(estimate.plans)), "", f"{boundary / 1e9:.2f}")
+    sent = f"{estimate.model.served_weights / 1e9:.2f}"
+    table.add_row("weight sync", "world", str(estimate.world_size), "", sent)
+    return table
+
+
+def time_table(estimate: StepEstimate) -> Table:
+    """Return the estimated seconds of each phase, throughput and MFU."""
+    table = Table(title="Estimated time", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, seconds in estimate.seconds.items():
+        table.add_row(name, f"{seconds:.1f} s")
+    table.add_row("step", f"{estimate.step:.1f} s")
+    throughput = estimate.batch.tokens / estimate.step / estimate.gpus
+    table.add_row("tokens per second and GPU", f"{throughput:,.0f}")
+    table.add_row("GPUs", str(estimate.gpus))
+    table.add_row("MFU of training", f"{estimate.mfu:.2f}")
+    return table

@@ -1,0 +1,87 @@
+"""Tokenizers that are small enough for tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..errors import InputError
+
+PAD, EOS = "<pad>", "<eos>"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer for sums: pad, eos, the ten digits and ``+-= ``; 16 tokens in all."""
+    return character_tokenizer("0123456789+-= ")
+
+
+def countdown_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer for the Countdown task: pad, eos, the ten digits and ``+-*/(),=:``; 21 tokens in all."""
+    return character_tokenizer("0123456789+-*/(),=:")
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per character; encoding a character outside ``characters`` raises an error."""
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def text_tokenizer(
+    corpus: Path | None = None, column: str = "problem", vocab_size: int = 1024
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE with Qwen's special tokens and the ChatML template; it encodes and round-trips any text.
+
+    Args:
+        corpus: .parquet or .jsonl file whose ``column`` the merges are learned from; None leaves the 256 bytes.
+        vocab_size: number of tokens when there is a corpus, including the 3 special tokens.
+
+    Raises:
+        InputError: the corpus does not exist, has another suffix or lacks the column.
+    """
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    size = vocab_size if corpus else len(specials) + len(alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+    )
+    tokenizer.train_from_iterator(_column(corpus, column) if corpus else [], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _column(path: Path, column: str) -> list[str]:
+    from datasets import load_dataset
+
+    readers = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+    if path.suffix not in readers:
+        raise InputError(f"tokenizer_corpus = {path}: give a .parquet or .jsonl file")
+    if not path.exists():
+        raise InputError(f"tokenizer_corpus = {path} does not exist: give a .parquet or .jsonl file")
+    table = load_dataset(readers[path.suffix], data_files=str(path), split="train")
+    if column not in table.column_names:
+        raise InputError(
+            f"tokenizer_corpus_column = {column!r} is not in {path}: choose from {', '.join(table.column_names)}"
+        )
+    return table[column][:]
