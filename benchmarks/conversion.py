@@ -1,6 +1,6 @@
 """Speed and memory of both conversions on a synthetic Qwen3-MoE, beside a plain read and write of the same bytes, and beside mbridge.
 
-python -m benchmarks.conversion --folder /data/conversion [--gigabytes 3] [--mbridge-python ENVIRONMENT/bin/python]
+python -m benchmarks.conversion --folder /data/conversion [--gigabytes 3] [--mbridge_python ENVIRONMENT/bin/python]
 
 Every measurement runs in a process of its own. Peak memory is the process's high-water mark over what it had after its imports, with the
 pages of files it maps. mbridge converts a dense model, which is what it can do on a CPU, in an environment of its own with this project's
@@ -20,12 +20,13 @@ from statistics import median
 from typing import Any
 
 import torch
-import tyro
 from transformers import AutoConfig
 
+from megatron_gmpo.command_line import Options, one_line_errors, parse_options
+from megatron_gmpo.commands.conversion_job import processes
+from megatron_gmpo.config import Positive
 from megatron_gmpo.weights.convert import ConversionTable, HFToMegatron, MegatronToHF
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFile
-from tools.conversion import processes
 
 BLOCK = 16 * 2**20
 SHAPE: dict[str, Any] = {
@@ -145,24 +146,25 @@ def compare(folder: Path, repeats: int, python: dict[str, str | Path]) -> None:
     print("there and back: " + ("the same file, byte for byte" if same else "another file"))
 
 
-def main(
-    folder: Path,
-    gigabytes: float = 3.0,
-    repeats: int = 5,
-    mbridge_python: Path | None = None,
-    only: str | None = None,
-) -> None:
-    """Measure, print tables, and remove what was written.
+class Benchmark(Options):
+    """Measure both conversions, print tables, and remove all files written."""
 
-    Args:
-        folder: A folder to make and remove, with room for four times the model.
-        gigabytes: Size of the model.
-        repeats: How often each conversion is measured.
-        mbridge_python: Interpreter of mbridge's environment; without it mbridge is left out.
-        only: Which measurement this process is for.
-    """
-    if only:
-        measure(only, folder)
+    folder: Path
+    """Folder to make and remove, with room for four times the model."""
+    gigabytes: float = 3.0
+    """Size of the model."""
+    repeats: Positive = 5
+    """Measurements per conversion."""
+    mbridge_python: Path | None = None
+    """Interpreter of mbridge's environment; without it mbridge is not measured."""
+    only: str | None = None
+    """The one measurement that this process makes."""
+
+
+def main(options: Benchmark) -> None:
+    folder, mbridge_python = options.folder, options.mbridge_python
+    if options.only:
+        measure(options.only, folder)
         return
     ours: dict[str, str | Path] = dict.fromkeys(("to_megatron", "to_hf"), sys.executable)
     theirs: dict[str, str | Path] = dict.fromkeys(
@@ -171,12 +173,13 @@ def main(
     for family in ["qwen3_moe", *(["qwen3"] if mbridge_python else [])]:
         (folder / "hf").mkdir(parents=True)
         try:
-            write_model(folder / "hf", family, gigabytes)
+            write_model(folder / "hf", family, options.gigabytes)
             print(f"{family}: ", end="")
-            compare(folder, repeats, ours if family == "qwen3_moe" else ours | theirs)
+            compare(folder, options.repeats, ours if family == "qwen3_moe" else ours | theirs)
         finally:
             shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_line_errors():
+        main(parse_options(Benchmark, sys.argv[1:], "python -m benchmarks.conversion"))

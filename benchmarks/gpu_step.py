@@ -2,23 +2,24 @@
 
 Run: python -m benchmarks.gpu_step [--recipes bf16 tensorwise ...] [--out FOLDER]   (a few minutes on a GPU with Transformer Engine)
 
-Each precision is measured in a process of its own. Of each:
+Each precision is measured in its own process. The table shows:
 
-floor      what a step cannot take less than: its FLOPs over the GPU's peak in bf16, and the bytes of the optimizer over its bandwidth.
-           FLOPs are three forward passes', recomputation not counted; a forward pass takes 2 x (parameters that a token is multiplied
-           with) x tokens, the input embedding not among them, and 2 x heads x head width x length^2 a layer and sequence (causal
-           attention: half of both products). The optimizer reads gradient, main weight and two moments (fp32), and writes the last
-           three and the bf16 weight: 30 bytes a parameter.
-MFU        these FLOPs over the measured time and the peak in bf16, whatever the recipe. At least 0.40 is wanted in bf16.
-speedup    over bf16 in the same run. At least 1.2 is wanted of FP8.
+floor      lower bound for a step: its FLOPs at the GPU's bf16 peak plus the optimizer's bytes at its memory bandwidth. The FLOPs are
+           those of three forward passes, without recomputation. A forward pass takes 2 x (parameters that multiply a token, without
+           the input embedding) x tokens, plus 2 x heads x head width x length^2 per layer and sequence (causal attention: half of
+           both products). The optimizer reads gradient, main weight and two moments (fp32) and writes the last three and the bf16
+           weight: 30 bytes per parameter.
+MFU        these FLOPs over the measured time and the bf16 peak, for every recipe. Target in bf16: at least 0.40.
+speedup    relative to bf16 in the same run. Target for FP8: at least 1.2.
 
-The kernels that take most of the time are in FOLDER/kernels_RECIPE.txt (torch.profiler).
+FOLDER/kernels_RECIPE.txt lists the kernels that take most of the time (torch.profiler).
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -36,49 +36,61 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from megatron_gmpo.batch.columns import TrainBatch
-from megatron_gmpo.config import Config
+from megatron_gmpo.command_line import Options, one_line_errors, parse_options
+from megatron_gmpo.config import Config, Positive
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.planning.hardware import HARDWARE, Hardware
 from megatron_gmpo.platform import choose_device, prepare_megatron, seed_everything, start_process_group
 from megatron_gmpo.platform.capabilities import capabilities_of
 from megatron_gmpo.policy.fp8 import check_fp8
 from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
-from tools.make_tiny_model import arithmetic_tokenizer
-from tools.step_estimate import HARDWARE, Hardware
+from megatron_gmpo.testing.tiny_tokenizers import arithmetic_tokenizer
 
 Recipe = Literal["bf16", "delayed", "tensorwise", "blockwise", "mxfp8"]
 OPTIMIZER_BYTES = 30
 WARM_UP_STEPS = 3
-MFU_WANTED, SPEEDUP_WANTED = 0.40, 1.2
 PROMPT = 128
 
 
-@dataclass(frozen=True)
-class Options:
+class GpuStep(Options):
+    """Measure training steps of a Qwen3-MoE with random weights on one GPU, in bf16 and with each FP8 recipe."""
+
     recipes: tuple[Recipe, ...] = ("bf16", "delayed", "tensorwise", "blockwise")
-    """mxfp8 needs a Blackwell GPU."""
-    layers: int = 8
-    hidden: int = 2048
-    experts: int = 32
-    vocab: int = 151_936
-    length: int = 4096
-    """Tokens of a sequence."""
-    sequences: int = 16
-    """Of a step."""
-    max_tokens: int = 16_384
-    """Of a microbatch."""
-    steps: int = 5
-    """Measured, after three that are not."""
+    """Precisions to measure; mxfp8 needs a Blackwell GPU."""
+    layers: Positive = 8
+    """Decoder layers."""
+    hidden: Positive = 2048
+    """Width of the residual stream."""
+    experts: Positive = 32
+    """Experts per layer."""
+    vocab: Positive = 151_936
+    """Vocabulary size."""
+    length: Positive = 4096
+    """Tokens per sequence."""
+    sequences: Positive = 16
+    """Sequences per step."""
+    max_tokens: Positive = 16_384
+    """Tokens per microbatch."""
+    steps: Positive = 5
+    """Measured steps; three unmeasured steps come before them."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """cpu only shows that this runs: its times stand over the peak of an H100."""
+    """``cpu`` only tests the benchmark: its times are related to the peak of an H100."""
     out: Path = Path("runs/gpu_step")
-    """Receives the figures and the profiles."""
+    """Folder that receives the figures and the profiles."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one precision: seconds of a training step, of log probabilities of the same batch, of an export of all weights; bytes."""
+    """The measurement of one precision.
+
+    Attributes:
+        step: seconds of a training step.
+        logprobs: seconds of the log probabilities of the same batch.
+        export: seconds of an export of all weights.
+        peak_memory: bytes on the GPU.
+    """
 
     recipe: str
     step: float
@@ -88,7 +100,7 @@ class Figures:
 
 
 def forward_flops(hf: Any, lengths: list[int], *, causal: bool = True) -> int:
-    """FLOPs of a forward pass of a Qwen3-MoE over sequences of these lengths, logits of every token included."""
+    """Return the FLOPs of a forward pass of a Qwen3-MoE over sequences of these lengths, with logits for every token."""
     heads, groups, width = hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim
     attention = hf.hidden_size * width * (2 * heads + 2 * groups)
     experts = (
@@ -100,8 +112,8 @@ def forward_flops(hf: Any, lengths: list[int], *, causal: bool = True) -> int:
     return 2 * matrices * sum(lengths) + products * sum(length**2 for length in lengths)
 
 
-def write_model(folder: Path, options: Options) -> Path:
-    """A Hugging Face folder with random weights in bf16."""
+def write_model(folder: Path, options: GpuStep) -> Path:
+    """Write a Hugging Face folder with random weights in bf16 and return it."""
     tokenizer = arithmetic_tokenizer()
     config = Qwen3MoeConfig(
         vocab_size=options.vocab,
@@ -111,7 +123,7 @@ def write_model(folder: Path, options: Options) -> Path:
         num_hidden_layers=options.layers,
         num_attention_heads=options.hidden // 64,
         num_key_value_heads=max(1, options.hidden // 512),
-        head_dim=128,
+        head_dim=128,  # pyright: ignore[reportCallIssue]
         num_experts=options.experts,
         num_experts_per_tok=min(8, options.experts // 2),
         max_position_embeddings=max(options.length, 4096),
@@ -128,7 +140,7 @@ def write_model(folder: Path, options: Options) -> Path:
     return folder
 
 
-def random_batch(options: Options) -> TrainBatch:
+def random_batch(options: GpuStep) -> TrainBatch:
     draw = torch.Generator().manual_seed(0)
     lengths = torch.full((options.sequences,), options.length)
     tokens = torch.randint(options.vocab, (int(lengths.sum()),), generator=draw)
@@ -137,8 +149,8 @@ def random_batch(options: Options) -> TrainBatch:
     return TrainBatch(tokens, lengths, mask, advantages, torch.zeros(len(tokens)))
 
 
-def measure(recipe: Recipe, model: Path, options: Options) -> Figures:
-    """Builds the policy in this process and measures it; writes the profile of one step."""
+def measure(recipe: Recipe, model: Path, options: GpuStep) -> Figures:
+    """Build the policy in this process, measure it, and write the profile of one step."""
     device = choose_device(options.device)
     fp8 = {} if recipe == "bf16" else {"fp8": {"recipe": recipe}}
     cfg = Config.model_validate(
@@ -184,8 +196,8 @@ def measure(recipe: Recipe, model: Path, options: Options) -> Figures:
     return Figures(recipe, step, logprobs, export, peak)
 
 
-def report(found: list[Figures], model: Path, options: Options, console: Console) -> dict[str, Any]:
-    """Prints the floor and the table; what it says, as JSON."""
+def report(found: list[Figures], model: Path, options: GpuStep, console: Console) -> dict[str, Any]:
+    """Print the floor and the table, and return their figures for JSON."""
     hf = AutoConfig.from_pretrained(model)
     lengths = [options.length] * options.sequences
     flops, tokens = 3 * forward_flops(hf, lengths), sum(lengths)
@@ -250,7 +262,7 @@ def report(found: list[Figures], model: Path, options: Options, console: Console
 
 
 def in_a_process(function: Callable[..., Any], *arguments: object) -> Any:
-    """Of its own, which gives back all memory of the GPU."""
+    """Call ``function`` in a new process, which frees all GPU memory when it ends."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
@@ -261,7 +273,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _hardware(name: str) -> Hardware:
-    """The data sheet; of a GPU that is not in the list, or a CPU, an H100's."""
+    """Return the data sheet of a GPU, or that of an H100 for a CPU and for GPUs that are not in the list."""
     return next(
         (hardware for key, hardware in HARDWARE.items() if key.upper() in name.upper()), HARDWARE["h100"]
     )
@@ -275,7 +287,7 @@ def _parameters(model: Path) -> int:
     return total
 
 
-def main(options: Options) -> None:
+def main(options: GpuStep) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=140)
     found = []
@@ -284,7 +296,7 @@ def main(options: Options) -> None:
         for recipe in options.recipes:
             try:
                 found.append(in_a_process(measure, recipe, model, options))
-            except Exception as error:  # the other precisions are worth having
+            except Exception as error:  # continue with the other precisions
                 console.print(f"{recipe} was not measured: {error}", markup=False)
         result = report(found, model, options, console)
     (options.out / "gpu_step.json").write_text(json.dumps(result, indent=2))
@@ -292,4 +304,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    with one_line_errors():
+        main(parse_options(GpuStep, sys.argv[1:], "python -m benchmarks.gpu_step"))

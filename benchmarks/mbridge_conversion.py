@@ -20,7 +20,7 @@ from megatron_gmpo.platform import choose_device, prepare_megatron
 
 DEVICE = choose_device("auto")
 prepare_megatron(DEVICE)
-from mbridge import AutoBridge  # noqa: E402  its own modules come after Megatron knows the device
+from mbridge import AutoBridge  # noqa: E402  its own modules come after Megatron knows the device  # pyright: ignore[reportMissingImports]
 
 
 def to_megatron(folder: Path, out: Path) -> None:

@@ -15,6 +15,7 @@ least for their own computing. Wanted below 0.05.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,16 +26,16 @@ from typing import Literal, get_args
 
 import httpx
 import torch
-import tyro
 from torch import multiprocessing
 
-from megatron_gmpo.config import SGLangConfig, WeightSyncConfig
+from megatron_gmpo.command_line import Options, one_line_errors, parse_options
+from megatron_gmpo.config import Positive, SGLangConfig, WeightSyncConfig
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang.client import RolloutClient
 from megatron_gmpo.rollout.sglang.servers import LocalServers
 from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
+from megatron_gmpo.testing.tiny_models import make_tiny_model
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
-from tools.make_tiny_model import make_tiny_model
 
 CPU = torch.device("cpu")
 Route = Literal["disk", "distributed", "tensor"]
@@ -151,20 +152,25 @@ def measure_client(folder: Path) -> None:
     print(json.dumps(result))
 
 
-def main(only: Literal["sync", "client"] | None = None, bucket_megabytes: int = 128) -> None:
-    """
-    Args:
-        only: What to measure; both by default.
-        bucket_megabytes: ``weight_sync.bucket_bytes``.
-    """
+class Benchmark(Options):
+    """Measure weight syncs and the client's overhead with a server on this CPU."""
+
+    only: Literal["sync", "client"] | None = None
+    """Part to measure; by default both."""
+    bucket_megabytes: Positive = 128
+    """``weight_sync.bucket_bytes`` in MiB."""
+
+
+def main(options: Benchmark) -> None:
     for name, measure in (
-        ("sync", partial(measure_sync, bucket_bytes=bucket_megabytes * 2**20)),
+        ("sync", partial(measure_sync, bucket_bytes=options.bucket_megabytes * 2**20)),
         ("client", measure_client),
     ):
-        if only in (None, name):
+        if options.only in (None, name):
             with tempfile.TemporaryDirectory() as folder:
                 measure(Path(folder))
 
 
 if __name__ == "__main__":
-    tyro.cli(main, use_underscores=True)
+    with one_line_errors():
+        main(parse_options(Benchmark, sys.argv[1:], "python -m benchmarks.rollout"))

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools.demo import CONFIG, make_model
+from megatron_gmpo.testing.demo import CONFIG, DONE, make_demo_model
 
 STEPS, WARM_UP_STEPS = 40, 5
 WORK = ("rollout", "logprobs", "train", "weight_sync")
@@ -54,7 +54,8 @@ def time_of_steps(run_dir: Path) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    make_model()
+    if not DONE.is_file():
+        make_demo_model()
     with tempfile.TemporaryDirectory() as folder:
         steps = time_of_steps(Path(folder) / "run")
     mean = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}

@@ -212,7 +212,7 @@ def _add_section(
         is_table = get_origin(kind) is dict
         if is_table or _is_section(kind):  # as a whole, an inline table
             kinds[key] = dict
-            add(f"--{key}", help=argparse.SUPPRESS)
+            add(f"--{key}", dest=key, help=argparse.SUPPRESS)
         if _is_section(kind):
             group = parser.add_argument_group(key, _text(kind.__doc__) or None)
             kinds |= _add_section(parser, group.add_argument, kind, f"{key}.", argv)
@@ -222,8 +222,9 @@ def _add_section(
                 if _is_section(element):
                     kinds |= _add_section(parser, add, element, f"{key}.{entry}.", argv)
                 else:
-                    kinds[f"{key}.{entry}"] = element
-                    add(f"--{key}.{entry}", metavar=_form(element), help=_text(field.description))
+                    entry = f"{key}.{entry}"
+                    kinds[entry] = element
+                    add(f"--{entry}", dest=entry, metavar=_form(element), help=_text(field.description))
         else:
             kinds[key] = kind
             _add_option(add, key, field, is_flag=kind is bool and issubclass(section, Options))
@@ -238,9 +239,9 @@ def _add_option(add: Callable[..., object], key: str, field: FieldInfo, *, is_fl
     if Positional in field.metadata:
         add(key, metavar=key.upper(), help=about, **several)
     elif is_flag:
-        add(f"--{key}", action="store_true", help=_text(field.description))
+        add(f"--{key}", dest=key, action="store_true", help=_text(field.description))
     else:
-        add(f"--{key}", metavar=_form(kind), required=field.is_required(), help=about, **several)
+        add(f"--{key}", dest=key, metavar=_form(kind), required=field.is_required(), help=about, **several)
 
 
 def _normalized(

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from tools.make_tiny_model import Family, make_tiny_model, text_tokenizer
+from megatron_gmpo.testing import Family
+from megatron_gmpo.testing.tiny_models import make_tiny_model
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from .support.ranks import RankPool
 

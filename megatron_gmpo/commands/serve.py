@@ -5,8 +5,10 @@ The same as ``python -m megatron_gmpo.rollout.sglang.serve``; examples/moe/launc
 
 from __future__ import annotations
 
+from ..command_line import load_config
 from . import run_module
 
 
 def main(argv: list[str]) -> None:
+    load_config(argv, "megatron-gmpo serve")  # refuses bad options before the imports, which take seconds
     run_module("megatron_gmpo.rollout.sglang.serve", argv)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..command_line import explain, load_config, read_toml
+from ..command_line import as_argument, explain, load_config, read_toml
 from ..config import Config
 from ..errors import InputError
 from ..losses.objective import make_objective

@@ -18,7 +18,7 @@ from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.checkpoint import native
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
-from tools.make_tiny_model import text_tokenizer
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support import cases, reference
 from ..support.ranks import RankPool

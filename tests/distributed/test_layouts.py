@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
-from tools.make_tiny_model import Family, text_tokenizer
+from megatron_gmpo.testing import Family
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support import cases, reference
 from ..support.ranks import RankPool

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_gmpo.checkpoint import native
 from megatron_gmpo.models.config import read_hf_config
-from tools import arithmetic
+from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import CONFIG, ROOT, error_lines, options, run_module
 
@@ -153,7 +153,7 @@ if os.path.exists("/dev/nvidia0"):
 def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, problems, and everything the cases name that is there but wrong."""
     folder = tmp_path_factory.mktemp("bad")
-    arithmetic.main(folder)
+    write_addition_problems(folder)
     model = tiny_model("qwen3_moe", num_layers=2)
     (folder / "model").symlink_to(model)
     (folder / "empty.jsonl").touch()

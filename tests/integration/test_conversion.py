@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_gmpo.policy.compare_logits import compare_logits
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 from megatron_gmpo.weights.convert import ConversionTable, HFToMegatron, inspect_checkpoint
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFile
 from megatron_gmpo.weights.torch_dist import TorchDistReader
-from tools.conversion import compare_logits
-from tools.make_tiny_model import text_tokenizer
 
 from ..distributed.test_checkpoint import make_config, replayed
 from ..distributed.test_layouts import EP, ETP, PP, TP, config

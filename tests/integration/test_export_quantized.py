@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_gmpo.commands.export_quantized import PYTHON, export_quantized
 from megatron_gmpo.errors import InputError, RunError
-from tools.export_quantized import PYTHON, export_quantized
 
 from ..support.commands import ROOT, run_module
 from ..support.sglang_servers import PYTHON as SGLANG_PYTHON
@@ -161,5 +161,5 @@ def test_refusals(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     (quantised / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
     )
-    with pytest.raises(InputError, match="is quantised already: give the model in bf16"):
+    with pytest.raises(InputError, match="is quantized already: give the model in bf16"):
         export_quantized(quantised, tmp_path / "out", "fp8", [[1]], python)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import arithmetic
+from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import ROOT, error_lines
 
@@ -63,7 +63,7 @@ def steps(runs: Path, arm: str) -> int:
 
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    arithmetic.main(tmp_path / "problems")
+    write_addition_problems(tmp_path / "problems")
     model = tiny_model("qwen3_moe", num_layers=1)
     names = {"base": ROOT / "examples/moe/tiny_cpu.toml", "model": model, "problems": tmp_path / "problems"}
     (tmp_path / "study.toml").write_text(STUDY.format(**names))

@@ -1,4 +1,4 @@
-"""tools.mismatch on saved rollouts: known differences come out, and equal computations agree."""
+"""The mismatch command on saved rollouts: it finds known differences, and equal computations agree."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.commands.mismatch_sides import measure
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.replay import save_groups
-from tools.mismatch import Options, measure
 
 from ..support.commands import error_lines, run_module
 from ..support.sglang_servers import PYTHON, needs_sglang
@@ -129,13 +129,13 @@ def test_a_server_of_its_own(model: Path, groups: Path, tmp_path: Path) -> None:
         ("fp32 fp16", 1, "--sides fp16: choose from policy, recorded, fp32"),
         ("fp32", 1, "--sides fp32: name two or more, each once"),
         ("fp32 fp32", 1, "--sides fp32 fp32: name two or more, each once"),
-        ("fp32 recorded", 0.5, r"--sides recorded: these are of rollout\.temperature = 0\.5"),
+        ("fp32 recorded", 0.5, r"--sides recorded: they were sampled at rollout\.temperature = 0\.5"),
     ],
 )
 def test_refusals(groups: Path, sides: str, temperature: float, line: str) -> None:
     cfg = Config.model_validate({"rollout": {"temperature": temperature}})
     with pytest.raises(InputError, match=line):
-        measure(cfg, Options(groups, tuple(sides.split())))
+        measure(cfg, groups, sides.split())
 
 
 def test_no_such_step(model: Path, groups: Path, tmp_path: Path) -> None:

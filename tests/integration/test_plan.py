@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.step_estimate import Model
+from megatron_gmpo.planning.step_estimate import Model
 
 from ..support.commands import CONFIG, ROOT, error_lines, options, run_module
 
@@ -49,14 +49,14 @@ def test_a_big_model_fits_and_has_the_published_size(
     assert float(found[1]) == pytest.approx(total, rel=0.01)
     if active:
         assert float(found[2]) == pytest.approx(active, rel=0.02)
-    for words in ("Memory of a rank", "Sent by a rank in a step", "tokens a second and GPU"):
+    for words in ("Memory of a rank", "Sent by a rank in a step", "tokens per second and GPU"):
         assert words in text
 
 
 @pytest.mark.parametrize(
     ("config", "values", "line"),
     [
-        (CONFIG, {}, r"world_size = None: give the number"),
+        (CONFIG, {}, r"required: --world_size; --help"),
         (CONFIG, {"world_size": 2, "train__num_step": 1}, r"unknown config key 'train\.num_step'"),
         (
             CONFIG,

@@ -31,7 +31,7 @@ from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine, start_sglang
 from megatron_gmpo.rollout.sglang.servers import LocalServers
 from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
-from tools import arithmetic
+from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support import conversions
 from ..support.commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
@@ -388,7 +388,7 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
     """Two trainer ranks that share experts, two servers whose routing they replay, weights in shared memory, generation one step ahead;
     and nothing is left."""
     problems = tmp_path / "problems"
-    arithmetic.main(problems)
+    write_addition_problems(problems)
     run_dir = tmp_path / "run"
     config = options(
         run_dir=run_dir,
@@ -444,7 +444,7 @@ def servers_of(run_dir: Path) -> list[int]:
 
 def test_a_killed_trainer_leaves_no_server(sglang_model: Path, tmp_path: Path) -> None:
     problems = tmp_path / "problems"
-    arithmetic.main(problems)
+    write_addition_problems(problems)
     model = shutil.copytree(sglang_model, tmp_path / "model")  # its path marks the processes of this run
     config = options(
         run_dir=tmp_path / "run",

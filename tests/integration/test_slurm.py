@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tools import arithmetic
-from tools.attempt import AttemptRecord, checkpoint_step, read_attempts
+from megatron_gmpo.supervision.slurm_attempts import AttemptRecord, checkpoint_step, read_attempts
+from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import json_lines, options
 from ..support.sglang_servers import PYTHON, needs_sglang
@@ -103,7 +103,7 @@ def submit(
 ) -> Callable[..., Job]:
     """``submit(name, script, *arguments, sbatch=[...])`` submits a script of examples/moe, or a command line, on a tiny random model."""
     folder = tmp_path_factory.mktemp("jobs")
-    arithmetic.main(folder)
+    write_addition_problems(folder)
     small = options(
         model__path=tiny_model("qwen3_moe", num_layers=2),
         data__path=folder / "train.jsonl",

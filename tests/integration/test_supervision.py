@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_gmpo.errors import Exit
-from tools import arithmetic
+from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import CONFIG, ROOT, command_line, error_lines, json_lines, options, run_module
 
@@ -36,7 +36,7 @@ QUICK = {
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The example config on a tiny random model, small steps, no evaluation."""
     problems = tmp_path_factory.mktemp("problems")
-    arithmetic.main(problems)
+    write_addition_problems(problems)
     return [
         CONFIG,
         *options(

@@ -16,7 +16,7 @@ import torch
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.command_line import load_config
 from megatron_gmpo.rewards.countdown import countdown_reward
-from tools import arithmetic
+from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import CONFIG, error_lines, json_lines, options, run_module
 
@@ -63,7 +63,7 @@ ADAPTIVE = {"algorithm__clip": "adaptive"}
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The example config on a tiny random model, small steps, and a reward in which its responses differ."""
     problems = tmp_path_factory.mktemp("problems")
-    arithmetic.main(problems)
+    write_addition_problems(problems)
     return [
         CONFIG,
         *options(

@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.commands.conversion_job import processes
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError
@@ -31,7 +32,6 @@ from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_paral
 from megatron_gmpo.weights.convert import HFToMegatron, MegatronToHF
 from megatron_gmpo.weights.export import export_hf, unwrapped
 from megatron_gmpo.weights.torch_dist import checkpoint_folder
-from tools.conversion import processes
 
 from . import cases
 

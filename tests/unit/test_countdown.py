@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gmpo.batch.samples import Prompt
+from megatron_gmpo.commands import countdown
 from megatron_gmpo.config import RewardConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rewards import REWARDS, resolve_reward
-from tools import countdown
-from tools.countdown import Countdown
-from tools.make_tiny_model import countdown_tokenizer
+from megatron_gmpo.testing.countdown import Countdown
+from megatron_gmpo.testing.tiny_tokenizers import countdown_tokenizer
 
 REWARD = REWARDS["countdown"]
 
@@ -194,7 +194,8 @@ def test_every_solvable_problem_is_found_and_no_other() -> None:
 
 def test_the_command_writes_seeded_disjoint_problems_and_their_tokenizer_reads_them(tmp_path: Path) -> None:
     def written(folder: str, seed: int) -> list[list[dict[str, str]]]:
-        countdown.main(tmp_path / folder, num_train=300, num_heldout=50, seed=seed, problems_only=True)
+        argv = ["--num_train", "300", "--num_heldout", "50", "--seed", str(seed), "--problems_only"]
+        countdown.main(["--out", str(tmp_path / folder), *argv])
         return [
             [json.loads(line) for line in (tmp_path / folder / f"{name}.jsonl").read_text().splitlines()]
             for name in ("train", "heldout")

@@ -1,4 +1,4 @@
-"""The FLOPs that benchmarks/gpu_step.py puts over the time, against torch's counter on transformers' model."""
+"""The FLOPs that benchmarks/gpu_step.py assumes equal the count of torch on transformers' model."""
 
 from __future__ import annotations
 

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.errors import InputError
-from tools import arithmetic
-from tools.make_tiny_model import Family, arithmetic_tokenizer, make_tiny_model, text_tokenizer
-from tools.warm_up import warm_up
+from megatron_gmpo.testing import Family, arithmetic
+from megatron_gmpo.testing.tiny_models import make_tiny_model
+from megatron_gmpo.testing.tiny_tokenizers import arithmetic_tokenizer, text_tokenizer
+from megatron_gmpo.testing.warm_up import warm_up
 
 FAMILIES = get_args(Family)
 TEXT = text_tokenizer()
@@ -185,7 +186,7 @@ def test_addition_problems_are_right_disjoint_and_seeded(tmp_path: Path) -> None
         assert int(a) + int(b) == int(problem["answer"])
     assert arithmetic.addition_problems(seed=3) == (train, heldout)
     assert arithmetic.addition_problems(seed=4)[1] != heldout
-    arithmetic.main(tmp_path, num_heldout=200, seed=3)
+    arithmetic.write_addition_problems(tmp_path, num_heldout=200, seed=3)
     assert [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()] == heldout
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 9800
 

@@ -1,4 +1,4 @@
-"""tools/watch.py on a run folder as the logger and the supervision leave it."""
+"""The watch command on a run folder as the logger and the supervision write it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_gmpo.commands import watch
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics.logger import MetricLogger
-from tools import watch
 
 NOW = 1_000_000.0
 

@@ -1,4 +1,4 @@
-"""What a Slurm job does after an attempt: go on, or end and say why."""
+"""The attempts of a Slurm job at a run: limits, records, keys."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gmpo.commands import slurm_attempt
 from megatron_gmpo.errors import Exit, InputError, RunError
 from megatron_gmpo.supervision.records import OUTCOME, Outcome
-from tools import attempt
-from tools.attempt import read_attempts
+from megatron_gmpo.supervision.slurm_attempts import read_attempts
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Exit, str, str]]:
-    """``one(code, reason, saved=step)`` is what comes of an attempt that ends so: exit code, stdout and stderr of ``end``."""
+    """``one(code, reason, saved=step)`` runs an attempt with that end and returns exit code, stdout and stderr of ``end``."""
 
     def one(
         code: int | None,
@@ -43,15 +43,16 @@ def one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tupl
                 json.dumps(Outcome(code, reason, 0, 0, node, time.time()).__dict__)
             )
         capsys.readouterr()
-        result = attempt.end(run_dir, status)
+        with pytest.raises(SystemExit) as ended:
+            slurm_attempt.main(["end", str(run_dir), str(status)])
         printed = capsys.readouterr()
-        return result, printed.out, printed.err
+        return Exit(int(ended.value.code or 0)), printed.out, printed.err
 
     return one
 
 
 def begin(run_dir: Path, *options: str) -> None:
-    attempt.begin(["--run_dir", str(run_dir), *options])
+    slurm_attempt.main(["begin", "--run_dir", str(run_dir), *options])
 
 
 def save(run_dir: Path, step: int) -> None:
@@ -84,7 +85,7 @@ def test_a_job_that_makes_progress_goes_on_to_its_end(one: One, run_dir: Path) -
 
 
 @pytest.mark.parametrize("code", [Exit.BAD_INPUT, Exit.COLLAPSED])
-def test_what_no_restart_mends_ends_the_job(code: Exit, one: One) -> None:
+def test_an_error_that_a_restart_cannot_fix_ends_the_job(code: Exit, one: One) -> None:
     result, _, err = one(code, "choose another", saved=3)
     assert result == code
     assert err.endswith("error: choose another\n")
@@ -101,13 +102,13 @@ def test_two_attempts_without_a_newer_checkpoint_are_enough(one: One, run_dir: P
     )
     with pytest.raises(
         RunError, match=r"^two attempts in a row have left no checkpoint after step 3; "
-    ):  # had Slurm requeued it
+    ):  # as if Slurm had requeued it
         begin(run_dir)
 
 
 def test_preemptions_do_not_count_as_attempts_without_progress(one: One, run_dir: Path) -> None:
     for _ in range(2):
-        begin(run_dir)  # and Slurm ended it before it could say anything
+        begin(run_dir)  # Slurm ended it before it could record a reason
     assert one(1)[0] == 85
     begin(run_dir)
     code, _, err = one(1)
@@ -128,7 +129,7 @@ def test_restarts_have_a_limit(one: One) -> None:
     assert [one(85, saved=step)[0] for step in range(1, 6)] == [85, 85, 85, 85, 1]
 
 
-def test_a_new_job_counts_anew(one: One, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_job_counts_from_zero(one: One, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         last = one(1)[0]
     assert last == 1
@@ -142,8 +143,8 @@ def test_a_bad_node_is_named_to_the_launcher(one: One) -> None:
     assert one(87, "node node6: no GPU", node="node6")[:2] == (87, "")
 
 
-def test_an_attempt_that_nobody_could_speak_for(one: One, run_dir: Path) -> None:
-    begin(run_dir)  # and Slurm took the node away
+def test_an_attempt_without_an_outcome(one: One, run_dir: Path) -> None:
+    begin(run_dir)  # Slurm took the node away
     code, _, err = one(None, status=143)
     assert code == 85
     assert (
@@ -174,7 +175,8 @@ def test_a_run_folder_of_a_running_job_is_refused(
     squeue.write_text("#!/bin/sh\n")
     begin(run_dir)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    attempt.end(run_dir, 0)
+    with pytest.raises(SystemExit):
+        slurm_attempt.main(["end", str(run_dir), "0"])
     assert [(a.job, a.code) for a in read_attempts(run_dir)] == [("7", 0), ("8", None)]  # each job its own
 
 
@@ -190,7 +192,7 @@ def test_keys_are_drawn_for_each_attempt_and_private(run_dir: Path) -> None:
 
 def test_bad_limits_and_configs_are_refused(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"config file nowhere\.toml does not exist"):
-        attempt.begin(["nowhere.toml"])
+        slurm_attempt.main(["begin", "nowhere.toml"])
     monkeypatch.setenv("MAX_CRASHES", "many")
     begin(run_dir)
     with pytest.raises(InputError, match="MAX_CRASHES = 'many' is not a number"):
