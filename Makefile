@@ -34,10 +34,10 @@ $(MODELOPT): $(wildcard tools/install_modelopt/*)
 	PYTHON=$(FOUND) tools/install_modelopt/install.sh $(@D)
 	touch $@
 
-modelopt: $(MODELOPT)  ## Create .venv-modelopt, which tools.export_quantized quantises in
+modelopt: $(MODELOPT)  ## Create .venv-modelopt, the environment of export_quantized
 
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
-	$(PY) -m tools.demo
+	$(PY) -m megatron_gmpo demo
 
 lint: $(INSTALLED)  ## Style, types and import layers
 	$(VENV)/bin/ruff check .

@@ -78,7 +78,7 @@ fi
 attempt() {
   local one_task=()
   ((${#srun_container[@]})) && one_task=(srun --overlap --nodes=1 --ntasks=1 --relative=0 "${srun_container[@]}")
-  "${one_task[@]}" "${inside[@]}" "$PYTHON" -m tools.attempt "$@"
+  "${one_task[@]}" "${inside[@]}" "$PYTHON" -m megatron_gmpo slurm_attempt "$@"
 }
 
 # step NAME srun-options... -- command...: a job step with one task a node and one log file a node
