@@ -1,8 +1,9 @@
-"""Command lines: options and help from one schema, values as in TOML, one line and an exit code for every refusal.
+"""Command lines: options and help from one schema, values as in TOML, one line and an exit code for every
+refusal.
 
-A schema is a pydantic model. ``Config`` is the schema of a run: ``CONFIG.toml --train.num_steps 3``. A command with options of
-its own declares a subclass of ``Options``. One argparse parser, built from the fields of the schema, prints the help and reads
-the options; pydantic checks the values.
+A schema is a pydantic model. ``Config`` is the schema of a run: ``CONFIG.toml --train.num_steps 3``. A
+command with options of its own declares a subclass of ``Options``. One argparse parser, built from the fields
+of the schema, prints the help and reads the options; pydantic checks the values.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ ALONE_S = 10.0
 
 
 class Positional:
-    """Marks a field of ``Options`` whose value has no option name: ``folder: Annotated[Path, Positional]``."""
+    """Marks a field of ``Options`` whose value has no option name: ``folder: Annotated[Path,
+    Positional]``."""
 
 
 class Options(BaseModel):
-    """Base of a command's options. ``--help`` shows the class docstring; a bool field is a flag without a value."""
+    """Base of a command's options. ``--help`` shows the class docstring; a bool field is a flag without a
+    value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -50,12 +53,12 @@ OptionsType = TypeVar("OptionsType", bound=Options)
 def load_config(argv: Sequence[str], prog: str = "megatron-gmpo train") -> Config:
     """Read ``CONFIG.toml --section.key value ...``; ``--help`` prints every option and exits.
 
-    Values are written as in TOML (``3``, ``0.5``, ``true``, ``["a", "b"]``); strings need no quotes, and a list may also be
-    several values (``--eval.k 1 4``).
+    Values are written as in TOML (``3``, ``0.5``, ``true``, ``["a", "b"]``); strings need no quotes, and a
+    list may also be several values (``--eval.k 1 4``).
 
     Raises:
-        InputError: the file is missing or is not TOML, an unknown key (the message names the nearest), a value of the wrong
-            type or out of range.
+        InputError: the file is missing or is not TOML, an unknown key (the message names the nearest), a
+            value of the wrong type or out of range.
     """
     return _validated(Config, _parse(argv, prog, Config))
 
@@ -72,7 +75,8 @@ def parse_options(schema: type[OptionsType], argv: Sequence[str], prog: str) -> 
 def parse_options_and_config(
     schema: type[OptionsType], argv: Sequence[str], prog: str
 ) -> tuple[OptionsType, Config]:
-    """Read the options of a command together with a run's config: ``CONFIG.toml --option value --section.key value``.
+    """Read the options of a command together with a run's config: ``CONFIG.toml --option value --section.key
+    value``.
 
     Raises:
         InputError: see ``parse_options`` and ``load_config``.
@@ -93,7 +97,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(
-            f"config file {path} does not exist: give the path of a TOML file, e.g. examples/moe/tiny_cpu.toml"
+            f"config file {path} does not exist: give the path of a TOML file, e.g. "
+            f"examples/moe/tiny_cpu.toml"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
@@ -123,9 +128,9 @@ def one_line_errors() -> Iterator[None]:
 def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn:
     """Print ``error`` in one line and exit with ``code``.
 
-    When one rank exits, torchrun kills the others. All ranks usually find the same error, so the others give rank 0 the time to
-    print it for all of them. If they are still alive after ``ALONE_S``, the error is theirs alone (a file missing on one node)
-    and they print it.
+    When one rank exits, torchrun kills the others. All ranks usually find the same error, so the others give
+    rank 0 the time to print it for all of them. If they are still alive after ``ALONE_S``, the error is
+    theirs alone (a file missing on one node) and they print it.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(ALONE_S)
@@ -162,13 +167,15 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the options")
 
 
-_CONFIG_DESCRIPTION = """A TOML file, if given, is read first; options override it. Values are written as in TOML, strings need no
-quotes. A list is one TOML value or several values: --eval.k [1, 4] or --eval.k 1 4. A whole section or table can be given as
-an inline table: --algorithm.options '{dual_clip = 3.0}'. NAME stands for a name of your choice in a table."""
+_CONFIG_DESCRIPTION = """A TOML file, if given, is read first; options override it. Values are written as in
+TOML, strings need no quotes. A list is one TOML value or several values: --eval.k [1, 4] or --eval.k 1 4. A
+whole section or table can be given as an inline table: --algorithm.options '{dual_clip = 3.0}'. NAME stands
+for a name of your choice in a table."""
 
 
 def _parse(argv: Sequence[str], prog: str, *schemas: type[BaseModel]) -> dict[str, Any]:
-    """Return what the file, if ``Config`` is among ``schemas``, and the options say, as a tree of sections."""
+    """Return what the file, if ``Config`` is among ``schemas``, and the options say, as a tree of
+    sections."""
     first, has_config = schemas[0], Config in schemas
     parser = _Parser(
         prog=prog,
@@ -201,7 +208,8 @@ def _add_section(
     prefix: str,
     argv: Sequence[str],
 ) -> dict[str, Any]:
-    """Add an option for every field of ``section`` by ``add``, and a group of its own for every section in it.
+    """Add an option for every field of ``section`` by ``add``, and a group of its own for every section in
+    it.
 
     Returns:
         Key -> type of its value.
@@ -288,7 +296,8 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _value(kind: Any, words: str | list[str] | bool) -> Any:
-    """Convert what argparse found for an option of type ``kind``: a word, several words, or True for a flag."""
+    """Convert what argparse found for an option of type ``kind``: a word, several words, or True for a
+    flag."""
     if isinstance(words, bool):
         return words
     if isinstance(words, str):
@@ -298,9 +307,11 @@ def _value(kind: Any, words: str | list[str] | bool) -> Any:
 
 
 def _scalar(kind: Any, text: str) -> Any:
-    """Read quoted strings, lists, inline tables and values of free tables as TOML; leave the rest for the field's type.
+    """Read quoted strings, lists, inline tables and values of free tables as TOML; leave the rest for the
+    field's type.
 
-    A path ``2025-08-01`` stays text. Free tables also take Python's True, False and None, and optional fields None.
+    A path ``2025-08-01`` stays text. Free tables also take Python's True, False and None, and optional fields
+    None.
     """
     inner, optional = _unwrapped(kind)
     if text == "None" and optional:

@@ -50,7 +50,8 @@ from .weights.export import SafetensorsFolder
 
 @dataclass
 class Run:
-    """A checked config with its tokenizer, data and reward loaded. It has no process group and no weights yet.
+    """A checked config with its tokenizer, data and reward loaded. It has no process group and no weights
+    yet.
 
     Attributes:
         eval_sets: benchmarks by name.
@@ -97,7 +98,8 @@ class Run:
     def engine(self) -> RolloutEngine:
         """Return the rollout engine.
 
-        SGLang servers that the run starts on devices of their own load in the background while the policy is built.
+        SGLang servers that the run starts on devices of their own load in the background while the policy is
+        built.
         """
         if self.cfg.rollout.engine == "sglang":
             return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device)
@@ -128,8 +130,9 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         train: load the training prompts and check that the run folder can be written.
 
     Raises:
-        InputError: the run folder holds another run; or see ``describe_model``, ``check_fp8``, ``check_optimizer``,
-            ``check_deterministic``, ``load_prompts``, ``check_groups``, ``resolve_reward``.
+        InputError: the run folder holds another run; or see ``describe_model``, ``check_fp8``,
+            ``check_optimizer``, ``check_deterministic``, ``load_prompts``, ``check_groups``,
+            ``resolve_reward``.
     """
     device = choose_device(cfg.device)
     prepare_megatron(device)
@@ -192,22 +195,26 @@ def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:
 
 
 def _check_resume(cfg: Config, checkpoint: Path) -> None:
-    """Refuse to train from ``checkpoint`` when the config forbids it or needs state that the checkpoint lacks."""
+    """Refuse to train from ``checkpoint`` when the config forbids it or needs state that the checkpoint
+    lacks."""
     if not cfg.checkpoint.resume:
         raise InputError(
-            f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another "
+            f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or "
+            f"choose another "
             "run_dir"
         )
     froze_router = native.read_state(checkpoint)["config"]["train"].get("freeze_router")
     if froze_router and not cfg.train.freeze_router:
         raise InputError(
-            f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer state of the "
+            f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer "
+            f"state of the "
             "routers: set it to true or choose another run_dir"
         )
 
 
 def start_command(command: Callable[[Config], None]) -> None:
-    """Run ``command`` on the config of ``sys.argv`` and exit; a ``RunError`` becomes one line and its exit code."""
+    """Run ``command`` on the config of ``sys.argv`` and exit; a ``RunError`` becomes one line and its exit
+    code."""
     _skip_main_in_children()
     _set_up_messages()
     code = Exit.DONE
@@ -244,8 +251,8 @@ def _set_up_messages() -> None:
 def _skip_main_in_children() -> None:
     """Keep spawned processes (reward workers, Megatron's checkpoint writer) from importing the main module.
 
-    Each would import it again, with torch and Megatron (multiprocessing/spawn.py:get_preparation_data). None of them runs code
-    that is defined there.
+    Each would import it again, with torch and Megatron (multiprocessing/spawn.py:get_preparation_data). None
+    of them runs code that is defined there.
     """
     main: Any = sys.modules["__main__"]
     main.__spec__ = main.__file__ = None

@@ -1,7 +1,8 @@
 """The commands: ``megatron-gmpo NAME``, ``python -m megatron_gmpo NAME`` or ``python tools/NAME.py``.
 
-Each command is a module of this package with a function ``main(argv)``. The first line of its docstring is its line in
-``megatron-gmpo --help``. Nothing is imported before a command is chosen, so the list appears at once.
+Each command is a module of this package with a function ``main(argv)``. The first line of its docstring is
+its line in ``megatron-gmpo --help``. Nothing is imported before a command is chosen, so the list appears at
+once.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "megatron-gmpo COMMAND --help explains a command. Under torchrun: torchrun ... -m megatron_gmpo COMMAND [OPTIONS]",
+            "megatron-gmpo COMMAND --help explains a command. Under torchrun: torchrun ... -m megatron_gmpo "
+            "COMMAND [OPTIONS]",
         ]
     )
 

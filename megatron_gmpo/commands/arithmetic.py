@@ -10,7 +10,8 @@ from ..testing.arithmetic import write_addition_problems
 
 
 class Arithmetic(Options):
-    """Write train.jsonl and heldout.jsonl with the columns problem and answer: two-digit addition, zero padded."""
+    """Write train.jsonl and heldout.jsonl with the columns problem and answer: two-digit addition, zero
+    padded."""
 
     out: Path
     """Folder to write."""

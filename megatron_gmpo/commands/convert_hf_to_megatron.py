@@ -2,7 +2,8 @@
 
     megatron-gmpo convert_hf_to_megatron --hf DIR --megatron DIR
 
-Under torchrun (``torchrun --nproc-per-node N -m megatron_gmpo convert_hf_to_megatron ...``) each process converts its share.
+Under torchrun (``torchrun --nproc-per-node N -m megatron_gmpo convert_hf_to_megatron ...``) each process
+converts its share.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class ConvertHFToMegatron(Options):
     dry_run: bool = False
     """Check everything and print the table name <-> name <-> shape, but write nothing."""
     verify: bool = False
-    """Read back and compare every tensor bit by bit. If the model fits into memory, also compare its logits on a text with
-    those of transformers."""
+    """Read back and compare every tensor bit by bit. If the model fits into memory, also compare its logits
+    on a text with those of transformers."""
 
 
 def main(argv: list[str]) -> None:

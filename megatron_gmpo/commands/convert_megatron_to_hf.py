@@ -2,7 +2,8 @@
 
     megatron-gmpo convert_megatron_to_hf --megatron DIR --hf DIR
 
-Under torchrun (``torchrun --nproc-per-node N -m megatron_gmpo convert_megatron_to_hf ...``) each process converts its share.
+Under torchrun (``torchrun --nproc-per-node N -m megatron_gmpo convert_megatron_to_hf ...``) each process
+converts its share.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class ConvertMegatronToHF(Options):
-    """Convert a Megatron checkpoint into a Hugging Face folder. The checkpoint may come from a conversion or from a training
-    run in any layout."""
+    """Convert a Megatron checkpoint into a Hugging Face folder. The checkpoint may come from a conversion or
+    from a training run in any layout."""
 
     megatron: Path
     """Folder with latest_checkpointed_iteration.txt, or one of its iter_* folders."""
@@ -34,8 +35,8 @@ class ConvertMegatronToHF(Options):
     dry_run: bool = False
     """Check everything and print the table name <-> name <-> shape, but write nothing."""
     verify: bool = False
-    """Read back and compare every tensor bit by bit. If the model fits into memory, also compare its logits on a text with
-    those of transformers."""
+    """Read back and compare every tensor bit by bit. If the model fits into memory, also compare its logits
+    on a text with those of transformers."""
 
 
 def main(argv: list[str]) -> None:

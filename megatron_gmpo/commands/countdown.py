@@ -15,7 +15,8 @@ from ..config import Positive
 
 
 class CountdownOptions(Options):
-    """Write train.jsonl and heldout.jsonl with the columns problem and answer, then the folder model, then warm_up.json."""
+    """Write train.jsonl and heldout.jsonl with the columns problem and answer, then the folder model, then
+    warm_up.json."""
 
     out: Path = Path("runs/countdown")
     """Folder to write."""

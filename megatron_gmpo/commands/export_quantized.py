@@ -2,9 +2,10 @@
 
     megatron-gmpo export_quantized --hf DIR --out DIR --format fp8 --calibration FILE.jsonl
 
-ModelOpt runs in its own environment (``make modelopt``). It writes FP8 with one scale per tensor or NVFP4 with one scale per 16
-values, and static activation scales measured on prompts. SGLang recognises the folder as ``modelopt_fp8`` or ``modelopt_fp4``.
-To quantize the policy's weights at every step of a run, set ``rollout.quantization`` instead.
+ModelOpt runs in its own environment (``make modelopt``). It writes FP8 with one scale per tensor or NVFP4
+with one scale per 16 values, and static activation scales measured on prompts. SGLang recognises the folder
+as ``modelopt_fp8`` or ``modelopt_fp4``. To quantize the policy's weights at every step of a run, set
+``rollout.quantization`` instead.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class ExportQuantized(Options):
     out: Path
     """Folder to write."""
     format: Format
-    """``fp8`` has one scale per tensor and runs on Ada and Hopper GPUs or newer; ``nvfp4`` has one scale per 16 values and runs
-    on Blackwell GPUs or newer."""
+    """``fp8`` has one scale per tensor and runs on Ada and Hopper GPUs or newer; ``nvfp4`` has one scale per
+    16 values and runs on Blackwell GPUs or newer."""
     calibration: str
     """Training data, in any form that data.path takes. The activation scales are measured on its prompts."""
     num_prompts: Positive = 512
@@ -78,8 +79,8 @@ def export_quantized(
 ) -> str:
     """Write the folder ``out``, with the tokenizer and the other files beside the weights of ``hf``.
 
-    The linear weights of attention and MLPs, experts included, are quantized. Routers, embeddings, the output layer and norms
-    stay in bf16.
+    The linear weights of attention and MLPs, experts included, are quantized. Routers, embeddings, the output
+    layer and norms stay in bf16.
 
     Args:
         prompts: token ids on which the activation scales are measured.
@@ -89,8 +90,8 @@ def export_quantized(
         One line that describes the folder.
 
     Raises:
-        InputError: ModelOpt is not installed, there is no such model or it is quantized already, NVFP4 cannot group its widths,
-            ``out`` exists.
+        InputError: ModelOpt is not installed, there is no such model or it is quantized already, NVFP4 cannot
+            group its widths, ``out`` exists.
         RunError: ModelOpt failed, or quantized other tensors than expected.
     """
     from ..models.blocks import prediction_layers
@@ -144,7 +145,8 @@ def _check_quantized(folder: Path, linear: set[str], format: Format) -> None:
     if wrong := sorted(quantized ^ linear):
         verb = "quantized" if wrong[0] in quantized else "did not quantize"
         raise RunError(
-            f"ModelOpt unexpectedly {verb} {wrong[0]!r} and {len(wrong) - 1} more: this folder cannot be served"
+            f"ModelOpt unexpectedly {verb} {wrong[0]!r} and {len(wrong) - 1} more: this folder cannot be "
+            f"served"
         )
 
 

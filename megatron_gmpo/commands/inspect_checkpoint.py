@@ -12,7 +12,8 @@ from ..command_line import Options, Positional, parse_options
 
 
 class InspectCheckpoint(Options):
-    """Print kind, family, parameters, dtypes, layout and step of a checkpoint, and whether it is complete. No weights are read."""
+    """Print kind, family, parameters, dtypes, layout and step of a checkpoint, and whether it is complete. No
+    weights are read."""
 
     folder: Annotated[Path, Positional]
     """Hugging Face folder, Megatron checkpoint folder, or one of its iter_* folders."""

@@ -11,17 +11,19 @@ from ..testing import Family
 
 
 class TinyModel(Options):
-    """Write a tiny random model as a Hugging Face folder: config.json, safetensors in the hub's layout, tokenizer."""
+    """Write a tiny random model as a Hugging Face folder: config.json, safetensors in the hub's layout,
+    tokenizer."""
 
     out: Path
     """Folder to write."""
     family: Family = "qwen3_moe"
     """Architecture, by its Hugging Face model_type."""
     tokenizer: Literal["arithmetic", "countdown", "text"] = "arithmetic"
-    """``arithmetic`` and ``countdown`` have one token per character of their task. ``text`` is a byte-level BPE with a chat
-    template and encodes any text."""
+    """``arithmetic`` and ``countdown`` have one token per character of their task. ``text`` is a byte-level
+    BPE with a chat template and encodes any text."""
     tokenizer_corpus: Path | None = None
-    """.parquet or .jsonl file from which the text tokenizer learns its merges; without it a token is a byte."""
+    """.parquet or .jsonl file from which the text tokenizer learns its merges; without it a token is a
+    byte."""
     tokenizer_corpus_column: str = "problem"
     """Column of that file."""
     num_layers: Positive = 4

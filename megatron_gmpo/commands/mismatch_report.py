@@ -16,7 +16,8 @@ from .mismatch_sides import Side
 
 
 def table(sides: dict[str, Side]) -> Table:
-    """Return the differences to the first side, in nats: absolute ones, and the k3 estimate of the KL divergence."""
+    """Return the differences to the first side, in nats: absolute ones, and the k3 estimate of the KL
+    divergence."""
     (name, first), *others = sides.items()
     shown = Table(title=f"log probabilities of {len(first.logprobs):,} tokens, against {name}")
     for column in ("side", "mean", "median", "99 %", "largest", "k3 KL"):
@@ -36,7 +37,8 @@ def table(sides: dict[str, Side]) -> Table:
 
 
 def layer_errors(sides: dict[str, Side]) -> dict[str, list[float]]:
-    """Return, per side and layer, the RMS difference to the first side's output relative to the RMS of that output."""
+    """Return, per side and layer, the RMS difference to the first side's output relative to the RMS of that
+    output."""
     (_, first), *others = sides.items()
     return {
         name: [

@@ -45,7 +45,8 @@ class Side:
 
     Attributes:
         logprobs: (N,) fp32, of the N response tokens of all sequences.
-        hidden: per layer its output on the first sequences, (tokens, hidden size) fp32; empty unless requested.
+        hidden: per layer its output on the first sequences, (tokens, hidden size) fp32; empty unless
+            requested.
     """
 
     logprobs: Tensor
@@ -101,7 +102,8 @@ def _check(cfg: Config, sides: Sequence[str], layers: int) -> None:
         raise InputError(f"--sides {' '.join(sides)}: name two or more, each once")
     if "recorded" in sides and cfg.rollout.temperature != 1:
         raise InputError(
-            f"--sides recorded: they were sampled at rollout.temperature = {cfg.rollout.temperature:g}, and the other sides "
+            f"--sides recorded: they were sampled at rollout.temperature = {cfg.rollout.temperature:g}, and "
+            f"the other sides "
             "compute at 1; leave it out"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (layers or SERVERS.keys() & set(sides)):
@@ -187,7 +189,8 @@ def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device
         "server_urls": (),
         "servers_file": "",
     }
-    # The server shares this process's GPU, on which NCCL forms no group of two processes. The memory that torch caches is not
+    # The server shares this process's GPU, on which NCCL forms no group of two processes. The memory that
+    # torch caches is not
     # available to the server until it is released.
     update = {
         "rollout": cfg.rollout.model_copy(update=rollout),

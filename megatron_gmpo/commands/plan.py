@@ -21,16 +21,17 @@ MODEL_CONFIGS = Path("examples/moe/model_configs")
 
 
 class Plan(Options):
-    """Print what the ranks of every pipeline stage hold, what a step computes and sends, and about how long it takes. A config
-    that training would refuse, or that does not fit, is refused with one line and exit code 2."""
+    """Print what the ranks of every pipeline stage hold, what a step computes and sends, and about how long
+    it takes. A config that training would refuse, or that does not fit, is refused with one line and exit
+    code 2."""
 
     world_size: Positive
     """Ranks of the trainer, one per GPU."""
     hardware: Literal["h100", "h200", "b200"] = "h100"
     """Kind of GPU."""
     config_folder: Annotated[Path | None, Field(alias="model_config")] = None
-    """Folder with the model's config.json; needed only if model.path does not exist yet. By default the folder of that name in
-    examples/moe/model_configs."""
+    """Folder with the model's config.json; needed only if model.path does not exist yet. By default the
+    folder of that name in examples/moe/model_configs."""
     prompt_tokens: Positive | None = None
     """Mean length of prompts; a quarter of data.max_prompt_tokens by default."""
     response_tokens: Positive | None = None
@@ -42,7 +43,8 @@ def main(argv: list[str]) -> None:
     longest = cfg.rollout.max_new_tokens
     if options.response_tokens and options.response_tokens > longest:
         raise InputError(
-            f"response_tokens = {options.response_tokens} is above rollout.max_new_tokens = {longest}: choose a smaller one"
+            f"response_tokens = {options.response_tokens} is above rollout.max_new_tokens = {longest}: "
+            f"choose a smaller one"
         )
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -40,7 +40,8 @@ def plot_runs(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _labels(run_dirs: Sequence[Path]) -> dict[str, Path]:
-    """Return label -> metrics file. The label is the folder's name, or its whole path if two names are equal."""
+    """Return label -> metrics file. The label is the folder's name, or its whole path if two names are
+    equal."""
     names = [d.resolve().name for d in run_dirs]
     return {
         name if names.count(name) == 1 else str(d): d / "metrics.jsonl"

@@ -1,8 +1,10 @@
-"""Quantize a Hugging Face model with NVIDIA's ModelOpt; ``export_quantized`` runs this script in ModelOpt's own environment.
+"""Quantize a Hugging Face model with NVIDIA's ModelOpt; ``export_quantized`` runs this script in ModelOpt's
+own environment.
 
     python -I quantize_with_modelopt.py
 
-Stdin is a JSON object: ``hf`` and ``out``, folders; ``format``, fp8 or nvfp4; ``prompts``, lists of token ids for calibration.
+Stdin is a JSON object: ``hf`` and ``out``, folders; ``format``, fp8 or nvfp4; ``prompts``, lists of token ids
+for calibration.
 """
 
 from __future__ import annotations

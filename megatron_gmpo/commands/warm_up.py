@@ -13,7 +13,8 @@ from ..config import Positive
 
 
 class WarmUp(Options):
-    """Train the model of a Hugging Face folder on the answers of a .jsonl file, in place, with plain transformers."""
+    """Train the model of a Hugging Face folder on the answers of a .jsonl file, in place, with plain
+    transformers."""
 
     model: Path
     """Folder of the model."""

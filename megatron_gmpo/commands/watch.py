@@ -50,7 +50,8 @@ TICKS = "▁▂▃▄▅▆▇█"
 
 
 class Watch(Options):
-    """Show step, reward, throughput, time left, mismatch, restarts, and the phase and last error of each rank."""
+    """Show step, reward, throughput, time left, mismatch, restarts, and the phase and last error of each
+    rank."""
 
     run_dir: Annotated[Path, Positional]
     """The run_dir of a training config."""
@@ -77,7 +78,8 @@ def main(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The contents of a run folder's files at one moment. A file may be missing or end in a half-written line.
+    """The contents of a run folder's files at one moment. A file may be missing or end in a half-written
+    line.
 
     Attributes:
         num_steps: steps of the whole run; None while there is no config.toml.

@@ -23,7 +23,8 @@ from ..errors import InputError
 
 
 class Lab(Options):
-    """Run the trials of a study that have not finished, then write its report: report.html, PNGs, numbers.json."""
+    """Run the trials of a study that have not finished, then write its report: report.html, PNGs,
+    numbers.json."""
 
     study: Annotated[Path, Positional]
     """TOML file of the study."""
@@ -70,7 +71,8 @@ def _run(options: Lab) -> None:
         at_once = options.cores // processes
         if at_once < 1:
             raise InputError(
-                f"--cores {options.cores} is less than the study's processes = {processes}: give at least {processes}"
+                f"--cores {options.cores} is less than the study's processes = {processes}: give at least "
+                f"{processes}"
             )
         line = f"{study.name}: {len(waiting)} of {len(trials)} trials to run, {at_once} at a time"
         console.print(line, highlight=False)
@@ -96,7 +98,8 @@ def _prepare(command: tuple[str, ...], output: str) -> None:
     code = subprocess.run([sys.executable, "-m", *command], stdin=subprocess.DEVNULL, env=env).returncode
     if code:
         raise InputError(
-            f"prepare.command {shlex.join(command)!r} ended with code {code}: its output is above, correct the command"
+            f"prepare.command {shlex.join(command)!r} ended with code {code}: its output is above, correct "
+            f"the command"
         )
 
 

@@ -1,4 +1,5 @@
-"""The report on a study: report.html, a single self-contained page; its pictures as PNG files; all numbers in numbers.json."""
+"""The report on a study: report.html, a single self-contained page; its pictures as PNG files; all numbers in
+numbers.json."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def write_report(study: Study, command: str, out: Path) -> Path:
     results = read_results(study)
     if not any(results.values()):
         raise InputError(
-            f"study {study.name} has nothing to report: run python -m megatron_gmpo.lab without --report first"
+            f"study {study.name} has nothing to report: run python -m megatron_gmpo.lab without --report "
+            f"first"
         )
     out.mkdir(parents=True, exist_ok=True)
     arms = {arm: [run.series for run in runs.values()] for arm, runs in results.items()}
@@ -55,21 +57,7 @@ def write_report(study: Study, command: str, out: Path) -> Path:
     rows = compare(study, results)
     ends = [(trial, results[trial.arm.name].get(trial.seed)) for trial in study.trials]
     records = [run.record for _, run in ends if run and run.record]
-    about = {
-        "title": study.file.title,
-        "question": study.file.question,
-        "command": command,
-        "baseline": study.file.baseline,
-        "base_config": study.base.as_posix(),
-        "overrides": _plain(flatten(study.file.overrides)),
-        "seeds": study.file.seeds,
-        "processes": study.file.processes,
-        "ran": _span(records),
-        "machine": sorted({record.machine for record in records}),
-        "versions": sorted(
-            {f"{name} {version}" for record in records for name, version in record.versions.items()}
-        ),
-    }
+    about = _about(study, command, records)
     numbers = {
         "about": about | {"reported": datetime.now(UTC).isoformat(timespec="seconds")},
         "arms": {arm.name: {"label": arm.label, "overrides": _plain(arm.overrides)} for arm in study.arms},
@@ -96,6 +84,24 @@ def write_report(study: Study, command: str, out: Path) -> Path:
     )
     (out / "report.html").write_text(page)
     return out / "report.html"
+
+
+def _about(study: Study, command: str, records: list[Record]) -> dict[str, Any]:
+    return {
+        "title": study.file.title,
+        "question": study.file.question,
+        "command": command,
+        "baseline": study.file.baseline,
+        "base_config": study.base.as_posix(),
+        "overrides": _plain(flatten(study.file.overrides)),
+        "seeds": study.file.seeds,
+        "processes": study.file.processes,
+        "ran": _span(records),
+        "machine": sorted({record.machine for record in records}),
+        "versions": sorted(
+            {f"{name} {version}" for record in records for name, version in record.versions.items()}
+        ),
+    }
 
 
 def _trial(trial: Trial, run: Result | None) -> dict[str, Any]:
@@ -163,7 +169,8 @@ def _span(records: list[Record]) -> str:
         return "no trial has ended yet"
     first, last = min(record.started for record in records), max(record.started for record in records)
     total = sum(record.seconds for record in records)
-    return f"trials started {first} to {last} (UTC) and took {total / 60:.0f} minutes together, {total / len(records):.0f} s each"
+    each = total / len(records)
+    return f"trials started {first} to {last} (UTC), {total / 60:.0f} minutes in total, {each:.0f} s each"
 
 
 def _command(trial: Trial, processes: int) -> str:

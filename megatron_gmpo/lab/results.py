@@ -1,4 +1,5 @@
-"""Aggregate what trials logged over seeds: curves with confidence intervals, and measures that compare arms."""
+"""Aggregate what trials logged over seeds: curves with confidence intervals, and measures that compare
+arms."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Curve:
-    """(P,) arrays: mean over the seeds that have the step, and bounds of its interval; nan if only one seed has the step."""
+    """(P,) arrays: mean over the seeds that have the step, and bounds of its interval; nan if only one seed
+    has the step."""
 
     steps: np.ndarray
     mean: np.ndarray
@@ -45,7 +47,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measure:
-    """One number per run: the ``last``, ``best`` (largest) or ``mean`` value of a metric, or its mean over the last ``TAIL`` steps."""
+    """One number per run: the ``last``, ``best`` (largest) or ``mean`` value of a metric, or its mean over
+    the last ``TAIL`` steps."""
 
     title: str
     metric: str
@@ -94,8 +97,8 @@ MEANS = {
     "moe/routing_differs_tokens": "tokens routed differently in the rollout, fraction",
     "moe/routing_drift_tokens": "tokens rerouted by updates, fraction",
 }
-"""Metric -> name of its mean over a run. These metrics describe updates, which a decaying learning rate makes small in the last
-steps."""
+"""Metric -> name of its mean over a run. These metrics describe updates, which a decaying learning rate makes
+small in the last steps."""
 
 
 def read_results(study: Study) -> dict[str, dict[int, Result]]:

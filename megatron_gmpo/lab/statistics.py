@@ -54,7 +54,8 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 def t_quantile(degrees: int) -> float:
     """Return the t for which Student's distribution has 95 % of its mass in [-t, t].
 
-    Above 30 degrees of freedom this is the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), with an error below 2e-6.
+    Above 30 degrees of freedom this is the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5), with an
+    error below 2e-6.
     """
     if degrees <= len(T_975):
         return T_975[degrees - 1]

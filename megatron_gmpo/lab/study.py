@@ -1,4 +1,5 @@
-"""Read a study's TOML file and make its trials: one training run per arm and seed, all checked before the first one starts."""
+"""Read a study's TOML file and make its trials: one training run per arm and seed, all checked before the
+first one starts."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ EQUAL = (
     "rollout.samples_per_prompt",
     "rollout.max_new_tokens",
 )
-"""Config keys and sections that must be equal in all arms. They alone decide the prompts that ``PromptStream`` draws with a
-seed, so arms with equal seeds see equal prompts."""
+"""Config keys and sections that must be equal in all arms. They alone decide the prompts that
+``PromptStream`` draws with a seed, so arms with equal seeds see equal prompts."""
 
 _FROM_LAB = ("seed", "run_dir")
 _NAME = re.compile(r"[\w.+=]+")
@@ -56,8 +57,8 @@ class Variant(_Section):
 
 class Prepare(_Section):
     command: tuple[str, ...] = ()
-    """A module and its arguments, run as ``python -m`` once before the first trial, e.g. ["megatron_gmpo", "demo",
-    "--prepare_only"]."""
+    """A module and its arguments, run as ``python -m`` once before the first trial, e.g. ["megatron_gmpo",
+    "demo", "--prepare_only"]."""
     output: str = ""
     """A file that the command writes; if it exists, the command does not run."""
 
@@ -78,14 +79,15 @@ class StudyFile(_Section):
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """Time limit of a trial; a trial that exceeds it is killed and counts as failed."""
     baseline: str
-    """Arm that the other arms are compared with. In a grid, an arm is compared with the baseline at the same values of the other
-    axes."""
+    """Arm that the other arms are compared with. In a grid, an arm is compared with the baseline at the same
+    values of the other axes."""
     overrides: dict[str, Any] = {}
     """Keys of the training config that hold for all arms."""
     arms: Annotated[dict[str, Variant], Field(min_length=1)]
     """Arms by name."""
     grid: dict[str, dict[str, Variant]] = {}
-    """Further axes, [grid.AXIS.VALUE] with keys of the training config. Every arm runs with every combination of their values."""
+    """Further axes, [grid.AXIS.VALUE] with keys of the training config. Every arm runs with every combination
+    of their values."""
 
     @model_validator(mode="after")
     def _names(self) -> StudyFile:
@@ -142,7 +144,8 @@ class Study:
     """A checked study.
 
     Attributes:
-        trials: every arm with the first seed, then every arm with the second, so that an interrupted study compares all arms.
+        trials: every arm with the first seed, then every arm with the second, so that an interrupted study
+            compares all arms.
     """
 
     name: str
@@ -174,8 +177,8 @@ def load_study(path: Path) -> Study:
     """Read a study and resolve the config of every trial.
 
     Raises:
-        InputError: there is no such file, an unknown key (the message names the nearest), a bad value; training would refuse the
-            config of an arm, or its prompts or budget differ from the first arm's.
+        InputError: there is no such file, an unknown key (the message names the nearest), a bad value;
+            training would refuse the config of an arm, or its prompts or budget differ from the first arm's.
     """
     try:
         file = StudyFile.model_validate(read_toml(path))
@@ -239,7 +242,8 @@ def _check_equal(path: Path, trials: Iterable[Trial]) -> None:
             if found.get(key) != expected.get(key):
                 raise InputError(
                     f"{path}, arm {trial.arm.name!r}: {key} = {found.get(key)!r}, but {first.arm.name!r} has "
-                    f"{expected.get(key)!r}: arms are compared on equal prompts and budgets, set it under [overrides]"
+                    f"{expected.get(key)!r}: arms are compared on equal prompts and budgets, set it under "
+                    f"[overrides]"
                 )
 
 

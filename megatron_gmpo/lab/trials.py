@@ -40,8 +40,9 @@ class Record(BaseModel):
     """How a trial ended.
 
     Attributes:
-        outcome: a ``stopped`` run ended itself with a reason, such as a loss that is not finite; that is a result of the study.
-            A ``failed`` run ended before its last step for any other reason; it is run again.
+        outcome: a ``stopped`` run ended itself with a reason, such as a loss that is not finite; that is a
+            result of the study. A ``failed`` run ended before its last step for any other reason; it is run
+            again.
         reason: why it did not finish; otherwise empty.
         seconds: wall time of the process with its start; for a resumed trial, of the last process.
     """
@@ -80,8 +81,8 @@ def run_trials(
 ) -> list[Record]:
     """Run trials, ``at_once`` at a time, and show their progress.
 
-    A trial resumes from the newest checkpoint in its folder; without one it starts over. A failed trial does not end the others.
-    An exception here, such as an interrupt, ends all.
+    A trial resumes from the newest checkpoint in its folder; without one it starts over. A failed trial does
+    not end the others. An exception here, such as an interrupt, ends all.
 
     Args:
         processes: ranks per trial.
@@ -125,7 +126,8 @@ class _Running:
     done: bool = False
 
     def ended(self, timeout_s: float) -> Record | None:
-        """Write and return the record if the process has ended or exceeded its time limit; otherwise return None."""
+        """Write and return the record if the process has ended or exceeded its time limit; otherwise return
+        None."""
         seconds = time.monotonic() - self.start
         code = self.process.poll()
         if code is None and seconds <= timeout_s:
@@ -194,7 +196,8 @@ def _start(trial: Trial, lock: IO[str], processes: int) -> _Running:
 
 
 def _lock(trial: Trial) -> IO[str]:
-    """Lock the trial's folder. The trial's process inherits the lock and so keeps it even if the lab is killed."""
+    """Lock the trial's folder. The trial's process inherits the lock and so keeps it even if the lab is
+    killed."""
     trial.folder.mkdir(parents=True, exist_ok=True)
     file = (trial.folder / ".lock").open("w")
     try:
@@ -220,7 +223,8 @@ def _check_folder(trial: Trial) -> None:
         old, new = flatten(before.model_dump()), flatten(trial.cfg.model_dump())
         key = next(key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
         raise InputError(
-            f"{trial.folder} was run with {key} = {old.get(key)!r}, but the study says {new.get(key)!r}: {remedy}"
+            f"{trial.folder} was run with {key} = {old.get(key)!r}, but the study says {new.get(key)!r}: "
+            f"{remedy}"
         )
 
 
@@ -249,7 +253,8 @@ def _machine() -> str:
 
 
 class _Board:
-    """Show the trials: in a terminal one bar for all and one per running trial; elsewhere one line per ended trial."""
+    """Show the trials: in a terminal one bar for all and one per running trial; elsewhere one line per ended
+    trial."""
 
     def __init__(self, total: int, console: Console) -> None:
         self._console, self._total, self._ended = console, total, 0
@@ -289,7 +294,8 @@ class _Board:
         self._ended += 1
         self._bars.update(self._all, completed=self._ended)
         reason = f": {record.reason}" if record.reason else ""
-        line = f"{self._ended}/{self._total} {_name(process.trial)} {record.outcome} after {record.seconds:.0f} s{reason}"
+        place, name = f"{self._ended}/{self._total}", _name(process.trial)
+        line = f"{place} {name} {record.outcome} after {record.seconds:.0f} s{reason}"
         self._console.out(line, highlight=False)
 
 

@@ -23,7 +23,8 @@ def check_trainer(plans: list[RankPlan], hardware: Hardware) -> None:
         remedy = (
             "lower train.max_tokens_per_microbatch, or set megatron.recompute_granularity = 'full'"
             if passing > plan.resident
-            else "raise parallel.expert_model_parallel_size, tensor_model_parallel_size or pipeline_model_parallel_size, "
+            else "raise parallel.expert_model_parallel_size, tensor_model_parallel_size or "
+            "pipeline_model_parallel_size, "
             "or the world size"
         )
         raise InputError(
@@ -38,7 +39,8 @@ def plan_servers(
     """Return the rollout servers and the size of their caches.
 
     Raises:
-        InputError: a cache cannot hold one response of full length, or servers and trainer do not fit on the same GPUs.
+        InputError: a cache cannot hold one response of full length, or servers and trainer do not fit on the
+            same GPUs.
     """
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     if cfg.rollout.engine == "embedded":  # every rank holds the whole model
@@ -51,13 +53,15 @@ def plan_servers(
         over = taken + plan.resident + RESERVED - hardware.memory
         if over > 0:
             raise InputError(
-                f"colocated servers take {gib(taken)} GiB beside the {gib(plan.resident)} GiB of rank {plan.rank}: "
+                f"colocated servers take {gib(taken)} GiB beside the {gib(plan.resident)} GiB of rank "
+                f"{plan.rank}: "
                 f"{gib(over)} too much for the GPU; lower sglang.args.mem_fraction_static"
             )
     cache_tokens = (taken * gpus - model.served_weights) // model.kv_bytes_on(gpus)
     if cache_tokens < longest:
         raise InputError(
-            f"a server's {gpus} GPUs give it {gib(taken * gpus)} GiB, too little for {gib(model.served_weights)} GiB of "
+            f"a server's {gpus} GPUs give it {gib(taken * gpus)} GiB, too little for "
+            f"{gib(model.served_weights)} GiB of "
             "weights and one response: raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
         )
     return Servers(count, gpus, cache_tokens)

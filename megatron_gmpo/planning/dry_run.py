@@ -1,14 +1,14 @@
 """Build and run one rank of any layout on any machine, with shapes and no memory.
 
-The rank has the real model, gradient buffers and optimizer, and runs a real microbatch. The process group is torch's fake one,
-of the full world size; its collectives do nothing. Every tensor is on the meta device. The report is what the policy's own code
-then holds, computes and sends. Two parts differ from a GPU run:
+The rank has the real model, gradient buffers and optimizer, and runs a real microbatch. The process group is
+torch's fake one, of the full world size; its collectives do nothing. Every tensor is on the meta device. The
+report is what the policy's own code then holds, computes and sends. Two parts differ from a GPU run:
 
-- Fused kernels. Stand-ins replace the norms and the core attention of the plain layer spec; they keep what the kernels of
-  Transformer Engine and FlashAttention keep. A run on a CPU keeps the plain norms. The rest of the plain spec keeps slightly
-  more than Transformer Engine does.
-- Routing. The number of tokens per expert depends on data. Here every expert gets the same number: Megatron pads to a capacity
-  with a factor of 1.
+- Fused kernels. Stand-ins replace the norms and the core attention of the plain layer spec; they keep what
+  the kernels of Transformer Engine and FlashAttention keep. A run on a CPU keeps the plain norms. The rest of
+  the plain spec keeps slightly more than Transformer Engine does.
+- Routing. The number of tokens per expert depends on data. Here every expert gets the same number: Megatron
+  pads to a capacity with a factor of 1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _ANYWHERE = {
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
 }
-"""Optimizer options that run on every machine. ``_optimizer_nbytes`` accounts for low precision and offloading."""
+"""Optimizer options that run on every machine. ``_optimizer_nbytes`` accounts for low precision and
+offloading."""
 
 
 def dry_run(
@@ -234,7 +235,8 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _optimizer_nbytes(optimizer: Any, chunks: list[torch.nn.Module], cfg: OptimizerConfig) -> int:
-    """Return the bytes on the device of the main weights that are not the model's own, and of two moments per element."""
+    """Return the bytes on the device of the main weights that are not the model's own, and of two moments per
+    element."""
     main = [param for group in optimizer.param_groups for param in group["params"]]
     known = _storages(_tensors(chunks))
     own = sum(size for key, size in _storages(main).items() if key not in known)

@@ -1,4 +1,5 @@
-"""Stand-ins for fused GPU kernels in a dry run: they keep the tensors that the kernels keep, and compute nothing."""
+"""Stand-ins for fused GPU kernels in a dry run: they keep the tensors that the kernels keep, and compute
+nothing."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ class _FusedNormFunction(torch.autograd.Function):
 class FusedAttention(torch.nn.Module):
     """Stand-in for FlashAttention, whose backward pass recomputes the scores.
 
-    It keeps queries, keys, values, the output, and one fp32 number per token and head. Context-parallel ranks gather keys and
-    values, and reduce-scatter their gradients.
+    It keeps queries, keys, values, the output, and one fp32 number per token and head. Context-parallel ranks
+    gather keys and values, and reduce-scatter their gradients.
     """
 
     def __init__(self, cp_group: dist.ProcessGroup, observer: Observer) -> None:

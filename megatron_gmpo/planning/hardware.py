@@ -31,8 +31,8 @@ HARDWARE = {
     "h200": Hardware(139 * GIB, 989e12, 4.8e12, 450e9, 50e9),
     "b200": Hardware(178 * GIB, 2250e12, 7.7e12, 900e9, 50e9),
 }
-"""NVIDIA's data sheets of the H100 SXM, the H200 SXM and the HGX B200, without sparsity, NVLink halved to one direction.
-Network: one 400 Gb/s adapter per GPU, as in DGX systems."""
+"""NVIDIA's data sheets of the H100 SXM, the H200 SXM and the HGX B200, without sparsity, NVLink halved to one
+direction. Network: one 400 Gb/s adapter per GPU, as in DGX systems."""
 GPUS_PER_NODE = 8
 
 COMPUTE_EFFICIENCY = 0.45

@@ -75,7 +75,8 @@ class Observer(TorchDispatchMode):
     def gradient_sync(self, buffers: list[Any]) -> list[Traffic]:
         """Return the collectives that follow the backward passes of an optimizer step.
 
-        Gradients are summed over the data-parallel ranks; with a distributed optimizer the updated weights are gathered.
+        Gradients are summed over the data-parallel ranks; with a distributed optimizer the updated weights
+        are gathered.
 
         Args:
             buffers: Megatron's gradient buffers (param_and_grad_buffer.py).

@@ -15,7 +15,8 @@ class Traffic:
         operation: ``all_gather``, ``reduce_scatter``, ``all_reduce``, ``all_to_all`` or ``broadcast``.
         group: name of the process group in Megatron's ProcessGroupCollection, e.g. ``tp``.
         ranks: ranks of that group.
-        sent: bytes on the wire per rank, as a ring sends them: (n - 1) / n of the tensor, twice that in an all-reduce.
+        sent: bytes on the wire per rank, as a ring sends them: (n - 1) / n of the tensor, twice that in an
+            all-reduce.
     """
 
     operation: str
@@ -53,11 +54,12 @@ class RankPlan:
         reference: weights of the reference policy.
         activations: what the microbatches in flight keep for their backward passes, without logits.
         logits: logits of a microbatch and their gradient.
-        temporaries: everything else that is alive at the peak of a microbatch's passes. With recomputation this is mostly the
-            layer that is being recomputed.
-        in_flight: microbatches whose activations are alive together; with a virtual pipeline, passes through one chunk.
-        boundary: bytes that a microbatch sends from one chunk to the next, and its gradient sends back; 0 for the last stage
-            of a pipeline with one chunk per rank.
+        temporaries: everything else that is alive at the peak of a microbatch's passes. With recomputation
+            this is mostly the layer that is being recomputed.
+        in_flight: microbatches whose activations are alive together; with a virtual pipeline, passes through
+            one chunk.
+        boundary: bytes that a microbatch sends from one chunk to the next, and its gradient sends back; 0 for
+            the last stage of a pipeline with one chunk per rank.
         forward: a forward pass with log probabilities.
         training: forward, backward and recomputation.
         gradient_sync: collectives of an optimizer step.

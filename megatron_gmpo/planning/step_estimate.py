@@ -1,7 +1,7 @@
 """Estimate how long a step takes: the work and traffic of a dry run, divided by stated hardware figures.
 
-The estimate is rough. It serves to compare layouts and to find what dominates a step. Its assumptions are the constants of
-``hardware.py``.
+The estimate is rough. It serves to compare layouts and to find what dominates a step. Its assumptions are the
+constants of ``hardware.py``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Model:
         return 2 * self.parameters
 
     def kv_bytes_on(self, gpus: int) -> int:
-        """Return the bytes of one token in the caches of all GPUs of a server; each GPU holds whole heads, at least one."""
+        """Return the bytes of one token in the caches of all GPUs of a server; each GPU holds whole heads, at
+        least one."""
         return self.kv_head_bytes * max(self.kv_heads, gpus)
 
 
@@ -182,7 +183,8 @@ class StepEstimate:
 
     @property
     def mfu(self) -> float:
-        """Return the MFU of the training phase: FLOPs of three forward passes, without recomputation, over the peak."""
+        """Return the MFU of the training phase: FLOPs of three forward passes, without recomputation, over
+        the peak."""
         forward = sum(plan.forward.flops for plan in self.plans) / len(self.plans)
         return (
             3
@@ -219,7 +221,8 @@ class StepEstimate:
         return int(sent * (2 * sum(self.batch.microbatches) * self._filled + forward))
 
     def _pipeline(self, microbatches: int, filled: float, *, training: bool) -> float:
-        """Return the time of the slowest stage with the pipeline bubble: (microbatches + (stages - 1) / chunks) passes."""
+        """Return the time of the slowest stage with the pipeline bubble: (microbatches + (stages - 1) /
+        chunks) passes."""
         stages, chunks = len(self.plans), self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
         slowest = max(self._seconds(plan.training if training else plan.forward) for plan in self.plans)
         slowest += (
@@ -240,7 +243,8 @@ class StepEstimate:
     def _sending(self, traffic: Traffic) -> float:
         """Return the time of a collective.
 
-        A ring that leaves a node runs at the speed of the network. Of an all-to-all, only the part that leaves the node does.
+        A ring that leaves a node runs at the speed of the network. Of an all-to-all, only the part that
+        leaves the node does.
         """
         nodes = Counter(rank // GPUS_PER_NODE for rank in traffic.ranks)
         outside = 1.0 if len(nodes) > 1 else 0.0
@@ -252,7 +256,8 @@ class StepEstimate:
         return traffic.sent * slowest / LINK_EFFICIENCY
 
     def _update(self) -> float:
-        """Return the time of an optimizer step on the slowest rank: collectives, and reading and writing its state."""
+        """Return the time of an optimizer step on the slowest rank: collectives, and reading and writing its
+        state."""
         return max(
             sum(map(self._sending, plan.gradient_sync))
             + 2 * (plan.optimizer + plan.gradients) / self.hardware.bandwidth
@@ -260,7 +265,8 @@ class StepEstimate:
         )
 
     def _weight_sync(self) -> float:
-        """Return the time in which every rank gathers all weights once and rank 0 sends them to the servers."""
+        """Return the time in which every rank gathers all weights once and rank 0 sends them to the
+        servers."""
         link = self.hardware.network if self.world_size > GPUS_PER_NODE else self.hardware.nvlink
         gathered = self.model.weights / (link * LINK_EFFICIENCY)
         if self.cfg.rollout.engine == "embedded":

@@ -1,4 +1,5 @@
-"""Compare the logits of a Megatron checkpoint with the logits that transformers computes from the Hugging Face folder."""
+"""Compare the logits of a Megatron checkpoint with the logits that transformers computes from the Hugging
+Face folder."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
     The process must be the only one of its process group.
 
     Args:
-        dtype: precision to which the Hugging Face weights were rounded; Megatron's are rounded to it for the comparison.
+        dtype: precision to which the Hugging Face weights were rounded; Megatron's are rounded to it for the
+            comparison.
 
     Raises:
         InputError: they differ by more than ``TOLERANCE``.

@@ -1,7 +1,7 @@
 """The attempts of a Slurm job at one run: whether the job may make another, and how the last one ended.
 
-restarts.jsonl in the run folder has one line per attempt. Limits count the attempts of one job; a new sbatch of the same run
-starts from zero. This module does not import torch, see ``commands/slurm_attempt.py``.
+restarts.jsonl in the run folder has one line per attempt. Limits count the attempts of one job; a new sbatch
+of the same run starts from zero. This module does not import torch, see ``commands/slurm_attempt.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class AttemptRecord:
         job: Slurm's job id, which a requeue keeps.
         start: Unix time in seconds.
         checkpoint_step: steps in the newest checkpoint at ``start``; 0 without one.
-        code: an ``Exit``; None while the attempt runs, and forever if Slurm ended it before it could record a reason.
+        code: an ``Exit``; None while the attempt runs, and forever if Slurm ended it before it could record a
+            reason.
         reason: one line.
     """
 
@@ -48,7 +49,8 @@ class AttemptRecord:
 
 
 def begin(cfg: Config) -> Path:
-    """Check the lock and the limits, record the attempt, draw the keys of rollout servers, and return the run folder.
+    """Check the lock and the limits, record the attempt, draw the keys of rollout servers, and return the run
+    folder.
 
     Raises:
         InputError: another job uses the run folder, see ``RunLock``.
@@ -61,7 +63,8 @@ def begin(cfg: Config) -> Path:
     attempts = read_attempts(run_dir)
     if attempts and attempts[-1].code is None and attempts[-1].job != job and _is_running(attempts[-1].job):
         raise InputError(
-            f"run_dir = {cfg.run_dir!r} is in use by job {attempts[-1].job}: wait for its end, or choose another run_dir"
+            f"run_dir = {cfg.run_dir!r} is in use by job {attempts[-1].job}: wait for its end, or choose "
+            f"another run_dir"
         )
     if attempts and attempts[-1].code is None:  # Slurm requeued the job: a preemption or a failed node
         attempts[-1] = _concluded(run_dir, attempts[-1], "ended by Slurm: a preemption or a failed node")
@@ -83,12 +86,12 @@ def end(run_dir: Path, status: int) -> tuple[Exit, str]:
     """Record how the attempt ended, and print on stderr what happens next.
 
     Args:
-        status: srun's exit code: 0, or ``Exit.REQUEUE`` if the attempt was stopped before its trainers were started. Other
-            values carry no information: torchrun exits with 1 whatever its ranks exit with.
+        status: srun's exit code: 0, or ``Exit.REQUEUE`` if the attempt was stopped before its trainers were
+            started. Other values carry no information: torchrun exits with 1 whatever its ranks exit with.
 
     Returns:
-        The job's exit code, ``Exit.REQUEUE`` if it is to be started again, and the name of a node that must not be used again,
-        or "".
+        The job's exit code, ``Exit.REQUEUE`` if it is to be started again, and the name of a node that must
+        not be used again, or "".
     """
     attempts = read_attempts(run_dir)
     this = max(index for index, attempt in enumerate(attempts) if attempt.job == os.environ["SLURM_JOB_ID"])
@@ -158,7 +161,8 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
 
 
 def _concluded(run_dir: Path, attempt: AttemptRecord, default_reason: str) -> AttemptRecord:
-    """Return the attempt with code and reason of ``outcome.json``; without that file, with ``default_reason`` and no code."""
+    """Return the attempt with code and reason of ``outcome.json``; without that file, with ``default_reason``
+    and no code."""
     outcome = read_outcome(run_dir)
     if outcome is None:
         return replace(attempt, reason=default_reason)

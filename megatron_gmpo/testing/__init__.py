@@ -1,4 +1,5 @@
-"""Tiny models, their problems and a supervised warm-up: what the demo, the tests and the benchmarks start from."""
+"""Tiny models, their problems and a supervised warm-up: what the demo, the tests and the benchmarks start
+from."""
 
 from __future__ import annotations
 

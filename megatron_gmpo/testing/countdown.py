@@ -42,7 +42,8 @@ class Countdown:
     max_target: int = 99
 
     def draw(self, generator: random.Random) -> tuple[str, str]:
-        """Return a problem, such as ``"12,7,3=15"``, and the random expression it was made from, ``"3*(12-7)"``.
+        """Return a problem, such as ``"12,7,3=15"``, and the random expression it was made from,
+        ``"3*(12-7)"``.
 
         The numbers stand in falling order, so equal numbers and targets give equal texts.
         """
@@ -66,7 +67,8 @@ class Countdown:
             misses = 0 if len(found) > before else misses + 1
             if misses == _MAX_MISSES:
                 raise InputError(
-                    f"num_train + num_heldout = {number}, but only {before} problems of {self} were found: ask for fewer"
+                    f"num_train + num_heldout = {number}, but only {before} problems of {self} were found: "
+                    f"ask for fewer"
                 )
         problems = list(found)
         generator.shuffle(problems)  # problems with many solutions are found first
@@ -115,8 +117,8 @@ def make_countdown(
 def _random_expression(numbers: list[int], generator: random.Random) -> tuple[Fraction, str]:
     """Return the value and the text of a random expression that uses all ``numbers``.
 
-    Two random parts are joined until one is left. The larger of two summands or factors comes first, which leaves fewer ways
-    to write the same expression.
+    Two random parts are joined until one is left. The larger of two summands or factors comes first, which
+    leaves fewer ways to write the same expression.
     """
     parts = [
         (Fraction(number), str(number), "") for number in numbers

@@ -37,15 +37,16 @@ def make_tiny_model(
     """Write the folder ``out`` and return its model: 4 attention heads, 2 key-value heads, top-2 experts.
 
     Args:
-        tokenizer: saved in the folder; its length is the vocabulary size. None means ``arithmetic_tokenizer()``.
+        tokenizer: saved in the folder; its length is the vocabulary size. None means
+            ``arithmetic_tokenizer()``.
         ffn_hidden_size: width of the MLP; in a MoE, width of each expert.
-        head_dim: width of a head in the Qwen3 families and GLM. DeepSeek's heads have ``head_dim // 2`` rotary channels in
-            addition. The other families split ``hidden_size`` over the heads.
+        head_dim: width of a head in the Qwen3 families and GLM. DeepSeek's heads have ``head_dim // 2``
+            rotary channels in addition. The other families split ``hidden_size`` over the heads.
         num_experts: experts per layer of a MoE.
-        initializer_range: standard deviation of the weights. With the usual 0.02, a model of this width has near-uniform
-            logits and near-equal router scores, and learns slowly.
-        randomize_norms: draw norm weights and biases too, instead of ones and zeros. A comparison of logits then catches
-            mistakes in them.
+        initializer_range: standard deviation of the weights. With the usual 0.02, a model of this width has
+            near-uniform logits and near-equal router scores, and learns slowly.
+        randomize_norms: draw norm weights and biases too, instead of ones and zeros. A comparison of logits
+            then catches mistakes in them.
         seed: seed of the weights. Torch's global generator keeps its state.
     """
     tokenizer = tokenizer or arithmetic_tokenizer()
@@ -116,7 +117,8 @@ def _of_family(
 @torch.no_grad()
 def _random_model(family: Family, shape: dict[str, Any], randomize_norms: bool) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape), dtype=torch.float32)
-    # transformers zeroes the padding token's embedding. If that token is sampled, the norm's gradient there is 1 / sqrt(eps).
+    # transformers zeroes the padding token's embedding. If that token is sampled, the norm's gradient there
+    # is 1 / sqrt(eps).
     embedding = model.get_input_embeddings().weight[shape["pad_token_id"]]
     embedding.normal_(std=shape["initializer_range"])
     if randomize_norms:

@@ -24,12 +24,14 @@ def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def countdown_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer for the Countdown task: pad, eos, the ten digits and ``+-*/(),=:``; 21 tokens in all."""
+    """Return the tokenizer for the Countdown task: pad, eos, the ten digits and ``+-*/(),=:``; 21 tokens in
+    all."""
     return character_tokenizer("0123456789+-*/(),=:")
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per character; encoding a character outside ``characters`` raises an error."""
+    """Return a tokenizer with one token per character; encoding a character outside ``characters`` raises an
+    error."""
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -42,10 +44,12 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 def text_tokenizer(
     corpus: Path | None = None, column: str = "problem", vocab_size: int = 1024
 ) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE with Qwen's special tokens and the ChatML template; it encodes and round-trips any text.
+    """Return a byte-level BPE with Qwen's special tokens and the ChatML template; it encodes and round-trips
+    any text.
 
     Args:
-        corpus: .parquet or .jsonl file whose ``column`` the merges are learned from; None leaves the 256 bytes.
+        corpus: .parquet or .jsonl file whose ``column`` the merges are learned from; None leaves the 256
+            bytes.
         vocab_size: number of tokens when there is a corpus, including the 3 special tokens.
 
     Raises:
@@ -82,6 +86,7 @@ def _column(path: Path, column: str) -> list[str]:
     table = load_dataset(readers[path.suffix], data_files=str(path), split="train")
     if column not in table.column_names:
         raise InputError(
-            f"tokenizer_corpus_column = {column!r} is not in {path}: choose from {', '.join(table.column_names)}"
+            f"tokenizer_corpus_column = {column!r} is not in {path}: choose from "
+            f"{', '.join(table.column_names)}"
         )
     return table[column][:]

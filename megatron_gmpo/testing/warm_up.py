@@ -23,11 +23,12 @@ def warm_up(
     lr: float = 2e-3,
     seed: int = 0,
 ) -> float:
-    """Train the model of a folder on ``problem + answer + end token``, save it there and return the last batch's loss.
+    """Train the model of a folder on ``problem + answer + end token``, save it there and return the last
+    batch's loss.
 
-    The loss is the mean cross entropy, in nats, over the tokens of the answer and the end token. The optimizer is AdamW at a
-    constant ``lr``: a model whose learning rate was annealed improves far less in reinforcement learning. Problems are drawn
-    with replacement.
+    The loss is the mean cross entropy, in nats, over the tokens of the answer and the end token. The
+    optimizer is AdamW at a constant ``lr``: a model whose learning rate was annealed improves far less in
+    reinforcement learning. Problems are drawn with replacement.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(

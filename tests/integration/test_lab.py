@@ -78,7 +78,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 130
-    assert error_lines(errors) == ["error: interrupted; the same command goes on"]
+    assert error_lines(errors) == ["error: interrupted; the same command continues"]
 
     second = lab(tmp_path, "--only", "grpo", "broken")
     second.communicate(timeout=TIMEOUT_S)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import arithmetic
+from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import CONFIG, ROOT, command_line, json_lines, options, run_module
 
@@ -33,7 +33,7 @@ def older_megatron() -> str:
 def test_a_checkpoint_of_the_older_megatron_resumes_bit_for_bit(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    arithmetic.main(tmp_path)
+    write_addition_problems(tmp_path)
     settings = options(
         model__path=tiny_model("qwen3_moe", num_layers=2),
         data__path=tmp_path / "train.jsonl",

@@ -123,18 +123,18 @@ def test_the_grid_has_every_combination(tmp_path: Path) -> None:
     ("changes", "line"),
     [
         ({"baselin": "grpo"}, "unknown config key 'baselin': did you mean 'baseline'?"),
-        ({"baseline": "gspo"}, "baseline = 'gspo' is no arm: choose one of ['gmpo', 'grpo']"),
+        ({"baseline": "gspo"}, "baseline = 'gspo' is not an arm: choose one of ['gmpo', 'grpo']"),
         ({"seeds": [1, 1]}, "seeds = [1, 1] names a seed twice"),
-        ({"overrides": {"seed": 3}}, "arm 'gmpo-small': seed is set by the lab, leave it out"),
+        ({"overrides": {"seed": 3}}, "arm 'gmpo-small': seed is set by the lab: leave it out"),
         (
             {"overrides": {"optimizer.lrr": 3}},
             "arm 'gmpo-small': unknown config key 'optimizer.lrr': did you mean 'optimizer.lr'?",
         ),
         (
             {"grid": {"n": {"a": {}, "b": {"train.num_steps": 7}}}},
-            "arm 'gmpo-b': train.num_steps = 7 where 'gmpo-a' has 150: arms are",
+            "arm 'gmpo-b': train.num_steps = 7, but 'gmpo-a' has 150: arms are",
         ),
-        ({"arms": {"grpo": {}, "g/h": {}}}, "'g/h' becomes a part of a folder's name"),
+        ({"arms": {"grpo": {}, "g/h": {}}}, "'g/h' becomes part of a folder's name"),
     ],
 )
 def test_a_wrong_study_is_refused(changes: dict[str, object], line: str, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_only_what_is_missing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     other = study(tmp_path, overrides={"train.minibatches_per_step": 4})
     check_folders(found.trials)
     with pytest.raises(
-        InputError, match=r"was run with train\.minibatches_per_step = 2, the study says 4: remove"
+        InputError, match=r"was run with train\.minibatches_per_step = 2, but the study says 4: remove"
     ):
         check_folders(other.trials)
 

@@ -129,5 +129,5 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 def test_a_finished_job_ends_the_live_view(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "outcome.json").write_text(json.dumps({"code": 0, "reason": "done", "time": time.time()}))
-    watch.main(run_dir)
+    watch.main([str(run_dir)])
     assert "exit 0: done" in capsys.readouterr().out

@@ -9,7 +9,8 @@ from .servers import Server
 
 
 def sequence_logprobs(server: Server, tokens: list[int], timeout_s: float) -> list[float | None]:
-    """Return the log probability of each token given the tokens before it, at temperature 1; None for the first token.
+    """Return the log probability of each token given the tokens before it, at temperature 1; None for the
+    first token.
 
     The server reads the whole sequence and generates one more token.
 
