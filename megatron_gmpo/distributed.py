@@ -1,4 +1,4 @@
-"""Collectives: sums with a defined gradient, Python objects, and errors. ``group=None`` stands for a single rank.
+"""Collectives: sums with a defined gradient, Python objects, errors, and a folder that all ranks write. ``group=None`` stands for a single rank.
 
 Everything except ``sum_over_group`` runs on the default process group and also works without one, as rank 0 of 1.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import files
 from .errors import RunError
 
 
@@ -104,6 +106,29 @@ def agreed() -> Iterator[None]:
         raise error
     assert stated[0] is not None
     raise stated[0]
+
+
+@contextmanager
+def folder_written_by_all(final: Path) -> Iterator[Path]:
+    """Yield a new folder that every rank writes into; then rank 0 flushes it and renames it to ``final``. Collective.
+
+    ``final`` must not exist, or be an empty folder. An error in the block removes the new folder.
+    """
+    partial = files.partial_path(final)
+    try:
+        with agreed():
+            if rank() == 0:
+                files.clear(partial)
+                partial.mkdir(parents=True)
+        yield partial
+        barrier()
+        with agreed():
+            if rank() == 0:
+                files.publish(partial, final)
+    except BaseException:
+        if rank() == 0:
+            files.clear(partial)
+        raise
 
 
 def _stated(error: Exception | None) -> RunError | None:

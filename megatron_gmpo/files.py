@@ -1,7 +1,7 @@
 """Atomic files and folders: a reader sees the old content or all of the new one, also after a kill.
 
 New content is written beside its place, flushed to the disk, and renamed into it. Whatever a kill leaves behind has a name that begins
-with ``.partial_``.
+with ``.partial_``. Nothing here imports torch: commands that must start fast use it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .distributed import agreed, barrier, rank
 from .errors import InputError
 
 
@@ -50,42 +49,19 @@ def written_aside(final: Path) -> Iterator[Path]:
     A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block removes what it wrote.
     """
     partial = partial_path(final)
-    _clear(partial)
+    clear(partial)
     try:
         yield partial
-        _publish(partial, final)
+        publish(partial, final)
     except BaseException:
-        _clear(partial)
-        raise
-
-
-@contextmanager
-def folder_written_by_all(final: Path) -> Iterator[Path]:
-    """Yield a new folder that every rank writes into; then rank 0 flushes it and renames it to ``final``. Collective.
-
-    ``final`` must not exist, or be an empty folder. An error in the block removes the new folder.
-    """
-    partial = partial_path(final)
-    try:
-        with agreed():
-            if rank() == 0:
-                _clear(partial)
-                partial.mkdir(parents=True)
-        yield partial
-        barrier()
-        with agreed():
-            if rank() == 0:
-                _publish(partial, final)
-    except BaseException:
-        if rank() == 0:
-            _clear(partial)
+        clear(partial)
         raise
 
 
 def remove(folder: Path) -> None:
     """Remove a folder. It is renamed first, so that a kill leaves no incomplete folder under its name."""
     partial = partial_path(folder)
-    _clear(partial)
+    clear(partial)
     folder.rename(partial)
     shutil.rmtree(partial)
 
@@ -93,6 +69,22 @@ def remove(folder: Path) -> None:
 def partial_path(final: Path) -> Path:
     """Return where ``final`` is written before it gets its name."""
     return final.with_name(f".partial_{final.name}")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Flush a file, or a folder with everything in it, to the disk and rename it to ``final``."""
+    for item in [partial, *partial.rglob("*")]:
+        _flush(item)
+    partial.rename(final)
+    _flush(final.parent)
+
+
+def clear(partial: Path) -> None:
+    """Remove a file or a folder, if there is one, that is left incomplete."""
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    elif partial.exists():
+        partial.unlink()
 
 
 def check_room(final: Path, nbytes: int) -> None:
@@ -139,23 +131,9 @@ def _write_aside(path: Path, content: str | bytes, durable: bool) -> Path:
     return aside
 
 
-def _publish(partial: Path, final: Path) -> None:
-    for item in [partial, *partial.rglob("*")]:
-        _flush(item)
-    partial.rename(final)
-    _flush(final.parent)
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _clear(partial: Path) -> None:
-    if partial.is_dir():
-        shutil.rmtree(partial, ignore_errors=True)
-    elif partial.exists():
-        partial.unlink()

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gmpo import files
-from megatron_gmpo.distributed import agreed, rank
+from megatron_gmpo.distributed import agreed, folder_written_by_all, rank
 from megatron_gmpo.errors import InputError, NodeError
 
 from ..support.ranks import RankPool
@@ -60,11 +59,10 @@ def test_a_single_rank_raises_its_own_error() -> None:
 
 def write_share(final: Path, failing: int) -> str:
     try:
-        with files.folder_written_by_all(final) as partial:
-            with agreed():
-                (partial / str(rank())).write_text("share")
-                if rank() == failing:
-                    raise InputError("stop")
+        with folder_written_by_all(final) as partial, agreed():
+            (partial / str(rank())).write_text("share")
+            if rank() == failing:
+                raise InputError("stop")
     except InputError as error:
         return str(error)
     return ""

@@ -44,14 +44,16 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        InputError, match="^out = 'x' cannot be written \\(No space left on device\\): free space$"
+    refused = pytest.raises(
+        InputError, match=r"^out = 'x' cannot be written \(No space left on device\): free space$"
+    )
+    with refused, files.writable("out = 'x'", "free space"):
+        files.write(tmp_path / "file", "text")
+    with (
+        pytest.raises(OSError, match="No space left"),
+        files.written_aside(tmp_path / "folder") as partial,
     ):
-        with files.writable("out = 'x'", "free space"):
-            files.write(tmp_path / "file", "text")
-    with pytest.raises(OSError, match="No space left"):
-        with files.written_aside(tmp_path / "folder") as partial:
-            partial.mkdir()
+        partial.mkdir()
     assert names(tmp_path) == []
 
 
