@@ -60,10 +60,10 @@ def written_aside(final: Path) -> Iterator[Path]:
 
 def remove(folder: Path) -> None:
     """Remove a folder. It is renamed first, so that a kill leaves no incomplete folder under its name."""
-    partial = partial_path(folder)
-    clear(partial)
-    folder.rename(partial)
-    shutil.rmtree(partial)
+    removed = folder.with_name(f".partial_{folder.name}.removed")
+    clear(removed)
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 def partial_path(final: Path) -> Path:

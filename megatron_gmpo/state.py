@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import native
+from .checkpoint import checkpoint_before, go_back
 from .data.prompts import PromptStream
 from .distributed import broadcast_object, rank
 from .errors import CollapseError
@@ -91,7 +91,7 @@ class TrainingState:
             return f"warning: {found}"
         # the figures of a step are of the weights that the step before left
         good = broadcast_object(
-            native.checkpoint_before(self._run.checkpoint_dir, collapse.began - 1) if rank() == 0 else None
+            checkpoint_before(self._run.checkpoint_dir, collapse.began - 1) if rank() == 0 else None
         )
         found += (
             f"; the newest checkpoint from before is {good}"
@@ -111,7 +111,7 @@ class TrainingState:
         self._restore(checkpoint)
         self._detector.rollbacks = rollbacks
         self._scale_lr()
-        native.go_back(checkpoint, self._records())
+        go_back(checkpoint, self._records())
         logger.rewind(self.step)
         self._cut_transcripts()
         logger.event("rollback", step=self.step, from_step=came_from, rollbacks=rollbacks)

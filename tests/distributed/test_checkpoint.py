@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
-from megatron_gmpo.checkpoint import native
+from megatron_gmpo.checkpoint import latest_checkpoint, read_state
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from tools.make_tiny_model import text_tokenizer
@@ -208,7 +208,7 @@ def test_megatron_alone_reads_a_checkpoint(
     for layout in ("tp2 ep2", "pp2 vpp2 ep2"):
         world_size, cfg = make_config(layout, path)
         at_two = ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path / layout, 0, 2, [2])[0]
-        checkpoint = native.latest_checkpoint(tmp_path / layout)
+        checkpoint = latest_checkpoint(tmp_path / layout)
         saved, names, weights = ranks.run(
             1, cases.load_with_megatron_alone, make_config("one rank", path)[1], checkpoint
         )[0]
@@ -247,7 +247,7 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     latest = "latest_checkpointed_iteration.txt"
     ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 0, 4, [1, 2, 3, 4], 2)
     assert folders() == ["iter_0000003", "iter_0000004", latest]
-    assert native.latest_checkpoint(tmp_path) == tmp_path / "iter_0000004"
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000004"
 
     # back to step 3, as after a kill between the rename and the text file; and what a killed save left
     (tmp_path / latest).write_text("3")
@@ -256,13 +256,13 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     (tmp_path / ".partial_iter_0000009" / "__0_0.distcp").touch()
     ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 3, 5, [4, 5], 1)
     assert folders() == ["iter_0000005", "iter_0000006", latest]
-    assert native.latest_checkpoint(tmp_path) == tmp_path / "iter_0000005"
-    assert native.read_state(tmp_path / "iter_0000005")["step"] == 5
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000005"
+    assert read_state(tmp_path / "iter_0000005")["step"] == 5
 
     shutil.rmtree(tmp_path / "iter_0000005")
     with pytest.raises(InputError, match="iter_0000005"):
-        native.latest_checkpoint(tmp_path)
-    assert native.latest_checkpoint(tmp_path / "nowhere") is None
+        latest_checkpoint(tmp_path)
+    assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path], tmp_path: Path) -> None:

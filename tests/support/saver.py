@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from megatron_gmpo.checkpoint import native
+from megatron_gmpo.checkpoint import latest_checkpoint
 from megatron_gmpo.platform import prepare_megatron, start_process_group
+from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
 
 from ..distributed.test_layouts import config
@@ -39,7 +40,7 @@ def live(
         for state in states(policy):
             state.zero_()
         first = 0
-        if checkpoint := native.latest_checkpoint(run_dir):
+        if checkpoint := latest_checkpoint(run_dir):
             first = policy.load(checkpoint)["step"]
             assert all(bool((state == first).all()) for state in states(policy)), (
                 f"torn checkpoint of step {first}"
@@ -68,7 +69,7 @@ def die_at(owner: Any, name: str, call: int) -> None:
 
 
 def states(policy: Policy) -> list[torch.Tensor]:
-    slots = list(native._slots(policy.model.optimizer))
+    slots = list(optimizer_slots(policy.model.optimizer))
     return [slot.parameter.data for slot in slots] + [
         tensor for slot in slots for tensor in slot.tensors.values()
     ]

@@ -89,7 +89,7 @@ def test_a_folder_that_is_removed_is_never_seen_in_part(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "file").touch()
     killed_at(os, "unlink", lambda: files.remove(folder))
-    assert names(tmp_path) == [".partial_old"]
+    assert names(tmp_path) == [".partial_old.removed"]
     folder.mkdir()
     files.remove(folder)
     assert names(tmp_path) == []
