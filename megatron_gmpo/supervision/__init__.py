@@ -1,4 +1,4 @@
-"""From the start of an attempt at a run to its end: who may start, when to stop, what every rank does meanwhile, why it ended.
+"""Supervision of one attempt at a run: the run lock, stop requests, heartbeats, the node check and the recorded outcome.
 
-``Attempt`` puts it together. Launcher, ranks and tools tell each other what happens through files of the run folder (``records.py``).
+``Attempt`` combines them. Launcher, ranks and tools communicate through files in the run folder (``records.py``).
 """

@@ -124,5 +124,5 @@ def test_a_folder_that_is_not_shared_is_noticed(ranks: RankPool, tmp_path: Path)
     first, second = ranks.run(2, problem_of_folder, tmp_path)
     assert first == second
     assert first.startswith(
-        f"node node1: run_dir = '{tmp_path}/1' does not show what the first rank wrote there"
+        f"node node1: run_dir = '{tmp_path}/1' does not show the file that rank 0 wrote there"
     )
