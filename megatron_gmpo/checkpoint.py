@@ -2,15 +2,16 @@
 
 A run's checkpoint folder has Megatron-LM's names::
 
-    latest_checkpointed_iteration.txt                    step of the newest complete checkpoint
-    hf/                                                  config.json, generation config, tokenizer, chat template of the model
+    latest_checkpointed_iteration.txt                  step of the newest complete checkpoint
+    hf/                                                config.json, tokenizer and chat template of the model
     iter_0000010/
-      common.pt, metadata.json, .metadata, __*.distcp    weights under GPTModel's keys, optimizer state under "optimizer.*" keys
-      state.json                                         step, prompt cursor, schedule, config, model identity
-      random/rank_00000.safetensors                      random-number states of one rank
+      common.pt, metadata.json, .metadata, *.distcp    tensors: weights under GPTModel's keys, optimizer state
+                                                       under "optimizer.*" (no common.pt from Megatron 0.19)
+      state.json                                       step, prompt cursor, schedule, config, model identity
+      random/rank_00000.safetensors                    random-number states of one rank
 
-A checkpoint is written to ``.partial_iter_0000010``, flushed, and renamed; the text file is updated last. A kill at any moment
-leaves the older checkpoints intact. ``policy.optimizer_state`` makes the sharded tensors.
+A checkpoint is written to ``.partial_iter_0000010``, flushed, and renamed; the text file is updated last. A
+kill at any moment leaves the older checkpoints intact. ``policy.optimizer_state`` makes the sharded tensors.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     checkpoint = folder / f"iter_{int(pointer.read_text()):07d}"
     if not (checkpoint / "state.json").is_file():
         raise InputError(
-            f"{pointer} names {checkpoint.name}, which is missing or incomplete: write an older iteration into it"
+            f"{pointer} names {checkpoint.name}, which is missing or incomplete: "
+            "write an older iteration into it"
         )
     return checkpoint
 
@@ -91,7 +93,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_identity(hf: Any, dtype: str) -> dict[str, Any]:
-    """Return the fields of a Hugging Face config that determine which weights fit, and the dtype of the weights."""
+    """Return the fields of a Hugging Face config that determine which weights fit, and their dtype."""
     return {**{field: getattr(hf, field, None) for field in _IDENTITY}, "dtype": dtype}
 
 
@@ -111,7 +113,7 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
 
 
 def checkpoint_size(num_parameters: int, dtype: torch.dtype) -> int:
-    """Return the bytes of a checkpoint: weights, both Adam moments in fp32 and, below fp32, fp32 main weights."""
+    """Return a checkpoint's bytes: weights, both Adam moments in fp32 and, below fp32, fp32 main weights."""
     return num_parameters * (3 * 4 if dtype is torch.float32 else dtype.itemsize + 3 * 4)
 
 
@@ -149,7 +151,7 @@ def save_checkpoint(
     with agreed():
         if rank() == 0:
             files.write(folder / LATEST, str(step))
-            # such a kill may also have left a later checkpoint: it does not count, or it would push this one out
+            # such a kill may also have left a later checkpoint, which must not push this one out
             up_to_this = sorted(found for found in folder.glob("iter_*") if found.name <= final.name)
             for old in up_to_this[:-keep_last]:
                 files.remove(old)
@@ -157,7 +159,7 @@ def save_checkpoint(
 
 
 def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Update a checkpoint's JSON state, make it the newest of its folder, and remove later ones (collective)."""
+    """Update a checkpoint's JSON state, make it the newest, and remove later ones (collective)."""
     with agreed():
         if rank() == 0:
             folder, content = checkpoint.parent, read_state(checkpoint) | state
@@ -168,14 +170,14 @@ def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a checkpoint of any layout that the sharded state dict ``tensors`` describes (collective)."""
+    """Return the tensors that the sharded state dict ``tensors`` describes, from any layout (collective)."""
     with _overlap_check_off():
         loaded: Any = dist_checkpointing.load(tensors, str(checkpoint), validate_access_integrity=False)
     return loaded
 
 
 def restore_random_states(checkpoint: Path) -> None:
-    """Restore this rank's random-number states, if the checkpoint was written by as many ranks as there are now."""
+    """Restore this rank's random-number states if the checkpoint has the current number of ranks."""
     if read_state(checkpoint)["world_size"] != world_size():
         return
     states = safetensors.torch.load_file(_random_file(checkpoint))
@@ -220,8 +222,9 @@ def _save_companions(hf: Path, folder: Path) -> None:
 def _overlap_check_off() -> Iterator[None]:
     """Turn off torch's check for overlapping shards, which compares all pieces of a tensor with each other.
 
-    Qwen3-30B-A3B has layers x experts x 2 = 12,288 pieces. The check took 0.8 s for 3,072 pieces and 2.8 s for 6,144, and a save
-    runs it eight times. Megatron checks for overlaps itself when it saves (dist_checkpointing/validation.py).
+    Qwen3-30B-A3B has layers x experts x 2 = 12,288 pieces. The check took 0.8 s for 3,072 pieces and 2.8 s
+    for 6,144, and a save runs it eight times. Megatron checks for overlaps itself when it saves
+    (dist_checkpointing/validation.py).
     """
     modules: tuple[Any, ...] = (sharding_spec, sharded_tensor)
     check = sharding_spec.validate_non_overlapping_shards_metadata

@@ -1,6 +1,7 @@
-"""Collectives: sums with a defined gradient, Python objects, errors, and a folder that all ranks write. ``group=None`` stands for a single rank.
+"""Collectives: sums with a defined gradient, Python objects, errors, and a folder that all ranks write.
 
-Everything except ``sum_over_group`` runs on the default process group and also works without one, as rank 0 of 1.
+``sum_over_group`` takes a group, or None for a single rank. Everything else runs on the default process
+group; without one, this process is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class _SumIdentityBackward(torch.autograd.Function):
 def sum_over_group(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return the sum of ``x`` over ``group``; the backward pass is the identity.
 
-    Use it where the result, and the loss computed from it, is replicated on every rank of the group. Each rank then holds the
-    gradient of that one loss with respect to its own summand. A backward pass that also sums would scale it by ``group.size()``.
+    Use it where the result, and the loss computed from it, is replicated on every rank of the group. Each
+    rank then holds the gradient of that one loss with respect to its own summand. A backward pass that also
+    sums would scale it by ``group.size()``.
     """
     if group is None or group.size() == 1:
         return x
@@ -77,14 +79,14 @@ def barrier() -> None:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """Raise one rank's error on every rank. Collective at the end of the block, where it also acts as a barrier.
+    """Raise one rank's error on every rank. The end of the block is collective, and a barrier.
 
     The block must contain no collective: a rank that fails before it would leave the others waiting in it.
 
     Raises:
-        RunError: the block raised it on some rank. Every rank raises the same class with the same line, the one of the lowest rank
-            that failed. A rank whose block raised any other exception raises that one again, with its traceback; the ranks without
-            an error then raise a ``RunError`` that quotes it.
+        RunError: the block raised it on some rank. Every rank raises the same class with the same line, the
+            one of the lowest rank that failed. A rank whose block raised any other exception raises that one
+            again, with its traceback; the ranks without an error then raise a ``RunError`` that quotes it.
     """
     error: Exception | None = None
     try:
@@ -110,7 +112,7 @@ def agreed() -> Iterator[None]:
 
 @contextmanager
 def folder_written_by_all(final: Path) -> Iterator[Path]:
-    """Yield a new folder that every rank writes into; then rank 0 flushes it and renames it to ``final``. Collective.
+    """Yield a new folder that every rank writes into; then rank 0 flushes and renames it. Collective.
 
     ``final`` must not exist, or be an empty folder. An error in the block removes the new folder.
     """

@@ -1,7 +1,7 @@
 """Atomic files and folders: a reader sees the old content or all of the new one, also after a kill.
 
-New content is written beside its place, flushed to the disk, and renamed into it. Whatever a kill leaves behind has a name that begins
-with ``.partial_``. Nothing here imports torch: commands that must start fast use it.
+New content is written beside its place, flushed to the disk, and renamed into it. What a kill leaves behind has
+a name that begins with ``.partial_``. This module does not import torch: commands that must start fast use it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from .errors import InputError
 
 
 def write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Write a file, replacing an existing one. Several processes may write the same path; the last rename wins.
+    """Write a file, replacing an existing one. If several processes write it, the last rename wins.
 
     Args:
-        durable: flush to the disk, so that the file survives a power failure. False suits a file that is soon rewritten.
+        durable: flush to the disk, so that the file survives a power failure. Files that are rewritten every few
+            seconds do not need it.
     """
     aside = _write_aside(path, content, durable)
     aside.rename(path)
@@ -30,7 +31,10 @@ def write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
 
 
 def write_new(path: Path, content: str | bytes) -> bool:
-    """Write a file unless it exists; of several processes that try at the same time, one succeeds. Return whether it was written."""
+    """Write a file unless it exists, and return whether it was written.
+
+    Of several processes that try at the same time, one succeeds.
+    """
     aside = _write_aside(path, content, durable=True)
     try:
         os.link(aside, path)
@@ -44,9 +48,10 @@ def write_new(path: Path, content: str | bytes) -> bool:
 
 @contextmanager
 def written_aside(final: Path) -> Iterator[Path]:
-    """Yield a free path for the block to write a file or a folder to; then flush it and rename it to ``final``.
+    """Yield a free path to write a file or a folder to; after the block, flush it and rename it to ``final``.
 
-    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block removes what it wrote.
+    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block removes
+    what it wrote.
     """
     partial = partial_path(final)
     clear(partial)
@@ -97,7 +102,8 @@ def check_room(final: Path, nbytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise InputError(
-            f"{str(final)!r} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: choose another disk"
+            f"{str(final)!r} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
+            "choose another disk"
         )
 
 

@@ -1,10 +1,12 @@
 """Weights and optimizer state of a policy as the sharded tensors of a checkpoint.
 
-The optimizer is stored by parameter, not by optimizer shard: each fp32 main weight and Adam moment has the key and the global
-shape of its parameter. Such a checkpoint loads in every layout: with another expert-parallel size, and with or without the
-distributed optimizer. Megatron's own optimizer state dicts do not: with several optimizers (expert parallelism) their keys and
-parameter groups depend on the layout, and with torch's Adam they lack the update count (optimizer.py:ChainedOptimizer,
-distrib_optimizer.py).
+The optimizer is stored by parameter, not by optimizer shard: each fp32 main weight and Adam moment has the
+key and the global shape of its parameter. Such a checkpoint loads in every layout, also with another
+expert-parallel size, and with or without the distributed optimizer.
+
+Megatron's own format, ``fully_reshardable``, does not (tried with 0.16.1): it does not store the update count
+of torch's Adam (KeyError 'step'), and with expert parallelism the parameter groups of its chained optimizers
+do not load in a layout without it (KeyError 'pre_wd_mult').
 """
 
 from __future__ import annotations
@@ -31,12 +33,11 @@ from .build import TrainableModel
 
 
 def tensors_to_save(model: TrainableModel, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return the sharded state dict of weights and optimizer (collective); optimizer tensors are fp32 copies on the CPU."""
+    """Return the sharded state dict of weights (on their device) and optimizer (fp32, CPU). Collective."""
     tensors = _sharded_weights(model.chunks, groups)
     slots = list(optimizer_slots(model.optimizer))
-    _set_update_count(
-        model.optimizer, model.scheduler.num_steps
-    )  # before the first update, the line above made the moments
+    # before the first update, the line above has created the moments, without a count
+    _set_update_count(model.optimizer, model.scheduler.num_steps)
     by_parameter = _by_parameter(tensors)
     written = [is_main_replica(by_parameter[id(slot.parameter)].replica_id) for slot in slots]
     return {**tensors, "optimizer": _sharded_optimizer(slots, by_parameter, _full_state(slots, written))}
@@ -71,7 +72,7 @@ def load_training_state(
 
 
 def load_weights(checkpoint: Path, chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> None:
-    """Load the weights alone from a checkpoint of any layout (collective); the optimizer's tensors are not read."""
+    """Load only the weights from a checkpoint of any layout (collective)."""
     _fill(chunks, load_tensors(checkpoint, _sharded_weights(chunks, groups)))
 
 
@@ -81,9 +82,10 @@ class Slot:
 
     Attributes:
         parameter: the model parameter, whole within its model-parallel shard.
-        start, stop: the range of the flattened parameter whose state this rank holds; empty on a rank that holds none.
-        tensors: ``exp_avg``, ``exp_avg_sq`` and, for a bf16 model, the fp32 ``main`` weights, of stop - start elements. They are
-            the optimizer's own tensors, or fp32 copies where it stores another dtype.
+        start, stop: the range of the flattened parameter whose state this rank holds; empty on a rank that
+            holds none.
+        tensors: ``exp_avg``, ``exp_avg_sq`` and, for a bf16 model, the fp32 ``main`` weights, of stop - start
+            elements. They are the optimizer's own tensors, or fp32 copies where it stores another dtype.
         names: keys of ``tensors`` on the ranks that hold state.
         group: ranks that share the state, or None if each rank holds all of it.
         write_back: writes ``tensors`` into the optimizer where they are copies.
@@ -99,7 +101,7 @@ class Slot:
 
 
 def optimizer_slots(optimizer: MegatronOptimizer) -> Iterator[Slot]:
-    """Yield a slot for each model parameter that this rank trains; moments that do not exist yet are created as zeros."""
+    """Yield a slot for each parameter that this rank trains. Missing moments are created as zeros."""
     for part in _parts(optimizer):
         if part.is_stub_optimizer:
             continue
@@ -143,7 +145,7 @@ def _distributed_slots(part: DistributedOptimizer) -> Iterator[Slot]:
 
 
 def _slot_of_copies(part: DistributedOptimizer, parameter: torch.nn.Parameter, owned: slice) -> Slot:
-    """Return the slot of Transformer Engine's Adam with moments below fp32, which also holds the main weights."""
+    """Return the slot of Transformer Engine's Adam with bf16 moments, which also holds the main weights."""
     state: dict[str, Tensor] = part._get_main_param_and_optimizer_states(parameter)
     tensors = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "main": state["param"]}
 
@@ -213,7 +215,8 @@ def _set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
 
 
 def _full_state(slots: list[Slot], written: list[bool]) -> list[dict[str, Tensor]]:
-    """Return each slot's tensors in the parameter's full shape (fp32, CPU), summed over the ranks that share them.
+    """Return each slot's tensors in the parameter's full shape (fp32, CPU), summed over the ranks that share
+    them.
 
     A slot that this rank does not write gets tensors of that shape without storage.
     """

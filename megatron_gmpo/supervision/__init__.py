@@ -1,4 +1,4 @@
-"""Supervision of one attempt at a run: the run lock, stop requests, heartbeats, the node check and the recorded outcome.
+"""Supervision of one attempt at a run: run lock, stop requests, heartbeats, node check, recorded outcome.
 
-``Attempt`` combines them. Launcher, ranks and tools communicate through files in the run folder (``records.py``).
+``Attempt`` combines them. Launcher, ranks and tools communicate through files of the run folder (``records``).
 """

@@ -27,10 +27,11 @@ from .stop import StopVote
 
 
 class Attempt:
-    """``with Attempt(cfg) as attempt: ... attempt.start(device, checkpoint_bytes) ...`` around a whole training run.
+    """One attempt at a run: ``with Attempt(cfg) as attempt: ...`` encloses it, with ``attempt.start(...)`` inside.
 
-    Rank 0 locks the run folder, on entry if the folder exists and otherwise in ``start``. On exit the outcome is written. If
-    another rank was lost, the block ends with ``CollectiveError``; after a stop request, with ``StopRequest``.
+    Rank 0 locks the run folder, on entry if the folder exists and otherwise in ``start``. On exit the outcome is
+    written. If another rank was lost, the block ends with ``CollectiveError``; after a stop request, with
+    ``StopRequest``.
 
     Raises:
         InputError: another run uses the run folder.
@@ -49,7 +50,7 @@ class Attempt:
         return self
 
     def start(self, device: torch.device, checkpoint_bytes: int) -> None:
-        """Remove the records of the last attempt, start the heartbeat, and check the nodes if configured. Collective.
+        """Remove the last attempt's records, start the heartbeat, and check the nodes if configured. Collective.
 
         Args:
             device: this rank's device.
@@ -89,7 +90,7 @@ class Attempt:
         self._heartbeat.enter(phase)
 
     def stops(self, step: int) -> bool:
-        """Return whether to save and end after ``step`` completed steps. Collective; all ranks return the same."""
+        """Return whether to save and end after ``step`` completed steps. Collective."""
         assert self._heartbeat
         self._heartbeat.step = step
         self._stop = self._vote.reason()
@@ -215,12 +216,12 @@ class Attempt:
 
 
 def _is_collective_error(error: BaseException) -> bool:
-    """Return whether a collective failed. NCCL's errors have a class; gloo's are RuntimeErrors that name a source file of gloo."""
+    """Return whether a collective failed. gloo raises RuntimeErrors that name one of its source files."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _one_line(error: BaseException) -> str:
-    """Return ``ValueError: ...`` in one line, without the source file at the start of gloo's messages and the advice at the end."""
+    """Return ``ValueError: ...`` in one line, without the source file and the advice in gloo's messages."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[[^]]*gloo[^]]*\] ", "", text).partition(". This is typically")[0]
     return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"

@@ -17,16 +17,18 @@ from .records import node_name, rank_file
 
 
 class Heartbeat:
-    """Writes ``heartbeats/rank_00003.json`` every ``interval_s``: rank, node, pid, ``step`` (completed steps), ``phase``, ``since``
-    (Unix time at which the phase began) and ``time`` (Unix time of the write).
+    """Writes ``heartbeats/rank_00003.json`` every ``interval_s``: rank, node, pid, ``step`` (completed
+    steps), ``phase``, ``since`` (Unix time at which the phase began) and ``time`` (Unix time of the write).
 
     Args:
         run_dir: the run folder.
         rank: rank of this process.
         interval_s: seconds between two writes.
-        hang_timeout_s: seconds in one phase after which ``hung`` is called. It is called two intervals later if the main thread is
-            in a collective, so that the rank that keeps the others waiting reports first.
-        hung: receives one line that names the rank that does not make progress. Called in the heartbeat thread.
+        hang_timeout_s: seconds in one phase after which ``hung`` is called. It is called two intervals later
+            if the main thread is in a collective, so that the rank that keeps the others waiting reports
+            first.
+        hung: receives one line that names the rank that does not make progress. Called in the heartbeat
+            thread.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class Heartbeat:
         while not self._ended.wait(self._interval_s):
             with suppress(OSError):  # a file system that is briefly unavailable, or full
                 self._write()
-            # Code that never releases the GIL, such as a regular expression, also stops this thread. faulthandler's thread does not
-            # need the GIL: it dumps the stacks and ends the process with exit code 1, after the waiting ranks have reported.
+            # Code that never releases the GIL, such as a regular expression, also stops this thread.
+            # faulthandler's thread does not need the GIL: it dumps the stacks and ends the process with exit
+            # code 1, after the waiting ranks have reported.
             faulthandler.dump_traceback_later(
                 self._hang_timeout_s + 4 * self._interval_s, file=self._stacks, exit=True
             )
@@ -122,7 +125,7 @@ class Heartbeat:
 
 
 def _in_collective() -> bool:
-    """Return whether the main thread is in a function of torch.distributed. With NCCL it may instead wait for the device."""
+    """Return whether the main thread is in torch.distributed; with NCCL it may wait for the device instead."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     while frame:
         if f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename:

@@ -17,7 +17,8 @@ from .records import node_name
 log = logging.getLogger(__name__)
 
 _SAME_JOB_S = 120.0
-"""After a requeue, the lock of the job's last attempt stays until the file system detects that its node is gone."""
+"""After a requeue, the lock of the job's last attempt stays until the file system detects that its node is
+gone."""
 _POLL_S = 1.0
 
 
@@ -25,7 +26,8 @@ class RunLock:
     """An exclusive ``flock`` on ``run.lock`` that ends with the process. The file's line names the holder.
 
     Raises:
-        InputError: another process holds the lock. For an earlier attempt of the same Slurm job, it is raised after two minutes.
+        InputError: another process holds the lock. For an earlier attempt of the same Slurm job, it is raised
+            after two minutes.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -44,7 +46,8 @@ class RunLock:
                     else "a run that is starting"
                 )
                 raise InputError(
-                    f"run_dir = {str(run_dir)!r} is in use by {who}: wait for its end, or choose another run_dir"
+                    f"run_dir = {str(run_dir)!r} is in use by {who}: "
+                    "wait for its end, or choose another run_dir"
                 )
             time.sleep(_POLL_S)
 

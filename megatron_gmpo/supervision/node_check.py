@@ -37,13 +37,16 @@ def check_nodes(
     *,
     shared_gpus: bool = False,
 ) -> None:
-    """Check GPUs, memory, the shared run folder, clocks, disk space and an all-reduce. Collective; at most a minute on good nodes.
+    """Check GPUs, memory, the shared run folder, clocks, disk space and an all-reduce. Collective.
+
+    It takes at most a minute on good nodes.
 
     Args:
         cfg: the limits.
         run_dir: must be the same folder on all nodes.
         device: this rank's device.
-        checkpoint_bytes: size of one checkpoint; the required free disk space unless ``cfg.min_free_disk_gb`` is set.
+        checkpoint_bytes: size of one checkpoint, the required free disk space unless ``cfg.min_free_disk_gb`` is
+            set.
         shared_gpus: rollout servers of the run may already use the GPUs.
 
     Raises:
@@ -78,7 +81,8 @@ def _gpus(device: torch.device, shared: bool) -> Iterator[str]:
         yield f"{found} GPUs are visible, {wanted} ranks run on the node"
     free, total = torch.cuda.mem_get_info(device)
     if not shared and free < _FREE_GPU_SHARE * total:
-        yield f"GPU {device.index} has {free / _GB:.1f} GB free of {total / _GB:.1f} GB: another process uses it"
+        amount = f"{free / _GB:.1f} GB free of {total / _GB:.1f} GB"
+        yield f"GPU {device.index} has {amount}: another process uses it"
 
 
 def _memory(wanted_gb: float) -> Iterator[str]:
@@ -98,7 +102,10 @@ def _run_dir(run_dir: Path) -> Iterator[str]:
         time.sleep(_POLL_S)
     barrier()
     if not seen:
-        yield f"run_dir = {str(run_dir)!r} does not show the file that rank 0 wrote there: use a file system that all nodes share"
+        yield (
+            f"run_dir = {str(run_dir)!r} does not show the file that rank 0 wrote there: "
+            "use a file system that all nodes share"
+        )
     if rank() == 0:
         file.unlink()
 
@@ -110,7 +117,8 @@ def _check_space(cfg: SupervisionConfig, run_dir: Path, checkpoint_bytes: int) -
         wanted, why = cfg.min_free_disk_gb, f"supervision.min_free_disk_gb = {cfg.min_free_disk_gb:g}"
     if free < wanted:
         raise InputError(
-            f"run_dir = {str(run_dir)!r} has {free:.1f} GB of disk space left, and {why}: make room, or choose another run_dir"
+            f"run_dir = {str(run_dir)!r} has {free:.1f} GB of disk space left, and {why}: "
+            "make room, or choose another run_dir"
         )
 
 
@@ -118,7 +126,8 @@ def _clock() -> Iterator[str]:
     barrier()
     ahead = time.time() - broadcast_object(time.time())
     if abs(ahead) > _CLOCK_SKEW_S:
-        yield f"its clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} rank 0's: synchronise it"
+        direction = "ahead of" if ahead > 0 else "behind"
+        yield f"its clock is {abs(ahead):.0f} s {direction} rank 0's: synchronize it"
 
 
 def _all_reduce(device: torch.device) -> Iterator[str]:

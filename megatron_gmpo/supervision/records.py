@@ -3,9 +3,9 @@
 run.lock                    locked by rank 0; its line names the holder
 outcome.json                why the attempt ended, see ``Outcome``
 heartbeats/rank_00003.json  what a rank is doing, see ``heartbeat.py``
-stacks/rank_00003.txt       stacks of all threads of a rank that hung, or that was terminated while it waited for a failed rank
+stacks/rank_00003.txt       thread stacks of a rank that hung, or was ended because another rank failed
 errors/rank_00003.txt       last traceback of a rank
-events.jsonl                one {"time", "event", ...} per line: resumes, checkpoints, stop requests, hangs, node checks
+events.jsonl                {"time", "event", ...} per line: resumes, checkpoints, stop requests, hangs, ...
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> bool:
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:
-    """Return the outcome of the last attempt, or None if it is still running or no process was left to write one."""
+    """Return the outcome of the last attempt, or None if it has none: it still runs, or was killed."""
     try:
         return Outcome(**json.loads((run_dir / OUTCOME).read_text()))
     except FileNotFoundError:

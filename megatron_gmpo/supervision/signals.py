@@ -2,9 +2,9 @@
 
 This module imports nothing slow: until ``listen`` is called, such a signal kills the process.
 
-Both signals are blocked, and a thread waits for them, so that a request arrives even while the main thread is in a collective. Child
-processes (reward workers, servers, checkpoint writers) inherit the mask: Slurm signals every process of a job step, and a save
-still needs its writers.
+Both signals are blocked, and a thread waits for them, so that a request arrives even while the main thread is
+in a collective. Child processes (reward workers, servers, checkpoint writers) inherit the mask: Slurm signals
+every process of a job step, and a save still needs its writers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable
 
 _REQUESTS = {signal.SIGUSR1, signal.SIGTERM}
 _FORWARDED_S = 2.0
-"""Slurm sends SIGTERM to each process of a step, and torchrun forwards it: two within this time count as one."""
+"""Slurm sends SIGTERM to each process of a step, and torchrun forwards it: two within this time count as
+one."""
 
 received: signal.Signals | None = None
 """The first request, or None."""
@@ -56,7 +57,7 @@ def _wait() -> None:
 
 
 def _rank_has_ended() -> bool:
-    """Return whether torchrun has fewer children than it started: it then sends SIGTERM because a rank failed."""
+    """Return whether torchrun has fewer children than it started: a rank failed, and SIGTERM follows."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     import psutil

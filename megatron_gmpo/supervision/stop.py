@@ -1,4 +1,4 @@
-"""Decide between two steps whether the run stops, because of a signal or the job's time limit. All ranks decide alike."""
+"""Decide between steps whether the run stops, for a signal or the job's time limit; all ranks decide alike."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _SQUEUE_TIMEOUT_S = 30.0
 class StopVote:
     """
     Args:
-        margin_s: seconds that must be left in the job in addition to the longest of the last 20 steps and the longest of the last 20
-            saves. Until the first save has been measured, the margin must cover a save.
+        margin_s: seconds that must be left in the job in addition to the longest of the last 20 steps and the
+            longest of the last 20 saves. Until the first save has been measured, the margin must cover a
+            save.
     """
 
     def __init__(self, margin_s: float) -> None:
@@ -42,7 +43,7 @@ class StopVote:
         self._saving += seconds
 
     def reason(self) -> str:
-        """Return why to stop, or an empty string. Call it between two steps. Collective: an all-reduce of one number."""
+        """Return why to stop, or an empty string. Call it between steps. Collective: one small all-reduce."""
         now = time.monotonic()
         if self._began is not None:
             self._steps.append(now - self._began - self._saving)
@@ -62,7 +63,7 @@ class StopVote:
 
 
 def job_end_time() -> float:
-    """Return the Unix time at which Slurm ends this job; infinite outside a job, without a limit, or if Slurm does not answer."""
+    """Return the Unix time at which Slurm ends this job; infinite if it is not known or there is no limit."""
     if stated := os.environ.get("SLURM_JOB_END_TIME"):
         return float(stated)
     if not (job := os.environ.get("SLURM_JOB_ID")):

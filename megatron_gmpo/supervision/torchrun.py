@@ -1,6 +1,9 @@
-"""torchrun that records which rank was killed: ``RUN_DIR=... python -m megatron_gmpo.supervision.torchrun TORCHRUN_OPTIONS``
+"""torchrun that records which rank was killed; ``RUN_DIR`` names the run folder.
 
-A rank that receives SIGKILL, for example because memory ran out, cannot record its end; the other ranks only see that it is gone.
+    RUN_DIR=... python -m megatron_gmpo.supervision.torchrun TORCHRUN_OPTIONS
+
+A rank that receives SIGKILL, for example because memory ran out, cannot record its end; the other ranks only
+see that it is gone.
 """
 
 from __future__ import annotations

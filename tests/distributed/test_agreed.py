@@ -1,4 +1,4 @@
-"""An error of one rank is raised on every rank, and a folder that all ranks write gets its name once all have written."""
+"""One rank's error is raised on every rank; a folder that all ranks write gets its name at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 
 def raised(errors: list[Exception | None]) -> tuple[str, str]:
-    """The class and the line that ``agreed`` raises where each rank's block raises its entry of ``errors``."""
+    """Return class and line of what ``agreed`` raises if each rank's block raises its entry of ``errors``."""
     error = errors[rank()] if rank() < len(errors) else None
     try:
         with agreed():
