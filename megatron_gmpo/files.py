@@ -1,7 +1,8 @@
 """Atomic files and folders: a reader sees the old content or all of the new one, also after a kill.
 
-New content is written beside its place, flushed to the disk, and renamed into it. What a kill leaves behind has
-a name that begins with ``.partial_``. This module does not import torch: commands that must start fast use it.
+New content is written beside its place, flushed to the disk, and renamed into it. What a kill leaves behind
+has a name that begins with ``.partial_``. This module does not import torch: commands that must start fast
+use it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Write a file, replacing an existing one. If several processes write it, the last rename wins.
 
     Args:
-        durable: flush to the disk, so that the file survives a power failure. Files that are rewritten every few
-            seconds do not need it.
+        durable: flush to the disk, so that the file survives a power failure. Files that are rewritten every
+            few seconds do not need it.
     """
     aside = _write_aside(path, content, durable)
     aside.rename(path)
@@ -50,8 +51,8 @@ def write_new(path: Path, content: str | bytes) -> bool:
 def written_aside(final: Path) -> Iterator[Path]:
     """Yield a free path to write a file or a folder to; after the block, flush it and rename it to ``final``.
 
-    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block removes
-    what it wrote.
+    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block
+    removes what it wrote.
     """
     partial = partial_path(final)
     clear(partial)

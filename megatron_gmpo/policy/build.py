@@ -57,7 +57,8 @@ class TrainableModel:
     def finish_update(self) -> None:
         """Gather the last update into the weights of every rank, before they are read outside a forward pass.
 
-        Collective. With overlap_param_gather, each module otherwise gathers its weights in its next forward pass.
+        Collective. With overlap_param_gather, each module otherwise gathers its weights in its next forward
+        pass.
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:  # pyright: ignore[reportAttributeAccessIssue]
@@ -98,7 +99,7 @@ def build_chunks(
 def make_trainable(
     chunks: list[torch.nn.Module], cfg: OptimizerConfig, total_updates: int, groups: ProcessGroupCollection
 ) -> TrainableModel:
-    """Add gradient buffers (summed in fp32), optimizer, and a schedule over ``total_updates`` optimizer steps.
+    """Add fp32 gradient buffers, the optimizer, and a schedule over ``total_updates`` optimizer steps.
 
     Load the weights first: the optimizer copies them as its fp32 main weights.
     """

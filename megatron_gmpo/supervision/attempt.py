@@ -27,10 +27,10 @@ from .stop import StopVote
 
 
 class Attempt:
-    """One attempt at a run: ``with Attempt(cfg) as attempt: ...`` encloses it, with ``attempt.start(...)`` inside.
+    """One attempt at a run: ``with Attempt(cfg) as attempt: ...``, which calls ``attempt.start(...)``.
 
-    Rank 0 locks the run folder, on entry if the folder exists and otherwise in ``start``. On exit the outcome is
-    written. If another rank was lost, the block ends with ``CollectiveError``; after a stop request, with
+    Rank 0 locks the run folder, on entry if the folder exists and otherwise in ``start``. On exit the outcome
+    is written. If another rank was lost, the block ends with ``CollectiveError``; after a stop request, with
     ``StopRequest``.
 
     Raises:
@@ -50,7 +50,7 @@ class Attempt:
         return self
 
     def start(self, device: torch.device, checkpoint_bytes: int) -> None:
-        """Remove the last attempt's records, start the heartbeat, and check the nodes if configured. Collective.
+        """Remove the last attempt's records, start the heartbeat, check the nodes if configured. Collective.
 
         Args:
             device: this rank's device.

@@ -125,7 +125,7 @@ class Heartbeat:
 
 
 def _in_collective() -> bool:
-    """Return whether the main thread is in torch.distributed; with NCCL it may wait for the device instead."""
+    """Return whether the main thread is in torch.distributed. With NCCL it may instead wait for the GPU."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     while frame:
         if f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename:

@@ -45,8 +45,8 @@ def check_nodes(
         cfg: the limits.
         run_dir: must be the same folder on all nodes.
         device: this rank's device.
-        checkpoint_bytes: size of one checkpoint, the required free disk space unless ``cfg.min_free_disk_gb`` is
-            set.
+        checkpoint_bytes: size of one checkpoint, the required free disk space unless ``cfg.min_free_disk_gb``
+            is set.
         shared_gpus: rollout servers of the run may already use the GPUs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Decide between steps whether the run stops, for a signal or the job's time limit; all ranks decide alike."""
+"""Decide between steps whether the run stops, for a signal or the job's time limit. Ranks decide alike."""
 
 from __future__ import annotations
 
