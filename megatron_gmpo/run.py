@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from . import files
 from .batch.samples import Prompt
 from .checkpoint import check_model, checkpoint_size, latest_checkpoint, model_identity, read_state
 from .config import Config, exit_with_one_line, load_config
@@ -112,9 +113,8 @@ class Run:
         """Puts the resolved config into the run folder, as a file that ``load_config`` reads."""
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.toml").write_text(
-                tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True))
-            )
+            content = tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True))
+            files.write(self.run_dir / "config.toml", content)
 
 
 def prepare(cfg: Config, *, train: bool) -> Run:
