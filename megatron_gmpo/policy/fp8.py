@@ -46,8 +46,8 @@ def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities
         )
     if not _OLDEST <= machine.transformer_engine < _TOO_NEW:
         raise InputError(
-            f"{setting} needs Transformer Engine {_RANGE}, and the installed version is "
-            f"{_dotted(machine.transformer_engine)}: install a supported one"
+            f"{setting} needs Transformer Engine {_RANGE}, and {_dotted(machine.transformer_engine)} "
+            "is installed: install a supported version"
         )
     oldest, too_new = _GPUS[recipe]
     if not oldest <= machine.compute_capability < too_new:
