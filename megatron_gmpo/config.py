@@ -324,27 +324,29 @@ class AlgorithmConfig(_Section):
 
 class OptimizerConfig(_Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate."""
     min_lr: NonNegative = 0.0
+    """Learning rate at the end of the decay."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay from lr to min_lr over the run's optimizer steps, after warmup."""
+    """Decay from ``lr`` to ``min_lr`` over the run's optimizer steps, after the warmup."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps from 0 to lr."""
+    """Optimizer steps of the linear warmup from 0 to ``lr``."""
     weight_decay: NonNegative = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_grad: NonNegative = 1.0
-    """Largest gradient norm; 0 means: no clipping."""
+    """Maximum gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
     use_distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
     moments_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of both Adam moments. In bf16 they need Transformer Engine's Adam, and ``model.dtype`` bf16."""
+    """Dtype of both Adam moments. ``bf16`` needs Transformer Engine's Adam and ``model.dtype = "bf16"``."""
     offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the main weights and moments that is in host memory and updated there."""
+    """Fraction of the main weights and moments that is stored in host memory and updated on the CPU."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks while the backward pass goes on."""
+    """Overlap the gradient reduction over data-parallel ranks with the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass goes on."""
+    """Overlap the gathering of updated weights with the next forward pass."""
 
     @model_validator(mode="after")
     def _needs_the_distributed_optimizer(self) -> OptimizerConfig:
@@ -356,7 +358,8 @@ class OptimizerConfig(_Section):
                 )
         if self.moments_dtype != "fp32" and self.offload_fraction:
             raise ValueError(
-                f"moments_dtype = {self.moments_dtype!r} with offload_fraction: offloaded moments are fp32; remove one of them"
+                f"moments_dtype = {self.moments_dtype!r} with offload_fraction: offloaded moments are fp32; "
+                "remove one of them"
             )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("overlap_param_gather = true needs overlap_grad_reduce = true: set it too")
@@ -371,14 +374,16 @@ class OptimizerConfig(_Section):
 
 class TrainConfig(_Section):
     num_steps: Positive = 100
-    """Rollout steps; each makes ``minibatches_per_step`` optimizer steps."""
+    """Number of rollout steps; each makes ``minibatches_per_step`` optimizer steps."""
     minibatches_per_step: Positive = 1
+    """Number of optimizer steps on the rollouts of one step."""
     max_tokens_per_microbatch: Positive = 8192
-    """Slots of one packed microbatch over all context-parallel ranks; a longer sequence gets a microbatch of its own."""
+    """Maximum tokens in one packed microbatch, counted over all context-parallel ranks; a longer sequence
+    forms a microbatch by itself."""
     logprob_chunk_tokens: Positive = 128
-    """Tokens whose logits are turned into log probabilities at a time."""
+    """Number of tokens whose logits are converted to log probabilities at a time."""
     freeze_router: bool = False
-    """Leave the router weights of a MoE as they are."""
+    """Do not train the router weights of a MoE."""
 
 
 class EvalConfig(_Section):
@@ -412,70 +417,81 @@ class EvalConfig(_Section):
 
 class CheckpointConfig(_Section):
     save_interval: Annotated[int, Field(ge=0)] = 0
-    """Save every so many steps; 0 means only at the end."""
+    """Steps between two checkpoints; 0 saves only at the end."""
     keep_last: Positive = 2
+    """Number of checkpoints to keep; older ones are removed."""
     resume: bool = True
-    """Go on from the newest checkpoint in the run folder."""
+    """Resume from the newest checkpoint in the run folder; false refuses a folder that has one."""
     save_final: bool = True
-    """Save after the last step."""
+    """Write a checkpoint after the last step."""
 
 
 class CollapseConfig(_Section):
-    """What is taken for a collapse of the policy, and what is done then. Each limit must be broken ``patience`` steps in a row."""
+    """Detection of a policy collapse, and the reaction to it. A limit counts after ``patience`` consecutive
+    steps beyond it."""
 
     action: Literal["warn", "stop", "rollback"] = "warn"
-    """Besides an event in events.jsonl: a line (``warn``), the end of the run with exit code 3 (``stop``), or the newest checkpoint from
-    before the collapse, a smaller learning rate and other prompts (``rollback``)."""
+    """Reaction to a collapse. ``warn`` prints a line, ``stop`` ends the run with exit code 3, and
+    ``rollback`` restores the newest checkpoint from before the collapse, lowers the learning rate and
+    continues with new prompts. All write an event."""
     window: Annotated[int, Field(ge=2)] = 10
-    """Steps that a level is taken from; nothing is judged before so many."""
+    """Number of steps that reference levels are computed from; detection starts after as many steps."""
     patience: Positive = 3
-    """Steps in a row."""
+    """Number of consecutive steps beyond a limit that make a collapse."""
     entropy_share: NonNegative = 0.05
-    """Of the median entropy of the first ``window`` steps: less is a collapse. 0 means: never."""
+    """Minimum entropy, as a fraction of the median entropy of the first ``window`` steps. 0 disables this
+    limit."""
     entropy_floor: NonNegative = 0.0
-    """Nats a token: less is a collapse too."""
+    """Minimum entropy in nats per token."""
     grad_norm_factor: Annotated[float, Field(gt=1)] = 10.0
-    """More than so many times the median gradient norm of the last ``window`` steps is one. inf means: never."""
+    """Maximum gradient norm, as a multiple of the median of the last ``window`` steps. inf disables this
+    limit."""
     reward_drop: Annotated[float, Field(gt=0)] = 0.5
-    """A mean reward of the last ``window`` steps that lost more than this share of the best such mean, and more than noise explains, is
-    one. inf means: never."""
+    """Maximum drop of the mean reward over ``window`` steps, as a fraction of the best such mean; the drop
+    must also exceed the noise. inf disables this limit."""
     rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Every rollback multiplies the learning rate by this."""
+    """Factor by which each rollback multiplies the learning rate."""
     max_rollbacks: Positive = 2
-    """The next collapse after so many ends the run."""
+    """Maximum rollbacks in a run; the next collapse ends it."""
 
 
 class SupervisionConfig(_Section):
     heartbeat_interval_s: Annotated[float, Field(gt=0)] = 10.0
-    """How often each rank writes what it does to heartbeats/ in run_dir."""
+    """Seconds between two heartbeats, which each rank writes to heartbeats/ in ``run_dir``."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A rank that stays in one phase of a step for longer dumps its stacks and ends the run with exit code 86. Longer than the longest
-    phase takes, and not longer than ``distributed_timeout_s``, or the ranks that wait for it give up first."""
+    """Maximum seconds in one phase of a step. A rank that exceeds it dumps its stacks and ends the run with
+    exit code 86. Set it above the duration of the longest phase, and not above ``distributed_timeout_s``,
+    after which waiting ranks fail."""
     stop_margin_s: NonNegative = 60.0
-    """Another step starts only when this is left of the job's time limit besides the longest of the last steps and saves."""
+    """Seconds of the job's time limit that must be left to start a step, in addition to the longest recent
+    step and save."""
     node_check: bool | None = None
-    """Check every node before training. None means: when there is more than one."""
+    """Check every node before training. None checks if there is more than one node."""
     min_free_memory_gb: NonNegative = 1.0
-    """Memory that the node check wants available on each node."""
+    """Minimum available memory per node for the node check, in GB."""
     min_free_disk_gb: NonNegative | None = None
-    """Space that the node check wants for run_dir; None means room for one checkpoint."""
+    """Minimum free disk space in ``run_dir`` for the node check, in GB; None requires space for one
+    checkpoint."""
 
     @model_validator(mode="after")
     def _several_heartbeats_before_a_hang(self) -> SupervisionConfig:
         if self.hang_timeout_s < 4 * self.heartbeat_interval_s:
             raise ValueError(
-                f"hang_timeout_s = {self.hang_timeout_s:g} is less than four heartbeat_interval_s: choose a larger one"
+                f"hang_timeout_s = {self.hang_timeout_s:g} is less than four heartbeat_interval_s: "
+                "choose a larger one"
             )
         return self
 
 
 class LogConfig(_Section):
     tensorboard: bool = True
+    """Write TensorBoard files to tensorboard/ in ``run_dir``."""
     wandb_project: str = ""
-    """Log to this Weights & Biases project (needs the ``wandb`` extra)."""
+    """Weights & Biases project to log to (needs the ``wandb`` extra); empty disables it."""
     transcripts_per_step: Annotated[int, Field(ge=0)] = 4
-    """Prompt groups whose responses are written to transcripts.jsonl."""
+    """Number of prompt groups per step whose responses are written to transcripts.jsonl."""
     progress: bool = True
+    """Show a progress line for each step."""
 
 
 class Config(_Section):

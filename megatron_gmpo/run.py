@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from . import files
 from .batch.samples import Prompt
-from .checkpoint import native
+from .checkpoint import check_model, checkpoint_size, latest_checkpoint, model_identity, read_state
 from .config import Config, exit_with_one_line, load_config
 from .data.prompts import load_prompts, load_tokenizer
 from .distributed import rank
@@ -112,9 +113,8 @@ class Run:
         """Puts the resolved config into the run folder, as a file that ``load_config`` reads."""
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.toml").write_text(
-                tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True))
-            )
+            content = tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True))
+            files.write(self.run_dir / "config.toml", content)
 
 
 def prepare(cfg: Config, *, train: bool) -> Run:
@@ -136,24 +136,24 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         check_optimizer(cfg.optimizer, machine)
     check_deterministic(description.transformer.deterministic_mode, device)
     weights = SafetensorsFolder(cfg.model.path)
-    identity = native.model_identity(description.hf, cfg.model.dtype)
+    identity = model_identity(description.hf, cfg.model.dtype)
     if cfg.model.reference_path:
         reference = read_hf_config(cfg.model.reference_path, "model.reference_path")
         SafetensorsFolder(cfg.model.reference_path)
-        if native.model_identity(reference, cfg.model.dtype) != identity:
+        if model_identity(reference, cfg.model.dtype) != identity:
             raise InputError(
                 f"model.reference_path = {cfg.model.reference_path!r} is not of the shape of model.path: give one that is"
             )
-    checkpoint = native.latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
+    checkpoint = latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
     if checkpoint:
-        native.check_model(checkpoint, identity)
+        check_model(checkpoint, identity)
         if train and not cfg.checkpoint.resume:
             raise InputError(
                 f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or choose another run_dir"
             )
         if (
             train
-            and native.read_state(checkpoint)["config"]["train"].get("freeze_router")
+            and read_state(checkpoint)["config"]["train"].get("freeze_router")
             and not cfg.train.freeze_router
         ):
             raise InputError(
@@ -170,14 +170,14 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     eval_sets = {
         name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()
     }
-    step: int = native.read_state(checkpoint)["step"] if checkpoint else 0
+    step: int = read_state(checkpoint)["step"] if checkpoint else 0
     prompts: list[Prompt] = []
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
     elif train:
         prompts = load_prompts(cfg.data, tokenizer)
     reward = resolve_reward(cfg.reward)
-    checkpoint_bytes = native.size_of(
+    checkpoint_bytes = checkpoint_size(
         sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype]
     )
     return Run(

@@ -20,7 +20,7 @@ from torch import Tensor
 from .batch.columns import TrainBatch
 from .batch.packing import make_train_batch
 from .batch.samples import SampleGroup
-from .checkpoint import native
+from .checkpoint import latest_checkpoint
 from .config import Config
 from .distributed import barrier, rank, world_size
 from .errors import NonFiniteError
@@ -220,7 +220,7 @@ def _stopped(
         }
         safetensors.torch.save_file(tensors, file)
         line += f"; the last minibatch is in {file}"
-    if kept := native.latest_checkpoint(run.checkpoint_dir):
+    if kept := latest_checkpoint(run.checkpoint_dir):
         line += f"; the last checkpoint is {kept}"
     logger.event("nonfinite", step=step, reason=line)
     return NonFiniteError(line)

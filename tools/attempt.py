@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from megatron_gmpo import files
 from megatron_gmpo.config import exit_with_one_line, load_config
 from megatron_gmpo.errors import Exit, InputError, RunError
 from megatron_gmpo.supervision.lock import RunLock
-from megatron_gmpo.supervision.records import OUTCOME, append_event, read_outcome, write_whole
+from megatron_gmpo.supervision.records import OUTCOME, append_event, read_outcome
 
 RESTARTS = "restarts.jsonl"
 CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
@@ -187,7 +188,7 @@ def _is_running(job: str) -> bool:
 
 
 def _write_attempts(run_dir: Path, attempts: list[AttemptRecord]) -> None:
-    write_whole(run_dir / RESTARTS, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
+    files.write(run_dir / RESTARTS, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
 
 
 def _write_keys(path: Path) -> None:

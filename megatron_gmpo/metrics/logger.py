@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..distributed import rank
 from ..errors import InputError
 from ..supervision.records import append_event
@@ -139,9 +139,7 @@ def cut_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + b"\n")
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(b"".join(kept))
-    os.replace(aside, path)
+    files.write(path, b"".join(kept))
 
 
 class Timer:

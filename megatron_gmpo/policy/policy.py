@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch
 from ..batch.packing import pack, plan_microbatches
-from ..checkpoint import native
+from ..checkpoint import check_model, model_identity, read_state, restore_random_states, save_checkpoint
 from ..config import Config
 from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
@@ -31,6 +31,7 @@ from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device
 from .fp8 import drop_initial_values, total_multiple
 from .logprobs import vocab_parallel_logprobs
+from .optimizer_state import load_training_state, load_weights, tensors_to_save
 from .routers import OldRouters, RouterPass, RouterShift, freeze_routers
 from .routing import Routing, RoutingPass
 
@@ -203,12 +204,11 @@ class Policy:
         return Export(self)
 
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
-        """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``checkpoint.native.save``."""
-        state = {"model": self._identity, **state}
+        """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``save_checkpoint``."""
         self.model.finish_update()
-        return native.save(
-            run_dir, step, self.model, state, self.groups, keep_last, Path(self.cfg.model.path)
-        )
+        tensors = tensors_to_save(self.model, self.groups)
+        state = {"model": self._identity, "scheduler": self.model.scheduler.state_dict(), **state}
+        return save_checkpoint(run_dir, step, tensors, state, keep_last, Path(self.cfg.model.path))
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Takes over weights, optimizer, schedule and random states; returns the ``state`` given to ``save``.
@@ -216,8 +216,11 @@ class Policy:
         Raises:
             InputError: the checkpoint is of another model, or of this one in another precision.
         """
-        native.check_model(checkpoint, self._identity)
-        return native.load(checkpoint, self.model, self.groups)
+        check_model(checkpoint, self._identity)
+        state = read_state(checkpoint)
+        load_training_state(checkpoint, self.model, self.groups, state["scheduler"])
+        restore_random_states(checkpoint)
+        return state
 
     def load_weights(self, checkpoint: Path) -> None:
         """Takes over the weights alone.
@@ -225,12 +228,12 @@ class Policy:
         Raises:
             InputError: as ``load``.
         """
-        native.check_model(checkpoint, self._identity)
-        native.load_weights(checkpoint, self.chunks, self.groups)
+        check_model(checkpoint, self._identity)
+        load_weights(checkpoint, self.chunks, self.groups)
 
     @property
     def _identity(self) -> dict[str, Any]:
-        return native.model_identity(self.description.hf, self.cfg.model.dtype)
+        return model_identity(self.description.hf, self.cfg.model.dtype)
 
     def _plan(self, batch: TrainBatch) -> list[list[int]]:
         """This data-parallel rank's microbatches, as numbers of sequences."""

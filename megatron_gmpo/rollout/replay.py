@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import files
 from ..batch.samples import Prompt, Sample, SampleGroup
 from ..distributed import rank
 from ..errors import InputError
@@ -24,11 +24,9 @@ def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> Non
         return
     path = _step_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    with aside.open("w") as file:
+    with files.written_aside(path) as aside, aside.open("w") as file:
         for group in groups:
             file.write(json.dumps(asdict(group), default=_encode_array) + "\n")
-    os.replace(aside, path)
 
 
 def check_groups(folder: str | Path, steps: Iterable[int]) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..checkpoint.native import sync
+from .. import files
 from ..distributed import all_gather_objects, rank, world_size
 from ..errors import InputError
 from ..models import FAMILIES
@@ -603,10 +603,7 @@ def _written_aside(final: Path, nbytes: int) -> Iterator[Path]:
         yield partial
         with _agreed():
             if rank() == 0:
-                sync(partial)
-                if final.is_dir():
-                    final.rmdir()
-                partial.rename(final)
+                files.publish(partial, final)
     except BaseException:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_gmpo.checkpoint import native
+from megatron_gmpo.checkpoint import model_identity
 from megatron_gmpo.models.config import read_hf_config
 from tools import arithmetic
 
@@ -163,7 +163,7 @@ def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     (folder / "rollouts").mkdir()
     for step in range(2):
         (folder / "rollouts" / f"step_{step:06d}.jsonl").touch()
-    identity = native.model_identity(read_hf_config(str(model)), "fp32")
+    identity = model_identity(read_hf_config(str(model)), "fp32")
     for name, saved in (("same", identity), ("other", identity | {"hidden_size": 128})):
         checkpoint = folder / name / "checkpoints" / "iter_0000007"
         checkpoint.mkdir(parents=True)

@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
-from megatron_gmpo.checkpoint import native
+from megatron_gmpo.checkpoint import latest_checkpoint
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError, NonFiniteError
@@ -213,7 +213,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
 
 def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
     """Loads the latest checkpoint; of its state the step and the note."""
-    checkpoint = native.latest_checkpoint(run_dir)
+    checkpoint = latest_checkpoint(run_dir)
     assert checkpoint is not None
     state = policy.load(checkpoint)
     return {name: state[name] for name in ("step", "note")}

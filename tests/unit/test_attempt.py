@@ -1,4 +1,4 @@
-"""What a Slurm job does after an attempt: go on, or end and say why."""
+"""After an attempt, a Slurm job restarts, or ends with a reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Exit, str, str]]:
-    """``one(code, reason, saved=step)`` is what comes of an attempt that ends so: exit code, stdout and stderr of ``end``."""
+    """``one(code, reason, saved=step)`` makes one attempt and returns exit code, stdout and stderr of
+    ``end``."""
 
     def one(
         code: int | None,
@@ -62,7 +63,7 @@ def save(run_dir: Path, step: int) -> None:
 One = Callable[..., tuple[Exit, str, str]]
 
 
-def test_a_job_that_makes_progress_goes_on_to_its_end(one: One, run_dir: Path) -> None:
+def test_a_job_that_makes_progress_is_requeued_until_it_is_done(one: One, run_dir: Path) -> None:
     assert one(85, "stopped by SIGUSR1", saved=3)[0] == 85
     code, out, err = one(1, "rank 1 on node2: boom", saved=5)
     assert (code, out) == (85, "")
@@ -84,7 +85,7 @@ def test_a_job_that_makes_progress_goes_on_to_its_end(one: One, run_dir: Path) -
 
 
 @pytest.mark.parametrize("code", [Exit.BAD_INPUT, Exit.COLLAPSED])
-def test_what_no_restart_mends_ends_the_job(code: Exit, one: One) -> None:
+def test_a_failure_that_a_restart_cannot_fix_ends_the_job(code: Exit, one: One) -> None:
     result, _, err = one(code, "choose another", saved=3)
     assert result == code
     assert err.endswith("error: choose another\n")
@@ -107,7 +108,7 @@ def test_two_attempts_without_a_newer_checkpoint_are_enough(one: One, run_dir: P
 
 def test_preemptions_do_not_count_as_attempts_without_progress(one: One, run_dir: Path) -> None:
     for _ in range(2):
-        begin(run_dir)  # and Slurm ended it before it could say anything
+        begin(run_dir)  # Slurm ended it before it recorded a reason
     assert one(1)[0] == 85
     begin(run_dir)
     code, _, err = one(1)
@@ -142,8 +143,8 @@ def test_a_bad_node_is_named_to_the_launcher(one: One) -> None:
     assert one(87, "node node6: no GPU", node="node6")[:2] == (87, "")
 
 
-def test_an_attempt_that_nobody_could_speak_for(one: One, run_dir: Path) -> None:
-    begin(run_dir)  # and Slurm took the node away
+def test_an_attempt_without_an_outcome(one: One, run_dir: Path) -> None:
+    begin(run_dir)  # the node was lost
     code, _, err = one(None, status=143)
     assert code == 85
     assert (
@@ -175,7 +176,10 @@ def test_a_run_folder_of_a_running_job_is_refused(
     begin(run_dir)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     attempt.end(run_dir, 0)
-    assert [(a.job, a.code) for a in read_attempts(run_dir)] == [("7", 0), ("8", None)]  # each job its own
+    assert [(a.job, a.code) for a in read_attempts(run_dir)] == [
+        ("7", 0),
+        ("8", None),
+    ]  # each job records its own attempt
 
 
 def test_keys_are_drawn_for_each_attempt_and_private(run_dir: Path) -> None:

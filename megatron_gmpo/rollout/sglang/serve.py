@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import files
 from ...config import Config, exit_with_one_line, load_config
 from ...errors import InputError, RunError, ServerError
 from ...platform import choose_device
-from ...supervision.records import node_name, write_json
+from ...supervision.records import node_name
 from .engine import local_servers
 from .servers import LocalServers, address_towards
 
@@ -133,7 +134,8 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
     run_dir = Path(cfg.run_dir)
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     parts = [run_dir / "servers" / f"{attempt}-{i}.json" for i in range(tasks)]
-    write_json(parts[task], [{"url": server.url, "node": node_name()} for server in servers.servers])
+    ours = [{"url": server.url, "node": node_name()} for server in servers.servers]
+    files.write(parts[task], json.dumps(ours))
     if task:
         return
     deadline = time.monotonic() + cfg.sglang.start_timeout_s
@@ -145,7 +147,7 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
             )
         time.sleep(_POLL_S)
     addresses: list[dict[str, Any]] = [address for part in parts for address in json.loads(part.read_text())]
-    write_json(run_dir / "servers.json", addresses)
+    files.write(run_dir / "servers.json", json.dumps(addresses))
     for part in parts:
         part.unlink()
 
@@ -161,7 +163,8 @@ def main() -> None:
         serve(cfg)
     except RunError as error:
         if cfg:
-            write_json(Path(cfg.run_dir) / "servers.json", {"error": str(error), "code": error.exit})
+            about = {"error": str(error), "code": error.exit}
+            files.write(Path(cfg.run_dir) / "servers.json", json.dumps(about))
         exit_with_one_line(error, error.exit)
 
 
