@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_gmpo.batch.packing import make_train_batch
+from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.samples import SampleGroup
 from megatron_gmpo.config import Config, exit_with_one_line, load_config
 from megatron_gmpo.data.prompts import load_tokenizer

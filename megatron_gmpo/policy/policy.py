@@ -321,7 +321,7 @@ class Policy:
     ) -> Iterator[tuple[int, Microbatch]]:
         cp = self.groups.cp
         if routing is None:
-            batch = replace(batch, routed_experts=None)
+            batch = batch.without_layers()
         for place, sequences in enumerate(plan):
             microbatch = pack(
                 batch,

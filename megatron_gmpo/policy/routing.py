@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
-from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..batch.columns import PER_LAYER_COLUMNS, Microbatch, RoutingShape, TrainBatch
 from ..metrics.figures import Metric
 from .routers import own_slots, routers_of, sum_pieces
 
@@ -69,8 +69,8 @@ class Routing:
         return own_slots(slots, self._tp_group)
 
     def cut(self, microbatch: Microbatch, chunk: torch.nn.Module) -> Microbatch:
-        """Leaves of ``routed_experts`` and ``router_scores`` this rank's slots and the MoE layers of ``chunk``."""
-        whole = {name: getattr(microbatch, name) for name in ("routed_experts", "router_scores")}
+        """Reduce the per-layer columns to this rank's slots and the MoE layers of ``chunk``."""
+        whole = {name: getattr(microbatch, name) for name in PER_LAYER_COLUMNS}
         layers = list(self.hooks[chunk])
         return replace(
             microbatch,

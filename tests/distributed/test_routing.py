@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import RoutingShape, TrainBatch
-from megatron_gmpo.batch.packing import make_train_batch
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config
 from megatron_gmpo.rollout.embedded import EmbeddedEngine

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import packing as benchmark
+from megatron_gmpo.batch.assembly import make_train_batch, stack_routed_experts
 from megatron_gmpo.batch.columns import Microbatch, RoutingShape, TrainBatch
-from megatron_gmpo.batch.packing import cost, make_train_batch, pack, plan_microbatches, stack_routed_experts
+from megatron_gmpo.batch.packing import cost, pack, plan_microbatches
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.errors import InputError
 
