@@ -131,13 +131,8 @@ class Collector:
 
     def _staleness(self, groups: list[SampleGroup]) -> dict[str, Metric]:
         """How many steps older than the policy the weights behind the response tokens are."""
-        versions = [
-            sample.policy_version if sample.token_versions is None else sample.token_versions[place]
-            for group in groups
-            for sample in group.samples
-            for place in np.flatnonzero(sample.response_mask)
-        ]
-        ages = self._engine.version - np.array(versions)
+        samples = [sample for group in groups for sample in group.samples]
+        ages = self._engine.version - np.concatenate([s.token_versions[s.response_mask] for s in samples])
         return {
             "rollout/staleness_mean": Metric(float(ages.sum()), len(ages)),
             "rollout/staleness_max": Metric(float(ages.max()), op="max"),

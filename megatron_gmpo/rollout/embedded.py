@@ -200,18 +200,16 @@ class EmbeddedEngine:
         samples = []
         for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
             response = slice(length or None)
-            sample = self._sample_of(
-                prompt, tokens[i, response].tolist(), logprobs[i, response].tolist(), length > 0, sampling
-            )
+            routed = None
             if prompt_experts is not None and experts is not None:
-                routed = torch.cat(
-                    [
-                        prompt_experts[spread[i], width - len(prompt) :],
-                        experts[i, : sample.response_length - 1],
-                    ]
+                of_prompt = prompt_experts[spread[i], width - len(prompt) :]
+                of_response = experts[i, response][:-1]
+                routed = torch.cat([of_prompt, of_response]).cpu().numpy()
+            samples.append(
+                self._sample_of(
+                    prompt, tokens[i, response], logprobs[i, response], length > 0, sampling, routed
                 )
-                sample.routed_experts = routed.short().cpu().numpy()
-            samples.append(sample)
+            )
         return samples
 
     def _forward(self, ids: Tensor, positions: Tensor, pad: Tensor, cache: DynamicCache) -> Tensor:
@@ -242,19 +240,21 @@ class EmbeddedEngine:
     def _sample_of(
         self,
         prompt: list[int],
-        response: list[int],
-        logprobs: list[float],
+        response: Tensor,
+        logprobs: Tensor,
         stopped: bool,
         sampling: SamplingParams,
+        routed_experts: np.ndarray | None,
     ) -> Sample:
         reason: FinishReason = "stop" if stopped else "length"
-        return Sample(
-            tokens=[*prompt, *response],
-            response_mask=[False] * len(prompt) + [True] * len(response),
-            rollout_logprobs=[0.0] * len(prompt) + logprobs,
-            text=response_text(self.tokenizer, response, self._end_ids, sampling.stop),
+        return Sample.from_response(
+            prompt,
+            response.cpu().numpy(),
+            logprobs.cpu().numpy(),
+            text=response_text(self.tokenizer, response.tolist(), self._end_ids, sampling.stop),
             finish_reason=reason,
             policy_version=self.version,
+            routed_experts=routed_experts,
         )
 
 
@@ -274,10 +274,10 @@ class _RoutedExperts:
         ]  # (hidden states, experts (B * T, topk), their weights), in every family
 
     def latest(self, batch_size: int) -> Tensor:
-        """(B, T, layers, topk) int32, -1 in layers without experts."""
+        """Return (B, T, layers, topk) int32 expert ids, 0 in layers without experts."""
         layers, topk = self._shape
         some = next(iter(self._latest.values()))
-        experts = some.new_full((len(some), layers, topk), -1, dtype=torch.int32)
+        experts = some.new_zeros(len(some), layers, topk, dtype=torch.int32)
         for layer, chosen in self._latest.items():
             experts[:, layer] = chosen.int()
         return experts.view(batch_size, -1, layers, topk)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..batch.samples import Prompt, Sample, SampleGroup
+from ..batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 from ..distributed import rank
 from ..errors import InputError
 
@@ -97,16 +97,24 @@ def _step_file(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
-def _encode_array(value: Any) -> dict[str, Any]:
-    """``Sample.routed_experts``: int16, base64."""
-    assert isinstance(value, np.ndarray), type(value)
-    return {"shape": value.shape, "int16": base64.b64encode(value.astype("<i2").tobytes()).decode()}
+def _encode_array(array: Any) -> dict[str, Any]:
+    assert isinstance(array, np.ndarray), type(array)
+    data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return {"dtype": array.dtype.name, "shape": array.shape, "base64": base64.b64encode(data).decode()}
+
+
+def _decode_array(record: dict[str, Any]) -> np.ndarray:
+    old = "int16" in record  # in files written before all columns were arrays
+    dtype = np.dtype("int16" if old else record["dtype"])
+    data = base64.b64decode(record["int16" if old else "base64"])
+    return np.frombuffer(data, dtype.newbyteorder("<")).reshape(record["shape"]).astype(dtype)
 
 
 def _decode_sample(record: dict[str, Any]) -> Sample:
-    experts = record["routed_experts"]
-    if experts is not None:
-        record["routed_experts"] = np.frombuffer(base64.b64decode(experts["int16"]), "<i2").reshape(
-            experts["shape"]
-        )
-    return Sample(**record)
+    fields: dict[str, Any] = {
+        name: _decode_array(value) if isinstance(value, dict) else value for name, value in record.items()
+    }
+    if "token_versions" in fields:  # one version per token, in files written before samples were arrays
+        versions = fields.pop("token_versions")
+        fields["version_spans"] = None if versions is None else version_spans_of(versions)
+    return Sample(**fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import resource
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.prompts import PromptStream
 from megatron_gmpo.errors import InputError, NonFiniteError
@@ -79,15 +80,17 @@ def model_of(folder: Path):
 @torch.no_grad()
 def response_logits(folder: Path, sample: Sample) -> tuple[Tensor, Tensor]:
     """(R, V) logits that predict the response, from one forward of the whole sequence without a cache, and its (R,) tokens."""
-    tokens = torch.tensor(sample.tokens)
-    where = torch.tensor(sample.response_mask).nonzero()[:, 0]
+    tokens = torch.from_numpy(sample.tokens).long()
+    where = torch.from_numpy(sample.response_mask).nonzero()[:, 0]
     return model_of(folder)(tokens[None]).logits[0, where - 1], tokens[where]
 
 
 def responses(groups: list[SampleGroup]) -> list[list[int]]:
-    return [
-        [t for t, m in zip(s.tokens, s.response_mask, strict=True) if m] for g in groups for s in g.samples
-    ]
+    return [s.tokens[s.response_mask].tolist() for g in groups for s in g.samples]
+
+
+def without_logprobs(sample: Sample) -> Sample:
+    return replace(sample, rollout_logprobs=np.zeros(len(sample.tokens)))
 
 
 # --- the embedded engine: what it samples, and with which probabilities ---
@@ -106,10 +109,10 @@ def test_logprobs_are_those_of_a_full_forward(family: str, folder_of: Callable[.
         for sample in group.samples:
             logits, response = response_logits(folder, sample)
             start = len(group.prompt.input_ids)
-            assert sample.tokens[:start] == group.prompt.input_ids
-            assert sample.response_mask == [False] * start + [True] * len(response)
+            assert sample.tokens[:start].tolist() == group.prompt.input_ids
+            assert sample.response_mask.tolist() == [False] * start + [True] * len(response)
             assert len(sample.rollout_logprobs) == len(sample.tokens)
-            assert sample.rollout_logprobs[:start] == [0.0] * start
+            assert sample.rollout_logprobs[:start].tolist() == [0.0] * start
             expected = (logits / 0.7).log_softmax(-1).gather(1, response[:, None])[:, 0]
             assert_close(torch.tensor(sample.rollout_logprobs[start:]), expected, atol=2e-5, rtol=0)
             assert sample.text == tokenizer.decode(response, skip_special_tokens=True)
@@ -248,7 +251,7 @@ def test_answers_do_not_depend_on_the_batch(batch_size: int, early_stops: Path) 
     apart = engine_of(early_stops, batch_size=batch_size).generate(prompts, greedy)
     assert len({len(r) for r in responses(together)}) > 2  # rows leave the batch at different times
     for (one,), (other,) in zip((g.samples for g in together), (g.samples for g in apart), strict=True):
-        assert replace(one, rollout_logprobs=[]) == replace(other, rollout_logprobs=[])
+        assert without_logprobs(one) == without_logprobs(other)
         assert one.rollout_logprobs == pytest.approx(other.rollout_logprobs, abs=2e-5)
 
 
@@ -274,7 +277,7 @@ def test_stop_strings_end_responses_and_leave_the_text(
             assert after == before
             continue
         assert after.text == before.text[:at]
-        assert after.tokens == before.tokens[: len(after.tokens)]
+        assert np.array_equal(after.tokens, before.tokens[: len(after.tokens)])
         response = after.tokens[len(prompts[0].input_ids) :]
         spoken = tokenizer.decode(response, skip_special_tokens=True)
         assert any(spoken.endswith(s) for s in stop)
@@ -307,10 +310,10 @@ def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops
     assert len({s.response_length for s in samples}) > 3
     for sample in samples:
         router_logits = model_of(early_stops)(
-            torch.tensor([sample.tokens]), output_router_logits=True
+            torch.from_numpy(sample.tokens).long()[None], output_router_logits=True
         ).router_logits
         assert sample.routed_experts is not None
-        assert sample.routed_experts.dtype == np.int16
+        assert sample.routed_experts.dtype == np.uint8
         assert sample.routed_experts.shape == (len(sample.tokens) - 1, 2, 2)
         for layer, logits in enumerate(router_logits):
             chosen = logits.topk(2).indices.sort().values[:-1]
@@ -356,7 +359,7 @@ def test_router_noise_disturbs_the_choice_that_is_recorded(
     draws = torch.cat(noise).flatten()
     assert abs(float(draws.mean())) < 4 * 0.7 / len(draws) ** 0.5
     assert abs(float(draws.std()) / 0.7 - 1) < 4 / (2 * len(draws)) ** 0.5
-    tokens = torch.tensor(sample.tokens)
+    tokens = torch.from_numpy(sample.tokens).long()
     disturbed = model(tokens[None, :-1]).logits[0].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
     mask = torch.tensor(sample.response_mask[1:])
     found = torch.tensor(sample.rollout_logprobs[1:])[mask]
@@ -395,7 +398,7 @@ def test_routed_experts_of_a_model_with_dense_layers(tiny_model: Callable[..., P
     experts = group.samples[0].routed_experts
     assert experts is not None
     assert experts.shape[1:] == (4, 2)
-    assert (experts[:, [0, 2]] == -1).all()
+    assert (experts[:, [0, 2]] == 0).all()  # no meaning, but they fit uint8
     assert (experts[:, [1, 3]] >= 0).all()
 
 
@@ -758,7 +761,8 @@ def test_staleness_is_counted_by_token() -> None:
     wait = engine.wait
 
     def partial_rollout(ticket: list[SampleGroup]) -> list[SampleGroup]:
-        ticket[0].samples[0].token_versions, ticket[0].samples[0].policy_version = [-1, 3, 3, 5], 3
+        sample = ticket[0].samples[0]
+        sample.version_spans, sample.policy_version = version_spans_of([3, 3, 5], start=1), 3
         return wait(ticket)
 
     engine.wait = partial_rollout
@@ -775,7 +779,8 @@ def test_an_error_in_the_reward_is_not_swallowed() -> None:
 
 # --- rollouts on disk ---
 
-FLOATS = [0.1, -1 / 3, 5e-324, 1.7976931348623157e308, -0.0, math.pi * 1e-9, float(np.float32(-2.7182817))]
+COLUMNS = {"tokens", "response_mask", "rollout_logprobs", "routed_experts", "version_spans"}
+FLOATS = [0.1, -1 / 3, 1e-45, 3.4028235e38, -0.0, math.pi * 1e-9, -2.7182817]  # to float32, its ends included
 
 
 def groups_to_save() -> list[SampleGroup]:
@@ -793,10 +798,12 @@ def groups_to_save() -> list[SampleGroup]:
         7,
         -1 / 7,
         experts,
+        version_spans_of([5, 5, 6, 7, 7], start=3),
     )
     other = Sample([3, 2, 1, 0], [False] * 3 + [True], [0.0] * 3 + [-5.5], "", "abort", 6)
     empty = replace(other, routed_experts=np.zeros((0, 3, 2), np.int16), finish_reason="stop")
-    return [SampleGroup(chat, [moe, other]), SampleGroup(plain, [empty])]
+    few = replace(moe, routed_experts=experts & 15)
+    return [SampleGroup(chat, [moe, other]), SampleGroup(plain, [empty, few])]
 
 
 def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
@@ -807,15 +814,42 @@ def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
     for a, b in zip(
         (s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True
     ):
-        if a.routed_experts is None:
-            assert b.routed_experts is None
-        else:
-            assert b.routed_experts.dtype == np.int16
-            assert b.routed_experts.shape == a.routed_experts.shape
-            assert np.array_equal(b.routed_experts, a.routed_experts)
-        a.routed_experts = b.routed_experts = None
-        assert str(a.rollout_logprobs) == str(b.rollout_logprobs)  # repr is exact, and tells -0.0 from 0.0
-    assert [asdict(g) for g in loaded] == [asdict(g) for g in groups]
+        for name in COLUMNS:
+            wanted, found = getattr(a, name), getattr(b, name)
+            if wanted is None:
+                assert found is None
+            else:
+                assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+                assert found.tobytes() == wanted.tobytes()  # tells -0.0 from 0.0
+    assert loaded == groups
+    dtypes = [str(getattr(s.routed_experts, "dtype", None)) for g in loaded for s in g.samples]
+    assert dtypes == ["int16", "None", "uint8", "uint8"]
+
+
+def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
+    """Files of versions whose samples were Python lists, with a version per token and experts under ``int16``."""
+    groups = groups_to_save()
+    with (tmp_path / "step_000003.jsonl").open("w") as file:
+        for group in groups:
+            record = asdict(group)
+            for sample, fields in zip(group.samples, record["samples"], strict=True):
+                for name in ("tokens", "response_mask", "rollout_logprobs"):
+                    fields[name] = fields[name].tolist()
+                spans, experts = fields.pop("version_spans"), fields["routed_experts"]
+                fields["token_versions"] = None if spans is None else sample.token_versions.tolist()
+                if experts is not None:
+                    text = base64.b64encode(experts.astype("<i2").tobytes()).decode()
+                    fields["routed_experts"] = {"shape": experts.shape, "int16": text}
+            file.write(json.dumps(record) + "\n")
+    loaded = load_groups(tmp_path, 3)
+    for a, b in zip(
+        (s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True
+    ):
+        assert a.token_versions.tolist() == b.token_versions.tolist()
+        for name in COLUMNS - {"version_spans"}:
+            assert getattr(a, name) is None or getattr(a, name).dtype == getattr(b, name).dtype
+        assert replace(a, version_spans=None) == replace(b, version_spans=None)
+    assert [g.prompt for g in loaded] == [g.prompt for g in groups]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -845,9 +879,21 @@ def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
         lambda line: "[1, 2]",
         lambda line: line.replace('"prompt"', '"prompts"', 1),
         lambda line: line.replace('"finish_reason"', '"finish"', 1),
-        lambda line: line.replace('"int16": "', '"int16": "AAAA', 1),
+        lambda line: line.replace(
+            '"shape": [7, 3, 2], "base64": "', '"shape": [7, 3, 2], "base64": "AAAA', 1
+        ),
+        lambda line: line.replace('"dtype": "int32", "shape": [8]', '"dtype": "float32", "shape": [8]', 1),
+        lambda line: line.replace('"dtype": "bool", "shape": [8]', '"dtype": "bool", "shape": [4, 2]', 1),
     ],
-    ids=["cut short", "no group", "no prompt", "unknown field", "experts of another shape"],
+    ids=[
+        "cut short",
+        "no group",
+        "no prompt",
+        "unknown field",
+        "experts of another shape",
+        "tokens of another type",
+        "mask of another shape",
+    ],
 )
 def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) -> None:
     save_groups(tmp_path, 1, groups_to_save()[::-1])
