@@ -51,8 +51,8 @@ def stack_routed_experts(samples: list[Sample], routing: RoutingShape) -> Tensor
         (L, layers, topk) int16; -1 on each sample's last token and in layers without experts.
 
     Raises:
-        InputError: a sample has no record, a record of another shape, an expert that the model does not have, or a token with the same
-            expert twice.
+        InputError: a sample has no record, a record of another shape, an expert that the model does not have,
+            or a token with the same expert twice.
     """
     moe = list(routing.moe_layers)
     length = sum(len(sample.tokens) for sample in samples)
@@ -70,12 +70,13 @@ def _checked_experts(number: int, sample: Sample, routing: RoutingShape) -> np.n
     found, expected = sample.routed_experts, (len(sample.tokens) - 1, routing.num_layers, routing.topk)
     if found is None:
         raise InputError(
-            f"sample {number} has no record of its routed experts: generate with rollout.routed_experts = true"
+            f"sample {number} has no record of its routed experts: "
+            "generate with rollout.routed_experts = true"
         )
     if found.shape != expected:
         raise InputError(
-            f"sample {number}: routed experts of shape {found.shape}, not {expected} (tokens - 1, layers, topk): "
-            "generate with the model of model.path"
+            f"sample {number}: routed experts of shape {found.shape}, not {expected} "
+            "(tokens - 1, layers, topk): generate with the model of model.path"
         )
     experts = found[:, list(routing.moe_layers)]
     ranked = np.ascontiguousarray(experts.reshape(-1, routing.topk).T)  # compares whole rows, not tokens
@@ -87,6 +88,7 @@ def _checked_experts(number: int, sample: Sample, routing: RoutingShape) -> np.n
         )
     if any((one == other).any() for one, other in combinations(ranked, 2)):
         raise InputError(
-            f"sample {number}: a token has the same routed expert twice: generate with the model of model.path"
+            f"sample {number}: a token has the same routed expert twice: "
+            "generate with the model of model.path"
         )
     return experts

@@ -1,7 +1,8 @@
-"""The data of one optimizer step: the flat batch that every rank holds, and the packed microbatches cut from it.
+"""The data of one optimizer step: the flat batch on every rank, and the packed microbatches cut from it.
 
-A column is stated once, as a field with a ``Column`` in its metadata. Checking, splitting, packing, selecting a rank's share of the
-routing, moving to a device and saving follow from that statement. To add a column, add one field to ``OptionalColumns``.
+A column is stated once, as a field with a ``Column`` in its metadata. Checking, splitting, packing, selecting
+a rank's share of the routing, moving to a device and saving follow from that statement. To add a column, add
+one field to ``OptionalColumns``.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from torch import Tensor
 from ..errors import InputError
 
 Alignment = Literal["predicted", "input", "sequence"]
-"""What a value describes: a token as the model's target, a token as the model's input, or a whole sequence."""
+"""A row describes a token as the model's target, a token as the model's input, or a whole sequence."""
 
 
 @dataclass(frozen=True)
 class Column:
     """The type and layout of one column.
 
-    A ``TrainBatch`` of S sequences and L tokens stores an "input" or a "predicted" column with L rows, where row t describes token t. In a
-    ``Microbatch`` each slot holds an input token and the token it predicts: "input" columns follow the former, "predicted" columns the
-    latter.
+    A ``TrainBatch`` of S sequences and L tokens stores an "input" or a "predicted" column with L rows, where
+    row t describes token t. In a ``Microbatch`` each slot holds an input token and the token it predicts:
+    "input" columns follow the former, "predicted" columns the latter.
 
     Attributes:
         dtype: dtype of the values.
@@ -46,7 +47,8 @@ class Column:
     def per_layer(self) -> bool:
         """True if a row has values for every decoder layer.
 
-        Such a column is too large for a device: it stays on the host until ``Routing.cut`` selects a rank's slots and layers.
+        Such a column is too large for a device: it stays on the host until ``Routing.cut`` selects a rank's
+        slots and layers.
         """
         return "layers" in self.dims
 
@@ -60,8 +62,8 @@ class Column:
         if values.dtype != self.dtype or values.shape[:1] != (rows,) or values.dim() != len(expected):
             kind = "sequence" if self.aligned_to == "sequence" else "token"
             raise InputError(
-                f"column {name!r} has dtype {values.dtype} and shape {tuple(values.shape)}, not {self.dtype} and "
-                f"({', '.join(map(str, expected))}): give it one row per {kind} of the batch"
+                f"column {name!r} has dtype {values.dtype} and shape {tuple(values.shape)}, "
+                f"not {self.dtype} and ({', '.join(map(str, expected))}): give it one row per {kind}"
             )
 
 
@@ -91,22 +93,24 @@ class RoutingShape:
 
 @dataclass(kw_only=True)
 class OptionalColumns:
-    """Columns that a ``TrainBatch`` and its ``Microbatch``es share by name; None until somebody computes them.
+    """Columns that a ``TrainBatch`` and its ``Microbatch``es share by name; None until they are computed.
 
-    Shapes are those in a ``TrainBatch``. Log probabilities and weights are 0 and 1, respectively, outside ``response_mask``.
+    Shapes are those in a ``TrainBatch``. Log probabilities are 0 outside ``response_mask``, weights are 1.
 
     Attributes:
         old_logprobs: (L,) log probabilities under the policy before the step's first update.
         ref_logprobs: (L,) log probabilities under the reference policy.
         sequence_weights: (S,) importance weights that multiply each sequence's loss; None means 1.
         token_weights: (L,) importance weights that multiply each token's loss; None means 1.
-        kept_tokens: (L,) tokens of ``response_mask`` that count in the policy term of the loss; None means all.
-        routed_experts: (L, layers, topk) experts of each input token; -1 where unknown: in layers without experts, and on last tokens if
-            the rollout engine recorded them. None without a record.
-        router_scores: (L, layers, topk) log scores that the old policy's routers gave the experts of each input token, in ascending order
-            of the experts; 0 in layers without experts.
-        router_shift: (L,) how far the routing of each input token moved since the old policy (``losses.rspo``'s gamma). The ratio of
-            token t + 1 depends on input token t; the value of a sequence's last token has no meaning.
+        kept_tokens: (L,) tokens of ``response_mask`` that count in the policy term of the loss; None means
+            all.
+        routed_experts: (L, layers, topk) experts of each input token; -1 where unknown: in layers without
+            experts, and on last tokens if the rollout engine recorded them. None without a record.
+        router_scores: (L, layers, topk) log scores that the old policy's routers gave the experts of each
+            input token, in ascending order of the experts; 0 in layers without experts.
+        router_shift: (L,) how far the routing of each input token moved since the old policy
+            (``losses.rspo``'s gamma). The ratio of token t + 1 depends on input token t; the value of a
+            sequence's last token has no meaning.
         extra: columns of a user's loss, by name; ``TrainBatch.extra_columns`` states their types.
     """
 
@@ -127,17 +131,18 @@ class OptionalColumns:
 
 @dataclass
 class TrainBatch(OptionalColumns):
-    """The sequences of a step, laid end to end, on the host of every rank (S sequences, L = sum of their lengths).
+    """The sequences of a step, laid end to end, on the host of every rank (S sequences, L tokens in all).
 
-    Row t of a per-token column describes token t: ``old_logprobs[t]`` is the log probability of ``tokens[t]`` given the tokens before it
-    in its sequence. Every assignment of a column checks its dtype and shape.
+    Row t of a per-token column describes token t: ``old_logprobs[t]`` is the log probability of ``tokens[t]``
+    given the tokens before it in its sequence. Every assignment of a column checks its dtype and shape.
 
     Attributes:
         tokens: (L,) token ids.
         lengths: (S,) tokens of each sequence, at least 1.
         response_mask: (L,) tokens that carry loss. Never True on the first token of a sequence.
         advantages: (S,) advantage of each sequence.
-        rollout_logprobs: (L,) log probabilities that the rollout engine reported, 0 outside ``response_mask``.
+        rollout_logprobs: (L,) log probabilities that the rollout engine reported, 0 outside
+            ``response_mask``.
         extra_columns: the statement of each column in ``extra``.
 
     Raises:
@@ -189,7 +194,8 @@ class TrainBatch(OptionalColumns):
         """Add a column of a user's loss, which ``split`` and ``pack`` then treat like any other.
 
         Raises:
-            InputError: ``name`` is a column of every batch, or dtype or shape of ``values`` differ from ``column``.
+            InputError: ``name`` is a column of every batch, or dtype or shape of ``values`` differ from
+                ``column``.
         """
         if name in COLUMNS:
             raise InputError(
@@ -200,7 +206,7 @@ class TrainBatch(OptionalColumns):
         self.extra_columns = self.extra_columns | {name: column}
 
     def mapped(self, change: Callable[[Column, Tensor], Tensor]) -> dict[str, Any]:
-        """Return every present column after ``change``, as keyword arguments; the extra ones under ``extra``."""
+        """Return the present columns after ``change``, as keyword arguments; extra ones under ``extra``."""
         present = {name: values for name in COLUMNS if (values := getattr(self, name)) is not None}
         return {
             **{name: change(COLUMNS[name], values) for name, values in present.items()},
@@ -208,7 +214,7 @@ class TrainBatch(OptionalColumns):
         }
 
     def split(self, parts: int) -> list[TrainBatch]:
-        """Cut into at most ``parts`` minibatches of neighbouring sequences whose counts differ by at most one."""
+        """Cut into at most ``parts`` minibatches of neighbouring sequences, equal in size to within 1."""
         parts = min(parts, len(self))
         bounds = [round(i * len(self) / parts) for i in range(parts + 1)]
         starts = [*self.starts.tolist(), len(self.tokens)]
@@ -241,17 +247,20 @@ PER_LAYER_COLUMNS = tuple(name for name, column in COLUMNS.items() if column.per
 class Microbatch(OptionalColumns):
     """One packed pipeline unit as one context-parallel rank sees it (T local slots, S sequences).
 
-    Each slot holds an input token and the token it predicts. "predicted" columns line up with the logits, "input" columns with what
-    the routers see. The optional columns have the shapes of ``OptionalColumns`` with T for L.
+    Each slot holds an input token and the token it predicts. "predicted" columns line up with the logits,
+    "input" columns with what the routers see. The optional columns have the shapes of ``OptionalColumns``
+    with T for L.
 
     Attributes:
         tokens: (T,) int64 inputs.
         labels: (T,) int64 predicted tokens, 0 on slots without one.
         position_ids: (T,) int64 position of the input in its sequence.
-        cu_seqlens: (S + 1,) int32 padded boundaries of the sequences over all context-parallel ranks (THD layout).
+        cu_seqlens: (S + 1,) int32 padded boundaries of the sequences over all context-parallel ranks (THD
+            layout).
         mask: (T,) bool; the predicted token carries loss.
-        sequence_ids: (T,) int64, which of the S sequences a slot belongs to (padding belongs to its sequence, with mask False).
-        flat_index: (T,) int64, index of the predicted token in the TrainBatch's flat columns, -1 on slots without one.
+        sequence_ids: (T,) int64, number of the slot's sequence among the S (padding belongs to a sequence).
+        flat_index: (T,) int64, index of the predicted token in the TrainBatch's flat columns, -1 on slots
+            without one.
         input_index: (T,) int64, index of the input token, -1 on padding.
         advantages: (S,) fp32.
         rollout_logprobs: (T,) fp32 or None.

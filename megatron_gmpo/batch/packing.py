@@ -1,6 +1,7 @@
-"""From a flat TrainBatch to packed microbatches: the plan of who computes which sequences, and the THD layout of a rank.
+"""Pack a flat TrainBatch: plan which rank computes which sequences, and lay a microbatch out in THD format.
 
-The layout of one microbatch, for sequences of 5 and 3 tokens with two context-parallel ranks (``sequence_multiple`` = 4)::
+The layout of one microbatch, for sequences of 5 and 3 tokens with two context-parallel ranks
+(``sequence_multiple`` = 4)::
 
     slots      a0 a1 a2 a3 a4 -- -- -- | b0 b1 b2 --       cu_seqlens [0, 8, 12]
     labels     a1 a2 a3 a4  0  0  0  0 | b1 b2  0  0
@@ -20,12 +21,14 @@ from torch import Tensor
 from .columns import Microbatch, TrainBatch
 
 _ATTENTION_EQUALS_REST = 32768
-"""Sequence length at which attention costs as much as everything else in a layer. Of a dense layer's forward FLOPs a token,
-24 h^2 are in matrices and 2 L h in causal attention: equal at L = 12 h, here for a hidden size of 2,700."""
+"""Sequence length at which attention costs as much as the rest of a layer.
+
+The forward pass of a dense layer takes 24 h^2 FLOPs per token in matrices and 2 L h in causal attention. They
+are equal at L = 12 h; this value assumes a hidden size of 2,700."""
 
 
 def cost(length: int) -> float:
-    """Work of one sequence of ``length`` tokens, in tokens of a very short one: linear layers plus causal attention."""
+    """Return the work of a sequence, in tokens of a very short one: linear layers plus causal attention."""
     return length + length**2 / _ATTENTION_EQUALS_REST
 
 
@@ -37,20 +40,26 @@ def plan_microbatches(
     sequence_multiple: int = 1,
     count_multiple: int = 1,
 ) -> list[list[list[int]]]:
-    """Shares sequences out over data-parallel ranks and microbatches.
+    """Assign sequences to data-parallel ranks and microbatches.
 
-    As few microbatches as best-fit decreasing finds, rounded up to equal counts on all ranks; within that number, evenly filled.
-    Microbatches of like cost get the same place in the ranks' lists, since expert parallelism lets them wait for each other.
+    The number of microbatches is what best-fit decreasing finds, rounded up to equal counts on all ranks.
+    They are then filled evenly. Microbatches of similar cost get the same place in the ranks' lists, because
+    expert parallelism makes the ranks wait for each other.
 
     Args:
-        lengths: tokens of each sequence; padded here to ``sequence_multiple`` (2 * context_parallel_size, or 1 without).
-        max_tokens: padded slots of a microbatch over all context-parallel ranks. A longer sequence gets a microbatch of its own.
-        count_multiple: the number of microbatches a rank is a multiple of this (the interleaved pipeline schedule wants the
-            pipeline size).
+        lengths: tokens of each sequence.
+        max_tokens: padded slots of a microbatch over all context-parallel ranks. A longer sequence gets a
+            microbatch of its own.
+        data_parallel_size: number of ranks.
+        sequence_multiple: sequences are padded to a multiple of this (2 * context_parallel_size, or 1 without
+            context parallelism).
+        count_multiple: each rank's number of microbatches is a multiple of this (the interleaved pipeline
+            schedule needs the pipeline size).
 
     Returns:
-        ``plan[rank][microbatch]``, ascending numbers of sequences; each number exactly once. Microbatch counts are equal and at
-        least ``count_multiple``; an empty list stands for a dummy microbatch. Equal arguments give equal plans.
+        ``plan[rank][microbatch]``: ascending numbers of sequences, where each number occurs once. All ranks
+        have the same number of microbatches, at least ``count_multiple``. An empty list stands for a dummy
+        microbatch. Equal arguments give equal plans.
     """
     padded = [-(-length // sequence_multiple) * sequence_multiple for length in lengths]
     longest_first = sorted(range(len(padded)), key=lambda i: -padded[i])
@@ -60,11 +69,11 @@ def plan_microbatches(
     bins += [[] for _ in range(rows * data_parallel_size - len(bins))]
 
     costs = [sum(cost(padded[i]) for i in members) for members in bins]
-    dearest_first = sorted(range(len(bins)), key=lambda b: -costs[b])
+    most_expensive_first = sorted(range(len(bins)), key=lambda b: -costs[b])
     plan: list[list[list[int]]] = [[] for _ in range(data_parallel_size)]
     load = [0.0] * data_parallel_size
     for start in range(0, len(bins), data_parallel_size):
-        row = dearest_first[start : start + data_parallel_size]
+        row = most_expensive_first[start : start + data_parallel_size]
         least_loaded_first = sorted(range(data_parallel_size), key=lambda rank: load[rank])
         for rank, b in zip(least_loaded_first, row, strict=True):
             plan[rank].append(sorted(bins[b]))
@@ -73,7 +82,10 @@ def plan_microbatches(
 
 
 def _best_fit(padded: list[int], longest_first: list[int], max_tokens: int) -> list[list[int]]:
-    """Each sequence into the fullest bin that takes it, or a new one. (Coffman, Garey, Johnson 1996: at most 11/9 of the best.)"""
+    """Put each sequence into the fullest bin with room for it, or into a new bin.
+
+    The result has at most 11/9 of the fewest possible bins (Coffman, Garey, Johnson 1996).
+    """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (slots left, bin), ascending
     for i in longest_first:
@@ -92,7 +104,7 @@ def _best_fit(padded: list[int], longest_first: list[int], max_tokens: int) -> l
 def _even_fill(
     padded: list[int], longest_first: list[int], max_tokens: int, count: int
 ) -> list[list[int]] | None:
-    """Each sequence into the emptiest of ``count`` bins; None when that overflows."""
+    """Put each sequence into the emptiest of ``count`` bins; return None if a bin overflows."""
     bins: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, b) for b in range(count)]  # a heap of (slots taken, bin)
     for i in longest_first:
@@ -113,16 +125,16 @@ def pack(
     sequence_multiple: int = 1,
     total_multiple: int = 1,
 ) -> Microbatch:
-    """Pack ``sequences`` of ``batch``, in that order, as rank ``cp_rank`` of ``cp_size`` context-parallel ranks sees them.
+    """Pack ``sequences`` of ``batch``, in that order, for one context-parallel rank.
 
-    Each sequence is padded to a multiple of ``sequence_multiple`` and cut into 2 * cp_size equal chunks. Rank r holds chunks r and
-    2 * cp_size - 1 - r, so that causal attention costs every rank the same.
+    Each sequence is padded to a multiple of ``sequence_multiple`` and cut into 2 * cp_size equal chunks. Rank
+    r holds chunks r and 2 * cp_size - 1 - r, so that causal attention costs every rank the same.
 
     Args:
         sequences: numbers of sequences; [] makes a dummy of one padding sequence without loss.
         sequence_multiple: a multiple of 2 * cp_size if cp_size > 1.
-        total_multiple: the number of slots over all ranks is a multiple of this (tensor_model_parallel_size * cp_size under sequence
-            parallelism); padding of the last sequence makes up the difference.
+        total_multiple: the number of slots over all ranks is a multiple of this (tensor_model_parallel_size *
+            cp_size under sequence parallelism); padding of the last sequence makes up the difference.
     """
     assert cp_size == 1 or sequence_multiple % (2 * cp_size) == 0
     chosen = torch.tensor(sequences or [-1], dtype=torch.int64, device=batch.tokens.device)
@@ -155,7 +167,8 @@ def _local_slots(padded: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Te
     """Lay sequences of ``padded`` (S,) slots end to end and select the slots of one context-parallel rank.
 
     Returns:
-        (T,) sequence and (T,) position of each local slot, and the (S + 1,) boundaries of the sequences over all ranks.
+        (T,) sequence and (T,) position of each local slot, and the (S + 1,) boundaries of the sequences over
+        all ranks.
     """
     cu_seqlens = torch.nn.functional.pad(padded.cumsum(0), (1, 0))
     owner = torch.repeat_interleave(torch.arange(len(padded), device=padded.device), padded)

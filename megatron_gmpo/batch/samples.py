@@ -40,16 +40,19 @@ class Sample:
     Attributes:
         tokens: (L,) int32 token ids of prompt and response.
         response_mask: (L,) bool; True for tokens that the policy generated.
-        rollout_logprobs: (L,) float32 log probability of each token under the distribution it was sampled from, 0 on the prompt.
+        rollout_logprobs: (L,) float32 log probability of each token under the distribution it was sampled
+            from, 0 on the prompt.
         text: the response, decoded without special tokens.
         finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``.
-        policy_version: the training step whose weights generated the response; the oldest one if there are several.
+        policy_version: the training step whose weights generated the response; the oldest one if there are
+            several.
         reward: set by ``rollout.collect.score``.
-        routed_experts: (L - 1, layers, topk) expert ids of a MoE rollout, uint8 if all of them fit, else int16; or None. Row t belongs
-            to input token t, which predicts t + 1, so the last token has no row. All decoder layers have a place; the values of layers
-            without experts have no meaning.
-        version_spans: (spans, 2) int32 rows ``(start, version)``: the training step whose weights generated the tokens from ``start`` up
-            to the next span's. None: ``policy_version`` generated the whole response.
+        routed_experts: (L - 1, layers, topk) expert ids of a MoE rollout, uint8 if all of them fit, else
+            int16; or None. Row t belongs to input token t, which predicts t + 1, so the last token has no
+            row. All decoder layers have a place; the values of layers without experts have no meaning.
+        version_spans: (spans, 2) int32 rows ``(start, version)``: the training step whose weights generated
+            the tokens from ``start`` up to the next span's. None: ``policy_version`` generated the whole
+            response.
 
     Raises:
         ValueError: a column has another number of rows or a type that loses values.
@@ -138,7 +141,7 @@ def narrow_experts(ids: np.ndarray) -> np.ndarray:
 
 
 def version_spans_of(versions: Sequence[int] | np.ndarray, start: int = 0) -> np.ndarray:
-    """Return ``Sample.version_spans`` of consecutive tokens, the first of which is token ``start`` of the sample."""
+    """Return ``Sample.version_spans`` for one version per token; the first one is token ``start``."""
     values = np.asarray(versions, np.int32)
     first = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
     return np.stack([first + start, values[first]], axis=1).astype(np.int32)
@@ -150,9 +153,8 @@ def _column(name: str, values: Any, dtype: DTypeLike, shape: tuple[int | None, .
     fits = len(array.shape) == len(shape) and all(
         expected in (None, found) for expected, found in zip(shape, array.shape, strict=True)
     )
-    # the values of an empty list have no type; a narrower type of the same kind is what lists and other engines need
+    # lists become int64 or float64 arrays, or float64 if empty
     if not fits or (array.size and not np.can_cast(array.dtype, dtype, "same_kind")):
-        raise ValueError(
-            f"Sample.{name} has dtype {array.dtype} and shape {array.shape}, not {np.dtype(dtype)} and {shape}"
-        )
+        found = f"dtype {array.dtype} and shape {array.shape}"
+        raise ValueError(f"Sample.{name} has {found}, not {np.dtype(dtype)} and {shape}")
     return np.ascontiguousarray(array, dtype)
