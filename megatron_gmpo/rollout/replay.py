@@ -1,4 +1,4 @@
-"""Rollouts on disk: a step's groups to train on again, and transcripts to read."""
+"""Rollouts on disk: the groups of a step, to train on again, and transcripts for people."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import InputError
 
 
 def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> None:
-    """Writes ``folder/step_000000.jsonl``, a group on each line, every number exact; rank 0 only, whole or not at all."""
+    """Write ``folder/step_000000.jsonl``, one group per line with exact numbers. Atomic; rank 0 only."""
     if rank() != 0:
         return
     path = _step_file(folder, step)
@@ -32,22 +32,23 @@ def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> Non
 
 
 def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
-    """Refuses a folder that lacks the groups of one of ``steps``.
+    """Check that the folder has the groups of all ``steps``.
 
     Raises:
-        InputError: naming the first such step and those there are.
+        InputError: a step is missing; the message names the first such step and the existing ones.
     """
     for step in steps:
         if not _step_file(folder, step).exists():
             found = sorted(int(p.stem.removeprefix("step_")) for p in Path(folder).glob("step_*.jsonl"))
             there = f"it has steps {found[0]} to {found[-1]}" if found else "it has no steps at all"
             raise InputError(
-                f"rollout.replay_path = {str(folder)!r} has no groups for step {step}, {there}: save them with rollout.save_path"
+                f"rollout.replay_path = {str(folder)!r} has no groups for step {step}, {there}: "
+                "save them with rollout.save_path"
             )
 
 
 def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
-    """Reads what ``save_groups`` wrote.
+    """Read the groups of a step, written by ``save_groups``.
 
     Raises:
         InputError: the folder has no such step, or a line of its file is broken.
@@ -69,7 +70,7 @@ def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
 
 
 def append_transcripts(path: str | Path, step: int, groups: list[SampleGroup], limit: int) -> None:
-    """Appends the first ``limit`` groups to a file for people to read, a JSON object on each line; rank 0 only."""
+    """Append the first ``limit`` groups to a file for people, one JSON object per line; rank 0 only."""
     if rank() != 0:
         return
     with Path(path).open("a") as file:
