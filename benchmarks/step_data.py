@@ -1,6 +1,7 @@
-"""What a token of a step costs on its way from the rollout engine to a TrainBatch: memory, pickle round trip and assembly.
+"""Cost of a token from the rollout engine to a TrainBatch: memory, pickle round trip and assembly.
 
-The peer holds the same samples as Python lists with routed experts in int16, and assembles them through one flat list per column.
+The peer holds the same samples as Python lists with routed experts in int16. It assembles them through one flat
+list per column.
 
 Run: python -m benchmarks.step_data
 """
@@ -29,7 +30,7 @@ PROMPT, VOCABULARY, ROUNDS = 100, 151_936, 5
 
 @dataclass
 class ListSample:
-    """A sample as Python lists."""
+    """A sample of Python lists."""
 
     tokens: list[int]
     response_mask: list[bool]
@@ -39,7 +40,7 @@ class ListSample:
 
 
 def lists(length: int, routing: RoutingShape | None, generator: np.random.Generator) -> ListSample:
-    """A random sample of ``length`` tokens, generated under two versions of the weights."""
+    """Make a random sample of ``length`` tokens, generated under two versions of the weights."""
     response = length - PROMPT
     experts = None
     if routing:
@@ -55,7 +56,7 @@ def lists(length: int, routing: RoutingShape | None, generator: np.random.Genera
 
 
 def arrays(sample: ListSample) -> Sample:
-    """The same sample as this project holds it."""
+    """Convert the sample to the numpy columns of this project."""
     return Sample.from_response(
         sample.tokens[:PROMPT],
         sample.tokens[PROMPT:],
@@ -69,7 +70,7 @@ def arrays(sample: ListSample) -> Sample:
 
 
 def assemble_lists(samples: list[ListSample], routing: RoutingShape | None) -> list[torch.Tensor]:
-    """The peer's flat columns."""
+    """Return the peer's flat columns."""
     flat = [
         torch.tensor(list(chain.from_iterable(getattr(sample, name) for sample in samples)), dtype=dtype)
         for name, dtype in (
@@ -89,7 +90,7 @@ def assemble_arrays(samples: list[Sample], routing: RoutingShape | None) -> Any:
 
 
 def bytes_of(make: Callable[[], Any]) -> int:
-    """Memory of what ``make`` returns."""
+    """Return the memory of the result of ``make``."""
     tracemalloc.start()
     kept = make()
     size, _ = tracemalloc.get_traced_memory()
@@ -101,7 +102,7 @@ def bytes_of(make: Callable[[], Any]) -> int:
 def measure(
     samples: list[Any], assemble: Callable[..., Any], routing: RoutingShape | None
 ) -> dict[str, float]:
-    """Bytes and microseconds per token; the fastest of ``ROUNDS``."""
+    """Return bytes and microseconds per token; times are the minimum over ``ROUNDS``."""
     tokens = sum(len(sample.tokens) for sample in samples)
     message = pickle.dumps(samples)
     round_trip, assembly = [], []

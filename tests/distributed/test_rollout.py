@@ -1,4 +1,4 @@
-"""Rollouts shared out over ranks: every rank holds all groups and rewards, each made once."""
+"""Ranks share the rollout work: every rank gets all groups and rewards, and each is computed once."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_ranks_hold_the_same_samples_and_draw_their_own(
 ) -> None:
     folder = tiny_model("qwen3", num_layers=2)
     sampling = SamplingParams(n=4, max_new_tokens=12)
-    results = ranks.run(4, generate, folder, ["07+45="], sampling, 8)  # one response a rank
+    results = ranks.run(4, generate, folder, ["07+45="], sampling, 8)  # one response per rank
     assert results[1:] == results[:1] * 3
     assert len({tuple(s.tokens) for s in results[0][0].samples}) == 4
     assert ranks.run(4, generate, folder, ["07+45="], sampling, 8) == results
@@ -73,7 +73,7 @@ def test_ranks_without_a_response_take_part(ranks: RankPool, tiny_model: Callabl
 
 
 class ScoredBy:
-    """A reward that tells which rank gave it and which sample got it, and takes every third answer for a timeout."""
+    """A reward that encodes rank and sample, and counts every third response as a timeout."""
 
     timeouts = 100
 

@@ -1,4 +1,4 @@
-"""Every column is checked, split, packed, cut, moved and saved as its statement says, a user's own like a built-in one."""
+"""Every column, a user's own included, is checked, split, packed, cut, moved and saved as stated."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ def test_every_tensor_of_a_microbatch_moves() -> None:
 def test_columns_of_layers_are_cut_to_a_ranks_slots_and_layers() -> None:
     packed = pack(batch_of([3, 5]), [1, 0])
     chunk: Any = object()
-    routing = object.__new__(Routing)
-    routing.hooks = {chunk: {0: None, 2: None}}  # pyright: ignore[reportAttributeAccessIssue]
-    routing._tp_group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)  # pyright: ignore[reportAttributeAccessIssue]
+    routing: Any = object.__new__(Routing)
+    routing.hooks = {chunk: {0: None, 2: None}}
+    routing._tp_group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     cut = routing.cut(packed, chunk)
     assert set(PER_LAYER_COLUMNS) == {"routed_experts", "router_scores"}
     for name in ALL.keys() - {"lengths", "response_mask"}:

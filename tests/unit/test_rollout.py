@@ -1,4 +1,4 @@
-"""Sampling with the embedded engine against transformers' own forward and generate, collecting groups, and rollouts on disk."""
+"""The embedded engine against transformers' forward and generate; collecting groups; rollouts on disk."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ families = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def folder_of(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
-    """Models of two layers and 16 tokens; with logits this far from uniform a mistake in a probability shows."""
+    """Make models of two layers and 16 tokens, whose logits are far from uniform to reveal mistakes."""
     return lambda family, **options: tiny_model(family, num_layers=2, initializer_range=0.15, **options)
 
 
@@ -79,7 +79,7 @@ def model_of(folder: Path):
 
 @torch.no_grad()
 def response_logits(folder: Path, sample: Sample) -> tuple[Tensor, Tensor]:
-    """(R, V) logits that predict the response, from one forward of the whole sequence without a cache, and its (R,) tokens."""
+    """Return the (R, V) logits and (R,) tokens of the response, from one forward pass without a cache."""
     tokens = torch.from_numpy(sample.tokens).long()
     where = torch.from_numpy(sample.response_mask).nonzero()[:, 0]
     return model_of(folder)(tokens[None]).logits[0, where - 1], tokens[where]
@@ -93,7 +93,7 @@ def without_logprobs(sample: Sample) -> Sample:
     return replace(sample, rollout_logprobs=np.zeros(len(sample.tokens)))
 
 
-# --- the embedded engine: what it samples, and with which probabilities ---
+# --- the embedded engine: samples and their probabilities ---
 
 
 @families
@@ -136,7 +136,7 @@ def test_the_end_token_stays_and_ends_the_response(folder_of: Callable[..., Path
 
 
 def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Temperature, then the k most likely, then the smallest set of those that holds top_p of the mass; renormalised."""
+    """Apply temperature, then top-k, then top-p (the smallest set with that mass); renormalise."""
     p, order = (logits.double() / temperature).softmax(-1).sort(descending=True)
     p[:, top_k:] = 0
     p /= p.sum(-1, keepdim=True)
@@ -162,7 +162,7 @@ def test_truncated_sampling_reports_the_truncated_distribution(
         found = torch.tensor(sample.rollout_logprobs, dtype=torch.float64)[-len(response) :]
         assert_close(found, expected.log(), atol=2e-5, rtol=0)
         whole.append((logits / 1.3).double().log_softmax(-1).gather(1, response[:, None])[:, 0] - found)
-    assert torch.cat(whole).max() < -0.05  # it is another distribution than the whole one
+    assert torch.cat(whole).max() < -0.05  # differs from the untruncated distribution
 
 
 def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None:
@@ -181,10 +181,10 @@ def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None
         chi_square = ((counts - expected) ** 2 / expected).sum()
         return float(
             torch.special.gammaincc(torch.tensor(15 / 2).double(), chi_square / 2)
-        )  # its survival function
+        )  # survival function of chi-square
 
     assert p_value(1.5) > 0.001
-    assert p_value(1.3) < 1e-6  # the test would notice
+    assert p_value(1.3) < 1e-6  # the test detects a wrong temperature
 
 
 def test_seed_version_and_call_decide_the_samples(folder_of: Callable[..., Path]) -> None:
@@ -204,8 +204,8 @@ def test_seed_version_and_call_decide_the_samples(folder_of: Callable[..., Path]
     second = draw(engine)
     assert at(engine, 6) not in (first, second)
     assert first != second
-    assert at(engine, 5) == first  # what was drawn since, as in an evaluation, does not count
-    torch.manual_seed(99)  # the global generator has no part in it
+    assert at(engine, 5) == first  # samples drawn since, e.g. by an evaluation, have no effect
+    torch.manual_seed(99)  # the global generator has no effect
     resumed = engine_of(folder, seed=3)
     assert [at(resumed, 5), draw(resumed)] == [first, second]
     assert at(engine_of(folder, seed=4), 5) != first
@@ -213,7 +213,7 @@ def test_seed_version_and_call_decide_the_samples(folder_of: Callable[..., Path]
 
 @pytest.fixture
 def early_stops(folder_of: Callable[..., Path], tmp_path: Path) -> Path:
-    """A model with several end tokens, so that greedy responses have different lengths."""
+    """Make a model with several end tokens, so that greedy responses differ in length."""
     shutil.copytree(folder_of("qwen3_moe"), tmp_path / "model")
     file = tmp_path / "model" / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [EOS, 7, 12]}))
@@ -234,7 +234,7 @@ def test_greedy_decoding_is_that_of_generate(early_stops: Path) -> None:
     for (sample,) in (g.samples for g in groups):
         logits, response = response_logits(early_stops, sample)
         spoken = response[:-1] if sample.finish_reason == "stop" else response
-        assert sample.text == engine.tokenizer.decode(spoken)  # 7 and 12 are no special tokens
+        assert sample.text == engine.tokenizer.decode(spoken)  # 7 and 12 are not special tokens
         expected = logits.log_softmax(-1).gather(1, response[:, None])[
             :, 0
         ]  # of the model itself, at temperature 1
@@ -294,7 +294,8 @@ def test_stop_strings_end_responses_and_leave_the_text(
 def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
     engine = engine_of(text_model)
     prompt = Prompt("0", answer="", input_ids=engine.tokenizer("é")["input_ids"])
-    tail = torch.tensor([engine.tokenizer(text)["input_ids"][-4:] for text in ("ab  né", "ab  nè", "abc 🍎")])
+    texts = ("ab  né", "ab  nè", "abc 🍎")
+    tail = torch.tensor([engine.tokenizer(text)["input_ids"][-4:] for text in texts])
     assert engine._ends_with_stop(tail, ("é",)).tolist() == [True, False, False]
     assert engine._ends_with_stop(tail, ("zz", "🍎")).tolist() == [False, False, True]
     (group,) = engine.generate([prompt], SamplingParams(n=2, max_new_tokens=4, stop=("no such text",)))
@@ -303,7 +304,7 @@ def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops: Path) -> None:
-    """With prompts of several lengths, prompts shared by samples, and rows that leave the batch."""
+    """Prompts differ in length, samples share prompts, and rows leave the batch."""
     engine = engine_of(early_stops, batch_size=batch_size, routed_experts=True)
     groups = engine.generate(prompts_of(early_stops, TEXTS), SamplingParams(n=3, max_new_tokens=12))
     samples = [s for g in groups for s in g.samples]
@@ -329,7 +330,7 @@ moe_families = pytest.mark.parametrize(
 def test_router_noise_disturbs_the_choice_that_is_recorded(
     family: str, folder_of: Callable[..., Path]
 ) -> None:
-    """What the routers saw and gave is watched from outside; a plain model made to do the same has the reported probabilities."""
+    """A plain model with the observed router outputs has the reported log probabilities."""
     folder = folder_of(family)
     engine = engine_of(folder, routed_experts=True)
     gates = {
@@ -381,7 +382,7 @@ def test_router_noise_is_drawn_as_the_samples_are_and_0_is_none(folder_of: Calla
 
     engine, untouched = engine_of(folder), engine_of(folder)
     for layer in untouched.model.model.layers:
-        del layer.mlp.gate.forward  # the class's own
+        del layer.mlp.gate.forward  # restores the method of the class
     first = draw(engine, noisy)
     assert draw(engine, plain) == draw(untouched, plain) != first
     torch.manual_seed(99)
@@ -398,7 +399,7 @@ def test_routed_experts_of_a_model_with_dense_layers(tiny_model: Callable[..., P
     experts = group.samples[0].routed_experts
     assert experts is not None
     assert experts.shape[1:] == (4, 2)
-    assert (experts[:, [0, 2]] == 0).all()  # no meaning, but they fit uint8
+    assert (experts[:, [0, 2]] == 0).all()  # meaningless, but fit uint8
     assert (experts[:, [1, 3]] >= 0).all()
 
 
@@ -503,7 +504,7 @@ SCRIPT = {"right": "aa", "wrong": "bb", "mixed": "ab", "mixed too": "ba", "wrong
 
 
 def collected(order: list[str], **options) -> tuple[Collected, ScriptedEngine]:
-    """Two prompts a step and two samples each, from the stream of these prompts; "a" is right."""
+    """Collect steps of two prompts with two samples each; the answer "a" is correct."""
     engine = ScriptedEngine(SCRIPT)
     prompts = PromptStream(
         [Prompt(name, answer="a", input_ids=[1, 2]) for name in order], seed=0, shuffle=False
@@ -568,7 +569,7 @@ def test_resample_draws_as_many_as_are_missing() -> None:
     assert names(result.groups) == ["mixed", "mixed too"]
     found = values(result)
     assert (found["rollout/dropped_groups"], found["rollout/resample_rounds"]) == (2, 2)
-    assert found["reward/mean"] == 0.5  # of everything drawn
+    assert found["reward/mean"] == 0.5  # over all drawn groups
     assert found["reward/std"] == 0.25
 
 
@@ -586,7 +587,7 @@ def test_without_any_variance_the_first_draw_is_kept(mode: str, rounds: int) -> 
     assert len(engine.calls) == 1 + rounds
     assert names(result.groups) == ["right", "wrong"]
     found = values(result)
-    assert found["rollout/dropped_groups"] == 2 * rounds  # of the two that were kept none
+    assert found["rollout/dropped_groups"] == 2 * rounds  # the two kept groups are not counted
     assert found["rollout/resample_rounds"] == rounds
     assert result.groups[0].rewards == [1.0, 1.0]
 
@@ -658,7 +659,7 @@ def test_scores_keep_their_place_however_long_they_take() -> None:
 
 def test_timeouts_are_counted_a_step() -> None:
     class Impatient:
-        timeouts = 5  # of earlier steps
+        timeouts = 5  # from earlier steps
 
         def __call__(self, prompt: Prompt, text: str) -> float:
             self.timeouts += text == "b"
@@ -675,7 +676,7 @@ def test_timeouts_are_counted_a_step() -> None:
 
 
 class AheadEngine(ScriptedEngine):
-    """One that answers when its ticket is redeemed, with the weights it had at ``submit``, ``late`` steps older."""
+    """An engine whose samples have the version at ``submit``, minus ``late`` steps."""
 
     def __init__(self, script: dict[str, str], late: dict[str, int] | None = None) -> None:
         super().__init__(script)
@@ -714,7 +715,7 @@ def test_generation_runs_ahead_by_the_staleness_and_no_further_than_the_last_ste
         (2, ["wrong too"]),
     ]
     assert ages == [0, 1, 2, 2, 2]
-    assert positions == [0, 1, 2, 3, 4]  # a resume draws again what was under way
+    assert positions == [0, 1, 2, 3, 4]  # a resume draws the prompts in flight again
     assert collector.state_dict() == stream.state_dict()
 
 
@@ -728,7 +729,7 @@ def test_what_was_generated_ahead_can_be_dropped() -> None:
     redeemed, wait = [], engine.wait
     engine.wait = lambda ticket: redeemed.append(ticket[0].prompt.id) or wait(ticket)
     collector.drop_ahead()
-    assert redeemed == ["wrong", "mixed"]  # nothing of it is left in the engine
+    assert redeemed == ["wrong", "mixed"]  # the engine has no unfinished requests
     assert collector.state_dict() == stream.state_dict()
     assert names(collector.collect(steps_left=2).groups) == ["mixed too"]
 
@@ -741,7 +742,7 @@ def test_stale_groups_are_dropped_whole_and_counted() -> None:
     result = Collector(engine, stream, arithmetic_reward, cfg).collect()
     assert names(result.groups) == ["fresh"]
     assert values(result)["rollout/stale_groups"] == 1
-    engine.late = {"old": 2, "fresh": 2}  # nothing is left: the prompts are answered again
+    engine.late = {"old": 2, "fresh": 2}  # all groups are stale: the prompts are sampled again
     again = Collector(engine, stream, arithmetic_reward, cfg).collect()
     assert names(again.groups) == ["old", "fresh"]
     assert values(again)["rollout/stale_groups"] == 2
@@ -780,13 +781,24 @@ def test_an_error_in_the_reward_is_not_swallowed() -> None:
 # --- rollouts on disk ---
 
 COLUMNS = {"tokens", "response_mask", "rollout_logprobs", "routed_experts", "version_spans"}
-FLOATS = [0.1, -1 / 3, 1e-45, 3.4028235e38, -0.0, math.pi * 1e-9, -2.7182817]  # to float32, its ends included
+FLOATS = [
+    0.1,
+    -1 / 3,
+    1e-45,
+    3.4028235e38,
+    -0.0,
+    math.pi * 1e-9,
+    -2.7182817,
+]  # as float32, includes its smallest and largest
 
 
 def groups_to_save() -> list[SampleGroup]:
     experts = np.random.default_rng(0).integers(-1, 128, (7, 3, 2), dtype=np.int16)
     chat = Prompt(
-        "set/1", answer="42\u2028\n", messages=[{"role": "user", "content": "¿6*7?\x85"}], input_ids=[3, 2, 1]
+        "set/1",
+        answer="42\u2028\n",
+        messages=[{"role": "user", "content": "¿6*7?\x85"}],
+        input_ids=[3, 2, 1],
     )
     plain = Prompt("set/2", answer="", text='"quoted"\n', input_ids=[9])
     moe = Sample(
@@ -827,7 +839,7 @@ def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
 
 
 def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
-    """Files of versions whose samples were Python lists, with a version per token and experts under ``int16``."""
+    """Older files have lists, one version per token, and experts under ``int16``."""
     groups = groups_to_save()
     with (tmp_path / "step_000003.jsonl").open("w") as file:
         for group in groups:
@@ -938,7 +950,7 @@ def test_as_many_files_may_be_open_as_there_are_requests() -> None:
     try:
         _allow_open_files(500)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
-        _allow_open_files(16)  # lowers nothing
+        _allow_open_files(16)  # does not lower the limit
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
         if hard != resource.RLIM_INFINITY:
             with pytest.raises(

@@ -1,4 +1,4 @@
-"""A sample's columns are arrays of the stated types, whoever gives them, and are refused where they do not fit."""
+"""A sample's columns are arrays of the stated types; values that do not fit are refused."""
 
 from __future__ import annotations
 
