@@ -14,11 +14,8 @@ if __name__ == "__main__":  # before what takes time to import: until then a sig
 import logging
 from contextlib import closing, nullcontext
 
-import safetensors.torch
-from torch import Tensor
-
+from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
-from .batch.packing import make_train_batch
 from .batch.samples import SampleGroup
 from .checkpoint import latest_checkpoint
 from .config import Config
@@ -215,10 +212,7 @@ def _stopped(
         minibatch is not None and rank() == 0
     ):  # no collective here: a rollout may have failed on one rank alone
         file = run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
-        tensors = {
-            name: value.clone() for name, value in vars(minibatch).items() if isinstance(value, Tensor)
-        }
-        safetensors.torch.save_file(tensors, file)
+        minibatch.save(file)
         line += f"; the last minibatch is in {file}"
     if kept := latest_checkpoint(run.checkpoint_dir):
         line += f"; the last checkpoint is {kept}"

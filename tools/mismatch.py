@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_gmpo.batch.packing import make_train_batch
+from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.samples import SampleGroup
 from megatron_gmpo.config import Config, exit_with_one_line, load_config
 from megatron_gmpo.data.prompts import load_tokenizer
@@ -135,12 +135,12 @@ def transformers_side(
     logprobs: list[Tensor] = []
     kept: list[list[Tensor]] = []
     for number, sample in enumerate(samples):
-        ids = torch.tensor([sample.tokens], device=device)
+        ids = torch.from_numpy(sample.tokens).long()[None].to(device)
         with kept_states(engine.model.model.layers if number < layers else []) as states:
             logits = engine.model(ids).logits[0, :-1].float()
         kept += [states] * bool(states)
         found = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
-        logprobs.append(found[torch.tensor(sample.response_mask[1:])])
+        logprobs.append(found[torch.from_numpy(sample.response_mask[1:])])
     return Side(
         torch.cat(logprobs), layer_by_layer(kept, [len(sample.tokens) for sample in samples[:layers]])
     )
@@ -175,7 +175,7 @@ def server_side(server: Server, groups: list[SampleGroup], timeout_s: float) -> 
     logprobs: list[float] = []
     for sample in (sample for group in groups for sample in group.samples):
         body = {
-            "input_ids": sample.tokens,
+            "input_ids": sample.tokens.tolist(),
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": 0,

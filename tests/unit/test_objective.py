@@ -300,7 +300,7 @@ def three_sequences() -> tuple[TrainBatch, list[list[float]]]:
         torch.tensor(mask),
         torch.ones(3),
         rollout,
-        old,
+        old_logprobs=old,
     )
     difference = [(float(old[i]) - float(rollout[i])) if mask[i] else 0.0 for i in range(12)]
     return batch, [difference[0:4], difference[4:5], difference[5:12]]

@@ -25,6 +25,7 @@ import orjson
 import pybase64
 from anyio.from_thread import start_blocking_portal
 
+from ...batch.samples import narrow_experts
 from ...config import SGLangConfig
 from ...errors import InputError, ServerError
 from ..engine import SamplingParams
@@ -49,12 +50,12 @@ class Response:
         logprobs: R log probabilities, under the temperature but before top-p and top-k.
         versions: R training steps, those whose weights made each token.
         finish_reason: ``stop`` or ``length``.
-        routed_experts: (prompt + R - 1, layers * topk) int16 expert ids, when asked for.
+        routed_experts: (prompt + R - 1, layers * topk) uint8 or int16 expert ids, when asked for.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    versions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     finish_reason: str = ""
     routed_experts: np.ndarray | None = None
 
@@ -250,7 +251,7 @@ class RolloutClient:
         while response.finish_reason in ("", "abort") and len(response.tokens) < limit:
             body = {
                 "rid": f"{self.nonce}-{uuid.uuid4().hex}",
-                "input_ids": prompt + response.tokens,
+                "input_ids": prompt + response.tokens.tolist(),
                 "sampling_params": parameters | {"max_new_tokens": limit - len(response.tokens)},
                 "return_logprob": True,
                 "return_routed_experts": self._return_routed_experts,
@@ -346,14 +347,16 @@ class RolloutClient:
         if (
             self._return_routed_experts and finish_reason != "abort"
         ):  # else the longer prompt is routed again, under the newer weights
-            flat = np.frombuffer(pybase64.b64decode(about["routed_experts"]), "<i4").astype(np.int16)
+            flat = narrow_experts(np.frombuffer(pybase64.b64decode(about["routed_experts"]), "<i4"))
             routed = about["prompt_tokens"] + len(answer["output_ids"]) - 1
             if not routed or len(flat) % routed:
                 raise _RetryError(f"{len(flat)} routed experts for {routed} tokens")
             response.routed_experts = flat.reshape(routed, -1)
-        response.tokens += answer["output_ids"]
-        response.logprobs += [logprob for logprob, *_ in about["output_token_logprobs"]]
-        response.versions += versions_of(answer, self.nonce)[: len(answer["output_ids"])]
+        logprobs = [logprob for logprob, *_ in about["output_token_logprobs"]]
+        versions = versions_of(answer, self.nonce)[: len(answer["output_ids"])]
+        response.tokens = np.append(response.tokens, np.array(answer["output_ids"], np.int32))
+        response.logprobs = np.append(response.logprobs, np.array(logprobs, np.float32))
+        response.versions = np.append(response.versions, np.array(versions, np.int32))
         response.finish_reason = finish_reason
 
     async def _abort(self, server: Server, rid: str) -> None:

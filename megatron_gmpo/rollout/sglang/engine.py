@@ -19,7 +19,7 @@ import torch.cuda.nccl as nccl
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from ...batch.samples import Prompt, Sample, SampleGroup
+from ...batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 from ...config import Config
 from ...distributed import barrier, broadcast_object, rank, world_size
 from ...errors import InputError, ServerError
@@ -367,14 +367,14 @@ class SGLangEngine:
             self._client.synced(servers, report.failed)
 
     def _sample_of(self, prompt: list[int], response: Response, sampling: SamplingParams) -> Sample:
-        return Sample(
-            tokens=prompt + response.tokens,
-            response_mask=[False] * len(prompt) + [True] * len(response.tokens),
-            rollout_logprobs=[0.0] * len(prompt) + response.logprobs,
-            text=response_text(self._tokenizer, response.tokens, self._end_ids, sampling.stop),
+        return Sample.from_response(
+            prompt,
+            response.tokens,
+            response.logprobs,
+            text=response_text(self._tokenizer, response.tokens.tolist(), self._end_ids, sampling.stop),
             finish_reason="stop" if response.finish_reason == "stop" else "length",
-            policy_version=min(response.versions),
-            token_versions=[-1] * len(prompt) + response.versions,
+            policy_version=int(response.versions.min()),
+            version_spans=version_spans_of(response.versions, start=len(prompt)),
             routed_experts=self._routing(response, len(prompt)),
         )
 
