@@ -33,7 +33,8 @@ class ModelConfig(_Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; the optimizer keeps fp32 main weights."""
     reference_path: str = ""
-    """Hugging Face folder of the reference policy; empty means ``path``. Loaded only when ``algorithm.kl_coef`` > 0."""
+    """Hugging Face folder of the reference policy; empty means ``path``. Loaded only if ``algorithm.kl_coef`` > 0 or the loss needs
+    ``ref_logprobs``."""
     reference_offload: bool = False
     """Keep the reference policy's weights in host memory, and on the device only while it is asked."""
 
@@ -263,49 +264,56 @@ class RewardConfig(_Section):
 
 class AlgorithmConfig(_Section):
     loss: str = "gmpo"
-    """A name in ``megatron_gmpo.losses.registry.POLICY_LOSSES``."""
+    """Policy loss: ``gmpo``, ``rspo``, ``grpo``, ``dr_grpo``, ``dapo``, ``gspo``, ``cispo``, or ``module:function``, your own loss on the
+    Python path (docs/losses.md)."""
     clip_low: NonNegative | None = None
+    """Lower half-width of the clip interval. None means the loss's default, for gmpo 0.4 (dense) or 0.2 (MoE); the run prints it."""
     clip_high: NonNegative | None = None
-    """None means the loss's default; for gmpo 0.4 (dense) or 0.2 (MoE). The run prints which it took and why."""
+    """Upper half-width of the clip interval. None means the loss's default."""
     clip: Literal["fixed", "adaptive"] = "fixed"
-    """``adaptive`` starts at these clips and moves each of them after every step, to hold ``clip_target``."""
+    """``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every step to keep ``clip_signal`` at
+    ``clip_target``."""
     clip_signal: Literal["fraction", "tail"] = "fraction"
-    """What is held: the ``fraction`` that each side clips (of tokens, or of sequences in a loss that clips those), or the ``tail``, the
-    size of the 0.1 % and 99.9 % quantiles of the tokens' log ratio."""
+    """Signal of the adaptive clip. ``fraction``: share of tokens (or of sequences, in a loss that clips sequences) that each side clips.
+    ``tail``: size of the 0.1 % and 99.9 % quantiles of the tokens' log ratio."""
     clip_target: Annotated[float, Field(gt=0)] | None = None
-    """None means a ``fraction`` of 0.01; the ``tail`` needs one, e.g. 0.2."""
+    """Target of ``clip_signal``. None means 0.01 for ``fraction``; ``tail`` requires a value, e.g. 0.2."""
     clip_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
-    """Smallest and largest clip; None means an eighth and eight times the one the run starts with."""
+    """Smallest and largest adaptive clip. None means an eighth of the initial clip and eight times the initial clip."""
     clip_gain: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """How fast: a step changes the logarithm of a clip by this times the signal's relative distance from its target, at most by this."""
+    """Gain of the adaptive clip: a step changes the logarithm of a clip by the gain times the relative distance of the signal from its
+    target, and at most by the gain."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
-    advantage: Literal["normalized", "mean", "leave_one_out"] = "normalized"
+    advantage: str = "normalized"
+    """How rewards of a group become advantages: ``normalized``, ``mean``, ``leave_one_out``, or ``module:function``, a callable that
+    maps the rewards of a group, a tensor (n,), to its advantages (docs/losses.md)."""
     correction: Literal["none", "token", "sequence", "geometric"] = "none"
-    """Importance weights for what the rollout engine's probabilities differ from the policy's: of each token, of each sequence, or the
-    sequence's geometric mean, the one that fits gmpo, rspo and gspo."""
+    """Importance weights that correct the difference between the policy's and the rollout engine's probabilities: per ``token``, per
+    ``sequence`` (the product over its tokens), or ``geometric`` (the geometric mean over its tokens, which fits gmpo, rspo and gspo)."""
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Larger weights are cut to this."""
+    """Upper bound of the importance weights; larger weights are truncated."""
     mask: Literal["none", "icepop", "geometric", "off_policy"] = "none"
-    """What is left out of the policy term. ``icepop``: tokens whose probability in the policy, over that in the rollout engine, leaves
-    [mask_low, mask_high]; ``geometric``: sequences whose geometric mean of it does; ``off_policy``: sequences with a negative advantage
-    that the current policy finds less likely than the engine did by more than mask_kl nats a token."""
+    """What the policy term leaves out. ``icepop``: tokens whose ratio of policy to rollout probability is outside [mask_low, mask_high].
+    ``geometric``: sequences whose geometric mean of that ratio is outside. ``off_policy``: sequences with a negative advantage whose
+    tokens' mean ``log(pi_rollout / pi)`` exceeds ``mask_kl``."""
     mask_low: NonNegative | None = None
+    """Lower bound of the ratio. None means 0.5 for ``icepop`` and 0.99 for ``geometric``."""
     mask_high: Annotated[float, Field(gt=0)] | None = None
-    """None means 0.5 and 5 for ``icepop``, 0.99 and 1.01 for ``geometric``."""
+    """Upper bound of the ratio. None means 5 for ``icepop`` and 1.01 for ``geometric``."""
     mask_kl: NonNegative = 0.1
-    """Bound of ``off_policy``. DeepSeek-V3.2 names none."""
+    """Bound of ``off_policy``, in nats per token. DeepSeek-V3.2 publishes no value."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
-    """Send every token of the training passes to the experts that the policy chose before the step's first update (``policy``), or that
-    the rollout engine chose (``rollout``); its old log probabilities then too."""
+    """``policy``: training passes route every token to the experts that the old-logprob pass chose. ``rollout``: old-logprob and training
+    passes route every token to the experts that the rollout engine chose."""
     kl_coef: NonNegative = 0.0
-    """Weight of the k3 KL to the reference policy."""
+    """Weight of the k3 estimate of the KL divergence from the reference policy."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
     @property
     def mask_band(self) -> tuple[float, float]:
-        """(low, high) of ``icepop`` and ``geometric``; of the other masks everything."""
+        """(low, high) of ``icepop`` and ``geometric``; (0, inf) for the other masks."""
         low, high = {"icepop": (0.5, 5.0), "geometric": (0.99, 1.01)}.get(self.mask, (0.0, math.inf))
         return (
             low if self.mask_low is None else self.mask_low,
@@ -318,7 +326,7 @@ class AlgorithmConfig(_Section):
         if low > high:
             raise ValueError(f"mask_low = {low:g} is above mask_high = {high:g}: choose a smaller one")
         if self.clip_bounds and self.clip_bounds[0] > self.clip_bounds[1]:
-            raise ValueError(f"clip_bounds = {list(self.clip_bounds)}: the smaller one comes first")
+            raise ValueError(f"clip_bounds = {list(self.clip_bounds)}: put the smaller value first")
         return self
 
 
@@ -551,17 +559,6 @@ class Config(_Section):
                     raise ValueError(
                         f"fp8.param = true with {field}: they do not work together; remove one of them"
                     )
-        return self
-
-    @model_validator(mode="after")
-    def _the_reference_stays_as_it_is(self) -> Config:
-        if (
-            self.fp8.recipe == "delayed" and self.algorithm.kl_coef > 0
-        ):  # Transformer Engine updates the scales of all modules together
-            raise ValueError(
-                "fp8.recipe = 'delayed' with algorithm.kl_coef > 0: the reference policy's scales would move with training; "
-                "choose 'tensorwise', or set it to 0"
-            )
         return self
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ from .evaluate import evaluate
 from .losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
 from .losses.advantages import group_advantages
 from .losses.correction import correct, rollout_mismatch
-from .losses.objective import Objective, make_objective
+from .losses.objective import Objective, make_objective, needed_columns
 from .metrics.figures import Metric, reduce_metrics
 from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
@@ -82,6 +82,7 @@ def _train(
     if state.step:
         logger.event("resume", step=state.step, checkpoint=str(run.checkpoint))
     timer = Timer(attempt.enter)
+    needed = needed_columns(cfg.algorithm)
     routing = run.description.routing if cfg.needs_rollout_routing else None
 
     def rollout() -> Collected:
@@ -127,7 +128,7 @@ def _train(
                 with timer("logprobs"):
                     logger.add(policy.set_old_logprobs(batch))
                     logger.add(correct(batch, cfg.algorithm))
-                    if state.objective.kl_coef:
+                    if "ref_logprobs" in needed:
                         batch.ref_logprobs = policy.reference_logprobs(batch)
                 updates: list[dict[str, Metric]] = []
                 with timer("train"):

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_gmpo.batch.packing import plan_microbatches
 from megatron_gmpo.config import Config
+from megatron_gmpo.losses.objective import needed_columns
 from megatron_gmpo.models.fp8_blocks import BLOCK
 from megatron_gmpo.planning.dry_run import RankPlan, Traffic, Work
 
@@ -175,7 +176,7 @@ class StepEstimate:
         # tokens in a microbatch of training over those of a full one
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
-        self.passes = 2 if cfg.algorithm.kl_coef > 0 else 1
+        self.passes = 2 if "ref_logprobs" in needed_columns(cfg.algorithm) else 1
         """Forward passes before the updates: old log probabilities, and the reference's."""
         self.seconds = {
             "rollout": self._rollout(),

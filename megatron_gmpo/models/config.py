@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from ..batch.columns import RoutingShape
 from ..config import Config, Fp8Config, ParallelConfig
 from ..errors import InputError
+from ..losses.objective import needed_columns
 from . import FAMILIES
 from .blocks import HFConfig, prediction_layers
 from .mapping import Mapping
@@ -272,8 +273,8 @@ def _transformer_config(
 
 def _routing_field(cfg: Config) -> str | None:
     """The setting that wants routing recorded or replayed, as the user wrote it."""
-    if cfg.algorithm.loss == "rspo":
-        return "algorithm.loss = 'rspo'"
+    if "router_shift" in needed_columns(cfg.algorithm):
+        return f"algorithm.loss = {cfg.algorithm.loss!r}"
     if cfg.algorithm.moe_routing_replay != "none":
         return f"algorithm.moe_routing_replay = {cfg.algorithm.moe_routing_replay!r}"
     return "rollout.routed_experts = true" if cfg.rollout.routed_experts else None

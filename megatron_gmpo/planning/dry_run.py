@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ..config import Config, OptimizerConfig
+from ..losses.objective import needed_columns
 from ..models.attention import PackedAttention, RMSNorm, packing_of
 from ..models.config import DTYPES, ModelDescription
 from ..platform import prepare_megatron
@@ -163,7 +164,7 @@ def dry_run(
         kept = sum(count * one.kept for count, one in zip(counts, passes, strict=True))
         beside = max(one.peak - one.kept for one in passes)  # the one in its backward pass
         logits = max(one.logits for one in passes)
-        has_reference = cfg.algorithm.kl_coef > 0 and not cfg.model.reference_offload
+        has_reference = "ref_logprobs" in needed_columns(cfg.algorithm) and not cfg.model.reference_offload
         reference = _build(cfg, description, groups, observer) if has_reference else []
         totals = [_stage_parameters(chunk, groups) for chunk in chunks]
         return RankPlan(

@@ -16,6 +16,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from ..config import Config
 from ..errors import InputError
+from ..losses.objective import needed_columns
 from ..platform.capabilities import Capabilities
 
 _OLDEST = (2, 9)
@@ -30,13 +31,19 @@ def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities
 
     Raises:
         InputError: no GPU; Transformer Engine is missing or of an unsupported version; the GPU or CUDA does
-            not support the recipe (Transformer Engine's pytorch/quantization.py); the kernels do not support
-            the size of a matrix.
+            not support the recipe (Transformer Engine's pytorch/quantization.py); the recipe does not work
+            with a reference policy; the kernels do not support the size of a matrix.
     """
     recipe = cfg.fp8.recipe
     if recipe is None:
         return
     setting = f"fp8.recipe = {recipe!r}"
+    if recipe == "delayed" and "ref_logprobs" in needed_columns(cfg.algorithm):
+        # Transformer Engine updates the scales of all modules together.
+        raise InputError(
+            f"{setting} with algorithm.kl_coef > 0 or a loss that needs ref_logprobs: training would change the reference policy's "
+            "scales; choose 'tensorwise', or train without a reference"
+        )
     if not machine.device:
         raise InputError(f"{setting} needs an NVIDIA GPU, and this run is on a CPU: remove it")
     if machine.transformer_engine is None:

@@ -19,7 +19,7 @@ from ..checkpoint import check_model, model_identity, read_state, restore_random
 from ..config import Config
 from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
-from ..losses.objective import Objective
+from ..losses.objective import Objective, needed_columns
 from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.config import ModelDescription
 from ..weights.export import export_hf, load_hf
@@ -58,6 +58,7 @@ class Policy:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.trainable = trainable
         self.schedule = Schedule(cfg, description, groups, device)
+        self._needs = needed_columns(cfg.algorithm)
         self.chunks = self._load(cfg.model.path)
         self.routing: Routing | None = None
         if trainable:
@@ -67,7 +68,9 @@ class Policy:
             self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
             self.chunks = self.model.chunks
             self.reference = (
-                self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
+                self._load(cfg.model.reference_path or cfg.model.path)
+                if "ref_logprobs" in self._needs
+                else None
             )
             if self.reference:
                 drop_initial_values(self.reference)
@@ -104,9 +107,11 @@ class Policy:
             difference to it (under its
             replay: the difference that the routers' own choice would make), see ``RoutingPass.metrics``.
         """
-        kind, rspo = self.cfg.algorithm.moe_routing_replay, self.cfg.algorithm.loss == "rspo"
+        kind, shifts = self.cfg.algorithm.moe_routing_replay, "router_shift" in self._needs
         routing = self._routing_pass(batch, replay=kind == "rollout", record=kind != "rollout")
-        routers = OldRouters(*self._routers_of(batch), keep_scores=rspo) if self.description.is_moe else None
+        routers = (
+            OldRouters(*self._routers_of(batch), keep_scores=shifts) if self.description.is_moe else None
+        )
         batch.old_logprobs = self.schedule.logprobs(self.chunks, batch, routing, routers)
         self._weights_are_old = True
         metrics = (
@@ -116,7 +121,7 @@ class Policy:
             metrics |= routing.metrics("moe/routing_differs")
             if routing.record:
                 batch.routed_experts = routing.gather()
-        if routers and rspo:
+        if routers and shifts:
             batch.router_scores = routers.gather_scores()
         return metrics
 
@@ -134,7 +139,7 @@ class Policy:
         return shift.gather()
 
     def reference_logprobs(self, batch: TrainBatch) -> Tensor:
-        """Return ``logprobs`` of the reference policy; needs ``algorithm.kl_coef`` > 0."""
+        """Return ``logprobs`` of the reference policy; the loss must need the column ``ref_logprobs``."""
         assert self.reference is not None
         with on_device(self.reference, self.device) if self.cfg.model.reference_offload else nullcontext():
             return self.schedule.logprobs(self.reference, batch)
@@ -154,7 +159,7 @@ class Policy:
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
         """
-        if self.cfg.algorithm.loss == "rspo":
+        if "router_shift" in self._needs:
             minibatch = replace(minibatch, router_shift=self.router_shift(minibatch), router_scores=None)
         plan = self.schedule.plan(minibatch)
         response_lengths = minibatch.response_lengths

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import pkgutil
 from collections.abc import Callable
 from math import isfinite, nan
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from ..batch.samples import Prompt
 from ..config import RewardConfig
 from ..errors import InputError
+from ..plugins import resolve
 from .arithmetic import arithmetic_reward
 from .countdown import countdown_reward
 from .math import MathReward
@@ -39,17 +38,7 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
         return MathReward(timeout_s=cfg.timeout_s, workers=cfg.workers)
     if cfg.name in REWARDS:
         return REWARDS[cfg.name]
-    if ":" not in cfg.name:
-        nearest = difflib.get_close_matches(cfg.name, REWARDS, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"reward.name = {cfg.name!r} is unknown: did you mean {nearest!r}? There are {sorted(REWARDS)} and module:function"
-        )
-    try:
-        function = pkgutil.resolve_name(cfg.name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"reward.name = {cfg.name!r} cannot be imported ({error}): give module:function on the Python path"
-        ) from None
+    function = resolve("reward.name", cfg.name, REWARDS)
     if not callable(function):
         raise InputError(
             f"reward.name = {cfg.name!r} is a {type(function).__name__}: give a callable (Prompt, str) -> float"

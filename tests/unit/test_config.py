@@ -209,7 +209,7 @@ def test_unknown_key_in_the_file(tmp_path: Path) -> None:
         ),
         (
             ["--algorithm.clip_bounds", "[0.5, 0.1]"],
-            ["clip_bounds = [0.5, 0.1]", "the smaller one comes first"],
+            ["clip_bounds = [0.5, 0.1]", "put the smaller value first"],
         ),
         (
             ["--algorithm.mask", "icepop", "--algorithm.mask_low", "6"],

@@ -108,6 +108,15 @@ def test_transformer_engine_has_the_upper_bound_of_the_installed_megatron() -> N
         check_fp8(config("tensorwise"), transformer(), newer)
 
 
+def test_delayed_scales_without_a_reference_policy() -> None:
+    message = refusal(
+        lambda: check_fp8(config("delayed", algorithm={"kl_coef": 0.1}), transformer(), Capabilities())
+    )
+    assert "fp8.recipe = 'delayed' with algorithm.kl_coef" in message
+    assert "choose 'tensorwise'" in message
+    check_fp8(config("tensorwise", algorithm={"kl_coef": 0.1}), transformer(), H100)
+
+
 @pytest.mark.parametrize(
     ("recipe", "machine"), [*product(RECIPES[:3], [H100]), *product(RECIPES, [B200]), (None, Capabilities())]
 )
@@ -179,10 +188,6 @@ def test_latent_attention(tiny_model: Callable[..., Path]) -> None:
         (
             ["--fp8.recipe", "tensorwise", "--model.dtype", "fp32"],
             ["fp8.recipe = 'tensorwise' needs model.dtype = 'bf16', not 'fp32'"],
-        ),
-        (
-            ["--fp8.recipe", "delayed", "--algorithm.kl_coef", "0.1"],
-            ["fp8.recipe = 'delayed' with algorithm.kl_coef", "tensorwise"],
         ),
         (
             ["--optimizer.moments_dtype", "bf16", "--model.dtype", "fp32"],
