@@ -35,6 +35,15 @@ def resolve(field: str, name: str, builtin: Mapping[str, Any]) -> Any:
         ) from None
 
 
+def check_callable(field: str, name: str, found: Any, remedy: str) -> None:
+    """
+    Raises:
+        InputError: ``found`` is not callable; ``remedy`` ends the line.
+    """
+    if not callable(found):
+        raise InputError(f"{field} = {name!r} is a {type(found).__name__}: {remedy}")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return the entry of ``known`` that is most similar to ``word``."""
     return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batch.samples import SampleGroup
 from ..errors import InputError
-from ..plugins import resolve
+from ..plugins import check_callable, resolve
 
 Advantage = Callable[[Tensor], Tensor]
 """Rewards of one group, (n,) float64 -> their advantages, (n,)."""
@@ -59,8 +59,7 @@ def resolve_advantage(name: str) -> Advantage:
     """
     function = resolve("algorithm.advantage", name, ADVANTAGES)
     remedy = "give a function (rewards) -> advantages, both tensors of shape (n,)"
-    if not callable(function):
-        raise InputError(f"algorithm.advantage = {name!r} is a {type(function).__name__}: {remedy}")
+    check_callable("algorithm.advantage", name, function, remedy)
     try:
         inspect.signature(function).bind(None)
     except (TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from ..errors import InputError
-from ..plugins import nearest, resolve
+from ..plugins import check_callable, nearest, resolve
 from .gmpo import gmpo
 from .ppo_family import cispo, dapo, dr_grpo, grpo, gspo
 from .rspo import rspo
@@ -105,11 +105,8 @@ def resolve_loss(name: str) -> Loss:
     """
     entry = resolve("algorithm.loss", name, LOSSES)
     if not isinstance(entry, Loss):
-        if not callable(entry):
-            raise InputError(
-                f"algorithm.loss = {name!r} is a {type(entry).__name__}: "
-                "give a function (tokens, *, clip_low, clip_high) -> LossOutput, or a Loss"
-            )
+        remedy = "give a function (tokens, *, clip_low, clip_high) -> LossOutput, or a Loss"
+        check_callable("algorithm.loss", name, entry, remedy)
         entry = Loss(entry)
     _check_signature(name, entry.function)
     for field, choices in (("divisor", get_args(Divisor)), ("clip_space", get_args(ClipSpace))):

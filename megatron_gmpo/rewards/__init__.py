@@ -10,7 +10,7 @@ from typing import Any
 from ..batch.samples import Prompt
 from ..config import RewardConfig
 from ..errors import InputError
-from ..plugins import resolve
+from ..plugins import check_callable, resolve
 from .arithmetic import arithmetic_reward
 from .countdown import countdown_reward
 from .math import MathReward
@@ -39,10 +39,7 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
     if cfg.name in REWARDS:
         return REWARDS[cfg.name]
     function = resolve("reward.name", cfg.name, REWARDS)
-    if not callable(function):
-        raise InputError(
-            f"reward.name = {cfg.name!r} is a {type(function).__name__}: give a callable (Prompt, str) -> float"
-        )
+    check_callable("reward.name", cfg.name, function, "give a callable (Prompt, str) -> float")
     return _checked(function, cfg.name)
 
 
