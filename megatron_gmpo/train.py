@@ -25,7 +25,7 @@ from .evaluate import evaluate
 from .losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
 from .losses.advantages import group_advantages
 from .losses.correction import correct, rollout_mismatch
-from .losses.objective import Objective, make_objective, needed_columns
+from .losses.objective import Objective, make_objective
 from .metrics.figures import Metric, reduce_metrics
 from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
@@ -82,7 +82,6 @@ def _train(
     if state.step:
         logger.event("resume", step=state.step, checkpoint=str(run.checkpoint))
     timer = Timer(attempt.enter)
-    needed = needed_columns(cfg.algorithm)
     routing = run.description.routing if cfg.needs_rollout_routing else None
 
     def rollout() -> Collected:
@@ -128,8 +127,9 @@ def _train(
                 with timer("logprobs"):
                     logger.add(policy.set_old_logprobs(batch))
                     logger.add(correct(batch, cfg.algorithm))
-                    if "ref_logprobs" in needed:
+                    if "ref_logprobs" in objective.needs:
                         batch.ref_logprobs = policy.reference_logprobs(batch)
+                    objective.add_columns(batch)
                 updates: list[dict[str, Metric]] = []
                 with timer("train"):
                     for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each

@@ -4,19 +4,22 @@
 from the submodules, ``from .gmpo import gmpo``.
 """
 
+from ..batch.columns import Column
 from ..metrics.figures import Metric
 from .gmpo import gmpo
 from .ppo_family import cispo, dapo, dr_grpo, grpo, gspo
-from .registry import DefaultClip, Loss
+from .registry import DefaultClip, Loss, NewColumn
 from .rspo import rspo
 from .tokens import LossOutput, LossTokens, clip_events, clip_one_sided, extremes, k3, means
 
 __all__ = [
+    "Column",
     "DefaultClip",
     "Loss",
     "LossOutput",
     "LossTokens",
     "Metric",
+    "NewColumn",
     "cispo",
     "clip_events",
     "clip_one_sided",

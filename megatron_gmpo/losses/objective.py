@@ -1,6 +1,4 @@
-"""The loss of an optimizer step as the config describes it: a policy loss with its options, penalties and
-divisor.
-"""
+"""The loss of an optimizer step: a policy loss with its options, penalties and divisor."""
 
 from __future__ import annotations
 
@@ -11,22 +9,26 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..batch.columns import Microbatch
+from ..batch.columns import Microbatch, TrainBatch
 from ..config import AlgorithmConfig
 from ..errors import InputError
 from .advantages import resolve_advantage
-from .registry import Loss, check_options, default_clips, resolve_loss
+from .registry import Loss, NewColumn, default_clips, resolve_loss
+from .signature import check_options
 from .tokens import LossOutput, LossTokens
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Return the SUM of the loss over one microbatch; the SUMs over a minibatch divided by ``count`` of the
-    minibatch are its loss.
+    """The loss that the config describes.
+
+    Calling it returns the SUM of one microbatch. The sum over all microbatches of a minibatch, divided by
+    ``count`` of the minibatch, is the loss of the optimizer step.
 
     Attributes:
         name: of the loss, as the config writes it.
         loss: its entry.
+        needs: columns that the run must make, see ``needed_columns``.
         options: its keyword arguments besides the clips.
         clip_low, clip_high: its clips.
         max_kl: bound of off-policy sequence masking, in nats per token; None disables it.
@@ -38,6 +40,7 @@ class Objective:
 
     name: str
     loss: Loss
+    needs: frozenset[str]
     options: Mapping[str, Any]
     clip_low: float
     clip_high: float
@@ -50,14 +53,16 @@ class Objective:
     def __call__(
         self, logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup | None
     ) -> LossOutput:
-        """Return the loss of the microbatch, given (T,) log probabilities and entropies of its predicted
-        tokens, with gradient.
+        """Return the SUM of the loss over a microbatch.
+
+        Args:
+            logprobs, entropy: (T,) of the predicted tokens, with gradient.
 
         Raises:
             InputError: a loss of the user's own returned something other than a ``LossOutput``.
         """
         assert microbatch.old_logprobs is not None
-        uses_entropy = self.entropy_coef != 0 or "entropy" in self.loss.needs
+        uses_entropy = self.entropy_coef != 0 or "entropy" in self.needs
         shift = microbatch.router_shift
         tokens = LossTokens(
             logprobs,
@@ -76,7 +81,7 @@ class Objective:
             kl_coef=self.kl_coef,
             entropy_coef=self.entropy_coef,
             max_response_tokens=self.max_response_tokens,
-            columns={} if shift is None else {"router_shift": shift},
+            columns=microbatch.extra if shift is None else microbatch.extra | {"router_shift": shift},
         )
         output = self.loss.function(tokens, clip_low=self.clip_low, clip_high=self.clip_high, **self.options)
         if not isinstance(output, LossOutput):
@@ -85,10 +90,18 @@ class Objective:
             )
         return output
 
-    def count(self, response_lengths: Tensor) -> int:
-        """Return the divisor of the SUM over sequences with these (S,) response lengths: their tokens, or how
-        many are not empty.
+    def add_columns(self, batch: TrainBatch) -> None:
+        """Add the loss's own columns to the batch, whose other columns are known.
+
+        Raises:
+            InputError: a column has another dtype or shape than its statement.
         """
+        for need in self.loss.needs:
+            if isinstance(need, NewColumn):
+                batch.add_extra(need.name, need.column, need.make(batch))
+
+    def count(self, response_lengths: Tensor) -> int:
+        """Return the divisor of the SUM over sequences with these (S,) response lengths."""
         per_token = self.loss.divisor == "tokens"
         return int(response_lengths.sum() if per_token else (response_lengths > 0).sum())
 
@@ -101,7 +114,7 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
             default clips and none are set, or does not support ``algorithm.correction``.
     """
     loss = resolve_loss(cfg.loss)
-    check_options(cfg.loss, loss, cfg.options)
+    check_options(cfg.loss, loss.function, cfg.options)
     resolve_advantage(cfg.advantage)
     if cfg.correction == "token" and not loss.token_weights:
         raise InputError(
@@ -117,6 +130,7 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
     return Objective(
         name=cfg.loss,
         loss=loss,
+        needs=needed_columns(cfg),
         options=cfg.options,
         **clips,
         max_kl=cfg.mask_kl if cfg.mask == "off_policy" else None,
@@ -130,11 +144,10 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
 
 
 def needed_columns(cfg: AlgorithmConfig) -> frozenset[str]:
-    """Return the names of the columns in ``registry.COLUMNS`` that the run must make for its loss and
-    penalties.
+    """Return which of ``registry.TRAINER_COLUMNS`` the run must make for its loss and penalties.
 
     Raises:
         InputError: see ``resolve_loss``.
     """
-    needs = frozenset(resolve_loss(cfg.loss).needs)
+    needs = frozenset(need for need in resolve_loss(cfg.loss).needs if isinstance(need, str))
     return needs | {"ref_logprobs"} if cfg.kl_coef > 0 else needs

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal, get_args
 
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from torch import Tensor
 
+from ..batch.columns import COLUMNS as BATCH_COLUMNS
+from ..batch.columns import Column, TrainBatch
 from ..errors import InputError
-from ..plugins import check_callable, nearest, resolve
+from ..plugins import check_callable, resolve
 from .gmpo import gmpo
 from .ppo_family import cispo, dapo, dr_grpo, grpo, gspo
 from .rspo import rspo
+from .signature import check_signature
 from .tokens import LossOutput
 
 Divisor = Literal["sequences", "tokens"]
 ClipSpace = Literal["log_ratio", "ratio"]
 
-COLUMNS = frozenset({"ref_logprobs", "rollout_logprobs", "entropy", "router_shift"})
-"""Columns that the trainer makes for a loss that needs them. ``router_shift`` is in ``LossTokens.columns``,
-the others are attributes."""
+TRAINER_COLUMNS = frozenset({"ref_logprobs", "rollout_logprobs", "entropy", "router_shift"})
+"""Columns that the trainer makes for a loss that needs them. ``router_shift`` is a key of
+``LossTokens.columns``; the others are attributes of ``LossTokens``."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,23 @@ class DefaultClip:
 
 
 @dataclass(frozen=True)
+class NewColumn:
+    """A column of a user's own, in ``LossTokens.columns``.
+
+    Attributes:
+        name: its key.
+        column: its dtype, what it is aligned to, and its padding.
+        make: returns the values for a batch of L tokens and S sequences: (L,), or (S,) if the column is
+            aligned to the sequence. Called once per step on every rank, with equal batches, after old and
+            reference log probabilities are known.
+    """
+
+    name: str
+    column: Column
+    make: Callable[[TrainBatch], Tensor]
+
+
+@dataclass(frozen=True)
 class Loss:
     """A policy loss and its properties.
 
@@ -53,7 +73,7 @@ class Loss:
             clip_low, 1 + clip_high].
         default_clip: None means the defaults of the function's ``clip_low`` and ``clip_high``.
         needs: columns that the function reads besides the required attributes of ``LossTokens``: names in
-            ``COLUMNS``.
+            ``TRAINER_COLUMNS``, and ``NewColumn``s.
         token_weights: The function multiplies each token's term by ``tokens.token_weights``, so
             ``algorithm.correction = "token"`` is supported.
     """
@@ -62,7 +82,7 @@ class Loss:
     divisor: Divisor = "sequences"
     clip_space: ClipSpace = "ratio"
     default_clip: DefaultClip | None = None
-    needs: tuple[str, ...] = ()
+    needs: tuple[str | NewColumn, ...] = ()
     token_weights: bool = False
 
 
@@ -96,8 +116,9 @@ LOSSES: dict[str, Loss] = {
 
 
 def resolve_loss(name: str) -> Loss:
-    """Return the entry that ``algorithm.loss`` names: a built-in loss, or ``module:attribute``, a function or
-    a ``Loss``.
+    """Return the entry of ``algorithm.loss``.
+
+    The name is that of a built-in loss, or ``module:attribute`` with a function or a ``Loss``.
 
     Raises:
         InputError: an unknown name, a module or attribute that cannot be imported, a signature that does not
@@ -108,26 +129,30 @@ def resolve_loss(name: str) -> Loss:
         remedy = "give a function (tokens, *, clip_low, clip_high) -> LossOutput, or a Loss"
         check_callable("algorithm.loss", name, entry, remedy)
         entry = Loss(entry)
-    _check_signature(name, entry.function)
+    check_signature(name, entry.function)
     for field, choices in (("divisor", get_args(Divisor)), ("clip_space", get_args(ClipSpace))):
         if getattr(entry, field) not in choices:
             raise InputError(
                 f"algorithm.loss = {name!r}: {field} = {getattr(entry, field)!r} is unknown: choose one of {choices}"
             )
-    for column in entry.needs:
-        if column not in COLUMNS:
+    for need in entry.needs:
+        if isinstance(need, NewColumn) and need.name in TRAINER_COLUMNS | BATCH_COLUMNS.keys():
             raise InputError(
-                f"algorithm.loss = {name!r} needs the column {column!r}, which nothing makes: "
-                f"choose one of {sorted(COLUMNS)}"
+                f"algorithm.loss = {name!r}: its new column {need.name!r} exists already: give it another name"
+            )
+        if isinstance(need, str) and need not in TRAINER_COLUMNS:
+            raise InputError(
+                f"algorithm.loss = {name!r} needs the column {need!r}, which nothing makes: "
+                f"choose one that the trainer makes, {sorted(TRAINER_COLUMNS)}, or give a NewColumn with a function "
+                "that makes it"
             )
     return entry
 
 
 def default_clips(name: str, loss: Loss, is_moe: bool) -> tuple[dict[str, float], str]:
-    """Return the values of ``clip_low`` and ``clip_high`` that hold if the config sets none, and where they
-    come from.
+    """Return the default values of ``clip_low`` and ``clip_high``, and where they come from.
 
-    A loss without ``default_clip`` whose function has no default for a clip lacks the clip's key.
+    A key is missing if the loss has no ``default_clip`` and its function no default for that clip.
     """
     if loss.default_clip:
         default = (is_moe and loss.default_clip.moe) or loss.default_clip
@@ -135,70 +160,3 @@ def default_clips(name: str, loss: Loss, is_moe: bool) -> tuple[dict[str, float]
     parameters = inspect.signature(loss.function).parameters
     found = {name: parameters[name].default for name in ("clip_low", "clip_high")}
     return {k: v for k, v in found.items() if v is not inspect.Parameter.empty}, f"default of {name}"
-
-
-def check_options(name: str, loss: Loss, options: Mapping[str, Any]) -> None:
-    """Check ``algorithm.options`` against the keyword-only parameters of the loss and their annotations.
-
-    Raises:
-        InputError: an unknown option (the line names the nearest), a missing one, or a value of the wrong
-            type or out of range.
-    """
-    parameters = {
-        key: parameter
-        for key, parameter in inspect.signature(loss.function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and key not in ("clip_low", "clip_high")
-    }
-    places = {key: f"algorithm.options.{key}" for key in parameters}
-    places |= {key: f"algorithm.{key}" for key in ("clip_low", "clip_high")}
-    for key in options:
-        if key not in parameters:
-            raise InputError(
-                f"algorithm.options.{key} is not an option of {name}: did you mean {places[nearest(key, places)]}?"
-            )
-    for key, annotation in _annotations(name, loss.function, parameters).items():
-        if key in options:
-            try:
-                annotation.validate_python(options[key], strict=True)
-            except ValidationError as error:
-                message = error.errors()[0]["msg"]
-                raise InputError(f"algorithm.options.{key} = {options[key]!r}: {message}") from None
-        elif parameters[key].default is inspect.Parameter.empty:
-            raise InputError(f"algorithm.options.{key} is missing: {name} has no default for it, set it")
-
-
-def _annotations(
-    name: str, function: Callable[..., LossOutput], parameters: Mapping[str, inspect.Parameter]
-) -> dict[str, TypeAdapter[Any]]:
-    adapters: dict[str, TypeAdapter[Any]] = {}
-    try:
-        hints = get_type_hints(function, include_extras=True)
-        for key in parameters:
-            adapters[key] = TypeAdapter(hints.get(key, Any))
-    except (NameError, PydanticUserError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"algorithm.loss = {name!r}: the annotation of a parameter is not a type of config values ({reason}): "
-            "annotate options with types such as float, bool or Literal, and read tensors from tokens"
-        ) from None
-    return adapters
-
-
-def _check_signature(name: str, function: Callable[..., LossOutput]) -> None:
-    remedy = "write def loss(tokens, *, clip_low, clip_high, ...)"
-    try:
-        first, *others = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # not a Python function, or one without parameters
-        raise InputError(
-            f"algorithm.loss = {name!r} does not take the parameter 'tokens': {remedy}"
-        ) from None
-    if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-        raise InputError(f"algorithm.loss = {name!r}: parameter {first.name!r} is not positional: {remedy}")
-    for parameter in others:
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            raise InputError(
-                f"algorithm.loss = {name!r}: parameter {parameter.name!r} is not keyword-only: {remedy}"
-            )
-    for clip in ("clip_low", "clip_high"):
-        if clip not in (parameter.name for parameter in others):
-            raise InputError(f"algorithm.loss = {name!r} does not take the parameter {clip!r}: {remedy}")

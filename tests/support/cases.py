@@ -68,7 +68,7 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
     """``steps`` optimizer steps on one batch: logprobs before, metrics of each step, and the weights after."""
     with opened(cfg) as policy:
         logprobs = policy.logprobs(batch)
-        if cfg.algorithm.kl_coef:
+        if policy.reference:
             batch.ref_logprobs = policy.reference_logprobs(batch)
         history = _steps(policy, batch, steps)
         return {"logprobs": logprobs, "history": history, "weights": weights_on_rank_0(policy)}
@@ -76,6 +76,7 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
 
 def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, float]]:
     objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
+    objective.add_columns(batch)
     return [
         {name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()}
         for _ in range(steps)
@@ -93,7 +94,7 @@ def replay(
         compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(batch).items()}
         logprobs = batch.old_logprobs
         batch.old_logprobs = logprobs if old_logprobs is None else old_logprobs
-        if cfg.algorithm.kl_coef:
+        if policy.reference:
             batch.ref_logprobs = policy.reference_logprobs(batch)
         chosen = watch_routers(policy)
         history = [

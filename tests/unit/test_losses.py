@@ -17,8 +17,9 @@ from torch.testing import assert_close
 
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.losses import LossOutput, LossTokens, gmpo
-from megatron_gmpo.losses.registry import LOSSES, check_options, default_clips, resolve_loss
+from megatron_gmpo.losses.registry import LOSSES, default_clips, resolve_loss
 from megatron_gmpo.losses.rspo import log_router_shift
+from megatron_gmpo.losses.signature import check_options
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 TOKEN_MEAN_LOSSES = {"dapo", "cispo"}
@@ -818,15 +819,17 @@ def test_properties_of_the_built_in_losses():
 )
 def test_options_are_checked_by_their_annotations(name: str, options: dict, message: str):
     with pytest.raises(InputError, match=message) as error:
-        check_options(name, LOSSES[name], options)
+        check_options(name, LOSSES[name].function, options)
     assert "\n" not in str(error.value)
 
 
 @all_losses
 def test_defaults_pass_the_check(name: str):
     assert resolve_loss(name) is LOSSES[name]
-    check_options(name, LOSSES[name], {})
-    check_options("gmpo", LOSSES["gmpo"], {"clip_mode": "none", "dual_clip": 3, "length_normalize": False})
+    check_options(name, LOSSES[name].function, {})
+    check_options(
+        "gmpo", LOSSES["gmpo"].function, {"clip_mode": "none", "dual_clip": 3, "length_normalize": False}
+    )
 
 
 def test_an_overflowing_ratio_without_1_over_n_is_nothing_where_the_advantage_is_0() -> None:
