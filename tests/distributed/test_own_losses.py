@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 
 from ..support import cases
-from ..support.commands import ROOT
+from ..support.losses import documented_losses
 from ..support.ranks import RankPool
 from .test_layouts import CLIP, LAYOUTS, STEPS, Reference, check, config, expected
 
@@ -40,18 +39,6 @@ def ramped(log_ratio: Tensor, advantage: Tensor) -> Tensor:
     )
 
 
-def examples(folder: Path) -> None:
-    """Write every Python block of docs/losses.md that defines a loss to a module ``documented_N``."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs/losses.md").read_text(), re.DOTALL | re.MULTILINE
-    )
-    with_losses = [block for block in blocks if "-> LossOutput" in block]
-    assert len(with_losses) == 2
-    assert len(with_losses[0].strip().splitlines()) <= 15
-    for number, block in enumerate(with_losses):
-        (folder / f"documented_{number}.py").write_text(block)
-
-
 def train(folder: Path, cfg: Config, batch: TrainBatch) -> dict[str, Any]:
     """On a rank: train with ``folder`` on the Python path."""
     sys.path.insert(0, str(folder))
@@ -62,16 +49,14 @@ def train(folder: Path, cfg: Config, batch: TrainBatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", ["one rank", "cp2"])
-@pytest.mark.parametrize(
-    ("name", "formula"), [("documented_0:harmonic", harmonic), ("documented_1:ramped", ramped)]
-)
+@pytest.mark.parametrize(("number", "name"), enumerate(["harmonic", "ramped"]))
 def test_documented_losses_equal_their_formulas(
-    ranks: RankPool, expected: Reference, tmp_path: Path, name: str, formula: Any, layout: str
+    ranks: RankPool, expected: Reference, tmp_path: Path, number: int, name: str, layout: str
 ) -> None:
-    examples(tmp_path)
-    known = expected("qwen3_moe", loss=formula, per_token=formula is ramped)
+    (tmp_path / f"documented_{number}.py").write_text(documented_losses()[number])
+    known = expected("qwen3_moe", loss=[harmonic, ramped][number], per_token=name == "ramped")
     world_size, parallel, _ = LAYOUTS[layout]
-    cfg = config(known["path"], parallel, max_tokens=64, algorithm={"loss": name})
+    cfg = config(known["path"], parallel, max_tokens=64, algorithm={"loss": f"documented_{number}:{name}"})
     results = ranks.run(world_size, train, tmp_path, cfg, known["batch"])
     assert results[0]["history"][0]["loss"] != pytest.approx(expected("qwen3_moe")["losses"][0], rel=0.01)
     check(results, known)
