@@ -14,12 +14,9 @@ from torch import Tensor
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import WeightSyncConfig
 from megatron_gmpo.policy.policy import Policy
+from megatron_gmpo.rollout.sglang.memory import release_memory, resume_memory
 from megatron_gmpo.rollout.sglang.servers import Server
-from megatron_gmpo.rollout.sglang.sync.weight_sync import (
-    make_weight_sync,
-    release_memory,
-    resume_memory,
-)
+from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from tests.support.sglang_servers import generate, local_servers, needs_sglang
 
 from .conftest import Open

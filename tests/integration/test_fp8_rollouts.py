@@ -30,7 +30,7 @@ from megatron_gmpo.rollout.sglang.engine import (
     start_sglang,
 )
 from megatron_gmpo.rollout.sglang.engine import servers as servers_module
-from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
+from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 from ..support.sglang_servers import CPU, PYTHON, generate, needs_sglang
