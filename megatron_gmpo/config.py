@@ -441,8 +441,8 @@ class CollapseConfig(_Section):
     grad_norm_factor: Annotated[float, Field(gt=1)] = 10.0
     """More than so many times the median gradient norm of the last ``window`` steps is one. inf means: never."""
     reward_drop: Annotated[float, Field(gt=0)] = 0.5
-    """A mean reward of the last ``window`` steps that lost more than this share of the best such mean, and more than noise explains, is
-    one. inf means: never."""
+    """Largest share of the best mean reward over ``window`` steps that the current such mean may lose, with a
+    margin of four standard errors for noise; a larger loss is a collapse. inf disables the check."""
     rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Every rollback multiplies the learning rate by this."""
     max_rollbacks: Positive = 2

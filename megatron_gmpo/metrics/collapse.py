@@ -12,8 +12,8 @@ from typing import Any
 from ..config import CollapseConfig
 from ..distributed import broadcast_object
 
-STANDARD_ERRORS = 8.0
-"""A fall of the mean reward that is smaller than so many standard errors of such a mean is noise, however large its share."""
+STANDARD_ERRORS = 4.0
+"""Margin for noise of the reward's limit, in standard errors of a mean over ``window`` steps."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ class _Reward(_Signal):
         if self.best is None or mean > self.best:
             self.best = mean
         standard_error = math.sqrt(self.squares / (2 * (self.steps - 1) * cfg.window))
-        if math.isinf(cfg.reward_drop) or self.best - mean <= max(
-            cfg.reward_drop * abs(self.best), STANDARD_ERRORS * standard_error
-        ):
+        noise = STANDARD_ERRORS * standard_error
+        if math.isinf(cfg.reward_drop) or self.best - mean <= cfg.reward_drop * abs(self.best) + noise:
             return None
         return f"reward/mean over {cfg.window} steps fell from {self.best:.3g} to {mean:.3g}"
 
