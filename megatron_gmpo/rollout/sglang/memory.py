@@ -16,8 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def release_memory(servers: Sequence[Server], timeout_s: float) -> None:
-    """Make servers free the memory of weights and cache. They must be idle: SGLang dies when it has
-    unfinished requests.
+    """Make idle servers free the memory of weights and cache. SGLang dies if a request is unfinished.
 
     Servers that do not answer, or have not been synced since their start, are skipped.
 

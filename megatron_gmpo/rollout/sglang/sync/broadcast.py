@@ -174,8 +174,7 @@ class BroadcastSync(WeightSync):
 
 
 def _address_for(servers: Iterable[Server]) -> str:
-    """Return this machine's address as the servers see it; loopback only when all servers run on this
-    machine."""
+    """Return this machine's address as the servers see it: loopback only when all servers run here."""
     for server in servers:
         address = address_towards(httpx.URL(server.url).host)
         if not address.startswith("127."):

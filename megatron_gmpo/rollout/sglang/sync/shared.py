@@ -103,8 +103,7 @@ class CudaIpcSync(_SharedBucketSync):
             self._payload(bucket)
 
     def _payload(self, bucket: Bucket) -> list[str]:
-        """Return the handles of all ranks; empty for a rank without a reader, whose memory would never be
-        freed."""
+        """Return the handles of all ranks; empty for a rank without a reader, which would leak the bucket."""
         return all_gather_objects(_serialize(bucket) if self._is_read else "")
 
     def _handles(self, payload: list[str], server: Server) -> list[str]:
@@ -114,8 +113,10 @@ class CudaIpcSync(_SharedBucketSync):
 
 class _Pickler(ForkingPickler):
     def reducer_override(self, obj: Any) -> Any:
-        """Identify GPUs by UUID, as SGLang does (srt/utils/patch_torch.py): a server may number them
-        differently."""
+        """Identify GPUs by UUID, because a server may number them differently.
+
+        SGLang does the same (srt/utils/patch_torch.py).
+        """
         if not (isinstance(obj, Tensor) and obj.is_cuda):
             return NotImplemented
         rebuild, args = reduce_tensor(obj)

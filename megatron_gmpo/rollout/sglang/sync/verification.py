@@ -31,8 +31,7 @@ class Verification:
         self._noise = _checksums(session)
 
     def check(self, session: Session, version: str) -> None:
-        """Compare the servers' weights with the noise, with each other, and with earlier syncs of
-        ``version``.
+        """Compare the servers' weights with the noise, each other, and earlier syncs of ``version``.
 
         A server that differs from the majority of its layout is dropped. A weight that was not replaced
         becomes the session's problem.
