@@ -1,4 +1,4 @@
-"""Rewards: a ``Reward`` is any callable (Prompt, response text) -> float; the built-in ones stand in ``REWARDS``."""
+"""Rewards: callables (Prompt, response text) -> float. ``REWARDS`` holds the built-in ones."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ REWARDS: dict[str, Reward] = {
 
 
 def resolve_reward(cfg: RewardConfig) -> Reward:
-    """The reward that ``cfg.name`` names: one of ``REWARDS``, or ``module:function`` imported from the Python path.
+    """Return the reward ``cfg.name``: one of ``REWARDS``, or ``module:function`` from the Python path.
 
-    Rewards are called from several threads at once. One that counts cut-off checks has an int attribute ``timeouts``
-    (``MathReward``).
+    Rewards are called from several threads at once. A reward that counts timeouts, like ``MathReward``, has
+    an int attribute ``timeouts``.
 
     Raises:
-        InputError: no such name, module or function, or it is not callable. The returned reward raises it too, when a function of
-            the user's returns something other than a finite number or a bool.
+        InputError: the name, module or function does not exist, or is not callable. The returned reward
+            raises it too, when a user's function returns a value that is not a finite number.
     """
     if cfg.name == "math":
         return MathReward(timeout_s=cfg.timeout_s, workers=cfg.workers)
@@ -52,7 +52,8 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
         ) from None
     if not callable(function):
         raise InputError(
-            f"reward.name = {cfg.name!r} is a {type(function).__name__}: give a callable (Prompt, str) -> float"
+            f"reward.name = {cfg.name!r} is a {type(function).__name__}: "
+            "give a callable (Prompt, str) -> float"
         )
     return _checked(function, cfg.name)
 

@@ -1,4 +1,4 @@
-"""The collapse detector on synthetic curves: healthy noisy runs, and every kind of collapse."""
+"""The collapse detector on synthetic curves: healthy noisy runs and every kind of collapse."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from megatron_gmpo.metrics.collapse import Collapse, CollapseDetector
 
 Curve = Callable[[int], dict[str, float]]
 STEPS, AT = 120, 61
-"""Length of a run, and the first step that shows its collapse."""
+"""Length of a run, and the first step of its collapse."""
 
 
 def healthy(seed: int, *, answers: int = 256, final_entropy: float = 0.2, final_reward: float = 0.7) -> Curve:
-    """Reward of so many graded answers rises from 0.2, entropy falls from 0.6, gradient norms are log-normal
-    with single spikes."""
+    """Return the curve of a healthy run.
+
+    The mean reward of ``answers`` graded answers starts at 0.2, entropy at 0.6. Gradient norms are log-normal
+    with spikes of single steps.
+    """
     rng = np.random.default_rng(seed)
     spikes = rng.choice(np.arange(0, 1000, 5), 20, replace=False)
 
@@ -47,13 +50,13 @@ def healthy(seed: int, *, answers: int = 256, final_entropy: float = 0.2, final_
 
 
 def collapsing(seed: int, name: str, factor: float) -> Curve:
-    """Healthy until one figure is multiplied from step AT on."""
+    """Return a healthy curve with one figure multiplied by ``factor`` from step AT on."""
     before = healthy(seed)
     return lambda step: {n: x * (factor if n == name and step >= AT else 1) for n, x in before(step).items()}
 
 
 def run(curve: Curve, steps: int = STEPS, **fields) -> list[tuple[int, Collapse]]:
-    """(step, what was found) of a run in which nothing is done about it."""
+    """Return (step, collapse) for every collapse found in a run that continues regardless."""
     detector = CollapseDetector(CollapseConfig(**fields))
     found = ((step, detector.update(step, curve(step))) for step in range(1, steps + 1))
     return [(step, collapse) for step, collapse in found if collapse]
@@ -119,31 +122,29 @@ def test_every_collapse_fires_within_a_window_and_once(seed: int, kind: str) -> 
     cfg = CollapseConfig()
     assert kind in collapse.reason
     if kind == "reward/mean":
-        assert AT + cfg.patience <= step <= AT + cfg.window  # most of the running mean must have seen it
+        assert AT + cfg.patience <= step <= AT + cfg.window  # most of the window must lie after AT
         assert AT - cfg.window < collapse.began <= AT
     else:
-        assert step in (
-            AT + cfg.patience - 2,
-            AT + cfg.patience - 1,
-        )  # a spike of the gradient may come right before
+        # the streak may start one step early, with a spike of the gradient norm
+        assert step in (AT + cfg.patience - 2, AT + cfg.patience - 1)
         assert collapse.began == step - cfg.patience + 1
 
 
 def test_a_figure_that_recovers_may_collapse_again() -> None:
     base = healthy(0)
-    fallen = {*range(40, 50), *range(70, 72), *range(90, 100)}  # the second is shorter than the patience
+    fallen = {*range(40, 50), *range(70, 72), *range(90, 100)}  # the second dip is shorter than the patience
     found = run(lambda step: base(step) | ({"policy/entropy": 1e-4} if step in fallen else {}))
     assert [(step, collapse.began) for step, collapse in found] == [(42, 40), (92, 90)]
 
 
-def test_an_explosion_does_not_become_the_new_normal() -> None:
+def test_exploded_gradient_norms_do_not_enter_the_median() -> None:
     detector = CollapseDetector(CollapseConfig(patience=30))
     curve = collapsing(1, "grad_norm", 200.0)
     found = {step: detector.update(step, curve(step)) for step in range(1, STEPS + 1)}
     assert [step for step, collapse in found.items() if collapse] == [AT + 29]
 
 
-def test_two_figures_at_once_are_one_collapse_that_began_with_the_earlier() -> None:
+def test_two_figures_at_once_are_one_collapse() -> None:
     base = healthy(0)
     ((step, collapse),) = run(
         lambda step: base(step) | ({"policy/entropy": 0.0, "grad_norm": 1e3} if step >= AT else {})
@@ -153,8 +154,8 @@ def test_two_figures_at_once_are_one_collapse_that_began_with_the_earlier() -> N
     assert "; grad_norm 1e+03 is above" in collapse.reason
 
 
-def test_steps_that_say_nothing_are_left_out() -> None:
-    """No response tokens: no entropy and no reward; no variance in any group: no gradient."""
+def test_steps_without_data_are_skipped() -> None:
+    """Without response tokens there is no entropy and no reward; without variance in a group no gradient."""
     base = healthy(0)
     silent = {"policy/entropy": math.nan, "grad_norm": 0.0, "reward/mean": math.nan}
     assert run(lambda step: silent if step % 3 else base(step), 300) == []
@@ -173,7 +174,7 @@ def test_rewards_below_zero() -> None:
     assert len(found) == 1
 
 
-def test_limits_can_be_moved_and_lifted() -> None:
+def test_limits_can_be_changed_and_disabled() -> None:
     for name, factor, lifted in [
         ("policy/entropy", 0.0, {"entropy_share": 0.0}),
         ("grad_norm", 1e6, {"grad_norm_factor": math.inf}),
@@ -181,14 +182,14 @@ def test_limits_can_be_moved_and_lifted() -> None:
     ]:
         assert len(run(collapsing(2, name, factor))) == 1
         assert run(collapsing(2, name, factor), **lifted) == []
-    nothing_right = {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 0.0}
-    assert run(lambda step: nothing_right, reward_drop=math.inf) == []
+    all_wrong = {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 0.0}
+    assert run(lambda step: all_wrong, reward_drop=math.inf) == []
     assert len(run(collapsing(2, "policy/entropy", 0.2))) == 0
     assert len(run(collapsing(2, "policy/entropy", 0.2), entropy_floor=0.1)) == 1
 
 
 @pytest.mark.parametrize("at", [5, 30, 62, 65])
-def test_a_resumed_detector_finds_the_same(at: int) -> None:
+def test_a_resumed_detector_finds_the_same_collapses(at: int) -> None:
     curve = collapsing(3, "reward/mean", 0.1)
     figures = [curve(step) for step in range(1, STEPS + 1)]
     whole, broken = CollapseDetector(CollapseConfig()), CollapseDetector(CollapseConfig())
@@ -205,7 +206,7 @@ def test_a_resumed_detector_finds_the_same(at: int) -> None:
     assert any(expected)
 
 
-def test_a_rollback_needs_a_checkpoint_to_go_back_to() -> None:
+def test_a_rollback_needs_checkpoints() -> None:
     def tree(**checkpoint: int) -> dict:
         return {"collapse": {"action": "rollback", "window": 10, "patience": 3}, "checkpoint": checkpoint}
 
@@ -219,7 +220,7 @@ def test_a_rollback_needs_a_checkpoint_to_go_back_to() -> None:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pointer and the state of the older checkpoint are right before the first later one is touched."""
+    """The pointer and the older checkpoint's state are written before a later checkpoint is removed."""
     for step in (4, 5, 6):
         checkpoint = tmp_path / f"iter_000000{step}"
         (checkpoint / "weights").mkdir(parents=True)
@@ -229,7 +230,7 @@ def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: p
     (tmp_path / native.LATEST).write_text("6")
     good = native.checkpoint_before(tmp_path, 5)
     assert good
-    if killed:  # while it removes the first folder
+    if killed:  # during the removal of the first folder
         monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
         native.go_back(good, {"collapse": {"rollbacks": 1}})
@@ -237,6 +238,6 @@ def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: p
     assert native.read_state(good) == {"step": 4, "collapse": {"rollbacks": 1}, "scheduler": {"lr": 4}}
     later = [folder for folder in (tmp_path / "iter_0000005", tmp_path / "iter_0000006") if folder.exists()]
     assert len(later) == (2 if killed else 0)
-    if killed:  # what is half removed is not taken for a checkpoint
+    if killed:  # a partially removed folder does not count as a checkpoint
         assert native.checkpoint_before(tmp_path, 7) in (tmp_path / "iter_0000005", tmp_path / "iter_0000006")
         assert sum((folder / "state.json").exists() for folder in later) == 1
