@@ -56,50 +56,11 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
             missing or has the wrong type; the template is invalid; no prompt is left after the length filter.
     """
     _check_template(cfg.template, section)
-    chat = tokenizer.chat_template is not None if cfg.use_chat_template is None else cfg.use_chat_template
-    if chat and tokenizer.chat_template is None:
-        raise InputError(
-            f"{section}.use_chat_template = true: the tokenizer has no chat template, "
-            "leave the field out or set it to false"
-        )
-    if cfg.system_prompt and not chat:
-        raise InputError(
-            f"{section}.system_prompt = {cfg.system_prompt!r} needs a chat template: "
-            f"put it into {section}.template"
-        )
-
+    chat = _uses_chat_template(cfg, tokenizer, section)
     rows = _load(cfg, section)
-    for field, column in (("prompt_column", cfg.prompt_column), ("answer_column", cfg.answer_column)):
-        if column not in rows.column_names:
-            raise InputError(
-                f"{section}.{field} = {column!r} is not a column of {cfg.path}: "
-                f"choose one of {rows.column_names}"
-            )
-    if len(rows) == 0:
-        raise InputError(f"{section}.path = {cfg.path!r} has no rows: give a data set with problems")
-
-    name = Path(cfg.path.partition(":")[0]).stem
-    prompts: list[Prompt] = []
-    for row, (problem, answer) in enumerate(
-        zip(rows[cfg.prompt_column], rows[cfg.answer_column], strict=True)
-    ):
-        where = f"{section}.path = {cfg.path!r}, row {row}"
-        if not isinstance(answer, str | int | float) or not str(answer).strip():
-            raise InputError(
-                f"{where}: column {cfg.answer_column!r} is {answer!r}: "
-                "give every problem an answer, text or a number"
-            )
-        prompt = Prompt(id=f"{name}/{row}", answer=str(answer))
-        if chat:
-            prompt.messages = _messages(problem, cfg, where)
-        elif isinstance(problem, str) and problem:
-            prompt.text = _fill(cfg.template, problem)
-        else:
-            raise InputError(
-                f"{where}: column {cfg.prompt_column!r} is not text, and only a chat template takes messages"
-            )
-        prompts.append(prompt)
-
+    _check_columns(cfg, rows, section)
+    problems = zip(rows[cfg.prompt_column], rows[cfg.answer_column], strict=True)
+    prompts = [_prompt(row, *problem, cfg, chat, section) for row, problem in enumerate(problems)]
     _tokenize(prompts, tokenizer, chat, section)
     kept = [prompt for prompt in prompts if len(prompt.input_ids) <= cfg.max_prompt_tokens]
     if not kept:
@@ -195,6 +156,54 @@ def _check_template(template: str, section: str) -> None:
             f"{field} must have the field {{prompt}} and no other, has {sorted(fields)}: "
             "write literal braces as {{ and }}"
         )
+
+
+def _uses_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> bool:
+    has_one = tokenizer.chat_template is not None
+    chat = has_one if cfg.use_chat_template is None else cfg.use_chat_template
+    if chat and not has_one:
+        raise InputError(
+            f"{section}.use_chat_template = true: the tokenizer has no chat template, "
+            "leave the field out or set it to false"
+        )
+    if cfg.system_prompt and not chat:
+        raise InputError(
+            f"{section}.system_prompt = {cfg.system_prompt!r} needs a chat template: "
+            f"put it into {section}.template"
+        )
+    return chat
+
+
+def _check_columns(cfg: DataConfig, rows: datasets.Dataset, section: str) -> None:
+    for field, column in (("prompt_column", cfg.prompt_column), ("answer_column", cfg.answer_column)):
+        if column not in rows.column_names:
+            raise InputError(
+                f"{section}.{field} = {column!r} is not a column of {cfg.path}: "
+                f"choose one of {rows.column_names}"
+            )
+    if len(rows) == 0:
+        raise InputError(f"{section}.path = {cfg.path!r} has no rows: give a data set with problems")
+
+
+def _prompt(row: int, problem: Any, answer: Any, cfg: DataConfig, chat: bool, section: str) -> Prompt:
+    """Return the prompt of a row, without ``input_ids``."""
+    where = f"{section}.path = {cfg.path!r}, row {row}"
+    if not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise InputError(
+            f"{where}: column {cfg.answer_column!r} is {answer!r}: "
+            "give every problem an answer, text or a number"
+        )
+    name = Path(cfg.path.partition(":")[0]).stem
+    prompt = Prompt(id=f"{name}/{row}", answer=str(answer))
+    if chat:
+        prompt.messages = _messages(problem, cfg, where)
+    elif isinstance(problem, str) and problem:
+        prompt.text = _fill(cfg.template, problem)
+    else:
+        raise InputError(
+            f"{where}: column {cfg.prompt_column!r} is not text, and only a chat template takes messages"
+        )
+    return prompt
 
 
 def _fill(template: str, problem: str) -> str:
