@@ -238,19 +238,23 @@ class SGLangConfig(_Section):
 
 class WeightSyncConfig(_Section):
     route: Literal["disk", "distributed", "tensor"] = "disk"
-    """How weights reach the servers: a folder both see, a process group (NCCL or gloo), or memory both share."""
+    """Transport of the weights to the servers: a folder that both see (``disk``), a broadcast over NCCL or
+    gloo (``distributed``), or memory that both map (``tensor``)."""
     bucket_bytes: Positive = 512 * 2**20
-    """Most bytes of tensors on their way at a time."""
+    """Memory for the tensors in transit, in bytes. Two buckets share it: one is packed while the other is
+    sent."""
     in_flight: Literal["retract", "in_place", "abort"] = "retract"
-    """Responses a sync finds unfinished go on with the new weights: with their cache computed anew, with the old cache, or aborted and
-    sent again as a longer prompt."""
+    """How unfinished requests continue after a sync: the server recomputes their KV cache with the new
+    weights (``retract``), keeps the old cache (``in_place``), or aborts them and the client sends them again
+    as longer prompts (``abort``)."""
     verify: bool = False
-    """Compare checksums of the servers' weights after each sync."""
+    """Compare checksums of the servers' weights after each sync. Before it, all weights are overwritten with
+    noise."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Limit for one request of a sync."""
+    """Timeout of one request of a sync."""
     folder: str = ""
-    """Where the ``disk`` route writes, each run below its own name; empty means weight_sync in run_dir. The servers must see it under the
-    same name."""
+    """Folder that the ``disk`` route writes to, each run below its own path; empty means weight_sync in
+    run_dir. The servers must see it under the same path."""
 
 
 class RewardConfig(_Section):
@@ -455,8 +459,8 @@ class CollapseConfig(_Section):
     """Maximum gradient norm, as a multiple of the median of the last ``window`` steps. inf disables this
     limit."""
     reward_drop: Annotated[float, Field(gt=0)] = 0.5
-    """Maximum drop of the mean reward over ``window`` steps, as a fraction of the best such mean; the drop
-    must also exceed the noise. inf disables this limit."""
+    """Largest share of the best mean reward over ``window`` steps that the current such mean may lose, with a
+    margin of four standard errors for noise; a larger loss is a collapse. inf disables the check."""
     rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Factor by which each rollback multiplies the learning rate."""
     max_rollbacks: Positive = 2

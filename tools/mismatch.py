@@ -52,7 +52,7 @@ from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.replay import load_groups
 from megatron_gmpo.rollout.sglang.engine import check_servers, local_servers
 from megatron_gmpo.rollout.sglang.servers import Server, external_servers
-from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
+from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from megatron_gmpo.weights.export import unwrapped
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 

@@ -1,4 +1,4 @@
-"""Rewards: a ``Reward`` is any callable (Prompt, response text) -> float; the built-in ones stand in ``REWARDS``."""
+"""Rewards: callables (Prompt, response text) -> float. ``REWARDS`` holds the built-in ones."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ REWARDS: dict[str, Reward] = {
 
 
 def resolve_reward(cfg: RewardConfig) -> Reward:
-    """The reward that ``cfg.name`` names: one of ``REWARDS``, or ``module:function`` imported from the Python path.
+    """Return the reward ``cfg.name``: one of ``REWARDS``, or ``module:function`` from the Python path.
 
-    Rewards are called from several threads at once. One that counts cut-off checks has an int attribute ``timeouts``
-    (``MathReward``).
+    Rewards are called from several threads at once. A reward that counts timeouts, like ``MathReward``, has
+    an int attribute ``timeouts``.
 
     Raises:
-        InputError: no such name, module or function, or it is not callable. The returned reward raises it too, when a function of
-            the user's returns something other than a finite number or a bool.
+        InputError: the name, module or function does not exist, or is not callable. The returned reward
+            raises it too, when a user's function returns a value that is not a finite number.
     """
     if cfg.name == "math":
         return MathReward(timeout_s=cfg.timeout_s, workers=cfg.workers)

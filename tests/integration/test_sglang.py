@@ -30,7 +30,7 @@ from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine, start_sglang
 from megatron_gmpo.rollout.sglang.servers import LocalServers
-from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
+from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from tools import arithmetic
 
 from ..support import conversions

@@ -28,8 +28,9 @@ from ...models import fp8_blocks
 from ...weights.companions import copy_companions
 from ..engine import SamplingParams, end_token_ids, response_text
 from .client import Response, RolloutClient
+from .memory import release_memory, resume_memory
 from .servers import LocalServers, Server, external_servers, published_servers
-from .sync.weight_sync import WeightSync, make_weight_sync, release_memory, resume_memory
+from .sync import WeightSync, make_weight_sync
 
 _POLL_S = 0.2  # three things may end a wait (samples, a server that came back, a problem), so they are looked at in turn
 _IMPORT_TIMEOUT_S = 300.0
