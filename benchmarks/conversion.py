@@ -23,8 +23,10 @@ import torch
 import tyro
 from transformers import AutoConfig
 
-from megatron_gmpo.weights.convert import ConversionTable, HFToMegatron, MegatronToHF
+from megatron_gmpo.weights.hf_to_megatron import HFToMegatron
+from megatron_gmpo.weights.megatron_to_hf import MegatronToHF
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFile
+from megatron_gmpo.weights.table import ConversionTable
 from tools.conversion import processes
 
 BLOCK = 16 * 2**20
@@ -94,7 +96,7 @@ def to_megatron(folder: Path, out: Path) -> None:
 
 def to_hf(folder: Path, out: Path) -> None:
     conversion = MegatronToHF(folder / "to_megatron", None, None)
-    conversion.convert(out, max_shard_size=5 * 10**9, verify=False, advance=lambda _: None)
+    conversion.convert(out, verify=False, advance=lambda _: None)
 
 
 def measure(what: str, folder: Path) -> None:

@@ -51,7 +51,7 @@ from torch import Tensor
 from ..distributed import barrier, rank
 from ..errors import InputError
 from ..weights.companions import copy_companions
-from ..weights.export import unwrapped
+from ..weights.parameters import unwrapped
 from ..weights.torch_dist import LATEST
 
 _IDENTITY = [

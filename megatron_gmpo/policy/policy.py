@@ -25,8 +25,9 @@ from ..errors import NonFiniteError
 from ..losses.objective import Objective
 from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.attention import packing_of
-from ..models.config import ModelDescription
-from ..weights.export import export_hf, load_hf
+from ..models.description import ModelDescription
+from ..weights.export import export_hf
+from ..weights.load import load_hf
 from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device
 from .fp8 import drop_initial_values, total_multiple
@@ -43,7 +44,7 @@ class Policy:
 
     Args:
         cfg: the run's config.
-        description: the model, from ``models.config.describe_model``.
+        description: the model, from ``models.description.describe_model``.
         groups: the process groups, from ``policy.parallel.start_model_parallel``.
         device: where the model lives.
         trainable: False leaves out gradient buffers, optimizer and reference; then it gives log probabilities, and weights can be loaded

@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_gmpo.weights.convert import ConversionTable, HFToMegatron, inspect_checkpoint
+from megatron_gmpo.weights.hf_to_megatron import HFToMegatron
+from megatron_gmpo.weights.inspection import inspect_checkpoint
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFile
+from megatron_gmpo.weights.table import ConversionTable
 from megatron_gmpo.weights.torch_dist import TorchDistReader
 from tools.conversion import compare_logits
 from tools.make_tiny_model import text_tokenizer

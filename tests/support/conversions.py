@@ -25,11 +25,13 @@ from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.attention import PackedAttention
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
-from megatron_gmpo.weights.convert import HFToMegatron, MegatronToHF
-from megatron_gmpo.weights.export import export_hf, unwrapped
+from megatron_gmpo.weights.export import export_hf
+from megatron_gmpo.weights.hf_to_megatron import HFToMegatron
+from megatron_gmpo.weights.megatron_to_hf import MegatronToHF
+from megatron_gmpo.weights.parameters import unwrapped
 from megatron_gmpo.weights.torch_dist import checkpoint_folder
 from tools.conversion import processes
 
@@ -53,9 +55,8 @@ def to_hf(
     max_shard_size: int = 10**9,
 ) -> int:
     done: list[int] = []
-    MegatronToHF(megatron, template, dtype).convert(
-        hf, max_shard_size=max_shard_size, verify=True, advance=done.append
-    )
+    conversion = MegatronToHF(megatron, template, dtype, max_shard_size)
+    conversion.convert(hf, verify=True, advance=done.append)
     return sum(done)
 
 

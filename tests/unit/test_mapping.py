@@ -17,18 +17,14 @@ from transformers import AutoModelForCausalLM
 from megatron_gmpo.models import FAMILIES
 from megatron_gmpo.models.hub import hub_names
 from megatron_gmpo.models.mapping import (
-    GateUp,
     Mapping,
-    QueryKeyValue,
-    Replicated,
     Row,
-    Split,
-    Vocabulary,
     canonical_name,
     expand,
     is_expert,
     with_global_numbers,
 )
+from megatron_gmpo.models.operations import GateUp, QueryKeyValue, Replicated, Split, Vocabulary
 
 SIZES = st.sampled_from([1, 2, 4])
 SMALL = st.integers(1, 5)

@@ -15,7 +15,7 @@ from megatron.core.transformer import MLATransformerConfig
 from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.models.config import ModelDescription, describe_model
+from megatron_gmpo.models.description import ModelDescription, describe_model
 
 CPU = torch.device("cpu")
 TP, PP, VPP = (
