@@ -96,7 +96,7 @@ def shared_experts() -> list[Row]:
 
 
 def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
-    """Return the TransformerConfig fields of a pre-norm RMSNorm decoder with gated SiLU MLPs and rotary positions.
+    """Return the TransformerConfig fields of a pre-norm RMSNorm decoder with gated SiLU MLPs.
 
     Raises:
         InputError: the config requires a computation that the model code does not implement.
@@ -140,7 +140,7 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
         hf,
         "norm_topk_prob",
         hf.norm_topk_prob != (topk > 1),
-        "Megatron normalises the scores over the chosen experts if there are several, and only then",
+        "Megatron normalizes the scores over the chosen experts if there are several, and only then",
     )
     # a group's score is the sum of its best 2 in transformers and of its best topk // topk_group in Megatron
     # (moe_utils.py:group_limited_topk)
@@ -165,7 +165,7 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
 
 
 def prediction_layers(hf: HFConfig) -> tuple[str, ...]:
-    """Return the name prefixes of multi-token prediction layers, which neither transformers nor this project builds."""
+    """Return the name prefixes of multi-token prediction layers, which are not part of the model."""
     first, count = hf.num_hidden_layers, getattr(hf, "num_nextn_predict_layers", None) or 0
     return tuple(HF_LAYER.format(l=layer) for layer in range(first, first + count))
 

@@ -26,8 +26,8 @@ from .operations import Replicated, Split
 def _latent_attention() -> list[Row]:
     """Return the rows of multi-head latent attention and of the norm before it.
 
-    A model has either ``q_proj`` or, if ``q_lora_rank`` is set, ``q_a_proj``, its norm and ``q_b_proj``. The norm
-    before the attention is never fused, because several linear layers follow it.
+    A model has either ``q_proj`` or, if ``q_lora_rank`` is set, ``q_a_proj``, its norm and ``q_b_proj``. The
+    norm before the attention is never fused, because several linear layers follow it.
     """
     ours, theirs = LAYER + "self_attention.", HF_LAYER + "self_attn."
     return [
@@ -50,19 +50,15 @@ def _latent_norm(ours: str, theirs: str) -> Row:
 
 
 def _mlp_norm() -> Row:
-    """Return the row of the norm before the MLP: Transformer Engine fuses it in dense layers, the plain spec never."""
+    """Return the row of the norm before the MLP. Only Transformer Engine fuses it, in dense layers."""
     row = mlp_norm()
     return replace(row, dense_keys=(fused_name(row.megatron), row.megatron), moe_keys=())
 
 
 def _architecture(hf: HFConfig) -> dict[str, Any]:
     no_attention_bias(hf)
-    refuse(
-        hf,
-        "rope_interleave",
-        not hf.rope_interleave,
-        "only interleaved rotary channels are supported with latent attention",
-    )
+    halves = not hf.rope_interleave
+    refuse(hf, "rope_interleave", halves, "latent attention supports interleaved rotary channels only")
     return {
         **decoder_architecture(hf),
         **sigmoid_routing(hf),
@@ -87,17 +83,14 @@ def _rotary(hf: HFConfig) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return {"rope_type": "rope", "rotary_base": rope["rope_theta"], "rotary_scaling_factor": 1.0}
-    refuse(hf, "rope_parameters", kind != "yarn", "only default and yarn are supported with latent attention")
-    factor = rope.get("attention_factor") is not None
-    refuse(hf, "rope_parameters", factor, "attention_factor is not supported")
-    refuse(hf, "rope_parameters", not rope.get("truncate", True), "truncate = false is not supported")
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    refuse(
-        hf,
-        "rope_parameters",
-        bool(mscale_all_dim and not mscale),
-        "mscale_all_dim without mscale is not supported",
-    )
+    for wrong, why in (
+        (kind != "yarn", "latent attention supports default and yarn only"),
+        (rope.get("attention_factor") is not None, "attention_factor is not supported"),
+        (not rope.get("truncate", True), "truncate = false is not supported"),
+        (mscale_all_dim and not mscale, "mscale_all_dim without mscale is not supported"),
+    ):
+        refuse(hf, "rope_parameters", wrong, why)
     return {
         "rope_type": "yarn",
         "rotary_base": rope["rope_theta"],

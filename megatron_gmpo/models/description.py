@@ -1,4 +1,4 @@
-"""Which model to build: Hugging Face config.json + run config -> ModelDescription, before any process group starts."""
+"""Hugging Face config.json + run config -> ModelDescription, before any process group starts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class ModelDescription:
         mapping: the name table.
         padded_vocab_size: rows of the embedding, see ``operations.padded_vocab_size``.
         rope: GPTModel's rotary arguments.
-        use_transformer_engine: whether to use Transformer Engine's layer spec, which needs a GPU and the library, or the
-            plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the machine supports ``cfg.fp8``.
+        use_transformer_engine: whether to use Transformer Engine's layer spec, which needs a GPU and the
+            library, or the plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the
+            machine supports ``cfg.fp8``.
     """
 
     hf: HFConfig
@@ -69,10 +70,11 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     """Read ``cfg.model.path`` and check the model against the layout and the [megatron] table.
 
     Raises:
-        InputError: the folder holds no model, or its family has no table; the layout does not divide the world size, the
-            heads, the layers or the experts; a [megatron] field is unknown, contradicts another setting or needs a
-            missing library; a pipeline stage has fewer layers than the number to keep in bf16; a setting requires routed
-            experts and the model has none; a [megatron] field prevents recording or replaying the routing.
+        InputError: the folder holds no model, or its family has no table; the layout does not divide the
+            world size, the heads, the layers or the experts; a [megatron] field is unknown, contradicts
+            another setting or needs a missing library; a pipeline stage has fewer layers than the number to
+            keep in bf16; a setting requires routed experts and the model has none; a [megatron] field
+            prevents recording or replaying the routing.
     """
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]

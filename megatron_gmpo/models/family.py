@@ -25,9 +25,10 @@ class Family:
     architecture: Callable[[HFConfig], dict[str, Any]]
 
 
-def refuse(hf: HFConfig, field: str, wrong: bool, why: str) -> None:
+def refuse(hf: HFConfig, field: str, wrong: Any, why: str) -> None:
     """Raise an InputError that names ``field`` of config.json if ``wrong``."""
     if wrong:
+        value = getattr(hf, field, None)
         raise InputError(
-            f"config.json of this {hf.model_type} model has {field} = {getattr(hf, field, None)!r}: {why}; use another model"
+            f"config.json of this {hf.model_type} model has {field} = {value!r}: {why}; use another model"
         )

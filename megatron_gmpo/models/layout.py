@@ -57,8 +57,8 @@ def _check_experts(parallel: ParallelConfig, architecture: dict[str, Any], world
     _divides("expert_tensor_parallel_size", etp, "moe_intermediate_size", architecture["moe_ffn_hidden_size"])
     if world_size % (ep * etp * pp):
         raise InputError(
-            f"parallel: expert {ep} x expert tensor {etp} x pipeline {pp} = {ep * etp * pp} does not divide the "
-            f"world size {world_size}: choose a smaller expert_model_parallel_size"
+            f"parallel: expert {ep} x expert tensor {etp} x pipeline {pp} = {ep * etp * pp} "
+            f"does not divide the world size {world_size}: choose a smaller expert_model_parallel_size"
         )
     if tp > 1 and not parallel.uses_sequence_parallel:
         raise InputError(

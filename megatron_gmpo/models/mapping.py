@@ -1,8 +1,8 @@
 """Tensor names, Hugging Face <-> Megatron: one table of rows per family, read in both directions.
 
-Megatron names are canonical: the names of the plain torch layer spec, with global layer and expert numbers. Transformer
-Engine fuses a norm into the linear layer that follows it and groups experts, which changes names only. ``canonical_name``
-reverts these changes.
+Megatron names are canonical: the names of the plain torch layer spec, with global layer and expert numbers.
+Transformer Engine fuses a norm into the linear layer that follows it and groups experts, which changes names
+only. ``canonical_name`` reverts these changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from .operations import Operation
 
 ROUTER_BIAS = "mlp.router.expert_bias"
-"""Last part of the canonical name of a router's bias. Megatron holds it as an fp32 buffer, whatever the model's dtype."""
+"""End of the canonical name of a router's bias, which Megatron holds as an fp32 buffer in any model."""
 
 _FUSED_NORMS = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
@@ -28,14 +28,14 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table. ``{l}`` stands for a layer's number and ``{e}`` for an expert's, both global and from 0.
+    """One row of a table. ``{l}`` stands for the layer number and ``{e}`` for the expert number, both global.
 
     Attributes:
         megatron: canonical name of the Megatron parameter.
         hf: names on the hub of the tensors that form it.
         operation: how they form it.
-        dense_keys: the parameter's keys in a torch_dist checkpoint. Megatron's layer specs may use different keys
-            (gpt_layer_specs.py); Transformer Engine's comes first. Empty if the only key is the name.
+        dense_keys: the parameter's keys in a torch_dist checkpoint. Megatron's layer specs may use different
+            keys (gpt_layer_specs.py); Transformer Engine's comes first. Empty if the only key is the name.
         moe_keys: the keys in a layer with routed experts; empty if the only key is the name.
     """
 
@@ -98,7 +98,7 @@ def fused_name(name: str) -> str:
 
 
 def is_expert(name: str) -> bool:
-    """Return whether a canonical name belongs to a routed expert, which expert parallelism distributes over ranks."""
+    """Return whether a canonical name belongs to a routed expert."""
     return ".mlp.experts.local_experts." in name
 
 

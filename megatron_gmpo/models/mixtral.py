@@ -38,7 +38,7 @@ def _architecture(hf: HFConfig) -> dict[str, Any]:
         "num_moe_experts": hf.num_local_experts,
         "moe_router_topk": hf.num_experts_per_tok,
         "moe_ffn_hidden_size": hf.intermediate_size,
-        # the softmax of the chosen logits equals the softmax of all, renormalised over the chosen
+        # the softmax of the chosen logits equals the softmax of all, renormalized over the chosen
         "moe_router_pre_softmax": False,
     }
 

@@ -1,4 +1,4 @@
-"""Invertible steps between full Hugging Face tensors and the tensor-parallel shards of one Megatron parameter."""
+"""Invertible steps between Hugging Face tensors and the tensor-parallel shards of a Megatron parameter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Operation(Protocol):
-    """How Hugging Face tensors form one full Megatron tensor, and how tensor parallelism shards that tensor."""
+    """How Hugging Face tensors form a full Megatron tensor, and how tensor parallelism shards it."""
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         """Return the full Megatron tensor made of the Hugging Face tensors."""
@@ -49,7 +49,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Split(Replicated):
-    """One tensor split along ``dim``: 0 (output) for a column-parallel layer, 1 (input) for a row-parallel layer."""
+    """One tensor split along ``dim``: 0 for a column-parallel layer, 1 for a row-parallel layer."""
 
     dim: int
 
@@ -61,7 +61,7 @@ class Split(Replicated):
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int = 1) -> int:
-    """Return ``vocab_size`` rounded up to a multiple of 128 and of the tensor-parallel size, as Megatron-LM does."""
+    """Return ``vocab_size`` rounded up to a multiple of 128 and of the tensor-parallel size."""
     multiple = math.lcm(128, tensor_parallel_size)
     return math.ceil(vocab_size / multiple) * multiple
 

@@ -1,4 +1,4 @@
-"""Qwen2 (including Qwen2.5 and DeepSeek-R1-Distill-Qwen), Qwen2-MoE (including Qwen1.5-MoE), Qwen3 and Qwen3-MoE."""
+"""Qwen2 (also Qwen2.5 and DeepSeek-R1-Distill-Qwen), Qwen2-MoE (also Qwen1.5-MoE), Qwen3, Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def _routed_architecture(hf: HFConfig) -> dict[str, Any]:
         "moe_router_topk": hf.num_experts_per_tok,
         "moe_ffn_hidden_size": hf.moe_intermediate_size,
         "moe_layer_freq": 1 if all(is_moe) else [int(moe) for moe in is_moe],
-        # the softmax of the chosen logits equals the softmax of all, renormalised over the chosen (norm_topk_prob)
+        # the softmax of the chosen logits equals the softmax of all, renormalized over the chosen
+        # (norm_topk_prob)
         "moe_router_pre_softmax": not hf.norm_topk_prob,
     }
 
@@ -62,9 +63,9 @@ def _qwen3_moe_architecture(hf: HFConfig) -> dict[str, Any]:
 
 
 def _shared_expert() -> list[Row]:
-    """Return the rows of the MLP that processes every token, and of its gate: the sigmoid of a score per token.
+    """Return the rows of the MLP that processes every token, and of the score that gates it.
 
-    Source: shared_experts.py of megatron-core.
+    Source: shared_experts.py of megatron-core, which multiplies the output by the score's sigmoid.
     """
     return [
         *gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_expert."),

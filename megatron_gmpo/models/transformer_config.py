@@ -1,4 +1,4 @@
-"""Megatron's TransformerConfig from the architecture, the parallel layout, FP8 settings and the [megatron] table."""
+"""Architecture, parallel layout, FP8 settings and [megatron] table -> Megatron's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ _OUR_FIELDS = {
 }
 """Fields that a setting outside the [megatron] table determines."""
 _FIXED_FIELDS = {
-    "calculate_per_token_loss": "the loss is divided before Megatron receives it, and Megatron would sum gradients over "
-    "data-parallel ranks",
+    "calculate_per_token_loss": "the loss is already divided, and Megatron would sum gradients again",
     "variable_seq_lengths": "packed microbatches differ in length",
     "fp4": "packed microbatches are not padded to the multiple that FP4 kernels require",
     "fp8_dot_product_attention": "packed attention in FP8 is untested",
@@ -43,7 +42,8 @@ _FIXED_FIELDS = {
 _LIBRARIES = {
     ("moe_grouped_gemm", True): ("transformer_engine", "Transformer Engine"),
     ("moe_router_fusion", True): ("transformer_engine", "Transformer Engine"),
-    # Transformer Engine's layers do not need apex, but the output layer is Megatron's own (tensor_parallel/layers.py)
+    # Transformer Engine's layers do not need apex, but the output layer is Megatron's own
+    # (tensor_parallel/layers.py)
     ("gradient_accumulation_fusion", True): (
         "fused_weight_gradient_mlp_cuda",
         "Transformer Engine and NVIDIA apex built from source",
@@ -68,8 +68,8 @@ def transformer_config(
         use_te: whether the layers are Transformer Engine's.
 
     Raises:
-        InputError: a field is unknown, contradicts another setting or needs a missing library; a setting requires routed
-            experts and the model has none.
+        InputError: a field is unknown, contradicts another setting or needs a missing library; a setting
+            requires routed experts and the model has none.
     """
     _check_megatron_table(cfg.megatron, architecture, use_te)
     routing_field = _routing_field(cfg)
@@ -106,7 +106,8 @@ def transformer_config(
         transformer = _config_class(architecture)(**(fields | cfg.megatron))
     except (ValueError, AssertionError, TypeError, ImportError) as error:
         raise InputError(
-            f"Megatron's TransformerConfig refuses this config: {one_line(error)}; change [megatron] or [parallel]"
+            f"Megatron's TransformerConfig refuses this config: {one_line(error)}; "
+            "change [megatron] or [parallel]"
         ) from None
     if routing_field:
         _check_routing_can_be_replayed(transformer, routing_field)
@@ -138,7 +139,8 @@ def fp8_fields(fp8: Fp8Config, architecture: dict[str, Any], parallel: ParallelC
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if (count := getattr(fp8, name)) > layers:
             raise InputError(
-                f"fp8.{name} = {count} is more than the {layers} layers of a pipeline stage: choose a smaller one"
+                f"fp8.{name} = {count} is more than the {layers} layers of a pipeline stage: "
+                "choose a smaller one"
             )
     padded = bool(architecture.get("num_moe_experts")) and fp8.moe_router_padding_for_quantization
     return {
@@ -169,7 +171,8 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
             raise InputError(f"megatron.{name} = {value!r}: {_FIXED_FIELDS[name]}; remove it")
         if name in architecture:
             raise InputError(
-                f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; remove it"
+                f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; "
+                "remove it"
             )
     for (name, value), (module, libraries) in _LIBRARIES.items():
         if table.get(name) == value and not (use_te and importlib.util.find_spec(module)):
@@ -211,8 +214,8 @@ def _check_balancing(transformer: TransformerConfig, max_tokens_per_microbatch: 
     """Refuse load balancing that Megatron would compute differently from its name, or not at all."""
     if "seq_aux_loss" in transformer.moe_router_load_balancing_type and max_tokens_per_microbatch > 1:
         raise InputError(
-            "megatron.moe_router_load_balancing_type = 'seq_aux_loss': Megatron treats a packed microbatch as one "
-            "sequence; set train.max_tokens_per_microbatch = 1, which packs one sequence per microbatch, "
+            "megatron.moe_router_load_balancing_type = 'seq_aux_loss': Megatron treats a packed microbatch "
+            "as one sequence; set train.max_tokens_per_microbatch = 1, which packs one sequence each, "
             "or choose 'aux_loss'"
         )
     if (
@@ -229,8 +232,9 @@ def _check_balancing(transformer: TransformerConfig, max_tokens_per_microbatch: 
 def _scale_global_aux_loss(transformer: TransformerConfig, data_parallel_size: int) -> None:
     """Multiply the coefficient of the global auxiliary loss so that its effect is independent of the layout.
 
-    Each data-parallel rank computes a summand of the global loss (moe_utils.py:switch_load_balancing_loss_func), and the
-    gradient buffers average the gradients over these ranks.
+    Each data-parallel rank computes a summand of the global loss
+    (moe_utils.py:switch_load_balancing_loss_func), and the gradient buffers average the gradients over these
+    ranks.
     """
     kinds, coefficient = transformer.moe_router_load_balancing_type, transformer.moe_aux_loss_coeff
     if isinstance(coefficient, list):

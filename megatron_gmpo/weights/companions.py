@@ -1,4 +1,4 @@
-"""Files beside a checkpoint's weights: config.json, generation config, tokenizer and chat template, in a folder ``hf``."""
+"""The folder ``hf`` beside a checkpoint: config.json, generation config, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy these files from one Hugging Face folder into another, which is created if absent.
+    """Copy everything except weights from one Hugging Face folder into another, which is created if absent.
 
     Args:
-        dtype: dtype of the weights in ``target``, for its config.json. None keeps the dtype of ``source``, or bf16 if the
-            weights of ``source`` are FP8.
+        dtype: dtype of the weights in ``target``, for its config.json. None keeps the dtype of ``source``, or
+            bf16 if the weights of ``source`` are FP8.
     """
     target.mkdir(exist_ok=True)
     for file in source.iterdir():
@@ -44,6 +44,7 @@ def companion_folder(checkpoint: Path) -> Path:
     beside = checkpoint.parent / "hf"
     if not (beside / "config.json").is_file():
         raise InputError(
-            f"{str(checkpoint)!r} comes without a config.json: give --template, the Hugging Face folder of this model"
+            f"{str(checkpoint)!r} comes without a config.json: "
+            "give --template, the Hugging Face folder of this model"
         )
     return beside

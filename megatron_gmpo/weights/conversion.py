@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face folders and Megatron checkpoints, tensor by tensor, without building a model.
+"""Conversion between Hugging Face folders and Megatron checkpoints, tensor by tensor.
 
 A converted Megatron checkpoint is a folder with Megatron-LM's names::
 
@@ -6,7 +6,8 @@ A converted Megatron checkpoint is a folder with Megatron-LM's names::
     iter_0000000/                            torch_dist: .metadata, __*.distcp, metadata.json, common.pt
     hf/                                      config.json, generation config, tokenizer, chat template
 
-``HFToMegatron`` and ``MegatronToHF`` are the two directions. Each checks its whole source when it is constructed.
+``HFToMegatron`` and ``MegatronToHF`` are the two directions. Each checks its source when it is constructed.
+No model is built.
 """
 
 from __future__ import annotations
@@ -70,10 +71,12 @@ class Conversion(ABC):
         """Write the target folder (collective; each rank writes its share).
 
         Args:
-            verify: whether to read everything back and compare it, bit by bit, before the folder receives its name.
+            verify: whether to read everything back and compare it, bit by bit, before the folder receives its
+                name.
 
         Raises:
-            InputError: the target exists; the disk is too small; a tensor is not finite; a tensor read back differs.
+            InputError: the target exists; the disk is too small; a tensor is not finite; a tensor read back
+                differs.
         """
         started = time.perf_counter()
         disk = partial(writable, repr(str(target)), "free space or choose another disk, and run again")
@@ -98,15 +101,15 @@ class Conversion(ABC):
 
     @abstractmethod
     def _read(self, entry: Entry) -> list[Tensor]:
-        """Return a parameter's Hugging Face tensors from the source, in the dtype in which they are written."""
+        """Read a parameter's Hugging Face tensors from the source, in the dtype to write."""
 
     @abstractmethod
     def _write(self, folder: Path, advance: Advance) -> list[Entry]:
-        """Write this rank's share (collective) and return its entries. An error in a collective is raised on every rank."""
+        """Write this rank's share and return its entries. Collective; every rank raises an error."""
 
     @abstractmethod
     def _read_back(self, folder: Path) -> Callable[[Entry], Iterable[list[Tensor]]]:
-        """Return a function that reads a parameter's Hugging Face tensors from every place where they were written."""
+        """Return a function that reads the Hugging Face tensors of a parameter, once per written place."""
 
     def _nbytes(self, entry: Entry) -> int:
         return entry.numel * self._dtype(entry).itemsize
@@ -119,7 +122,8 @@ class Conversion(ABC):
                 for name, ours, theirs in zip(entry.hf, written, wanted, strict=True):
                     if ours.dtype != theirs.dtype or not torch.equal(_bits(ours), _bits(theirs)):
                         raise InputError(
-                            f"{name!r} read back differs from the written tensor: check the disk and convert again"
+                            f"{name!r} read back differs from the written tensor: "
+                            "check the disk and convert again"
                         )
 
 

@@ -20,9 +20,10 @@ from .parameters import LocalParameter, local_parameters
 def export_hf(
     chunks: list[torch.nn.Module], mapping: Mapping, groups: ProcessGroupCollection
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(Hugging Face name, complete tensor)`` in the model's dtype, one parameter at a time, on every rank.
+    """Yield ``(Hugging Face name, complete tensor)`` in the model's dtype on every rank.
 
-    Collective: every rank must exhaust the iterator. A tied output layer is yielded once, as the embedding.
+    Collective: every rank must exhaust the iterator, which gathers one parameter at a time. A tied output
+    layer is yielded once, as the embedding.
     """
     device = next(chunks[0].parameters()).device
     mine = {parameter.name: parameter for parameter in local_parameters(chunks, groups)}

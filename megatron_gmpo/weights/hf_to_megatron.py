@@ -28,8 +28,8 @@ class HFToMegatron(Conversion):
         hf: the folder.
 
     Raises:
-        InputError: the folder holds no model, an unknown family or pickle files; a tensor is missing, unknown or
-            misshapen, or its dtype differs between layers; a file is truncated or absent.
+        InputError: the folder holds no model, an unknown family or pickle files; a tensor is missing, unknown
+            or misshapen, or its dtype differs between layers; a file is truncated or absent.
     """
 
     def __init__(self, hf: Path) -> None:
@@ -89,7 +89,8 @@ class HFToMegatron(Conversion):
             for name, shape in zip(entry.hf, entry.hf_shapes, strict=True):
                 if name not in source.names:
                     raise InputError(
-                        f"{where!r} lacks the tensor {name!r} that config.json requires: download the model again"
+                        f"{where!r} lacks the tensor {name!r} that config.json requires: "
+                        "download the model again"
                     )
                 if source.shape(name) != shape:
                     raise InputError(
@@ -98,8 +99,9 @@ class HFToMegatron(Conversion):
                     )
                 if source.dtype(name) != dtypes.setdefault(key, source.dtype(name)):
                     raise InputError(
-                        f"{where!r}: {name!r} is {source.dtype(name)}, other tensors that Megatron stores with it are "
-                        f"{dtypes[key]}: save the model in one dtype"
+                        f"{where!r}: {name!r} is {source.dtype(name)}, "
+                        f"other tensors that Megatron stores with it are {dtypes[key]}: "
+                        "save the model in one dtype"
                     )
         tied = set[str]()
         if self.table.hf.tie_word_embeddings:
@@ -108,6 +110,6 @@ class HFToMegatron(Conversion):
         extra = sorted(source.names - set(self.table.hf_names) - tied)
         if extra:
             raise InputError(
-                f"{where!r} has {len(extra)} tensors that config.json does not require, the first {extra[0]!r}: "
-                "use the config.json of these weights"
+                f"{where!r} has {len(extra)} tensors that config.json does not require, "
+                f"the first {extra[0]!r}: use the config.json of these weights"
             )

@@ -23,7 +23,8 @@ def inspect_checkpoint(path: Path) -> dict[str, str]:
     """Return a description of a folder: label -> text. The text of ``whole`` is ``yes``, or names the defect.
 
     Raises:
-        InputError: the folder holds neither a Hugging Face model with safetensors nor a torch_dist checkpoint.
+        InputError: the folder holds neither a Hugging Face model with safetensors nor a torch_dist
+            checkpoint.
     """
     if (path / LATEST).is_file() or (path / ".metadata").is_file():
         return _inspect_megatron(checkpoint_folder(path))

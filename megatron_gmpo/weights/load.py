@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -19,7 +21,8 @@ def load_hf(
     """Fill the model from a Hugging Face folder (collective). Every rank reads the tensors that it holds.
 
     Raises:
-        InputError: the folder has a tensor that no rank loads; a tensor is missing or misshapen. Raised on every rank.
+        InputError: the folder has a tensor that no rank loads; a tensor is missing or misshapen. Raised on
+            every rank.
     """
     loaded: set[str] = set()
     with agreed():
@@ -66,11 +69,12 @@ def _load_parameter(
     if not fits:
         shapes = ", ".join(f"{name} {source.shape(name)}" for name in names)
         raise InputError(
-            f"{where!r}: {shapes} does not fit Megatron parameter {parameter.name!r}, {shape} on each of {tp.size()} "
-            "tensor-parallel ranks: use the config.json of these weights"
+            f"{where!r}: {shapes} does not fit Megatron parameter {parameter.name!r}, {shape} on each of "
+            f"{tp.size()} tensor-parallel ranks: use the config.json of these weights"
         )
-    parameter.tensor.copy_(shard)
-    # a parameter in FP8: the optimizer makes its main weights of this value (distrib_optimizer.py)
-    if hasattr(parameter.tensor, "_high_precision_init_val"):
-        parameter.tensor._high_precision_init_val = shard.to(parameter.tensor.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    tensor: Any = parameter.tensor
+    tensor.copy_(shard)
+    # in an FP8 model: the initial value of the optimizer's main weights (distrib_optimizer.py)
+    if hasattr(tensor, "_high_precision_init_val"):
+        tensor._high_precision_init_val = shard.to(tensor.dtype)
     return names

@@ -29,19 +29,21 @@ log = logging.getLogger(__name__)
 
 
 class MegatronToHF(Conversion):
-    """A Megatron checkpoint, checked and ready to be written as a Hugging Face folder. Optimizer state is not read.
+    """A Megatron checkpoint, checked and ready to be written as a Hugging Face folder.
+
+    Optimizer state is not read.
 
     Args:
-        megatron: folder with latest_checkpointed_iteration.txt, or one ``iter_*`` folder, of a conversion or a training
-            run.
-        template: Hugging Face folder with the config.json and tokenizer; None uses the folder ``hf`` beside the
-            checkpoint.
+        megatron: folder with latest_checkpointed_iteration.txt, or one ``iter_*`` folder, of a conversion or
+            a training run.
+        template: Hugging Face folder with the config.json and tokenizer; None uses the folder ``hf`` beside
+            the checkpoint.
         dtype: ``bf16`` or ``fp32``, for all tensors except router biases; None keeps each tensor's dtype.
         max_shard_size: bytes of tensors per file. A larger parameter gets a file of its own.
 
     Raises:
-        InputError: the folder has no torch_dist checkpoint or no config.json; a parameter is missing, unknown or
-            misshapen; a file is truncated or absent.
+        InputError: the folder has no torch_dist checkpoint or no config.json; a parameter is missing, unknown
+            or misshapen; a file is truncated or absent.
     """
 
     def __init__(
@@ -66,9 +68,9 @@ class MegatronToHF(Conversion):
         complete = self._source.get(self._place(entry))
         if isinstance(entry.operation, Vocabulary) and complete[entry.operation.size :].any():
             log.warning(
-                f"{str(self.folder)!r}: {entry.name!r} has {len(complete)} rows, config.json's vocabulary has "
-                f"{entry.operation.size}, and further rows are not 0: padding of Megatron-LM, or tokens that the config.json "
-                "of --template lacks"
+                f"{str(self.folder)!r}: {entry.name!r} has {len(complete)} rows, the vocabulary of "
+                f"config.json {entry.operation.size}, and the further rows are not 0: they are padding of "
+                "Megatron-LM, or tokens that --template lacks"
             )
         tensors = entry.operation.separate(complete)
         return [
@@ -154,12 +156,13 @@ class MegatronToHF(Conversion):
                 fits = size[0] >= entry.operation.size and size[1:] == entry.shape[1:]
             if not fits or size[:depth] != place.axes:
                 raise InputError(
-                    f"{where!r}: {place.key!r} is {size}, config.json requires {(*place.axes, *entry.shape)}: "
+                    f"{where!r}: {place.key!r} is {size}, "
+                    f"config.json requires {(*place.axes, *entry.shape)}: "
                     "give --template, the Hugging Face folder of this model"
                 )
         extra = sorted(self._source.weights.keys() - known)
         if extra:
             raise InputError(
-                f"{where!r} has {len(extra)} tensors that config.json does not require, the first {extra[0]!r}: "
-                "give --template, the Hugging Face folder of this model"
+                f"{where!r} has {len(extra)} tensors that config.json does not require, "
+                f"the first {extra[0]!r}: give --template, the Hugging Face folder of this model"
             )

@@ -1,7 +1,8 @@
 """Hugging Face safetensors folders, one tensor in memory at a time.
 
-The safetensors library reads, with its ``pread`` backend: its default maps files into memory, and every byte read then
-counts as resident memory. It writes complete dictionaries only, so ``SafetensorsFile`` writes tensor by tensor.
+The safetensors library reads, with its ``pread`` backend: its default maps files into memory, and every byte
+read then counts as resident memory. It writes complete dictionaries only, so ``SafetensorsFile`` writes
+tensor by tensor.
 """
 
 from __future__ import annotations
@@ -59,16 +60,18 @@ class StoredTensor:
 class SafetensorsFolder:
     """Tensors of a Hugging Face folder, in one file or sharded, by the names its family has on the hub.
 
-    Tensors stored under transformers' own names appear under the hub's names, and experts fused in one tensor appear one
-    by one (see ``models.hub``). FP8 weights with block scales (``models.fp8_blocks``) appear as bfloat16.
+    Tensors stored under transformers' own names appear under the hub's names, and experts fused in one tensor
+    appear one by one (see ``models.hub``). FP8 weights with block scales (``models.fp8_blocks``) appear as
+    bfloat16.
 
     Args:
         path: the folder, including a config.json.
         left_out: prefixes of names to skip, with a warning.
 
     Raises:
-        InputError: the folder holds no safetensors, or pickle files; the index names an absent file or tensor; a file is
-            truncated or is not a safetensors file; FP8 weights have no scales of 128 x 128 blocks.
+        InputError: the folder holds no safetensors, or pickle files; the index names an absent file or
+            tensor; a file is truncated or is not a safetensors file; FP8 weights have no scales of 128 x 128
+            blocks.
     """
 
     def __init__(self, path: str | Path, left_out: tuple[str, ...] = ()) -> None:
@@ -86,7 +89,8 @@ class SafetensorsFolder:
             listed, self.files = {}, {_SINGLE}
         else:
             raise InputError(
-                f"{str(path)!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights"
+                f"{str(path)!r} holds no model.safetensors: "
+                "give a Hugging Face model folder with safetensors weights"
             )
         self._opened = {file: self._open(file) for file in sorted(self.files)}
         stored = self._stored(listed)
@@ -94,8 +98,8 @@ class SafetensorsFolder:
             stored = {name: tensor for name, tensor in stored.items() if not name.startswith(left_out)}
             if rank() == 0:
                 logger.warning(
-                    f"{str(path)!r}: {len(skipped)} tensors of layers for multi-token prediction are skipped, "
-                    f"the first {min(skipped)!r}"
+                    f"{str(path)!r}: {len(skipped)} tensors of layers for multi-token prediction are "
+                    f"skipped, the first {min(skipped)!r}"
                 )
         self._scales = {name: tensor for name, tensor in stored.items() if name.endswith(SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
@@ -115,7 +119,8 @@ class SafetensorsFolder:
         for name, file in listed.items():
             if name not in tensors:
                 raise InputError(
-                    f"{self.path / INDEX} says that {file} holds {name!r}, but it does not: download the model again"
+                    f"{self.path / INDEX} says that {file} holds {name!r}, but it does not: "
+                    "download the model again"
                 )
         return {name: tensor for name, tensor in tensors.items() if not name.endswith(_DERIVED)}
 
@@ -124,7 +129,8 @@ class SafetensorsFolder:
         code = view.get_dtype()
         if code not in _DTYPES:
             raise InputError(
-                f"{self.path / file}: {name!r} has dtype {code}, which is not supported: give the model in bf16"
+                f"{self.path / file}: {name!r} has dtype {code}, which is not supported: "
+                "give the model in bf16"
             )
         return StoredTensor(file, name, _DTYPES[code], tuple(view.get_shape()))
 
@@ -184,7 +190,8 @@ class SafetensorsFolder:
             return opened.get_slice(stored.key)[stored.part]
         except (SafetensorError, OSError) as error:  # the file shrank since it was opened
             raise InputError(
-                f"{self.path / stored.file}: {stored.key!r} cannot be read ({error}): download the model again"
+                f"{self.path / stored.file}: {stored.key!r} cannot be read ({error}): "
+                "download the model again"
             ) from None
 
     def _open(self, name: str) -> Any:
@@ -197,15 +204,16 @@ class SafetensorsFolder:
             return safe_open(path, "pt", backend="pread")
         except SafetensorError as error:
             raise InputError(
-                f"{path}, {path.stat().st_size} bytes, cannot be read as safetensors ({error}): download the model again"
+                f"{path}, {path.stat().st_size} bytes, cannot be read as safetensors ({error}): "
+                "download the model again"
             ) from None
 
 
 class SafetensorsFile:
-    """A safetensors file written tensor by tensor: ``with SafetensorsFile(path, [(name, dtype, shape)]) as file``.
+    """A safetensors file, written tensor by tensor inside a ``with`` block.
 
-    The format is 8 bytes of header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, and the tensors' bytes
-    end to end (github.com/huggingface/safetensors).
+    The format is 8 bytes of header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, and the
+    tensors' bytes end to end (github.com/huggingface/safetensors).
 
     Args:
         path: the file to write.
@@ -257,7 +265,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTensor]:
-    """Return the per-expert parts of a fused expert tensor by their names; any other tensor under its name."""
+    """Return the parts of a fused expert tensor by name, one per expert; any other tensor by its name."""
     if "{e}" not in names[0] or len(tensor.shape) != 3 or tensor.shape[1] % len(names):
         return {names[0]: tensor}
     experts, rows, columns = tensor.shape

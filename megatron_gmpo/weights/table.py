@@ -20,6 +20,7 @@ from ..models import FAMILIES
 from ..models.description import read_hf_config
 from ..models.mapping import Row, expand, is_expert
 from ..models.operations import Operation, padded_vocab_size
+from ..models.transformer_config import one_line
 from .torch_dist import Place, place_of
 
 
@@ -51,8 +52,8 @@ class Entry:
 class ConversionTable:
     """Every parameter of one model.
 
-    transformers determines the tensors and their shapes, by building the model of config.json on the meta device; the
-    family's table gives their Megatron names.
+    transformers determines the tensors and their shapes, by building the model of config.json on the meta
+    device; the family's table gives their Megatron names.
 
     Args:
         folder: folder with a config.json.
@@ -96,7 +97,7 @@ class ConversionTable:
         return self.numel - routed + routed * self._architecture["moe_router_topk"] // self.num_experts
 
     def places(self, entry: Entry, *, stacked: bool | None = None) -> tuple[Place, ...]:
-        """Return every place where one of Megatron's layer specs looks for a parameter, Transformer Engine's first.
+        """Return the places where Megatron's layer specs look for a parameter, Transformer Engine's first.
 
         Args:
             stacked: whether the layers are stacked along an axis; None decides as Megatron does.
@@ -112,7 +113,7 @@ class ConversionTable:
         )
 
     def extra_states(self) -> list[Place]:
-        """Return the places of the modules to which one of Megatron's layer specs gives an ``_extra_state``."""
+        """Return the places where Megatron's layer specs look for the ``_extra_state`` of a module."""
         states: dict[Place, None] = {}
         for entry in self.entries:
             place = self.places(entry)[0]
@@ -133,7 +134,7 @@ def _hub_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
             model = AutoModelForCausalLM.from_config(hf)
     except (ValueError, TypeError, AssertionError) as error:
         raise InputError(
-            f"transformers cannot build a model of this config.json ({' '.join(str(error).split())}): correct it"
+            f"transformers cannot build a model of this config.json ({one_line(error)}): correct it"
         ) from None
     tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
     return {

@@ -1,9 +1,9 @@
-"""Megatron-Core's ``torch_dist`` checkpoints as named tensors, one in memory at a time and without building a model.
+"""Megatron-Core's ``torch_dist`` checkpoints as named tensors, one in memory at a time.
 
-The keys of ``GPTModel.sharded_state_dict`` do not depend on the parallel layout: layers of one kind are stacked along a
-first axis, routed experts along a second axis, and every tensor is complete, as with tensor parallel size 1
-(transformer_block.py, mlp.py, experts.py of megatron-core). torch.distributed.checkpoint writes the files; ``.metadata``
-records where each chunk is stored.
+The keys of ``GPTModel.sharded_state_dict`` do not depend on the parallel layout: layers of one kind are
+stacked along a first axis, routed experts along a second axis, and every tensor is complete, as with tensor
+parallel size 1 (transformer_block.py, mlp.py, experts.py of megatron-core). torch.distributed.checkpoint
+writes the files; ``.metadata`` records where each chunk is stored.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def place_of(key: str, *, num_layers: int, num_experts: int, stacked: bool) -> P
 
     Args:
         key: one of the parameter's keys (``models.mapping.Row``), with global layer and expert numbers.
-        stacked: whether all layers are of one kind. Megatron stores the layers of a model with MoE and dense layers
-            separately.
+        stacked: whether all layers are of one kind. Megatron stores the layers of a model with MoE and dense
+            layers separately.
     """
     index: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
@@ -84,7 +84,7 @@ def place_of(key: str, *, num_layers: int, num_experts: int, stacked: bool) -> P
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """Return ``path`` if it is an ``iter_*`` folder, or the one that its latest_checkpointed_iteration.txt names.
+    """Return the ``iter_*`` folder that ``path`` is, or that its latest_checkpointed_iteration.txt names.
 
     Raises:
         InputError: the folder does not exist, or has another format than torch_dist.
@@ -95,7 +95,8 @@ def checkpoint_folder(path: Path) -> Path:
         folder = path / (f"iter_{int(named):07d}" if named.isdigit() else named)
     if not (folder / ".metadata").is_file():
         raise InputError(
-            f"{str(folder)!r} holds no .metadata: give a complete Megatron checkpoint in the torch_dist format"
+            f"{str(folder)!r} holds no .metadata: "
+            "give a complete Megatron checkpoint in the torch_dist format"
         )
     return folder
 
@@ -172,8 +173,8 @@ class TorchDistReader:
             filled += piece.numel()
         if filled != full.numel():
             raise InputError(
-                f"{self.folder}: {place.key!r} has only {filled} of {full.numel()} elements at {place.index}: "
-                "the checkpoint is incomplete, use another step"
+                f"{self.folder}: {place.key!r} has only {filled} of {full.numel()} elements at "
+                f"{place.index}: the checkpoint is incomplete, use another step"
             )
         return full
 
@@ -215,8 +216,8 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
     """Write this rank's pieces into an empty ``iter_*`` folder (collective).
 
     Args:
-        extra_states: places of the empty ``_extra_state`` entries that Megatron expects. In an FP8 model they would hold
-            scales.
+        extra_states: places of the empty ``_extra_state`` entries that Megatron expects. In an FP8 model they
+            would hold scales.
 
     Raises:
         InputError: a piece's ``read`` raised it on some rank; raised on every rank.
@@ -254,7 +255,7 @@ def _disk_error(error: BaseException) -> BaseException:
 
 
 class _StreamingPlanner(SavePlanner):
-    """Plans from shapes and reads each tensor when the writer requests it; the writer keeps the order of the plan."""
+    """Plans from shapes and supplies each tensor when the writer needs it, in the order of the plan."""
 
     def __init__(
         self, pieces: list[Piece], tensors: Iterator[tuple[Piece, Tensor]], extra_states: list[Place]
@@ -263,7 +264,7 @@ class _StreamingPlanner(SavePlanner):
         torch.save([None], buffer := io.BytesIO())
         self._empty_state = buffer.getvalue()
         self._extra_states = [
-            f"{place.key}/shard_{'.'.join(map(str, place.index or (0,)))}_{'.'.join(map(str, place.axes or (1,)))}"
+            f"{place.key}/shard_{_dotted(place.index or (0,))}_{_dotted(place.axes or (1,))}"
             for place in extra_states
         ]
 
@@ -294,8 +295,12 @@ class _StreamingPlanner(SavePlanner):
         return tensor.view(tuple(write_item.tensor_data.chunk.sizes))
 
 
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
 def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    """Return the part of the stored tensor that a piece fills: one index of each leading axis, all of the others."""
+    """Return the part of the stored tensor that a piece fills."""
     index = piece.place.index
     return ChunkStorageMetadata(
         torch.Size((*index, *[0] * len(piece.shape))), torch.Size((*[1] * len(index), *piece.shape))

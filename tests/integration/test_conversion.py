@@ -328,7 +328,7 @@ def test_layers_for_multi_token_prediction_are_left_out(
         f"{further}_scale_inv": torch.ones(1, 1),
     }
     save_file(tensors(folder) | added, folder / "model.safetensors")
-    assert "2 tensors that config.json does not ask for" in conversions.refusal(
+    assert "2 tensors that config.json does not require" in conversions.refusal(
         conversions.to_megatron, folder, tmp_path / "out"
     )
     about = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
@@ -336,7 +336,7 @@ def test_layers_for_multi_token_prediction_are_left_out(
     HFToMegatron(folder)
     (warning,) = caplog.messages
     assert (
-        "3 tensors of layers for multi-token prediction are not carried over, the first 'model.layers.4.enorm.weight'"
+        "3 tensors of layers for multi-token prediction are skipped, the first 'model.layers.4.enorm.weight'"
         in warning
     )
     ranks.run(1, conversions.to_megatron, folder, tmp_path / "megatron")
@@ -425,15 +425,15 @@ HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
     "missing": (changed(pop=lambda t: t.pop(GATE)), f"lacks the tensor '{GATE}'"),
     "extra": (
         changed(add=lambda t: t.update(surplus=torch.ones(3))),
-        "1 tensors that config.json does not ask for, the first 'surplus'",
+        "1 tensors that config.json does not require, the first 'surplus'",
     ),
     "misshapen": (
         changed(cut=lambda t: t.update({GATE: t[GATE][1:].clone()})),
-        f"'{GATE}' is (31, 32), config.json asks for (32, 32)",
+        f"'{GATE}' is (31, 32), config.json requires (32, 32)",
     ),
     "another dtype": (
         changed(cast=lambda t: t.update({GATE: t[GATE].float()})),
-        f"'{GATE}' is torch.float32 where its like are",
+        f"'{GATE}' is torch.float32, other tensors that Megatron stores with it are torch.bfloat16",
     ),
     "NaN": (changed(nan=lambda t: t[GATE][3].fill_(float("nan"))), f"'{GATE}' holds NaN or infinite numbers"),
     "infinite": (
@@ -452,7 +452,7 @@ HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
         ),
         f"'{GATE}_scale_inv' (2, 2) is no scale of blocks of 128 x 128",
     ),
-    "truncated": (truncated, "model.safetensors has "),
+    "truncated": (truncated, "file not fully covered): download the model again"),
     "not safetensors": (
         lambda folder: (folder / "model.safetensors").write_text("lorem ipsum dolor") and None,
         "cannot be read as safetensors",
@@ -485,10 +485,10 @@ def truncated_distcp(folder: Path) -> None:
 
 
 MEGATRON_PROBLEMS: dict[str, tuple[Spoil, str]] = {
-    "truncated": (truncated_distcp, "bytes where .metadata tells of"),
+    "truncated": (truncated_distcp, "bytes, .metadata requires"),
     "absent file": (
         lambda folder: max(folder.glob("*.distcp")).unlink(),
-        "which is not there: the checkpoint is not whole",
+        "which is not there: the checkpoint is incomplete",
     ),
     "no metadata": (lambda folder: (folder / ".metadata").unlink(), "holds no .metadata"),
     "code in the metadata": (
@@ -527,7 +527,7 @@ def test_template_of_another_model_is_refused(
     cases_ = {
         "qwen3_moe mixed": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
         "qwen3": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
-        "qwen3_moe tied": "1 tensors that config.json does not ask for, the first 'output_layer.weight'",
+        "qwen3_moe tied": "1 tensors that config.json does not require, the first 'output_layer.weight'",
     }
     for template, expected in cases_.items():
         (message,) = ranks.run(
