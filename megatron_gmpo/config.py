@@ -43,7 +43,7 @@ class ModelConfig(_Section):
 
 
 class Fp8Config(_Section):
-    """FP8 matrix products of Transformer Engine (docs/fp8.md). A run on a machine without support is refused."""
+    """FP8 matrix products of Transformer Engine (docs/fp8.md). A machine without support refuses the run."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     """How tensors are scaled: one scale per tensor, from earlier steps (``delayed``) or from its current
