@@ -19,6 +19,7 @@ setup(
         "anyio>=4.0",
         "datasets>=4.0",
         "httpx>=0.28,<1",
+        "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "math-verify>=0.8",
         "matplotlib>=3.9",

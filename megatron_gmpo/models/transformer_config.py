@@ -73,10 +73,8 @@ def transformer_config(
     """
     _check_megatron_table(cfg.megatron, architecture, use_te)
     routing_field = _routing_field(cfg)
-    noise = f"rollout.router_noise = {cfg.rollout.router_noise:g}" if cfg.rollout.router_noise else None
-    for field in (routing_field, noise, "train.freeze_router = true" if cfg.train.freeze_router else None):
-        if field and not architecture.get("num_moe_experts"):
-            raise InputError(f"{field} but this model has no experts: change it")
+    if not architecture.get("num_moe_experts"):
+        _refuse_expert_settings(cfg, routing_field)
     fields = {
         **architecture,
         **_parallel_fields(cfg.parallel),
@@ -189,6 +187,13 @@ def _routing_field(cfg: Config) -> str | None:
     if cfg.algorithm.moe_routing_replay != "none":
         return f"algorithm.moe_routing_replay = {cfg.algorithm.moe_routing_replay!r}"
     return "rollout.routed_experts = true" if cfg.rollout.routed_experts else None
+
+
+def _refuse_expert_settings(cfg: Config, routing_field: str | None) -> None:
+    noise = f"rollout.router_noise = {cfg.rollout.router_noise:g}" if cfg.rollout.router_noise else None
+    for field in (routing_field, noise, "train.freeze_router = true" if cfg.train.freeze_router else None):
+        if field:
+            raise InputError(f"{field} but this model has no experts: change it")
 
 
 def _check_routing_can_be_replayed(transformer: TransformerConfig, routing_field: str) -> None:

@@ -150,9 +150,7 @@ class MegatronToHF(Conversion):
             known.update(place.key for place in present)
             size, depth = tuple(stored[place.key].size), len(place.index)
             fits = size[depth:] == entry.shape
-            if isinstance(
-                entry.operation, Vocabulary
-            ):  # its padding depends on the layout of the run that saved it
+            if isinstance(entry.operation, Vocabulary):  # the padding depends on the layout that saved it
                 fits = size[0] >= entry.operation.size and size[1:] == entry.shape[1:]
             if not fits or size[:depth] != place.axes:
                 raise InputError(
