@@ -36,7 +36,7 @@ setup(
         "pybase64>=1.4",
         "pydantic>=2.12",
         "rich>=13.9",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "sniffio>=1.3",  # httpcore looks for it at every step of a request, and searches the whole path where it is missing
         "tensorboard>=2.18",
         "tomli-w>=1.0",

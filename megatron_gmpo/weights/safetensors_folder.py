@@ -1,8 +1,8 @@
 """Hugging Face safetensors folders, one tensor in memory at a time.
 
-The safetensors library reads, with its ``pread`` backend: its default maps files into memory, and every byte
-read then counts as resident memory. It writes complete dictionaries only, so ``SafetensorsFile`` writes
-tensor by tensor.
+The safetensors library reads the files, with its ``pread`` backend. Its default maps them into memory, where
+every byte that was read counts as resident. The library writes complete dictionaries only, so
+``SafetensorsFile`` writes tensor by tensor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, KeysView
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,6 +94,8 @@ class SafetensorsFolder:
                 "give a Hugging Face model folder with safetensors weights"
             )
         self._opened = {file: self._open(file) for file in sorted(self.files)}
+        # to return a part of a tensor, the pread backend reads the complete tensor; map one file at a time
+        self._mapped = lru_cache(maxsize=1)(lambda file: safe_open(self.path / file, "pt"))
         stored = self._stored(listed)
         if skipped := [name for name in stored if name.startswith(left_out)]:
             stored = {name: tensor for name, tensor in stored.items() if not name.startswith(left_out)}
@@ -183,15 +186,14 @@ class SafetensorsFolder:
         return tensor if scale is None else dequantize(tensor, self._read(scale))
 
     def _read(self, stored: StoredTensor) -> Tensor:
-        opened = self._opened[stored.file]
+        path = self.path / stored.file
         try:
             if stored.part is None:
-                return opened.get_tensor(stored.key)
-            return opened.get_slice(stored.key)[stored.part]
-        except (SafetensorError, OSError) as error:  # the file shrank since it was opened
+                return self._opened[stored.file].get_tensor(stored.key)
+            return self._mapped(stored.file).get_slice(stored.key)[stored.part]
+        except (SafetensorError, OSError) as error:  # the file changed after it was opened
             raise InputError(
-                f"{self.path / stored.file}: {stored.key!r} cannot be read ({error}): "
-                "download the model again"
+                f"{path}: {stored.key!r} cannot be read ({error}): download the model again"
             ) from None
 
     def _open(self, name: str) -> Any:
