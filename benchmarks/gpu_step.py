@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 from megatron_gmpo.losses.objective import make_objective
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.platform import choose_device, prepare_megatron, seed_everything, start_process_group
 from megatron_gmpo.platform.capabilities import capabilities_of
 from megatron_gmpo.policy.fp8 import check_fp8

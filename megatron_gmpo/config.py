@@ -28,32 +28,39 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
+    """The policy and the reference policy."""
+
     path: str = ""
-    """Hugging Face folder: config.json, safetensors, tokenizer."""
+    """Hugging Face folder of the policy, with config.json, safetensors and tokenizer."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Precision of weights and activations; the optimizer keeps fp32 main weights."""
+    """Dtype of weights and activations. The optimizer keeps fp32 main weights."""
     reference_path: str = ""
-    """Hugging Face folder of the reference policy; empty means ``path``. Loaded only if ``algorithm.kl_coef`` > 0 or the loss needs
-    ``ref_logprobs``."""
+    """Hugging Face folder of the reference policy; empty means ``path``. It is loaded only if
+    ``algorithm.kl_coef`` > 0 or the loss needs ``ref_logprobs``."""
     reference_offload: bool = False
-    """Keep the reference policy's weights in host memory, and on the device only while it is asked."""
+    """Keep the reference policy's weights in host memory, and move them to the device only while it computes
+    log probabilities."""
 
 
 class Fp8Config(_Section):
-    """FP8 matrix products of Transformer Engine, on GPUs that have them (docs/fp8.md). Where something is missing the run is refused."""
+    """FP8 matrix products of Transformer Engine (docs/fp8.md). A machine without support refuses the run."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """How tensors are scaled: one scale each, of earlier steps (``delayed``) or of its own (``tensorwise``), or one for each block of 128
-    (``blockwise``) or 32 (``mxfp8``). None means: no FP8."""
+    """How tensors are scaled: one scale per tensor, from earlier steps (``delayed``) or from its current
+    values (``tensorwise``), or one scale per block of 128 (``blockwise``) or 32 (``mxfp8``) values. None
+    disables FP8."""
     format: Literal["hybrid", "e4m3"] | None = None
-    """``hybrid`` has E5M2 for gradients. None means Transformer Engine's own: ``e4m3`` with blocks, else ``hybrid``."""
+    """``hybrid`` uses E5M2 for gradients. None chooses Transformer Engine's default: ``e4m3`` for
+    ``blockwise`` and ``mxfp8``, otherwise ``hybrid``."""
     num_layers_at_start_in_bf16: Annotated[int, Field(ge=0)] = 0
+    """Number of layers at the start that stay in bf16; 0 with ``delayed``."""
     num_layers_at_end_in_bf16: Annotated[int, Field(ge=0)] = 0
-    """Layers that stay in bf16; not with ``delayed``."""
+    """Number of layers at the end that stay in bf16; 0 with ``delayed``."""
     param: bool = False
-    """Hold the layers' weights in FP8, and gather updated ones so; the optimizer's main weights stay fp32."""
+    """Hold the layers' weights in FP8 and gather updated weights in FP8. The optimizer keeps fp32 main
+    weights."""
     moe_router_padding_for_quantization: bool = True
-    """Pad each expert's tokens by routing further ones to it with weight 0, instead of by a copy (MoE)."""
+    """Pad each expert's tokens by routing further tokens to it with weight 0, instead of by a copy (MoE)."""
 
     @model_validator(mode="after")
     def _fields_fit_the_recipe(self) -> Fp8Config:
@@ -69,30 +76,40 @@ class Fp8Config(_Section):
             )
         if self.recipe == "delayed" and self.bf16_layers:
             raise ValueError(
-                "layers in bf16 need another recipe than 'delayed', which updates all scales together: choose 'tensorwise'"
+                "layers in bf16 need another recipe than 'delayed', which updates all scales together: "
+                "choose 'tensorwise'"
             )
         if self.recipe == "mxfp8" and self.param:
             raise ValueError(
-                "param = true needs another recipe than 'mxfp8', whose weights Megatron gathers in bf16: set it to false"
+                "param = true needs another recipe than 'mxfp8', whose weights Megatron gathers in bf16: "
+                "set it to false"
             )
         return self
 
     @property
     def bf16_layers(self) -> int:
-        """At both ends together."""
+        """Number of layers that stay in bf16."""
         return self.num_layers_at_start_in_bf16 + self.num_layers_at_end_in_bf16
 
 
 class ParallelConfig(_Section):
+    """Sizes of Megatron's parallel groups. The data-parallel size follows from the number of processes."""
+
     tensor_model_parallel_size: Positive = 1
+    """Number of ranks that share each dense layer."""
     pipeline_model_parallel_size: Positive = 1
+    """Number of pipeline stages."""
     virtual_pipeline_model_parallel_size: Positive | None = None
-    """Model chunks per pipeline rank (interleaved schedule)."""
+    """Number of model chunks per pipeline rank (interleaved schedule)."""
     context_parallel_size: Positive = 1
+    """Number of ranks that share the tokens of each sequence."""
     expert_model_parallel_size: Positive = 1
+    """Number of ranks that share the routed experts of each layer."""
     expert_tensor_parallel_size: Positive = 1
+    """Number of ranks that share each routed expert."""
     sequence_parallel: bool | None = None
-    """None means: on when tensor_model_parallel_size > 1."""
+    """Whether tensor-parallel ranks also split the tokens between their layers. None enables it if
+    tensor_model_parallel_size > 1."""
 
     @property
     def uses_sequence_parallel(self) -> bool:
@@ -101,7 +118,7 @@ class ParallelConfig(_Section):
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one replica of the dense part and share its sequences."""
+        """Number of ranks that hold one replica of the dense layers."""
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )

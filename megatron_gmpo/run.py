@@ -27,7 +27,7 @@ from .data.prompts import load_prompts, load_tokenizer
 from .distributed import rank
 from .errors import Exit, InputError, RunError, StopRequest
 from .metrics.logger import check_wandb
-from .models.config import DTYPES, ModelDescription, describe_model, read_hf_config
+from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
 from .platform import (
     check_deterministic,
     choose_device,
@@ -45,7 +45,7 @@ from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups
 from .rollout.sglang.engine import check_servers, start_sglang
-from .weights.export import SafetensorsFolder
+from .weights.safetensors_folder import SafetensorsFolder
 
 
 @dataclass

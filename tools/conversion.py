@@ -32,11 +32,11 @@ from megatron_gmpo.config import Config, exit_with_one_line
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.attention import packing_of
-from megatron_gmpo.models.config import DTYPES, ModelDescription, describe_model
+from megatron_gmpo.models.description import DTYPES, ModelDescription, describe_model
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
-from megatron_gmpo.weights.convert import HFToMegatron, MegatronToHF
+from megatron_gmpo.weights.conversion import Conversion
 from megatron_gmpo.weights.torch_dist import checkpoint_folder
 
 TEXT = (
@@ -79,13 +79,12 @@ def _keep_freed_memory() -> None:
 
 
 def run_conversion(
-    opened: Callable[[], HFToMegatron | MegatronToHF],
+    opened: Callable[[], Conversion],
     target: Path,
     *,
     dry_run: bool,
     verify: bool,
     compare: Callable[[], str],
-    **options: Any,
 ) -> None:
     """Opens a conversion and prints its table, or carries it out and prints what was done.
 
@@ -93,14 +92,13 @@ def run_conversion(
         opened: checks the source; its InputError ends the command.
         target: what is written.
         compare: the line on logits, for the first rank alone once the others are done.
-        options: further arguments of ``convert``.
     """
     with processes():
         conversion = opened()
         lines = list(conversion.lines()) if dry_run else []
         if not dry_run:
             with converting(conversion.nbytes) as advance:
-                lines = [f"{target}: {conversion.convert(target, verify=verify, advance=advance, **options)}"]
+                lines = [f"{target}: {conversion.convert(target, verify=verify, advance=advance)}"]
         first = rank() == 0
     if first:
         if verify and not dry_run:

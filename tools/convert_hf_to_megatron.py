@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from megatron_gmpo.weights.convert import HFToMegatron
+from megatron_gmpo.weights.hf_to_megatron import HFToMegatron
 from tools.conversion import compare_logits, run_conversion
 
 

@@ -13,7 +13,7 @@ import tyro
 
 from megatron_gmpo.config import exit_with_one_line
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.weights.convert import MegatronToHF
+from megatron_gmpo.weights.megatron_to_hf import MegatronToHF
 from tools.conversion import compare_logits, run_conversion
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -45,12 +45,11 @@ def main(
     except InputError as error:
         exit_with_one_line(error)
     run_conversion(
-        lambda: MegatronToHF(megatron, template, dtype),
+        lambda: MegatronToHF(megatron, template, dtype, limit),
         hf,
         dry_run=dry_run,
         verify=verify,
         compare=lambda: compare_logits(hf, megatron, dtype),
-        max_shard_size=limit,
     )
 
 

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from megatron_gmpo.config import DataConfig, exit_with_one_line
 from megatron_gmpo.data.prompts import load_prompts, load_tokenizer
 from megatron_gmpo.errors import InputError, RunError
-from megatron_gmpo.models.blocks import prediction_layers
-from megatron_gmpo.models.config import read_hf_config
+from megatron_gmpo.models.decoder import prediction_layers
+from megatron_gmpo.models.description import read_hf_config
 from megatron_gmpo.models.fp8_blocks import is_quantized
 from megatron_gmpo.weights.companions import copy_companions
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder

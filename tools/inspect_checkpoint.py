@@ -9,7 +9,7 @@ import tyro
 
 from megatron_gmpo.config import exit_with_one_line
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.weights.convert import inspect_checkpoint
+from megatron_gmpo.weights.inspection import inspect_checkpoint
 
 
 def main(folder: Annotated[Path, tyro.conf.Positional]) -> None:

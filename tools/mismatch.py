@@ -43,8 +43,8 @@ from megatron_gmpo.distributed import rank
 from megatron_gmpo.errors import InputError, RunError, ServerError
 from megatron_gmpo.losses.tokens import k3
 from megatron_gmpo.metrics.plots import COLORS, set_up_axes
-from megatron_gmpo.models.blocks import prediction_layers
-from megatron_gmpo.models.config import describe_model, read_hf_config
+from megatron_gmpo.models.decoder import prediction_layers
+from megatron_gmpo.models.description import describe_model, read_hf_config
 from megatron_gmpo.platform import choose_device, prepare_megatron, start_process_group
 from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
@@ -53,7 +53,7 @@ from megatron_gmpo.rollout.replay import load_groups
 from megatron_gmpo.rollout.sglang.engine import check_servers, local_servers
 from megatron_gmpo.rollout.sglang.servers import Server, external_servers
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
-from megatron_gmpo.weights.export import unwrapped
+from megatron_gmpo.weights.parameters import unwrapped
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 TRANSFORMERS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp8": (torch.float32, True)}

@@ -19,7 +19,7 @@ from megatron_gmpo.config import Config, exit_with_one_line, load_config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.losses.adaptive_clip import make_adaptive_clip
 from megatron_gmpo.losses.objective import make_objective
-from megatron_gmpo.models.config import ModelDescription, describe_model
+from megatron_gmpo.models.description import ModelDescription, describe_model
 from megatron_gmpo.planning.dry_run import RankPlan, dry_run
 from megatron_gmpo.platform import prepare_megatron
 from megatron_gmpo.policy.fp8 import total_multiple

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from ..config import Config, OptimizerConfig
 from ..losses.objective import needed_columns
 from ..models.attention import PackedAttention, RMSNorm, packing_of
-from ..models.config import DTYPES, ModelDescription
+from ..models.description import DTYPES, ModelDescription
 from ..platform import prepare_megatron
 from ..platform.cpu import on_meta
 from ..policy.build import build_chunks, make_trainable

@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..config import OptimizerConfig
 from ..errors import InputError
-from ..models.config import DTYPES, ModelDescription
+from ..models.description import DTYPES, ModelDescription
 from ..models.layer_spec import decoder_spec
 from ..platform.capabilities import Capabilities
 

@@ -28,7 +28,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..checkpoint import load_tensors
-from ..weights.export import unwrapped
+from ..weights.parameters import unwrapped
 from .build import TrainableModel
 
 

@@ -21,8 +21,9 @@ from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
 from ..losses.objective import Objective, needed_columns
 from ..metrics.figures import Metric, reduce_metrics, value_of
-from ..models.config import ModelDescription
-from ..weights.export import export_hf, load_hf
+from ..models.description import ModelDescription
+from ..weights.export import export_hf
+from ..weights.load import load_hf
 from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device
 from .fp8 import drop_initial_values
@@ -37,7 +38,7 @@ class Policy:
 
     Args:
         cfg: the run's config.
-        description: the model, from ``models.config.describe_model``.
+        description: the model, from ``models.description.describe_model``.
         groups: the process groups, from ``policy.parallel.start_model_parallel``.
         device: device of the model.
         trainable: False builds no gradient buffers, optimizer and reference policy. Such a policy computes

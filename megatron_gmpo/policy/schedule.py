@@ -17,7 +17,7 @@ from ..batch.columns import Microbatch, TrainBatch
 from ..batch.packing import pack, plan_microbatches
 from ..config import Config
 from ..models.attention import packing_of
-from ..models.config import ModelDescription
+from ..models.description import ModelDescription
 from .fp8 import total_multiple
 from .logprobs import vocab_parallel_logprobs
 from .routers import RouterPass

@@ -16,7 +16,7 @@ from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.weights.export import SafetensorsFolder
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 from .conftest import LENGTHS, Open, make_batch
 

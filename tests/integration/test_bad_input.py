@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_gmpo.checkpoint import model_identity
-from megatron_gmpo.models.config import read_hf_config
+from megatron_gmpo.models.description import read_hf_config
 from tools import arithmetic
 
 from ..support.commands import CONFIG, ROOT, error_lines, options, run_module

@@ -33,7 +33,7 @@ from megatron_gmpo.rollout.sglang.servers import LocalServers
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from tools import arithmetic
 
-from ..support import conversions
+from ..support import conversion_cases
 from ..support.commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
 from ..support.ranks import RankPool
 from ..support.sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_until_gone
@@ -197,8 +197,8 @@ def test_a_converted_folder_is_served(
     """Hugging Face -> Megatron -> Hugging Face, and then a server reads it."""
     source = tmp_path / "source"
     shutil.copytree(models[1].folder, source)
-    ranks.run(2, conversions.to_megatron, source, tmp_path / "megatron")
-    ranks.run(2, conversions.to_hf, tmp_path / "megatron", tmp_path / "back", None, None, 100_000)
+    ranks.run(2, conversion_cases.to_megatron, source, tmp_path / "megatron")
+    ranks.run(2, conversion_cases.to_hf, tmp_path / "megatron", tmp_path / "back", None, None, 100_000)
     served = engine()
     served.update_weights(weights[0].items(), 1)
     server, version = sglang_server.servers[0], f"{served._nonce}-1"

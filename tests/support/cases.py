@@ -30,7 +30,7 @@ from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.losses.correction import rollout_mismatch
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.metrics.figures import value_of
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.platform import seed_everything
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel

@@ -20,7 +20,8 @@ from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.config import Config, Fp8Config, OptimizerConfig, load_config
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.models.config import _fp8_fields, describe_model
+from megatron_gmpo.models.description import describe_model
+from megatron_gmpo.models.transformer_config import fp8_fields
 from megatron_gmpo.platform import check_deterministic
 from megatron_gmpo.platform.capabilities import Capabilities, capabilities_of, check_apex
 from megatron_gmpo.policy.build import check_optimizer
@@ -226,7 +227,7 @@ ARCHITECTURE = {"num_layers": 8, "num_moe_experts": 4}
 
 def test_megatrons_fields() -> None:
     cfg = Config.model_validate({"fp8": {"recipe": "blockwise", "num_layers_at_end_in_bf16": 2}})
-    assert _fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel) == {
+    assert fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel) == {
         "fp8": "e4m3",
         "fp8_recipe": "blockwise",
         "fp8_param": False,
@@ -237,14 +238,14 @@ def test_megatrons_fields() -> None:
     }
     given = {
         name: value
-        for name, value in _fp8_fields(Fp8Config(recipe="delayed"), {"num_layers": 8}, cfg.parallel).items()
+        for name, value in fp8_fields(Fp8Config(recipe="delayed"), {"num_layers": 8}, cfg.parallel).items()
         if value
     }
     assert given == {"fp8": "hybrid", "fp8_recipe": "delayed"}
     assert (
-        _fp8_fields(Fp8Config(recipe="mxfp8", format="hybrid"), ARCHITECTURE, cfg.parallel)["fp8"] == "hybrid"
+        fp8_fields(Fp8Config(recipe="mxfp8", format="hybrid"), ARCHITECTURE, cfg.parallel)["fp8"] == "hybrid"
     )
-    assert _fp8_fields(Fp8Config(), ARCHITECTURE, cfg.parallel) == {}
+    assert fp8_fields(Fp8Config(), ARCHITECTURE, cfg.parallel) == {}
 
 
 def test_more_bf16_layers_than_a_stage_has() -> None:
@@ -254,7 +255,7 @@ def test_more_bf16_layers_than_a_stage_has() -> None:
             "parallel": {"pipeline_model_parallel_size": 2},
         }
     )
-    message = refusal(lambda: _fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel))
+    message = refusal(lambda: fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel))
     assert message.startswith(
         "fp8.num_layers_at_start_in_bf16 = 5 is more than the 4 layers of a pipeline stage"
     )
