@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0
 """An idle connection is given up before the server does it (after 5 s), so that no request meets that."""
 
-_LAUNCHER = Path(__file__).with_name("launch_sglang.py")
+_LAUNCHER = Path(__file__).with_name("launch.py")
 _PORTS = range(
     20_000, 32_768
 )  # below those the kernel gives to outgoing connections, so that a restart finds its port free
