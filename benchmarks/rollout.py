@@ -126,12 +126,14 @@ def measure_client(folder: Path) -> None:
     try:
         local.wait_ready()
         client.expect(0)
+        while not (servers := client.servers_to_sync()):
+            time.sleep(0.1)
         update = {"new_version": "benchmark-0", "abort_all_requests": False}
         server = local.servers[0]
         httpx.post(
             f"{server.url}/update_weight_version", json=update, headers=server.admin_headers, timeout=60
         ).raise_for_status()
-        client.synced(local.servers, [])
+        client.synced(servers, [])
         prompts = [[5 + i % 11, 6, 7, *range(5, 15)] for i in range(4 * CONCURRENT)]
         sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
         client.submit(prompts[:CONCURRENT], sampling, []).result(600)  # warms up, connections too
