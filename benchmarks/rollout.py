@@ -31,7 +31,7 @@ from torch import multiprocessing
 from megatron_gmpo.config import SGLangConfig, WeightSyncConfig
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang.client import RolloutClient
-from megatron_gmpo.rollout.sglang.servers import LocalServers
+from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 from tools.make_tiny_model import make_tiny_model

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.config import WeightSyncConfig
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.rollout.sglang.servers import LocalServers, Server
+from megatron_gmpo.rollout.sglang.processes import LocalServers
+from megatron_gmpo.rollout.sglang.servers import Server
 from megatron_gmpo.rollout.sglang.sync.weight_sync import (
     INCOMPLETE,
     WeightSync,

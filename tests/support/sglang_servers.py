@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from megatron_gmpo.config import SGLangConfig
-from megatron_gmpo.rollout.sglang.servers import LocalServers, Server
+from megatron_gmpo.rollout.sglang.processes import LocalServers
+from megatron_gmpo.rollout.sglang.servers import Server
 
 from .commands import ROOT
 

@@ -23,8 +23,9 @@ from ...config import Config, exit_with_one_line, load_config
 from ...errors import InputError, RunError, ServerError
 from ...platform import choose_device
 from ...supervision.records import node_name, write_json
-from .engine import local_servers
-from .servers import LocalServers, address_towards
+from .processes import LocalServers
+from .servers import address_towards
+from .start import local_servers
 
 log = logging.getLogger(__name__)
 
