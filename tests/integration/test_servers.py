@@ -278,7 +278,7 @@ def test_published_servers_are_not_the_users_to_correct(tmp_path: Path) -> None:
     ):
         published_servers(file, 1)
     file.write_text(
-        '{"error": "rollout.num_servers = 3 cannot be shared by 2 nodes: choose a multiple", "code": 2}'
+        '{"error": "rollout.num_servers = 3 cannot be divided among 2 nodes: choose a multiple", "code": 2}'
     )
-    with pytest.raises(InputError, match=r"rollout\.num_servers = 3 cannot be shared"):
+    with pytest.raises(InputError, match=r"rollout\.num_servers = 3 cannot be divided"):
         published_servers(file, 1)
