@@ -249,7 +249,8 @@ def test_weights_of_somebody_else_are_never_sampled_from(
     weights: list[Weights],
     models: list[Any],
 ) -> None:
-    """Another run takes the server over; the answers that come from its weights are thrown away, and the server synced again."""
+    """Another run takes the server over; the answers that come from its weights are thrown away, and the
+    server synced again."""
     served, other = engine(), engine()
     served.update_weights(weights[0].items(), 0)
     assert_made_by(samples(served, PROMPTS[:1], max_new_tokens=3)[0], models)
@@ -387,8 +388,8 @@ def test_servers_that_keep_dying_end_the_run(
 
 
 def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Two trainer ranks that share experts, two servers whose routing they replay, weights in shared memory, generation one step ahead;
-    and nothing is left."""
+    """Two trainer ranks that share experts, two servers whose routing they replay, weights in shared memory,
+    generation one step ahead; and nothing is left."""
     problems = tmp_path / "problems"
     arithmetic.main(problems)
     run_dir = tmp_path / "run"
@@ -482,6 +483,6 @@ def test_without_the_servers_environment_a_run_is_refused(sglang_model: Path, tm
     done = run_module("megatron_gmpo.train", CONFIG, *config)
     assert done.returncode == 2
     assert error_lines(done.stderr) == [
-        f"error: sglang.python = '{tmp_path}/python' does not exist: run make sglang, or set rollout.server_urls or "
-        "rollout.servers_file"
+        f"error: sglang.python = '{tmp_path}/python' does not exist: run make sglang, "
+        "or set rollout.server_urls or rollout.servers_file"
     ]

@@ -1,4 +1,5 @@
-"""The client of SGLang servers, against scripted servers: retries, continued responses, restarts, and weights that are current."""
+"""The client of SGLang servers, against scripted servers: retries, continued responses, restarts, and weights
+that are current."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def fakes() -> Iterator[list[FakeServer]]:
 
 @pytest.fixture
 def client(fakes: list[FakeServer]) -> Iterator[Callable[..., RolloutClient]]:
-    """``client(own=False, count=1, experts=False, **fields of SGLangConfig)``: external servers are started here."""
+    """``client(own=False, count=1, experts=False, **fields of SGLangConfig)``: external servers are started
+    here."""
     made: list[RolloutClient] = []
 
     def make(own: bool = False, count: int = 1, experts: bool = False, **fields: Any) -> RolloutClient:
@@ -269,7 +271,7 @@ def test_a_server_that_accepts_nothing_is_an_error(
     fakes[0].generate = generate
     with pytest.raises(
         ServerError,
-        match=r"accepted no request within sglang\.request_timeout_s = 0\.3, the last reply: the queue is full$",
+        match=r"accepted no request within sglang\.request_timeout_s = 0\.3, the last reply: the queue is full",
     ):
         sample(served)
 
@@ -360,7 +362,8 @@ def test_a_silent_server_that_generates_again_is_ready(
 def test_a_server_that_dies_is_restarted_and_synced(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """Its requests go to the other one meanwhile, and a sync that was on its way does not count for its new life."""
+    """Its requests go to the other one meanwhile, and a sync that was on its way does not count for its new
+    life."""
     served = client(own=True, count=2)
     sync(served, fakes, 0)
     assert served.local

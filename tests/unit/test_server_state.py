@@ -12,7 +12,8 @@ DOCS = Path(__file__).parents[2] / "docs/rollouts.md"
 
 
 def documented() -> dict[tuple[ServerEvent, ServerState], ServerState | None]:
-    """The state that follows each pair; None for an illegal one. A cell is a state, ``=`` (no change) or ``-`` (illegal)."""
+    """The state that follows each pair; None for an illegal one. A cell is a state, ``=`` (no change) or
+    ``-`` (illegal)."""
     rows = [
         [cell.strip().strip("`") for cell in line.strip("|\n").split("|")]
         for line in DOCS.read_text().splitlines()
@@ -70,7 +71,8 @@ def test_every_state_can_be_reached_and_only_given_up_is_final() -> None:
 
 
 def test_requests_in_a_life_of_a_server() -> None:
-    """First start, sync, a request that fails, a process that dies, a restart, and a sync that resets the losses."""
+    """First start, sync, a request that fails, a process that dies, a restart, and a sync that resets the
+    losses."""
     life = Lifecycle(ServerState.STARTING)
     for event, state, losses in (
         (ServerEvent.NEW_VERSION, ServerState.STARTING, 0),

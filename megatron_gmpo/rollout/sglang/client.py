@@ -1,6 +1,6 @@
-"""The client of a set of SGLang servers: sampling that goes on while the trainer trains, and which servers need new weights.
+"""The client of a set of SGLang servers, on rank 0: it samples while the trainer trains.
 
-It lives on rank 0. An event loop in a thread of its own runs the ``Sampler`` and the ``Watcher``; this class is their face to the trainer.
+The trainer calls ``RolloutClient``; an event loop in another thread runs its ``Sampler`` and ``Watcher``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class RolloutClient:
         servers: the servers to use.
         local: the processes behind them if they are our own, to be started, watched and restarted.
         cfg: limits.
-        nonce: marks the weight versions of this run, ``"{nonce}-{step}"``, among those of other runs on the same servers.
+        nonce: marks the weight versions of this run, ``"{nonce}-{step}"``, among those of other runs on the
+            same servers.
         return_routed_experts: request the experts of every token.
 
     Raises:
@@ -63,9 +64,8 @@ class RolloutClient:
     ) -> None:
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=certificates()),
-            timeout=aiohttp.ClientTimeout(
-                total=None, connect=CONNECT_TIMEOUT_S
-            ),  # each request has its own limit
+            # each request has a limit of its own
+            timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # no proxy between trainer and servers
         )
@@ -99,7 +99,7 @@ class RolloutClient:
     def submit(
         self, prompts: list[list[int]], sampling: SamplingParams, end_ids: Sequence[int]
     ) -> Future[list[list[Response]]]:
-        """Start sampling and return at once. See ``Sampler.sample_all`` for the result and the exceptions of the future."""
+        """Start ``Sampler.sample_all`` and return at once."""
         return asyncio.run_coroutine_threadsafe(
             self._sampler.sample_all(prompts, sampling, end_ids), self._loop
         )
@@ -107,7 +107,7 @@ class RolloutClient:
     # weights
 
     def expect(self, version: int) -> None:
-        """Sample from the weights of training step ``version`` only, from now on. No server has them before a sync."""
+        """Sample only from the weights of training step ``version`` from now on, once servers have them."""
         self._call(self._watcher.expect(version))
 
     def servers_to_sync(self) -> list[Server]:
@@ -115,7 +115,7 @@ class RolloutClient:
         return self._call(self._watcher.servers_to_sync())
 
     def any_ready(self) -> bool:
-        """Whether a server has the current weights."""
+        """Return whether a server has the current weights."""
         return any(member.state is ServerState.READY for member in self._watcher.members)
 
     def synced(self, servers: Sequence[Server], failed: Sequence[Server]) -> None:
@@ -155,8 +155,8 @@ def _allow_open_files(connections: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard <= connections:
         raise InputError(
-            f"sglang.max_concurrent_requests: {connections} connections to all servers need as many open files, "
-            f"and ulimit -Hn is {hard}: lower it, or have the limit raised"
+            f"sglang.max_concurrent_requests: {connections} connections to all servers need as many open "
+            f"files, and ulimit -Hn is {hard}: lower it, or have the limit raised"
         )
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)

@@ -1,4 +1,4 @@
-"""The rollout engine over SGLang servers. Rank 0 sends the requests; every rank takes part in the weight syncs."""
+"""The rollout engine over SGLang servers: rank 0 sends requests, every rank syncs weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NEWS_S = 20.0
 
 @dataclass(frozen=True)
 class Ticket:
-    """A submitted batch: ``SGLangEngine.submit`` returns it, ``wait`` takes it. The future exists on rank 0 only."""
+    """A submitted batch, the argument of ``wait``. The future exists on rank 0 only."""
 
     prompts: list[Prompt]
     sampling: SamplingParams
@@ -44,8 +44,9 @@ class Ticket:
 class SGLangEngine:
     """A ``RolloutEngine`` over SGLang servers, which may generate while the trainer trains.
 
-    A restarted server does not have the current weights. All ranks sync it together while they wait for samples, so the
-    weights must not change between ``update_weights`` and the ``generate`` or ``wait`` calls that belong to it.
+    A restarted server does not have the current weights. All ranks sync it together while they wait for
+    samples, so the weights must not change between ``update_weights`` and the ``generate`` or ``wait`` calls
+    that belong to it.
 
     Args:
         cfg: config of the run.
@@ -112,9 +113,10 @@ class SGLangEngine:
         ]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See ``RolloutEngine.update_weights``. Keeps ``named_tensors``, to sync servers that are restarted later.
+        """See ``RolloutEngine.update_weights``. ``named_tensors`` is kept for servers that restart.
 
-        Unfinished responses continue as ``weight_sync.in_flight`` says. Does nothing if the servers have ``version``.
+        Unfinished responses continue as ``weight_sync.in_flight`` says. Does nothing if the servers have
+        ``version``.
         """
         if version == self.version and not self._asleep:
             return
@@ -124,7 +126,7 @@ class SGLangEngine:
         self._until(lambda: self._client and self._client.any_ready() and not self._client.servers_to_sync())
 
     def sleep(self) -> None:
-        """See ``RolloutEngine.sleep``. Colocated servers release their memory; no request may be in flight."""
+        """Release the memory of colocated servers; no request may be in flight."""
         if self._cfg.rollout.placement == "colocated" and not self._asleep:
             if self._client:
                 release_memory(self._servers, self._cfg.weight_sync.timeout_s)
@@ -148,8 +150,10 @@ class SGLangEngine:
         self._sync.close()
 
     def _until(self, finished: Callable[[], Any]) -> Any:
-        """Wait until ``finished`` returns something true on rank 0, and return it on every rank. Servers that need the
-        current weights are synced in the meantime."""
+        """Wait until ``finished`` returns a true value on rank 0, and return it on every rank.
+
+        Servers that need the current weights are synced in the meantime.
+        """
         while True:
             news, result = broadcast_object(self._news(finished) if self._client else None)
             if news == "finished":
@@ -210,7 +214,8 @@ class SGLangEngine:
         if response.routed_experts is None or response.routed_experts.shape != expected:
             found = None if response.routed_experts is None else response.routed_experts.shape
             raise ServerError(
-                f"SGLang recorded routed experts of shape {found}, expected {expected}: check that it serves model.path"
+                f"SGLang recorded routed experts of shape {found}, expected {expected}: "
+                "check that it serves model.path"
             )
         return response.routed_experts.reshape(-1, layers, topk)
 

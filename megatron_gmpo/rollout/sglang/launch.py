@@ -2,9 +2,9 @@
 
     python -I launch.py OPTIONS of sglang.launch_server
 
-The first line on stdin is a JSON object of further options, the keys, so that neither the process table nor the log shows
-them. stdin is a pipe from the trainer: it is closed when the trainer ends, however it ends. Then this process kills the
-server's whole process group, even if the server is stopped (SIGSTOP).
+The first line on stdin is a JSON object of further options, the keys, so that neither the process table nor
+the log shows them. stdin is a pipe from the trainer: it is closed when the trainer ends, however it ends.
+Then this process kills the server's whole process group, even if the server is stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def main() -> None:
 
 
 def _wait(server: int) -> int:
-    """Wait until the server ends or stdin is closed, kill the process group, and return the server's exit code."""
+    """Wait until the server ends or stdin is closed, kill the process group, and return the server's exit
+    code."""
     select.select([sys.stdin.fileno(), os.pidfd_open(server)], [], [])
     os.killpg(server, signal.SIGKILL)  # not reused: its leader is not reaped yet
     code = os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])
@@ -47,7 +48,8 @@ def _serve(secrets: dict[str, str]) -> None:
 
 
 def _hide(secrets: Iterable[str]) -> None:
-    """Replace secrets by ``***`` in the log: SGLang logs its options with the keys (sglang/srt/entrypoints/engine.py)."""
+    """Replace secrets by ``***`` in the log: SGLang logs its options with the keys
+    (sglang/srt/entrypoints/engine.py)."""
     plain = logging.Formatter.format
 
     def without_secrets(self: logging.Formatter, record: logging.LogRecord) -> str:

@@ -53,7 +53,8 @@ class LocalServers:
         servers: their addresses and keys, known before the start.
 
     Raises:
-        InputError: ``cfg.host`` is not an address of this machine, or ``cfg.args`` holds an option that is set here.
+        InputError: ``cfg.host`` is not an address of this machine, or ``cfg.args`` holds an option that is
+            set here.
     """
 
     def __init__(
@@ -117,8 +118,8 @@ class LocalServers:
         """Wait until the server ``index``, or every server, generates a token.
 
         Raises:
-            ServerError: a server died, or was not ready within ``cfg.start_timeout_s`` after its start. The message quotes
-                the reason from its log.
+            ServerError: a server died, or was not ready within ``cfg.start_timeout_s`` after its start. The
+                message quotes the reason from its log.
         """
         for i in range(len(self.servers)) if index is None else [index]:
             deadline = self._started[i] + self._cfg.start_timeout_s
@@ -130,8 +131,8 @@ class LocalServers:
                 if time.monotonic() > deadline:
                     limit = f"sglang.start_timeout_s = {self._cfg.start_timeout_s:g}"
                     raise ServerError(
-                        f"SGLang server {i} was not ready within {limit}; the last line of its log: {self._reason(i)} "
-                        f"(see {self._log(i)})"
+                        f"SGLang server {i} was not ready within {limit}; the last line of its log: "
+                        f"{self._reason(i)} (see {self._log(i)})"
                     )
                 time.sleep(_POLL_S)
 
@@ -140,7 +141,7 @@ class LocalServers:
         return self._processes[index].poll() is None
 
     def restart(self, index: int) -> None:
-        """Kill the server's process group, start it again with the weights of ``model_path``, and return at once.
+        """Kill the server's process group, start it again from ``model_path``, and return at once.
 
         Threads may call this while another calls ``stop``; nothing starts after ``stop``.
         """
@@ -193,7 +194,8 @@ class LocalServers:
             process.wait(_KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             raise ServerError(
-                f"SGLang server {index} (process {process.pid}) still exists {_KILL_TIMEOUT_S:g} s after its kill"
+                f"SGLang server {index} (process {process.pid}) still exists {_KILL_TIMEOUT_S:g} s after "
+                "it was killed"
             ) from None
 
     def _log(self, index: int) -> Path:
@@ -220,15 +222,14 @@ def _device_options(device: torch.device, first_gpu: int) -> dict[str, Any]:
 
 
 def _server_environment(device: torch.device) -> dict[str, str]:
-    """Return this process's environment without torchrun's variables, which would make SGLang a rank of the trainer's job."""
+    """Return the environment without torchrun's variables: SGLang would join the trainer's job."""
     job = re.compile(r"TORCHELASTIC_|MASTER_|((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE))$")
     kept = {name: value for name, value in os.environ.items() if not job.match(name)}
     return kept | {"SGLANG_USE_CPU_ENGINE": "1"} if device.type == "cpu" else kept
 
 
 def _command_line(options: dict[str, Any]) -> list[str]:
-    """Return options as arguments: ``{"port": 1, "sleep_on_idle": True, "x": [1, 2]}`` gives ``["--port", "1", "--sleep-on-idle",
-    "--x", "1", "2"]``."""
+    """Return options as arguments: ``{"port": 1, "x": [1]}`` gives ``["--port", "1", "--x", "1"]``."""
     line: list[str] = []
     for name, value in options.items():
         if value is None or value is False:
@@ -246,8 +247,9 @@ def _command_line(options: dict[str, Any]) -> list[str]:
 def _hold_port(host: str) -> socket.socket:
     """Return a socket that reserves a free port for a server.
 
-    The first bind is exclusive. SO_REUSEADDR is set afterwards and the socket does not listen, so the kernel lets a second
-    socket bind that sets SO_REUSEADDR too: uvicorn's. Other runs reserve their ports in the same way, and find this one taken.
+    The first bind is exclusive. SO_REUSEADDR is set afterwards and the socket does not listen, so the kernel
+    lets a second socket bind that sets SO_REUSEADDR too: uvicorn's. Other runs reserve their ports in the
+    same way, and find this one taken.
     """
     taken: OSError | None = None
     for port in random.SystemRandom().sample(_PORTS, 100):

@@ -1,4 +1,4 @@
-"""Samples responses over HTTP: retries failed requests, and continues responses that were aborted before their end."""
+"""Samples responses over HTTP: retries failed requests and continues aborted responses."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ class Sampler:
 
         Raises:
             InputError: a server refuses a request or the API key.
-            ServerError: a sample failed ``ATTEMPTS`` times, or a server refused requests for ``request_timeout_s``.
+            ServerError: a sample failed ``ATTEMPTS`` times, or a server refused requests for
+                ``request_timeout_s``.
         """
         parameters = {
             "temperature": sampling.temperature,
@@ -113,7 +114,7 @@ class Sampler:
         return [responses[at : at + n] for at in range(0, len(responses), n)]
 
     async def abort(self, server: Server, rid: str) -> None:
-        """Ask the server to abort a request; ignore that it does not answer."""
+        """Ask the server to abort a request; ignore a server that does not answer."""
         with suppress(aiohttp.ClientError, TimeoutError):
             async with self._http.post(
                 f"{server.url}/abort_request",
@@ -124,8 +125,8 @@ class Sampler:
                 pass
 
     async def _sample(self, prompt: list[int], limit: int, parameters: dict[str, Any]) -> Response:
-        """Return one response. The tokens of an aborted request are kept, as the end of a longer prompt: discarding them would
-        favour short responses, which are rarely unfinished at a sync."""
+        """Return one response. The tokens of an aborted request are kept, as the end of a longer prompt:
+        discarding them would favour short responses, which are rarely unfinished at a sync."""
         response = Response()
         failures = 0
         while response.finish_reason in ("", "abort") and len(response.tokens) < limit:
@@ -149,7 +150,8 @@ class Sampler:
         return response
 
     async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer of a server with the current weights. Send the request again while servers reply HTTP 429 or 5xx."""
+        """Return the answer of a server with the current weights. Send the request again while servers reply
+        HTTP 429 or 5xx."""
         pause, refused_since = _FIRST_PAUSE_S, None
         while True:
             member = await self._watcher.acquire()
@@ -182,8 +184,8 @@ class Sampler:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     async def _request(self, member: Member, body: dict[str, Any]) -> _Reply:
-        """Return the server's reply to ``/generate``. After ``request_timeout_s`` ask the server to abort; the reply then holds the
-        tokens sampled so far."""
+        """Return the server's reply to ``/generate``. After ``request_timeout_s`` ask the server to abort;
+        the reply then holds the tokens sampled so far."""
         server, timeout_s = member.server, self._cfg.request_timeout_s
         request = asyncio.create_task(self._post(server, body))
         member.requests[request] = body["rid"]

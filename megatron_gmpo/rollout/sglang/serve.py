@@ -1,9 +1,11 @@
-"""SGLang servers for trainers on other nodes: ``python -m megatron_gmpo.rollout.sglang.serve CONFIG.toml --section.key value``.
+"""Runs the SGLang servers of one node, for trainers on other nodes:
+
+    python -m megatron_gmpo.rollout.sglang.serve CONFIG.toml --section.key value ...
 
 A job step runs this command once on each rollout node (examples/moe/launch.sh). It starts the node's share of
-``rollout.num_servers`` with the keys in ``server_keys.json`` of the run folder, and restarts servers that die or hang. When
-the servers of all nodes are ready, task 0 writes their addresses to ``servers.json``; trainers wait for that file
-(``rollout.servers_file``). On failure it writes ``{"error": "...", "code": 1}`` instead.
+``rollout.num_servers`` with the keys in ``server_keys.json`` of the run folder, and restarts servers that die
+or hang. When the servers of all nodes are ready, task 0 writes their addresses to ``servers.json``; trainers
+wait for that file (``rollout.servers_file``). On failure it writes ``{"error": "...", "code": 1}`` instead.
 
 Reads MASTER_ADDR, the address of trainer rank 0, and Slurm's SLURM_PROCID, SLURM_NTASKS, SLURM_JOB_ID and
 SLURM_RESTART_COUNT from the environment.
@@ -39,15 +41,16 @@ def serve(cfg: Config) -> None:
     """Run the servers of this node until SIGTERM.
 
     Raises:
-        ServerError: a server does not start, the servers of another node are not ready in time, or this is the only node
-            and has lost all its servers.
+        ServerError: a server does not start, the servers of another node are not ready in time, or this is
+            the only node and has lost all its servers.
         InputError: ``rollout.num_servers`` is not a multiple of the number of nodes; or as ``LocalServers``.
     """
     run_dir, task, tasks = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     share, rest = divmod(cfg.rollout.num_servers, tasks)
     if rest:
         raise InputError(
-            f"rollout.num_servers = {cfg.rollout.num_servers} cannot be divided among {tasks} nodes: choose a multiple"
+            f"rollout.num_servers = {cfg.rollout.num_servers} cannot be divided among {tasks} nodes: "
+            "choose a multiple"
         )
     cfg = cfg.model_copy(
         update={
@@ -83,7 +86,8 @@ class _Health:
     """Health of one server.
 
     Attributes:
-        last_answer: time of its last answer, on the monotonic clock; during a start, the deadline for its first answer.
+        last_answer: time of its last answer, on the monotonic clock; during a start, the deadline for its
+            first answer.
         first_version: weight version that it reported first after its start.
         losses: consecutive losses; a weight sync resets the count.
     """
@@ -94,7 +98,9 @@ class _Health:
 
 
 def _restart_lost_servers(cfg: Config, servers: LocalServers) -> None:
-    """Restart servers that die or hang, each at most ``sglang.max_restarts`` consecutive times; a weight sync resets the count.
+    """Restart servers that die or hang, each up to ``sglang.max_restarts`` consecutive times.
+
+    A weight sync resets the count.
 
     Return when no server is left.
     """
@@ -121,8 +127,8 @@ def _loss(cfg: Config, servers: LocalServers, index: int, health: _Health) -> st
     """Probe a server. Return the reason to restart it, or an empty string."""
     if not servers.is_alive(index):
         return "died"
-    # the probe does not generate: a sync may have paused the server, or it sleeps during training. SGLang itself ends a
-    # server whose scheduler hangs
+    # the probe does not generate: a sync may have paused the server, or it sleeps during training. SGLang
+    # itself ends a server whose scheduler hangs
     if version := servers.servers[index].weight_version(_PROBE_TIMEOUT_S):
         health.last_answer = time.monotonic()
         health.first_version = health.first_version or version
@@ -145,7 +151,8 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
         if time.monotonic() > deadline:
             limit = f"sglang.start_timeout_s = {cfg.sglang.start_timeout_s:g}"
             raise ServerError(
-                f"the servers of rollout node {missing[0]} were not ready within {limit} after those of node 0"
+                f"the servers of rollout node {missing[0]} were not ready within {limit} "
+                "after those of node 0"
             )
         time.sleep(_POLL_S)
     addresses: list[dict[str, Any]] = [address for part in parts for address in json.loads(part.read_text())]

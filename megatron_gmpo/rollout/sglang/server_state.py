@@ -1,4 +1,4 @@
-"""The states of one SGLang server, and the table of events that move it between them. Pure: no I/O and no clock."""
+"""The states of one SGLang server and the table of their transitions. Pure: no I/O and no clock."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from enum import Enum
 
 
 class ServerState(Enum):
-    """Where a server stands. The client sends requests to ``READY`` servers only."""
+    """State of a server. Only ``READY`` servers receive requests."""
 
     STARTING = "starting"
     """First start of a server of our own: it has not answered yet, and no sync begins without it."""
     CHECKING = "checking"
-    """The watcher does not know whether it answers, or with which weights: after a restart or a failed request."""
+    """After a restart or a failed request: unknown whether it answers, and with which weights."""
     SILENT = "silent"
-    """A request timed out. The front may answer while the scheduler hangs, so it has to generate a token first."""
+    """A request timed out. It must generate a token: its front may answer while its scheduler hangs."""
     STALE = "stale"
     """It answers and needs the current weights."""
     SYNCING = "syncing"
@@ -28,7 +28,7 @@ class ServerState(Enum):
 
 
 class ServerEvent(Enum):
-    """What the sampler, the watcher or a weight sync observed."""
+    """An observation of the sampler, the watcher or a weight sync."""
 
     FOUND_CURRENT = "found with the current weights"
     FOUND_STALE = "found with other weights"

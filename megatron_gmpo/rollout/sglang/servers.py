@@ -1,4 +1,4 @@
-"""An SGLang server as its clients see it, and the servers that somebody else started: by their URL, or by a file."""
+"""An SGLang server as its clients see it, and checks of servers that are already running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...errors import Exit, InputError, ServerError
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0
-"""Clients close idle connections after this time. SGLang closes them after 5 s: a request sent at that moment would fail."""
+"""Idle connections are closed after this time. SGLang closes them after 5 s, maybe under a new request."""
 
 _REACH_TIMEOUT_S = 30.0
 _POLL_S = 0.5
@@ -60,7 +60,8 @@ class Server:
     def answers(self, timeout_s: float) -> bool:
         """Return whether it generates a token within the timeout.
 
-        A busy server passes as soon as any of its requests makes progress. An idle server needs about a second.
+        A busy server passes as soon as any of its requests makes progress. An idle server needs about a
+        second.
         """
         try:
             return _request("GET", f"{self.url}/health_generate", {}, timeout_s).status_code == 200
@@ -69,7 +70,7 @@ class Server:
 
 
 def external_servers(urls: tuple[str, ...]) -> list[Server]:
-    """Check running servers, with the keys in the environment variables SGLANG_API_KEY and SGLANG_ADMIN_API_KEY.
+    """Check running servers. Their keys are read from SGLANG_API_KEY and SGLANG_ADMIN_API_KEY.
 
     Raises:
         InputError: a malformed URL, a server that does not answer, or a key that it refuses.
@@ -81,21 +82,22 @@ def external_servers(urls: tuple[str, ...]) -> list[Server]:
 
 
 def published_servers(file: Path, timeout_s: float) -> list[Server]:
-    """Wait for the servers that another step of the job publishes in ``file`` (see ``serve.py``), and check them.
+    """Wait for ``file``, in which another step of the job publishes its servers (``serve.py``).
 
-    The file holds ``[{"url", "node"}, ...]``, or ``{"error", "code"}``. The keys ``{"api_key", "admin_key"}`` are in
-    ``server_keys.json`` in the same folder.
+    The file holds ``[{"url", "node"}, ...]``, or ``{"error", "code"}``. The keys ``{"api_key", "admin_key"}``
+    are in ``server_keys.json`` in the same folder.
 
     Raises:
-        ServerError: the file does not appear within ``timeout_s``, reports a failed start, or names a server that does
-            not answer.
+        ServerError: the file does not appear within ``timeout_s``, reports a failed start, or names a server
+            that does not answer.
         InputError: the file reports wrong settings.
     """
     deadline = time.monotonic() + timeout_s
     while not file.is_file():
         if time.monotonic() > deadline:
             raise ServerError(
-                f"rollout.servers_file = {str(file)!r} did not appear within sglang.start_timeout_s = {timeout_s:g}"
+                f"rollout.servers_file = {str(file)!r} did not appear within "
+                f"sglang.start_timeout_s = {timeout_s:g}"
             )
         time.sleep(_POLL_S)
     published = json.loads(file.read_text())
@@ -121,7 +123,7 @@ def address_towards(host: str) -> str:
 
 @cache
 def certificates() -> ssl.SSLContext:
-    """Return the system's certificate authorities, or those in SSL_CERT_FILE. Reading them takes tens of milliseconds."""
+    """Return the system's certificate authorities, or SSL_CERT_FILE's. Cached: reading them is slow."""
     return ssl.create_default_context()
 
 

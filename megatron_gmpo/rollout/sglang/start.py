@@ -32,20 +32,21 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
         device: device of the policy.
 
     Raises:
-        InputError: ``sglang.python`` does not exist; a server of ``rollout.server_urls`` cannot be used; the model is in FP8,
-            which servers would load and the weight sync would not send; or the sync uses NCCL, and the trainer's version
-            differs from the servers'.
+        InputError: ``sglang.python`` does not exist; a server of ``rollout.server_urls`` cannot be used; the
+            model is in FP8, which servers would load and the weight sync would not send; or the sync uses
+            NCCL, and the trainer's version differs from the servers'.
     """
     if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
         raise InputError(
-            f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', or give the model in bf16"
+            f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', "
+            "or give the model in bf16"
         )
     if cfg.rollout.server_urls:
         external_servers(cfg.rollout.server_urls)
     elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
         raise InputError(
-            f"sglang.python = {cfg.sglang.python!r} does not exist: run make sglang, or set rollout.server_urls or "
-            "rollout.servers_file"
+            f"sglang.python = {cfg.sglang.python!r} does not exist: run make sglang, "
+            "or set rollout.server_urls or rollout.servers_file"
         )
     if cfg.weight_sync.route == "distributed" and device.type == "cuda" and not cfg.rollout.server_urls:
         _check_nccl(cfg.sglang.python)
@@ -63,13 +64,14 @@ def _check_nccl(python: str) -> None:
     ours = ".".join(map(str, nccl.version()))
     if theirs and theirs != ours:
         raise InputError(
-            f"weight_sync.route = 'distributed' needs the same NCCL on both sides, but the trainer's torch has {ours} and "
-            f"that of sglang.python has {theirs}: choose 'disk', or install a torch with the same NCCL"
+            f"weight_sync.route = 'distributed' needs the same NCCL on both sides, but the trainer's torch "
+            f"has {ours} and that of sglang.python has {theirs}: choose 'disk', or install a torch with the "
+            "same NCCL"
         )
 
 
 def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
-    """Start the servers of ``cfg``, or connect to them, and return their engine. Collective; rank 0 does the work.
+    """Start or reach the servers of ``cfg``, and return their engine. Collective; rank 0 does the work.
 
     Servers of our own are still starting when this returns, except colocated servers on GPUs.
 
@@ -79,7 +81,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         device: device of the policy.
 
     Raises:
-        InputError: as ``LocalServers`` and ``make_weight_sync``; or colocated servers need more GPUs than the trainer has.
+        InputError: as ``LocalServers`` and ``make_weight_sync``; or colocated servers need more GPUs than the
+            trainer has.
         ServerError: as ``published_servers``; or colocated servers do not start.
     """
     rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
@@ -87,8 +90,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     gpus = rollout.num_servers * cfg.sglang.tensor_parallel_size
     if colocated_on_gpus and gpus > world_size():
         raise InputError(
-            f"rollout.num_servers = {rollout.num_servers} needs {gpus} GPUs, and the trainer has {world_size()}: "
-            "start fewer servers"
+            f"rollout.num_servers = {rollout.num_servers} needs {gpus} GPUs, and the trainer has "
+            f"{world_size()}: start fewer servers"
         )
     servers, local = _servers(cfg, device) if rank() == 0 else ([], None)
     weight_sync = cfg.weight_sync
@@ -118,7 +121,7 @@ def _servers(cfg: Config, device: torch.device) -> tuple[list[Server], LocalServ
 
 
 def _wait_ready(engine: SGLangEngine, local: LocalServers | None) -> None:
-    """Wait on every rank: SGLang sizes its cache by the free memory, so the trainer must not allocate before."""
+    """Wait on every rank: SGLang sizes its cache by the free memory, so the trainer allocates later."""
     problem = None
     try:
         if local:
@@ -138,15 +141,15 @@ def local_servers(
     first_gpu: int = 0,
     keys: tuple[str, str] | None = None,
 ) -> LocalServers:
-    """Return ``rollout.num_servers`` servers of the model of ``cfg`` on this machine, not started yet. See ``LocalServers``."""
+    """Return ``LocalServers`` for the model and the settings of ``cfg``, not started yet."""
     model_path, dtype = cfg.model.path, cfg.model.dtype
     options: dict[str, Any] = {}
     if cfg.rollout.quantization == "fp8":
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0):
             # deep_gemm_wrapper/configurer.py, fp8_utils.py:requant_weight_ue8m0_inplace
             raise InputError(
-                "rollout.quantization = 'fp8' needs Hopper GPUs: on newer GPUs SGLang packs the scales as it loads them, and "
-                "accepts no others later; set it to 'none'"
+                "rollout.quantization = 'fp8' needs Hopper GPUs: on newer GPUs SGLang packs the scales as it "
+                "loads them, and accepts no others later; set it to 'none'"
             )
         model_path = str(fp8_start_folder(Path(model_path), log_dir / "fp8_model"))
         dtype = "bf16"  # the output of the FP8 kernels
@@ -170,8 +173,7 @@ def local_servers(
 
 
 def fp8_start_folder(model: Path, folder: Path) -> Path:
-    """Write the folder that a server with FP8 weights starts from: the model's folder without weights, which come with the
-    first sync."""
+    """Write the model's folder without weights: servers receive FP8 weights with the first sync."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_companions(model, folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())

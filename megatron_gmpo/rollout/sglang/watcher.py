@@ -43,8 +43,8 @@ class Member:
 class Watcher:
     """Keeps the state of every server, with one task each. All methods run in the event loop's thread.
 
-    A server gets requests only while it is ``READY``. Every failure takes it out of that state; its task then finds the
-    cause, restarts the server if it is one of our own, and marks it ``STALE`` once it answers.
+    A server gets requests only while it is ``READY``. Every failure takes it out of that state; its task then
+    finds the cause, restarts the server if it is one of our own, and marks it ``STALE`` once it answers.
 
     Args:
         servers: the set.
@@ -116,10 +116,13 @@ class Watcher:
         self._nothing_answers_since = time.monotonic()
 
     async def servers_to_sync(self) -> list[Server]:
-        """Return the servers that need the current weights, and mark them ``SYNCING``; none before all are up for the first time.
+        """Return the servers that need the current weights, and mark them ``SYNCING``.
+
+        The list is empty while servers of our own start for the first time, so that one sync serves all.
 
         Raises:
-            ServerError: a server cannot be started, all were given up, or none has answered for ``start_timeout_s``.
+            ServerError: a server cannot be started, all were given up, or none has answered for
+                ``start_timeout_s``.
         """
         if self._problem:
             raise self._problem
@@ -133,10 +136,10 @@ class Watcher:
             if time.monotonic() - self._nothing_answers_since > limit:
                 urls = ", ".join(member.server.url for member in self.members)
                 raise ServerError(f"no SGLang server has answered for {limit:g} s: {urls}")
-        needy = [m for m in self.members if m.state in (ServerState.STALE, ServerState.SYNCING)]
-        for member in needy:
+        outdated = [m for m in self.members if m.state in (ServerState.STALE, ServerState.SYNCING)]
+        for member in outdated:
             member.life.apply(ServerEvent.SYNC_STARTED)
-        return [member.server for member in needy]
+        return [member.server for member in outdated]
 
     async def synced(self, servers: set[Server], failed: set[Server]) -> None:
         """Record a sync to ``servers``; all except ``failed`` have the current weights."""
