@@ -90,9 +90,19 @@ class FakeServer:
         asyncio.run_coroutine_threadsafe(stop(), self._loop).result(10)
 
     def close(self) -> None:
+        """Stop, and end the thread."""
+
+        async def end_handlers() -> None:
+            handlers = asyncio.all_tasks() - {asyncio.current_task()}
+            for handler in handlers:
+                handler.cancel()
+            await asyncio.gather(*handlers, return_exceptions=True)
+
         self.stop()
+        asyncio.run_coroutine_threadsafe(end_handlers(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.weight_version})

@@ -240,9 +240,10 @@ def versions_of(answer: dict[str, Any], nonce: str) -> list[int]:
     spans = about.get("weight_versions") or [
         {"version": about["weight_version"], "start": 0, "end": max(1, count)}
     ]
-    return [_step(span["version"], nonce) for span in spans for _ in range(span["start"], span["end"])] or [
-        _step(about["weight_version"], nonce)
-    ]
+    steps: list[int] = []
+    for span in spans:
+        steps += [_step(span["version"], nonce)] * (span["end"] - span["start"])
+    return steps or [_step(about["weight_version"], nonce)]
 
 
 def _step(version: str, nonce: str) -> int:
