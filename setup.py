@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["megatron_gmpo", "megatron_gmpo.*"]),
     package_data={"megatron_gmpo": ["py.typed", "lab/templates/*.html"]},
     install_requires=[
-        "anyio>=4.0",
+        "aiohttp>=3.11,<4",
         "datasets>=4.0",
         "httpx>=0.28,<1",
         "huggingface_hub>=1.0",
@@ -37,7 +37,6 @@ setup(
         "pydantic>=2.12",
         "rich>=13.9",
         "safetensors>=0.8",
-        "sniffio>=1.3",  # httpcore looks for it at every step of a request, and searches the whole path where it is missing
         "tensorboard>=2.18",
         "tomli-w>=1.0",
         "torch>=2.9",

@@ -153,52 +153,56 @@ class DataConfig(_Section):
 
 class RolloutConfig(_Section):
     engine: Literal["embedded", "sglang"] = "embedded"
-    """``embedded`` runs transformers in the trainer's processes, ``sglang`` asks SGLang servers."""
+    """``embedded`` runs transformers in the trainer's processes; ``sglang`` sends requests to SGLang servers."""
     num_servers: Positive = 1
-    """SGLang servers to start, each with weights of its own: on the first trainer's machine, or shared out over a Slurm job's rollout
-    nodes."""
+    """Number of SGLang servers to start, each with its own copy of the weights. They run on the machine of rank 0, or are
+    divided among the rollout nodes of a Slurm job."""
     server_urls: tuple[str, ...] = ()
-    """Running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]; their keys come from the environment variables
-    SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
+    """URLs of running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]. Their keys are read from the
+    environment variables SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
     servers_file: str = ""
-    """A file that will name running SGLang servers, servers.json of the job that starts them; waited for as long as a server may take
-    to start. Their keys stand beside it in server_keys.json."""
+    """File with the addresses of running SGLang servers: servers.json of the job that starts them. The trainer waits for it
+    up to sglang.start_timeout_s. The keys are in server_keys.json in the same folder."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    """``colocated``: the servers share the trainer's devices, and give their memory back while it trains."""
+    """``disaggregated`` servers have their own devices; ``colocated`` servers share the trainer's devices and release their
+    memory while it trains."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Generate up to so many steps ahead while training runs; 0 generates and trains in turn."""
+    """Maximum number of steps that are generated ahead while training runs; 0 alternates generation and training."""
     routed_experts: bool = False
-    """Record the experts of every token (MoE), to replay them or to measure how far the policy's differ."""
+    """Record the experts of every token (MoE), to replay them in training or to compare them with the policy's."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Precision the embedded engine samples in; None means ``model.dtype``. Another one provokes what engines of other kernels do:
-    disagreement with the policy, also on the experts."""
+    """Dtype of the embedded engine; None means ``model.dtype``. A different dtype causes the mismatch that an engine with
+    other kernels has: log probabilities and experts differ from the policy's."""
     quantization: Literal["none", "fp8"] = "none"
-    """``fp8``: the linear weights of attention and MLPs are rounded on their way to the engine to 8 bits and a scale for each block of
-    128 x 128. Servers of ours are started to compute with them; the embedded engine computes with the rounded values."""
+    """``fp8`` rounds the linear weights of attention and MLPs to 8 bits, with a scale for each block of 128 x 128, in each
+    weight sync. Servers started by the run compute in FP8; the embedded engine computes with the rounded values."""
     router_noise: NonNegative = 0.0
-    """Standard deviation of noise on the router logits (MoE) while the embedded engine samples training responses, to the same end."""
+    """Standard deviation of Gaussian noise on the router logits (MoE) while the embedded engine samples training responses;
+    also causes a mismatch of experts."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0 means: no limit."""
+    """Number of most likely tokens to sample from; 0 means all."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, besides the end-of-sequence token."""
     batch_size: Positive = 64
-    """Responses the embedded engine decodes together on a rank."""
+    """Number of responses that the embedded engine decodes together on a rank."""
     dynamic_sampling: Literal["off", "drop", "resample"] = "off"
-    """Groups without reward variance: keep, drop, or replace by new prompts (DAPO)."""
+    """Treatment of groups without reward variance (DAPO): ``off`` keeps them, ``drop`` drops them, ``resample`` replaces them by
+    new prompts."""
     max_resample_rounds: Positive = 4
-    """Bound on ``resample``; after it the step goes on with the groups it has."""
+    """Maximum number of draws after the first one for ``resample``; then the step continues with the groups it has."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
-    """DAPO's soft overlong penalty falls from 0 to -overlong_penalty over the last so many tokens before max_new_tokens."""
+    """DAPO's soft overlong penalty: number of tokens before max_new_tokens over which the reward falls by overlong_penalty."""
     overlong_penalty: NonNegative = 1.0
+    """Penalty of a response of max_new_tokens tokens; used if overlong_buffer is set."""
     save_path: str = ""
-    """Folder that receives every step's groups."""
+    """Folder to which the groups of every step are written."""
     replay_path: str = ""
-    """Folder written by ``save_path``: train on those groups instead of generating."""
+    """Folder that an earlier run wrote with ``save_path``; train on its groups instead of generating."""
 
     @model_validator(mode="after")
     def _fields_fit_the_engine(self) -> RolloutConfig:
@@ -224,33 +228,35 @@ class RolloutConfig(_Section):
             raise ValueError(f"server_urls = {list(self.server_urls)} names a server twice")
         if self.placement == "colocated" and self.max_staleness:
             raise ValueError(
-                f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers rest while it trains"
+                f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers do not "
+                "generate while it trains"
             )
         return self
 
 
 class SGLangConfig(_Section):
     python: str = ".venv-sglang/bin/python"
-    """Interpreter of the servers' own environment (``make sglang``)."""
+    """Python interpreter of the servers' own environment (``make sglang``)."""
     host: str = "127.0.0.1"
-    """Address the servers bind to. Only the loopback address keeps other machines out."""
+    """Address that the servers bind. Other machines can reach every address except the loopback address."""
     tensor_parallel_size: Positive = 1
-    """Devices of one server."""
+    """Number of devices of one server."""
     args: dict[str, Any] = {}
-    """Any further option of sglang.launch_server by its own name, e.g. ``mem_fraction_static = 0.8``."""
+    """Further options of sglang.launch_server under their own names, e.g. ``mem_fraction_static = 0.8``."""
     max_concurrent_requests: Positive = 256
-    """Requests one server has at a time; the others wait in the client."""
+    """Maximum number of in-flight requests per server; further requests wait in the client."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 1200.0
-    """Limit for one response. With ``hang_timeout_s`` it must fit into ``supervision.hang_timeout_s``, or a hung server ends the run before
-    it is found."""
+    """Timeout for one response. This timeout and ``hang_timeout_s`` together must be below ``supervision.hang_timeout_s``;
+    otherwise a hung server ends the run before it is detected."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Limit for a server to load and answer."""
+    """Timeout for the start of a server, until its first answer."""
     health_interval_s: Annotated[float, Field(gt=0)] = 10.0
-    """How often a server is asked whether it lives."""
+    """Interval between health checks of a server."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """A server that answers nothing for so long is killed and started again."""
+    """A server that does not answer for this time is killed and restarted."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Of each server in a row, without a weight sync between; after them the run ends."""
+    """Maximum consecutive restarts per server; a successful weight sync resets the count. The run ends when every server has
+    exceeded it."""
 
 
 class WeightSyncConfig(_Section):

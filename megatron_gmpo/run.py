@@ -44,7 +44,7 @@ from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups
-from .rollout.sglang.engine import check_servers, start_sglang
+from .rollout.sglang.start import check_servers, start_sglang
 from .weights.safetensors_folder import SafetensorsFolder
 
 

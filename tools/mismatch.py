@@ -50,8 +50,8 @@ from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.replay import load_groups
-from megatron_gmpo.rollout.sglang.engine import check_servers, local_servers
 from megatron_gmpo.rollout.sglang.servers import Server, external_servers
+from megatron_gmpo.rollout.sglang.start import check_servers, local_servers
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from megatron_gmpo.weights.parameters import unwrapped
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder

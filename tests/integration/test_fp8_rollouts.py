@@ -25,13 +25,8 @@ from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.fp8_blocks import quantize_all
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.sglang import servers as servers_module
-from megatron_gmpo.rollout.sglang.engine import (
-    check_servers,
-    fp8_start_folder,
-    local_servers,
-    start_sglang,
-)
+from megatron_gmpo.rollout.sglang import processes
+from megatron_gmpo.rollout.sglang.start import check_servers, fp8_start_folder, local_servers, start_sglang
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
@@ -86,7 +81,7 @@ def differences(
 
 @pytest.fixture
 def fp8_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers_module, "_LAUNCHER", ROOT / "tests/support/sglang_fp8_launcher.py")
+    monkeypatch.setattr(processes, "_LAUNCHER", ROOT / "tests/support/sglang_fp8_launcher.py")
 
 
 def fp8_config(model: Path, **sections: dict[str, Any]) -> Config:

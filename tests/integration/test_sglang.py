@@ -28,8 +28,10 @@ from megatron_gmpo.config import Config
 from megatron_gmpo.errors import ServerError
 from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.sglang.engine import SGLangEngine, start_sglang
-from megatron_gmpo.rollout.sglang.servers import LocalServers
+from megatron_gmpo.rollout.sglang.engine import SGLangEngine
+from megatron_gmpo.rollout.sglang.processes import LocalServers
+from megatron_gmpo.rollout.sglang.server_state import ServerState
+from megatron_gmpo.rollout.sglang.start import start_sglang
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from tools import arithmetic
 
@@ -255,7 +257,8 @@ def test_weights_of_somebody_else_are_never_sampled_from(
     weights: list[Weights],
     models: list[Any],
 ) -> None:
-    """Another run takes the server over; the answers that come from its weights are thrown away, and the server synced again."""
+    """Another run takes the server over; the answers that come from its weights are thrown away, and the
+    server synced again."""
     served, other = engine(), engine()
     served.update_weights(weights[0].items(), 0)
     assert_made_by(samples(served, PROMPTS[:1], max_new_tokens=3)[0], models)
@@ -301,10 +304,10 @@ def groups_of(pair: SGLangEngine) -> list[int]:
 def wait_for_both(pair: SGLangEngine) -> None:
     """Until both servers are up and have the weights: whoever waits for samples syncs what has come back."""
     assert pair._client
-    members, deadline = pair._client._members, time.monotonic() + 300
-    while not all(member.ready for member in members):
+    members, deadline = pair._client._watcher.members, time.monotonic() + 300
+    while not all(member.state is ServerState.READY for member in members):
         assert time.monotonic() < deadline
-        if any(member.wants_weights for member in members):
+        if any(member.state is ServerState.STALE for member in members):
             samples(pair, n=1, max_new_tokens=2)
         time.sleep(0.1)
 
@@ -345,7 +348,7 @@ def test_a_server_killed_during_a_sync(
     wait_for_both(pair)
     victim = groups_of(pair)[0]
     assert pair._client
-    member = pair._client._members[0]
+    member = pair._client._watcher.members[0]
     iterations = []
 
     class Export:
@@ -357,13 +360,13 @@ def test_a_server_killed_during_a_sync(
                 if len(iterations) == 1 and place == len(weights[2]) // 2:
                     os.killpg(victim, signal.SIGKILL)
                     deadline = time.monotonic() + 60
-                    while noticed and member.wants_weights:
+                    while noticed and member.state is ServerState.SYNCING:
                         assert time.monotonic() < deadline
                         time.sleep(0.05)
                 yield item
 
     pair.update_weights(Export(), 2)
-    assert not member.ready
+    assert member.state is not ServerState.READY
     for sample in samples(pair, n=2, max_new_tokens=20):
         assert sample.policy_version == 2
         assert_made_by(sample, models)
@@ -393,8 +396,8 @@ def test_servers_that_keep_dying_end_the_run(
 
 
 def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Two trainer ranks that share experts, two servers whose routing they replay, weights in shared memory, generation one step ahead;
-    and nothing is left."""
+    """Two trainer ranks that share experts, two servers whose routing they replay, weights in shared memory,
+    generation one step ahead; and nothing is left."""
     problems = tmp_path / "problems"
     arithmetic.main(problems)
     run_dir = tmp_path / "run"
@@ -488,5 +491,6 @@ def test_without_the_servers_environment_a_run_is_refused(sglang_model: Path, tm
     done = run_module("megatron_gmpo.train", CONFIG, *config)
     assert done.returncode == 2
     assert error_lines(done.stderr) == [
-        f"error: sglang.python = '{tmp_path}/python' is not there: run make sglang, or give rollout.server_urls or servers_file"
+        f"error: sglang.python = '{tmp_path}/python' does not exist: run make sglang, "
+        "or set rollout.server_urls or rollout.servers_file"
     ]

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from megatron_gmpo.config import WeightSyncConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.sglang.memory import release_memory, resume_memory
-from megatron_gmpo.rollout.sglang.servers import LocalServers, Server
+from megatron_gmpo.rollout.sglang.processes import LocalServers
+from megatron_gmpo.rollout.sglang.servers import Server
 from megatron_gmpo.rollout.sglang.sync import WeightSync, make_weight_sync
 from megatron_gmpo.rollout.sglang.sync.route import INCOMPLETE
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder

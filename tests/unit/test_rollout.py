@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -32,7 +31,6 @@ from megatron_gmpo.rollout.collect import Collected, Collector, overlong_penalty
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
-from megatron_gmpo.rollout.sglang.client import _allow_open_files
 
 from ..support.scripted import ScriptedEngine
 
@@ -941,22 +939,3 @@ def test_transcripts_are_for_people(tmp_path: Path) -> None:
         ],
     }
     assert lines[2]["prompt"] == '"quoted"\n'
-
-
-def test_as_many_files_may_be_open_as_there_are_requests() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 10**6 if hard == resource.RLIM_INFINITY else hard
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    try:
-        _allow_open_files(500)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
-        _allow_open_files(16)  # does not lower the limit
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
-        if hard != resource.RLIM_INFINITY:
-            with pytest.raises(
-                InputError,
-                match=rf"max_concurrent_requests: {hard} connections .* ulimit -Hn is {hard}: lower it",
-            ):
-                _allow_open_files(hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
