@@ -17,9 +17,10 @@ setup(
     entry_points={"console_scripts": ["megatron-gmpo = megatron_gmpo.commands:main"]},
     package_data={"megatron_gmpo": ["py.typed", "lab/templates/*.html"]},
     install_requires=[
-        "anyio>=4.0",
+        "aiohttp>=3.11,<4",
         "datasets>=4.0",
         "httpx>=0.28,<1",
+        "huggingface_hub>=1.0",
         "jinja2>=3.1",
         "math-verify>=0.8",
         "matplotlib>=3.9",
@@ -35,8 +36,7 @@ setup(
         "pybase64>=1.4",
         "pydantic>=2.12",
         "rich>=13.9",
-        "safetensors>=0.5",
-        "sniffio>=1.3",  # httpcore looks for it at every step of a request, and searches the whole path where it is missing
+        "safetensors>=0.8",
         "tensorboard>=2.18",
         "tomli-w>=1.0",
         "torch>=2.9",

@@ -1,10 +1,12 @@
-"""Speed and memory of both conversions on a synthetic Qwen3-MoE, beside a plain read and write of the same bytes, and beside mbridge.
+"""Speed and memory of both conversions of a synthetic Qwen3-MoE, compared with a plain copy and with mbridge.
 
-python -m benchmarks.conversion --folder /data/conversion [--gigabytes 3] [--mbridge_python ENVIRONMENT/bin/python]
+python -m benchmarks.conversion --folder /data/conversion [--gigabytes 3] [--mbridge_python
+ENVIRONMENT/bin/python]
 
-Every measurement runs in a process of its own. Peak memory is the process's high-water mark over what it had after its imports, with the
-pages of files it maps. mbridge converts a dense model, which is what it can do on a CPU, in an environment of its own with this project's
-dependencies: python -m venv ENVIRONMENT; ENVIRONMENT/bin/pip install -c constraints.txt -e . mbridge==0.15.1 einops
+Every measurement runs in its own process. Peak memory is the high-water mark of the process minus its memory
+after the imports; it includes pages of mapped files. mbridge converts a dense model, because its MoE models
+do not run on a CPU. It needs an environment of its own with this project's dependencies: python -m venv
+ENVIRONMENT; ENVIRONMENT/bin/pip install -c constraints.txt -e . mbridge==0.15.1 einops
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from transformers import AutoConfig
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.commands.conversion_job import processes
 from megatron_gmpo.config import Positive
-from megatron_gmpo.weights.convert import ConversionTable, HFToMegatron, MegatronToHF
+from megatron_gmpo.weights.hf_to_megatron import HFToMegatron
+from megatron_gmpo.weights.megatron_to_hf import MegatronToHF
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFile
+from megatron_gmpo.weights.table import ConversionTable
 
 BLOCK = 16 * 2**20
 SHAPE: dict[str, Any] = {
@@ -52,7 +56,7 @@ FAMILIES = {
 
 
 def write_model(folder: Path, family: str, gigabytes: float) -> None:
-    """A bf16 model in one file, whose weights are noise."""
+    """Write a bf16 model with random weights in one file."""
     shape = FAMILIES[family]
     width = shape.get("intermediate_size") or shape["num_experts"] * shape["moe_intermediate_size"]
     layers = max(1, round(gigabytes * 1e9 / (width * 3 * shape["hidden_size"] * 2)))
@@ -84,7 +88,7 @@ def plain_copy(folder: Path, out: Path) -> None:
 
 
 def memory(field: str) -> int:
-    """A field of this process's /proc status, in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 
@@ -95,70 +99,73 @@ def to_megatron(folder: Path, out: Path) -> None:
 
 def to_hf(folder: Path, out: Path) -> None:
     conversion = MegatronToHF(folder / "to_megatron", None, None)
-    conversion.convert(out, max_shard_size=5 * 10**9, verify=False, advance=lambda _: None)
+    conversion.convert(out, verify=False, advance=lambda _: None)
 
 
-def measure(what: str, folder: Path) -> None:
-    """Does one thing in this process and prints ``seconds peak-bytes``."""
-    if what.startswith("mbridge"):
+def measure(name: str, folder: Path) -> None:
+    """Run one measurement in this process and print ``seconds peak-bytes``."""
+    if name.startswith("mbridge"):
         from benchmarks import mbridge_conversion
 
-        conversion = getattr(mbridge_conversion, what.removeprefix("mbridge_"))
+        conversion = getattr(mbridge_conversion, name.removeprefix("mbridge_"))
     else:
-        conversion = {"plain": plain_copy, "to_megatron": to_megatron, "to_hf": to_hf}[what]
-    out = folder / what
+        conversion = {"plain": plain_copy, "to_megatron": to_megatron, "to_hf": to_hf}[name]
+    out = folder / name
     shutil.rmtree(out, ignore_errors=True)
-    os.sync()  # what others left to be written is not ours to pay for
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    os.sync()  # flush earlier writes, which would slow down this measurement
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before, started = memory("VmRSS"), time.perf_counter()
     with processes():
         conversion(folder, out)
     print(time.perf_counter() - started, memory("VmHWM") - before)
 
 
-def in_its_own_process(what: str, folder: Path, python: str | Path = sys.executable) -> tuple[float, int]:
-    command = [python, "-m", "benchmarks.conversion", "--folder", folder, "--only", what]
+def in_its_own_process(name: str, folder: Path, python: str | Path = sys.executable) -> tuple[float, int]:
+    command = [python, "-m", "benchmarks.conversion", "--folder", folder, "--only", name]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=1800)
     seconds, peak = done.stdout.splitlines()[-1].split()
     return float(seconds), int(peak)
 
 
 def compare(folder: Path, repeats: int, python: dict[str, str | Path]) -> None:
-    """Measures what ``python`` names, with the interpreter it gives, and prints a table.
+    """Run the measurements and print a table.
 
-    Each measurement has a plain copy before it, since other work on the machine slows both.
+    A plain copy runs before each measurement, because other work on the machine slows down both.
+
+    Args:
+        python: measurement -> the interpreter to use.
     """
     nbytes = (folder / "hf/model.safetensors").stat().st_size
     print(
         f"{nbytes / 1e9:.2f} GB\n{'':<28}{'seconds':>8}{'plain':>8}{'MB/s':>8}{'of plain':>10}{'peak MB':>9}"
     )
-    for what, interpreter in python.items():
+    for name, interpreter in python.items():
         rows: list[tuple[float, float, int]] = []
         for _ in range(repeats):
             plain, _peak = in_its_own_process("plain", folder)
-            rows.append((plain, *in_its_own_process(what, folder, interpreter)))
+            rows.append((plain, *in_its_own_process(name, folder, interpreter)))
         plains, times, peaks = zip(*rows, strict=True)
         for label, pick in (("median", median), ("best", min)):
             plain, seconds = pick(plains), pick(times)
             speed = f"{seconds:>8.1f}{plain:>8.1f}{nbytes / 1e6 / seconds:>8.0f}{plain / seconds:>10.2f}"
-            print(f"{f'{what}, {label}':<28}{speed}{max(peaks) / 1e6:>9.0f}", flush=True)
+            print(f"{f'{name}, {label}':<28}{speed}{max(peaks) / 1e6:>9.0f}", flush=True)
     same = filecmp.cmp(folder / "hf/model.safetensors", folder / "to_hf/model.safetensors", shallow=False)
-    print("there and back: " + ("the same file, byte for byte" if same else "another file"))
+    print("round trip: " + ("the same file, byte for byte" if same else "a different file"))
 
 
 class Benchmark(Options):
-    """Measure both conversions, print tables, and remove all files written."""
+    """Measure both conversions, print tables, and remove the written folders."""
 
     folder: Path
-    """Folder to make and remove, with room for four times the model."""
+    """Folder to create and remove, with room for four times the model."""
     gigabytes: float = 3.0
     """Size of the model."""
     repeats: Positive = 5
-    """Measurements per conversion."""
+    """Number of measurements of each conversion."""
     mbridge_python: Path | None = None
-    """Interpreter of mbridge's environment; without it mbridge is not measured."""
+    """Interpreter of mbridge's environment; None measures this project only."""
     only: str | None = None
-    """The one measurement that this process makes."""
+    """The one measurement that this process runs."""
 
 
 def main(options: Benchmark) -> None:

@@ -1,18 +1,16 @@
-"""The training step on one GPU: a Qwen3-MoE of 2.0 B parameters with random weights, in bf16 and with each
-FP8 recipe.
+"""The training step on one GPU: a Qwen3-MoE of 2.0 B parameters with random weights, in bf16 and with each FP8 recipe.
 
-Run: python -m benchmarks.gpu_step [--recipes bf16 tensorwise ...] [--out FOLDER]   (a few minutes on a GPU
-with Transformer Engine)
+Run: python -m benchmarks.gpu_step [--recipes bf16 tensorwise ...] [--out FOLDER]   (a few minutes on a GPU with Transformer Engine)
 
 Each precision is measured in its own process. The table shows:
 
-floor      lower bound for a step: its FLOPs at the GPU's bf16 peak plus the optimizer's bytes at its memory
-bandwidth. The FLOPs are those of three forward passes, without recomputation. A forward pass takes 2 x
-(parameters that multiply a token, without the input embedding) x tokens, plus 2 x heads x head width x
-length^2 per layer and sequence (causal attention: half of both products). The optimizer reads gradient, main
-weight and two moments (fp32) and writes the last three and the bf16 weight: 30 bytes per parameter. MFU
-these FLOPs over the measured time and the bf16 peak, for every recipe. Target in bf16: at least 0.40. speedup
-relative to bf16 in the same run. Target for FP8: at least 1.2.
+floor      lower bound for a step: its FLOPs at the GPU's bf16 peak plus the optimizer's bytes at its memory bandwidth. The FLOPs are
+           those of three forward passes, without recomputation. A forward pass takes 2 x (parameters that multiply a token, without
+           the input embedding) x tokens, plus 2 x heads x head width x length^2 per layer and sequence (causal attention: half of
+           both products). The optimizer reads gradient, main weight and two moments (fp32) and writes the last three and the bf16
+           weight: 30 bytes per parameter.
+MFU        these FLOPs over the measured time and the bf16 peak, for every recipe. Target in bf16: at least 0.40.
+speedup    relative to bf16 in the same run. Target for FP8: at least 1.2.
 
 FOLDER/kernels_RECIPE.txt lists the kernels that take most of the time (torch.profiler).
 """
@@ -41,7 +39,7 @@ from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.config import Config, Positive
 from megatron_gmpo.losses.objective import make_objective
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.planning.hardware import HARDWARE, Hardware
 from megatron_gmpo.platform import choose_device, prepare_megatron, seed_everything, start_process_group
 from megatron_gmpo.platform.capabilities import capabilities_of
@@ -57,8 +55,7 @@ PROMPT = 128
 
 
 class GpuStep(Options):
-    """Measure training steps of a Qwen3-MoE with random weights on one GPU, in bf16 and with each FP8
-    recipe."""
+    """Measure training steps of a Qwen3-MoE with random weights on one GPU, in bf16 and with each FP8 recipe."""
 
     recipes: tuple[Recipe, ...] = ("bf16", "delayed", "tensorwise", "blockwise")
     """Precisions to measure; mxfp8 needs a Blackwell GPU."""
@@ -103,8 +100,7 @@ class Figures:
 
 
 def forward_flops(hf: Any, lengths: list[int], *, causal: bool = True) -> int:
-    """Return the FLOPs of a forward pass of a Qwen3-MoE over sequences of these lengths, with logits for
-    every token."""
+    """Return the FLOPs of a forward pass of a Qwen3-MoE over sequences of these lengths, with logits for every token."""
     heads, groups, width = hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim
     attention = hf.hidden_size * width * (2 * heads + 2 * groups)
     experts = (

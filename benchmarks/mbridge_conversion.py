@@ -1,8 +1,9 @@
-"""Both conversions of a dense model by mbridge (github.com/ISEEKYAN/mbridge), as its README shows them, for benchmarks/conversion.py.
+"""Both conversions of a dense model by mbridge (github.com/ISEEKYAN/mbridge), for benchmarks/conversion.py.
 
-mbridge builds the model and fills it; Megatron's dist_checkpointing writes and reads the checkpoint. mbridge asks for a field that
-transformers 5 has moved, and for Transformer Engine's layers: on a CPU it gets the plain ones, and the keys of their two norms. Its MoE
-models need grouped GEMM, which only a GPU has.
+The code follows mbridge's README: mbridge builds the model and fills it, and Megatron's dist_checkpointing
+writes and reads the checkpoint. mbridge reads a config field that transformers 5 moved, and requires
+Transformer Engine's layers. On a CPU it receives the plain layers instead, and the keys of their two norms.
+Its MoE models need grouped GEMM, which only a GPU has.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from megatron_gmpo.platform import choose_device, prepare_megatron
 
 DEVICE = choose_device("auto")
 prepare_megatron(DEVICE)
-from mbridge import AutoBridge  # noqa: E402  its own modules come after Megatron knows the device  # pyright: ignore[reportMissingImports]
+from mbridge import AutoBridge  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 def to_megatron(folder: Path, out: Path) -> None:
-    """Converts ``folder``/hf."""
+    """Convert ``folder``/hf."""
     bridge = _bridge(folder / "hf")
     models = bridge.get_model()
     bridge.load_weights(models, str(folder / "hf"))
@@ -33,12 +34,12 @@ def to_megatron(folder: Path, out: Path) -> None:
 
 
 def to_hf(folder: Path, out: Path) -> None:
-    """Converts ``folder``/mbridge_to_megatron."""
+    """Convert ``folder``/mbridge_to_megatron."""
     bridge = _bridge(folder / "hf")
     models = bridge.get_model()
     loaded: Any = dist_checkpointing.load(_sharded(models), str(folder / "mbridge_to_megatron"))
     models[0].load_state_dict(loaded["model"])
-    bridge.safetensor_io = bridge._get_safetensor_io(str(folder / "hf"))  # says into which files to write
+    bridge.safetensor_io = bridge._get_safetensor_io(str(folder / "hf"))  # determines the files to write
     bridge.save_weights(models, str(out))
 
 

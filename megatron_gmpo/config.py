@@ -18,31 +18,39 @@ class _Section(BaseModel):
 
 
 class ModelConfig(_Section):
+    """The policy and the reference policy."""
+
     path: str = ""
-    """Hugging Face folder: config.json, safetensors, tokenizer."""
+    """Hugging Face folder of the policy, with config.json, safetensors and tokenizer."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Precision of weights and activations; the optimizer keeps fp32 main weights."""
+    """Dtype of weights and activations. The optimizer keeps fp32 main weights."""
     reference_path: str = ""
-    """Hugging Face folder of the reference policy; empty means ``path``. Loaded only when ``algorithm.kl_coef`` > 0."""
+    """Hugging Face folder of the reference policy; empty means ``path``. It is loaded only if
+    ``algorithm.kl_coef`` > 0 or the loss needs ``ref_logprobs``."""
     reference_offload: bool = False
-    """Keep the reference policy's weights in host memory, and on the device only while it is asked."""
+    """Keep the reference policy's weights in host memory, and move them to the device only while it computes
+    log probabilities."""
 
 
 class Fp8Config(_Section):
-    """FP8 matrix products of Transformer Engine, on GPUs that have them (docs/fp8.md). Where something is missing the run is refused."""
+    """FP8 matrix products of Transformer Engine (docs/fp8.md). A machine without support refuses the run."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """How tensors are scaled: one scale each, of earlier steps (``delayed``) or of its own (``tensorwise``), or one for each block of 128
-    (``blockwise``) or 32 (``mxfp8``). None means: no FP8."""
+    """How tensors are scaled: one scale per tensor, from earlier steps (``delayed``) or from its current
+    values (``tensorwise``), or one scale per block of 128 (``blockwise``) or 32 (``mxfp8``) values. None
+    disables FP8."""
     format: Literal["hybrid", "e4m3"] | None = None
-    """``hybrid`` has E5M2 for gradients. None means Transformer Engine's own: ``e4m3`` with blocks, else ``hybrid``."""
+    """``hybrid`` uses E5M2 for gradients. None chooses Transformer Engine's default: ``e4m3`` for
+    ``blockwise`` and ``mxfp8``, otherwise ``hybrid``."""
     num_layers_at_start_in_bf16: Annotated[int, Field(ge=0)] = 0
+    """Number of layers at the start that stay in bf16; 0 with ``delayed``."""
     num_layers_at_end_in_bf16: Annotated[int, Field(ge=0)] = 0
-    """Layers that stay in bf16; not with ``delayed``."""
+    """Number of layers at the end that stay in bf16; 0 with ``delayed``."""
     param: bool = False
-    """Hold the layers' weights in FP8, and gather updated ones so; the optimizer's main weights stay fp32."""
+    """Hold the layers' weights in FP8 and gather updated weights in FP8. The optimizer keeps fp32 main
+    weights."""
     moe_router_padding_for_quantization: bool = True
-    """Pad each expert's tokens by routing further ones to it with weight 0, instead of by a copy (MoE)."""
+    """Pad each expert's tokens by routing further tokens to it with weight 0, instead of by a copy (MoE)."""
 
     @model_validator(mode="after")
     def _fields_fit_the_recipe(self) -> Fp8Config:
@@ -58,30 +66,40 @@ class Fp8Config(_Section):
             )
         if self.recipe == "delayed" and self.bf16_layers:
             raise ValueError(
-                "layers in bf16 need another recipe than 'delayed', which updates all scales together: choose 'tensorwise'"
+                "layers in bf16 need another recipe than 'delayed', which updates all scales together: "
+                "choose 'tensorwise'"
             )
         if self.recipe == "mxfp8" and self.param:
             raise ValueError(
-                "param = true needs another recipe than 'mxfp8', whose weights Megatron gathers in bf16: set it to false"
+                "param = true needs another recipe than 'mxfp8', whose weights Megatron gathers in bf16: "
+                "set it to false"
             )
         return self
 
     @property
     def bf16_layers(self) -> int:
-        """At both ends together."""
+        """Number of layers that stay in bf16."""
         return self.num_layers_at_start_in_bf16 + self.num_layers_at_end_in_bf16
 
 
 class ParallelConfig(_Section):
+    """Sizes of Megatron's parallel groups. The data-parallel size follows from the number of processes."""
+
     tensor_model_parallel_size: Positive = 1
+    """Number of ranks that share each dense layer."""
     pipeline_model_parallel_size: Positive = 1
+    """Number of pipeline stages."""
     virtual_pipeline_model_parallel_size: Positive | None = None
-    """Model chunks per pipeline rank (interleaved schedule)."""
+    """Number of model chunks per pipeline rank (interleaved schedule)."""
     context_parallel_size: Positive = 1
+    """Number of ranks that share the tokens of each sequence."""
     expert_model_parallel_size: Positive = 1
+    """Number of ranks that share the routed experts of each layer."""
     expert_tensor_parallel_size: Positive = 1
+    """Number of ranks that share each routed expert."""
     sequence_parallel: bool | None = None
-    """None means: on when tensor_model_parallel_size > 1."""
+    """Whether tensor-parallel ranks also split the tokens between their layers. None enables it if
+    tensor_model_parallel_size > 1."""
 
     @property
     def uses_sequence_parallel(self) -> bool:
@@ -90,7 +108,7 @@ class ParallelConfig(_Section):
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one replica of the dense part and share its sequences."""
+        """Number of ranks that hold one replica of the dense layers."""
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
@@ -135,52 +153,56 @@ class DataConfig(_Section):
 
 class RolloutConfig(_Section):
     engine: Literal["embedded", "sglang"] = "embedded"
-    """``embedded`` runs transformers in the trainer's processes, ``sglang`` asks SGLang servers."""
+    """``embedded`` runs transformers in the trainer's processes; ``sglang`` sends requests to SGLang servers."""
     num_servers: Positive = 1
-    """SGLang servers to start, each with weights of its own: on the first trainer's machine, or shared out over a Slurm job's rollout
-    nodes."""
+    """Number of SGLang servers to start, each with its own copy of the weights. They run on the machine of rank 0, or are
+    divided among the rollout nodes of a Slurm job."""
     server_urls: tuple[str, ...] = ()
-    """Running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]; their keys come from the environment variables
-    SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
+    """URLs of running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]. Their keys are read from the
+    environment variables SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
     servers_file: str = ""
-    """A file that will name running SGLang servers, servers.json of the job that starts them; waited for as long as a server may take
-    to start. Their keys stand beside it in server_keys.json."""
+    """File with the addresses of running SGLang servers: servers.json of the job that starts them. The trainer waits for it
+    up to sglang.start_timeout_s. The keys are in server_keys.json in the same folder."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    """``colocated``: the servers share the trainer's devices, and give their memory back while it trains."""
+    """``disaggregated`` servers have their own devices; ``colocated`` servers share the trainer's devices and release their
+    memory while it trains."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Generate up to so many steps ahead while training runs; 0 generates and trains in turn."""
+    """Maximum number of steps that are generated ahead while training runs; 0 alternates generation and training."""
     routed_experts: bool = False
-    """Record the experts of every token (MoE), to replay them or to measure how far the policy's differ."""
+    """Record the experts of every token (MoE), to replay them in training or to compare them with the policy's."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Precision the embedded engine samples in; None means ``model.dtype``. Another one provokes what engines of other kernels do:
-    disagreement with the policy, also on the experts."""
+    """Dtype of the embedded engine; None means ``model.dtype``. A different dtype causes the mismatch that an engine with
+    other kernels has: log probabilities and experts differ from the policy's."""
     quantization: Literal["none", "fp8"] = "none"
-    """``fp8``: the linear weights of attention and MLPs are rounded on their way to the engine to 8 bits and a scale for each block of
-    128 x 128. Servers of ours are started to compute with them; the embedded engine computes with the rounded values."""
+    """``fp8`` rounds the linear weights of attention and MLPs to 8 bits, with a scale for each block of 128 x 128, in each
+    weight sync. Servers started by the run compute in FP8; the embedded engine computes with the rounded values."""
     router_noise: NonNegative = 0.0
-    """Standard deviation of noise on the router logits (MoE) while the embedded engine samples training responses, to the same end."""
+    """Standard deviation of Gaussian noise on the router logits (MoE) while the embedded engine samples training responses;
+    also causes a mismatch of experts."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0 means: no limit."""
+    """Number of most likely tokens to sample from; 0 means all."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, besides the end-of-sequence token."""
     batch_size: Positive = 64
-    """Responses the embedded engine decodes together on a rank."""
+    """Number of responses that the embedded engine decodes together on a rank."""
     dynamic_sampling: Literal["off", "drop", "resample"] = "off"
-    """Groups without reward variance: keep, drop, or replace by new prompts (DAPO)."""
+    """Treatment of groups without reward variance (DAPO): ``off`` keeps them, ``drop`` drops them, ``resample`` replaces them by
+    new prompts."""
     max_resample_rounds: Positive = 4
-    """Bound on ``resample``; after it the step goes on with the groups it has."""
+    """Maximum number of draws after the first one for ``resample``; then the step continues with the groups it has."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
-    """DAPO's soft overlong penalty falls from 0 to -overlong_penalty over the last so many tokens before max_new_tokens."""
+    """DAPO's soft overlong penalty: number of tokens before max_new_tokens over which the reward falls by overlong_penalty."""
     overlong_penalty: NonNegative = 1.0
+    """Penalty of a response of max_new_tokens tokens; used if overlong_buffer is set."""
     save_path: str = ""
-    """Folder that receives every step's groups."""
+    """Folder to which the groups of every step are written."""
     replay_path: str = ""
-    """Folder written by ``save_path``: train on those groups instead of generating."""
+    """Folder that an earlier run wrote with ``save_path``; train on its groups instead of generating."""
 
     @model_validator(mode="after")
     def _fields_fit_the_engine(self) -> RolloutConfig:
@@ -206,50 +228,56 @@ class RolloutConfig(_Section):
             raise ValueError(f"server_urls = {list(self.server_urls)} names a server twice")
         if self.placement == "colocated" and self.max_staleness:
             raise ValueError(
-                f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers rest while it trains"
+                f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers do not "
+                "generate while it trains"
             )
         return self
 
 
 class SGLangConfig(_Section):
     python: str = ".venv-sglang/bin/python"
-    """Interpreter of the servers' own environment (``make sglang``)."""
+    """Python interpreter of the servers' own environment (``make sglang``)."""
     host: str = "127.0.0.1"
-    """Address the servers bind to. Only the loopback address keeps other machines out."""
+    """Address that the servers bind. Other machines can reach every address except the loopback address."""
     tensor_parallel_size: Positive = 1
-    """Devices of one server."""
+    """Number of devices of one server."""
     args: dict[str, Any] = {}
-    """Any further option of sglang.launch_server by its own name, e.g. ``mem_fraction_static = 0.8``."""
+    """Further options of sglang.launch_server under their own names, e.g. ``mem_fraction_static = 0.8``."""
     max_concurrent_requests: Positive = 256
-    """Requests one server has at a time; the others wait in the client."""
+    """Maximum number of in-flight requests per server; further requests wait in the client."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 1200.0
-    """Limit for one response. With ``hang_timeout_s`` it must fit into ``supervision.hang_timeout_s``, or a hung server ends the run before
-    it is found."""
+    """Timeout for one response. This timeout and ``hang_timeout_s`` together must be below ``supervision.hang_timeout_s``;
+    otherwise a hung server ends the run before it is detected."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Limit for a server to load and answer."""
+    """Timeout for the start of a server, until its first answer."""
     health_interval_s: Annotated[float, Field(gt=0)] = 10.0
-    """How often a server is asked whether it lives."""
+    """Interval between health checks of a server."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
-    """A server that answers nothing for so long is killed and started again."""
+    """A server that does not answer for this time is killed and restarted."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Of each server in a row, without a weight sync between; after them the run ends."""
+    """Maximum consecutive restarts per server; a successful weight sync resets the count. The run ends when every server has
+    exceeded it."""
 
 
 class WeightSyncConfig(_Section):
     route: Literal["disk", "distributed", "tensor"] = "disk"
-    """How weights reach the servers: a folder both see, a process group (NCCL or gloo), or memory both share."""
+    """Transport of the weights to the servers: a folder that both see (``disk``), a broadcast over NCCL or
+    gloo (``distributed``), or memory that both map (``tensor``)."""
     bucket_bytes: Positive = 512 * 2**20
-    """Most bytes of tensors on their way at a time."""
+    """Memory for the tensors in transit, in bytes. Two buckets share it: one is packed while the other is
+    sent."""
     in_flight: Literal["retract", "in_place", "abort"] = "retract"
-    """Responses a sync finds unfinished go on with the new weights: with their cache computed anew, with the old cache, or aborted and
-    sent again as a longer prompt."""
+    """How unfinished requests continue after a sync: the server recomputes their KV cache with the new
+    weights (``retract``), keeps the old cache (``in_place``), or aborts them and the client sends them again
+    as longer prompts (``abort``)."""
     verify: bool = False
-    """Compare checksums of the servers' weights after each sync."""
+    """Compare checksums of the servers' weights after each sync. Before it, all weights are overwritten with
+    noise."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Limit for one request of a sync."""
+    """Timeout of one request of a sync."""
     folder: str = ""
-    """Where the ``disk`` route writes, each run below its own name; empty means weight_sync in run_dir. The servers must see it under the
-    same name."""
+    """Folder that the ``disk`` route writes to, each run below its own path; empty means weight_sync in
+    run_dir. The servers must see it under the same path."""
 
 
 class RewardConfig(_Section):
@@ -263,49 +291,56 @@ class RewardConfig(_Section):
 
 class AlgorithmConfig(_Section):
     loss: str = "gmpo"
-    """A name in ``megatron_gmpo.losses.registry.POLICY_LOSSES``."""
+    """Policy loss: ``gmpo``, ``rspo``, ``grpo``, ``dr_grpo``, ``dapo``, ``gspo``, ``cispo``, or ``module:function``, your own loss on the
+    Python path (docs/losses.md)."""
     clip_low: NonNegative | None = None
+    """Lower half-width of the clip interval. None means the loss's default, for gmpo 0.4 (dense) or 0.2 (MoE); the run prints it."""
     clip_high: NonNegative | None = None
-    """None means the loss's default; for gmpo 0.4 (dense) or 0.2 (MoE). The run prints which it took and why."""
+    """Upper half-width of the clip interval. None means the loss's default."""
     clip: Literal["fixed", "adaptive"] = "fixed"
-    """``adaptive`` starts at these clips and moves each of them after every step, to hold ``clip_target``."""
+    """``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every step to keep ``clip_signal`` at
+    ``clip_target``."""
     clip_signal: Literal["fraction", "tail"] = "fraction"
-    """What is held: the ``fraction`` that each side clips (of tokens, or of sequences in a loss that clips those), or the ``tail``, the
-    size of the 0.1 % and 99.9 % quantiles of the tokens' log ratio."""
+    """Signal of the adaptive clip. ``fraction``: share of tokens (or of sequences, in a loss that clips sequences) that each side clips.
+    ``tail``: size of the 0.1 % and 99.9 % quantiles of the tokens' log ratio."""
     clip_target: Annotated[float, Field(gt=0)] | None = None
-    """None means a ``fraction`` of 0.01; the ``tail`` needs one, e.g. 0.2."""
+    """Target of ``clip_signal``. None means 0.01 for ``fraction``; ``tail`` requires a value, e.g. 0.2."""
     clip_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
-    """Smallest and largest clip; None means an eighth and eight times the one the run starts with."""
+    """Smallest and largest adaptive clip. None means an eighth of the initial clip and eight times the initial clip."""
     clip_gain: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """How fast: a step changes the logarithm of a clip by this times the signal's relative distance from its target, at most by this."""
+    """Gain of the adaptive clip: a step changes the logarithm of a clip by the gain times the relative distance of the signal from its
+    target, and at most by the gain."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
-    advantage: Literal["normalized", "mean", "leave_one_out"] = "normalized"
+    advantage: str = "normalized"
+    """How rewards of a group become advantages: ``normalized``, ``mean``, ``leave_one_out``, or ``module:function``, a callable that
+    maps the rewards of a group, a tensor (n,), to its advantages (docs/losses.md)."""
     correction: Literal["none", "token", "sequence", "geometric"] = "none"
-    """Importance weights for what the rollout engine's probabilities differ from the policy's: of each token, of each sequence, or the
-    sequence's geometric mean, the one that fits gmpo, rspo and gspo."""
+    """Importance weights that correct the difference between the policy's and the rollout engine's probabilities: per ``token``, per
+    ``sequence`` (the product over its tokens), or ``geometric`` (the geometric mean over its tokens, which fits gmpo, rspo and gspo)."""
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Larger weights are cut to this."""
+    """Upper bound of the importance weights; larger weights are truncated."""
     mask: Literal["none", "icepop", "geometric", "off_policy"] = "none"
-    """What is left out of the policy term. ``icepop``: tokens whose probability in the policy, over that in the rollout engine, leaves
-    [mask_low, mask_high]; ``geometric``: sequences whose geometric mean of it does; ``off_policy``: sequences with a negative advantage
-    that the current policy finds less likely than the engine did by more than mask_kl nats a token."""
+    """What the policy term leaves out. ``icepop``: tokens whose ratio of policy to rollout probability is outside [mask_low, mask_high].
+    ``geometric``: sequences whose geometric mean of that ratio is outside. ``off_policy``: sequences with a negative advantage whose
+    tokens' mean ``log(pi_rollout / pi)`` exceeds ``mask_kl``."""
     mask_low: NonNegative | None = None
+    """Lower bound of the ratio. None means 0.5 for ``icepop`` and 0.99 for ``geometric``."""
     mask_high: Annotated[float, Field(gt=0)] | None = None
-    """None means 0.5 and 5 for ``icepop``, 0.99 and 1.01 for ``geometric``."""
+    """Upper bound of the ratio. None means 5 for ``icepop`` and 1.01 for ``geometric``."""
     mask_kl: NonNegative = 0.1
-    """Bound of ``off_policy``. DeepSeek-V3.2 names none."""
+    """Bound of ``off_policy``, in nats per token. DeepSeek-V3.2 publishes no value."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
-    """Send every token of the training passes to the experts that the policy chose before the step's first update (``policy``), or that
-    the rollout engine chose (``rollout``); its old log probabilities then too."""
+    """``policy``: training passes route every token to the experts that the old-logprob pass chose. ``rollout``: old-logprob and training
+    passes route every token to the experts that the rollout engine chose."""
     kl_coef: NonNegative = 0.0
-    """Weight of the k3 KL to the reference policy."""
+    """Weight of the k3 estimate of the KL divergence from the reference policy."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 
     @property
     def mask_band(self) -> tuple[float, float]:
-        """(low, high) of ``icepop`` and ``geometric``; of the other masks everything."""
+        """(low, high) of ``icepop`` and ``geometric``; (0, inf) for the other masks."""
         low, high = {"icepop": (0.5, 5.0), "geometric": (0.99, 1.01)}.get(self.mask, (0.0, math.inf))
         return (
             low if self.mask_low is None else self.mask_low,
@@ -318,33 +353,35 @@ class AlgorithmConfig(_Section):
         if low > high:
             raise ValueError(f"mask_low = {low:g} is above mask_high = {high:g}: choose a smaller one")
         if self.clip_bounds and self.clip_bounds[0] > self.clip_bounds[1]:
-            raise ValueError(f"clip_bounds = {list(self.clip_bounds)}: the smaller one comes first")
+            raise ValueError(f"clip_bounds = {list(self.clip_bounds)}: put the smaller value first")
         return self
 
 
 class OptimizerConfig(_Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate."""
     min_lr: NonNegative = 0.0
+    """Learning rate at the end of the decay."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay from lr to min_lr over the run's optimizer steps, after warmup."""
+    """Decay from ``lr`` to ``min_lr`` over the run's optimizer steps, after the warmup."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps from 0 to lr."""
+    """Optimizer steps of the linear warmup from 0 to ``lr``."""
     weight_decay: NonNegative = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_grad: NonNegative = 1.0
-    """Largest gradient norm; 0 means: no clipping."""
+    """Maximum gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
     use_distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
     moments_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of both Adam moments. In bf16 they need Transformer Engine's Adam, and ``model.dtype`` bf16."""
+    """Dtype of both Adam moments. ``bf16`` needs Transformer Engine's Adam and ``model.dtype = "bf16"``."""
     offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the main weights and moments that is in host memory and updated there."""
+    """Fraction of the main weights and moments that is stored in host memory and updated on the CPU."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks while the backward pass goes on."""
+    """Overlap the gradient reduction over data-parallel ranks with the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass goes on."""
+    """Overlap the gathering of updated weights with the next forward pass."""
 
     @model_validator(mode="after")
     def _needs_the_distributed_optimizer(self) -> OptimizerConfig:
@@ -356,7 +393,8 @@ class OptimizerConfig(_Section):
                 )
         if self.moments_dtype != "fp32" and self.offload_fraction:
             raise ValueError(
-                f"moments_dtype = {self.moments_dtype!r} with offload_fraction: offloaded moments are fp32; remove one of them"
+                f"moments_dtype = {self.moments_dtype!r} with offload_fraction: offloaded moments are fp32; "
+                "remove one of them"
             )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("overlap_param_gather = true needs overlap_grad_reduce = true: set it too")
@@ -371,14 +409,16 @@ class OptimizerConfig(_Section):
 
 class TrainConfig(_Section):
     num_steps: Positive = 100
-    """Rollout steps; each makes ``minibatches_per_step`` optimizer steps."""
+    """Number of rollout steps; each makes ``minibatches_per_step`` optimizer steps."""
     minibatches_per_step: Positive = 1
+    """Number of optimizer steps on the rollouts of one step."""
     max_tokens_per_microbatch: Positive = 8192
-    """Slots of one packed microbatch over all context-parallel ranks; a longer sequence gets a microbatch of its own."""
+    """Maximum tokens in one packed microbatch, counted over all context-parallel ranks; a longer sequence
+    forms a microbatch by itself."""
     logprob_chunk_tokens: Positive = 128
-    """Tokens whose logits are turned into log probabilities at a time."""
+    """Number of tokens whose logits are converted to log probabilities at a time."""
     freeze_router: bool = False
-    """Leave the router weights of a MoE as they are."""
+    """Do not train the router weights of a MoE."""
 
 
 class EvalConfig(_Section):
@@ -412,70 +452,81 @@ class EvalConfig(_Section):
 
 class CheckpointConfig(_Section):
     save_interval: Annotated[int, Field(ge=0)] = 0
-    """Save every so many steps; 0 means only at the end."""
+    """Steps between two checkpoints; 0 saves only at the end."""
     keep_last: Positive = 2
+    """Number of checkpoints to keep; older ones are removed."""
     resume: bool = True
-    """Go on from the newest checkpoint in the run folder."""
+    """Resume from the newest checkpoint in the run folder; false refuses a folder that has one."""
     save_final: bool = True
-    """Save after the last step."""
+    """Write a checkpoint after the last step."""
 
 
 class CollapseConfig(_Section):
-    """What is taken for a collapse of the policy, and what is done then. Each limit must be broken ``patience`` steps in a row."""
+    """Detection of a policy collapse, and the reaction to it. A limit counts after ``patience`` consecutive
+    steps beyond it."""
 
     action: Literal["warn", "stop", "rollback"] = "warn"
-    """Besides an event in events.jsonl: a line (``warn``), the end of the run with exit code 3 (``stop``), or the newest checkpoint from
-    before the collapse, a smaller learning rate and other prompts (``rollback``)."""
+    """Reaction to a collapse. ``warn`` prints a line, ``stop`` ends the run with exit code 3, and
+    ``rollback`` restores the newest checkpoint from before the collapse, lowers the learning rate and
+    continues with new prompts. All write an event."""
     window: Annotated[int, Field(ge=2)] = 10
-    """Steps that a level is taken from; nothing is judged before so many."""
+    """Number of steps that reference levels are computed from; detection starts after as many steps."""
     patience: Positive = 3
-    """Steps in a row."""
+    """Number of consecutive steps beyond a limit that make a collapse."""
     entropy_share: NonNegative = 0.05
-    """Of the median entropy of the first ``window`` steps: less is a collapse. 0 means: never."""
+    """Minimum entropy, as a fraction of the median entropy of the first ``window`` steps. 0 disables this
+    limit."""
     entropy_floor: NonNegative = 0.0
-    """Nats a token: less is a collapse too."""
+    """Minimum entropy in nats per token."""
     grad_norm_factor: Annotated[float, Field(gt=1)] = 10.0
-    """More than so many times the median gradient norm of the last ``window`` steps is one. inf means: never."""
+    """Maximum gradient norm, as a multiple of the median of the last ``window`` steps. inf disables this
+    limit."""
     reward_drop: Annotated[float, Field(gt=0)] = 0.5
-    """A mean reward of the last ``window`` steps that lost more than this share of the best such mean, and more than noise explains, is
-    one. inf means: never."""
+    """Largest share of the best mean reward over ``window`` steps that the current such mean may lose, with a
+    margin of four standard errors for noise; a larger loss is a collapse. inf disables the check."""
     rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Every rollback multiplies the learning rate by this."""
+    """Factor by which each rollback multiplies the learning rate."""
     max_rollbacks: Positive = 2
-    """The next collapse after so many ends the run."""
+    """Maximum rollbacks in a run; the next collapse ends it."""
 
 
 class SupervisionConfig(_Section):
     heartbeat_interval_s: Annotated[float, Field(gt=0)] = 10.0
-    """How often each rank writes what it does to heartbeats/ in run_dir."""
+    """Seconds between two heartbeats, which each rank writes to heartbeats/ in ``run_dir``."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """A rank that stays in one phase of a step for longer dumps its stacks and ends the run with exit code 86. Longer than the longest
-    phase takes, and not longer than ``distributed_timeout_s``, or the ranks that wait for it give up first."""
+    """Maximum seconds in one phase of a step. A rank that exceeds it dumps its stacks and ends the run with
+    exit code 86. Set it above the duration of the longest phase, and not above ``distributed_timeout_s``,
+    after which waiting ranks fail."""
     stop_margin_s: NonNegative = 60.0
-    """Another step starts only when this is left of the job's time limit besides the longest of the last steps and saves."""
+    """Seconds of the job's time limit that must be left to start a step, in addition to the longest recent
+    step and save."""
     node_check: bool | None = None
-    """Check every node before training. None means: when there is more than one."""
+    """Check every node before training. None checks if there is more than one node."""
     min_free_memory_gb: NonNegative = 1.0
-    """Memory that the node check wants available on each node."""
+    """Minimum available memory per node for the node check, in GB."""
     min_free_disk_gb: NonNegative | None = None
-    """Space that the node check wants for run_dir; None means room for one checkpoint."""
+    """Minimum free disk space in ``run_dir`` for the node check, in GB; None requires space for one
+    checkpoint."""
 
     @model_validator(mode="after")
     def _several_heartbeats_before_a_hang(self) -> SupervisionConfig:
         if self.hang_timeout_s < 4 * self.heartbeat_interval_s:
             raise ValueError(
-                f"hang_timeout_s = {self.hang_timeout_s:g} is less than four heartbeat_interval_s: choose a larger one"
+                f"hang_timeout_s = {self.hang_timeout_s:g} is less than four heartbeat_interval_s: "
+                "choose a larger one"
             )
         return self
 
 
 class LogConfig(_Section):
     tensorboard: bool = True
+    """Write TensorBoard files to tensorboard/ in ``run_dir``."""
     wandb_project: str = ""
-    """Log to this Weights & Biases project (needs the ``wandb`` extra)."""
+    """Weights & Biases project to log to (needs the ``wandb`` extra); empty disables it."""
     transcripts_per_step: Annotated[int, Field(ge=0)] = 4
-    """Prompt groups whose responses are written to transcripts.jsonl."""
+    """Number of prompt groups per step whose responses are written to transcripts.jsonl."""
     progress: bool = True
+    """Show a progress line for each step."""
 
 
 class Config(_Section):
@@ -535,17 +586,6 @@ class Config(_Section):
                     raise ValueError(
                         f"fp8.param = true with {field}: they do not work together; remove one of them"
                     )
-        return self
-
-    @model_validator(mode="after")
-    def _the_reference_stays_as_it_is(self) -> Config:
-        if (
-            self.fp8.recipe == "delayed" and self.algorithm.kl_coef > 0
-        ):  # Transformer Engine updates the scales of all modules together
-            raise ValueError(
-                "fp8.recipe = 'delayed' with algorithm.kl_coef > 0: the reference policy's scales would move with training; "
-                "choose 'tensorwise', or set it to 0"
-            )
         return self
 
     @model_validator(mode="after")

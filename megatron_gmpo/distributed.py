@@ -1,12 +1,22 @@
-"""Collectives with a defined gradient, and objects between ranks. ``group=None`` means: there is nobody else."""
+"""Collectives: sums with a defined gradient, Python objects, errors, and a folder that all ranks write.
+
+``sum_over_group`` takes a group, or None for a single rank. Everything else runs on the default process
+group; without one, this process is rank 0 of 1.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from . import files
+from .errors import RunError
 
 
 class _SumIdentityBackward(torch.autograd.Function):
@@ -22,10 +32,11 @@ class _SumIdentityBackward(torch.autograd.Function):
 
 
 def sum_over_group(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sums ``x`` over ``group``; the backward is the identity.
+    """Return the sum of ``x`` over ``group``; the backward pass is the identity.
 
-    The right pair when the result, and the loss made of it, is replicated on every rank of the group: each rank then holds the
-    gradient of the one loss with respect to its own summand. Summing in the backward too would give ``group.size()`` times it.
+    Use it where the result, and the loss computed from it, is replicated on every rank of the group. Each
+    rank then holds the gradient of that one loss with respect to its own summand. A backward pass that also
+    sums would scale it by ``group.size()``.
     """
     if group is None or group.size() == 1:
         return x
@@ -33,17 +44,17 @@ def sum_over_group(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def rank() -> int:
-    """Rank of this process, 0 without a process group."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 without a process group."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_gather_objects(item: Any) -> list[Any]:
-    """Every rank's ``item``, in rank order, on every rank."""
+    """Return every rank's ``item``, in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [item]
     gathered: list[Any] = [None] * world_size()
@@ -52,7 +63,7 @@ def all_gather_objects(item: Any) -> list[Any]:
 
 
 def broadcast_object(item: Any) -> Any:
-    """Rank 0's ``item``, on every rank."""
+    """Return rank 0's ``item`` on every rank. Collective."""
     if world_size() == 1:
         return item
     items = [item]
@@ -61,6 +72,69 @@ def broadcast_object(item: Any) -> Any:
 
 
 def barrier() -> None:
-    """Waits for every rank."""
+    """Wait for every rank. Collective."""
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Raise one rank's error on every rank. The end of the block is collective, and a barrier.
+
+    The block must contain no collective: a rank that fails before it would leave the others waiting in it.
+
+    Raises:
+        RunError: the block raised it on some rank. Every rank raises the same class with the same line, the
+            one of the lowest rank that failed. A rank whose block raised any other exception raises that one
+            again, with its traceback; the ranks without an error then raise a ``RunError`` that quotes it.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        if world_size() == 1:
+            raise
+        error = raised
+    if world_size() == 1:
+        return
+    first_failed = torch.tensor(world_size() if error is None else rank())
+    dist.all_reduce(first_failed, op=dist.ReduceOp.MIN)
+    source = int(first_failed)
+    if source == world_size():
+        return
+    stated = [_stated(error)]
+    dist.broadcast_object_list(stated, src=source, device=torch.device("cpu"))
+    if error is not None and (rank() == source or not isinstance(error, RunError)):
+        raise error
+    assert stated[0] is not None
+    raise stated[0]
+
+
+@contextmanager
+def folder_written_by_all(final: Path) -> Iterator[Path]:
+    """Yield a new folder that every rank writes into; then rank 0 flushes and renames it. Collective.
+
+    ``final`` must not exist, or be an empty folder. An error in the block removes the new folder.
+    """
+    partial = files.partial_path(final)
+    try:
+        with agreed():
+            if rank() == 0:
+                files.clear(partial)
+                partial.mkdir(parents=True)
+        yield partial
+        barrier()
+        with agreed():
+            if rank() == 0:
+                files.publish(partial, final)
+    except BaseException:
+        if rank() == 0:
+            files.clear(partial)
+        raise
+
+
+def _stated(error: Exception | None) -> RunError | None:
+    """Return ``error`` in the form in which other ranks raise it."""
+    if error is None or isinstance(error, RunError):
+        return error
+    return RunError(f"rank {rank()} failed with {type(error).__name__}: {' '.join(str(error).split())}")

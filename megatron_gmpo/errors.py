@@ -60,8 +60,11 @@ class NodeError(RunError, RuntimeError):
     exit = Exit.BAD_NODE
 
     def __init__(self, node: str, problem: str) -> None:
-        super().__init__(f"node {node}: {problem}")
-        self.node = node
+        super().__init__(node, problem)  # unchanged arguments: they are what pickle passes to the other ranks
+        self.node, self.problem = node, problem
+
+    def __str__(self) -> str:
+        return f"node {self.node}: {self.problem}"
 
 
 class StopRequest(RunError):  # noqa: N818

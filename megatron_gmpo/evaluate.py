@@ -1,4 +1,7 @@
-"""pass@1 and pass@k on benchmarks: ``python -m megatron_gmpo.evaluate CONFIG.toml --section.key value ...``"""
+"""pass@1 and pass@k on benchmarks.
+
+Run: python -m megatron_gmpo.evaluate CONFIG.toml --section.key value ...
+"""
 
 from __future__ import annotations
 
@@ -34,20 +37,20 @@ def evaluate(
     stop: tuple[str, ...] = (),
     records: dict[str, list[SampleGroup]] | None = None,
 ) -> dict[str, float]:
-    """Samples every benchmark and scores it; collective, with equal results on every rank.
+    """Sample and score every benchmark. Collective; all ranks get equal results.
 
     Args:
-        engine: with the weights to judge.
+        engine: holds the weights to evaluate.
         sets: benchmarks by name.
-        reward: scores a response, which passes at ``cfg.pass_reward``.
-        cfg: samples for each prompt, temperature, values of k.
-        max_new_tokens: limit of a response, unless ``cfg`` has its own.
+        reward: scores a response; a response passes if its score is at least ``cfg.pass_reward``.
+        cfg: number of samples per prompt, temperature and values of k.
+        max_new_tokens: maximum length of a response if ``cfg`` does not set one.
         stop: strings that end a response.
         records: receives the scored groups of each benchmark.
 
     Returns:
-        ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length``, means over the benchmark, and
-        ``eval/{set}/timeouts``, answers whose check was cut off.
+        ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length``, means over the
+        benchmark, and ``eval/{set}/timeouts``, the number of responses whose check exceeded its time limit.
     """
     sampling = SamplingParams(
         n=cfg.samples_per_prompt,
@@ -74,9 +77,9 @@ def evaluate(
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate, from ``n`` samples of which ``c`` are right, that one of ``k`` is right: 1 - C(n-c, k) / C(n, k).
+    """Estimate the probability that at least one of ``k`` samples passes if ``c`` of ``n`` samples passed.
 
-    Chen et al. 2021, arXiv 2107.03374, equation 1.
+    The estimate 1 - C(n-c, k) / C(n, k) is unbiased (Chen et al. 2021, arXiv 2107.03374, equation 1).
     """
     assert 0 <= c <= n, (c, n)
     assert 1 <= k <= n, (k, n)
@@ -84,19 +87,19 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def main(cfg: Config) -> None:
-    """Evaluates the newest checkpoint of ``run_dir``, or ``model.path`` when there is none, on every set of ``eval.sets``."""
+    """Evaluate the newest checkpoint of ``run_dir``, or ``model.path`` without one, on all ``eval.sets``."""
     if not cfg.eval.sets:
         raise InputError(
             "eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"
         )
     run = prepare(cfg, train=False)
     run.start()
-    what = cfg.model.path
+    evaluated = cfg.model.path
     with closing(run.engine()) as engine, closing_reward(run.reward):
         policy = run.policy(trainable=False)
         if run.checkpoint:
             policy.load_weights(run.checkpoint)
-            what = str(run.checkpoint)
+            evaluated = str(run.checkpoint)
         engine.update_weights(policy.export_hf(), version=run.step)
         records: dict[str, list[SampleGroup]] = {}
         results = evaluate(
@@ -108,7 +111,7 @@ def main(cfg: Config) -> None:
             file = run.run_dir / f"evaluation_{name}.jsonl"
             file.unlink(missing_ok=True)
             append_transcripts(file, engine.version, groups, len(groups))
-        print(json.dumps({"evaluated": what, **results}))
+        print(json.dumps({"evaluated": evaluated, **results}))
 
 
 if __name__ == "__main__":

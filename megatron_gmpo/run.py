@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from . import files
 from .batch.samples import Prompt
-from .checkpoint import native
+from .checkpoint import check_model, checkpoint_size, latest_checkpoint, model_identity, read_state
 from .command_line import load_config, one_line_errors
 from .config import Config
 from .data.prompts import load_prompts, load_tokenizer
 from .distributed import rank
 from .errors import Exit, InputError, StopRequest
 from .metrics.logger import check_wandb
-from .models.config import DTYPES, ModelDescription, describe_model, read_hf_config
+from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
 from .platform import (
     check_deterministic,
     choose_device,
@@ -44,8 +45,8 @@ from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups
-from .rollout.sglang.engine import check_servers, start_sglang
-from .weights.export import SafetensorsFolder
+from .rollout.sglang.start import check_servers, start_sglang
+from .weights.safetensors_folder import SafetensorsFolder
 
 
 @dataclass
@@ -118,9 +119,8 @@ class Run:
         """Write the resolved config to config.toml in the run folder; ``load_config`` reads that file."""
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.toml").write_text(
-                tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True))
-            )
+            content = tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True))
+            files.write(self.run_dir / "config.toml", content)
 
 
 def prepare(cfg: Config, *, train: bool) -> Run:
@@ -143,11 +143,11 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         check_optimizer(cfg.optimizer, machine)
     check_deterministic(description.transformer.deterministic_mode, device)
     weights = SafetensorsFolder(cfg.model.path)
-    identity = native.model_identity(description.hf, cfg.model.dtype)
+    identity = model_identity(description.hf, cfg.model.dtype)
     _check_reference(cfg, identity)
-    checkpoint = native.latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
+    checkpoint = latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
     if checkpoint:
-        native.check_model(checkpoint, identity)
+        check_model(checkpoint, identity)
         if train:
             _check_resume(cfg, checkpoint)
     check_wandb(cfg.log.wandb_project)
@@ -159,7 +159,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     eval_sets = {
         name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()
     }
-    step: int = native.read_state(checkpoint)["step"] if checkpoint else 0
+    step: int = read_state(checkpoint)["step"] if checkpoint else 0
     prompts: list[Prompt] = []
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
@@ -175,7 +175,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         prompts=prompts,
         checkpoint=checkpoint,
         step=step,
-        checkpoint_bytes=native.size_of(
+        checkpoint_bytes=checkpoint_size(
             sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype]
         ),
     )
@@ -187,7 +187,7 @@ def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:
         return
     reference = read_hf_config(cfg.model.reference_path, "model.reference_path")
     SafetensorsFolder(cfg.model.reference_path)
-    if native.model_identity(reference, cfg.model.dtype) != identity:
+    if model_identity(reference, cfg.model.dtype) != identity:
         raise InputError(
             f"model.reference_path = {cfg.model.reference_path!r} has another shape than model.path: "
             "give a model of the same shape"
@@ -203,7 +203,7 @@ def _check_resume(cfg: Config, checkpoint: Path) -> None:
             f"choose another "
             "run_dir"
         )
-    froze_router = native.read_state(checkpoint)["config"]["train"].get("freeze_router")
+    froze_router = read_state(checkpoint)["config"]["train"].get("freeze_router")
     if froze_router and not cfg.train.freeze_router:
         raise InputError(
             f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer "

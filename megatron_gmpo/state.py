@@ -1,4 +1,4 @@
-"""What a run carries from step to step, saved, restored and rolled back as one."""
+"""The state that a run carries from step to step. It is saved, restored and rolled back as a whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import native
+from .checkpoint import checkpoint_before, go_back
 from .data.prompts import PromptStream
 from .distributed import broadcast_object, rank
 from .errors import CollapseError
@@ -21,14 +21,14 @@ from .run import Run
 
 
 class TrainingState:
-    """A new run's state, or that of the run folder's newest checkpoint. Collective.
+    """The state of a new run, or of the run folder's newest checkpoint. Collective.
 
     Attributes:
-        step: steps taken.
-        policy: with its optimizer.
-        objective: with the clips of this step.
-        collector: draws from the stream of prompts; None when saved rollouts are replayed.
-        saved_step: steps taken when it was last saved.
+        step: completed steps.
+        policy: the policy with its optimizer.
+        objective: the loss with the clip range of the current step.
+        collector: generates rollouts for the stream of prompts; None if saved rollouts are replayed.
+        saved_step: completed steps at the last save.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TrainingState:
         self._cut_transcripts()
 
     def save(self, logger: MetricLogger) -> None:
-        """A checkpoint of everything, in ``run.checkpoint_dir``."""
+        """Write a checkpoint of everything to ``run.checkpoint_dir``. Collective."""
         path = self.policy.save(
             self._run.checkpoint_dir, self.step, self._records(), self._cfg.checkpoint.keep_last
         )
@@ -58,7 +58,7 @@ class TrainingState:
         logger.event("checkpoint", step=self.step, path=str(path))
 
     def _records(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the policy."""
+        """Return the JSON-able state that a checkpoint holds in addition to the policy."""
         return {
             "prompts": self.collector.state_dict() if self.collector else None,
             "clip": self._clip.state_dict() if self._clip else None,
@@ -67,20 +67,21 @@ class TrainingState:
         }
 
     def adapt_clip(self, learned: Mapping[str, Metric]) -> None:
-        """The objective's clips for the next step, from the metrics of this one; they stay unless ``algorithm.clip`` is ``adaptive``."""
+        """Update the objective's clip range from this step's metrics if ``algorithm.clip = "adaptive"``."""
         if self._clip:
             self._clip.update(learned)
             self.objective = self._clip.applied_to(self.objective)
 
     def find_collapse(self, figures: Mapping[str, float]) -> Collapse | None:
-        """See ``CollapseDetector.update``."""
+        """Return a collapse that this step's figures complete (``CollapseDetector.update``). Collective."""
         return self._detector.update(self.step, figures)
 
     def react(self, collapse: Collapse, logger: MetricLogger) -> str:
-        """Does what ``collapse.action`` says, and says what was done.
+        """Warn, roll back or stop, as ``collapse.action`` says. Return a line that describes it.
 
         Raises:
-            CollapseError: the run is to stop, or nothing is left that it could go back to.
+            CollapseError: the action is ``stop``, no checkpoint precedes the collapse, or ``max_rollbacks``
+                is used up.
         """
         action, found = (
             self._cfg.collapse.action,
@@ -89,14 +90,14 @@ class TrainingState:
         logger.event("collapse", step=self.step, began=collapse.began, reason=collapse.reason, action=action)
         if action == "warn":
             return f"warning: {found}"
-        # the figures of a step are of the weights that the step before left
+        # the figures of a step describe the weights after the step before it
         good = broadcast_object(
-            native.checkpoint_before(self._run.checkpoint_dir, collapse.began - 1) if rank() == 0 else None
+            checkpoint_before(self._run.checkpoint_dir, collapse.began - 1) if rank() == 0 else None
         )
         found += (
-            f"; the newest checkpoint from before is {good}"
+            f"; the newest checkpoint from before the collapse is {good}"
             if good
-            else "; there is no checkpoint from before"
+            else "; there is no checkpoint from before the collapse"
         )
         if action == "stop" or good is None or self._detector.rollbacks >= self._cfg.collapse.max_rollbacks:
             raise CollapseError(f"{found}; rollbacks so far: {self._detector.rollbacks}")
@@ -104,20 +105,24 @@ class TrainingState:
         return f"{found}: rolled back to it"
 
     def _roll_back(self, checkpoint: Path, logger: MetricLogger) -> None:
-        """With a smaller learning rate and other prompts, or the same would happen again. The checkpoint remembers both."""
+        """Restore a checkpoint, lower the learning rate and draw new prompts, to avoid the same collapse.
+
+        The checkpoint is updated to hold both changes.
+        """
         rollbacks, came_from = self._detector.rollbacks + 1, self.step
         if self.collector:
-            self.collector.drop_ahead()  # first: a server that comes back meanwhile is given the weights of this step
+            # first, because a server that restarts meanwhile is synced with this step's weights
+            self.collector.drop_ahead()
         self._restore(checkpoint)
         self._detector.rollbacks = rollbacks
         self._scale_lr()
-        native.go_back(checkpoint, self._records())
+        go_back(checkpoint, self._records())
         logger.rewind(self.step)
         self._cut_transcripts()
         logger.event("rollback", step=self.step, from_step=came_from, rollbacks=rollbacks)
 
     def _restore(self, checkpoint: Path) -> dict[str, Any]:
-        """All but the place in the prompts."""
+        """Load a checkpoint, except for the position in the prompts, and return its JSON state."""
         saved = self.policy.load(checkpoint)
         self.step = self.saved_step = saved["step"]
         if self._clip and saved.get("clip"):

@@ -21,13 +21,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import logging
 from contextlib import closing, nullcontext
 
-import safetensors.torch
-from torch import Tensor
-
+from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
-from .batch.packing import make_train_batch
 from .batch.samples import SampleGroup
-from .checkpoint import native
+from .checkpoint import latest_checkpoint
 from .config import Config
 from .distributed import barrier, rank, world_size
 from .errors import NonFiniteError
@@ -137,8 +134,9 @@ def _train(
                 with timer("logprobs"):
                     logger.add(policy.set_old_logprobs(batch))
                     logger.add(correct(batch, cfg.algorithm))
-                    if state.objective.kl_coef:
+                    if "ref_logprobs" in objective.needs:
                         batch.ref_logprobs = policy.reference_logprobs(batch)
+                    objective.add_columns(batch)
                 updates: list[dict[str, Metric]] = []
                 with timer("train"):
                     for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each
@@ -222,12 +220,9 @@ def _stopped(
         minibatch is not None and rank() == 0
     ):  # no collective here: a rollout may have failed on one rank alone
         file = run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
-        tensors = {
-            name: value.clone() for name, value in vars(minibatch).items() if isinstance(value, Tensor)
-        }
-        safetensors.torch.save_file(tensors, file)
+        minibatch.save(file)
         line += f"; the last minibatch is in {file}"
-    if kept := native.latest_checkpoint(run.checkpoint_dir):
+    if kept := latest_checkpoint(run.checkpoint_dir):
         line += f"; the last checkpoint is {kept}"
     logger.event("nonfinite", step=step, reason=line)
     return NonFiniteError(line)

@@ -1,23 +1,88 @@
-"""The data of one optimizer step: one flat batch on every rank, and the packed microbatches cut from it."""
+"""The data of one optimizer step: the flat batch on every rank, and the packed microbatches cut from it.
+
+A column is stated once, as a field with a ``Column`` in its metadata. Checking, splitting, packing, selecting
+a rank's share of the routing, moving to a device and saving follow from that statement. To add a column, add
+one field to ``OptionalColumns``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor
+
+from ..errors import InputError
+
+Alignment = Literal["predicted", "input", "sequence"]
+"""A row describes a token as the model's target, a token as the model's input, or a whole sequence."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """The type and layout of one column.
+
+    A ``TrainBatch`` of S sequences and L tokens stores an "input" or a "predicted" column with L rows, where
+    row t describes token t. In a ``Microbatch`` each slot holds an input token and the token it predicts:
+    "input" columns follow the former, "predicted" columns the latter.
+
+    Attributes:
+        dtype: dtype of the values.
+        aligned_to: what one row describes.
+        padding: value of a packed slot without such a token, and of the only sequence of a dummy microbatch.
+        dims: names of the dimensions after the first; () for one value per row.
+    """
+
+    dtype: torch.dtype
+    aligned_to: Alignment
+    padding: float = 0
+    dims: tuple[str, ...] = ()
+
+    @property
+    def per_layer(self) -> bool:
+        """True if a row has values for every decoder layer.
+
+        Such a column is too large for a device: it stays on the host until ``Routing.cut`` selects a rank's
+        slots and layers.
+        """
+        return "layers" in self.dims
+
+    def check(self, name: str, values: Tensor, rows: int) -> None:
+        """Check dtype, number of rows and number of dimensions of the column called ``name``.
+
+        Raises:
+            InputError: one of them differs from this statement.
+        """
+        expected = (rows, *self.dims)
+        if values.dtype != self.dtype or values.shape[:1] != (rows,) or values.dim() != len(expected):
+            kind = "sequence" if self.aligned_to == "sequence" else "token"
+            raise InputError(
+                f"column {name!r} has dtype {values.dtype} and shape {tuple(values.shape)}, "
+                f"not {self.dtype} and ({', '.join(map(str, expected))}): give it one row per {kind}"
+            )
+
+
+def column(
+    dtype: torch.dtype, aligned_to: Alignment, padding: float = 0, dims: tuple[str, ...] = ()
+) -> dict[str, Column]:
+    """Return the metadata of a field that is a column; see ``Column`` for the arguments."""
+    return {"column": Column(dtype, aligned_to, padding, dims)}
 
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """What the routing of a MoE looks like.
+    """The dimensions of a MoE's routing.
 
     Attributes:
         num_layers: decoder layers, with and without experts.
-        moe_layers: numbers, from 0, of those with experts.
-        num_experts: experts of such a layer.
-        topk: experts of a token.
+        moe_layers: numbers, from 0, of the layers with experts.
+        num_experts: experts per such layer.
+        topk: experts per token.
     """
 
     num_layers: int
@@ -27,107 +92,183 @@ class RoutingShape:
 
 
 def minibatch_bounds(count: int, parts: int) -> list[tuple[int, int]]:
-    """Return (start, end) of at most ``parts`` stretches of ``count`` sequences whose sizes differ by at most one."""
+    """Return (start, end) of at most ``parts`` stretches of ``count`` sequences, equal in size to within 1."""
     parts = min(parts, count)
     bounds = [round(i * count / parts) for i in range(parts + 1)]
     return list(pairwise(bounds))
 
 
-@dataclass
-class TrainBatch:
-    """The sequences of a step, laid end to end, equal on every rank (S sequences, L = sum of their lengths).
+@dataclass(kw_only=True)
+class OptionalColumns:
+    """Columns that a ``TrainBatch`` and its ``Microbatch``es share by name; None until they are computed.
 
-    Per-token tensors are aligned to the token they describe: ``old_logprobs[t]`` is the log probability of ``tokens[t]`` given
-    the tokens before it in its sequence.
+    Shapes are those in a ``TrainBatch``. Log probabilities are 0 outside ``response_mask``, weights are 1.
 
     Attributes:
-        tokens: (L,) int64.
-        lengths: (S,) int64, tokens of each sequence, at least 1.
-        response_mask: (L,) bool; tokens that carry loss. Never True on the first token of a sequence.
-        advantages: (S,) fp32.
-        rollout_logprobs: (L,) fp32, from the rollout engine, 0 outside the mask.
-        old_logprobs: (L,) fp32, from the policy before the step's first update, 0 outside the mask; None until computed.
-        ref_logprobs: (L,) fp32, from the reference policy, 0 outside the mask; None without one.
-        sequence_weights: (S,) fp32, importance weights that multiply each sequence's loss; None means 1.
-        token_weights: (L,) fp32, the same for each token's; None means 1.
-        kept_tokens: (L,) bool; tokens that count in the policy term of the loss, among those of ``response_mask``; None means all.
-        routed_experts: (L, layers, topk) int16 on the CPU, the experts each token had as an INPUT, -1 where unknown: in layers without
-            experts, and on last tokens when the rollout engine recorded them. None when nobody recorded. Every rank holds all of it; only
-            the tokens and layers that a rank computes go to its device.
-        router_scores: (L, layers, topk) fp32 on the CPU, for rspo: the log scores that the old policy's routers gave the experts of each
+        old_logprobs: (L,) log probabilities under the policy before the step's first update.
+        ref_logprobs: (L,) log probabilities under the reference policy.
+        sequence_weights: (S,) importance weights that multiply each sequence's loss; None means 1.
+        token_weights: (L,) importance weights that multiply each token's loss; None means 1.
+        kept_tokens: (L,) tokens of ``response_mask`` that count in the policy term of the loss; None means
+            all.
+        routed_experts: (L, layers, topk) experts of each input token; -1 where unknown: in layers without
+            experts, and on last tokens if the rollout engine recorded them. None without a record.
+        router_scores: (L, layers, topk) log scores that the old policy's routers gave the experts of each
             input token, in ascending order of the experts; 0 in layers without experts.
-        router_shift: (L,) fp32, for rspo: how far the routing of each INPUT token moved since the old policy, ``losses.rspo``'s gamma.
-            The input token t is what the ratio of token t + 1 depends on; of last tokens it means nothing.
+        router_shift: (L,) how far the routing of each input token moved since the old policy
+            (``losses.rspo``'s gamma). The ratio of token t + 1 depends on input token t; the value of a
+            sequence's last token has no meaning.
+        extra: columns of a user's loss, by name; ``TrainBatch.extra_columns`` states their types.
     """
 
-    tokens: Tensor
-    lengths: Tensor
-    response_mask: Tensor
-    advantages: Tensor
-    rollout_logprobs: Tensor
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    sequence_weights: Tensor | None = None
-    token_weights: Tensor | None = None
-    kept_tokens: Tensor | None = None
-    routed_experts: Tensor | None = None
-    router_scores: Tensor | None = None
-    router_shift: Tensor | None = None
+    old_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
+    ref_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
+    sequence_weights: Tensor | None = field(default=None, metadata=column(torch.float32, "sequence"))
+    token_weights: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
+    kept_tokens: Tensor | None = field(default=None, metadata=column(torch.bool, "predicted"))
+    routed_experts: Tensor | None = field(
+        default=None, metadata=column(torch.int16, "input", padding=-1, dims=("layers", "topk"))
+    )
+    router_scores: Tensor | None = field(
+        default=None, metadata=column(torch.float32, "input", dims=("layers", "topk"))
+    )
+    router_shift: Tensor | None = field(default=None, metadata=column(torch.float32, "input"))
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TrainBatch(OptionalColumns):
+    """The sequences of a step, laid end to end, on the host of every rank (S sequences, L tokens in all).
+
+    Row t of a per-token column describes token t: ``old_logprobs[t]`` is the log probability of ``tokens[t]``
+    given the tokens before it in its sequence. Every assignment of a column checks its dtype and shape.
+
+    Attributes:
+        tokens: (L,) token ids.
+        lengths: (S,) tokens of each sequence, at least 1.
+        response_mask: (L,) tokens that carry loss. Never True on the first token of a sequence.
+        advantages: (S,) advantage of each sequence.
+        rollout_logprobs: (L,) log probabilities that the rollout engine reported, 0 outside
+            ``response_mask``.
+        extra_columns: the statement of each column in ``extra``.
+
+    Raises:
+        InputError: a column has another dtype or shape than stated.
+    """
+
+    tokens: Tensor = field(metadata=column(torch.int64, "input"))
+    lengths: Tensor = field(metadata=column(torch.int64, "sequence"))
+    response_mask: Tensor = field(metadata=column(torch.bool, "predicted"))
+    advantages: Tensor = field(metadata=column(torch.float32, "sequence"))
+    rollout_logprobs: Tensor = field(metadata=column(torch.float32, "predicted"))
+    extra_columns: dict[str, Column] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in COLUMNS:
+            self._check(name, COLUMNS[name], getattr(self, name))
+        for name, values in self.extra.items():
+            self._check(name, self.extra_columns[name], values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in COLUMNS and "extra_columns" in vars(self):  # the last field that the constructor sets
+            self._check(name, COLUMNS[name], value)
+        super().__setattr__(name, value)
+
+    def _check(self, name: str, column: Column, values: Tensor | None) -> None:
+        if values is None:
+            return
+        if name in ("tokens", "lengths"):  # they define the number of rows
+            rows = len(values)
+        else:
+            rows = len(self.lengths if column.aligned_to == "sequence" else self.tokens)
+        column.check(name, values, rows)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def starts(self) -> Tensor:
-        """(S,) int64: where each sequence starts in the flat tensors."""
+        """(S,) int64: index of each sequence's first token in the flat columns."""
         return self.lengths.cumsum(0) - self.lengths
 
     @property
     def response_lengths(self) -> Tensor:
-        """(S,) int64: tokens in the mask of each sequence."""
+        """(S,) int64: number of tokens of each sequence in ``response_mask``."""
         owners = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
         return torch.zeros_like(self.lengths).index_add(0, owners, self.response_mask.long())
 
+    def add_extra(self, name: str, column: Column, values: Tensor) -> None:
+        """Add a column of a user's loss, which ``split`` and ``pack`` then treat like any other.
+
+        Raises:
+            InputError: ``name`` is a column of every batch, or dtype or shape of ``values`` differ from
+                ``column``.
+        """
+        if name in COLUMNS:
+            raise InputError(
+                f"column {name!r} exists in every batch: give the loss's own column another name"
+            )
+        self._check(name, column, values)
+        self.extra = self.extra | {name: values}
+        self.extra_columns = self.extra_columns | {name: column}
+
+    def mapped(self, change: Callable[[Column, Tensor], Tensor]) -> dict[str, Any]:
+        """Return the present columns after ``change``, as keyword arguments; extra ones under ``extra``."""
+        present = {name: values for name in COLUMNS if (values := getattr(self, name)) is not None}
+        return {
+            **{name: change(COLUMNS[name], values) for name, values in present.items()},
+            "extra": {name: change(self.extra_columns[name], values) for name, values in self.extra.items()},
+        }
+
     def split(self, parts: int) -> list[TrainBatch]:
-        """Cuts into at most ``parts`` minibatches of neighbouring sequences whose counts differ by at most one."""
+        """Cut into at most ``parts`` minibatches of neighbouring sequences, equal in size to within 1."""
         starts = [*self.starts.tolist(), len(self.tokens)]
 
-        def cut(name: str, lo: int, hi: int) -> Tensor | None:
-            value = getattr(self, name)
-            if value is None:
-                return None
-            per_sequence = name in ("lengths", "advantages", "sequence_weights")
-            return value[lo:hi] if per_sequence else value[starts[lo] : starts[hi]]
+        def part(lo: int, hi: int) -> TrainBatch:
+            sequences, tokens = slice(lo, hi), slice(starts[lo], starts[hi])
+            cut = self.mapped(lambda column, v: v[sequences if column.aligned_to == "sequence" else tokens])
+            return TrainBatch(**cut, extra_columns=self.extra_columns)
 
-        return [
-            replace(self, **{name: cut(name, lo, hi) for name in self.__dataclass_fields__})
-            for lo, hi in minibatch_bounds(len(self), parts)
-        ]
+        return [part(lo, hi) for lo, hi in minibatch_bounds(len(self), parts)]
+
+    def without_layers(self) -> TrainBatch:
+        """Return the batch without the columns that only routing replay and the routers read."""
+        return replace(self, **dict.fromkeys(PER_LAYER_COLUMNS))
+
+    def save(self, path: Path) -> None:
+        """Write all columns to a safetensors file, each under its name, extra ones as ``extra.NAME``."""
+        tensors = self.mapped(lambda _, values: values.clone())  # parts of one tensor are refused
+        extra = {f"extra.{name}": values for name, values in tensors.pop("extra").items()}
+        safetensors.torch.save_file(tensors | extra, path)
+
+
+COLUMNS: dict[str, Column] = {f.name: f.metadata["column"] for f in fields(TrainBatch) if f.metadata}
+"""The statement of every column of a ``TrainBatch`` except its extra ones."""
+
+PER_LAYER_COLUMNS = tuple(name for name, column in COLUMNS.items() if column.per_layer)
 
 
 @dataclass
-class Microbatch:
-    """One packed pipeline unit as one context-parallel rank sees it (T local tokens, S sequences).
+class Microbatch(OptionalColumns):
+    """One packed pipeline unit as one context-parallel rank sees it (T local slots, S sequences).
 
-    Each slot holds an input token and the token it predicts; per-token tensors describe the PREDICTED token, so they line up with
-    the logits. What describes routing is of the input instead, which is what a router sees.
+    Each slot holds an input token and the token it predicts. "predicted" columns line up with the logits,
+    "input" columns with what the routers see. The optional columns have the shapes of ``OptionalColumns``
+    with T for L.
 
     Attributes:
         tokens: (T,) int64 inputs.
-        labels: (T,) int64 predicted tokens, 0 where there is none.
+        labels: (T,) int64 predicted tokens, 0 on slots without one.
         position_ids: (T,) int64 position of the input in its sequence.
-        cu_seqlens: (S + 1,) int32 padded boundaries of the sequences over all context-parallel ranks (THD layout).
+        cu_seqlens: (S + 1,) int32 padded boundaries of the sequences over all context-parallel ranks (THD
+            layout).
         mask: (T,) bool; the predicted token carries loss.
-        sequence_ids: (T,) int64, which of the S sequences a slot belongs to (padding belongs to its sequence, with mask False).
-        flat_index: (T,) int64, place of the predicted token in the TrainBatch's flat tensors, -1 where there is none.
-        input_index: (T,) int64, place of the input token, -1 on padding.
+        sequence_ids: (T,) int64, number of the slot's sequence among the S (padding belongs to a sequence).
+        flat_index: (T,) int64, index of the predicted token in the TrainBatch's flat columns, -1 on slots
+            without one.
+        input_index: (T,) int64, index of the input token, -1 on padding.
         advantages: (S,) fp32.
-        old_logprobs, ref_logprobs, rollout_logprobs, token_weights: (T,) fp32 or None.
-        sequence_weights: (S,) fp32 or None.
-        kept_tokens: (T,) bool or None.
-        router_shift: (T,) fp32, how far the routing of the input token moved since the old policy, 0 on padding; or None.
-        routed_experts: (T, layers, topk) int16, -1 where unknown, or None; in a policy's passes cut to a rank's own slots and layers.
-        router_scores: (T, layers, topk) fp32, 0 on padding, or None; cut likewise.
+        rollout_logprobs: (T,) fp32 or None.
     """
 
     tokens: Tensor
@@ -139,17 +280,16 @@ class Microbatch:
     flat_index: Tensor
     input_index: Tensor
     advantages: Tensor
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
     rollout_logprobs: Tensor | None = None
-    sequence_weights: Tensor | None = None
-    token_weights: Tensor | None = None
-    kept_tokens: Tensor | None = None
-    router_shift: Tensor | None = None
-    routed_experts: Tensor | None = None
-    router_scores: Tensor | None = None
 
     def to(self, device: torch.device) -> Microbatch:
-        """Moves every tensor to ``device``."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        """Move every tensor to ``device``."""
+
+        def moved(tensors: dict[str, Any]) -> dict[str, Any]:
+            return {
+                name: value.to(device, non_blocking=True)
+                for name, value in tensors.items()
+                if isinstance(value, Tensor)
+            }
+
+        return replace(self, **moved(vars(self)), extra=moved(self.extra))

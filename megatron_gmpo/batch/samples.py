@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -16,10 +18,10 @@ class Prompt:
 
     Attributes:
         id: stable name, unique in its data set, e.g. ``"gsm8k_train/17"``.
-        answer: ground truth handed to the reward, as text.
-        text: the prompt as plain text, or None when ``messages`` is given.
+        answer: ground truth that the reward receives, as text.
+        text: the prompt as plain text, or None if ``messages`` is given.
         messages: chat messages ``[{"role": "user", "content": ...}]``, or None.
-        input_ids: token ids after template and tokenizer; what every engine generates from.
+        input_ids: token ids after template and tokenizer; every engine generates from them.
     """
 
     id: str
@@ -29,37 +31,93 @@ class Prompt:
     input_ids: list[int] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
-    """One sampled response, with everything training needs to know about how it came to be.
+    """One sampled response and what training needs to know about its generation.
+
+    The columns are contiguous numpy arrays. The constructor also takes lists and arrays of another width.
 
     Attributes:
-        tokens: prompt and response token ids, length L.
-        response_mask: length L; True for tokens the policy generated.
-        rollout_logprobs: length L; log probability of each token under the distribution it was sampled from, 0 on the prompt.
+        tokens: (L,) int32 token ids of prompt and response.
+        response_mask: (L,) bool; True for tokens that the policy generated.
+        rollout_logprobs: (L,) float32 log probability of each token under the distribution it was sampled
+            from, 0 on the prompt.
         text: the response, decoded without special tokens.
         finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``.
-        policy_version: the training step whose weights generated it, or its first token.
-        reward: filled in by ``rollout.collect``.
-        routed_experts: (L - 1, layers, topk) int16 expert ids of a MoE rollout, or None. Row t is of the input token t, which predicts
-            t + 1, so the last token has none. All decoder layers count; what stands in those without experts means nothing.
-        token_versions: length L; the training step behind each generated token, -1 on the prompt. None: ``policy_version`` for all.
+        policy_version: the training step whose weights generated the response; the oldest one if there are
+            several.
+        reward: set by ``rollout.collect.score``.
+        routed_experts: (L - 1, layers, topk) expert ids of a MoE rollout, uint8 if all of them fit, else
+            int16; or None. Row t belongs to input token t, which predicts t + 1, so the last token has no
+            row. All decoder layers have a place; the values of layers without experts have no meaning.
+        version_spans: (spans, 2) int32 rows ``(start, version)``: the training step whose weights generated
+            the tokens from ``start`` up to the next span's. None: ``policy_version`` generated the whole
+            response.
+
+    Raises:
+        ValueError: a column has another number of rows or a type that loses values.
     """
 
-    tokens: list[int]
-    response_mask: list[bool]
-    rollout_logprobs: list[float]
+    tokens: np.ndarray
+    response_mask: np.ndarray
+    rollout_logprobs: np.ndarray
     text: str
     finish_reason: FinishReason
     policy_version: int
     reward: float = 0.0
     routed_experts: np.ndarray | None = None
-    token_versions: list[int] | None = None
+    version_spans: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = _column("tokens", self.tokens, np.int32, (None,))
+        length = len(self.tokens)
+        self.response_mask = _column("response_mask", self.response_mask, np.bool_, (length,))
+        self.rollout_logprobs = _column("rollout_logprobs", self.rollout_logprobs, np.float32, (length,))
+        if self.version_spans is not None:
+            self.version_spans = _column("version_spans", self.version_spans, np.int32, (None, 2))
+        if self.routed_experts is not None:
+            experts = narrow_experts(self.routed_experts)
+            self.routed_experts = _column("routed_experts", experts, experts.dtype, (None, None, None))
+
+    @classmethod
+    def from_response(
+        cls, prompt: list[int], response: ArrayLike, logprobs: ArrayLike, **others: Any
+    ) -> Sample:
+        """Return the sample of a prompt and a response to it that the policy generated as a whole.
+
+        Args:
+            prompt: P token ids.
+            response: R token ids.
+            logprobs: R log probabilities.
+            others: the other fields, except ``response_mask``.
+        """
+        start = len(prompt)
+        tokens = np.concatenate([np.asarray(prompt, np.int32), np.asarray(response, np.int32)])
+        return cls(
+            tokens=tokens,
+            response_mask=np.arange(len(tokens)) >= start,
+            rollout_logprobs=np.concatenate([np.zeros(start, np.float32), np.asarray(logprobs, np.float32)]),
+            **others,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sample) and all(
+            np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+        )
 
     @property
     def response_length(self) -> int:
         """Number of generated tokens."""
-        return sum(self.response_mask)
+        return int(self.response_mask.sum())
+
+    @property
+    def token_versions(self) -> np.ndarray:
+        """(L,) int32: the training step whose weights generated each token, -1 before the response."""
+        if self.version_spans is None:
+            return np.where(self.response_mask, self.policy_version, -1).astype(np.int32)
+        starts, versions = self.version_spans.T
+        span = np.searchsorted(starts, np.arange(len(self.tokens)), side="right") - 1
+        return np.where(span < 0, np.int32(-1), versions[span])
 
 
 @dataclass
@@ -72,3 +130,31 @@ class SampleGroup:
     @property
     def rewards(self) -> list[float]:
         return [sample.reward for sample in self.samples]
+
+
+def narrow_experts(ids: np.ndarray) -> np.ndarray:
+    """Return expert ids as uint8 if all of them fit, else as int16."""
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"expert ids have dtype {ids.dtype}, not an integer type")
+    fits = ids.size == 0 or 0 <= ids.min() <= ids.max() <= np.iinfo(np.uint8).max
+    return ids.astype(np.uint8 if fits else np.int16, copy=False)
+
+
+def version_spans_of(versions: Sequence[int] | np.ndarray, start: int = 0) -> np.ndarray:
+    """Return ``Sample.version_spans`` for one version per token; the first one is token ``start``."""
+    values = np.asarray(versions, np.int32)
+    first = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    return np.stack([first + start, values[first]], axis=1).astype(np.int32)
+
+
+def _column(name: str, values: Any, dtype: DTypeLike, shape: tuple[int | None, ...]) -> np.ndarray:
+    """Return ``values`` as a contiguous array of ``dtype``; None in ``shape`` stands for any size."""
+    array = np.asarray(values)
+    fits = len(array.shape) == len(shape) and all(
+        expected in (None, found) for expected, found in zip(shape, array.shape, strict=True)
+    )
+    # lists become int64 or float64 arrays, or float64 if empty
+    if not fits or (array.size and not np.can_cast(array.dtype, dtype, "same_kind")):
+        found = f"dtype {array.dtype} and shape {array.shape}"
+        raise ValueError(f"Sample.{name} has {found}, not {np.dtype(dtype)} and {shape}")
+    return np.ascontiguousarray(array, dtype)

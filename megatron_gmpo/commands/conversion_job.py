@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from rich.progress import (
 
 from ..distributed import rank, world_size
 from ..platform import start_process_group
-from ..weights.convert import HFToMegatron, MegatronToHF
+from ..weights.conversion import Conversion
 
 _M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
@@ -55,13 +54,12 @@ def processes(*, alone: bool = False) -> Iterator[None]:
 
 
 def run_conversion(
-    opened: Callable[[], HFToMegatron | MegatronToHF],
+    opened: Callable[[], Conversion],
     target: Path,
     *,
     dry_run: bool,
     verify: bool,
     compare: Callable[[], str],
-    **options: Any,
 ) -> None:
     """Open a conversion, then print its table or carry it out and print a summary.
 
@@ -69,7 +67,6 @@ def run_conversion(
         opened: checks the source and returns the conversion.
         target: folder to write.
         compare: returns the line about logits; runs on rank 0 alone, after the other ranks are done.
-        options: further arguments of ``convert``.
 
     Raises:
         InputError: see ``HFToMegatron`` and ``MegatronToHF``.
@@ -79,7 +76,7 @@ def run_conversion(
         lines = list(conversion.lines()) if dry_run else []
         if not dry_run:
             with _progress(conversion.nbytes) as advance:
-                lines = [f"{target}: {conversion.convert(target, verify=verify, advance=advance, **options)}"]
+                lines = [f"{target}: {conversion.convert(target, verify=verify, advance=advance)}"]
         first = rank() == 0
     if first:
         if verify and not dry_run:

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     options = parse_options(ConvertHFToMegatron, argv, "megatron-gmpo convert_hf_to_megatron")
 
     from ..policy.compare_logits import compare_logits
-    from ..weights.convert import HFToMegatron
+    from ..weights.hf_to_megatron import HFToMegatron
     from .conversion_job import run_conversion
 
     hf, megatron = options.hf.absolute(), options.megatron.absolute()

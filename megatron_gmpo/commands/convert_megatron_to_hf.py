@@ -44,17 +44,16 @@ def main(argv: list[str]) -> None:
     max_shard_size = _nbytes(options.max_shard_size)
 
     from ..policy.compare_logits import compare_logits
-    from ..weights.convert import MegatronToHF
+    from ..weights.megatron_to_hf import MegatronToHF
     from .conversion_job import run_conversion
 
     megatron, hf = options.megatron.absolute(), options.hf.absolute()
     run_conversion(
-        lambda: MegatronToHF(megatron, options.template, options.dtype),
+        lambda: MegatronToHF(megatron, options.template, options.dtype, max_shard_size),
         hf,
         dry_run=options.dry_run,
         verify=options.verify,
         compare=lambda: compare_logits(hf, megatron, options.dtype),
-        max_shard_size=max_shard_size,
     )
 
 

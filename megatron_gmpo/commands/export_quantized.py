@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     options = parse_options(ExportQuantized, argv, "megatron-gmpo export_quantized")
 
     from ..data.prompts import load_prompts, load_tokenizer
-    from ..models.config import read_hf_config
+    from ..models.description import read_hf_config
 
     data = DataConfig(
         path=options.calibration,
@@ -94,8 +94,8 @@ def export_quantized(
             group its widths, ``out`` exists.
         RunError: ModelOpt failed, or quantized other tensors than expected.
     """
-    from ..models.blocks import prediction_layers
-    from ..models.config import read_hf_config
+    from ..models.decoder import prediction_layers
+    from ..models.description import read_hf_config
     from ..models.fp8_blocks import is_quantized
     from ..weights.companions import copy_companions
     from ..weights.safetensors_folder import SafetensorsFolder

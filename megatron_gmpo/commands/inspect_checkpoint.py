@@ -21,7 +21,7 @@ class InspectCheckpoint(Options):
 
 def main(argv: list[str]) -> None:
     options = parse_options(InspectCheckpoint, argv, "megatron-gmpo inspect_checkpoint")
-    from ..weights.convert import inspect_checkpoint
+    from ..weights.inspection import inspect_checkpoint
 
     about = inspect_checkpoint(options.folder)
     width = max(map(len, about))

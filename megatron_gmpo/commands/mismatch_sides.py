@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch.packing import make_train_batch
+from ..batch.assembly import make_train_batch
 from ..batch.samples import SampleGroup
 from ..config import Config
 from ..data.prompts import load_tokenizer
 from ..distributed import rank
 from ..errors import InputError, ServerError
-from ..models.blocks import prediction_layers
-from ..models.config import describe_model, read_hf_config
+from ..models.decoder import prediction_layers
+from ..models.description import describe_model, read_hf_config
 from ..platform import choose_device, prepare_megatron, start_process_group
 from ..policy.parallel import start_model_parallel
 from ..policy.policy import Policy
 from ..rollout.embedded import EmbeddedEngine
 from ..rollout.replay import load_groups
-from ..rollout.sglang.engine import check_servers, local_servers
 from ..rollout.sglang.scoring import sequence_logprobs
 from ..rollout.sglang.servers import Server, external_servers
-from ..rollout.sglang.sync.weight_sync import make_weight_sync
-from ..weights.export import unwrapped
+from ..rollout.sglang.start import check_servers, local_servers
+from ..rollout.sglang.sync import make_weight_sync
+from ..weights.parameters import unwrapped
 from ..weights.safetensors_folder import SafetensorsFolder
 
 TRANSFORMERS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp8": (torch.float32, True)}
@@ -133,12 +133,12 @@ def transformers_side(
     logprobs: list[Tensor] = []
     kept: list[list[Tensor]] = []
     for number, sample in enumerate(samples):
-        ids = torch.tensor([sample.tokens], device=device)
+        ids = torch.from_numpy(sample.tokens).long()[None].to(device)
         with _kept_states(engine.model.model.layers if number < layers else []) as states:
             logits = engine.model(ids).logits[0, :-1].float()
         kept += [states] * bool(states)
         found = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
-        logprobs.append(found[torch.tensor(sample.response_mask[1:])])
+        logprobs.append(found[torch.from_numpy(sample.response_mask[1:])])
     lengths = [len(sample.tokens) for sample in samples[:layers]]
     return Side(torch.cat(logprobs), _by_layer(kept, lengths))
 
@@ -170,7 +170,7 @@ def server_side(server: Server, groups: list[SampleGroup], timeout_s: float) -> 
     """
     logprobs: list[float] = []
     for sample in (sample for group in groups for sample in group.samples):
-        found = sequence_logprobs(server, list(sample.tokens), timeout_s)
+        found = sequence_logprobs(server, sample.tokens.tolist(), timeout_s)
         logprobs += [
             logprob
             for logprob, response in zip(found, sample.response_mask, strict=True)

@@ -1,4 +1,4 @@
-"""Problems from a data set to an endless, resumable stream of prompts."""
+"""Load a data set as prompts and draw from them in an endless, resumable stream."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _REMEDY = "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, o
 
 
 def load_tokenizer(path: str, field: str = "model.path") -> Any:
-    """The tokenizer of a model folder, which ``field`` names.
+    """Load the tokenizer of a model folder; ``field`` is the config field named in the error.
 
     Raises:
-        InputError: there is none that transformers can load.
+        InputError: transformers cannot load a tokenizer from the folder.
     """
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -39,86 +39,55 @@ def load_tokenizer(path: str, field: str = "model.path") -> Any:
 
 
 def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:
-    """Reads a data set, applies the templates, tokenizes, and leaves out prompts above ``max_prompt_tokens``.
+    """Read a data set, apply the templates, tokenize, and drop prompts longer than ``max_prompt_tokens``.
 
     Args:
-        tokenizer: of the policy; its chat template decides when ``cfg.use_chat_template`` is None.
-        section: where ``cfg`` stands in the config, for messages: ``data`` or ``eval.sets.NAME``.
+        cfg: the data set and its templates.
+        tokenizer: the policy's tokenizer. If ``cfg.use_chat_template`` is None, its chat template is used
+            when it has one.
+        section: section of ``cfg`` in the config, for error lines: ``data`` or ``eval.sets.NAME``.
 
     Returns:
-        Prompts in the order of the data set with ``id`` = ``"{name}/{row}"`` and ``input_ids``. With a chat template ``messages``
-        is set, without one ``text``.
+        Prompts in the order of the data set, with ``id`` = ``"{name}/{row}"`` and ``input_ids``. With a chat
+        template ``messages`` is set, else ``text``.
 
     Raises:
-        InputError: no such data, split or column; no rows; a prompt or answer that is missing or of the wrong kind; a template
-            that does not fit; nothing left after the length filter.
+        InputError: the data set, split or column does not exist; there are no rows; a prompt or answer is
+            missing or has the wrong type; the template is invalid; no prompt is left after the length filter.
     """
     _check_template(cfg.template, section)
-    chat = tokenizer.chat_template is not None if cfg.use_chat_template is None else cfg.use_chat_template
-    if chat and tokenizer.chat_template is None:
-        raise InputError(
-            f"{section}.use_chat_template = true: the tokenizer has no chat template, leave it out or set it to false"
-        )
-    if cfg.system_prompt and not chat:
-        raise InputError(
-            f"{section}.system_prompt = {cfg.system_prompt!r} needs a chat template: put it into {section}.template"
-        )
-
+    chat = _uses_chat_template(cfg, tokenizer, section)
     rows = _load(cfg, section)
-    for field, column in (("prompt_column", cfg.prompt_column), ("answer_column", cfg.answer_column)):
-        if column not in rows.column_names:
-            raise InputError(
-                f"{section}.{field} = {column!r} is not a column of {cfg.path}: choose one of {rows.column_names}"
-            )
-    if len(rows) == 0:
-        raise InputError(f"{section}.path = {cfg.path!r} has no rows: give a data set with problems")
-
-    name = Path(cfg.path.partition(":")[0]).stem
-    prompts: list[Prompt] = []
-    for row, (problem, answer) in enumerate(
-        zip(rows[cfg.prompt_column], rows[cfg.answer_column], strict=True)
-    ):
-        where = f"{section}.path = {cfg.path!r}, row {row}"
-        if not isinstance(answer, str | int | float) or not str(answer).strip():
-            raise InputError(
-                f"{where}: column {cfg.answer_column!r} is {answer!r}, give every problem an answer: text or a number"
-            )
-        prompt = Prompt(id=f"{name}/{row}", answer=str(answer))
-        if chat:
-            prompt.messages = _messages(problem, cfg, where)
-        elif isinstance(problem, str) and problem:
-            prompt.text = _fill(cfg.template, problem)
-        else:
-            raise InputError(
-                f"{where}: column {cfg.prompt_column!r} is not text, and only a chat template takes messages"
-            )
-        prompts.append(prompt)
-
+    _check_columns(cfg, rows, section)
+    problems = zip(rows[cfg.prompt_column], rows[cfg.answer_column], strict=True)
+    prompts = [_prompt(row, *problem, cfg, chat, section) for row, problem in enumerate(problems)]
     _tokenize(prompts, tokenizer, chat, section)
     kept = [prompt for prompt in prompts if len(prompt.input_ids) <= cfg.max_prompt_tokens]
     if not kept:
         shortest = min(len(prompt.input_ids) for prompt in prompts)
         raise InputError(
-            f"{section}.max_prompt_tokens = {cfg.max_prompt_tokens} leaves no prompt of {len(prompts)}: give at least {shortest}"
+            f"{section}.max_prompt_tokens = {cfg.max_prompt_tokens} leaves no prompt of {len(prompts)}: "
+            f"give at least {shortest}"
         )
-    left_out = len(prompts) - len(kept)
+    dropped = len(prompts) - len(kept)
     kept = kept[: cfg.max_prompts]
     logger.info(
-        "%s: %d prompts from %s; %d longer than %d tokens left out",
+        "%s: %d prompts from %s; dropped %d prompts longer than %d tokens",
         section,
         len(kept),
         cfg.path,
-        left_out,
+        dropped,
         cfg.max_prompt_tokens,
     )
     return kept
 
 
 class PromptStream:
-    """Prompts without end, reshuffled every epoch; the order depends on ``seed`` and the epoch only.
+    """An endless stream of prompts, reshuffled every epoch. The order depends only on ``seed`` and the epoch.
 
     Args:
-        prompts: at least one.
+        prompts: the prompts of an epoch, at least one.
+        seed: seed of the order.
         shuffle: False keeps the order of the data set in every epoch.
     """
 
@@ -130,7 +99,7 @@ class PromptStream:
         self._start_epoch(0)
 
     def next(self, n: int) -> list[Prompt]:
-        """The next ``n`` prompts; where an epoch ends the next one begins."""
+        """Return the next ``n`` prompts; they may span epochs."""
         taken: list[Prompt] = []
         while len(taken) < n:
             if self.position == len(self.order):
@@ -141,7 +110,7 @@ class PromptStream:
         return taken
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands: a few ints."""
+        """Return the position of the stream."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
@@ -150,10 +119,10 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on exactly where ``state`` was taken, under the seed of then.
+        """Continue exactly at the position of ``state``, with its seed.
 
         Raises:
-            InputError: the state was taken from a data set of another length.
+            InputError: the state belongs to a data set of another length.
         """
         if state["num_prompts"] != len(self.prompts):
             raise InputError(
@@ -184,8 +153,57 @@ def _check_template(template: str, section: str) -> None:
         ) from None
     if fields != {"prompt"}:
         raise InputError(
-            f"{field} must have the field {{prompt}} and no other, has {sorted(fields)}: write literal braces as {{{{ and }}}}"
+            f"{field} must have the field {{prompt}} and no other, has {sorted(fields)}: "
+            "write literal braces as {{ and }}"
         )
+
+
+def _uses_chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> bool:
+    has_one = tokenizer.chat_template is not None
+    chat = has_one if cfg.use_chat_template is None else cfg.use_chat_template
+    if chat and not has_one:
+        raise InputError(
+            f"{section}.use_chat_template = true: the tokenizer has no chat template, "
+            "leave the field out or set it to false"
+        )
+    if cfg.system_prompt and not chat:
+        raise InputError(
+            f"{section}.system_prompt = {cfg.system_prompt!r} needs a chat template: "
+            f"put it into {section}.template"
+        )
+    return chat
+
+
+def _check_columns(cfg: DataConfig, rows: datasets.Dataset, section: str) -> None:
+    for field, column in (("prompt_column", cfg.prompt_column), ("answer_column", cfg.answer_column)):
+        if column not in rows.column_names:
+            raise InputError(
+                f"{section}.{field} = {column!r} is not a column of {cfg.path}: "
+                f"choose one of {rows.column_names}"
+            )
+    if len(rows) == 0:
+        raise InputError(f"{section}.path = {cfg.path!r} has no rows: give a data set with problems")
+
+
+def _prompt(row: int, problem: Any, answer: Any, cfg: DataConfig, chat: bool, section: str) -> Prompt:
+    """Return the prompt of a row, without ``input_ids``."""
+    where = f"{section}.path = {cfg.path!r}, row {row}"
+    if not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise InputError(
+            f"{where}: column {cfg.answer_column!r} is {answer!r}: "
+            "give every problem an answer, text or a number"
+        )
+    name = Path(cfg.path.partition(":")[0]).stem
+    prompt = Prompt(id=f"{name}/{row}", answer=str(answer))
+    if chat:
+        prompt.messages = _messages(problem, cfg, where)
+    elif isinstance(problem, str) and problem:
+        prompt.text = _fill(cfg.template, problem)
+    else:
+        raise InputError(
+            f"{where}: column {cfg.prompt_column!r} is not text, and only a chat template takes messages"
+        )
+    return prompt
 
 
 def _fill(template: str, problem: str) -> str:
@@ -193,7 +211,7 @@ def _fill(template: str, problem: str) -> str:
 
 
 def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
-    """A file, a folder or a name on the hub."""
+    """Load the rows of a file, a folder or a hub data set."""
     path = Path(cfg.path)
     field = f"{section}.path = {cfg.path!r}"
     if not cfg.path:
@@ -204,7 +222,8 @@ def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
         raise InputError(f"{field} has an unknown format: {_REMEDY}")
     try:
         if path.suffix == ".csv":
-            # All columns as text: the type inference of datasets' reader turns the answer "052" into 52 and "NA" into nothing.
+            # all columns as text: the reader of datasets would turn the answer "052" into 52 and "NA" into
+            # None
             splits = {
                 "train": datasets.Dataset.from_pandas(pandas.read_csv(path, dtype=str, keep_default_na=False))
             }
@@ -215,10 +234,7 @@ def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
         else:
             name, _, subset = cfg.path.partition(":")
             splits = datasets.load_dataset(name, subset or None)
-    except (
-        StopIteration,
-        IndexError,
-    ):  # what datasets makes of an empty file and of a saved data set without rows
+    except (StopIteration, IndexError):  # datasets raises these for an empty file or data set
         raise InputError(f"{field} has no rows: give a data set with problems") from None
     except (DatasetsError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
@@ -238,12 +254,14 @@ def _messages(problem: Any, cfg: DataConfig, where: str) -> list[dict[str, str]]
     elif isinstance(problem, list) and problem and all(map(_is_message, problem)):
         if cfg.template:
             raise InputError(
-                f"{where}: column {cfg.prompt_column!r} holds messages: leave template out, it applies to text"
+                f"{where}: column {cfg.prompt_column!r} holds messages: "
+                "leave template out, it applies to text"
             )
         messages = [{"role": message["role"], "content": message["content"]} for message in problem]
     else:
         raise InputError(
-            f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages with role and content, both text"
+            f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages: "
+            "give messages with role and content, both text"
         )
     if cfg.system_prompt:
         if messages[0]["role"] == "system":
@@ -257,7 +275,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _tokenize(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, chat: bool, section: str) -> None:
-    """Fills in ``input_ids``."""
+    """Set ``input_ids`` of every prompt."""
     if chat:
         try:
             conversations = [prompt.messages for prompt in prompts]
@@ -271,6 +289,7 @@ def _tokenize(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, chat: b
                 f"{section}: the tokenizer's chat template refuses the messages: {error}"
             ) from None
     else:
-        token_ids = tokenizer([prompt.text for prompt in prompts])["input_ids"]  # pyright: ignore[reportArgumentType]
+        texts = [prompt.text for prompt in prompts]
+        token_ids = tokenizer(texts)["input_ids"]  # pyright: ignore[reportArgumentType]
     for prompt, ids in zip(prompts, token_ids, strict=True):  # pyright: ignore[reportArgumentType]
         prompt.input_ids = ids  # pyright: ignore[reportAttributeAccessIssue]

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from .. import files
 from ..command_line import load_config
 from ..errors import InputError
 from .study import Trial, flatten
@@ -151,9 +152,7 @@ class _Running:
             machine=_machine(),
             versions=versions,
         )
-        aside = self.trial.folder / f"{RECORD}.tmp"
-        aside.write_text(record.model_dump_json(indent=1))
-        os.replace(aside, self.trial.folder / RECORD)
+        files.write(self.trial.folder / RECORD, record.model_dump_json(indent=1))
         self.done = True
         return record
 

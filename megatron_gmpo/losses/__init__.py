@@ -1,0 +1,35 @@
+"""Policy losses: pure functions of ``LossTokens``, and what a loss of your own needs. See docs/losses.md.
+
+``gmpo`` and ``rspo`` here are functions and hide the submodules with these names: inside the package, import
+from the submodules, ``from .gmpo import gmpo``.
+"""
+
+from ..batch.columns import Column
+from ..metrics.figures import Metric
+from .gmpo import gmpo
+from .ppo_family import cispo, dapo, dr_grpo, grpo, gspo
+from .registry import DefaultClip, Loss, NewColumn
+from .rspo import rspo
+from .tokens import LossOutput, LossTokens, clip_events, clip_one_sided, extremes, k3, means
+
+__all__ = [
+    "Column",
+    "DefaultClip",
+    "Loss",
+    "LossOutput",
+    "LossTokens",
+    "Metric",
+    "NewColumn",
+    "cispo",
+    "clip_events",
+    "clip_one_sided",
+    "dapo",
+    "dr_grpo",
+    "extremes",
+    "gmpo",
+    "grpo",
+    "gspo",
+    "k3",
+    "means",
+    "rspo",
+]

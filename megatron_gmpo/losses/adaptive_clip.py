@@ -1,4 +1,4 @@
-"""Clips that follow a target: the adaptive clip that the GMPO paper (arXiv 2507.20673) leaves to future work."""
+"""Adaptive clips: they follow a target. The GMPO paper (arXiv 2507.20673) leaves them to future work."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from ..errors import InputError
 from ..metrics.figures import Metric
 from ..metrics.histogram import quantile
 from .objective import Objective
-from .registry import LOG_CLIP_LOSSES
 
 SPAN = 8.0
-"""Without ``algorithm.clip_bounds`` a clip stays within this factor of where it started."""
+"""Without ``algorithm.clip_bounds`` a clip stays within this factor of its initial value."""
 TAIL = 0.001
-"""Share of the tokens beyond each of the two quantiles that ``tail`` holds."""
+"""Share of the tokens beyond each of the two quantiles that the signal ``tail`` measures."""
 DEFAULT_FRACTION = 0.01
-"""Target of ``fraction`` when the user names none."""
+"""Target of the signal ``fraction`` if the config sets none."""
 
 
 class AdaptiveClip:
-    """An integral controller of clip_low and clip_high, each by itself, in log space.
+    """An integral controller of ``clip_low`` and ``clip_high``, independent of each other, in log space.
 
-    After every step, with e = signal / target - 1 kept within [-1, 1]: ``clip *= exp(gain e)`` where the signal is the fraction clipped
-    (clips too much: widen), ``clip *= exp(-gain e)`` where it is a tail of the log ratio (the policy moves too far: narrow). Equal metrics
-    give equal clips, so all ranks agree.
+    After every step, with e = signal / target - 1 clamped to [-1, 1]: ``clip *= exp(gain e)`` if the signal
+    is the clipped fraction (too much is clipped: widen), ``clip *= exp(-gain e)`` if it is a tail of the log
+    ratio (the policy moves too far: narrow). Equal metrics give equal clips, so all ranks agree.
 
-    It moves once a step, from the metrics of all its optimizer steps, and not after each of them: within a step ratios start at 1 and
-    spread, and a controller as fast as that would narrow at every start and widen at every end.
+    The controller moves once a step, from the metrics of all optimizer steps of the step. Within a step
+    ratios start at 1 and spread, so a controller that moved after every optimizer step would narrow at every
+    start and widen at every end.
 
     Args:
-        clip_low, clip_high: where to start, within the bounds.
+        clip_low, clip_high: initial values, within the bounds.
         signal: ``fraction`` or ``tail``, see ``AlgorithmConfig.clip_signal``.
-        target: of the signal.
-        bounds_low, bounds_high: (smallest, largest) of each clip.
-        gain: the logarithm of the largest step.
+        target: target of the signal.
+        bounds_low, bounds_high: (smallest, largest) value of each clip.
+        gain: logarithm of the largest change per step.
     """
 
     def __init__(
@@ -58,7 +58,12 @@ class AdaptiveClip:
         self._signal, self._target, self._gain = signal, target, gain
 
     def update(self, metrics: Mapping[str, Metric]) -> None:
-        """Moves the clips, given the reduced metrics of a step; a step without response tokens moves nothing."""
+        """Move the clips, given the reduced metrics of a step. A step without response tokens leaves them
+        unchanged.
+
+        Raises:
+            InputError: the signal is ``fraction`` and the loss does not report clip fractions.
+        """
         for side, clip in self.clips.items():
             signal = self._measure(side, metrics)
             if math.isnan(signal):
@@ -76,19 +81,25 @@ class AdaptiveClip:
                     torch.as_tensor(metrics["policy/log_ratio"].total), TAIL if side == "low" else 1 - TAIL
                 )
             )
-        clipped = metrics[f"policy/clip_fraction_{side}"]
+        name = f"policy/clip_fraction_{side}"
+        if name not in metrics:
+            raise InputError(
+                f"algorithm.clip_signal = 'fraction' needs the metric {name}, which the loss does not report: "
+                "return it, or choose 'tail'"
+            )
+        clipped = metrics[name]
         return float(clipped.total) / float(clipped.count) if clipped.count else math.nan
 
     def applied_to(self, objective: Objective) -> Objective:
-        """The objective with these clips."""
+        """Return the objective with these clips."""
         return replace(objective, clip_low=self.clips["low"], clip_high=self.clips["high"])
 
     def state_dict(self) -> dict[str, float]:
-        """JSON-able."""
+        """Return the clips, as JSON values."""
         return dict(self.clips)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Takes over the clips, as far as the bounds allow."""
+        """Restore the clips, clamped to the bounds."""
         self.clips = {
             side: min(max(float(state[side]), smallest), largest)
             for side, (smallest, largest) in self._bounds.items()
@@ -96,29 +107,32 @@ class AdaptiveClip:
 
 
 def make_adaptive_clip(cfg: AlgorithmConfig, objective: Objective) -> AdaptiveClip | None:
-    """The controller that ``cfg`` asks for, starting from the clips of ``objective``; None for fixed clips.
+    """Return the controller of ``cfg``, starting from the clips of ``objective``, or None for fixed clips.
 
     Raises:
-        InputError: nothing to adapt, a start that is 0 or out of bounds, or no target for a tail.
+        InputError: the loss clips nothing, an initial clip is 0 or out of bounds, or the signal ``tail`` has
+            no target.
     """
     if cfg.clip == "fixed":
         return None
     if cfg.options.get("clip_mode") == "none":
         raise InputError(
-            "algorithm.clip = 'adaptive': algorithm.options.clip_mode = 'none' clips nothing; choose 'token' or clip = 'fixed'"
+            "algorithm.clip = 'adaptive': algorithm.options.clip_mode = 'none' clips nothing; "
+            "choose 'token' or clip = 'fixed'"
         )
     if cfg.clip_signal == "tail" and cfg.clip_target is None:
         raise InputError(
-            "algorithm.clip_signal = 'tail' needs algorithm.clip_target, the size of a log ratio: e.g. 0.2"
+            "algorithm.clip_signal = 'tail' needs algorithm.clip_target, the size of a log ratio: set it, e.g. to 0.2"
         )
     bounds: dict[str, tuple[float, float]] = {}
     for side, start in (("low", objective.clip_low), ("high", objective.clip_high)):
         smallest, largest = cfg.clip_bounds or (start / SPAN, start * SPAN)
-        if side == "low" and cfg.loss not in LOG_CLIP_LOSSES:
+        if side == "low" and objective.loss.clip_space == "ratio":
             largest = min(largest, 1.0)  # ratios are positive
         if not 0 < smallest <= start <= largest:
             raise InputError(
-                f"algorithm.clip_{side} = {start:g} cannot adapt: start within [{smallest:g}, {largest:g}] and above 0"
+                f"algorithm.clip_{side} = {start:g} cannot adapt: "
+                f"start within [{smallest:g}, {largest:g}] and above 0"
             )
         bounds[side] = smallest, largest
     return AdaptiveClip(

@@ -1,39 +1,97 @@
-"""Advantages relative to a prompt's group."""
+"""Advantages of samples relative to the other samples of their prompt."""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..batch.samples import SampleGroup
+from ..errors import InputError
+from ..plugins import check_callable, resolve
+
+Advantage = Callable[[Tensor], Tensor]
+"""Rewards of one group, (n,) float64 -> their advantages, (n,)."""
 
 
-def group_advantages(
-    groups: list[SampleGroup], kind: Literal["normalized", "mean", "leave_one_out"] = "normalized"
-) -> Tensor:
-    """One advantage per sample, from the rewards of its group.
+def _zero_for_equal_rewards(advantage: Advantage) -> Advantage:
+    @functools.wraps(advantage)
+    def checked(rewards: Tensor) -> Tensor:
+        # The rounding error of the mean, over 1e-8, would not be 0.
+        return torch.zeros_like(rewards) if (rewards == rewards[:1]).all() else advantage(rewards)
+
+    return checked
+
+
+@_zero_for_equal_rewards
+def normalized(rewards: Tensor) -> Tensor:
+    """Return (r - mean) / (std + 1e-8) with the unbiased std, as the official GMPO code does (TRL: the same
+    std, epsilon 1e-4).
+    """
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+
+
+@_zero_for_equal_rewards
+def mean(rewards: Tensor) -> Tensor:
+    """Return r - mean (Dr. GRPO)."""
+    return rewards - rewards.mean()
+
+
+@_zero_for_equal_rewards
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Return r minus the mean of the OTHER samples (RLOO)."""
+    return (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
+
+
+ADVANTAGES: dict[str, Advantage] = {"normalized": normalized, "mean": mean, "leave_one_out": leave_one_out}
+"""The built-in ones return exactly 0 for a group whose rewards are all equal, or that has one sample."""
+
+
+def resolve_advantage(name: str) -> Advantage:
+    """Return the function that ``algorithm.advantage`` names: a built-in one, or ``module:function``.
+
+    Raises:
+        InputError: an unknown name, a module or attribute that cannot be imported, or a function that does
+            not take one argument.
+    """
+    function = resolve("algorithm.advantage", name, ADVANTAGES)
+    remedy = "give a function (rewards) -> advantages, both tensors of shape (n,)"
+    check_callable("algorithm.advantage", name, function, remedy)
+    try:
+        inspect.signature(function).bind(None)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"algorithm.advantage = {name!r} cannot be called with the rewards ({error}): {remedy}"
+        ) from None
+    return function
+
+
+def group_advantages(groups: list[SampleGroup], name: str = "normalized") -> Tensor:
+    """Return one advantage per sample, computed from the rewards of its group.
 
     Args:
-        groups: G groups of any size.
-        kind: ``normalized`` is (r - mean) / (std + 1e-8) with the unbiased std, as in the official GMPO code (TRL: the same std,
-            epsilon 1e-4); ``mean`` is r - mean (Dr. GRPO); ``leave_one_out`` is r minus the mean of the OTHER samples (RLOO).
+        groups: groups of any size.
+        name: see ``resolve_advantage``.
 
     Returns:
-        (S,) fp32 in the order of the samples in ``groups``. A group whose rewards are all equal, or of one sample, gives exactly 0.
+        (S,) fp32 in the order of the samples in ``groups``.
+
+    Raises:
+        InputError: see ``resolve_advantage``; or the function returned something other than one finite number
+            per sample.
     """
-    per_group = [_advantages(torch.tensor(group.rewards, dtype=torch.float64), kind) for group in groups]
-    return torch.cat([torch.empty(0, dtype=torch.float64), *per_group]).float()
-
-
-def _advantages(rewards: Tensor, kind: str) -> Tensor:
-    if (rewards == rewards[:1]).all():
-        # Rounding of the mean over 1e-8 would not be 0.
-        return torch.zeros_like(rewards)
-    centered = rewards - rewards.mean()
-    if kind == "normalized":
-        return centered / (rewards.std() + 1e-8)
-    if kind == "leave_one_out":
-        return centered * len(rewards) / (len(rewards) - 1)
-    return centered
+    advantage = resolve_advantage(name)
+    found = [torch.empty(0, dtype=torch.float64)]
+    for group in groups:
+        rewards = torch.tensor(group.rewards, dtype=torch.float64)
+        values = torch.as_tensor(advantage(rewards))
+        if values.shape != rewards.shape or not values.isfinite().all():
+            raise InputError(
+                f"algorithm.advantage = {name!r} returned {values.tolist()} for the rewards {group.rewards}: "
+                "return one finite number per reward"
+            )
+        found.append(values.double())
+    return torch.cat(found).float()

@@ -1,4 +1,6 @@
-"""Rollout against training: how far the rollout engine's probabilities are from the policy's own, and weights and masks against it."""
+"""The mismatch between the rollout engine's probabilities and the policy's: metrics, importance weights and
+masks.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,18 @@ from ..metrics.figures import Metric
 from .tokens import k3
 
 FAR = 0.1
-"""A token whose two log probabilities differ by more is counted as far off: a bf16 engine's rounding stays well below."""
+"""A token counts as far off if its two log probabilities differ by more than this; rounding in a bf16 engine
+stays well below."""
 
 
 def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
-    """Old log probabilities (recomputed by the policy) against those the rollout engine reported, over all response tokens.
+    """Compare old log probabilities (recomputed by the policy) with those that the rollout engine reported,
+    over all response tokens.
 
-    ``rollout/logprob_diff_mean`` and ``_max`` are absolute differences, ``_far`` the share of tokens beyond FAR, ``rollout/k3_kl`` is
-    the k3 estimate of KL(rollout || policy), and ``rollout/effective_sample_size`` that of the ratios old / rollout of tokens, as a share
-    of their number.
+    ``rollout/logprob_diff_mean`` and ``_max`` are absolute differences, ``_far`` is the share of tokens
+    beyond FAR, ``rollout/k3_kl`` is the k3 estimate of KL(rollout || policy), and
+    ``rollout/effective_sample_size`` is the effective sample size of the tokens' ratios old / rollout, as a
+    share of their number.
     """
     log_ratio = _log_ratio(batch)[batch.response_mask]
     difference = log_ratio.abs()
@@ -38,15 +43,17 @@ def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
 def importance_weights(
     batch: TrainBatch, level: Literal["token", "sequence", "geometric"], cap: float
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """Truncated importance weights ``min(pi_old / pi_rollout, cap)``, without gradient.
+    """Return truncated importance weights ``min(pi_old / pi_rollout, cap)``, without gradient, and their
+    metrics.
 
-    ``token`` takes each token's ratio (arXiv 2508.21016 and others), ``sequence`` the product over a sequence's response tokens, which is
-    unbiased before truncation, ``geometric`` the product's n-th root for n tokens: the form of GMPO's and GSPO's own ratios, whose
-    variance does not grow with n.
+    ``token`` takes each token's ratio (arXiv 2508.21016 and others). ``sequence`` takes the product over a
+    sequence's response tokens, which is unbiased before truncation. ``geometric`` takes the product's n-th
+    root for n tokens, the form of GMPO's and GSPO's own ratios; its variance does not grow with n.
 
     Returns:
-        (L,) weights for ``token``, 1 outside the mask, else (S,), 1 for a sequence without response tokens; and how many were truncated,
-        their mean, and their effective sample size as a share of their number.
+        (L,) weights for ``token``, 1 outside the mask; otherwise (S,) weights, 1 for a sequence without
+        response tokens. The metrics are the share of truncated weights, the mean, and the effective sample
+        size as a share of the number of weights.
     """
     log_ratio, counted = _log_ratio(batch), batch.response_mask
     if level != "token":
@@ -61,10 +68,10 @@ def importance_weights(
 
 
 def kept_tokens(batch: TrainBatch, mask: Literal["icepop", "geometric"], low: float, high: float) -> Tensor:
-    """(L,) bool: tokens whose ratio pi_old / pi_rollout lies in [low, high].
+    """Return (L,) bool: tokens whose ratio pi_old / pi_rollout lies in [low, high].
 
-    ``icepop`` looks at each token; ``geometric`` at the geometric mean over a sequence's response tokens, and so keeps or rejects whole
-    sequences whatever their length.
+    ``icepop`` tests each token. ``geometric`` tests the geometric mean over a sequence's response tokens, and
+    so keeps or rejects whole sequences, independent of their length.
     """
     log_ratio = _log_ratio(batch).double()
     if mask == "geometric":
@@ -74,9 +81,9 @@ def kept_tokens(batch: TrainBatch, mask: Literal["icepop", "geometric"], low: fl
 
 
 def correct(batch: TrainBatch, cfg: AlgorithmConfig) -> dict[str, Metric]:
-    """Gives the batch the importance weights and the mask that ``cfg`` asks for; their metrics.
+    """Set the importance weights and the mask of ``cfg`` on the batch, and return their metrics.
 
-    Off-policy masking depends on the current policy and happens in the loss.
+    Off-policy masking depends on the current policy, so the loss applies it.
     """
     metrics: dict[str, Metric] = {}
     if cfg.correction != "none":
@@ -91,19 +98,19 @@ def correct(batch: TrainBatch, cfg: AlgorithmConfig) -> dict[str, Metric]:
 
 
 def _effective_sample_size(weights: Tensor) -> Metric:
-    """Kish's, as a share of the number of weights."""
+    """Return Kish's effective sample size as a share of the number of weights."""
     weights = weights.double()
     return Metric(float(weights.sum() ** 2), float(len(weights) * (weights**2).sum()))
 
 
 def _log_ratio(batch: TrainBatch) -> Tensor:
-    """(L,) fp32 log pi_old - log pi_rollout, 0 outside the mask."""
+    """Return (L,) fp32 log pi_old - log pi_rollout, 0 outside the mask."""
     assert batch.old_logprobs is not None
     return torch.where(batch.response_mask, batch.old_logprobs - batch.rollout_logprobs, 0)
 
 
 def _sequence_log_ratio(batch: TrainBatch, mean: bool) -> Tensor:
-    """(S,) float64: sum of each sequence's log ratios, or their mean over its response tokens."""
+    """Return (S,) float64: the sum of each sequence's log ratios, or their mean over its response tokens."""
     sequences = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
     sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, sequences, _log_ratio(batch).double())
     return sums / batch.response_lengths.clamp(min=1) if mean else sums

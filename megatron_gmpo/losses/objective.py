@@ -1,110 +1,153 @@
-"""The loss of an optimizer step as the config describes it: a policy loss with its settings, penalties, and its divisor."""
+"""The loss of an optimizer step: a policy loss with its options, penalties and divisor."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..batch.columns import Microbatch
+from ..batch.columns import Microbatch, TrainBatch
 from ..config import AlgorithmConfig
 from ..errors import InputError
-from .registry import POLICY_LOSSES, TOKEN_MEAN_LOSSES, check_loss, default_clip
-from .tokens import LossOutput, PolicyMask, TokenPenalty
+from .advantages import resolve_advantage
+from .registry import Loss, NewColumn, default_clips, resolve_loss
+from .signature import check_options
+from .tokens import LossOutput, LossTokens
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Called on one microbatch, it gives that microbatch's SUM; dividing by ``count`` of the whole minibatch gives the loss.
+    """The loss that the config describes.
+
+    Calling it returns the SUM of one microbatch. The sum over all microbatches of a minibatch, divided by
+    ``count`` of the minibatch, is the loss of the optimizer step.
 
     Attributes:
-        loss: a function of POLICY_LOSSES with its options filled in.
+        name: of the loss, as the config writes it.
+        loss: its entry.
+        needs: columns that the run must make, see ``needed_columns``.
+        options: its keyword arguments besides the clips.
         clip_low, clip_high: its clips.
-        max_kl: bound of off-policy sequence masking, in nats a token; None masks none.
-        per_token: the loss is divided by response tokens instead of non-empty sequences.
+        max_kl: bound of off-policy sequence masking, in nats per token; None disables it.
         kl_coef: weight of the KL to the reference policy.
         entropy_coef: weight of the entropy bonus.
+        max_response_tokens: token limit of a response.
         description: one line for the user: the loss, its clips, and where they come from.
     """
 
-    loss: Callable[..., LossOutput]
+    name: str
+    loss: Loss
+    needs: frozenset[str]
+    options: Mapping[str, Any]
     clip_low: float
     clip_high: float
     max_kl: float | None
-    per_token: bool
     kl_coef: float
     entropy_coef: float
+    max_response_tokens: int
     description: str
 
     def __call__(
         self, logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, cp_group: dist.ProcessGroup | None
     ) -> LossOutput:
-        """Logprobs and entropy of the predicted tokens, each (T,), with gradient."""
+        """Return the SUM of the loss over a microbatch.
+
+        Args:
+            logprobs, entropy: (T,) of the predicted tokens, with gradient.
+
+        Raises:
+            InputError: a loss of the user's own returned something other than a ``LossOutput``.
+        """
         assert microbatch.old_logprobs is not None
-        penalty = TokenPenalty(
-            ref_logprobs=microbatch.ref_logprobs,
-            kl_coef=self.kl_coef,
-            entropy=entropy if self.entropy_coef else entropy.detach(),
-            entropy_coef=self.entropy_coef,
-        )
-        of_some_losses = {"token_weights": microbatch.token_weights, "router_shift": microbatch.router_shift}
-        return self.loss(
+        uses_entropy = self.entropy_coef != 0 or "entropy" in self.needs
+        shift = microbatch.router_shift
+        tokens = LossTokens(
             logprobs,
             microbatch.old_logprobs,
             microbatch.mask,
             microbatch.sequence_ids,
             microbatch.advantages,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            cp_group=cp_group,
+            cp_group,
+            ref_logprobs=microbatch.ref_logprobs,
+            rollout_logprobs=microbatch.rollout_logprobs,
+            entropy=entropy if uses_entropy else entropy.detach(),
             sequence_weights=microbatch.sequence_weights,
-            policy_mask=self._policy_mask(microbatch),
-            penalty=penalty,
-            **{name: tensor for name, tensor in of_some_losses.items() if tensor is not None},
+            token_weights=microbatch.token_weights,
+            kept=microbatch.kept_tokens,
+            max_kl=self.max_kl,
+            kl_coef=self.kl_coef,
+            entropy_coef=self.entropy_coef,
+            max_response_tokens=self.max_response_tokens,
+            columns=microbatch.extra if shift is None else microbatch.extra | {"router_shift": shift},
         )
+        output = self.loss.function(tokens, clip_low=self.clip_low, clip_high=self.clip_high, **self.options)
+        if not isinstance(output, LossOutput):
+            raise InputError(
+                f"algorithm.loss = {self.name!r} returned a {type(output).__name__}: return tokens.output(...)"
+            )
+        return output
 
-    def _policy_mask(self, microbatch: Microbatch) -> PolicyMask | None:
-        if self.max_kl is not None:
-            return PolicyMask(microbatch.kept_tokens, microbatch.rollout_logprobs, self.max_kl)
-        return None if microbatch.kept_tokens is None else PolicyMask(microbatch.kept_tokens)
+    def add_columns(self, batch: TrainBatch) -> None:
+        """Add the loss's own columns to the batch, whose other columns are known.
+
+        Raises:
+            InputError: a column has another dtype or shape than its statement.
+        """
+        for need in self.loss.needs:
+            if isinstance(need, NewColumn):
+                batch.add_extra(need.name, need.column, need.make(batch))
 
     def count(self, response_lengths: Tensor) -> int:
-        """What the sum over sequences of these lengths (S,) is divided by: their tokens, or how many are not empty."""
-        return int(response_lengths.sum() if self.per_token else (response_lengths > 0).sum())
+        """Return the divisor of the SUM over sequences with these (S,) response lengths."""
+        per_token = self.loss.divisor == "tokens"
+        return int(response_lengths.sum() if per_token else (response_lengths > 0).sum())
 
 
 def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -> Objective:
-    """The objective of ``cfg``; clips left open take the loss's defaults.
+    """Return the objective of ``cfg``; clips that are not set take the loss's defaults.
 
     Raises:
-        InputError: an unknown loss or option, or a bad value of one, or a loss or correction that does not fit the model or the loss.
+        InputError: see ``resolve_loss``, ``check_options`` and ``resolve_advantage``; or the loss has no
+            default clips and none are set, or does not support ``algorithm.correction``.
     """
-    check_loss(cfg.loss, cfg.options)
-    if (
-        cfg.correction == "token"
-        and "token_weights" not in inspect.signature(POLICY_LOSSES[cfg.loss]).parameters
-    ):
+    loss = resolve_loss(cfg.loss)
+    check_options(cfg.loss, loss.function, cfg.options)
+    resolve_advantage(cfg.advantage)
+    if cfg.correction == "token" and not loss.token_weights:
         raise InputError(
             f"algorithm.correction = 'token': {cfg.loss} weighs whole sequences; choose 'geometric'"
         )
-    default_low, default_high, source = default_clip(cfg.loss, is_moe)
-    clip_low = default_low if cfg.clip_low is None else cfg.clip_low
-    clip_high = default_high if cfg.clip_high is None else cfg.clip_high
-    defaulted = cfg.clip_low is None or cfg.clip_high is None
-    options = dict(cfg.options)
-    if cfg.loss == "dr_grpo":
-        options.setdefault("length_normalizer", float(max_new_tokens))
+    defaults, source = default_clips(cfg.loss, loss, is_moe)
+    chosen = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
+    clips = defaults | {name: value for name, value in chosen.items() if value is not None}
+    for name in chosen.keys() - clips.keys():
+        raise InputError(f"algorithm.{name} is not set, and {cfg.loss} has no default for it: set it")
+    if None not in chosen.values():
+        source = "from the config"
     return Objective(
-        loss=partial(POLICY_LOSSES[cfg.loss], **options),
-        clip_low=clip_low,
-        clip_high=clip_high,
+        name=cfg.loss,
+        loss=loss,
+        needs=needed_columns(cfg),
+        options=cfg.options,
+        **clips,
         max_kl=cfg.mask_kl if cfg.mask == "off_policy" else None,
-        per_token=cfg.loss in TOKEN_MEAN_LOSSES,
         kl_coef=cfg.kl_coef,
         entropy_coef=cfg.entropy_coef,
-        description=f"{cfg.loss}, clip_low {clip_low:g}, clip_high {clip_high:g} ({source if defaulted else 'from the config'})",
+        max_response_tokens=max_new_tokens,
+        description=(
+            f"{cfg.loss}, clip_low {clips['clip_low']:g}, clip_high {clips['clip_high']:g} ({source})"
+        ),
     )
+
+
+def needed_columns(cfg: AlgorithmConfig) -> frozenset[str]:
+    """Return which of ``registry.TRAINER_COLUMNS`` the run must make for its loss and penalties.
+
+    Raises:
+        InputError: see ``resolve_loss``.
+    """
+    needs = frozenset(need for need in resolve_loss(cfg.loss).needs if isinstance(need, str))
+    return needs | {"ref_logprobs"} if cfg.kl_coef > 0 else needs

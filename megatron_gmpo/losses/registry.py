@@ -1,112 +1,162 @@
-"""Pure functions over tensors: policy losses and advantages."""
+"""The policy losses by name: one ``Loss`` entry per loss states all that the trainer must know about it."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from pydantic import ConfigDict, ValidationError, create_model
+from torch import Tensor
 
+from ..batch.columns import COLUMNS as BATCH_COLUMNS
+from ..batch.columns import Column, TrainBatch
 from ..errors import InputError
-from .advantages import group_advantages
-from .gmpo import gmpo_loss
-from .ppo_family import cispo_loss, dapo_loss, dr_grpo_loss, grpo_loss, gspo_loss
-from .rspo import rspo_loss
-from .tokens import LossOutput, PolicyMask, TokenPenalty
+from ..plugins import check_callable, resolve
+from .gmpo import gmpo
+from .ppo_family import cispo, dapo, dr_grpo, grpo, gspo
+from .rspo import rspo
+from .signature import check_signature
+from .tokens import LossOutput
 
-__all__ = [
-    "LOG_CLIP_LOSSES",
-    "POLICY_LOSSES",
-    "TOKEN_MEAN_LOSSES",
-    "PolicyMask",
-    "TokenPenalty",
-    "check_loss",
-    "default_clip",
-    "group_advantages",
-]
+Divisor = Literal["sequences", "tokens"]
+ClipSpace = Literal["log_ratio", "ratio"]
 
-POLICY_LOSSES: dict[str, Callable[..., LossOutput]] = {
-    "gmpo": gmpo_loss,
-    "rspo": rspo_loss,
-    "grpo": grpo_loss,
-    "dr_grpo": dr_grpo_loss,
-    "dapo": dapo_loss,
-    "gspo": gspo_loss,
-    "cispo": cispo_loss,
-}
-"""All take (logprobs, old_logprobs, mask, sequence_ids, advantages) and the keywords clip_low, clip_high, cp_group,
-sequence_weights, policy_mask and penalty; ``.loss`` is a SUM. Sums over tokens also take token_weights, and rspo needs router_shift."""
+TRAINER_COLUMNS = frozenset({"ref_logprobs", "rollout_logprobs", "entropy", "router_shift"})
+"""Columns that the trainer makes for a loss that needs them. ``router_shift`` is a key of
+``LossTokens.columns``; the others are attributes of ``LossTokens``."""
 
-TOKEN_MEAN_LOSSES = frozenset({"dapo", "cispo"})
-"""Losses whose sum the caller divides by the response tokens of the optimizer step; all others by its non-empty sequences."""
 
-LOG_CLIP_LOSSES = frozenset({"gmpo", "rspo"})
-"""Losses whose clips bound a log ratio; those of the others are distances of a ratio from 1."""
+@dataclass(frozen=True)
+class DefaultClip:
+    """The clips of a loss if the config sets none.
 
-_FROM_TRAINER = frozenset(
-    {
-        "clip_low",
-        "clip_high",
-        "cp_group",
-        "sequence_weights",
-        "token_weights",
-        "policy_mask",
-        "penalty",
-        "router_shift",
-    }
+    Attributes:
+        low, high: ``clip_low`` and ``clip_high``.
+        source: where the values come from, for the line that a run prints.
+        moe: other values for mixtures of experts; None means the same.
+    """
+
+    low: float
+    high: float
+    source: str
+    moe: DefaultClip | None = None
+
+
+@dataclass(frozen=True)
+class NewColumn:
+    """A column of a user's own, in ``LossTokens.columns``.
+
+    Attributes:
+        name: its key.
+        column: its dtype, what it is aligned to, and its padding.
+        make: returns the values for a batch of L tokens and S sequences: (L,), or (S,) if the column is
+            aligned to the sequence. Called once per step on every rank, with equal batches, after old and
+            reference log probabilities are known.
+    """
+
+    name: str
+    column: Column
+    make: Callable[[TrainBatch], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A policy loss and its properties.
+
+    Attributes:
+        function: ``(tokens: LossTokens, *, clip_low, clip_high, ...) -> LossOutput``. Further keyword-only
+            parameters are the options ``algorithm.options.*``, checked by their annotations.
+        divisor: the SUM that the function returns is divided by the non-empty ``sequences`` or the response
+            ``tokens`` of the optimizer step.
+        clip_space: The clips bound a ``log_ratio`` to [-clip_low, clip_high], or a ``ratio`` to [1 -
+            clip_low, 1 + clip_high].
+        default_clip: None means the defaults of the function's ``clip_low`` and ``clip_high``.
+        needs: columns that the function reads besides the required attributes of ``LossTokens``: names in
+            ``TRAINER_COLUMNS``, and ``NewColumn``s.
+        token_weights: The function multiplies each token's term by ``tokens.token_weights``, so
+            ``algorithm.correction = "token"`` is supported.
+    """
+
+    function: Callable[..., LossOutput]
+    divisor: Divisor = "sequences"
+    clip_space: ClipSpace = "ratio"
+    default_clip: DefaultClip | None = None
+    needs: tuple[str | NewColumn, ...] = ()
+    token_weights: bool = False
+
+
+_MOE_CLIP = DefaultClip(
+    0.2,
+    0.2,
+    "MoE: the GMPO authors lower the clip without a value; 0.2 was the steadiest of docs/studies/clip_sweep",
 )
 
+LOSSES: dict[str, Loss] = {
+    "gmpo": Loss(
+        gmpo,
+        clip_space="log_ratio",
+        default_clip=DefaultClip(0.4, 0.4, "GMPO paper, dense models", moe=_MOE_CLIP),
+    ),
+    "rspo": Loss(rspo, clip_space="log_ratio", default_clip=_MOE_CLIP, needs=("router_shift",)),
+    "grpo": Loss(grpo, default_clip=DefaultClip(0.2, 0.2, "usual for PPO"), token_weights=True),
+    "dr_grpo": Loss(dr_grpo, default_clip=DefaultClip(0.2, 0.2, "usual for PPO"), token_weights=True),
+    "dapo": Loss(
+        dapo, divisor="tokens", default_clip=DefaultClip(0.2, 0.28, "DAPO paper"), token_weights=True
+    ),
+    "gspo": Loss(gspo, default_clip=DefaultClip(3e-4, 4e-4, "GSPO paper")),
+    "cispo": Loss(
+        cispo,
+        divisor="tokens",
+        # MiniMax-M1 sets no lower bound and publishes no upper one.
+        default_clip=DefaultClip(1.0, 4.0, "ratio in [0, 5], the upper bound of ScaleRL, arXiv 2510.13786"),
+        token_weights=True,
+    ),
+}
 
-def default_clip(loss: str, is_moe: bool) -> tuple[float, float, str]:
-    """(clip_low, clip_high, where they come from) of a loss when the user names none."""
-    if loss in LOG_CLIP_LOSSES and is_moe:
-        return (
-            0.2,
-            0.2,
-            "MoE: the GMPO authors lower the clip without a value; 0.2 was the steadiest of docs/studies/clip_sweep",
-        )
-    parameters = inspect.signature(POLICY_LOSSES[loss]).parameters
-    source = "GMPO paper, dense models" if loss == "gmpo" else f"default of {loss}"
-    return parameters["clip_low"].default, parameters["clip_high"].default, source
 
+def resolve_loss(name: str) -> Loss:
+    """Return the entry of ``algorithm.loss``.
 
-def check_loss(name: str, options: dict[str, Any]) -> None:
-    """Checks ``algorithm.loss`` and ``algorithm.options`` against the loss's signature.
-
-    ``length_normalizer`` of dr_grpo may be missing: the caller then passes ``rollout.max_new_tokens``.
+    The name is that of a built-in loss, or ``module:attribute`` with a function or a ``Loss``.
 
     Raises:
-        InputError: unknown loss or option (naming the nearest), or an option's value of the wrong type or out of range.
+        InputError: an unknown name, a module or attribute that cannot be imported, a signature that does not
+            fit, a property with an unknown value, or a needed column that nothing makes.
     """
-    if name not in POLICY_LOSSES:
-        raise InputError(
-            f"algorithm.loss = {name!r} is unknown: did you mean {_nearest(name, POLICY_LOSSES)!r}?"
-        )
-    loss = POLICY_LOSSES[name]
-    hints = get_type_hints(loss, include_extras=True)
-    keywords = [
-        key
-        for key, parameter in inspect.signature(loss).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    known = {key: f"algorithm.options.{key}" for key in keywords if key not in _FROM_TRAINER}
-    places = known | {key: f"algorithm.{key}" for key in ("clip_low", "clip_high")}
-    for key in options:
-        if key not in known:
+    entry = resolve("algorithm.loss", name, LOSSES)
+    if not isinstance(entry, Loss):
+        remedy = "give a function (tokens, *, clip_low, clip_high) -> LossOutput, or a Loss"
+        check_callable("algorithm.loss", name, entry, remedy)
+        entry = Loss(entry)
+    check_signature(name, entry.function)
+    for field, choices in (("divisor", get_args(Divisor)), ("clip_space", get_args(ClipSpace))):
+        if getattr(entry, field) not in choices:
             raise InputError(
-                f"algorithm.options.{key} is not an option of {name}: did you mean {places[_nearest(key, places)]}?"
+                f"algorithm.loss = {name!r}: {field} = {getattr(entry, field)!r} is unknown: choose one of {choices}"
             )
-    fields: dict[str, Any] = {key: (hints[key], None) for key in known}
-    try:
-        create_model("Options", __config__=ConfigDict(strict=True), **fields).model_validate(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(
-            f"algorithm.options.{first['loc'][0]} = {first['input']!r}: {first['msg']}"
-        ) from None
+    for need in entry.needs:
+        if isinstance(need, NewColumn) and need.name in TRAINER_COLUMNS | BATCH_COLUMNS.keys():
+            raise InputError(
+                f"algorithm.loss = {name!r}: its new column {need.name!r} exists already: give it another name"
+            )
+        if isinstance(need, str) and need not in TRAINER_COLUMNS:
+            raise InputError(
+                f"algorithm.loss = {name!r} needs the column {need!r}, which nothing makes: "
+                f"choose one that the trainer makes, {sorted(TRAINER_COLUMNS)}, or give a NewColumn with a function "
+                "that makes it"
+            )
+    return entry
 
 
-def _nearest(word: str, known: Any) -> str:
-    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+def default_clips(name: str, loss: Loss, is_moe: bool) -> tuple[dict[str, float], str]:
+    """Return the default values of ``clip_low`` and ``clip_high``, and where they come from.
+
+    A key is missing if the loss has no ``default_clip`` and its function no default for that clip.
+    """
+    if loss.default_clip:
+        default = (is_moe and loss.default_clip.moe) or loss.default_clip
+        return {"clip_low": default.low, "clip_high": default.high}, default.source
+    parameters = inspect.signature(loss.function).parameters
+    found = {name: parameters[name].default for name in ("clip_low", "clip_high")}
+    return {k: v for k, v in found.items() if v is not inspect.Parameter.empty}, f"default of {name}"

@@ -1,9 +1,12 @@
-"""What the policy losses share: masked tokens of packed sequences, their sums per sequence, penalties and metrics."""
+"""LossTokens, the argument of every policy loss; LossOutput, its result; and the arithmetic that losses
+share.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -16,185 +19,231 @@ from ..metrics.histogram import histogram
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a policy loss returns: the SUM over sequences (0-d fp32, with gradient) and its metrics (no gradient)."""
+    """The result of a policy loss: the SUM over sequences (0-d fp32, with gradient) and metrics without
+    gradient.
+    """
 
     loss: Tensor
     metrics: dict[str, Metric]
 
 
-@dataclass(frozen=True)
-class TokenPenalty:
-    """Per-token terms added to a policy loss: ``kl_coef * k3(pi_new, pi_ref) - entropy_coef * entropy``.
+_FLOAT_COLUMNS = ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs", "entropy", "token_weights")
 
-    A sequence's penalty is reduced with the same divisor as its policy term: the mean over its tokens in the sequence losses, the
-    sum in the token-mean losses, ``sum / length_normalizer`` in Dr. GRPO. ``sequence_weights`` do not multiply it.
+
+@dataclass(frozen=True)
+class LossTokens:
+    """The T packed tokens of a microbatch and its S sequences, in any order.
+
+    Under context parallelism the T tokens are those of this rank, and all ranks of ``cp_group`` hold the same
+    S sequences. The constructor converts the (T,) floating-point tensors below to fp32 (float64 stays
+    float64) and sets them to 0 outside the mask, so that a loss can compute with all T slots.
 
     Attributes:
-        ref_logprobs: (T,) of the reference policy; needed when ``kl_coef`` is not 0, else only logged as policy/kl_ref.
-        kl_coef: weight of the KL to the reference.
-        entropy: (T,) of the current policy, in nats, with gradient; needed when ``entropy_coef`` is not 0, else only logged.
-        entropy_coef: weight of the entropy bonus.
+        logprobs: (T,) log probabilities under the current policy, with gradient.
+        old_logprobs: (T,) log probabilities under the policy before the step's first update, which centers
+            the clip interval.
+        mask: (T,) bool, True for response tokens. Values of other tokens are ignored, nan and inf included.
+        sequence_ids: (T,) int64 in 0..S-1, the sequence of each token.
+        advantages: (S,), one per sequence.
+        cp_group: ranks among which the tokens of a sequence are split; None means one rank.
+        ref_logprobs: (T,) log probabilities under the reference policy, or None.
+        rollout_logprobs: (T,) log probabilities that the rollout engine reported, or None.
+        entropy: (T,) entropy of the current policy in nats, or None. It has a gradient if ``entropy_coef`` is
+            not 0 or the loss needs the column ``entropy``.
+        sequence_weights: (S,) importance weights that multiply the policy term of each sequence; None means
+            1.
+        token_weights: (T,) importance weights that multiply the policy term of each token, in losses whose
+            entry supports them; None means 1.
+        kept: (T,) bool, tokens that count in the policy term; None means all.
+        max_kl: A sequence with a negative advantage is left out of the policy term if the mean of
+            ``rollout_logprobs - logprobs`` over its tokens exceeds this many nats (off-policy sequence
+            masking, DeepSeek-V3.2, arXiv 2512.02556, section 3.1). The mean uses the CURRENT policy, so it
+            includes the mismatch with the rollout engine, stale samples and the step's earlier updates. None
+            disables the mask.
+        kl_coef: Weight of ``k3(pi, pi_ref)``, the KL penalty; needs ``ref_logprobs``.
+        entropy_coef: Weight of the entropy bonus; needs ``entropy``.
+        max_response_tokens: Token limit of a response in the rollout, or None.
+        columns: Further columns that the loss needs, by name, as its entry in the registry states them.
     """
 
+    logprobs: Tensor
+    old_logprobs: Tensor
+    mask: Tensor
+    sequence_ids: Tensor
+    advantages: Tensor
+    cp_group: dist.ProcessGroup | None = None
     ref_logprobs: Tensor | None = None
-    kl_coef: float = 0.0
+    rollout_logprobs: Tensor | None = None
     entropy: Tensor | None = None
+    sequence_weights: Tensor | None = None
+    token_weights: Tensor | None = None
+    kept: Tensor | None = None
+    max_kl: float | None = None
+    kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    max_response_tokens: int | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.kl_coef == 0 or self.ref_logprobs is not None, "kl_coef needs ref_logprobs"
         assert self.entropy_coef == 0 or self.entropy is not None, "entropy_coef needs entropy"
+        assert self.max_kl is None or self.rollout_logprobs is not None, "max_kl needs rollout_logprobs"
+        converted = {
+            name: self.masked(x) for name in _FLOAT_COLUMNS if (x := getattr(self, name)) is not None
+        }
+        converted["advantages"] = self.advantages.to(self.dtype)
+        if self.sequence_weights is not None:
+            converted["sequence_weights"] = self.sequence_weights.to(self.dtype)
+        for name, tensor in converted.items():
+            object.__setattr__(self, name, tensor)  # the dataclass is frozen
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the arithmetic: fp32, or float64 if ``logprobs`` are float64."""
+        return torch.promote_types(self.logprobs.dtype, torch.float32)
 
-@dataclass(frozen=True)
-class PolicyMask:
-    """What is left out of the policy term of a loss. Divisors and penalties stay as they are: nothing else gets heavier.
+    @cached_property
+    def policy_mask(self) -> Tensor:
+        """(T,) bool: tokens that count in the policy term."""
+        return self.mask if self.kept is None else self.mask & self.kept
 
-    A token left out has no gradient. Where the term is a sum over tokens it loses its summand, as in IcePop's definition; in the
-    geometric mean of gmpo, rspo and gspo its ratio becomes 1 and n_i still counts it, as it does a clipped token. A sequence left out,
-    or without any token kept, contributes exactly 0.
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """(T,) ``log pi - log pi_old`` with gradient, 0 outside ``policy_mask``."""
+        # Selecting before any exp: the ratio of a token that is left out may overflow, and 0 * inf is nan.
+        return torch.where(self.policy_mask, self.logprobs - self.old_logprobs, 0)
 
-    Attributes:
-        kept: (T,) bool, tokens that stay; None means all.
-        rollout_logprobs: (T,) of the policy that sampled the tokens; needed for a finite ``max_kl``.
-        max_kl: a sequence with A < 0 is left out where the mean over its tokens of rollout_logprobs - logprobs is above this, in nats
-            (off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556, section 3.1). It is that of the CURRENT policy, so it
-            covers the engines' mismatch, stale samples and the drift over the updates of a step.
-    """
+    @cached_property
+    def drift(self) -> Tensor:
+        """(T,) ``log pi - log pi_old`` of all response tokens, without gradient."""
+        return (self.logprobs - self.old_logprobs).detach()
 
-    kept: Tensor | None = None
-    rollout_logprobs: Tensor | None = None
-    max_kl: float = math.inf
-
-    def __post_init__(self) -> None:
-        assert self.max_kl == math.inf or self.rollout_logprobs is not None, "max_kl needs rollout_logprobs"
-
-
-def k3(log_ratio: Tensor) -> Tensor:
-    """Schulman's k3 estimator ``exp(x) - x - 1`` of KL(q || p) from samples of q, with ``x = log p - log q``."""
-    return torch.expm1(log_ratio) - log_ratio
-
-
-def clip_one_sided(x: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """PPO's pessimistic clip as one value: ``min(x A, clip(x, low, high) A) == A * clip_one_sided(x, A, low, high)``."""
-    return torch.where(advantages > 0, x.clamp(max=high), x.clamp(min=low))
-
-
-def clip_events(x: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """Where ``clip_one_sided`` acts, by side; a zero advantage never counts."""
-    return {
-        "clip_fraction_high": (advantages > 0) & (x > high),
-        "clip_fraction_low": (advantages < 0) & (x < low),
-    }
-
-
-class PackedTokens:
-    """The tokens of a microbatch as the losses see them: zero outside the mask, in fp32 (float64 when given float64).
-
-    Arguments are those of ``gmpo_loss``.
-
-    Attributes:
-        logprobs: (T,) with gradient.
-        drift: (T,) log pi_new - log pi_old, without gradient.
-        kept: (T,) bool, tokens that count in the policy term.
-        log_ratio: (T,) the same as ``drift`` with gradient, 0 where a token is not kept.
-        advantages: (S,).
-        token_advantages: (T,), each token's sequence's.
-    """
-
-    def __init__(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        mask: Tensor,
-        sequence_ids: Tensor,
-        advantages: Tensor,
-        sequence_weights: Tensor | None,
-        policy_mask: PolicyMask | None,
-        penalty: TokenPenalty | None,
-    ) -> None:
-        self.dtype = torch.promote_types(logprobs.dtype, torch.float32)
-        self.mask = mask
-        self.sequence_ids = sequence_ids
-        self.penalty = penalty or TokenPenalty()
-        self.masks = policy_mask is not None
-        self.policy_mask = policy_mask or PolicyMask()
-        self.kept = mask if self.policy_mask.kept is None else mask & self.policy_mask.kept
-        self.logprobs = self.masked(logprobs)
-        log_ratio = self.logprobs - self.masked(old_logprobs)
-        self.drift = log_ratio.detach()
-        # Before any exp: the ratio of a token left out may overflow, and 0 * inf is nan.
-        self.log_ratio = torch.where(self.kept, log_ratio, 0)
-        self.sequence_weights = None if sequence_weights is None else sequence_weights.to(self.dtype)
-        self.advantages = advantages.to(self.dtype)
-        self.token_advantages = self.advantages[sequence_ids]
+    @cached_property
+    def token_advantages(self) -> Tensor:
+        """(T,) the advantage of each token's sequence."""
+        return self.advantages[self.sequence_ids]
 
     def masked(self, x: Tensor) -> Tensor:
-        """``x`` in the arithmetic's dtype, 0 outside the mask."""
+        """Return the (T,) tensor ``x`` in ``dtype``, 0 outside the mask."""
         # Selecting before any arithmetic keeps inf and nan in padding slots out of values and gradients.
         return torch.where(self.mask, x.to(self.dtype), 0)
 
-    def sum_per_sequence(
-        self, cp_group: dist.ProcessGroup | None, columns: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Sums (T,) columns, and those every loss needs, over the tokens in the mask of each sequence, on all CP ranks: (S,) each.
+    def sum_per_sequence(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum (T,) columns over the response tokens of each sequence, on all ranks of ``cp_group``.
 
-        One all-reduce whose backward is the identity: the results, and the loss made of them, are replicated over ``cp_group``.
+        One all-reduce in ``dtype`` carries all columns; call this once per loss. Its backward is the
+        identity, because the sums and the loss made of them are replicated over ``cp_group``.
+
+        Returns:
+            (S,) per column, plus ``tokens`` (response tokens n_i), ``kept`` (those in ``policy_mask``) and
+            the sums that ``output`` needs.
         """
-        columns = columns | {"tokens": self.mask, "kept": self.kept, "kl_old": k3(self.drift)}
-        if self.policy_mask.max_kl < math.inf:
-            assert self.policy_mask.rollout_logprobs is not None
-            columns["kl_rollout"] = self.masked(self.policy_mask.rollout_logprobs) - self.logprobs.detach()
-        if self.penalty.ref_logprobs is not None:
-            columns["kl_ref"] = k3(self.masked(self.penalty.ref_logprobs) - self.logprobs)
-        if self.penalty.entropy is not None:
-            columns["entropy"] = self.penalty.entropy
+        shared = {"tokens": self.mask, "kept": self.policy_mask, "kl_old": k3(self.drift)}
+        if self.max_kl is not None:
+            assert self.rollout_logprobs is not None
+            shared["kl_rollout"] = self.rollout_logprobs - self.logprobs.detach()
+        if self.ref_logprobs is not None:
+            shared["kl_ref"] = k3(self.ref_logprobs - self.logprobs)
+        if self.entropy is not None:
+            shared["entropy"] = self.entropy
+        assert not columns.keys() & shared.keys(), f"names in use: {sorted(columns.keys() & shared.keys())}"
+        columns = {**columns, **shared}
         stacked = torch.stack([self.masked(column) for column in columns.values()], dim=1)  # (T, C)
-        # float64: one after another, fp32 additions lose four digits over 20k tokens.
+        # float64: sequential fp32 additions lose four digits over 20k tokens.
         zeros = stacked.new_zeros(len(self.advantages), len(columns), dtype=torch.float64)
         sums = zeros.index_add(0, self.sequence_ids, stacked.double()).to(self.dtype)  # (S, C)
-        sums = sum_over_group(sums, cp_group).unbind(1)
+        sums = sum_over_group(sums, self.cp_group).unbind(1)
         # Stacking gave every column a gradient: counts and metrics drop theirs.
         return {
             name: x if columns[name].requires_grad else x.detach()
             for name, x in zip(columns, sums, strict=True)
         }
 
-    def kept_sequences(self, sums: dict[str, Tensor]) -> Tensor:
-        """(S,) bool: sequences that count in the policy term; one without tokens does not."""
+    def kept_sequences(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """Return (S,) bool: sequences that count in the policy term. A sequence without tokens in
+        ``policy_mask`` does not count.
+        """
         kept = sums["kept"] > 0
-        if "kl_rollout" in sums:
-            drifted = sums["kl_rollout"] > self.policy_mask.max_kl * sums["tokens"]
+        if self.max_kl is not None:
+            drifted = sums["kl_rollout"] > self.max_kl * sums["tokens"]
             kept &= ~(drifted & (self.advantages < 0))
         return kept
 
     def output(
-        self, objective: Tensor, divisor: Tensor | float, sums: dict[str, Tensor], metrics: dict[str, Metric]
+        self,
+        objective: Tensor,
+        sums: Mapping[str, Tensor],
+        metrics: Mapping[str, Metric] | None = None,
+        *,
+        penalty_divisor: Tensor | float | None = None,
     ) -> LossOutput:
-        """Minus the sum of the (S,) ``objective`` plus the penalties ``sums / divisor``, and the metrics all losses share."""
+        """Return minus the sum of ``objective`` over the sequences that count, plus the penalties, with the
+        metrics of every loss.
+
+        ``sequence_weights`` multiply the objective. Sequences and tokens that are left out lose their policy
+        term only: divisors and penalties stay the same, so no other term gains weight.
+
+        Args:
+            objective: (S,) with gradient, the value to maximize; ignored for sequences that do not count.
+            sums: the result of ``sum_per_sequence``.
+            metrics: the loss's own metrics.
+            penalty_divisor: divides each sequence's sum of KL and entropy terms; scalar or (S,). None takes
+                the mean over the sequence's tokens. A loss that sums or scales its policy term over tokens
+                passes the same divisor here.
+        """
         kept = self.kept_sequences(sums)
         objective = torch.where(kept, objective, 0)
         if self.sequence_weights is not None:
             objective = objective * self.sequence_weights
         loss = -objective.sum()
-        if self.penalty.kl_coef != 0:
-            loss = loss + self.penalty.kl_coef * (sums["kl_ref"] / divisor).sum()
-        if self.penalty.entropy_coef != 0:
-            loss = loss - self.penalty.entropy_coef * (sums["entropy"] / divisor).sum()
+        divisor = sums["tokens"].clamp(min=1) if penalty_divisor is None else penalty_divisor
+        if self.kl_coef != 0:
+            loss = loss + self.kl_coef * (sums["kl_ref"] / divisor).sum()
+        if self.entropy_coef != 0:
+            loss = loss - self.entropy_coef * (sums["entropy"] / divisor).sum()
+        return LossOutput(loss, {**(metrics or {}), **self._shared_metrics(sums, kept)})
+
+    def _shared_metrics(self, sums: Mapping[str, Tensor], kept: Tensor) -> dict[str, Metric]:
         count = sums["tokens"].sum()
-        shared = [name for name in ("kl_old", "kl_ref", "entropy") if name in sums]
-        metrics = metrics | {f"policy/{name}": Metric(sums[name].detach().sum(), count) for name in shared}
+        metrics = means({name: sums[name] for name in ("kl_old", "kl_ref", "entropy") if name in sums}, count)
         metrics |= extremes("log_ratio", self.drift, self.mask)
         metrics["policy/log_ratio"] = Metric(histogram(self.drift, self.mask), op="histogram")
-        if self.masks:
+        if self.kept is not None or self.max_kl is not None:
             nonempty = sums["tokens"] > 0
-            metrics |= fractions({"masked_fraction": count - sums["kept"].where(kept, 0).sum()}, count)
-            metrics |= fractions({"masked_sequences": nonempty & ~kept}, nonempty.sum())
-        return LossOutput(loss, metrics)
+            metrics |= means({"masked_fraction": count - sums["kept"].where(kept, 0).sum()}, count)
+            metrics |= means({"masked_sequences": nonempty & ~kept}, nonempty.sum())
+        return metrics
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """Return Schulman's k3 estimate ``exp(x) - x - 1`` of KL(q || p) from samples of q, with ``x = log p -
+    log q``.
+    """
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def clip_one_sided(x: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Return PPO's pessimistic clip as one value: ``min(x A, clip(x, low, high) A) == A * clip_one_sided(x,
+    A, low, high)``.
+    """
+    return torch.where(advantages > 0, x.clamp(max=high), x.clamp(min=low))
+
+
+def clip_events(x: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    """Return bool tensors that are True where ``clip_one_sided`` acts, by side. A zero advantage never
+    counts.
+    """
+    return {
+        "clip_fraction_high": (advantages > 0) & (x > high),
+        "clip_fraction_low": (advantages < 0) & (x < low),
+    }
 
 
 def extremes(name: str, values: Tensor, where: Tensor) -> dict[str, Metric]:
-    """Largest and smallest of ``values`` where ``where`` holds; -inf and inf when it holds nowhere."""
+    """Return the metrics ``policy/NAME_max`` and ``policy/NAME_min`` of ``values`` where ``where`` is True.
+
+    They are -inf and inf if it is True nowhere.
+    """
     values = values.detach()
     return {
         f"policy/{name}_max": Metric(torch.where(where, values, -torch.inf).max(), op="max"),
@@ -202,6 +251,8 @@ def extremes(name: str, values: Tensor, where: Tensor) -> dict[str, Metric]:
     }
 
 
-def fractions(events: dict[str, Tensor], count: Tensor) -> dict[str, Metric]:
-    """Metrics of how many of ``count`` tokens, or sequences, each event hit."""
-    return {f"policy/{name}": Metric(hits.sum(), count) for name, hits in events.items()}
+def means(totals: Mapping[str, Tensor], count: Tensor) -> dict[str, Metric]:
+    """Return the metrics ``policy/NAME``: the sum of each tensor in ``totals`` over ``count`` tokens or
+    sequences.
+    """
+    return {f"policy/{name}": Metric(total.detach().sum(), count) for name, total in totals.items()}

@@ -1,4 +1,4 @@
-"""Has the run collapsed? Entropy, gradient norm and reward of each step against their own history."""
+"""Collapse detection from the history of entropy, gradient norm and reward in a run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from ..config import CollapseConfig
 from ..distributed import broadcast_object
 
-STANDARD_ERRORS = 8.0
-"""A fall of the mean reward that is smaller than so many standard errors of such a mean is noise, however large its share."""
+STANDARD_ERRORS = 4.0
+"""Margin for noise in the limit of the reward, in standard errors of a mean over ``window`` steps."""
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """What the detector found.
+    """A collapse that the detector found.
 
     Attributes:
-        reason: which figure did what, in words.
-        began: the first step whose figures show it.
+        reason: one line with the figure, its value and its limit.
+        began: the first step whose figures show the collapse.
     """
 
     reason: str
@@ -30,11 +30,11 @@ class Collapse:
 
 
 class _Signal(ABC):
-    """One figure. ``vars`` is its state.
+    """The detector of one figure. Its state is ``vars(self)``.
 
     Attributes:
-        history: the values that the next one is compared with.
-        streak: for how many steps in a row the figure has looked like a collapse.
+        history: values that the next one is compared with.
+        streak: number of consecutive steps, up to the last, whose value broke the limit.
     """
 
     def __init__(self) -> None:
@@ -42,26 +42,30 @@ class _Signal(ABC):
         self.streak = 0
 
     def update(self, value: float, cfg: CollapseConfig) -> str | None:
-        """What is wrong, at the step that makes it ``patience`` in a row and not again before it was right once."""
-        if math.isnan(value):  # a step without response tokens says nothing
+        """Return the reason when ``value`` is the ``patience``-th consecutive one to break the limit.
+
+        A streak is reported once, until a value within the limit ends it. NaN, a step without response
+        tokens, is skipped.
+        """
+        if math.isnan(value):
             return None
-        wrong = self._look(value, cfg)
-        self.streak = self.streak + 1 if wrong else 0
-        return wrong if self.streak == cfg.patience else None
+        reason = self._check(value, cfg)
+        self.streak = self.streak + 1 if reason else 0
+        return reason if self.streak == cfg.patience else None
 
     @abstractmethod
-    def _look(self, value: float, cfg: CollapseConfig) -> str | None:
-        """What is wrong with the value, if anything; remembers it if later ones shall be compared with it."""
+    def _check(self, value: float, cfg: CollapseConfig) -> str | None:
+        """Return the reason if ``value`` breaks the limit, else None; add it to ``history`` if appropriate."""
 
     def steps_seen(self, cfg: CollapseConfig) -> int:
-        """How many steps went into what ``update`` has just judged."""
+        """Return how many steps up to the reported one contribute to a reason of ``update``."""
         return cfg.patience
 
 
 class _Entropy(_Signal):
-    """Against the level of the first steps."""
+    """Compares with the median of the first ``window`` steps."""
 
-    def _look(self, value: float, cfg: CollapseConfig) -> str | None:
+    def _check(self, value: float, cfg: CollapseConfig) -> str | None:
         if len(self.history) < cfg.window:
             self.history.append(value)
             return None
@@ -70,9 +74,9 @@ class _Entropy(_Signal):
 
 
 class _GradNorm(_Signal):
-    """Against the last steps that were not too large themselves. A step without gradient is none of them."""
+    """Compares with the median of the last ``window`` steps that were within the limit and had a gradient."""
 
-    def _look(self, value: float, cfg: CollapseConfig) -> str | None:
+    def _check(self, value: float, cfg: CollapseConfig) -> str | None:
         if len(self.history) >= cfg.window and value > (limit := cfg.grad_norm_factor * median(self.history)):
             return f"grad_norm {value:.3g} is above {limit:.3g}"
         if value > 0:
@@ -81,12 +85,13 @@ class _GradNorm(_Signal):
 
 
 class _Reward(_Signal):
-    """The mean of the last steps against the best such mean.
+    """Compares the mean of the last ``window`` steps with the best such mean.
 
     Attributes:
-        best: that mean, once there is one.
-        steps: values seen.
-        squares: sum of their squared differences from step to step, twice the variance of one whatever the trend (von Neumann).
+        best: the best mean; None before the first.
+        steps: number of values seen.
+        squares: sum of squared differences of successive values. Its mean is twice the variance of one value
+            and, unlike the sample variance, is hardly affected by a trend (von Neumann 1941).
     """
 
     def __init__(self) -> None:
@@ -95,7 +100,7 @@ class _Reward(_Signal):
         self.steps = 0
         self.squares = 0.0
 
-    def _look(self, value: float, cfg: CollapseConfig) -> str | None:
+    def _check(self, value: float, cfg: CollapseConfig) -> str | None:
         self.steps += 1
         if self.history:
             self.squares += (value - self.history[-1]) ** 2
@@ -106,9 +111,8 @@ class _Reward(_Signal):
         if self.best is None or mean > self.best:
             self.best = mean
         standard_error = math.sqrt(self.squares / (2 * (self.steps - 1) * cfg.window))
-        if math.isinf(cfg.reward_drop) or self.best - mean <= max(
-            cfg.reward_drop * abs(self.best), STANDARD_ERRORS * standard_error
-        ):
+        noise = STANDARD_ERRORS * standard_error
+        if math.isinf(cfg.reward_drop) or self.best - mean <= cfg.reward_drop * abs(self.best) + noise:
             return None
         return f"reward/mean over {cfg.window} steps fell from {self.best:.3g} to {mean:.3g}"
 
@@ -117,10 +121,10 @@ class _Reward(_Signal):
 
 
 class CollapseDetector:
-    """Watches a run's figures, one ``update`` a step. What counts as a collapse: see ``CollapseConfig``.
+    """Checks a run's figures with one ``update`` per step. ``CollapseConfig`` defines the limits.
 
     Attributes:
-        rollbacks: how often the run has gone back because of one; the trainer counts.
+        rollbacks: number of rollbacks so far; the trainer increments it.
     """
 
     def __init__(self, cfg: CollapseConfig) -> None:
@@ -133,23 +137,26 @@ class CollapseDetector:
         }
 
     def update(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
-        """What the figures of ``step`` complete, if anything. Collective: every rank gets what the first one finds."""
+        """Check the figures of a step and return the collapse they complete, or None.
+
+        Collective: every rank returns rank 0's result.
+        """
         found = {name: signal.update(figures[name], self._cfg) for name, signal in self._signals.items()}
-        wrong = {name: reason for name, reason in found.items() if reason}
-        if not wrong:
+        reasons = {name: reason for name, reason in found.items() if reason}
+        if not reasons:
             return broadcast_object(None)
-        began = step + 1 - max(self._signals[name].steps_seen(self._cfg) for name in wrong)
-        return broadcast_object(Collapse("; ".join(wrong.values()), began))
+        began = step + 1 - max(self._signals[name].steps_seen(self._cfg) for name in reasons)
+        return broadcast_object(Collapse("; ".join(reasons.values()), began))
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the state as JSON-serialisable values."""
         return {
             "rollbacks": self.rollbacks,
             "signals": {name: dict(vars(signal)) for name, signal in self._signals.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what ``state_dict`` gave."""
+        """Restore a state from ``state_dict``."""
         self.rollbacks = state["rollbacks"]
         for name, signal in self._signals.items():
             vars(signal).update(state["signals"][name])

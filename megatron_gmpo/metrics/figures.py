@@ -13,15 +13,15 @@ from torch import Tensor
 from .histogram import effective_sample_size, quantile
 
 QUANTILES = {"q001": 0.001, "q01": 0.01, "q99": 0.99, "q999": 0.999}
-"""What a distribution is reported as: suffix of the figure -> share of the values that do not exceed it."""
+"""Quantiles reported for a distribution: suffix of the figure's name -> fraction of values at or below it."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that can be reduced over microbatches and ranks: a (sum, count) pair, an extreme, or a distribution.
+    """A metric that can be reduced: a (sum, count) pair, an extreme, or a distribution.
 
-    ``Metric(total, count)`` is reported as total / count; ``Metric(value, op="max")`` and ``op="min"`` as the extreme;
-    ``Metric(counts, op="histogram")``, with the counts of ``histogram.histogram``, as quantiles.
+    ``Metric(total, count)`` is reported as total / count; ``Metric(value, op="max")`` and ``op="min"`` as the
+    extreme; ``Metric(counts, op="histogram")``, with the counts of ``histogram.histogram``, as quantiles.
     """
 
     total: Tensor | float
@@ -30,10 +30,10 @@ class Metric:
 
 
 def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Merges the metrics of microbatches or minibatches: totals and counts add up, extremes stay extreme,
-    distributions are joined.
+    """Merge the metrics of microbatches or minibatches.
 
-    Tensors stay tensors, so that nothing waits for the device.
+    Totals, counts and histograms are added; extremes take the extreme. Tensors stay tensors, so that the host
+    does not wait for the device.
     """
     merged: dict[str, Metric] = {}
     for part in parts:
@@ -53,7 +53,7 @@ def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 
 
 def value_of(metric: Metric | float) -> float:
-    """One figure for a metric; NaN for a mean over nothing. Of a distribution it is the median."""
+    """Return one figure for a metric: the median for a distribution, NaN for a mean with count 0."""
     if not isinstance(metric, Metric):
         return float(metric)
     if metric.op == "histogram":
@@ -64,8 +64,11 @@ def value_of(metric: Metric | float) -> float:
 
 
 def figures_of(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """The figures to report. A distribution ``a/log_b`` becomes its QUANTILES, ``a/log_b_q001`` and so on, and the effective sample
-    size of weights with these logarithms, ``a/b_effective_sample_size``."""
+    """Return the figures to report.
+
+    A distribution ``a/log_b`` becomes its QUANTILES, ``a/log_b_q001`` and so on, and the effective sample
+    size of the weights whose logarithms it holds, ``a/b_effective_sample_size``.
+    """
     figures: dict[str, float] = {}
     for name, metric in metrics.items():
         if metric.op == "histogram":

@@ -1,17 +1,17 @@
-"""One line of figures a step: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+"""Logging of one line of figures per step: metrics.jsonl, and optionally TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..distributed import rank
 from ..errors import InputError
 from ..supervision.records import append_event
@@ -19,28 +19,30 @@ from .figures import Metric, figures_of, reduce_metrics
 
 
 def check_wandb(project: str) -> None:
-    """
+    """Check that wandb is installed when ``project`` is not empty.
+
     Raises:
-        InputError: a project is named and wandb is not installed.
+        InputError: it is not.
     """
     if project and importlib.util.find_spec("wandb") is None:
         raise InputError(
-            f"log.wandb_project = {project!r} needs wandb: pip install 'megatron_gmpo[wandb]', or leave it empty"
+            f"log.wandb_project = {project!r} needs wandb: "
+            "pip install 'megatron_gmpo[wandb]', or leave it empty"
         )
 
 
 class MetricLogger:
-    """Writes ``metrics.jsonl`` (one object a step), ``events.jsonl`` and TensorBoard files into the run folder; rank 0 only.
+    """Writes metrics and events to the run folder, on rank 0 only.
 
-    The figures are this rank's: reduce over ranks before adding.
+    The files are ``metrics.jsonl`` (one object per step), ``events.jsonl`` and TensorBoard's. The logger does not reduce over ranks: reduce metrics before adding them.
 
     Args:
-        run_dir: created when missing.
+        run_dir: the run folder; created when missing.
         tensorboard: also write ``run_dir/tensorboard``.
-        wandb_project: also log to this Weights & Biases project, when not empty.
+        wandb_project: Weights & Biases project to log to; empty for none.
         config: the resolved configuration, for Weights & Biases.
-        resume_step: steps already taken. Lines of later steps, left by a crash between a log and a checkpoint, are cut off; a run
-            from step 0 starts empty files.
+        resume_step: number of steps already taken. Lines of later steps, left by a crash between a log and a
+            checkpoint, are removed; with 0 the files start empty.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class MetricLogger:
             )
 
     def add(self, metrics: Mapping[str, Metric | float]) -> None:
-        """Adds to the current step; a name that comes again is merged as in ``reduce_metrics``."""
+        """Add metrics to the current step; a repeated name is merged as in ``reduce_metrics``."""
         wrapped = {name: m if isinstance(m, Metric) else Metric(m) for name, m in metrics.items()}
         self._pending = reduce_metrics([self._pending, wrapped])
 
     def log(self, step: int, extra: Mapping[str, Metric | float] | None = None) -> dict[str, float]:
-        """Ends the step: writes what was added, and ``extra``, as one line. Figures that are not finite are written as null.
+        """Write all metrics added since the last call, and ``extra``, as the line of ``step``.
+
+        Figures that are not finite are written as null.
 
         Returns:
             The figures, without the step.
@@ -98,8 +102,10 @@ class MetricLogger:
         return figures
 
     def rewind(self, step: int) -> None:
-        """Takes back the lines of later steps than ``step``, for a run that went back to it. Weights & Biases has no way back: it keeps
-        the figures that a step had first."""
+        """Remove the lines after ``step``, for a run that rolled back to it.
+
+        Weights & Biases cannot remove steps: it keeps the figures that were logged first.
+        """
         if self._writes:
             cut_after(self._run_dir / "metrics.jsonl", step)
             if self._tensorboard:
@@ -107,7 +113,7 @@ class MetricLogger:
                 self._tensorboard = self._tensorboard_from(step)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Appends ``{"time", "event", ...}`` to ``events.jsonl``: what happened beside the figures, as a resume or a checkpoint."""
+        """Append ``{"time", "event", ...}`` to ``events.jsonl``, for example a resume or a checkpoint."""
         if self._writes:
             append_event(self._run_dir, name, **fields)
 
@@ -124,14 +130,15 @@ class MetricLogger:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Rewrites a JSON-lines file without the lines of steps after ``step``, and without a last line cut short by a crash.
+    """Remove the lines after ``step`` and incomplete lines, left by a crash, from a JSON-lines file.
 
-    From step 0 on everything is done again, so nothing is kept.
+    With ``step`` 0 the file becomes empty. A missing file is left missing.
     """
     if not path.exists():
         return
     kept = []
-    # Bytes: a crash may cut a character, and text splits at more than line feeds (U+2028 in a transcript).
+    # bytes, because a crash may cut a character in half, and str.splitlines also splits at U+2028 in a
+    # transcript
     for line in path.read_bytes().splitlines() if step else []:
         try:
             record = json.loads(line)
@@ -139,16 +146,17 @@ def cut_after(path: Path, step: int) -> None:
             continue
         if record["step"] <= step:
             kept.append(line + b"\n")
-    aside = path.with_suffix(".tmp")
-    aside.write_bytes(b"".join(kept))
-    os.replace(aside, path)
+    files.write(path, b"".join(kept))
 
 
 class Timer:
-    """Where a step's wall time goes, in seconds: ``with timer("rollout"): ...``, then ``logger.add(timer.take())``.
+    """Measures the wall time of a step's phases in seconds.
+
+    Usage: ``with timer("rollout"): ...``, then ``logger.add(timer.take())``.
 
     Args:
-        enter: told the name of each phase as it begins, and ``other`` as it ends; after an error it has not ended.
+        enter: called with the name of each phase at its start, and with ``other`` at its end unless an error
+            ended it.
     """
 
     def __init__(self, enter: Callable[[str], None] = lambda phase: None) -> None:
@@ -167,7 +175,11 @@ class Timer:
         self._enter("other")
 
     def take(self) -> dict[str, float]:
-        """``time/{name}`` of each phase, ``time/step`` since the last ``take`` and ``time/other``, what no phase covers; starts anew."""
+        """Return the times since the last ``take`` and reset them.
+
+        ``time/{name}`` is the time of each phase, ``time/step`` the total, ``time/other`` the time outside
+        all phases.
+        """
         now = time.perf_counter()
         step = now - self._start
         taken = {f"time/{name}": spent for name, spent in self._spent.items()}

@@ -1,4 +1,4 @@
-"""Training curves of one or several runs on one page."""
+"""Plot the training curves of one or several runs on one page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from ..errors import InputError
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Metric name -> (steps, values), without the steps that have none."""
+"""Metric name -> (steps, values), only for steps that have a value."""
 
 COLORS = ("#2f6fb2", "#d9772b", "#3a9a5c", "#b8405e", "#7b5ea7", "#8a6d3b", "#3aa6a6", "#6b6b6b")
 INK, MUTED, GRID = "#22262b", "#6a727c", "#e4e7eb"
@@ -27,14 +27,14 @@ INK, MUTED, GRID = "#22262b", "#6a727c", "#e4e7eb"
 
 @dataclass(frozen=True)
 class Panel:
-    """Some metrics in one frame.
+    """One panel of the page.
 
     Attributes:
-        title: what it shows, with the unit.
-        metrics: metric, or a pattern with ``*`` -> name in the legend, where "" stands for what the pattern's ``*`` matched.
-        kind: ``band`` fills the range between the lower and the upper of two metrics, ``stack`` puts parts of a whole on each other.
+        title: title with the unit.
+        metrics: metric, or a pattern with ``*``, -> name in the legend; "" uses the text that ``*`` matched.
+        kind: ``band`` fills the range between two metrics, ``stack`` stacks the parts of a total.
         smoothed: draw a running mean over the raw values.
-        log: logarithmic axis.
+        log: use a logarithmic y axis.
     """
 
     title: str
@@ -92,24 +92,23 @@ PANELS = (
 
 
 def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> list[str]:
-    """Draws ``metrics.jsonl`` files over each other; a panel without data is left out.
+    """Plot ``metrics.jsonl`` files over each other; panels without data are omitted.
 
     Args:
         metrics_paths: label of a run -> its ``metrics.jsonl``.
-        out_png: where the figure goes.
+        out_png: file to write.
 
     Returns:
-        Titles of the panels drawn.
+        Titles of the drawn panels.
 
     Raises:
-        InputError: a file is missing, is not JSON lines, or no file has anything to draw.
+        InputError: a file is missing or is not JSON lines, or no file has a figure to plot.
     """
     runs = {label: read_metrics(path) for label, path in metrics_paths.items()}
     drawn = [(panel, chosen) for panel in PANELS if (chosen := _choose(panel, runs))]
     if not drawn:
-        raise InputError(
-            f"no figures to plot in {', '.join(str(p) for p in metrics_paths.values())}: has the run logged a step?"
-        )
+        paths = ", ".join(str(path) for path in metrics_paths.values())
+        raise InputError(f"no figures to plot in {paths}: has the run logged a step?")
 
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
@@ -131,18 +130,17 @@ def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> li
 
 
 def read_metrics(path: str | Path) -> Series:
-    """Series of every metric in a ``metrics.jsonl``; of a step that stands there twice the later line counts.
+    """Read the series of every metric in a ``metrics.jsonl``; the last line of a repeated step counts.
 
     Raises:
-        InputError: no such file, or a line that is not a JSON object with a step.
+        InputError: the file does not exist, or a line is not a JSON object with a step.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist: give the folder of a run that has logged a step")
     points: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(
-        path.read_text().split("\n")[:-1], 1
-    ):  # a run that died may have left half a line
+    complete_lines = path.read_text().split("\n")[:-1]  # a crash may leave an incomplete last line
+    for number, line in enumerate(complete_lines, 1):
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
@@ -157,9 +155,9 @@ def read_metrics(path: str | Path) -> Series:
 
 
 def _choose(panel: Panel, runs: Mapping[str, Series]) -> dict[str, str]:
-    """Metric -> legend name, of the panel's metrics that some run has."""
+    """Return metric -> legend name for the panel's metrics that at least one run has."""
     present = {name for series in runs.values() for name in series}
-    if panel.kind == "stack":  # stacks of several runs would hide each other: show the whole alone
+    if panel.kind == "stack":  # stacks of several runs would hide each other, so plot the total only
         if len(runs) > 1:
             return {"time/step": ""} if "time/step" in present else {}
         present.discard("time/step")
@@ -172,7 +170,7 @@ def _choose(panel: Panel, runs: Mapping[str, Series]) -> dict[str, str]:
 
 
 def set_up_axes(ax: Axes, title: str, *, log: bool) -> None:
-    """The look of every picture here: title, scale of y, grid, and steps along x."""
+    """Apply the common style: title, y scale, grid, and steps on the x axis."""
     ax.set_title(title, loc="left", fontsize=9.5, color=INK, pad=7)
     ax.grid(axis="y", color=GRID, lw=0.8)
     ax.set_axisbelow(True)
@@ -205,7 +203,10 @@ def _draw(ax: Axes, panel: Panel, chosen: dict[str, str], runs: Mapping[str, Ser
 def _draw_lines(
     ax: Axes, panel: Panel, chosen: dict[str, str], series: Series, number: int, *, alone: bool
 ) -> None:
-    """The metrics of one run. They differ in color when it is alone, else in line style: color then tells the runs apart."""
+    """Draw the metrics of one run, in different colors for a single run, else in different line styles.
+
+    With several runs the color identifies the run.
+    """
     styles = ("-", (0, (3, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
     for i, (name, label) in enumerate(chosen.items()):
         if name not in series:
@@ -236,7 +237,7 @@ def _draw_band(ax: Axes, edges: list[tuple[np.ndarray, np.ndarray]], color: str)
 
 
 def _draw_stack(ax: Axes, chosen: dict[str, str], series: Series) -> None:
-    """Parts of a whole; a part is 0 at steps that do not have it."""
+    """Draw the parts of a total; a part is 0 at steps that do not have it."""
     steps = np.unique(np.concatenate([series[name][0] for name in chosen]))
     heights = np.zeros((len(chosen), len(steps)))
     for row, name in enumerate(chosen):
@@ -246,7 +247,7 @@ def _draw_stack(ax: Axes, chosen: dict[str, str], series: Series) -> None:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a twentieth of the run; the window shrinks at both ends."""
+    """Return the centred mean over about 1/20 of the run; the window shrinks at both ends."""
     half = max(2, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))

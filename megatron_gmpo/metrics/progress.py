@@ -1,4 +1,4 @@
-"""The run on the terminal: a bar with live figures, or a line a step when nobody watches."""
+"""Progress output: a bar with figures on a terminal, one line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ SHOWN = {  # metric -> (label, format)
 
 
 class Progress:
-    """``with Progress(num_steps, done=step) as progress: ... progress.update(step, figures)``; silent on ranks above 0.
+    """Shows the progress of a run on rank 0; other ranks print nothing.
+
+    Usage: ``with Progress(num_steps, done=step) as progress: ... progress.update(step, figures)``.
 
     Args:
-        total: steps of the run.
-        done: steps taken before, in a resumed run.
-        enabled: False for silence.
-        console: where to write, stderr by default.
+        total: number of steps of the run.
+        done: steps already taken by a resumed run.
+        enabled: False prints nothing.
+        console: output console, stderr by default.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Shows that ``step`` steps are done, with the figures of the last."""
+        """Show that ``step`` steps are done, with the figures of the last one."""
         texts = [
             f"{label} {figures[name]:{form}}" for name, (label, form) in SHOWN.items() if name in figures
         ]
@@ -78,6 +80,6 @@ class Progress:
             self._console.out(f"step {step}/{self._total}  " + "  ".join(texts + seconds), highlight=False)
 
     def note(self, text: str) -> None:
-        """Prints a line above the bar, as it is: brackets are no markup."""
+        """Print a line above the bar, without interpreting brackets as markup."""
         if self._enabled:
             self._console.out(text, highlight=False)

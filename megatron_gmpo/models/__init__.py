@@ -1,7 +1,7 @@
 """Model families: config.json -> Megatron model, and the names of its tensors."""
 
-from .blocks import Family
 from .deepseek import DEEPSEEK_V3
+from .family import Family
 from .glm import GLM4_MOE
 from .llama import LLAMA
 from .mixtral import MIXTRAL
@@ -17,4 +17,4 @@ FAMILIES: dict[str, Family] = {
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
 }
-"""By ``model_type`` of config.json."""
+"""``model_type`` of config.json -> family."""

@@ -1,7 +1,8 @@
 """Core attention and RMSNorm in plain torch, for machines without Transformer Engine.
 
-Megatron's own DotProductAttention refuses packed sequences and context parallelism, and its WrappedTorchNorm refuses sequence
-parallelism (megatron/core/transformer/dot_product_attention.py, torch_norm.py); these two take their places in the layer spec.
+They replace Megatron's DotProductAttention, which refuses packed sequences and context parallelism, and its
+WrappedTorchNorm, which refuses sequence parallelism (dot_product_attention.py and torch_norm.py in
+megatron/core/transformer).
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor
 
 
 def packing_of(bounds: Tensor) -> PackedSeqParams:
-    """What attention is told of sequences laid end to end.
+    """Return the description of packed sequences that Megatron's attention expects.
 
     Args:
-        bounds: (sequences + 1,) int32, where each begins, in slots over all context-parallel ranks, and where the last one ends.
+        bounds: (sequences + 1,) int32, the start of each sequence and the end of the last one, in slots over
+            all context-parallel ranks.
     """
     longest = int(bounds.diff().max())
     return PackedSeqParams(
@@ -38,7 +40,7 @@ def packing_of(bounds: Tensor) -> PackedSeqParams:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Root-mean-square norm whose weight's gradient Megatron sums over the sequence-parallel ranks."""
+    """Root-mean-square norm. Megatron sums the gradient of its weight over the sequence-parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -46,10 +48,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal attention over packed (THD) sequences whose tokens lie zig-zag over the context-parallel ranks.
+    """Causal attention over packed (THD) sequences, distributed zig-zag over the context-parallel ranks.
 
-    Keys and values are gathered over the context-parallel group (the backward reduce-scatters their gradients), put back in order, and
-    each sequence attends by global position.
+    It gathers keys and values over the context-parallel group and puts them back in order; the backward pass
+    reduce-scatters their gradients. The causal mask uses global positions.
     """
 
     def __init__(
@@ -78,7 +80,13 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query (T, heads, d), key (T, groups, d) and value (T, groups, e), T local tokens -> (T, heads * e)."""
+        """Return the attention output (T, heads * e) of this rank's T tokens.
+
+        Args:
+            query: (T, heads, d).
+            key: (T, groups, d).
+            value: (T, groups, e).
+        """
         assert packed_seq_params is not None, "only packed sequences are supported"
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         bounds: list[int] = packed_seq_params.cu_seqlens_q.tolist()
@@ -106,25 +114,24 @@ class PackedAttention(torch.nn.Module):
 
 
 class LatentAttention(MLASelfAttention):
-    """Multi-head latent attention whose norms of the latents have transformers' epsilon (modeling_deepseek_v3.py).
+    """Multi-head latent attention with transformers' epsilon in the norms of the latents.
 
-    Megatron gives them that of the model's other norms.
+    Megatron uses the epsilon of the model's other norms. Source: modeling_deepseek_v3.py of transformers.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         module: Any
         for module in self.children():
-            if hasattr(
-                module, "eps"
-            ):  # the norms, or the up projections that Transformer Engine fuses them into
+            if hasattr(module, "eps"):  # a norm, or the up projection into which Transformer Engine fuses it
                 module.eps = 1e-6
 
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """Return the modules of the layer spec unchanged.
 
-        Megatron-Core 0.19 calls this hook (multi_latent_attention.py). Its default refuses ``qk_layernorm`` for a model without
-        a low-rank query projection, because it would put a norm in front of the full query projection.
+        Megatron-Core 0.19 calls this hook (multi_latent_attention.py). Its default refuses ``qk_layernorm``
+        for a model without a low-rank query projection, because it would put a norm in front of the full
+        query projection.
         """
         return {name: getattr(submodules, name) for name in _QK_MODULES}
 
@@ -133,9 +140,10 @@ _QK_MODULES = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_laye
 
 
 def _zigzag(start: int, end: int, total: int, cp: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Where a sequence's tokens lie in the gathered tensor, in order; and the positions this rank holds, both int64.
+    """Return a sequence's slots in the gathered tensor and this rank's positions in it, both int64.
 
-    A sequence of 2 * cp chunks gives rank r the chunks r and 2 * cp - 1 - r; the gathered tensor is rank 0's tokens, rank 1's, ...
+    A sequence consists of 2 * cp chunks, and rank r holds the chunks r and 2 * cp - 1 - r. The gathered
+    tensor holds the tokens of rank 0, then those of rank 1, and so on.
     """
     chunk = (end - start) // (2 * cp)
     step = torch.arange(chunk)

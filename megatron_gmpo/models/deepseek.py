@@ -1,52 +1,64 @@
-"""DeepSeek-V3 and -R1, and others of their ``model_type`` such as Moonlight: multi-head latent attention (arXiv 2412.19437)."""
+"""DeepSeek-V3, DeepSeek-R1 and models with the same ``model_type`` such as Moonlight (arXiv 2412.19437)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from .blocks import (
+from .decoder import (
     HF_LAYER,
     LAYER,
-    Family,
-    HFConfig,
     biased_router,
     decoder_architecture,
     dense_mlp,
     embedding_and_head,
     mlp_norm,
     no_attention_bias,
-    refuse,
     routed_experts,
     shared_experts,
     sigmoid_routing,
 )
-from .mapping import Replicated, Row, Split
+from .family import Family, HFConfig, refuse
+from .mapping import Row, fused_name
+from .operations import Replicated, Split
 
 
 def _latent_attention() -> list[Row]:
-    """Either ``q_proj`` or, where ``q_lora_rank`` is given, ``q_a_proj``, its norm and ``q_b_proj``."""
+    """Return the rows of multi-head latent attention and of the norm before it.
+
+    A model has either ``q_proj`` or, if ``q_lora_rank`` is set, ``q_a_proj``, its norm and ``q_b_proj``. The
+    norm before the attention is never fused, because several linear layers follow it.
+    """
     ours, theirs = LAYER + "self_attention.", HF_LAYER + "self_attn."
     return [
         Row(LAYER + "input_layernorm.weight", (HF_LAYER + "input_layernorm.weight",), Replicated()),
         Row(ours + "linear_q_proj.weight", (theirs + "q_proj.weight",), Split(0)),
         Row(ours + "linear_q_down_proj.weight", (theirs + "q_a_proj.weight",), Replicated()),
-        Row(ours + "q_layernorm.weight", (theirs + "q_a_layernorm.weight",), Replicated()),
+        _latent_norm(ours + "q_layernorm.weight", theirs + "q_a_layernorm.weight"),
         Row(ours + "linear_q_up_proj.weight", (theirs + "q_b_proj.weight",), Split(0)),
         Row(ours + "linear_kv_down_proj.weight", (theirs + "kv_a_proj_with_mqa.weight",), Replicated()),
-        Row(ours + "kv_layernorm.weight", (theirs + "kv_a_layernorm.weight",), Replicated()),
+        _latent_norm(ours + "kv_layernorm.weight", theirs + "kv_a_layernorm.weight"),
         Row(ours + "linear_kv_up_proj.weight", (theirs + "kv_b_proj.weight",), Split(0)),
         Row(ours + "linear_proj.weight", (theirs + "o_proj.weight",), Split(1)),
     ]
 
 
+def _latent_norm(ours: str, theirs: str) -> Row:
+    """Return the row of a latent's norm, which only Transformer Engine's layer spec fuses."""
+    keys = (fused_name(ours), ours)
+    return Row(ours, (theirs,), Replicated(), dense_keys=keys, moe_keys=keys)
+
+
+def _mlp_norm() -> Row:
+    """Return the row of the norm before the MLP. Only Transformer Engine fuses it, in dense layers."""
+    row = mlp_norm()
+    return replace(row, dense_keys=(fused_name(row.megatron), row.megatron), moe_keys=())
+
+
 def _architecture(hf: HFConfig) -> dict[str, Any]:
     no_attention_bias(hf)
-    refuse(
-        hf,
-        "rope_interleave",
-        not hf.rope_interleave,
-        "only interleaved rotary channels are supported with latent attention",
-    )
+    halves = not hf.rope_interleave
+    refuse(hf, "rope_interleave", halves, "latent attention supports interleaved rotary channels only")
     return {
         **decoder_architecture(hf),
         **sigmoid_routing(hf),
@@ -63,23 +75,22 @@ def _architecture(hf: HFConfig) -> dict[str, Any]:
 
 
 def _rotary(hf: HFConfig) -> dict[str, Any]:
-    """MLATransformerConfig's rotary fields; YaRN as in transformers (modeling_rope_utils.py:_compute_yarn_parameters)."""
+    """Return MLATransformerConfig's rotary fields.
+
+    Source of the YaRN fields: _compute_yarn_parameters in modeling_rope_utils.py of transformers.
+    """
     rope = hf.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return {"rope_type": "rope", "rotary_base": rope["rope_theta"], "rotary_scaling_factor": 1.0}
-    refuse(hf, "rope_parameters", kind != "yarn", "only default and yarn are supported with latent attention")
-    refuse(
-        hf, "rope_parameters", rope.get("attention_factor") is not None, "attention_factor is not supported"
-    )
-    refuse(hf, "rope_parameters", not rope.get("truncate", True), "truncate = false is not supported")
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    refuse(
-        hf,
-        "rope_parameters",
-        bool(mscale_all_dim and not mscale),
-        "mscale_all_dim without mscale is not supported",
-    )
+    for wrong, why in (
+        (kind != "yarn", "latent attention supports default and yarn only"),
+        (rope.get("attention_factor") is not None, "attention_factor is not supported"),
+        (not rope.get("truncate", True), "truncate = false is not supported"),
+        (mscale_all_dim and not mscale, "mscale_all_dim without mscale is not supported"),
+    ):
+        refuse(hf, "rope_parameters", wrong, why)
     return {
         "rope_type": "yarn",
         "rotary_base": rope["rope_theta"],
@@ -87,7 +98,7 @@ def _rotary(hf: HFConfig) -> dict[str, Any]:
         "original_max_position_embeddings": rope["original_max_position_embeddings"],
         "beta_fast": rope.get("beta_fast") or 32,
         "beta_slow": rope.get("beta_slow") or 1,
-        "mscale": mscale if mscale_all_dim else 1.0,  # alone it is not read
+        "mscale": mscale if mscale_all_dim else 1.0,  # transformers ignores mscale alone
         "mscale_all_dim": mscale_all_dim or 0.0,
     }
 
@@ -96,7 +107,7 @@ DEEPSEEK_V3 = Family(
     lambda hf, vocab: [
         *embedding_and_head(hf, vocab),
         *_latent_attention(),
-        mlp_norm(),
+        _mlp_norm(),
         *dense_mlp(),  # the first first_k_dense_replace layers
         *routed_experts(),
         *biased_router(),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .blocks import (
-    Family,
-    HFConfig,
+from .decoder import (
     attention,
     biased_router,
     decoder_architecture,
@@ -17,6 +15,7 @@ from .blocks import (
     shared_experts,
     sigmoid_routing,
 )
+from .family import Family, HFConfig
 
 
 def _architecture(hf: HFConfig) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Names on the hub of what transformers 5 holds in memory, by its own conversion rules.
+"""Names on the hub of the tensors that transformers 5 holds in memory, from its own conversion rules.
 
-On the hub each routed expert has its own tensors; transformers stacks them into ``experts.gate_up_proj`` (E, 2F, H) and
-``experts.down_proj`` (E, H, F), and renames some families' modules (transformers/conversion_mapping.py).
+On the hub each routed expert has its own tensors. transformers stacks them into ``experts.gate_up_proj``
+(E, 2F, H) and ``experts.down_proj`` (E, H, F), and renames the modules of some families
+(transformers/conversion_mapping.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 
 
 def hub_names(name: str, model_type: str) -> tuple[str, ...]:
-    """The hub's names for the tensor that transformers calls ``name``; names of the hub stay as they are.
+    """Return the hub's names of the tensor that transformers calls ``name``.
 
-    Example: a mixtral's ``model.layers.0.mlp.experts.gate_up_proj`` -> ``model.layers.0.block_sparse_moe.experts.{e}.w1.weight`` and
-    ``...{e}.w3.weight``: along its first axis the experts ``e``, along its second equal parts in the order of the names.
+    A name of the hub is returned unchanged. Several names, or a name with ``{e}``, stand for a fused tensor:
+    its first axis holds the experts, and its second axis equal parts in the order of the names.
+
+    Example: ``model.layers.0.mlp.experts.gate_up_proj`` of a mixtral model ->
+    ``model.layers.0.block_sparse_moe.experts.{e}.w1.weight`` and ``...{e}.w3.weight``.
     """
     converters, renamings = _rules(model_type)
     names = (name,)
@@ -31,7 +35,7 @@ def hub_names(name: str, model_type: str) -> tuple[str, ...]:
 
 @cache
 def _rules(model_type: str) -> tuple[list[WeightConverter], list[WeightRenaming]]:
-    """What joins tensors when a model is loaded, and what renames them when it is saved."""
+    """Return the rules that join tensors on loading, and the rules that rename tensors on saving."""
     rules = get_checkpoint_conversion_mapping(model_type) or []
     reverses = [rule.reverse_transform() for rule in reversed(rules)]
     return [rule for rule in rules if isinstance(rule, WeightConverter)], [

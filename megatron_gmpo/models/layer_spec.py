@@ -1,4 +1,4 @@
-"""Layer specs: Transformer Engine's on a GPU, plain torch elsewhere. The model above them is the same."""
+"""Layer specs of the decoder: Transformer Engine's on a GPU, plain torch otherwise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .attention import LatentAttention, PackedAttention, RMSNorm
 def decoder_spec(
     config: TransformerConfig, *, use_transformer_engine: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage (and virtual stage)."""
+    """Return the layers of this pipeline stage, or of its virtual stage ``vp_stage``."""
     spec: Any = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=use_transformer_engine,
@@ -36,7 +36,8 @@ def decoder_spec(
         # a ModuleSpec in 0.16, a functools.partial since 0.18
         is_moe = getattr(mlp, "func", getattr(mlp, "module", None)) is MoELayer
         if is_moe:
-            # a dense layer's norm is stored as part of linear_fc1, which a MoE layer does not have: the key of Transformer Engine's spec
+            # Megatron's plain spec stores the norm before the MLP as part of linear_fc1, which a MoE layer
+            # does not have; use the keys of Transformer Engine's spec
             layer.submodules.sharded_state_dict_keys_map = {
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
             }
@@ -44,8 +45,9 @@ def decoder_spec(
         attention.core_attention = PackedAttention
         if config.multi_latent_attention:
             attention.q_layernorm = attention.kv_layernorm = RMSNorm
-            # whole on every tensor-parallel rank: Megatron's gather of split ones loses what other ranks' heads add to the gradient of
-            # the rotary key they share (multi_latent_attention.py:get_query_key_value_tensors)
+            # complete on every tensor-parallel rank: with split projections Megatron loses the contributions
+            # of other ranks' heads to the gradient of the shared rotary key
+            # (multi_latent_attention.py:get_query_key_value_tensors)
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
             layer.submodules.sharded_state_dict_keys_map = _latent_attention_keys(is_moe)
         elif config.qk_layernorm:
@@ -54,7 +56,7 @@ def decoder_spec(
 
 
 def _latent_attention_keys(is_moe: bool) -> dict[str, str]:
-    """Where Transformer Engine's spec keeps the norms that it fuses into linear layers."""
+    """Return norm -> checkpoint key of Transformer Engine's spec, which fuses norms into linear layers."""
     fused = {
         f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_"
         for x in ("q", "kv")

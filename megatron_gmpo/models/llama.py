@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .blocks import (
-    Family,
-    HFConfig,
+from .decoder import (
     attention,
     decoder_architecture,
     dense_mlp,
@@ -14,6 +12,7 @@ from .blocks import (
     mlp_norm,
     no_attention_bias,
 )
+from .family import Family, HFConfig
 
 
 def _architecture(hf: HFConfig) -> dict[str, Any]:

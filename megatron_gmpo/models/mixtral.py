@@ -1,21 +1,20 @@
-"""Mixtral."""
+"""Mixtral (arXiv 2401.04088)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .blocks import (
+from .decoder import (
     HF_LAYER,
     LAYER,
-    Family,
-    HFConfig,
     attention,
     decoder_architecture,
     embedding_and_head,
     mlp_norm,
-    refuse,
 )
-from .mapping import GateUp, Replicated, Row, Split
+from .family import Family, HFConfig, refuse
+from .mapping import Row
+from .operations import GateUp, Replicated, Split
 
 _OURS, _THEIRS = LAYER + "mlp.", HF_LAYER + "block_sparse_moe."
 
@@ -34,15 +33,14 @@ def _rows(hf: HFConfig, padded_vocab_size: int) -> list[Row]:
 
 def _architecture(hf: HFConfig) -> dict[str, Any]:
     refuse(hf, "sliding_window", hf.sliding_window is not None, "sliding-window attention is not supported")
-    return (
-        decoder_architecture(hf)
-        | {
-            "num_moe_experts": hf.num_local_experts,
-            "moe_router_topk": hf.num_experts_per_tok,
-            "moe_ffn_hidden_size": hf.intermediate_size,
-            "moe_router_pre_softmax": False,  # softmax of the chosen logits = softmax of all, renormalised over the chosen
-        }
-    )
+    return {
+        **decoder_architecture(hf),
+        "num_moe_experts": hf.num_local_experts,
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_ffn_hidden_size": hf.intermediate_size,
+        # the softmax of the chosen logits equals the softmax of all, renormalized over the chosen
+        "moe_router_pre_softmax": False,
+    }
 
 
 MIXTRAL = Family(_rows, _architecture)

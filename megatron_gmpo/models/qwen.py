@@ -1,14 +1,12 @@
-"""Qwen2 (also Qwen2.5 and DeepSeek-R1-Distill-Qwen), Qwen2-MoE (also Qwen1.5-MoE), Qwen3, and Qwen3-MoE."""
+"""Qwen2 (also Qwen2.5 and DeepSeek-R1-Distill-Qwen), Qwen2-MoE (also Qwen1.5-MoE), Qwen3, Qwen3-MoE."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .blocks import (
+from .decoder import (
     HF_LAYER,
     LAYER,
-    Family,
-    HFConfig,
     attention,
     decoder_architecture,
     dense_mlp,
@@ -18,7 +16,9 @@ from .blocks import (
     no_attention_bias,
     routed_experts,
 )
-from .mapping import Replicated, Row
+from .family import Family, HFConfig
+from .mapping import Row
+from .operations import Replicated
 
 
 def _qwen2_architecture(hf: HFConfig) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def _routed_architecture(hf: HFConfig) -> dict[str, Any]:
         "moe_router_topk": hf.num_experts_per_tok,
         "moe_ffn_hidden_size": hf.moe_intermediate_size,
         "moe_layer_freq": 1 if all(is_moe) else [int(moe) for moe in is_moe],
-        # softmax of the chosen logits = softmax of all, renormalised over the chosen (norm_topk_prob)
+        # the softmax of the chosen logits equals the softmax of all, renormalized over the chosen
+        # (norm_topk_prob)
         "moe_router_pre_softmax": not hf.norm_topk_prob,
     }
 
@@ -62,7 +63,10 @@ def _qwen3_moe_architecture(hf: HFConfig) -> dict[str, Any]:
 
 
 def _shared_expert() -> list[Row]:
-    """The MLP that every token meets, times the sigmoid of a score of the token (shared_experts.py of megatron-core)."""
+    """Return the rows of the MLP that processes every token, and of the score that gates it.
+
+    Source: shared_experts.py of megatron-core, which multiplies the output by the score's sigmoid.
+    """
     return [
         *gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_expert."),
         Row(
@@ -87,7 +91,7 @@ QWEN2_MOE = Family(
         *embedding_and_head(hf, vocab),
         *attention(hf, bias=hf.qkv_bias, qk_norm=False),
         mlp_norm(),
-        *dense_mlp(),  # layers in mlp_only_layers, or skipped by decoder_sparse_step
+        *dense_mlp(),  # layers in mlp_only_layers or skipped by decoder_sparse_step
         *routed_experts(),
         *_shared_expert(),
     ],
@@ -107,7 +111,7 @@ QWEN3_MOE = Family(
         *embedding_and_head(hf, vocab),
         *attention(hf, bias=False, qk_norm=True),
         mlp_norm(),
-        *dense_mlp(),  # layers in mlp_only_layers, or skipped by decoder_sparse_step
+        *dense_mlp(),  # layers in mlp_only_layers or skipped by decoder_sparse_step
         *routed_experts(),
     ],
     _qwen3_moe_architecture,

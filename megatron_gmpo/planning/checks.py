@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import Config
 from ..errors import InputError
-from ..rollout.sglang.engine import check_colocated_gpus
+from ..rollout.sglang.start import check_colocated_gpus
 from .hardware import GIB, RESERVED, SERVER_MEMORY, Hardware
 from .rank_plan import RankPlan
 from .step_estimate import Model, Servers

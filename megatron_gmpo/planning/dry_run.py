@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ..config import Config, OptimizerConfig
+from ..losses.objective import needed_columns
 from ..models.attention import PackedAttention, RMSNorm, packing_of
-from ..models.config import DTYPES, ModelDescription
+from ..models.description import DTYPES, ModelDescription
 from ..platform import prepare_megatron
 from ..platform.cpu import on_meta
 from ..policy.build import build_chunks, make_trainable
@@ -81,7 +82,7 @@ def dry_run(
         counts = _in_flight(len(chunks), groups, num_microbatches)
         logits = max(one.logits for one in passes)
         in_backward = max(one.peak - one.kept for one in passes)
-        has_reference = cfg.algorithm.kl_coef > 0 and not cfg.model.reference_offload
+        has_reference = "ref_logprobs" in needed_columns(cfg.algorithm) and not cfg.model.reference_offload
         reference = _build(cfg, description, groups, observer) if has_reference else []
         totals = [_stage_parameters(chunk, groups) for chunk in chunks]
         return RankPlan(

@@ -10,7 +10,7 @@ from rich.console import Console
 from ..config import Config
 from ..losses.adaptive_clip import make_adaptive_clip
 from ..losses.objective import make_objective
-from ..models.config import ModelDescription, describe_model
+from ..models.description import ModelDescription, describe_model
 from ..platform import prepare_megatron
 from ..policy.fp8 import total_multiple
 from .checks import check_trainer, plan_servers

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Config
-from ..models.config import ModelDescription
+from ..models.description import ModelDescription
 from .checks import gib
 from .hardware import GPUS_PER_NODE, RESERVED, Hardware
 from .rank_plan import RankPlan

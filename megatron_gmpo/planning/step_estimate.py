@@ -16,6 +16,7 @@ import numpy as np
 from ..batch.columns import minibatch_bounds
 from ..batch.packing import plan_microbatches
 from ..config import Config
+from ..losses.objective import needed_columns
 from ..models.fp8_blocks import BLOCK
 from .hardware import (
     COMPUTE_EFFICIENCY,
@@ -151,7 +152,7 @@ class StepEstimate:
         # tokens of a training microbatch relative to the dry run's
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
-        self.passes = 2 if cfg.algorithm.kl_coef > 0 else 1
+        self.passes = 2 if "ref_logprobs" in needed_columns(cfg.algorithm) else 1
         """Forward passes before the updates: old log probabilities, and the reference's."""
         self.seconds = {
             "rollout": self._rollout(),

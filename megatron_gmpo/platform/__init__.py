@@ -1,4 +1,4 @@
-"""What differs between CUDA and CPU: the device, the communication backend, seeds."""
+"""The device, the communication backend and the seeds of a process, on CUDA or on the CPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .capabilities import check_apex
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is this process's GPU where there is one, else the CPU.
+    """Return the device for ``device = name``; ``auto`` is this process's GPU, or the CPU if there is none.
 
     Raises:
-        InputError: ``cuda`` was asked for and there is none.
+        InputError: ``name`` is ``cuda`` and the machine has no usable GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device = 'cuda', but this machine has no usable GPU: set device = 'cpu'")
@@ -30,9 +30,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def start_process_group(device: torch.device, timeout_s: float) -> None:
-    """Joins the process group torchrun describes, or makes a group of one.
+    """Join the process group that torchrun's environment describes, or create a group of one.
 
-    CPU tensors always travel over gloo, CUDA tensors over NCCL. With every rank on this host, gloo listens on loopback only.
+    gloo carries CPU tensors and NCCL carries CUDA tensors. If every rank is on this host, gloo listens on
+    loopback only.
     """
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -45,10 +46,10 @@ def start_process_group(device: torch.device, timeout_s: float) -> None:
 
 
 def prepare_megatron(device: torch.device) -> None:
-    """Makes Megatron-Core run on ``device``. On CUDA nothing needs doing, and nothing of the CPU shim is imported.
+    """Make Megatron-Core run on ``device``. On CUDA the CPU shim is not imported.
 
     Raises:
-        InputError: see ``check_apex``; or a megatron-core that the CPU shim was not tested with.
+        InputError: see ``check_apex``; or the CPU shim was not tested with the installed megatron-core.
     """
     check_apex()
     if device.type == "cpu":
@@ -58,7 +59,7 @@ def prepare_megatron(device: torch.device) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, numpy and torch (every device)."""
+    """Seed Python, numpy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -69,19 +70,22 @@ _DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NCCL_ALGO": ("Ring", "Tree"),
 }
-"""Variables of Transformer Engine, cuBLAS and NCCL, and the values that make them deterministic."""
+"""Environment variables of Transformer Engine, cuBLAS and NCCL, with deterministic values."""
 
 
 def check_deterministic(wanted: bool, device: torch.device) -> None:
-    """
+    """Check the environment variables that ``megatron.deterministic_mode`` needs on a GPU.
+
+    Libraries read them when they start.
+
     Raises:
-        InputError: ``megatron.deterministic_mode`` on a GPU without the environment that Transformer Engine, cuBLAS and NCCL want for it;
-            libraries read it as they start.
+        InputError: one of them is unset, or has a value that is not deterministic.
     """
-    lacking = [
+    missing = [
         f"{name}={values[0]}" for name, values in _DETERMINISTIC.items() if os.environ.get(name) not in values
     ]
-    if wanted and device.type == "cuda" and lacking:
+    if wanted and device.type == "cuda" and missing:
         raise InputError(
-            f"megatron.deterministic_mode = true needs these set in the environment before the start: {' '.join(lacking)}"
+            "megatron.deterministic_mode = true needs these environment variables, set before the start: "
+            + " ".join(missing)
         )

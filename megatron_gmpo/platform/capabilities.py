@@ -1,4 +1,4 @@
-"""What this machine has for FP8 and for Megatron's fused kernels."""
+"""Capabilities of this machine: the GPU, CUDA, and the libraries for FP8 and for Megatron's fused kernels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Capabilities:
-    """A GPU and the libraries beside it.
+    """A GPU and the libraries installed for it.
 
     Attributes:
-        device: the GPU's name; empty for none.
-        compute_capability: of the GPU, e.g. (9, 0) for an H100.
-        cuda: version that torch was built with, e.g. (12, 9).
-        transformer_engine: its version, e.g. (2, 11); None where it is not installed.
+        device: name of the GPU; empty without one.
+        compute_capability: compute capability of the GPU, such as (9, 0) for an H100.
+        cuda: CUDA version that torch was built with, such as (12, 9).
+        transformer_engine: version of Transformer Engine, such as (2, 11), or None if it is not installed.
     """
 
     device: str = ""
@@ -29,7 +29,7 @@ class Capabilities:
 
 
 def capabilities_of(device: torch.device) -> Capabilities:
-    """Of this machine as far as a run on ``device`` can use them."""
+    """Return the capabilities that a run on ``device`` can use; all are empty on a CPU."""
     if device.type != "cuda":
         return Capabilities()
     return Capabilities(
@@ -43,17 +43,18 @@ def capabilities_of(device: torch.device) -> Capabilities:
 
 
 def check_apex() -> None:
-    """
+    """Check that an installed ``apex``, which Megatron imports if it exists, is NVIDIA's.
+
     Raises:
-        InputError: a package named apex is installed that Megatron would take for NVIDIA's.
+        InputError: it is another package, or was built without its CUDA extensions.
     """
     if importlib.util.find_spec("apex") and not importlib.util.find_spec("amp_C"):
         raise InputError(
-            "the installed package apex has no amp_C: it is PyPI's package of that name, or NVIDIA's built without its CUDA extensions; "
-            "pip uninstall apex, or build NVIDIA's as docs/install_gpu.md says"
+            "the installed package apex has no amp_C: it is PyPI's package of that name, or NVIDIA's built "
+            "without its CUDA extensions; pip uninstall apex, or build NVIDIA's as docs/install_gpu.md says"
         )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor."""
+    """Return the major and minor version."""
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

@@ -22,15 +22,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..config import OptimizerConfig
 from ..errors import InputError
-from ..models.config import DTYPES, ModelDescription
+from ..models.description import DTYPES, ModelDescription
 from ..models.layer_spec import decoder_spec
 from ..platform.capabilities import Capabilities
 
 
 def check_optimizer(cfg: OptimizerConfig, machine: Capabilities) -> None:
-    """
+    """Check that the machine has Megatron's precision-aware optimizer, if the config needs it.
+
     Raises:
-        InputError: the machine lacks what ``moments_dtype`` or ``offload_fraction`` needs: Megatron's precision-aware optimizer.
+        InputError: ``moments_dtype`` or ``offload_fraction`` is set, without a GPU or Transformer Engine.
     """
     for name, value, plain in (
         ("moments_dtype", cfg.moments_dtype, "fp32"),
@@ -47,16 +48,17 @@ def check_optimizer(cfg: OptimizerConfig, machine: Capabilities) -> None:
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """Model chunks wrapped for training (one a virtual pipeline stage), with what updates them."""
+    """Model chunks wrapped for training, one per virtual pipeline stage, with optimizer and schedule."""
 
     chunks: list[torch.nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
     def finish_update(self) -> None:
-        """Puts the last update into the weights of every rank (collective), before they are read outside a forward pass.
+        """Gather the last update into the weights of every rank, before they are read outside a forward pass.
 
-        With overlap_param_gather each module gathers its own in its next forward pass.
+        Collective. With overlap_param_gather, each module otherwise gathers its weights in its next forward
+        pass.
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:  # pyright: ignore[reportAttributeAccessIssue]
@@ -66,8 +68,8 @@ class TrainableModel:
 def build_chunks(
     description: ModelDescription, groups: ProcessGroupCollection, device: torch.device
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks with weights still to be loaded, in the config's dtype."""
-    config = copy.copy(description.transformer)  # schedules and DDP write functions into it
+    """Return this rank's model chunks in the config's dtype; their weights are not loaded yet."""
+    config = copy.copy(description.transformer)  # schedules and DDP store functions in it
     virtual = config.virtual_pipeline_model_parallel_size
     stages = groups.pp.size() * (virtual or 1)
     chunks: list[torch.nn.Module] = []
@@ -90,16 +92,16 @@ def build_chunks(
             vp_stage=stage_number,
             **description.rope,
         ).to(device)
-        chunks.append(model)  # not in a Float16Module: that would copy the logits to fp32
+        chunks.append(model)  # without Float16Module, which would copy the logits to fp32
     return chunks
 
 
 def make_trainable(
     chunks: list[torch.nn.Module], cfg: OptimizerConfig, total_updates: int, groups: ProcessGroupCollection
 ) -> TrainableModel:
-    """Adds gradient buffers (summed in fp32), the optimizer, and a schedule over ``total_updates`` optimizer steps.
+    """Add fp32 gradient buffers, the optimizer, and a schedule over ``total_updates`` optimizer steps.
 
-    The weights must be loaded before: the optimizer copies them as its fp32 main weights.
+    Load the weights first: the optimizer copies them as its fp32 main weights.
     """
     config: Any = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
@@ -114,7 +116,7 @@ def make_trainable(
         for i, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
-    if cfg.overlap_grad_reduce:  # of the last microbatch alone
+    if cfg.overlap_grad_reduce:  # reduce gradients only in the last microbatch
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -129,8 +131,9 @@ def make_trainable(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=cfg.use_distributed_optimizer,
         overlap_param_gather=cfg.overlap_param_gather,
-        fp8_recipe=config.fp8_recipe if config.fp8_param else None,  # it asks how the weights are held
-        # the optimizer then holds the main weights itself, here whole: a checkpoint has them as any other's
+        fp8_recipe=config.fp8_recipe if config.fp8_param else None,  # the storage format of the weights
+        # this optimizer stores the main weights itself; without remainders they are whole, so a checkpoint
+        # can hold them
         use_precision_aware_optimizer=cfg.moments_dtype != "fp32" or cfg.offload_fraction > 0,
         store_param_remainders=False,
         exp_avg_dtype=DTYPES[cfg.moments_dtype],
@@ -148,13 +151,14 @@ def make_trainable(
         max_lr=cfg.lr,
         min_lr=cfg.min_lr,
         lr_warmup_steps=cfg.lr_warmup_steps,
-        lr_decay_steps=max(total_updates, cfg.lr_warmup_steps) + 1,  # min_lr would come after the last update
+        # + 1: the last update does not yet use min_lr
+        lr_decay_steps=max(total_updates, cfg.lr_warmup_steps) + 1,
         lr_decay_style=cfg.lr_schedule,
         start_wd=cfg.weight_decay,
         end_wd=cfg.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # a resumed run takes its place in the schedule from the checkpoint, the schedule itself from its config
+        # a resumed run takes its position in the schedule from the checkpoint, the schedule from its config
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
@@ -162,7 +166,7 @@ def make_trainable(
 
 
 def move_to_host(chunks: list[torch.nn.Module]) -> None:
-    """Weights go to host memory, pinned where there is a GPU to copy them to."""
+    """Move the weights to host memory, pinned if they come from a GPU."""
     for parameter in _parameters(chunks):
         host = parameter.data.cpu()
         parameter.data = host.pin_memory() if parameter.is_cuda else host
@@ -170,7 +174,7 @@ def move_to_host(chunks: list[torch.nn.Module]) -> None:
 
 @contextmanager
 def on_device(chunks: list[torch.nn.Module], device: torch.device) -> Iterator[None]:
-    """The weights are on ``device`` meanwhile; they must not be changed, since those in host memory are taken up again."""
+    """Copy the weights to ``device`` for the block, then restore the host copies: changes are lost."""
     parameters = _parameters(chunks)
     host = [parameter.data for parameter in parameters]
     for parameter in parameters:
@@ -181,9 +185,7 @@ def on_device(chunks: list[torch.nn.Module], device: torch.device) -> Iterator[N
         for parameter, data in zip(parameters, host, strict=True):
             parameter.data = data
         for module in (module for chunk in chunks for module in chunk.modules()):
-            getattr(
-                module, "_fp8_workspaces", {}
-            ).clear()  # Transformer Engine's copies of the weights in FP8
+            getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's FP8 copies of the weights
 
 
 def _parameters(chunks: list[torch.nn.Module]) -> list[torch.nn.Parameter]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..config import Config
 from ..errors import InputError
 from ..models.attention import packing_of
-from ..models.config import DTYPES, ModelDescription, describe_model
+from ..models.description import DTYPES, ModelDescription, describe_model
 from ..platform import prepare_megatron
 from ..weights.torch_dist import checkpoint_folder
 from .build import build_chunks

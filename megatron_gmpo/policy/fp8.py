@@ -1,6 +1,7 @@
-"""FP8 with Transformer Engine: what it needs of machine, model and layout, and weights that are held in it.
+"""FP8 with Transformer Engine: requirements on machine, model and layout, and weights stored in FP8.
 
-Megatron itself turns FP8 off without a word where Transformer Engine is missing (fp8_utils.py:get_fp8_context); here that is refused.
+Without Transformer Engine, Megatron silently computes without FP8 (fp8_utils.py:get_fp8_context). This module
+refuses that.
 """
 
 from __future__ import annotations
@@ -15,34 +16,45 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from ..config import Config
 from ..errors import InputError
+from ..losses.objective import needed_columns
 from ..platform.capabilities import Capabilities
 
 _OLDEST = (2, 9)
 _TOO_NEW = (2, 12) if package_info.MINOR < 17 else (sys.maxsize, 0)
-"""Versions of Transformer Engine that Megatron-Core accepts: 0.16.1 has an upper bound (its pyproject.toml), 0.19.2 has none."""
+"""Versions of Transformer Engine that Megatron-Core accepts: 0.16.1 has an upper bound (its pyproject.toml),
+0.19.2 has none."""
 _RANGE = f">= {_OLDEST[0]}.{_OLDEST[1]}" + (", < 2.12" if _TOO_NEW == (2, 12) else "")
 
 
 def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities) -> None:
-    """Refuses FP8 that this machine, or this model in this layout, cannot do. Without ``fp8.recipe`` everything passes.
+    """Check that this machine, and this model in this layout, support ``fp8.recipe``, if it is set.
 
     Raises:
-        InputError: no GPU, no Transformer Engine or one of an untested version, a recipe that the GPU or CUDA does not have (Transformer
-            Engine's pytorch/quantization.py), a matrix with a side that its kernels do not take.
+        InputError: no GPU; Transformer Engine is missing or of an unsupported version; the GPU or CUDA does
+            not support the recipe (Transformer Engine's pytorch/quantization.py); the recipe does not work
+            with a reference policy; the kernels do not support the size of a matrix.
     """
     recipe = cfg.fp8.recipe
     if recipe is None:
         return
     setting = f"fp8.recipe = {recipe!r}"
+    if recipe == "delayed" and "ref_logprobs" in needed_columns(cfg.algorithm):
+        # Transformer Engine updates the scales of all modules together.
+        raise InputError(
+            f"{setting} with algorithm.kl_coef > 0 or a loss that needs ref_logprobs: training would change the reference policy's "
+            "scales; choose 'tensorwise', or train without a reference"
+        )
     if not machine.device:
         raise InputError(f"{setting} needs an NVIDIA GPU, and this run is on a CPU: remove it")
     if machine.transformer_engine is None:
         raise InputError(
-            f"{setting} needs Transformer Engine {_RANGE}: install it as docs/install_gpu.md says, or remove the recipe"
+            f"{setting} needs Transformer Engine {_RANGE}: install it as docs/install_gpu.md says, "
+            "or remove the recipe"
         )
     if not _OLDEST <= machine.transformer_engine < _TOO_NEW:
         raise InputError(
-            f"{setting} needs Transformer Engine {_RANGE}, and {_dotted(machine.transformer_engine)} is installed: install another"
+            f"{setting} needs Transformer Engine {_RANGE}, and {_dotted(machine.transformer_engine)} "
+            "is installed: install a supported version"
         )
     oldest, too_new = _GPUS[recipe]
     if not oldest <= machine.compute_capability < too_new:
@@ -57,13 +69,14 @@ def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities
         )
     if recipe == "blockwise" and machine.cuda < (12, 9):
         raise InputError(
-            f"{setting} needs CUDA 12.9 or newer, and torch was built with {_dotted(machine.cuda)}: choose 'tensorwise'"
+            f"{setting} needs CUDA 12.9 or newer, and torch was built with {_dotted(machine.cuda)}: "
+            "choose 'tensorwise'"
         )
     multiple = _multiple(recipe)
-    for what, size in _sides(transformer):
+    for side, size in _sides(transformer):
         if size % multiple:
             raise InputError(
-                f"{setting} needs matrices with sides that {multiple} divides, and {what} is {size}: "
+                f"{setting} needs matrices with sides that {multiple} divides, and {side} is {size}: "
                 + (
                     "choose 'tensorwise'"
                     if multiple > 16 and size % 16 == 0
@@ -79,15 +92,16 @@ _GPUS = {
     "blockwise": ((9, 0), _ANY),
     "mxfp8": ((10, 0), (12, 0)),
 }
-"""By recipe, the oldest compute capability that has it, and the first that has it no more."""
+"""For each recipe, the lowest compute capability that supports it, and the lowest above it that does not."""
 
 
 def total_multiple(cfg: Config) -> int:
-    """What the slots of a microbatch, over all context-parallel ranks together, must be a multiple of.
+    """Return the number that must divide the slots of a microbatch, counted over all context-parallel ranks.
 
-    Each rank of a tensor-parallel group gets an equal stretch of the slots under sequence parallelism; under FP8 a stretch is a whole
-    number of the kernels' 16 or 32. (Megatron's own padding knows either parallelism or FP8: common/embeddings, get_padding.)
-    Tokens of an expert are as many as they are: those are padded by the router or the experts themselves.
+    Under sequence parallelism each rank of a tensor-parallel group gets an equal range of the slots. Under
+    FP8 the length of that range must be a multiple of 16 or 32 for the kernels. Megatron's own padding
+    supports parallelism or FP8, not both (common/embeddings, get_padding). The router or the experts pad the
+    tokens of each expert.
     """
     parallel = cfg.parallel
     ranks = parallel.context_parallel_size * (
@@ -97,7 +111,7 @@ def total_multiple(cfg: Config) -> int:
 
 
 def drop_initial_values(chunks: list[torch.nn.Module]) -> None:
-    """Frees what weights in FP8 remember of the values they were loaded with, which an optimizer would make its main weights of."""
+    """Free the high-precision initial values that FP8 weights keep for the main weights of an optimizer."""
     parameter: Any
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         if hasattr(parameter, "clear_high_precision_init_val"):
@@ -105,15 +119,17 @@ def drop_initial_values(chunks: list[torch.nn.Module]) -> None:
 
 
 def _multiple(recipe: str) -> int:
-    """Of both sides of a product's matrices (fp8_utils.py:get_fp8_align_size, Transformer Engine's pytorch/utils.py and mxfp8_tensor.py).
+    """Return the number that must divide both sides of a matrix (fp8_utils.py:get_fp8_align_size, Transformer
+    Engine's pytorch/utils.py and mxfp8_tensor.py).
 
-    Blocks of 128 may be cut short by a matrix' end; only a sequence-parallel gather then falls back to bf16.
+    A block of 128 at the end of a matrix may be smaller; only a sequence-parallel gather then falls back to
+    bf16.
     """
     return 32 if recipe == "mxfp8" else 16
 
 
 def _sides(transformer: TransformerConfig) -> Iterator[tuple[str, int]]:
-    """The sides of the layers' matrices on one rank."""
+    """Yield name and size of each side of the layers' matrices on one rank."""
     tp, etp = transformer.tensor_model_parallel_size, transformer.expert_tensor_parallel_size or 1
     yield "the hidden size", transformer.hidden_size
     heads, width = transformer.num_attention_heads // tp, transformer.kv_channels or 0

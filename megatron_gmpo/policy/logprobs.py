@@ -1,7 +1,7 @@
-"""Log probability and entropy of labels under vocabulary-parallel logits, without a second copy of the logits.
+"""Log probability and entropy under vocabulary-parallel logits, without a second copy of the logits.
 
-Forward and backward walk over the tokens in chunks and recompute the softmax in the backward, so that beyond the logits and their
-gradient only a few chunks of fp32 are alive.
+Forward and backward process the tokens in chunks, and the backward recomputes the softmax. Beyond the logits
+and their gradient, memory holds only a few chunks in fp32.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ def vocab_parallel_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature)[label] and the entropy of that softmax, both differentiable.
+    """Return log softmax(logits / temperature)[label] and the entropy of that softmax, both differentiable.
 
     Args:
-        logits: (T, V_local), this tensor-parallel rank's columns, any float dtype.
-        labels: (T,) int64, global token ids.
-        vocab_size: real vocabulary; columns beyond it are padding and take no probability.
-        tp_group: ranks that share the vocabulary, in order; None means this rank has all of it.
+        logits: (T, V_local) columns of this tensor-parallel rank, any float dtype.
+        labels: (T,) int64 global token ids.
+        vocab_size: size of the vocabulary without padding; columns beyond it get no probability.
+        tp_group: ranks that share the vocabulary, in order; None if this rank has all of it.
         temperature: divides the logits.
-        chunk_tokens: tokens computed at a time.
+        chunk_tokens: number of tokens per chunk.
 
     Returns:
-        logprobs and entropy in nats, each (T,), fp32 (fp64 for fp64 logits), equal on every rank of the group.
+        logprobs and entropy in nats, each (T,), fp32 (fp64 for fp64 logits), equal on every rank of the
+        group.
     """
     logprobs, entropy = _VocabParallelLogprobs.apply(
         logits, labels, vocab_size, tp_group, temperature, chunk_tokens
@@ -56,7 +57,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         tokens, columns = logits.shape
         tp_group = None if tp_group is None or tp_group.size() == 1 else tp_group
         first = 0 if tp_group is None else tp_group.rank() * columns
-        valid = max(0, min(columns, vocab_size - first))  # columns of this rank that are no padding
+        valid = max(0, min(columns, vocab_size - first))  # columns of this rank without padding
         dtype = torch.promote_types(logits.dtype, torch.float32)
         local = labels - first
         mine = (local >= 0) & (local < valid)
@@ -91,11 +92,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         grad = torch.empty_like(logits)
         grad[:, ctx.valid :] = 0
         for chunk in _chunks(len(logits), ctx.chunk_tokens):
-            # with p = softmax and log p: d logprob / d y = onehot - p,  d entropy / d y = -p (log p + entropy)
+            # with p = softmax: d logprob / d y = onehot - p,  d entropy / d y = -p (log p + entropy)
             logp = logits[chunk, : ctx.valid].to(entropy.dtype, copy=True).div_(ctx.temperature)
-            logp.sub_(highest[chunk, None]).sub_(
-                log_z[chunk, None]
-            )  # one after the other: their sum would round log_z away
+            # two subtractions: adding log_z to a large ``highest`` first would round it away
+            logp.sub_(highest[chunk, None]).sub_(log_z[chunk, None])
             p = logp.exp()
             factor = (
                 logp.add_(entropy[chunk, None])

@@ -1,53 +1,48 @@
-"""The policy: a parallel Megatron model that gives log probabilities, learns, exports and saves itself."""
+"""The policy: a parallel Megatron model that computes log probabilities, trains, exports and saves itself."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch
-from ..batch.packing import pack, plan_microbatches
-from ..checkpoint import native
+from ..checkpoint import check_model, model_identity, read_state, restore_random_states, save_checkpoint
 from ..config import Config
 from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
-from ..losses.objective import Objective
+from ..losses.objective import Objective, needed_columns
 from ..metrics.figures import Metric, reduce_metrics, value_of
-from ..models.attention import packing_of
-from ..models.config import ModelDescription
-from ..weights.export import export_hf, load_hf
+from ..models.description import ModelDescription
+from ..weights.export import export_hf
+from ..weights.load import load_hf
 from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device
-from .fp8 import drop_initial_values, total_multiple
-from .logprobs import vocab_parallel_logprobs
-from .routers import OldRouters, RouterPass, RouterShift, freeze_routers
+from .fp8 import drop_initial_values
+from .optimizer_state import load_training_state, load_weights, tensors_to_save
+from .routers import OldRouters, RouterShift, freeze_routers
 from .routing import Routing, RoutingPass
-
-MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
-"""(logprobs (T,), entropy (T,), microbatch, its place) -> (scaled loss, anything to keep), on the last pipeline stage."""
+from .schedule import Schedule
 
 
 class Policy:
-    """One model replica's share of the policy on this rank. Every method is collective: all ranks call it with equal arguments.
+    """This rank's share of the policy. Every method is collective: all ranks call it with equal arguments.
 
     Args:
         cfg: the run's config.
-        description: the model, from ``models.config.describe_model``.
+        description: the model, from ``models.description.describe_model``.
         groups: the process groups, from ``policy.parallel.start_model_parallel``.
-        device: where the model lives.
-        trainable: False leaves out gradient buffers, optimizer and reference; then it gives log probabilities, and weights can be loaded
-            and exported.
+        device: device of the model.
+        trainable: False builds no gradient buffers, optimizer and reference policy. Such a policy computes
+            log probabilities, and loads and exports weights.
     """
 
     def __init__(
@@ -59,10 +54,12 @@ class Policy:
         trainable: bool = True,
     ) -> None:
         assert (cfg.fp8.recipe is not None) == bool(description.transformer.fp8), (
-            "never silently in another precision"
+            "cfg and description disagree about FP8"
         )
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.trainable = trainable
+        self.schedule = Schedule(cfg, description, groups, device)
+        self._needs = needed_columns(cfg.algorithm)
         self.chunks = self._load(cfg.model.path)
         self.routing: Routing | None = None
         if trainable:
@@ -72,7 +69,9 @@ class Policy:
             self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
             self.chunks = self.model.chunks
             self.reference = (
-                self._load(cfg.model.reference_path or cfg.model.path) if cfg.algorithm.kl_coef > 0 else None
+                self._load(cfg.model.reference_path or cfg.model.path)
+                if "ref_logprobs" in self._needs
+                else None
             )
             if self.reference:
                 drop_initial_values(self.reference)
@@ -81,7 +80,7 @@ class Policy:
             observed = description.transformer.moe_enable_routing_replay
             self.routing = Routing(self.chunks, description.routing, groups.tp) if observed else None
             self.auxiliary = AuxiliaryLosses(description.transformer, groups, device)
-            self._weights_are_old = False  # since ``set_old_logprobs`` no update changed them
+            self._weights_are_old = False  # no update since ``set_old_logprobs``
         else:
             drop_initial_values(self.chunks)
 
@@ -91,26 +90,30 @@ class Policy:
         return chunks
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
-        """(L,) fp32 on the CPU: log probability of every response token at the rollout temperature, 0 elsewhere.
+        """Return (L,) fp32 on the host: log probability of every response token, 0 elsewhere.
 
-        Under routing replay with the batch's ``routed_experts``, once it has some.
+        Logits are divided by the rollout temperature. Routing replay uses the batch's ``routed_experts`` if
+        present.
         """
-        return self._logprobs(
+        return self.schedule.logprobs(
             self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None)
         )
 
     def set_old_logprobs(self, batch: TrainBatch) -> dict[str, Metric]:
-        """Gives the batch its ``old_logprobs`` and, where routing is recorded, that behind them.
+        """Set the batch's ``old_logprobs`` and, if routing is recorded here, its ``routed_experts``.
 
         Returns:
-            Of a MoE, load and entropy of its routers: see ``OldRouters.metrics``; and ``moe/routing_differs`` and
-            ``moe/routing_differs_tokens``: how far the routing is from the rollout engine's, if that was recorded; under its replay, how
-            far it would be. See ``RoutingPass.metrics``.
+            For a MoE, load and entropy of the routers, see ``OldRouters.metrics``. If the rollout engine
+            recorded its routing, also ``moe/routing_differs`` and ``moe/routing_differs_tokens``, the
+            difference to it (under its
+            replay: the difference that the routers' own choice would make), see ``RoutingPass.metrics``.
         """
-        kind, rspo = self.cfg.algorithm.moe_routing_replay, self.cfg.algorithm.loss == "rspo"
+        kind, shifts = self.cfg.algorithm.moe_routing_replay, "router_shift" in self._needs
         routing = self._routing_pass(batch, replay=kind == "rollout", record=kind != "rollout")
-        routers = OldRouters(*self._routers_of(batch), keep_scores=rspo) if self.description.is_moe else None
-        batch.old_logprobs = self._logprobs(self.chunks, batch, routing, routers)
+        routers = (
+            OldRouters(*self._routers_of(batch), keep_scores=shifts) if self.description.is_moe else None
+        )
+        batch.old_logprobs = self.schedule.logprobs(self.chunks, batch, routing, routers)
         self._weights_are_old = True
         metrics = (
             routers.metrics(per_layer=self.description.transformer.moe_per_layer_logging) if routers else {}
@@ -119,46 +122,47 @@ class Policy:
             metrics |= routing.metrics("moe/routing_differs")
             if routing.record:
                 batch.routed_experts = routing.gather()
-        if routers and rspo:
+        if routers and shifts:
             batch.router_scores = routers.gather_scores()
         return metrics
 
     def router_shift(self, batch: TrainBatch) -> Tensor:
-        """(L,) fp32 on the CPU: rspo's gamma under the current weights, see ``TrainBatch.router_shift``. Needs ``router_scores``.
+        """Return ``TrainBatch.router_shift`` under the current weights, (L,) fp32 on the host.
 
-        One forward pass, with the routing that training takes; none before the first update after ``set_old_logprobs``.
+        The batch must have ``router_scores``. Costs one forward pass with the routing of training, except
+        before the first update after ``set_old_logprobs``, when the shift is 1.
         """
         assert batch.router_scores is not None
         if self._weights_are_old:
             return torch.ones(len(batch.tokens))
         shift = RouterShift(*self._routers_of(batch))
-        self._logprobs(self.chunks, batch, self._routing_pass(batch, replay=True), shift)
+        self.schedule.logprobs(self.chunks, batch, self._routing_pass(batch, replay=True), shift)
         return shift.gather()
 
     def reference_logprobs(self, batch: TrainBatch) -> Tensor:
-        """The same under the reference policy; needs ``algorithm.kl_coef`` > 0."""
+        """Return ``logprobs`` of the reference policy; the loss must need the column ``ref_logprobs``."""
         assert self.reference is not None
         with on_device(self.reference, self.device) if self.cfg.model.reference_offload else nullcontext():
-            return self._logprobs(self.reference, batch)
+            return self.schedule.logprobs(self.reference, batch)
 
     def train_step(self, minibatch: TrainBatch, objective: Objective) -> dict[str, Metric]:
-        """One optimizer step on the minibatch, whose ``old_logprobs`` are known.
+        """Make one optimizer step on the minibatch, which must have ``old_logprobs``.
 
-        The loss is the objective's sum over the minibatch divided by its count, in every layout: the schedule multiplies by
-        cp / microbatches and the gradient buffers average over dp * cp (schedules.py, distributed_data_parallel.py), so each
-        microbatch's sum is scaled by dp * microbatches / count.
+        In every layout the loss is the objective's sum over the minibatch divided by its count. Megatron
+        multiplies a microbatch's loss by cp / microbatches (schedules.py) and averages gradients over dp * cp
+        (distributed_data_parallel.py), so each microbatch's sum is scaled by dp * microbatches / count.
 
         Returns:
-            ``loss``, ``grad_norm``, ``learning_rate`` and the objective's metrics, over all ranks; those of ``AuxiliaryLosses``;
-            ``moe/routing_drift`` and ``moe/routing_drift_tokens``, how far the current weights' own routing is from the minibatch's
-            ``routed_experts``, if any.
+            Over all ranks: ``loss``, ``grad_norm``, ``learning_rate``, the objective's metrics and those of
+            ``AuxiliaryLosses``. If the minibatch has ``routed_experts``, also ``moe/routing_drift`` and
+            ``moe/routing_drift_tokens``: the difference of the current weights' own routing to them.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
         """
-        if self.cfg.algorithm.loss == "rspo":
+        if "router_shift" in self._needs:
             minibatch = replace(minibatch, router_shift=self.router_shift(minibatch), router_scores=None)
-        plan = self._plan(minibatch)
+        plan = self.schedule.plan(minibatch)
         response_lengths = minibatch.response_lengths
         scale = self.groups.dp.size() * len(plan) / max(1, objective.count(response_lengths))
 
@@ -175,7 +179,7 @@ class Policy:
         optimizer: Any = self.model.optimizer
         optimizer.zero_grad()
         routing = self._routing_pass(minibatch, replay=True)
-        metrics = self._reduce(self._run(self.chunks, minibatch, plan, loss, routing))
+        metrics = self._reduce(self.schedule.run(self.chunks, minibatch, plan, loss, routing))
         metrics |= self.auxiliary.metrics(len(plan))
         metrics |= routing.metrics("moe/routing_drift") if routing else {}
         _check_finite("loss", metrics["loss"])
@@ -188,183 +192,63 @@ class Policy:
         return metrics
 
     def scale_lr(self, factor: float) -> None:
-        """From the next optimizer step on, learning rates are those of the config times ``factor``."""
+        """Scale the config's learning rates by ``factor`` from the next optimizer step on."""
+        lr, min_lr = factor * self.cfg.optimizer.lr, factor * self.cfg.optimizer.min_lr
         optimizer: Any = self.model.optimizer
         for (
             group
-        ) in optimizer.param_groups:  # where the schedule looks first (optimizer_param_scheduler.py:get_lr)
-            group["max_lr"], group["min_lr"] = (
-                factor * self.cfg.optimizer.lr,
-                factor * self.cfg.optimizer.min_lr,
-            )
+        ) in optimizer.param_groups:  # these override the schedule (optimizer_param_scheduler.py:get_lr)
+            group["max_lr"], group["min_lr"] = lr, min_lr
 
     def export_hf(self) -> Export:
-        """(Hugging Face name, full tensor) on every rank, gathered as it is iterated."""
+        """Return an iterable of (Hugging Face name, full tensor), which gathers each tensor on every rank."""
         return Export(self)
 
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
-        """Writes the checkpoint of ``step`` and drops older ones but for ``keep_last`` in all. See ``checkpoint.native.save``."""
-        state = {"model": self._identity, **state}
+        """Write the checkpoint of ``step`` and keep the newest ``keep_last``: ``save_checkpoint``."""
         self.model.finish_update()
-        return native.save(
-            run_dir, step, self.model, state, self.groups, keep_last, Path(self.cfg.model.path)
-        )
+        tensors = tensors_to_save(self.model, self.groups)
+        state = {"model": self._identity, "scheduler": self.model.scheduler.state_dict(), **state}
+        return save_checkpoint(run_dir, step, tensors, state, keep_last, Path(self.cfg.model.path))
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Takes over weights, optimizer, schedule and random states; returns the ``state`` given to ``save``.
+        """Load weights, optimizer, schedule and random states; return the ``state`` given to ``save``.
 
         Raises:
-            InputError: the checkpoint is of another model, or of this one in another precision.
+            InputError: the checkpoint belongs to another model, or to this model in another precision.
         """
-        native.check_model(checkpoint, self._identity)
-        return native.load(checkpoint, self.model, self.groups)
+        check_model(checkpoint, self._identity)
+        state = read_state(checkpoint)
+        load_training_state(checkpoint, self.model, self.groups, state["scheduler"])
+        restore_random_states(checkpoint)
+        return state
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Takes over the weights alone.
+        """Load the weights only.
 
         Raises:
-            InputError: as ``load``.
+            InputError: like ``load``.
         """
-        native.check_model(checkpoint, self._identity)
-        native.load_weights(checkpoint, self.chunks, self.groups)
+        check_model(checkpoint, self._identity)
+        load_weights(checkpoint, self.chunks, self.groups)
 
     @property
     def _identity(self) -> dict[str, Any]:
-        return native.model_identity(self.description.hf, self.cfg.model.dtype)
-
-    def _plan(self, batch: TrainBatch) -> list[list[int]]:
-        """This data-parallel rank's microbatches, as numbers of sequences."""
-        plan = plan_microbatches(
-            batch.lengths.tolist(),
-            max_tokens=self.cfg.train.max_tokens_per_microbatch,
-            data_parallel_size=self.groups.dp.size(),
-            sequence_multiple=self.cfg.parallel.sequence_multiple,
-            count_multiple=self.cfg.parallel.microbatch_multiple,
-        )
-        return plan[self.groups.dp.rank()]
+        return model_identity(self.description.hf, self.cfg.model.dtype)
 
     def _routing_pass(self, batch: TrainBatch, *, replay: bool, record: bool = False) -> RoutingPass | None:
-        """What the routers do in a pass over the batch; None where nobody asks."""
+        """Return the routing of a pass over the batch; None if neither replay nor recording is enabled."""
         if self.routing is None:
             return None
         replay = replay and self.cfg.algorithm.moe_routing_replay != "none"
         return RoutingPass(self.routing, batch, self.device, replay, record)
 
     def _routers_of(self, batch: TrainBatch) -> tuple[RoutingShape, dist.ProcessGroup, int, torch.device]:
-        """The arguments of a ``RouterPass`` over the batch."""
+        """Return the arguments of a ``RouterPass`` over the batch."""
         return self.description.routing, self.groups.tp, len(batch.tokens), self.device
 
-    @torch.no_grad()
-    def _logprobs(
-        self,
-        chunks: list[torch.nn.Module],
-        batch: TrainBatch,
-        routing: RoutingPass | None = None,
-        routers: RouterPass | None = None,
-    ) -> Tensor:
-        def keep(
-            logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int
-        ) -> tuple[Tensor, dict[str, Any]]:
-            return logprobs.new_zeros(()), {
-                "at": microbatch.flat_index[microbatch.mask],
-                "logprobs": logprobs[microbatch.mask],
-            }
-
-        for chunk in chunks:
-            chunk.eval()
-        flat = torch.zeros(len(batch.tokens), device=self.device)
-        for found in self._run(chunks, batch, self._plan(batch), keep, routing, routers, forward_only=True):
-            flat[found["at"]] = found["logprobs"].float()
-        if self.groups.pp.rank() == self.groups.pp.size() - 1:
-            dist.all_reduce(flat, group=self.groups.dp_cp)
-        if self.groups.pp.size() > 1:
-            dist.broadcast(
-                flat,
-                src=dist.get_global_rank(self.groups.pp, self.groups.pp.size() - 1),
-                group=self.groups.pp,
-            )
-        return flat.cpu()
-
-    def _run(
-        self,
-        chunks: list[torch.nn.Module],
-        batch: TrainBatch,
-        plan: list[list[int]],
-        loss: MicrobatchLoss,
-        routing: RoutingPass | None = None,
-        routers: RouterPass | None = None,
-        forward_only: bool = False,
-    ) -> list[dict[str, Any]]:
-        """Runs the pipeline schedule; what ``loss`` kept of each microbatch, on the last stage (elsewhere nothing)."""
-        schedule = get_forward_backward_func()
-        iterators = [self._microbatches(batch, plan, chunk, routing) for chunk in chunks]
-        kept = schedule(
-            forward_step_func=partial(self._forward_step, loss, routing, routers),
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks,
-            num_microbatches=len(plan),
-            seq_length=self.cfg.train.max_tokens_per_microbatch,  # the real ones travel with the tensors: variable_seq_lengths
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
-        if routing:
-            routing.end()
-        return kept
-
-    def _microbatches(
-        self, batch: TrainBatch, plan: list[list[int]], chunk: torch.nn.Module, routing: RoutingPass | None
-    ) -> Iterator[tuple[int, Microbatch]]:
-        cp = self.groups.cp
-        if routing is None:
-            batch = replace(batch, routed_experts=None)
-        for place, sequences in enumerate(plan):
-            microbatch = pack(
-                batch,
-                sequences,
-                cp_size=cp.size(),
-                cp_rank=cp.rank(),
-                sequence_multiple=self.cfg.parallel.sequence_multiple,
-                total_multiple=total_multiple(self.cfg),
-            )
-            if routing:
-                microbatch = routing.routing.cut(microbatch, chunk)
-            yield place, microbatch.to(self.device)
-
-    def _forward_step(
-        self,
-        loss: MicrobatchLoss,
-        routing: RoutingPass | None,
-        routers: RouterPass | None,
-        microbatches: Iterator[tuple[int, Microbatch]],
-        model: torch.nn.Module,
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
-        place, microbatch = next(microbatches)
-        with (
-            routing.of(model, microbatch) if routing else nullcontext(),
-            routers.of(model, microbatch) if routers else nullcontext(),
-        ):
-            output = model(
-                microbatch.tokens[None],
-                microbatch.position_ids[None],
-                None,  # causal within each sequence: the attention reads the packing
-                packed_seq_params=packing_of(microbatch.cu_seqlens),
-            )
-
-        def loss_of_logits(logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            logprobs, entropy = vocab_parallel_logprobs(
-                logits[0],
-                microbatch.labels,
-                vocab_size=self.description.hf.vocab_size,
-                tp_group=self.groups.tp,
-                temperature=self.cfg.rollout.temperature,
-                chunk_tokens=self.cfg.train.logprob_chunk_tokens,
-            )
-            return loss(logprobs, entropy, microbatch, place)
-
-        return output, loss_of_logits
-
     def _reduce(self, kept: list[dict[str, Metric]]) -> dict[str, Metric]:
-        """Metrics over microbatches and ranks, equal on all; tensor-parallel ranks hold copies, so one of them speaks."""
+        """Reduce metrics over microbatches and ranks; tensor-parallel ranks hold copies, so rank 0 counts."""
         merged = reduce_metrics(kept if self.groups.tp.rank() == 0 else [])
         plain = {name: _on_cpu(m) for name, m in merged.items()}
         return reduce_metrics(all_gather_objects(plain))
@@ -372,7 +256,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Export:
-    """The weights a policy has when this is iterated, as often as that is; all ranks run each iteration to its end."""
+    """Iterate over a policy's current weights, any number of times. All ranks must finish each iteration."""
 
     policy: Policy
 
@@ -391,6 +275,6 @@ def _on_cpu(metric: Metric) -> Metric:
     return Metric(total, float(metric.count), metric.op)
 
 
-def _check_finite(what: str, metric: Metric) -> None:
+def _check_finite(name: str, metric: Metric) -> None:
     if not math.isfinite(metric.total):
-        raise NonFiniteError(f"{what} is {value_of(metric)}")
+        raise NonFiniteError(f"{name} is {value_of(metric)}")

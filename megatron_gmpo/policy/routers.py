@@ -1,7 +1,7 @@
-"""What the routers score during a pass without gradients: their load and entropy, and how far their scores moved (RSPO).
+"""Observe the routers during a pass without gradients: load, entropy and the shift of their scores (RSPO).
 
-Each of these is asked ``of`` a model chunk and a microbatch, around its forward pass. Every (token, MoE layer) is seen on one rank alone,
-whatever the layout, so that sums over all ranks count it once.
+A ``RouterPass`` wraps each microbatch's forward pass through each model chunk. In every layout exactly one
+rank sees a (token, MoE layer) pair, so sums over all ranks count it once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from ..metrics.figures import Metric
 
 
 def routers_of(chunk: torch.nn.Module) -> dict[int, TopKRouter]:
-    """By the layer's number in the model, from 0, ascending."""
+    """Return the routers of a chunk by the layer's number in the model, from 0, ascending."""
     routers = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
     return {router.layer_number - 1: router for router in routers}  # pyright: ignore[reportOptionalOperand]
 
 
 def own_slots(slots: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """Of (T, ...) slots those that this rank's routers see: sequence parallelism shares them out, one stretch each."""
+    """Return the part of (T, ...) slots that this rank's routers see.
+
+    Sequence parallelism gives each rank one stretch of the slots.
+    """
     return slots.chunk(tp_group.size())[tp_group.rank()]
 
 
 def freeze_routers(chunks: list[torch.nn.Module]) -> None:
-    """Leaves the routers' weights out of training; before gradient buffers are made."""
+    """Exclude the routers' weights from training. Must run before the gradient buffers are built."""
     for router in (router for chunk in chunks for router in routers_of(chunk).values()):
         router.requires_grad_(False)
 
@@ -41,25 +44,28 @@ def freeze_routers(chunks: list[torch.nn.Module]) -> None:
 def sum_pieces(
     pieces: list[tuple[Tensor, Tensor]], length: int, topk: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """(L, topk) on the CPU of every rank from all ranks' (index, values) for some of the tokens, 0 where there are none. Collective."""
-    share = torch.zeros(
-        length + 1, topk, dtype=dtype, device=device
-    )  # one row more than tokens: the index of padding is -1
+    """Combine all ranks' (index, values) for some of the tokens. Collective.
+
+    Returns:
+        (L, topk) on the host of every rank, 0 for tokens without values.
+    """
+    # index -1, which is padding, selects the extra last row
+    share = torch.zeros(length + 1, topk, dtype=dtype, device=device)
     for index, values in pieces:
         share[index] = values
-    # each token was one rank's, so that a sum byte by byte carries nothing, and is exact; NCCL does not know int16
+    # one rank alone has values for a token, so the sum of bytes is exact; NCCL has no int16
     dist.all_reduce(share.view(torch.uint8))
     return share[:-1].cpu()
 
 
 class RouterPass(ABC):
-    """One pass of a batch of L tokens, without gradients, in which something is noted of every router.
+    """One pass of a batch of L tokens, without gradients, that observes every router.
 
     Args:
-        shape: what the model's routing looks like.
-        tp_group: see ``own_slots``.
+        shape: dimensions of the model's routing.
+        tp_group: tensor-parallel group, see ``own_slots``.
         length: L.
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(
@@ -69,7 +75,7 @@ class RouterPass(ABC):
 
     @contextmanager
     def of(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Iterator[None]:
-        """Around the forward pass of one microbatch through one chunk."""
+        """Wrap the forward pass of one microbatch through one chunk."""
         assert not torch.is_grad_enabled()
         index = own_slots(microbatch.input_index, self._tp_group)
         with ExitStack() as hooks:
@@ -97,14 +103,23 @@ class RouterPass(ABC):
         log_scores: Tensor,
         routed: Tensor,
     ) -> None:
-        """``index``: (T',) input tokens, -1 on padding; ``place``: of the layer in its chunk; ``log_scores``: (T', experts) fp32;
-        ``routed``: (T', experts) bool, which of them the tokens go to."""
+        """Record one router's forward pass.
+
+        Args:
+            microbatch: the microbatch.
+            index: (T',) index of the input tokens in the batch, -1 on padding.
+            place: number of the layer among the chunk's MoE layers.
+            layer: number of the layer in the model.
+            log_scores: (T', experts) fp32.
+            routed: (T', experts) bool, the experts that each token goes to.
+        """
 
 
 def _log_scores(router: TopKRouter, hidden: Tensor) -> Tensor:
-    """(T', experts) log of the distribution over all experts, before top-k and without an expert bias; a sigmoid's scores are normalized.
+    """Return (T', experts) log of the distribution over all experts, before top-k and without an expert bias.
 
-    The gating is computed once more, since Megatron's router does not give it away: a small matrix beside the experts'.
+    Sigmoid scores are normalized. The gating is computed a second time, because Megatron's router does not
+    return it; its matrix is small compared with the experts'.
     """
     logits = router.gating(hidden).flatten(0, -2).float()
     scores = torch.nn.functional.logsigmoid(logits) if router.score_function == "sigmoid" else logits
@@ -112,15 +127,14 @@ def _log_scores(router: TopKRouter, hidden: Tensor) -> Tensor:
 
 
 class OldRouters(RouterPass):
-    """The old-logprob pass: load and entropy of the routers, and if ``keep_scores`` the scores that RSPO compares with."""
+    """Observe the old-logprob pass: load and entropy and, if ``keep_scores``, scores for ``RouterShift``."""
 
     def __init__(self, *arguments, keep_scores: bool) -> None:
         super().__init__(*arguments)
         self._keep_scores = keep_scores
-        self._scores: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(
-            list
-        )  # layer -> (index, (T', topk))
-        # by layer: tokens of each expert, and the sum of the tokens' entropies
+        # layer -> (index, (T', topk)) of each microbatch
+        self._scores: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        # by layer: number of tokens of each expert, then the sum of the tokens' entropies
         self._sums = torch.zeros(
             self.shape.num_layers, self.shape.num_experts + 1, dtype=torch.float64, device=self.device
         )
@@ -142,35 +156,38 @@ class OldRouters(RouterPass):
             self._scores[layer].append((index, log_scores.gather(1, experts)))
 
     def metrics(self, *, per_layer: bool) -> dict[str, Metric]:
-        """Over the batch's tokens, without padding. Collective, equal on all ranks.
+        """Return figures over the batch's tokens, without padding. Collective; all ranks get equal metrics.
 
-        - ``moe/load_max``: tokens of the fullest expert over the mean expert's, in the worst layer, and ``moe/load_max_layer``: which
-          layer that is, from 0;
-        - ``moe/load_cv``: standard deviation over mean of the experts' tokens, averaged over layers;
-        - ``moe/dead_experts``: experts without a token, counted over layers;
-        - ``moe/router_entropy``: nats, of the distribution over all experts, averaged over tokens and layers;
-        - if ``per_layer``, ``moe/layer_07/load_max`` and so on: the same four of each layer by itself.
+        - ``moe/load_max``: tokens of the fullest expert divided by the mean over experts, in the worst layer;
+        - ``moe/load_max_layer``: number of that layer, from 0;
+        - ``moe/load_cv``: standard deviation of the experts' token counts divided by their mean, averaged
+          over layers;
+        - ``moe/dead_experts``: number of experts without a token, summed over layers;
+        - ``moe/router_entropy``: entropy in nats of the distribution over all experts, averaged over tokens
+          and layers;
+        - if ``per_layer``, ``moe/layer_07/load_max`` and so on: the figures of each layer, except
+          ``load_max_layer``.
         """
         dist.all_reduce(self._sums)
         sums = self._sums[list(self.shape.moe_layers)].cpu()
         load, entropy = sums[:, :-1], sums[:, -1]
         mean = load.mean(1)
-        of_layers = {
+        by_layer = {
             "load_max": load.amax(1) / mean,
             "load_cv": load.std(1, correction=0) / mean,
             "dead_experts": (load == 0).sum(1),
             "router_entropy": entropy / self.length,
         }
-        worst = int(of_layers["load_max"].argmax())
+        worst = int(by_layer["load_max"].argmax())
         metrics = {
-            "moe/load_max": Metric(float(of_layers["load_max"][worst]), op="max"),
+            "moe/load_max": Metric(float(by_layer["load_max"][worst]), op="max"),
             "moe/load_max_layer": Metric(self.shape.moe_layers[worst]),
-            "moe/load_cv": Metric(float(of_layers["load_cv"].mean())),
-            "moe/dead_experts": Metric(int(of_layers["dead_experts"].sum())),
-            "moe/router_entropy": Metric(float(of_layers["router_entropy"].mean())),
+            "moe/load_cv": Metric(float(by_layer["load_cv"].mean())),
+            "moe/dead_experts": Metric(int(by_layer["dead_experts"].sum())),
+            "moe/router_entropy": Metric(float(by_layer["router_entropy"].mean())),
         }
         if per_layer:
-            for name, values in of_layers.items():
+            for name, values in by_layer.items():
                 metrics |= {
                     f"moe/layer_{n:02d}/{name}": Metric(float(v))
                     for n, v in zip(self.shape.moe_layers, values, strict=True)
@@ -178,7 +195,7 @@ class OldRouters(RouterPass):
         return metrics
 
     def gather_scores(self) -> Tensor:
-        """``TrainBatch.router_scores``. Collective, layer by layer as ``RoutingPass.gather``."""
+        """Return ``TrainBatch.router_scores``. Collective, layer by layer like ``RoutingPass.gather``."""
         everything = torch.zeros(self.length, self.shape.num_layers, self.shape.topk)
         for layer in self.shape.moe_layers:
             everything[:, layer] = sum_pieces(
@@ -192,9 +209,8 @@ class RouterShift(RouterPass):
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
-        self._log_shift = torch.zeros(
-            self.length + 1, device=self.device
-        )  # a sum over layers; the last row is padding's
+        # summed over layers; index -1, which is padding, selects the extra last row
+        self._log_shift = torch.zeros(self.length + 1, device=self.device)
 
     def _note(
         self,
@@ -213,6 +229,6 @@ class RouterShift(RouterPass):
         )
 
     def gather(self) -> Tensor:
-        """``TrainBatch.router_shift``. Collective."""
+        """Return ``TrainBatch.router_shift``. Collective."""
         dist.all_reduce(self._log_shift)
         return torch.exp(self._log_shift[:-1] / len(self.shape.moe_layers)).cpu()

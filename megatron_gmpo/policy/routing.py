@@ -1,8 +1,9 @@
-"""Routing replay: a policy's routers choose again what they, or those of the rollout engine, chose before.
+"""Routing replay: a policy's routers repeat a recorded choice of experts, their own or the rollout engine's.
 
-A router has one slot for the experts to replay, and several microbatches may be on their way through a pipeline. So the experts of a
-microbatch are put into the routers of a model chunk right before its forward pass there. A recomputation in the backward pass takes
-them from a queue: a chunk's microbatches come back in the order in which they went.
+A router has one slot for the experts to replay, while several microbatches may be in flight in a pipeline. So
+the experts of a microbatch are set in the routers of a model chunk right before its forward pass through that
+chunk. Recomputation in the backward pass takes them from a queue, because a chunk's backward passes run in
+the order of its forward passes.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
-from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..batch.columns import PER_LAYER_COLUMNS, Microbatch, RoutingShape, TrainBatch
 from ..metrics.figures import Metric
 from .routers import own_slots, routers_of, sum_pieces
 
 
 class _Hook(RouterReplay):
-    """Megatron's hook into a router, which while it replays also notes what the router itself would choose.
+    """Megatron's replay hook of a router, which during replay also records the router's own choice.
 
-    When it replays, the router takes its scores at the given experts, whatever its score function, so that gradients reach its weights.
+    During replay the router takes its scores at the given experts, for every score function, so gradients
+    reach its weights.
     """
 
     def get_replay_topk(
@@ -40,37 +42,40 @@ class _Hook(RouterReplay):
             _, own = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
             self.record_indices(own)
             if torch.is_grad_enabled():
-                self.replay_backward_list.pop()  # the first forward pass of what will be recomputed has no gradient
+                # a layer to be recomputed runs without gradients first, so this one needs no queue entry
+                self.replay_backward_list.pop()
         return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
 
 
 class Routing:
-    """The routers of this rank's model chunks. Other models in the process, such as the reference, route as they like.
+    """The replay hooks of this rank's model chunks. Other models in the process are not affected.
 
     Args:
-        chunks: of a model built with ``moe_enable_routing_replay``.
-        shape: what its routing looks like.
-        tp_group: see ``own_slots``.
+        chunks: model chunks built with ``moe_enable_routing_replay``.
+        shape: dimensions of the model's routing.
+        tp_group: tensor-parallel group, see ``own_slots``.
+
+    Attributes:
+        hooks: by chunk, then by the layer's number in the model, from 0.
     """
 
     def __init__(
         self, chunks: list[torch.nn.Module], shape: RoutingShape, tp_group: dist.ProcessGroup
     ) -> None:
         self.shape, self._tp_group = shape, tp_group
-        self.hooks: dict[
-            torch.nn.Module, dict[int, RouterReplay]
-        ] = {}  # by chunk, by the layer's number in the model, from 0
+        self.hooks: dict[torch.nn.Module, dict[int, RouterReplay]] = {}
         for chunk in chunks:
             self.hooks[chunk] = {}
             for layer, router in routers_of(chunk).items():
                 router.router_replay = self.hooks[chunk][layer] = _Hook()
 
     def own(self, slots: Tensor) -> Tensor:
+        """Return the slots that this rank's routers see, see ``own_slots``."""
         return own_slots(slots, self._tp_group)
 
     def cut(self, microbatch: Microbatch, chunk: torch.nn.Module) -> Microbatch:
-        """Leaves of ``routed_experts`` and ``router_scores`` this rank's slots and the MoE layers of ``chunk``."""
-        whole = {name: getattr(microbatch, name) for name in ("routed_experts", "router_scores")}
+        """Reduce the per-layer columns to this rank's slots and the MoE layers of ``chunk``."""
+        whole = {name: getattr(microbatch, name) for name in PER_LAYER_COLUMNS}
         layers = list(self.hooks[chunk])
         return replace(
             microbatch,
@@ -83,11 +88,11 @@ class RoutingPass:
     """One pass of a batch's microbatches through the model, during which the routers record or replay.
 
     Attributes:
-        routing: the routers.
-        batch: L tokens; its ``routed_experts``, if any, are what is replayed, and what the routers' own choices are compared with.
-        device: of the model.
-        replay: replay them.
-        record: keep what the routers choose for ``gather``.
+        routing: the replay hooks.
+        batch: the L tokens. The routers' own choices are compared with its ``routed_experts`` if present.
+        device: device of the model.
+        replay: make the routers repeat the batch's ``routed_experts``.
+        record: keep the routers' choices for ``gather``.
     """
 
     routing: Routing
@@ -95,23 +100,19 @@ class RoutingPass:
     device: torch.device
     replay: bool
     record: bool = False
-    _recorded: dict[int, list[tuple[Tensor, Tensor]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # layer -> (index, experts)
+    # layer -> (index, experts) of each microbatch
+    _recorded: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         assert self.batch.routed_experts is not None or not self.replay
-        self._differs = torch.zeros(
-            len(self.batch.tokens), dtype=torch.int32, device=self.device
-        )  # layers where a token's choice differs
+        # by token: number of layers whose choice differs
+        self._differs = torch.zeros(len(self.batch.tokens), dtype=torch.int32, device=self.device)
 
     @contextmanager
     def of(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Iterator[None]:
-        """Around the forward pass of one microbatch, already ``Routing.cut``, through one chunk."""
-        hooks, experts = (
-            self.routing.hooks[chunk],
-            microbatch.routed_experts,
-        )  # (T', layers of the chunk, topk)
+        """Wrap the forward pass of one microbatch through one chunk, after ``Routing.cut``."""
+        hooks = self.routing.hooks[chunk]
+        experts = microbatch.routed_experts  # (T', layers of the chunk, topk)
         if self.replay:
             assert experts is not None
             targets = torch.where(experts < 0, self._spread(microbatch)[:, None], experts)
@@ -131,21 +132,24 @@ class RoutingPass:
             if self.record:
                 self._recorded[layer].append((index, chosen.short()))
             hook.recorded_topk_idx = hook.target_topk_idx = None
-            # whoever asks a router from here on recomputes
+            # a later call of the router is a recomputation
             hook.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD if self.replay else None)  # pyright: ignore[reportArgumentType]
             if not torch.is_grad_enabled():
                 hook.clear_indices()
 
     def end(self) -> None:
-        """After the last microbatch: the routers choose for themselves again."""
+        """Make the routers choose for themselves again, after the last microbatch."""
         for hook in (hook for hooks in self.routing.hooks.values() for hook in hooks.values()):
             assert not hook.replay_backward_list, "a microbatch was not recomputed"
             hook.clear_router_replay_action()
 
     def gather(self) -> Tensor:
-        """What the routers chose for every input token, (L, layers, topk) int16 on the CPU of every rank, -1 in layers without experts.
+        """Return the recorded choice for every input token, on the host of every rank. Collective.
 
-        Collective: the ranks' shares are put together layer by layer, so that one layer at a time is whole on the device.
+        One all-reduce per layer combines the ranks' shares, so the device holds one whole layer at a time.
+
+        Returns:
+            (L, layers, topk) int16, -1 in layers without experts.
         """
         shape, length = self.routing.shape, len(self.batch.tokens)
         everything = torch.full((length, shape.num_layers, shape.topk), -1, dtype=torch.int16)
@@ -156,8 +160,10 @@ class RoutingPass:
         return everything
 
     def metrics(self, name: str) -> dict[str, Metric]:
-        """``name``: the share of routings, one a token and MoE layer, in which the routers' own choice, as a set, is not the batch's;
-        ``name_tokens``: the share of tokens with such a layer. Both where the batch's is known. Collective, equal on all ranks.
+        """Compare the routers' own choice, as a set, with the batch's ``routed_experts``. Collective.
+
+        ``name`` is the share of (token, MoE layer) pairs that differ, ``{name}_tokens`` the share of tokens
+        with at least one such layer. Tokens without known experts are left out. All ranks get equal metrics.
         """
         if self.batch.routed_experts is None:
             return {}
@@ -174,9 +180,10 @@ class RoutingPass:
         self._differs.index_add_(0, index.clamp(min=0), differs.int())  # padding adds 0
 
     def _spread(self, microbatch: Microbatch) -> Tensor:
-        """(T', topk) int64 experts for slots where none are known: padding, and last tokens, which carry no loss.
+        """Return (T', topk) int64 experts for slots without known ones: padding and last tokens.
 
-        Every expert in turn, so that none is flooded; by the position in the sequence, so that they are the same in every packing.
+        These slots carry no loss. The experts take turns, so that none is overloaded. They depend on the position in the sequence only,
+        so every packing gives the same ones.
         """
         shape = self.routing.shape
         start = self.routing.own(microbatch.position_ids)[:, None] * shape.topk

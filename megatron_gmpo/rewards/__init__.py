@@ -1,10 +1,8 @@
-"""Rewards: a ``Reward`` is any callable (Prompt, response text) -> float; the built-in ones stand in ``REWARDS``."""
+"""Rewards: callables (Prompt, response text) -> float. ``REWARDS`` holds the built-in ones."""
 
 from __future__ import annotations
 
-import difflib
 import functools
-import pkgutil
 from collections.abc import Callable
 from math import isfinite, nan
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from ..batch.samples import Prompt
 from ..config import RewardConfig
 from ..errors import InputError
+from ..plugins import check_callable, resolve
 from .arithmetic import arithmetic_reward
 from .countdown import countdown_reward
 from .math import MathReward
@@ -26,34 +25,21 @@ REWARDS: dict[str, Reward] = {
 
 
 def resolve_reward(cfg: RewardConfig) -> Reward:
-    """The reward that ``cfg.name`` names: one of ``REWARDS``, or ``module:function`` imported from the Python path.
+    """Return the reward ``cfg.name``: one of ``REWARDS``, or ``module:function`` from the Python path.
 
-    Rewards are called from several threads at once. One that counts cut-off checks has an int attribute ``timeouts``
-    (``MathReward``).
+    Rewards are called from several threads at once. A reward that counts timeouts, like ``MathReward``, has
+    an int attribute ``timeouts``.
 
     Raises:
-        InputError: no such name, module or function, or it is not callable. The returned reward raises it too, when a function of
-            the user's returns something other than a finite number or a bool.
+        InputError: the name, module or function does not exist, or is not callable. The returned reward
+            raises it too, when a user's function returns a value that is not a finite number.
     """
     if cfg.name == "math":
         return MathReward(timeout_s=cfg.timeout_s, workers=cfg.workers)
     if cfg.name in REWARDS:
         return REWARDS[cfg.name]
-    if ":" not in cfg.name:
-        nearest = difflib.get_close_matches(cfg.name, REWARDS, n=1, cutoff=0.0)[0]
-        raise InputError(
-            f"reward.name = {cfg.name!r} is unknown: did you mean {nearest!r}? There are {sorted(REWARDS)} and module:function"
-        )
-    try:
-        function = pkgutil.resolve_name(cfg.name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"reward.name = {cfg.name!r} cannot be imported ({error}): give module:function on the Python path"
-        ) from None
-    if not callable(function):
-        raise InputError(
-            f"reward.name = {cfg.name!r} is a {type(function).__name__}: give a callable (Prompt, str) -> float"
-        )
+    function = resolve("reward.name", cfg.name, REWARDS)
+    check_callable("reward.name", cfg.name, function, "give a callable (Prompt, str) -> float")
     return _checked(function, cfg.name)
 
 

@@ -1,4 +1,4 @@
-"""The demo's reward."""
+"""The reward of the demo."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from ..batch.samples import Prompt
 
 
 def arithmetic_reward(prompt: Prompt, response: str) -> float:
-    """1.0 when the response is the answer, character by character but for white space around it; else 0.0."""
+    """Return 1.0 if the response equals the answer, ignoring surrounding white space, else 0.0."""
     return float(response.strip() == prompt.answer.strip())

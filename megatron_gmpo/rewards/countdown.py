@@ -1,4 +1,7 @@
-"""The reward of the Countdown numbers task: an expression in which every given number stands once and whose value is the target."""
+"""The reward of the Countdown numbers game.
+
+A solution is an arithmetic expression that uses every given number exactly once and evaluates to the target.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,24 @@ from ..batch.samples import Prompt
 from ..errors import InputError
 
 MAX_LENGTH = 200
-"""Characters of the longest expression that is read."""
+"""Maximum length of an expression in characters."""
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def countdown_reward(prompt: Prompt, response: str) -> float:
-    """1.0 when the response is an expression in exactly the prompt's numbers, each used once, whose value is the target; else 0.0.
+    """Return 1.0 if the response is a solution of the prompt's problem, else 0.0.
 
-    An expression has decimal numbers, the four binary operators ``+ - * /``, parentheses and spaces, and is computed in exact fractions.
-    It is the whole response, or what stands in its last ``<answer> </answer>``. It is parsed, never run, and no response raises.
+    The expression is the content of the last ``<answer> </answer>``, or the whole response without one. It
+    consists of decimal numbers, the binary operators ``+ - * /``, parentheses and spaces. It is parsed, not
+    executed, and evaluated in exact fractions. No response raises an error.
 
     Args:
-        prompt: its ``answer`` has the numbers and the target, ``"3,7,12=45"``.
+        prompt: its ``answer`` holds the numbers and the target, e.g. ``"3,7,12=45"``.
+        response: the response text.
 
     Raises:
-        InputError: the prompt's answer is not of this form.
+        InputError: the prompt's answer does not have this form.
     """
     numbers, target = _read(prompt)
     expression = response.rpartition("<answer>")[2].partition("</answer>")[0].strip()
@@ -41,21 +46,22 @@ def countdown_reward(prompt: Prompt, response: str) -> float:
 
 
 def _read(prompt: Prompt) -> tuple[list[int], int]:
-    """The sorted numbers and the target."""
+    """Return the sorted numbers and the target of a problem."""
     if not re.fullmatch(r"[0-9]+(,[0-9]+)*=-?[0-9]+", prompt.answer):
         raise InputError(
-            f"the answer {prompt.answer!r} of {prompt.id} is no Countdown problem: write numbers and target as 3,7,12=45"
+            f"the answer {prompt.answer!r} of {prompt.id} is no Countdown problem: "
+            "write numbers and target as 3,7,12=45"
         )
     numbers, _, target = prompt.answer.partition("=")
     return sorted(map(int, numbers.split(","))), int(target)
 
 
 def _value(node: ast.expr, used: list[int]) -> Fraction:
-    """The exact value of a parsed expression; ``used`` receives its numbers.
+    """Return the exact value of a parsed expression and append its numbers to ``used``.
 
     Raises:
-        SyntaxError: it holds anything but numbers and the four operators between two of them.
-        ZeroDivisionError: it divides by zero.
+        SyntaxError: the expression contains anything except numbers and the four binary operators.
+        ZeroDivisionError: a division by zero.
     """
     match node:
         case ast.Constant(value=int(number)):
@@ -63,4 +69,4 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
             return Fraction(number)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_value(left, used), _value(right, used))
-    raise SyntaxError(f"no part of a Countdown expression: {type(node).__name__}")
+    raise SyntaxError(f"not allowed in a Countdown expression: {type(node).__name__}")

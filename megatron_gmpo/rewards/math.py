@@ -1,4 +1,4 @@
-r"""The mathematical reward: the last \boxed answer, compared with the truth by math-verify."""
+r"""The reward for mathematics: math-verify compares the last \boxed answer with the reference answer."""
 
 from __future__ import annotations
 
@@ -17,31 +17,34 @@ from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from ..batch.samples import Prompt
 
-# The workers ignore SIGTERM, so pebble need not wait long for it before it kills.
+# the workers ignore SIGTERM, so a long wait before pebble kills them would be wasted
 CONSTS.term_timeout = 0.1
 
-_FAREWELL_S = 5.0
-_AFTER_THE_TRAINER_S = 30
+_JOIN_TIMEOUT_S = 5.0
+"""Time for idle workers to end before they are stopped."""
+_ORPHAN_MARGIN_S = 30
+"""Time after an answer's limit until the kernel ends a worker whose trainer is gone."""
 _STALLED_S = 3600.0
-"""No queue of answers is this long: the pool is broken."""
+"""Limit for one answer including the wait for a worker; reaching it means that the pool is broken."""
 
 
 class MathReward:
-    r"""1.0 when the response's final answer equals the truth mathematically, else 0.0.
+    r"""Scores 1.0 if the final answer of a response equals the reference answer mathematically, else 0.0.
 
-    The final answer is the last complete ``\boxed{...}``; without one, what math-verify finds. The truth is plain text or LaTeX,
-    alone, boxed, or after ``####`` as in GSM8K. Order counts in tuples and intervals, not in sets and lists; ``50\%`` equals both
-    ``50`` and ``1/2``.
+    The final answer is the last complete ``\boxed{...}``, or the answer that math-verify extracts when there
+    is none. The reference answer is plain text or LaTeX: alone, boxed, or after ``####`` as in GSM8K. Order
+    counts in tuples and intervals, not in sets and lists; ``50\%`` equals both ``50`` and ``1/2``.
 
-    Answers are checked in processes of their own, which start with the first call: a computation that does not end
-    (``9^{9^{9^9}}``) can only be stopped by killing its process. Calls from several threads run side by side.
+    Answers are checked in worker processes, which start with the first call, because a computation that does
+    not end (``9^{9^{9^9}}``) can only be stopped by killing its process. Calls from several threads run in
+    parallel.
 
     Args:
-        timeout_s: limit for one answer; past it the answer scores 0.
-        workers: processes.
+        timeout_s: time limit for one answer; an answer that exceeds it scores 0.
+        workers: number of worker processes.
 
     Attributes:
-        timeouts: answers whose check was cut off, by the limit or because its process died.
+        timeouts: number of checks that exceeded the limit or whose process died.
     """
 
     def __init__(self, timeout_s: float = 10.0, workers: int = 2) -> None:
@@ -52,9 +55,10 @@ class MathReward:
         self._lock = Lock()
 
     def __call__(self, prompt: Prompt, response: str) -> float:
-        """
+        """Score a response.
+
         Raises:
-            RuntimeError: the processes cannot start; in a script of your own, guard the entry with ``if __name__ == "__main__"``.
+            RuntimeError: the workers cannot start. A script needs the guard ``if __name__ == "__main__"``.
         """
         future = self._running_pool().schedule(
             _check, args=(prompt.answer, response, self.timeout_s), timeout=self.timeout_s
@@ -68,13 +72,13 @@ class MathReward:
             return 0.0
 
     def close(self) -> None:
-        """Stops the processes; a later call starts new ones."""
+        """Stop the worker processes; a later call starts new ones."""
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:
-            pool.close()  # idle workers, and those still starting, end by themselves
+            pool.close()  # idle and starting workers exit
             try:
-                pool.join(timeout=_FAREWELL_S)
+                pool.join(timeout=_JOIN_TIMEOUT_S)
             except TimeoutError:
                 pool.stop()
                 pool.join()
@@ -91,7 +95,7 @@ class MathReward:
     def _running_pool(self) -> ProcessPool:
         with self._lock:
             if self._pool is None:
-                # A fork would copy the locks of torch's and the process group's threads.
+                # fork would copy locks held by the threads of torch and the process group
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPool(max_workers=self.workers, initializer=_start_worker, context=context)
                 atexit.register(self.close)
@@ -99,31 +103,34 @@ class MathReward:
 
 
 def is_correct(truth: str, response: str) -> bool:
-    """Whether the final answer of ``response`` equals ``truth``. Without a time limit: see ``MathReward``."""
+    """Return whether the final answer of ``response`` equals ``truth``, without a time limit."""
     boxed = _last_boxed(truth)
     truth = _tidy(boxed if boxed is not None else truth.rpartition("####")[2])
     answer = _last_boxed(response)
     if answer is not None:
         answer = _tidy(answer)
-        # Words: math-verify would read them as products of letters, and miss "True" for "true".
+        # for words: math-verify reads them as products of letters and would reject "True" for "true"
         if answer.casefold() == truth.casefold():
             return True
         response = f"\\boxed{{{answer}}}"
-    # A box makes math-verify read all of the truth as one expression. Limit 0 is none: here the process is killed instead.
+    # boxed, the whole reference answer is parsed as one expression; 0 disables math-verify's own time limit
     expected, found = (parse(text, parsing_timeout=0) for text in (f"\\boxed{{{truth}}}", response))
     return verify(expected, found, timeout_seconds=0)
 
 
 def _tidy(answer: str) -> str:
-    """Without dollar signs (currency or delimiters), white space around it and a full stop."""
+    """Remove dollar signs (currency or delimiters), surrounding white space and a final full stop."""
     return answer.replace("\\$", "").replace("$", "").strip().removesuffix(".")
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete ``\boxed{...}``; braces nest. Without one, what follows the last ``\boxed`` and a space."""
+    r"""Return the content of the last complete ``\boxed{...}``, which may contain nested braces.
+
+    Without one, return the word after the last ``\boxed`` and a space, or None.
+    """
     boxes = {match.end() for match in re.finditer(r"\\boxed\s*\{", text)}
     last: tuple[int, int] | None = None
-    opened: list[int] = []  # what comes after each open brace
+    opened: list[int] = []  # the position after each unclosed brace
     for brace in re.finditer(r"[{}]", text):
         if brace[0] == "{":
             opened.append(brace.end())
@@ -136,9 +143,8 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _check(truth: str, response: str, limit_s: float) -> bool:
-    signal.alarm(
-        math.ceil(limit_s) + _AFTER_THE_TRAINER_S
-    )  # the pool's limit ends with the trainer, the kernel's does not
+    # the pool enforces the limit only while the trainer lives; the alarm also ends an orphaned worker
+    signal.alarm(math.ceil(limit_s) + _ORPHAN_MARGIN_S)
     try:
         return is_correct(truth, response)
     finally:
@@ -146,8 +152,8 @@ def _check(truth: str, response: str, limit_s: float) -> bool:
 
 
 def _start_worker() -> None:
-    # Signals to the whole job concern the trainer: it may still want rewards while it saves.
+    # job-wide signals are handled by the trainer, which may need rewards until it has saved a checkpoint
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # math-verify warns that it has no time limit of its own, and logs every answer that it cannot parse.
+    # math-verify warns about its disabled time limit and about every answer that it cannot parse
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""From prompts to scored groups: generate, score, and choose the groups to train on."""
+"""From prompts to scored groups: generate responses, score them, and choose the groups to train on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .engine import RolloutEngine, SamplingParams
 
 
 class Prompts(Protocol):
-    """A stream of prompts, the same on every rank."""
+    """A stream of prompts, equal on every rank."""
 
     def next(self, n: int) -> list[Prompt]: ...
 
@@ -28,18 +28,18 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True)
 class Collected:
-    """The groups of a step, with rewards, and figures over everything generated for it, dropped groups too."""
+    """The scored groups of a step, and metrics over all groups generated for it, including dropped ones."""
 
     groups: list[SampleGroup]
     metrics: dict[str, Metric]
 
 
 class Collector:
-    """Draws prompts, has them answered, up to ``max_staleness`` steps ahead of their use, and chooses the groups of each step.
+    """Draw prompts, generate up to ``max_staleness`` steps ahead, and choose the groups of each step.
 
-    A step's prompts are submitted together and it waits for all of them, however long a response is: taking whoever finishes first
-    would prefer short ones. So no sample is older than ``max_staleness`` steps, unless its server kept older weights; groups with such
-    a sample are dropped whole, and counted.
+    The prompts of a step are submitted together, and the step waits for all of their responses: training on
+    the first ones to finish would prefer short responses. So no sample is older than ``max_staleness`` steps,
+    unless its server kept older weights. Groups with such a sample are dropped whole and counted.
     """
 
     def __init__(self, engine: RolloutEngine, prompts: Prompts, reward: Reward, cfg: RolloutConfig) -> None:
@@ -53,30 +53,33 @@ class Collector:
             stop=cfg.stop,
             router_noise=cfg.router_noise,
         )
-        self._ahead: deque[tuple[dict[str, int], Any]] = (
-            deque()
-        )  # state of the stream before a draw, its ticket
+        # for each step ahead: state of the prompt stream before its draw, and its ticket
+        self._ahead: deque[tuple[dict[str, int], Any]] = deque()
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream of prompts goes on after a resume: with those that were drawn and not yet trained on."""
+        """Return the position of the prompt stream at the first prompt drawn and not yet trained on."""
         return self._ahead[0][0] if self._ahead else self._prompts.state_dict()
 
     def drop_ahead(self) -> None:
-        """Waits for what is being generated ahead and throws it away, with its prompts: its weights are not to be trained on."""
+        """Wait for the responses generated ahead and discard them with their prompts.
+
+        Called when the run goes back to an older checkpoint, whose weights did not generate them.
+        """
         engine: Any = self._engine
         while self._ahead:
             engine.wait(self._ahead.popleft()[1])
 
     def collect(self, steps_left: int = 1) -> Collected:
-        """Generates and scores ``cfg.prompts_per_step`` groups; collective, with equal results on every rank.
+        """Generate and score ``cfg.prompts_per_step`` groups. Collective; all ranks get equal results.
 
-        A sample's reward is the reward function's plus ``overlong_penalty``. Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2)
-        judges groups by it, since a group whose rewards are all equal has no advantage and so no gradient. ``drop`` leaves such groups
-        out; ``resample`` also draws new prompts in their place, at most ``max_resample_rounds`` times. If no group at all has variance
-        the first draw is kept: a step of gradient zero rather than none.
+        A sample's reward is the reward function's value plus ``overlong_penalty``. Dynamic sampling (DAPO,
+        arXiv 2503.14476, section 3.2) filters groups by this reward: a group whose rewards are all equal has
+        zero advantages and no gradient. ``drop`` leaves such groups out. ``resample`` also draws new prompts
+        to replace them, at most ``max_resample_rounds`` times. If the rewards of every group are equal, the
+        first draw is kept, and the step has a zero gradient.
 
         Args:
-            steps_left: steps still to collect for, this one included: nothing is generated ahead for more.
+            steps_left: remaining steps, including this one; limits the generation ahead.
         """
         cfg = self.cfg
         rounds = 1 + (cfg.max_resample_rounds if cfg.dynamic_sampling == "resample" else 0)
@@ -112,8 +115,8 @@ class Collector:
         return Collected(chosen, metrics)
 
     def _generated_ahead(self, steps_left: int) -> tuple[list[SampleGroup], int]:
-        """The groups submitted longest ago, and how many of them were too stale; the queue is filled up again."""
-        engine: Any = self._engine  # the config lets only engines with submit and wait be ahead
+        """Refill the queue; return the groups submitted first, and how many of them were too stale."""
+        engine: Any = self._engine  # the config allows max_staleness only for engines with submit and wait
         while len(self._ahead) < min(1 + self.cfg.max_staleness, steps_left):
             state = self._prompts.state_dict()
             self._ahead.append(
@@ -122,22 +125,14 @@ class Collector:
         _, ticket = self._ahead.popleft()
         groups: list[SampleGroup] = engine.wait(ticket)
         oldest = self._engine.version - self.cfg.max_staleness
-        fresh = [
-            group for group in groups if all(sample.policy_version >= oldest for sample in group.samples)
-        ]
-        return fresh or engine.generate([group.prompt for group in groups], self._sampling), len(
-            groups
-        ) - len(fresh)
+        fresh = [group for group in groups if all(s.policy_version >= oldest for s in group.samples)]
+        stale = len(groups) - len(fresh)
+        return fresh or engine.generate([group.prompt for group in groups], self._sampling), stale
 
     def _staleness(self, groups: list[SampleGroup]) -> dict[str, Metric]:
-        """How many steps older than the policy the weights behind the response tokens are."""
-        versions = [
-            sample.policy_version if sample.token_versions is None else sample.token_versions[place]
-            for group in groups
-            for sample in group.samples
-            for place in np.flatnonzero(sample.response_mask)
-        ]
-        ages = self._engine.version - np.array(versions)
+        """Return the age in steps of the weights that generated the response tokens."""
+        samples = [sample for group in groups for sample in group.samples]
+        ages = self._engine.version - np.concatenate([s.token_versions[s.response_mask] for s in samples])
         return {
             "rollout/staleness_mean": Metric(float(ages.sum()), len(ages)),
             "rollout/staleness_max": Metric(float(ages.max()), op="max"),
@@ -145,7 +140,7 @@ class Collector:
 
 
 def rollout_figures(groups: list[SampleGroup]) -> dict[str, Metric]:
-    """Rewards and lengths of scored groups; ``reward/std`` is the mean of the groups' own."""
+    """Return rewards and lengths of scored groups; ``reward/std`` is the mean over groups."""
     samples = [s for g in groups for s in g.samples]
     lengths = [s.response_length for s in samples]
     return {
@@ -158,10 +153,11 @@ def rollout_figures(groups: list[SampleGroup]) -> dict[str, Metric]:
 
 
 def score(groups: list[SampleGroup], reward: Reward) -> int:
-    """Sets ``reward`` of every sample; collective: each rank scores its share of the groups, then all hold all rewards.
+    """Set ``reward`` of every sample. Collective: each rank scores its share of the groups.
 
     Returns:
-        How many answers timed out, on all ranks: a reward with a time limit counts them in its attribute ``timeouts``.
+        The number of timeouts on all ranks. A reward with a time limit counts its own in the attribute
+        ``timeouts``.
     """
     before: int = getattr(reward, "timeouts", 0)
     with ThreadPoolExecutor() as pool:
@@ -179,8 +175,11 @@ def score(groups: list[SampleGroup], reward: Reward) -> int:
 
 
 def overlong_penalty(response_length: int, cfg: RolloutConfig) -> float:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): 0 up to ``max_new_tokens - overlong_buffer`` tokens, then falling
-    linearly to ``-overlong_penalty`` at ``max_new_tokens``."""
+    """Return DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
+
+    It is 0 up to ``max_new_tokens - overlong_buffer`` tokens and falls linearly to ``-overlong_penalty`` at
+    ``max_new_tokens``.
+    """
     if cfg.overlong_buffer == 0:
         return 0.0
     excess = response_length - (cfg.max_new_tokens - cfg.overlong_buffer)

@@ -29,21 +29,21 @@ from .engine import SamplingParams, end_token_ids, response_text
 
 
 class EmbeddedEngine:
-    """Samples with a transformers causal language model; a ``RolloutEngine``.
+    """A ``RolloutEngine`` that samples with a transformers causal language model.
 
-    The responses are dealt out evenly over the ranks. Samples, and noise on routers, depend only on the weights, the prompts, ``seed``, the
-    policy version, the number of ``generate`` calls since ``update_weights``, ``batch_size`` and the rank: a resumed run draws what the
-    first would have.
+    The ranks share the responses evenly. Samples and router noise depend only on the weights, the prompts,
+    ``seed``, the policy version, the number of ``generate`` calls since ``update_weights``, ``batch_size``
+    and the rank. So a resumed run draws the same samples as an uninterrupted one.
 
     Args:
         model_path: Hugging Face folder or hub name.
-        tokenizer: its tokenizer.
-        device: where the model lives.
-        dtype: precision of weights and activations; sampling itself is fp32.
-        batch_size: responses decoded together on a rank.
-        seed: of the sampling.
-        routed_experts: record the experts of every token; the model is a MoE.
-        quantized: round new weights to the values they have in block-wise FP8 (see ``models.fp8_blocks``).
+        tokenizer: the model's tokenizer.
+        device: device of the model.
+        dtype: dtype of weights and activations; sampling always uses fp32.
+        batch_size: number of responses decoded together on a rank.
+        seed: seed of the sampling.
+        routed_experts: record the experts of every token; requires a MoE.
+        quantized: round new weights to their values in block-wise FP8 (see ``models.fp8_blocks``).
     """
 
     def __init__(
@@ -75,13 +75,14 @@ class EmbeddedEngine:
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
 
-        ``rollout_logprobs`` belong to the distribution sampled from, after temperature, top-k and top-p; for greedy decoding to
-        the model's own, at temperature 1. With ``router_noise`` they, and the recorded experts, are those of the disturbed model.
+        ``rollout_logprobs`` belong to the distribution sampled from, after temperature, top-k and top-p. For
+        greedy decoding they belong to the model's distribution at temperature 1. With ``router_noise``, log
+        probabilities and recorded experts are those of the disturbed model.
 
         Raises:
             NonFiniteError: the weights give logits that are NaN or infinite.
         """
-        # Neighbours in length share a batch, and each rank gets every world_size-th of them.
+        # prompts of similar length share a batch; each rank takes every world_size-th response
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
         mine = [(i, s) for i in by_length for s in range(sampling.n)][rank() :: world_size()]
         drawn: dict[tuple[int, int], Sample] = {}
@@ -93,7 +94,7 @@ class EmbeddedEngine:
                 generator = torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
                 samples = self._decode([prompts[i].input_ids for i, _ in batch], sampling, generator)
                 drawn.update(zip(batch, samples, strict=True))
-        except NonFiniteError as error:  # perhaps on this rank alone
+        except NonFiniteError as error:  # raised below on every rank
             problem = error
         self._calls += 1
         parts = all_gather_objects((problem, drawn))
@@ -114,85 +115,67 @@ class EmbeddedEngine:
             slot = self._slots.get(name)
             if slot is None:
                 raise InputError(
-                    f"weight sync: the rollout model has no tensor {name!r}; do policy and rollout read the same model.path?"
+                    f"weight sync: the rollout model has no tensor {name!r}; "
+                    "do policy and rollout read the same model.path?"
                 )
             if name not in missing:
                 raise InputError(f"weight sync: tensor {name!r} came twice")
             if slot.shape != tensor.shape:
                 raise InputError(
-                    f"weight sync: {name!r} has shape {tuple(tensor.shape)}, the rollout model {tuple(slot.shape)}"
+                    f"weight sync: {name!r} has shape {tuple(tensor.shape)}, "
+                    f"the rollout model {tuple(slot.shape)}"
                 )
             slot.copy_(tensor)
             missing.remove(name)
         if missing:
             raise InputError(
-                f"weight sync: {len(missing)} tensors of the rollout model were not sent: {', '.join(sorted(missing)[:8])}"
+                f"weight sync: {len(missing)} tensors of the rollout model were not sent: "
+                f"{', '.join(sorted(missing)[:8])}"
             )
         self.version = version
         self._calls = 0
 
     def sleep(self) -> None:
-        """Keeps its memory: a copy of the weights, which the next sync overwrites."""
+        """Keep all memory: the engine has its own copy of the weights."""
 
     def take_metrics(self) -> dict[str, Metric]:
-        """There is nothing to tell."""
+        """Return no metrics."""
         return {}
 
     def close(self) -> None:
-        """It started nothing."""
+        """No resources to release."""
 
     @torch.inference_mode()
     def _decode(
         self, prompts: list[list[int]], sampling: SamplingParams, generator: torch.Generator
     ) -> list[Sample]:
-        """One batch of B responses, token by token."""
+        """Decode one batch of B responses, token by token."""
         self._noise.std, self._noise.generator = sampling.router_noise, generator
-        distinct = sorted({tuple(ids) for ids in prompts}, key=len)
-        place = {ids: row for row, ids in enumerate(distinct)}
-        width = len(distinct[-1])
-        assert len(distinct[0]) > 0, "a prompt without input_ids"
-        ids = torch.tensor(
-            [[0] * (width - len(p)) + list(p) for p in distinct], device=self.device
-        )  # (D, P) left-padded
-        pad = torch.tensor([width - len(p) for p in distinct], device=self.device)[:, None]  # (D, 1)
-        positions = (torch.arange(width, device=self.device)[None] - pad).clamp(min=0)  # (D, P)
-
-        # Every prompt is read once; its responses start from copies of its cache.
-        cache = DynamicCache(config=self.model.config)
-        logits = self._forward(ids, positions, pad, cache)  # (D, V)
-        prompt_experts = self._routing.latest(len(ids)) if self._routing else None  # (D, P, layers, topk)
-        spread = torch.tensor([place[tuple(p)] for p in prompts], device=self.device)
-        logits, pad = logits[spread], pad[spread]
-        cache.batch_select_indices(spread)
-
+        logits, pad, cache, prompt_experts = self._prefill(prompts)
+        width = cache.get_seq_length()
         rows = torch.arange(len(prompts), device=self.device)  # (b,) rows of the batch still in the cache
         tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=self.device)
-        experts = (
-            None
-            if prompt_experts is None
-            else prompt_experts.new_zeros(*tokens.shape, *prompt_experts.shape[2:])
-        )
-        lengths = torch.zeros(
-            len(prompts), dtype=torch.int64, device=self.device
-        )  # 0 while a response goes on
+        experts = None
+        if prompt_experts:
+            experts = prompt_experts[0].new_zeros(*tokens.shape, *prompt_experts[0].shape[1:])
+        lengths = torch.zeros_like(rows)  # 0 for unfinished responses
         end_tokens = torch.tensor(sorted(self._end_ids), dtype=torch.int64, device=self.device)
         warpers = _warpers(sampling)
         for step in range(sampling.max_new_tokens):
-            token, logprob = _sample(
-                logits, warpers, generator, greedy=sampling.temperature == 0
-            )  # (b,), (b,)
+            # (b,) each
+            token, logprob = _sample(logits, warpers, generator, greedy=sampling.temperature == 0)
             tokens[rows, step], logprobs[rows, step] = token, logprob
             ends = torch.isin(token, end_tokens)
             if sampling.stop:
                 ends |= self._ends_with_stop(tokens[rows, : step + 1], sampling.stop)
             lengths[rows] = torch.where(ends & (lengths[rows] == 0), step + 1, lengths[rows])
-            going = (lengths[rows] == 0).nonzero()[:, 0]
-            if len(going) == 0 or step + 1 == sampling.max_new_tokens:
+            unfinished = (lengths[rows] == 0).nonzero()[:, 0]
+            if len(unfinished) == 0 or step + 1 == sampling.max_new_tokens:
                 break
-            if len(going) <= 0.75 * len(rows):  # dropping rows copies the cache, as every step does
-                rows, token, pad = rows[going], token[going], pad[going]
-                cache.batch_select_indices(going)
+            if len(unfinished) <= 0.75 * len(rows):  # removing rows copies the cache, as each step does
+                rows, token, pad = rows[unfinished], token[unfinished], pad[unfinished]
+                cache.batch_select_indices(unfinished)
             logits = self._forward(token[:, None], width + step - pad, pad, cache)
             if self._routing and experts is not None:
                 experts[rows, step] = self._routing.latest(len(rows))[:, 0]
@@ -200,22 +183,45 @@ class EmbeddedEngine:
         samples = []
         for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
             response = slice(length or None)
-            sample = self._sample_of(
-                prompt, tokens[i, response].tolist(), logprobs[i, response].tolist(), length > 0, sampling
+            routed = None
+            if prompt_experts and experts is not None:
+                routed = torch.cat([prompt_experts[i], experts[i, response][:-1]]).cpu().numpy()
+            stopped = length > 0
+            samples.append(
+                self._sample_of(prompt, tokens[i, response], logprobs[i, response], stopped, sampling, routed)
             )
-            if prompt_experts is not None and experts is not None:
-                routed = torch.cat(
-                    [
-                        prompt_experts[spread[i], width - len(prompt) :],
-                        experts[i, : sample.response_length - 1],
-                    ]
-                )
-                sample.routed_experts = routed.short().cpu().numpy()
-            samples.append(sample)
         return samples
 
+    def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, DynamicCache, list[Tensor]]:
+        """Read every distinct prompt once and give each of the B responses a copy of its prompt's cache.
+
+        Returns:
+            (B, V) logits of the first response token; (B, 1) number of empty slots on the left; the cache of
+            B rows; (tokens, layers, topk) experts of each response's prompt, [] if they are not recorded.
+        """
+        distinct = sorted({tuple(ids) for ids in prompts}, key=len)
+        place = {ids: row for row, ids in enumerate(distinct)}
+        width = len(distinct[-1])
+        assert len(distinct[0]) > 0, "a prompt without input_ids"
+        padded = [[0] * (width - len(p)) + list(p) for p in distinct]
+        ids = torch.tensor(padded, device=self.device)  # (D, P) left-padded
+        pad = torch.tensor([width - len(p) for p in distinct], device=self.device)[:, None]  # (D, 1)
+        positions = (torch.arange(width, device=self.device)[None] - pad).clamp(min=0)  # (D, P)
+        cache = DynamicCache(config=self.model.config)
+        logits = self._forward(ids, positions, pad, cache)  # (D, V)
+        experts: list[Tensor] = []
+        if self._routing:
+            by_prompt = self._routing.latest(len(ids))  # (D, P, layers, topk)
+            experts = [by_prompt[place[tuple(p)], width - len(p) :] for p in prompts]
+        spread = torch.tensor([place[tuple(p)] for p in prompts], device=self.device)
+        cache.batch_select_indices(spread)
+        return logits[spread], pad[spread], cache, experts
+
     def _forward(self, ids: Tensor, positions: Tensor, pad: Tensor, cache: DynamicCache) -> Tensor:
-        """(B, T) new tokens after the cached ones -> (B, V) fp32 logits of the last; ``pad`` (B, 1) are empty slots on the left."""
+        """Run (B, T) new tokens after the cached ones; return (B, V) fp32 logits of the last token.
+
+        ``pad`` is (B, 1), the number of empty slots on the left.
+        """
         slots = torch.arange(cache.get_seq_length() + ids.shape[1], device=self.device)
         mask = (slots >= pad).long() if bool(pad.any()) else None
         out = self.model(
@@ -234,7 +240,8 @@ class EmbeddedEngine:
         return logits
 
     def _ends_with_stop(self, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
-        """(b,) bool: a stop string stands in the tail of (b, T) tokens. A token spells at least one byte, so that the tail is enough."""
+        """Return (b,) bool: whether the last of (b, T) tokens completes a stop string."""
+        # a token decodes to at least one byte, so the string lies within this many tokens
         tail = tokens[:, -max(len(s.encode()) for s in stop) :]
         texts = self.tokenizer.batch_decode(tail.tolist(), skip_special_tokens=True)
         return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
@@ -242,24 +249,26 @@ class EmbeddedEngine:
     def _sample_of(
         self,
         prompt: list[int],
-        response: list[int],
-        logprobs: list[float],
+        response: Tensor,
+        logprobs: Tensor,
         stopped: bool,
         sampling: SamplingParams,
+        routed_experts: np.ndarray | None,
     ) -> Sample:
         reason: FinishReason = "stop" if stopped else "length"
-        return Sample(
-            tokens=[*prompt, *response],
-            response_mask=[False] * len(prompt) + [True] * len(response),
-            rollout_logprobs=[0.0] * len(prompt) + logprobs,
-            text=response_text(self.tokenizer, response, self._end_ids, sampling.stop),
+        return Sample.from_response(
+            prompt,
+            response.cpu().numpy(),
+            logprobs.cpu().numpy(),
+            text=response_text(self.tokenizer, response.tolist(), self._end_ids, sampling.stop),
             finish_reason=reason,
             policy_version=self.version,
+            routed_experts=routed_experts,
         )
 
 
 class _RoutedExperts:
-    """The routing of a transformers MoE in its latest forward pass, read where the experts of each layer are given it."""
+    """Records the routing of a transformers MoE's latest forward pass, from the inputs of the experts."""
 
     def __init__(self, model: Any) -> None:
         self._shape = (model.config.num_hidden_layers, model.config.num_experts_per_tok)
@@ -269,28 +278,28 @@ class _RoutedExperts:
                 layer.mlp.experts.register_forward_pre_hook(partial(self._note, number))
 
     def _note(self, layer: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._latest[layer] = inputs[
-            1
-        ]  # (hidden states, experts (B * T, topk), their weights), in every family
+        # in every family: hidden states, experts (B * T, topk), their weights
+        self._latest[layer] = inputs[1]
 
     def latest(self, batch_size: int) -> Tensor:
-        """(B, T, layers, topk) int32, -1 in layers without experts."""
+        """Return (B, T, layers, topk) int32 expert ids, 0 in layers without experts."""
         layers, topk = self._shape
         some = next(iter(self._latest.values()))
-        experts = some.new_full((len(some), layers, topk), -1, dtype=torch.int32)
+        experts = some.new_zeros(len(some), layers, topk, dtype=torch.int32)
         for layer, chosen in self._latest.items():
             experts[:, layer] = chosen.int()
         return experts.view(batch_size, -1, layers, topk)
 
 
 class _RouterNoise(TorchFunctionMode):
-    """Gaussian noise on the router logits of a transformers MoE, and so on its choice of experts and on their weights.
+    """Adds Gaussian noise to the router logits of a transformers MoE.
 
-    In every family a router computes its logits by the one ``linear`` in its forward pass, whose result is disturbed here.
+    The noise changes the chosen experts and their weights. In every family a router computes its logits by
+    the only ``linear`` call in its forward pass; the noise is added to its result.
 
     Attributes:
-        std: of the noise; at 0 the routers are left alone.
-        generator: what the noise is drawn from.
+        std: standard deviation of the noise; 0 disables it.
+        generator: random generator of the noise.
     """
 
     std: float = 0.0
@@ -320,7 +329,7 @@ class _RouterNoise(TorchFunctionMode):
 
 
 def _warpers(sampling: SamplingParams) -> LogitsProcessorList:
-    """In the order of transformers' ``generate``."""
+    """Return the logits processors in the order of transformers' ``generate``."""
     warpers = LogitsProcessorList()
     if sampling.temperature not in (0, 1):
         warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
@@ -334,7 +343,7 @@ def _warpers(sampling: SamplingParams) -> LogitsProcessorList:
 def _sample(
     logits: Tensor, warpers: LogitsProcessorList, generator: torch.Generator, *, greedy: bool
 ) -> tuple[Tensor, Tensor]:
-    """(B, V) fp32 logits -> (B,) tokens and their (B,) log probabilities."""
+    """Sample from (B, V) fp32 logits; return (B,) tokens and their (B,) log probabilities."""
     if not greedy:
         logits = warpers(None, logits)  # pyright: ignore[reportArgumentType]
     logprobs = logits.log_softmax(-1)
@@ -347,9 +356,10 @@ def _sample(
 
 
 def _weight_slots(model: Any) -> dict[str, Tensor]:
-    """Name in the Hugging Face checkpoint -> the memory that holds it, for routed experts a part of what transformers stacks.
+    """Return the model's tensors by their names in the Hugging Face checkpoint.
 
-    Tied weights appear under their first name, as in checkpoints.
+    Transformers stacks routed experts; their entries are views of the stack. Tied weights have one entry,
+    under their first name, like in checkpoints.
     """
     slots: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""What every rollout engine does: sample responses, and take new weights."""
+"""The interface of rollout engines: sample responses, and load new weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class SamplingParams:
     """How to sample.
 
     Attributes:
-        n: responses for each prompt.
-        max_new_tokens: most tokens of a response, its end token included.
-        temperature: divides the logits; 0 is greedy decoding.
-        top_p: nucleus mass, 1 for all.
-        top_k: most likely tokens to keep, 0 for all.
-        stop: strings that end a response, besides the end tokens.
-        router_noise: standard deviation of Gaussian noise on a MoE's router logits; only the embedded engine adds it.
+        n: number of responses per prompt.
+        max_new_tokens: maximum length of a response, including its end token.
+        temperature: divides the logits; 0 means greedy decoding.
+        top_p: nucleus mass; 1 keeps all tokens.
+        top_k: number of most likely tokens to keep; 0 keeps all.
+        stop: strings that end a response, in addition to the end tokens.
+        router_noise: standard deviation of Gaussian noise on a MoE's router logits; only the embedded engine
+            adds it.
     """
 
     n: int = 1
@@ -39,55 +40,56 @@ class RolloutEngine(Protocol):
     """Every method is collective: all ranks call it in the same order, with the same prompts and sampling.
 
     Attributes:
-        version: the training step whose weights it has.
+        version: the training step of the loaded weights.
     """
 
     version: int
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
-        """Samples ``sampling.n`` responses from ``input_ids`` of each prompt; rewards are left at 0.
+        """Sample ``sampling.n`` responses to the ``input_ids`` of each prompt; rewards stay 0.
 
         Returns:
-            One group for each prompt, in the order of ``prompts``, all of them on every rank.
+            One group per prompt, in the order of ``prompts``, on every rank.
         """
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replaces all weights; later samples carry ``policy_version = version``.
+        """Replace all weights; later samples have ``policy_version = version``.
 
         Args:
-            named_tensors: the policy's export, under the names of its Hugging Face checkpoint; may be iterated more than once.
-            version: training steps taken.
+            named_tensors: the policy's export, by the names in its Hugging Face checkpoint; may be iterated
+                several times.
+            version: number of training steps taken.
 
         Raises:
-            InputError: a tensor is unknown, missing, repeated or of another shape than the engine's.
+            InputError: a tensor is unknown, missing, repeated, or has another shape than the engine's.
             NonFiniteError: a weight to be quantised is NaN or infinite.
         """
         ...
 
     def sleep(self) -> None:
-        """Gives back the device memory it shares with the trainer, if any, until the next ``update_weights``."""
+        """Release device memory shared with the trainer, if any, until the next ``update_weights``."""
         ...
 
     def take_metrics(self) -> dict[str, Metric]:
-        """Figures on the engine's own work since the last call."""
+        """Return the engine's own metrics since the last call."""
         ...
 
     def close(self) -> None:
-        """Ends whatever it started."""
+        """Release the engine's resources."""
         ...
 
 
 def end_token_ids(generation_config: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end a response: those of transformers' generation config, and the tokenizer's."""
+    """Return the tokens that end a response, from transformers' generation config and the tokenizer."""
     ids = generation_config.eos_token_id
     return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
 
 
 def response_text(tokenizer: Any, response: list[int], end_ids: set[int], stop: tuple[str, ...]) -> str:
-    """What a reward reads: a response without its end token and special tokens, up to the first stop string."""
-    spoken = response[:-1] if response[-1] in end_ids else response
-    text: str = tokenizer.decode(spoken, skip_special_tokens=True)
+    """Return the text for the reward: without end token and special tokens, up to the first stop string."""
+    content = response[:-1] if response[-1] in end_ids else response
+    text: str = tokenizer.decode(content, skip_special_tokens=True)
     for string in stop:
         text = text.split(string, 1)[0]
     return text

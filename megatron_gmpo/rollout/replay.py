@@ -1,10 +1,9 @@
-"""Rollouts on disk: a step's groups to train on again, and transcripts to read."""
+"""Rollouts on disk: the groups of a step, to train on again, and transcripts for people."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
@@ -13,41 +12,41 @@ from typing import Any
 
 import numpy as np
 
-from ..batch.samples import Prompt, Sample, SampleGroup
+from .. import files
+from ..batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 from ..distributed import rank
 from ..errors import InputError
 
 
 def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> None:
-    """Writes ``folder/step_000000.jsonl``, a group on each line, every number exact; rank 0 only, whole or not at all."""
+    """Write ``folder/step_000000.jsonl``, one group per line with exact numbers. Atomic; rank 0 only."""
     if rank() != 0:
         return
     path = _step_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    with aside.open("w") as file:
+    with files.written_aside(path) as aside, aside.open("w") as file:
         for group in groups:
             file.write(json.dumps(asdict(group), default=_encode_array) + "\n")
-    os.replace(aside, path)
 
 
 def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
-    """Refuses a folder that lacks the groups of one of ``steps``.
+    """Check that the folder has the groups of all ``steps``.
 
     Raises:
-        InputError: naming the first such step and those there are.
+        InputError: a step is missing; the message names the first such step and the existing ones.
     """
     for step in steps:
         if not _step_file(folder, step).exists():
             found = sorted(int(p.stem.removeprefix("step_")) for p in Path(folder).glob("step_*.jsonl"))
             there = f"it has steps {found[0]} to {found[-1]}" if found else "it has no steps at all"
             raise InputError(
-                f"rollout.replay_path = {str(folder)!r} has no groups for step {step}, {there}: save them with rollout.save_path"
+                f"rollout.replay_path = {str(folder)!r} has no groups for step {step}, {there}: "
+                "save them with rollout.save_path"
             )
 
 
 def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
-    """Reads what ``save_groups`` wrote.
+    """Read the groups of a step, written by ``save_groups``.
 
     Raises:
         InputError: the folder has no such step, or a line of its file is broken.
@@ -69,7 +68,7 @@ def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
 
 
 def append_transcripts(path: str | Path, step: int, groups: list[SampleGroup], limit: int) -> None:
-    """Appends the first ``limit`` groups to a file for people to read, a JSON object on each line; rank 0 only."""
+    """Append the first ``limit`` groups to a file for people, one JSON object per line; rank 0 only."""
     if rank() != 0:
         return
     with Path(path).open("a") as file:
@@ -97,16 +96,24 @@ def _step_file(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
-def _encode_array(value: Any) -> dict[str, Any]:
-    """``Sample.routed_experts``: int16, base64."""
-    assert isinstance(value, np.ndarray), type(value)
-    return {"shape": value.shape, "int16": base64.b64encode(value.astype("<i2").tobytes()).decode()}
+def _encode_array(array: Any) -> dict[str, Any]:
+    assert isinstance(array, np.ndarray), type(array)
+    data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    return {"dtype": array.dtype.name, "shape": array.shape, "base64": base64.b64encode(data).decode()}
+
+
+def _decode_array(record: dict[str, Any]) -> np.ndarray:
+    old = "int16" in record  # in files written before all columns were arrays
+    dtype = np.dtype("int16" if old else record["dtype"])
+    data = base64.b64decode(record["int16" if old else "base64"])
+    return np.frombuffer(data, dtype.newbyteorder("<")).reshape(record["shape"]).astype(dtype)
 
 
 def _decode_sample(record: dict[str, Any]) -> Sample:
-    experts = record["routed_experts"]
-    if experts is not None:
-        record["routed_experts"] = np.frombuffer(base64.b64decode(experts["int16"]), "<i2").reshape(
-            experts["shape"]
-        )
-    return Sample(**record)
+    fields: dict[str, Any] = {
+        name: _decode_array(value) if isinstance(value, dict) else value for name, value in record.items()
+    }
+    if "token_versions" in fields:  # one version per token, in files written before samples were arrays
+        versions = fields.pop("token_versions")
+        fields["version_spans"] = None if versions is None else version_spans_of(versions)
+    return Sample(**fields)

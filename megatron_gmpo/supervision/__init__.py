@@ -1,4 +1,5 @@
-"""From the start of an attempt at a run to its end: who may start, when to stop, what every rank does meanwhile, why it ended.
+"""Supervision of one attempt at a run: run lock, stop requests, heartbeats, node check, recorded outcome.
 
-``Attempt`` puts it together. Launcher, ranks and tools tell each other what happens through files of the run folder (``records.py``).
+``Attempt`` combines them. Launcher, ranks and tools communicate through files of the run folder
+(``records``).
 """

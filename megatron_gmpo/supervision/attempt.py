@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import Config
-from ..distributed import barrier, rank
+from ..distributed import agreed, rank
 from ..errors import CollectiveError, Exit, NodeError, RunError, StopRequest
 from . import signals
 from .heartbeat import Heartbeat
@@ -27,10 +27,11 @@ from .stop import StopVote
 
 
 class Attempt:
-    """``with Attempt(cfg) as attempt: ... attempt.start(device, checkpoint_bytes) ...`` around a whole training.
+    """One attempt at a run: ``with Attempt(cfg) as attempt: ...``, which calls ``attempt.start(...)``.
 
-    Holds the lock of the run folder, if that exists from the beginning, and writes the outcome at the end. An error of another rank ends
-    it with ``CollectiveError``, a request to stop with ``StopRequest``.
+    Rank 0 locks the run folder, on entry if the folder exists and otherwise in ``start``. On exit the outcome
+    is written. If another rank was lost, the block ends with ``CollectiveError``; after a stop request, with
+    ``StopRequest``.
 
     Raises:
         InputError: another run uses the run folder.
@@ -38,7 +39,7 @@ class Attempt:
 
     def __init__(self, cfg: Config) -> None:
         self._cfg, self._run_dir = cfg, Path(cfg.run_dir)
-        self._first = os.environ.get("RANK", "0") == "0"  # before the process group is there
+        self._first = os.environ.get("RANK", "0") == "0"  # needed before the process group exists
         self._lock: RunLock | None = None
         self._heartbeat: Heartbeat | None = None
         self._stop = ""
@@ -49,31 +50,26 @@ class Attempt:
         return self
 
     def start(self, device: torch.device, checkpoint_bytes: int) -> None:
-        """Clears away what the last attempt left behind, starts the heartbeat, and checks the nodes where that is due. Collective.
+        """Remove the last attempt's records, start the heartbeat, check the nodes if configured. Collective.
 
         Args:
-            device: this rank's.
+            device: this rank's device.
             checkpoint_bytes: see ``check_nodes``.
 
         Raises:
+            InputError: another run uses the run folder.
             NodeError: see ``check_nodes``.
         """
         supervision = self._cfg.supervision
-        if self._first:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or RunLock(self._run_dir)
-            self._lock.sign()
-            (self._run_dir / OUTCOME).unlink(missing_ok=True)
-            for folder in ("heartbeats", "stacks", "errors"):
-                shutil.rmtree(self._run_dir / folder, ignore_errors=True)
-                (self._run_dir / folder).mkdir(exist_ok=True)  # NFS may keep a file that was open
-        barrier()
+        with agreed():
+            if self._first:
+                self._take_run_folder()
         self._errors = rank_file(self._run_dir, "errors", rank()).open("w")
         faulthandler.enable(self._errors)
         self._heartbeat = Heartbeat(
             self._run_dir, rank(), supervision.heartbeat_interval_s, supervision.hang_timeout_s, self._hung
         )
-        signals.last_words = self._terminated
+        signals.before_exit = self._terminated
         self._vote = StopVote(supervision.stop_margin_s)
         several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
         if several_nodes if supervision.node_check is None else supervision.node_check:
@@ -87,14 +83,14 @@ class Attempt:
             self.enter("start")
 
     def enter(self, phase: str) -> None:
-        """Called whenever another phase begins, with the names of the run's ``Timer``."""
+        """Record that another phase begins; phases are the names of the run's ``Timer``."""
         assert self._heartbeat
         if self._heartbeat.phase == "checkpoint":
             self._vote.saved(time.time() - self._heartbeat.since)
         self._heartbeat.enter(phase)
 
     def stops(self, step: int) -> bool:
-        """Whether to save and end now, ``step`` steps being taken. Collective, with the same answer on every rank."""
+        """Return whether to save and end after ``step`` completed steps. Collective."""
         assert self._heartbeat
         self._heartbeat.step = step
         self._stop = self._vote.reason()
@@ -103,10 +99,10 @@ class Attempt:
         return bool(self._stop)
 
     def saved(self, step: int) -> None:
-        """Called when a run that stops has saved everything; no signal disturbs its end from here on."""
-        signals.heeded = False
+        """Record that a stopping run has saved everything. From now on, signals are ignored."""
+        signals.active = False
         self._event("saved_for_requeue", step=step, reason=self._stop)
-        self._record_of_all(Exit.REQUEUE, self._stopped())
+        self._record_once(Exit.REQUEUE, self._stopped())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -117,9 +113,18 @@ class Attempt:
             if self._lock:
                 self._lock.release()
 
+    def _take_run_folder(self) -> None:
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = self._lock or RunLock(self._run_dir)
+        self._lock.sign()
+        (self._run_dir / OUTCOME).unlink(missing_ok=True)
+        for folder in ("heartbeats", "stacks", "errors"):
+            shutil.rmtree(self._run_dir / folder, ignore_errors=True)
+            (self._run_dir / folder).mkdir(exist_ok=True)  # NFS may keep the folder for a file that was open
+
     def _end(self, error: BaseException | None) -> None:
         if self._heartbeat is None:
-            if error and self._lock:  # nothing has begun, so what lies there is of an earlier attempt
+            if error and self._lock:  # an existing outcome is from an earlier attempt
                 (self._run_dir / OUTCOME).unlink(missing_ok=True)
                 self._record(error.exit if isinstance(error, RunError) else Exit.FAILED, _one_line(error))
         elif error is None:
@@ -128,9 +133,9 @@ class Attempt:
             self._close_errors()
             if self._stop:
                 raise StopRequest(self._stopped())
-            self._record_of_all(Exit.DONE, "all steps are done")
+            self._record_once(Exit.DONE, "all steps are done")
         elif isinstance(error, NodeError):
-            self._record_of_all(error.exit, str(error), error.node)
+            self._record_once(error.exit, str(error), error.node)
         elif isinstance(error, RunError):
             self._record(error.exit, str(error))
         else:
@@ -141,7 +146,7 @@ class Attempt:
         self._errors.writelines(traceback.format_exception(error))
         self._errors.flush()
         where = f"rank {rank()} on {node_name()}, in {self._heartbeat.where}"
-        if not _of_a_collective(error):
+        if not _is_collective_error(error):
             self._record(Exit.FAILED, f"{where}: {_one_line(error)}")
             return
         lost = CollectiveError(
@@ -152,7 +157,7 @@ class Attempt:
         if not self._record(lost.exit, str(lost), consequence=True) and (
             cause := read_outcome(self._run_dir)
         ):
-            if cause.node == node_name():  # where it has been said
+            if cause.node == node_name():  # a rank of this node has already printed it
                 raise SystemExit(cause.code) from None
             lost = CollectiveError(cause.reason)
         raise lost from None
@@ -176,11 +181,12 @@ class Attempt:
         )
 
     def _last_line(self, code: Exit, reason: str, *, consequence: bool) -> None:
-        """Of several ranks that end so only the one that writes the outcome prints."""
+        """Record the outcome; print the reason only if this rank was the one that wrote it."""
         if self._record(code, reason, consequence=consequence):
             print(f"error: {reason}", file=sys.stderr, flush=True)
 
-    def _record_of_all(self, code: Exit, reason: str, node: str = "") -> None:
+    def _record_once(self, code: Exit, reason: str, node: str = "") -> None:
+        """Record an outcome that all ranks share; rank 0 writes it."""
         if self._first:
             self._record(code, reason, node=node)
 
@@ -209,14 +215,13 @@ class Attempt:
             Path(self._errors.name).unlink()
 
 
-def _of_a_collective(error: BaseException) -> bool:
-    """NCCL's errors have a class; gloo's are RuntimeErrors that name a file of gloo."""
+def _is_collective_error(error: BaseException) -> bool:
+    """Return whether a collective failed. gloo raises RuntimeErrors that name one of its source files."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _one_line(error: BaseException) -> str:
-    """``ValueError: ...``; of gloo's text without the source file in front and the advice behind."""
-    text = re.sub(r"^\[[^]]*gloo[^]]*\] ", "", " ".join(str(error).split())).partition(". This is typically")[
-        0
-    ]
+    """Return ``ValueError: ...`` in one line, without the source file and the advice in gloo's messages."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[[^]]*gloo[^]]*\] ", "", text).partition(". This is typically")[0]
     return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"

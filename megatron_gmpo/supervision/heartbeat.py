@@ -1,4 +1,4 @@
-"""What a rank does, told every few seconds by a thread of its own, which also notices that the rank does not move."""
+"""A thread in each rank that reports every few seconds what the rank is doing, and that detects a hang."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from .records import node_name, rank_file, write_json
+from .. import files
+from .records import node_name, rank_file
 
 
 class Heartbeat:
-    """Writes ``heartbeats/rank_00003.json`` every ``interval_s``: rank, node, pid, ``step`` (steps taken), ``phase``, ``since`` (Unix time
-    the phase began) and ``time`` (of the write).
+    """Writes ``heartbeats/rank_00003.json`` every ``interval_s``: rank, node, pid, ``step`` (completed
+    steps), ``phase``, ``since`` (Unix time at which the phase began) and ``time`` (Unix time of the write).
 
     Args:
         run_dir: the run folder.
-        rank: of this process.
+        rank: rank of this process.
         interval_s: seconds between two writes.
-        hang_timeout_s: seconds in one phase after which ``hung`` is called, a little later if the main thread stands in a collective: the
-            rank that it waits for may then speak first.
-        hung: receives one line that says who does not move. Called in the thread.
+        hang_timeout_s: seconds in one phase after which ``hung`` is called. It is called two intervals later
+            if the main thread is in a collective, so that the rank that keeps the others waiting reports
+            first.
+        hung: receives one line that names the rank that does not make progress. Called in the heartbeat
+            thread.
     """
 
     def __init__(
@@ -49,15 +52,15 @@ class Heartbeat:
 
     @property
     def where(self) -> str:
-        """E.g. ``phase rollout of step 3``, the step that is being taken."""
+        """The current phase and step, such as ``phase rollout of step 3``."""
         return f"phase {self.phase} of step {self.step + 1}"
 
     def enter(self, phase: str) -> None:
-        """Called whenever another phase begins."""
+        """Record that another phase begins."""
         self.phase, self.since, self._entered = phase, time.time(), time.monotonic()
 
     def stop(self) -> None:
-        """The last heartbeat says ``end``."""
+        """Stop the thread and write a last heartbeat with the phase ``end``."""
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -68,7 +71,7 @@ class Heartbeat:
             Path(self._stacks.name).unlink()
 
     def dump_stacks(self) -> None:
-        """Writes the stacks of all threads to ``stacks/rank_00003.txt``. Any thread may call it."""
+        """Write the stacks of all threads to ``stacks/rank_00003.txt``. Any thread may call it."""
         age = time.monotonic() - self._entered
         self._stacks.write(f"rank {self._rank} on {node_name()}, in {self.where} for {age:.0f} s\n")
         self._stacks.flush()
@@ -76,10 +79,11 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._interval_s):
-            with suppress(OSError):  # a file system that is away for a moment, or full
+            with suppress(OSError):  # a file system that is briefly unavailable, or full
                 self._write()
-            # Code that never lets go of the interpreter (a regular expression, say) stops this thread too. faulthandler's own thread needs
-            # no interpreter; it dumps the stacks and ends the process with exit code 1, after the ranks that wait for this one have spoken.
+            # Code that never releases the GIL, such as a regular expression, also stops this thread.
+            # faulthandler's thread does not need the GIL: it dumps the stacks and ends the process with exit
+            # code 1, after the waiting ranks have reported.
             faulthandler.dump_traceback_later(
                 self._hang_timeout_s + 4 * self._interval_s, file=self._stacks, exit=True
             )
@@ -94,7 +98,8 @@ class Heartbeat:
             "step": self.step,
             "phase": self.phase,
         }
-        write_json(self._file, beat | {"since": self.since, "time": time.time()})
+        content = json.dumps(beat | {"since": self.since, "time": time.time()})
+        files.write(self._file, content, durable=False)
 
     def _why_hung(self) -> str:
         age = time.monotonic() - self._entered
@@ -107,11 +112,11 @@ class Heartbeat:
         return f"{self._missing()}rank {self._rank} on {node_name()} has waited for others in {place}"
 
     def _missing(self) -> str:
-        """Names the first rank whose heartbeat has stopped, if one has."""
+        """Return a phrase that names the first rank whose heartbeat has stopped, or an empty string."""
         for file in sorted(self._file.parent.glob("rank_*.json")):
             try:
                 beat = json.loads(file.read_text())
-            except OSError:  # of a file system in trouble; this rank still has to speak
+            except OSError:  # this rank must report even if the file system fails
                 continue
             silent = time.time() - beat["time"]
             if silent > self._hang_timeout_s / 2:
@@ -120,7 +125,7 @@ class Heartbeat:
 
 
 def _in_collective() -> bool:
-    """Whether the main thread stands in a function of torch.distributed. (With NCCL it may wait elsewhere, for the device.)"""
+    """Return whether the main thread is in torch.distributed. With NCCL it may instead wait for the GPU."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     while frame:
         if f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename:

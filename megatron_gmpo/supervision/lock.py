@@ -1,4 +1,4 @@
-"""One attempt at a time: the first rank holds a lock on the run folder."""
+"""The lock of a run folder: one attempt at a time."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from .records import node_name
 log = logging.getLogger(__name__)
 
 _SAME_JOB_S = 120.0
-"""A requeued job meets the lock of its own last attempt, until the file system notices that its node is gone."""
+"""After a requeue, the lock of the job's last attempt stays until the file system detects that its node is
+gone."""
 _POLL_S = 1.0
 
 
 class RunLock:
-    """An exclusive ``flock`` on ``run.lock``, which ends with the process. The file's line names the holder.
+    """An exclusive ``flock`` on ``run.lock`` that ends with the process. The file's line names the holder.
 
     Raises:
-        InputError: another process holds it. A former attempt of the same Slurm job is waited for, up to two minutes.
+        InputError: another process holds the lock. For an earlier attempt of the same Slurm job, it is raised
+            after two minutes.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._file = (run_dir / "run.lock").open("a+")
-        os.register_at_fork(
-            after_in_child=self._file.close
-        )  # a child that outlives this process must not hold it
+        # a forked child inherits the descriptor, and would hold the lock after the end of this process
+        os.register_at_fork(after_in_child=self._file.close)
         deadline = time.monotonic() + _SAME_JOB_S
-        while not self._taken():
+        while not self._acquired():
             holder = self._holder()
             same_job = holder.get("job") is not None and holder["job"] == os.environ.get("SLURM_JOB_ID")
             if not same_job or time.monotonic() > deadline:
@@ -42,41 +43,42 @@ class RunLock:
                 who = (
                     f"process {holder['pid']}{job} on {holder['node']} since {holder['start']}"
                     if holder
-                    else "a run that just starts"
+                    else "a run that is starting"
                 )
                 raise InputError(
-                    f"run_dir = {str(run_dir)!r} is in use by {who}: wait for its end, or choose another run_dir"
+                    f"run_dir = {str(run_dir)!r} is in use by {who}: "
+                    "wait for its end, or choose another run_dir"
                 )
             time.sleep(_POLL_S)
 
     def sign(self) -> None:
-        """Writes who holds it."""
-        start = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = {
+        """Write this process into the file as the holder."""
+        holder = {
             "job": os.environ.get("SLURM_JOB_ID"),
             "node": node_name(),
             "pid": os.getpid(),
-            "start": start,
+            "start": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._file.truncate(0)
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(holder) + "\n")
         self._file.flush()
 
     def release(self) -> None:
+        """Release the lock."""
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(
-                self._file, fcntl.LOCK_UN
-            )  # closing leaves it to a child that has been forked this moment
+            # closing alone is not enough: a child that is being forked may still have the descriptor
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
-    def _taken(self) -> bool:
+    def _acquired(self) -> bool:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
             log.warning(
-                f"the file system of {self._file.name} has no locks ({error.strerror}): see to it that only one run writes there"
+                f"the file system of {self._file.name} does not support locks ({error.strerror}): "
+                "make sure that only one run writes there"
             )
         return True
 

@@ -1,4 +1,4 @@
-"""Whether every node is fit to train on, looked at before training, so that a bad one is named instead of failing somewhere later."""
+"""Check every node before training, so that a bad node is named instead of failing later."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from .. import files
 from ..config import SupervisionConfig
-from ..distributed import all_gather_objects, barrier, broadcast_object, rank, world_size
+from ..distributed import agreed, all_gather_objects, barrier, broadcast_object, rank, world_size
 from ..errors import InputError, NodeError
 from .records import node_name
 
@@ -22,9 +23,9 @@ _GB = 1e9
 _CLOCK_SKEW_S = 30.0
 _FREE_GPU_SHARE = 0.8
 _TOKEN_TIMEOUT_S = 60.0
-"""Network file systems show another node's file only after a while."""
+"""On a network file system, another node's file becomes visible with a delay."""
 _ALL_REDUCE_TIMEOUT_S = 300.0
-"""The first all-reduce sets up NCCL's connections."""
+"""Includes the setup of NCCL's connections, which the first all-reduce triggers."""
 _POLL_S = 0.2
 
 
@@ -36,34 +37,35 @@ def check_nodes(
     *,
     shared_gpus: bool = False,
 ) -> None:
-    """Collective; a minute at most where all is well.
+    """Check GPUs, memory, the shared run folder, clocks, disk space and an all-reduce. Collective.
+
+    It takes at most a minute on good nodes.
 
     Args:
         cfg: the limits.
-        run_dir: must be one folder on all nodes.
-        device: this rank's.
-        checkpoint_bytes: what one checkpoint of the run takes; the least free space unless ``cfg.min_free_disk_gb`` says otherwise.
-        shared_gpus: rollout servers of the run may already be on the GPUs.
+        run_dir: must be the same folder on all nodes.
+        device: this rank's device.
+        checkpoint_bytes: size of one checkpoint, the required free disk space unless ``cfg.min_free_disk_gb``
+            is set.
+        shared_gpus: rollout servers of the run may already use the GPUs.
 
     Raises:
-        NodeError: on every rank, naming the first bad node, the check, and how many more there are.
-        InputError: on every rank, where the disk that all nodes share is too full.
+        NodeError: on every rank, naming the first bad node, the failed check, and the other bad nodes.
+        InputError: on every rank: the disk that all nodes share has too little space.
     """
-    _raise_on_every_rank(
+    _raise_first(
         [*_gpus(device, shared_gpus), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()]
     )
-    _check_space(cfg, run_dir, checkpoint_bytes)
-    _raise_on_every_rank(
-        [*_all_reduce(device)]
-    )  # last: a rank that is missing something might not come to it
+    with agreed():
+        if rank() == 0:
+            _check_space(cfg, run_dir, checkpoint_bytes)
+    _raise_first([*_all_reduce(device)])  # last: a bad node might never complete it
 
 
-def _raise_on_every_rank(problems: list[str]) -> None:
-    found = list(
-        dict.fromkeys(
-            (node, line) for node, lines in all_gather_objects((node_name(), problems)) for line in lines
-        )
-    )
+def _raise_first(problems: list[str]) -> None:
+    """Raise the first problem of any rank on every rank, with the names of all bad nodes. Collective."""
+    reports = all_gather_objects((node_name(), problems))
+    found = list(dict.fromkeys((node, line) for node, lines in reports for line in lines))
     if found:
         node, line = found[0]
         others = sorted({name for name, _ in found} - {node})
@@ -76,10 +78,11 @@ def _gpus(device: torch.device, shared: bool) -> Iterator[str]:
     wanted = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     found = torch.cuda.device_count()
     if found < wanted:
-        yield f"{found} GPUs are visible, {wanted} ranks run there"
+        yield f"{found} GPUs are visible, {wanted} ranks run on the node"
     free, total = torch.cuda.mem_get_info(device)
     if not shared and free < _FREE_GPU_SHARE * total:
-        yield f"GPU {device.index} has {free / _GB:.1f} GB free of {total / _GB:.1f} GB: another process uses it"
+        amount = f"{free / _GB:.1f} GB free of {total / _GB:.1f} GB"
+        yield f"GPU {device.index} has {amount}: another process uses it"
 
 
 def _memory(wanted_gb: float) -> Iterator[str]:
@@ -91,28 +94,31 @@ def _memory(wanted_gb: float) -> Iterator[str]:
 def _run_dir(run_dir: Path) -> Iterator[str]:
     token = broadcast_object(secrets.token_hex(8))
     file = run_dir / ".node_check"
-    if rank() == 0:
-        file.write_text(token)
-    barrier()
+    with agreed():
+        if rank() == 0:
+            files.write(file, token)
     deadline = time.monotonic() + _TOKEN_TIMEOUT_S
     while not (seen := file.is_file() and file.read_text() == token) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     barrier()
     if not seen:
-        yield f"run_dir = {str(run_dir)!r} does not show what the first rank wrote there: use a file system that all nodes share"
+        yield (
+            f"run_dir = {str(run_dir)!r} does not show the file that rank 0 wrote there: "
+            "use a file system that all nodes share"
+        )
     if rank() == 0:
         file.unlink()
 
 
 def _check_space(cfg: SupervisionConfig, run_dir: Path, checkpoint_bytes: int) -> None:
-    """No other node would have more of it."""
-    free = broadcast_object(shutil.disk_usage(run_dir).free) / _GB
+    free = shutil.disk_usage(run_dir).free / _GB
     wanted, why = checkpoint_bytes / _GB, f"a checkpoint takes {checkpoint_bytes / _GB:.1f} GB"
     if cfg.min_free_disk_gb is not None:
         wanted, why = cfg.min_free_disk_gb, f"supervision.min_free_disk_gb = {cfg.min_free_disk_gb:g}"
     if free < wanted:
         raise InputError(
-            f"run_dir = {str(run_dir)!r} has {free:.1f} GB of disk space left, and {why}: make room, or choose another run_dir"
+            f"run_dir = {str(run_dir)!r} has {free:.1f} GB of disk space left, and {why}: "
+            "make room, or choose another run_dir"
         )
 
 
@@ -120,7 +126,8 @@ def _clock() -> Iterator[str]:
     barrier()
     ahead = time.time() - broadcast_object(time.time())
     if abs(ahead) > _CLOCK_SKEW_S:
-        yield f"its clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the first rank's: synchronise it"
+        direction = "ahead of" if ahead > 0 else "behind"
+        yield f"its clock is {abs(ahead):.0f} s {direction} rank 0's: synchronize it"
 
 
 def _all_reduce(device: torch.device) -> Iterator[str]:

@@ -1,9 +1,10 @@
-"""SIGUSR1 and SIGTERM ask the run to stop after the step it is in. A second SIGTERM ends the process at once.
+"""SIGUSR1 and SIGTERM request a stop after the current step. A second SIGTERM ends the process immediately.
 
-Imports nothing that takes time: until ``listen`` is called, such a signal kills the process.
+This module imports nothing slow: until ``listen`` is called, such a signal kills the process.
 
-Both signals are blocked and awaited by a thread, so that a request is heard while the main thread stands in a collective. Child processes
-(reward workers, servers, checkpoint writers) inherit the mask: Slurm signals every process of a job step, and a save needs its writers.
+Both signals are blocked, and a thread waits for them, so that a request arrives even while the main thread is
+in a collective. Child processes (reward workers, servers, checkpoint writers) inherit the mask: Slurm signals
+every process of a job step, and a save still needs its writers.
 """
 
 from __future__ import annotations
@@ -16,24 +17,25 @@ from collections.abc import Callable
 
 _REQUESTS = {signal.SIGUSR1, signal.SIGTERM}
 _FORWARDED_S = 2.0
-"""Slurm's SIGTERM comes to each process of a step, and once more from torchrun: within this time they are one."""
+"""Slurm sends SIGTERM to each process of a step, and torchrun forwards it: two within this time count as
+one."""
 
 received: signal.Signals | None = None
-"""The first request; None as long as there is none."""
+"""The first request, or None."""
 
-heeded = True
-"""False while a run that has saved everything ends."""
-
-
-def _silent(reason: str) -> None: ...
+active = True
+"""Set to False once a stopping run has saved everything: further signals are ignored."""
 
 
-last_words: Callable[[str], None] = _silent
-"""Called with the reason, in another thread than the main one, before a signal ends the process."""
+def _ignore(reason: str) -> None: ...
+
+
+before_exit: Callable[[str], None] = _ignore
+"""Called with the reason before a signal ends the process; not in the main thread."""
 
 
 def listen() -> None:
-    """Takes the signals as requests from now on. Call it before other threads are started."""
+    """Treat the signals as requests from now on. Call it before any thread is started."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
     threading.Thread(target=_wait, name="signals", daemon=True).start()
 
@@ -44,18 +46,18 @@ def _wait() -> None:
     while True:
         number = signal.Signals(signal.sigwait(_REQUESTS))
         received = received or number
-        if number is not signal.SIGTERM or not heeded:
+        if number is not signal.SIGTERM or not active:
             continue
-        if _a_rank_is_gone():
-            _die("ended by torchrun, because another rank of this node has ended")
+        if _rank_has_ended():
+            _exit("ended by torchrun, because another rank of this node has ended")
         if first_term is None:
             first_term = time.monotonic()
         elif time.monotonic() - first_term > _FORWARDED_S:
-            _die("ended by a second SIGTERM; nothing was saved")
+            _exit("ended by a second SIGTERM; nothing was saved")
 
 
-def _a_rank_is_gone() -> bool:
-    """Whether torchrun has fewer children than it started: its SIGTERM then means that a rank failed, and nobody will finish a step."""
+def _rank_has_ended() -> bool:
+    """Return whether torchrun has fewer children than it started: a rank failed, and SIGTERM follows."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     import psutil
@@ -63,8 +65,8 @@ def _a_rank_is_gone() -> bool:
     return len(psutil.Process(os.getppid()).children()) < int(os.environ["LOCAL_WORLD_SIZE"])
 
 
-def _die(reason: str) -> None:
+def _exit(reason: str) -> None:
     try:
-        last_words(reason)
+        before_exit(reason)
     finally:
         os._exit(1)

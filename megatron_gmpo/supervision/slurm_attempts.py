@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from .. import files
 from ..config import Config
 from ..errors import Exit, InputError, RunError
 from .lock import RunLock
-from .records import OUTCOME, append_event, read_outcome, write_whole
+from .records import OUTCOME, append_event, read_outcome
 
 RESTARTS = "restarts.jsonl"
 CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
@@ -186,7 +187,7 @@ def _is_running(job: str) -> bool:
 
 
 def _write_attempts(run_dir: Path, attempts: list[AttemptRecord]) -> None:
-    write_whole(run_dir / RESTARTS, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
+    files.write(run_dir / RESTARTS, "".join(json.dumps(asdict(attempt)) + "\n" for attempt in attempts))
 
 
 def _write_keys(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether the run stops before its next step: a signal came, or the job's time is up. All ranks decide alike."""
+"""Decide between steps whether the run stops, for a signal or the job's time limit. Ranks decide alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ..distributed import rank
 from . import signals
 
-_TIME_LIMIT = 1  # among the numbers of signals, as a reason to stop; 1 is SIGHUP, which is none
+_TIME_LIMIT = 1  # as a vote, beside the numbers of signals; signal 1 is SIGHUP, which never requests a stop
 _RECENT = 20
 _SQUEUE_TIMEOUT_S = 30.0
 
@@ -24,8 +24,9 @@ _SQUEUE_TIMEOUT_S = 30.0
 class StopVote:
     """
     Args:
-        margin_s: seconds of the job's time that must be left besides the longest of the last 20 steps and saves. It has to cover a save as
-            long as none was measured.
+        margin_s: seconds that must be left in the job in addition to the longest of the last 20 steps and the
+            longest of the last 20 saves. Until the first save has been measured, the margin must cover a
+            save.
     """
 
     def __init__(self, margin_s: float) -> None:
@@ -37,12 +38,12 @@ class StopVote:
         self._saves: deque[float] = deque(maxlen=_RECENT)
 
     def saved(self, seconds: float) -> None:
-        """Takes note of a save's duration."""
+        """Record the duration of a save."""
         self._saves.append(seconds)
         self._saving += seconds
 
     def reason(self) -> str:
-        """Why to stop, empty to go on; called between two steps. Collective: one all-reduce of a number."""
+        """Return why to stop, or an empty string. Call it between steps. Collective: one small all-reduce."""
         now = time.monotonic()
         if self._began is not None:
             self._steps.append(now - self._began - self._saving)
@@ -62,21 +63,18 @@ class StopVote:
 
 
 def job_end_time() -> float:
-    """Unix time at which Slurm ends this job; infinite without a limit, outside a job, and where nobody says."""
+    """Return the Unix time at which Slurm ends this job; infinite if it is not known or there is no limit."""
     if stated := os.environ.get("SLURM_JOB_END_TIME"):
         return float(stated)
     if not (job := os.environ.get("SLURM_JOB_ID")):
         return math.inf
+    command = ["squeue", "--noheader", "--job", job, "--format", "%e"]
+    environment = os.environ | {"SLURM_TIME_FORMAT": "standard"}
     try:
-        command = ["squeue", "--noheader", "--job", job, "--format", "%e"]
-        environment = os.environ | {"SLURM_TIME_FORMAT": "standard"}
-        asked = subprocess.run(
+        answer = subprocess.run(
             command, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, env=environment
         )
-        return datetime.fromisoformat(asked.stdout.strip()).timestamp()
-    except (
-        OSError,
-        subprocess.TimeoutExpired,
-        ValueError,
-    ):  # no squeue here, a controller that does not answer, "N/A"
+        return datetime.fromisoformat(answer.stdout.strip()).timestamp()
+    # no squeue on this node, a controller that does not answer, "N/A"
+    except (OSError, subprocess.TimeoutExpired, ValueError):
         return math.inf

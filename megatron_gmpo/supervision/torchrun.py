@@ -1,6 +1,9 @@
-"""torchrun that says which rank was killed: ``RUN_DIR=... python -m megatron_gmpo.supervision.torchrun OPTIONS of torchrun``
+"""torchrun that records which rank was killed; ``RUN_DIR`` names the run folder.
 
-A rank that gets a SIGKILL or runs out of memory leaves no word, and the others only see that it has gone.
+    RUN_DIR=... python -m megatron_gmpo.supervision.torchrun TORCHRUN_OPTIONS
+
+A rank that receives SIGKILL, for example because memory ran out, cannot record its end; the other ranks only
+see that it is gone.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from .records import Outcome, node_name, rank_file, write_outcome
 
 
 def main() -> None:
+    """Run torchrun with the options of the command line."""
     try:
         run.main(sys.argv[1:])
     except ChildFailedError as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint has beside its weights: config.json, generation config, tokenizer and chat template, in a folder ``hf``."""
+"""The folder ``hf`` beside a checkpoint: config.json, generation config, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ import torch
 from ..errors import InputError
 from .safetensors_folder import INDEX
 
-_SUFFIXES = {
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".tiktoken",
-    ".py",
-}  # tokenizers may come with code of their own, not run here
+# .py: code that comes with some tokenizers; it is not run here
+_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copies them from one Hugging Face folder into another, which may be new.
+    """Copy everything except weights from one Hugging Face folder into another, which is created if absent.
 
     Args:
-        dtype: of the weights in ``target``, which its config.json is to tell; None if it is that of ``source``. Weights that are FP8 in
-            ``source`` are bf16 everywhere else.
+        dtype: dtype of the weights in ``target``, for its config.json. None keeps the dtype of ``source``, or
+            bf16 if the weights of ``source`` are FP8.
     """
     target.mkdir(exist_ok=True)
     for file in source.iterdir():
@@ -42,14 +36,15 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
 
 
 def companion_folder(checkpoint: Path) -> Path:
-    """The folder ``hf`` beside an ``iter_*`` folder.
+    """Return the folder ``hf`` beside an ``iter_*`` folder.
 
     Raises:
-        InputError: there is none.
+        InputError: it does not exist or has no config.json.
     """
     beside = checkpoint.parent / "hf"
     if not (beside / "config.json").is_file():
         raise InputError(
-            f"{str(checkpoint)!r} comes without a config.json: give --template, the Hugging Face folder of this model"
+            f"{str(checkpoint)!r} comes without a config.json: "
+            "give --template, the Hugging Face folder of this model"
         )
     return beside

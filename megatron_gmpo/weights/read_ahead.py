@@ -1,4 +1,4 @@
-"""Reading the next tensors while the ones before are being written."""
+"""Reads the next tensors in a thread while the caller writes the previous ones."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Data = TypeVar("Data")
 
-_AHEAD = 64 * 2**20  # bytes; more is slower, since memory that was used before is at hand
+_AHEAD = 64 * 2**20  # bytes; a larger buffer is slower, because malloc reuses less memory
 
 
 def read_ahead(
     items: Iterable[Item], read: Callable[[Item], Data], nbytes: Callable[[Item], int]
 ) -> Generator[tuple[Item, Data], None, None]:
-    """Yields each item with what ``read`` makes of it; a second thread reads on while the caller works.
+    """Yield each item with the result of ``read(item)``, which a second thread computes in advance.
 
     Args:
-        nbytes: size of what ``read`` gives. At most 64 MiB, or a single item, are read before the caller asks.
+        nbytes: size of the result of ``read``. At most 64 MiB, or a single item, are read in advance.
 
     Raises:
-        Exception: what ``read`` raises, when the item's turn comes.
+        Exception: the exception of ``read``, when its item would be yielded.
     """
     waiting: deque[tuple[Item, Future[Data]]] = deque()
     ahead = 0

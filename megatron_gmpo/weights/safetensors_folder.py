@@ -1,8 +1,8 @@
 """Hugging Face safetensors folders, one tensor in memory at a time.
 
-The file format is 8 bytes of header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, and the tensors' bytes end to end
-(github.com/huggingface/safetensors). The library maps files into memory, which counts every byte read as resident, and writes only whole
-dictionaries; reading and writing by offset does neither.
+The safetensors library reads the files, with its ``pread`` backend. Its default maps them into memory, where
+every byte that was read counts as resident. The library writes complete dictionaries only, so
+``SafetensorsFile`` writes tensor by tensor.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import math
 import os
 from collections.abc import Iterable, KeysView
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..distributed import rank
@@ -28,9 +30,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DERIVED = (
-    ".rotary_emb.inv_freq"  # a buffer that folders of Llama 2's time store; it follows from config.json
-)
+_DERIVED = ".rotary_emb.inv_freq"  # a buffer in folders of Llama 2's time; config.json determines it
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _DTYPES = {
     "F64": torch.float64,
@@ -49,111 +49,123 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: ``start`` is its first byte in ``file``."""
+    """A tensor in ``file`` under ``key``, or the part of it that ``part`` selects."""
 
     file: str
+    key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    part: tuple[int, slice] | None = None
 
 
 class SafetensorsFolder:
-    """Tensors of a Hugging Face folder by the names its family has on the hub, sharded over files or not.
+    """Tensors of a Hugging Face folder, in one file or sharded, by the names its family has on the hub.
 
-    Tensors stored under transformers' own names appear under those of the hub: experts fused in one tensor, one by one (see
-    ``models.hub``). FP8 weights with block scales (``models.fp8_blocks``) appear as bfloat16.
+    Tensors stored under transformers' own names appear under the hub's names, and experts fused in one tensor
+    appear one by one (see ``models.hub``). FP8 weights with block scales (``models.fp8_blocks``) appear as
+    bfloat16.
 
     Args:
-        path: the folder, with a config.json.
-        left_out: tensors whose names begin so are passed over, with a warning.
+        path: the folder, including a config.json.
+        left_out: prefixes of names to skip, with a warning.
 
     Raises:
-        InputError: no safetensors there, weights in pickle files, an index that names an absent file, a file that is truncated or is
-            no safetensors file, FP8 weights without scales of 128 x 128 blocks.
+        InputError: the folder holds no safetensors, or pickle files; the index names an absent file or
+            tensor; a file is truncated or is not a safetensors file; FP8 weights have no scales of 128 x 128
+            blocks.
     """
 
     def __init__(self, path: str | Path, left_out: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
         if pickles := sorted(file.name for file in self.path.glob("*") if file.suffix in _PICKLES):
             raise InputError(
-                f"{str(path)!r} holds {pickles[0]!r}, a pickle, which can run code when read: keep safetensors only"
+                f"{str(path)!r} holds {pickles[0]!r}, a pickle, which can run code when it is read: "
+                "keep safetensors only"
             )
         self.files: set[str]
         if (self.path / INDEX).is_file():
             listed = _read_index(self.path / INDEX)
             self.files = set(listed.values())
         elif (self.path / _SINGLE).is_file():
-            listed, self.files = None, {_SINGLE}
+            listed, self.files = {}, {_SINGLE}
         else:
             raise InputError(
-                f"{str(path)!r} holds no model.safetensors: give a Hugging Face model folder with safetensors weights"
+                f"{str(path)!r} holds no model.safetensors: "
+                "give a Hugging Face model folder with safetensors weights"
             )
-        stored = {file: self._read_header(file) for file in sorted(self.files)}
-        listed = listed or {}
-        flat = {
-            name: tensor
-            for file, tensors in stored.items()
-            for name, tensor in tensors.items()
-            if listed.get(name, file) == file
-        }
-        for name, file in listed.items():
-            if name not in stored[file]:
-                raise InputError(
-                    f"{self.path / INDEX} says that {file} holds {name!r}, which it does not: fetch the model again"
-                )
-        if passed_over := [name for name in flat if name.startswith(left_out)]:
-            flat = {name: tensor for name, tensor in flat.items() if not name.startswith(left_out)}
+        self._opened = {file: self._open(file) for file in sorted(self.files)}
+        # to return a part of a tensor, the pread backend reads the complete tensor; map one file at a time
+        self._mapped = lru_cache(maxsize=1)(lambda file: safe_open(self.path / file, "pt"))
+        stored = self._stored(listed)
+        if skipped := [name for name in stored if name.startswith(left_out)]:
+            stored = {name: tensor for name, tensor in stored.items() if not name.startswith(left_out)}
             if rank() == 0:
                 logger.warning(
-                    f"{str(path)!r}: {len(passed_over)} tensors of layers for multi-token prediction are not carried over, "
-                    f"the first {min(passed_over)!r}"
+                    f"{str(path)!r}: {len(skipped)} tensors of layers for multi-token prediction are "
+                    f"skipped, the first {min(skipped)!r}"
                 )
-        flat = {name: tensor for name, tensor in flat.items() if not name.endswith(_DERIVED)}
-        self._scales = {name: tensor for name, tensor in flat.items() if name.endswith(SCALE)}
+        self._scales = {name: tensor for name, tensor in stored.items() if name.endswith(SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
         config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
-        for name, tensor in flat.items():
+        for name, tensor in stored.items():
             if name not in self._scales:
                 self._tensors.update(_unfused(hub_names(name, config["model_type"]), tensor))
         self._check_scales(config.get("quantization_config") or {})
 
+    def _stored(self, listed: dict[str, str]) -> dict[str, StoredTensor]:
+        """Return the tensors by stored name, without those that the index assigns to another file."""
+        tensors: dict[str, StoredTensor] = {}
+        for file, opened in self._opened.items():
+            for name in opened.keys():  # noqa: SIM118  not a dict
+                if listed.get(name, file) == file:
+                    tensors[name] = self._stored_tensor(file, name)
+        for name, file in listed.items():
+            if name not in tensors:
+                raise InputError(
+                    f"{self.path / INDEX} says that {file} holds {name!r}, but it does not: "
+                    "download the model again"
+                )
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(_DERIVED)}
+
+    def _stored_tensor(self, file: str, name: str) -> StoredTensor:
+        view = self._opened[file].get_slice(name)
+        code = view.get_dtype()
+        if code not in _DTYPES:
+            raise InputError(
+                f"{self.path / file}: {name!r} has dtype {code}, which is not supported: "
+                "give the model in bf16"
+            )
+        return StoredTensor(file, name, _DTYPES[code], tuple(view.get_shape()))
+
     def _check_scales(self, quantization: dict[str, Any]) -> None:
         where = f"{str(self.path)!r}"
         for name, tensor in self._tensors.items():
-            if (
-                tensor.dtype.itemsize == 1
-                and tensor.dtype.is_floating_point
-                and name + SCALE not in self._scales
-            ):
+            is_fp8 = tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point
+            if is_fp8 and name + SCALE not in self._scales:
                 raise InputError(
                     f"{where}: {name!r} is FP8 without a scale for each block: give the model in bf16"
                 )
+        block_size = quantization.get("weight_block_size", [BLOCK, BLOCK])
         for name, scale in self._scales.items():
             weight = self._tensors.get(name.removesuffix(SCALE))
-            blocks = weight and scale_shape(weight.shape)
-            if scale.shape != blocks or quantization.get("weight_block_size", [BLOCK, BLOCK]) != [
-                BLOCK,
-                BLOCK,
-            ]:
+            if not weight or scale.shape != scale_shape(weight.shape) or block_size != [BLOCK, BLOCK]:
                 raise InputError(
-                    f"{where}: {name!r} {scale.shape} is no scale of blocks of {BLOCK} x {BLOCK}: give the model in bf16"
+                    f"{where}: {name!r} {scale.shape} is no scale of blocks of {BLOCK} x {BLOCK}: "
+                    "give the model in bf16"
                 )
 
     def check_tied(self) -> None:
-        """For a model whose output layer is its embedding.
+        """Check a folder whose config ties the output layer to the embedding.
 
         Raises:
-            InputError: it has an output layer of its own all the same, which transformers would use.
+            InputError: the folder holds a different output layer, which transformers would use.
         """
         if "lm_head.weight" in self.names and not torch.equal(
             self.get("lm_head.weight"), self.get("model.embed_tokens.weight")
         ):
             raise InputError(
-                f"{str(self.path)!r}: 'lm_head.weight' is not the embedding: set tie_word_embeddings = false in config.json"
+                f"{str(self.path)!r}: 'lm_head.weight' differs from the embedding: "
+                "set tie_word_embeddings = false in config.json"
             )
 
     @property
@@ -164,62 +176,51 @@ class SafetensorsFolder:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype ``get`` gives."""
+        """Return the dtype of ``get(name)``."""
         return torch.bfloat16 if name + SCALE in self._scales else self._tensors[name].dtype
 
     def get(self, name: str) -> Tensor:
-        """The tensor on the CPU."""
+        """Read the tensor into CPU memory."""
         tensor = self._read(self._tensors[name])
         scale = self._scales.get(name + SCALE)
         return tensor if scale is None else dequantize(tensor, self._read(scale))
 
     def _read(self, stored: StoredTensor) -> Tensor:
-        data = torch.empty(stored.nbytes, dtype=torch.uint8)
-        with (self.path / stored.file).open("rb", buffering=0) as file:
-            file.seek(stored.start)
-            view, done = data.numpy().data, 0
-            while done < stored.nbytes:
-                got = file.readinto(view[done:])
-                if not got:
-                    raise InputError(f"{self.path / stored.file} ends too early: fetch the model again")
-                done += got
-        return data.view(stored.dtype).view(stored.shape)
+        path = self.path / stored.file
+        try:
+            if stored.part is None:
+                return self._opened[stored.file].get_tensor(stored.key)
+            return self._mapped(stored.file).get_slice(stored.key)[stored.part]
+        except (SafetensorError, OSError) as error:  # the file changed after it was opened
+            raise InputError(
+                f"{path}: {stored.key!r} cannot be read ({error}): download the model again"
+            ) from None
 
-    def _read_header(self, name: str) -> dict[str, StoredTensor]:
+    def _open(self, name: str) -> Any:
         path = self.path / name
         if not path.is_file():
-            raise InputError(f"{self.path / INDEX} names {name!r}, which is not there: fetch the model again")
-        size = path.stat().st_size
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header: dict[str, Any] = json.loads(file.read(length if length <= size else 0))
-            header.pop("__metadata__", None)
-            tensors = {
-                tensor: StoredTensor(
-                    name,
-                    _DTYPES[about["dtype"]],
-                    tuple(about["shape"]),
-                    8 + length + about["data_offsets"][0],
-                )
-                for tensor, about in header.items()
-            }
-            ends = [8 + length + about["data_offsets"][1] for about in header.values()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"{path} cannot be read as safetensors ({type(error).__name__}: {error}): fetch the model again"
-            ) from None
-        if max(ends, default=0) != size or any(
-            tensor.start + tensor.nbytes > size for tensor in tensors.values()
-        ):
-            raise InputError(
-                f"{path} has {size} bytes where its header tells of {max(ends, default=0)}: fetch the model again"
+                f"{self.path / INDEX} names {name!r}, which is not there: download the model again"
             )
-        return tensors
+        try:
+            return safe_open(path, "pt", backend="pread")
+        except SafetensorError as error:
+            raise InputError(
+                f"{path}, {path.stat().st_size} bytes, cannot be read as safetensors ({error}): "
+                "download the model again"
+            ) from None
 
 
 class SafetensorsFile:
-    """One file, written tensor by tensor in the order announced; ``with SafetensorsFile(path, [(name, dtype, shape)]) as file``."""
+    """A safetensors file, written tensor by tensor inside a ``with`` block.
+
+    The format is 8 bytes of header length, a JSON header ``{name: {dtype, shape, data_offsets}}``, and the
+    tensors' bytes end to end (github.com/huggingface/safetensors).
+
+    Args:
+        path: the file to write.
+        tensors: names, dtypes and shapes, in the order in which ``write`` receives them.
+    """
 
     def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -236,6 +237,7 @@ class SafetensorsFile:
         self._write(memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor."""
         expected, (start, end) = self._todo.pop(0)
         assert (name, tensor.nbytes) == (expected, end - start)
         self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -259,19 +261,24 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} cannot be read ({type(error).__name__}): fetch the model again") from None
+        raise InputError(
+            f"{index} cannot be read ({type(error).__name__}): download the model again"
+        ) from None
 
 
 def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTensor]:
-    """A fused expert tensor as the per-expert ones it consists of; any other as itself."""
+    """Return the parts of a fused expert tensor by name, one per expert; any other tensor by its name."""
     if "{e}" not in names[0] or len(tensor.shape) != 3 or tensor.shape[1] % len(names):
         return {names[0]: tensor}
     experts, rows, columns = tensor.shape
-    shape = (rows // len(names), columns)
-    nbytes = math.prod(shape) * tensor.dtype.itemsize
+    height = rows // len(names)
     return {
         part.format(e=expert): StoredTensor(
-            tensor.file, tensor.dtype, shape, tensor.start + (expert * len(names) + place) * nbytes
+            tensor.file,
+            tensor.key,
+            tensor.dtype,
+            (height, columns),
+            (expert, slice(place * height, (place + 1) * height)),
         )
         for expert in range(experts)
         for place, part in enumerate(names)

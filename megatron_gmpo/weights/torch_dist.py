@@ -1,8 +1,9 @@
-"""Megatron-Core's ``torch_dist`` checkpoints as named tensors, one in memory at a time and with no model built.
+"""Megatron-Core's ``torch_dist`` checkpoints as named tensors, one in memory at a time.
 
-``GPTModel.sharded_state_dict`` gives keys that do not depend on the parallel layout: layers of one kind are stacked along a first axis,
-routed experts along a second one, and every tensor is whole, as if tensor parallelism were 1 (transformer_block.py, mlp.py, experts.py
-of megatron-core 0.16). The files are those of torch.distributed.checkpoint; ``.metadata`` says where each piece lies.
+The keys of ``GPTModel.sharded_state_dict`` do not depend on the parallel layout: layers of one kind are
+stacked along a first axis, routed experts along a second axis, and every tensor is complete, as with tensor
+parallel size 1 (transformer_block.py, mlp.py, experts.py of megatron-core). torch.distributed.checkpoint
+writes the files; ``.metadata`` records where each chunk is stored.
 """
 
 from __future__ import annotations
@@ -45,15 +46,16 @@ from ..errors import InputError
 from .read_ahead import read_ahead
 
 LATEST = "latest_checkpointed_iteration.txt"
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in a checkpoint.
+    """Location of a parameter in a checkpoint.
 
     Attributes:
         key: the stored tensor, which may hold many parameters.
-        index: the parameter's place along the leading axes: (layer,), (layer, expert), (expert,) or ().
+        index: position of the parameter along the leading axes: (layer,), (layer, expert), (expert,) or ().
         axes: sizes of those axes.
     """
 
@@ -62,46 +64,30 @@ class Place:
     axes: tuple[int, ...] = ()
 
 
-def place_of(
-    name: str, *, num_layers: int, num_experts: int, stacked: bool, latent_attention: bool = False
-) -> Place:
-    """The place of a parameter by its canonical Megatron name (see ``models.mapping``).
+def place_of(key: str, *, num_layers: int, num_experts: int, stacked: bool) -> Place:
+    """Return the place of a parameter.
 
     Args:
-        stacked: whether all layers are of one kind; Megatron keeps layers apart where some are MoE and some dense.
-        latent_attention: whether the norm before the attention has a key of its own, several linear layers being behind it.
+        key: one of the parameter's keys (``models.mapping.Row``), with global layer and expert numbers.
+        stacked: whether all layers are of one kind. Megatron stores the layers of a model with MoE and dense
+            layers separately.
     """
     index: tuple[int, ...] = ()
     axes: tuple[int, ...] = ()
-    if stacked and (found := re.match(r"decoder\.layers\.(\d+)\.", name)):
+    if stacked and (found := re.match(r"decoder\.layers\.(\d+)\.", key)):
         index, axes = (int(found[1]),), (num_layers,)
-        name = "decoder.layers." + name[found.end() :]
-    if found := re.search(r"\.local_experts\.(\d+)\.", name):
+        key = "decoder.layers." + key[found.end() :]
+    if found := re.search(r"\.local_experts\.(\d+)\.", key):
         index, axes = (*index, int(found[1])), (*axes, num_experts)
-        name = name.replace(found[0], ".experts.")
-    if not latent_attention:
-        name = re.sub(
-            r"(layers\.(?:\d+\.)?)input_layernorm\.", r"\1self_attention.linear_qkv.layer_norm_", name
-        )
-    return Place(name, index, axes)
-
-
-def fused_norm_key(key: str, *, latent_attention: bool = False) -> str:
-    """The other key of a norm before the MLP, or of latents: fused into the linear layer behind it by name.
-
-    Megatron's plain layer spec stores the MLP's there in every layer, Transformer Engine's in dense layers only; with latent attention
-    the plain one fuses nothing, and Transformer Engine's also the latents' norms (gpt_layer_specs.py).
-    """
-    if latent_attention:
-        key = re.sub(r"\.(q|kv)_layernorm\.", r".linear_\1_up_proj.layer_norm_", key)
-    return key.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+        key = key.replace(found[0], ".experts.")
+    return Place(key, index, axes)
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The ``iter_*`` folder that ``path`` is or that its latest_checkpointed_iteration.txt names.
+    """Return the ``iter_*`` folder that ``path`` is, or that its latest_checkpointed_iteration.txt names.
 
     Raises:
-        InputError: there is none, or it is not of the torch_dist format.
+        InputError: the folder does not exist, or has another format than torch_dist.
     """
     folder = path
     if (path / LATEST).is_file():
@@ -109,7 +95,8 @@ def checkpoint_folder(path: Path) -> Path:
         folder = path / (f"iter_{int(named):07d}" if named.isdigit() else named)
     if not (folder / ".metadata").is_file():
         raise InputError(
-            f"{str(folder)!r} holds no .metadata: give a whole Megatron checkpoint in the torch_dist format"
+            f"{str(folder)!r} holds no .metadata: "
+            "give a complete Megatron checkpoint in the torch_dist format"
         )
     return folder
 
@@ -118,7 +105,7 @@ class TorchDistReader:
     """The tensors of an ``iter_*`` folder.
 
     Raises:
-        InputError: metadata that cannot be read, a file that is absent or truncated.
+        InputError: the metadata cannot be read, or a file is absent or truncated.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -137,21 +124,37 @@ class TorchDistReader:
         for file, end in ends.items():
             if not (folder / file).is_file():
                 raise InputError(
-                    f"{folder / '.metadata'} names {file!r}, which is not there: the checkpoint is not whole"
+                    f"{folder / '.metadata'} names {file!r}, which is not there: "
+                    "the checkpoint is incomplete, use another step"
                 )
             if (size := (folder / file).stat().st_size) < end:
                 raise InputError(
-                    f"{folder / file} has {size} bytes where .metadata tells of {end}: the checkpoint is not whole"
+                    f"{folder / file} has {size} bytes, .metadata requires {end}: "
+                    "the checkpoint is incomplete, use another step"
                 )
         self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
         for key, about in self.tensors.items():
             for chunk in (
                 about.chunks
-            ):  # by the first two offsets, the layer's and the expert's in the largest tensors
+            ):  # indexed by the first two offsets: in large tensors, the layer's and the expert's
                 self._chunks.setdefault((key, tuple(chunk.offsets[:2])), []).append(chunk)
 
+    @property
+    def weights(self) -> dict[str, TensorStorageMetadata]:
+        """The tensors without the optimizer's."""
+        return {key: about for key, about in self.tensors.items() if not _OPTIMIZER.match(key)}
+
+    @property
+    def layers_are_stacked(self) -> bool:
+        """Whether the layers are stacked along an axis instead of stored separately."""
+        return not any(key.startswith("decoder.layers.0.") for key in self.tensors)
+
     def get(self, place: Place) -> Tensor:
-        """The parameter, whole, on the CPU."""
+        """Read the complete parameter into CPU memory.
+
+        Raises:
+            InputError: the chunks do not cover it, or cannot be read.
+        """
         about = self.tensors[place.key]
         depth = len(place.index)
         full = torch.empty(about.size[depth:], dtype=about.properties.dtype)
@@ -170,7 +173,8 @@ class TorchDistReader:
             filled += piece.numel()
         if filled != full.numel():
             raise InputError(
-                f"{self.folder}: {place.key!r} has only {filled} of {full.numel()} elements at {place.index}"
+                f"{self.folder}: {place.key!r} has only {filled} of {full.numel()} elements at "
+                f"{place.index}: the checkpoint is incomplete, use another step"
             )
         return full
 
@@ -182,13 +186,13 @@ class TorchDistReader:
         with (self.folder / info.relative_path).open("rb", buffering=0) as file:
             view: Any = _create_file_view(
                 file, info.offset, info.length
-            )  # read into the tensor without a buffer between
+            )  # avoids a copy between file and tensor
             try:
                 tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 line = " ".join(str(error).split())[:100]
                 raise InputError(
-                    f"{self.folder / info.relative_path}: {key!r} cannot be read ({line})"
+                    f"{self.folder / info.relative_path}: {key!r} cannot be read ({line}): use another step"
                 ) from None
         assert tensor.shape == chunk.sizes, f"{key}: {tensor.shape} stored for {chunk.sizes}"
         return tensor
@@ -196,7 +200,7 @@ class TorchDistReader:
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter to write: ``read`` makes it when its turn comes."""
+    """A parameter to write; ``read`` returns it when the writer needs it."""
 
     place: Place
     dtype: torch.dtype
@@ -209,16 +213,17 @@ class Piece:
 
 
 def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterable[Place]) -> None:
-    """Writes this rank's pieces into an empty ``iter_*`` folder (collective).
+    """Write this rank's pieces into an empty ``iter_*`` folder (collective).
 
     Args:
-        extra_states: modules whose empty ``_extra_state`` (FP8 scales, were there any) Megatron wants to find.
+        extra_states: places of the empty ``_extra_state`` entries that Megatron expects. In an FP8 model they
+            would hold scales.
 
     Raises:
-        InputError: raised by a piece's ``read`` on any rank; raised on every rank.
-        OSError: likewise.
+        InputError: a piece's ``read`` raised it on some rank; raised on every rank.
+        OSError: writing failed on some rank; raised on every rank.
     """
-    # the checksum of torch's own files costs four times as long as writing them; the file system has its own
+    # computing the checksums of torch's file format takes four times as long as writing the files
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     pieces = list(pieces)
@@ -241,13 +246,16 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
 
 
 def _disk_error(error: BaseException) -> BaseException:
-    """torch's zip writer makes a RuntimeError of the OSError of a full disk (caffe2/serialize/inline_container.cc)."""
+    """Return an OSError where torch's zip writer reports a full disk as a RuntimeError.
+
+    Source: caffe2/serialize/inline_container.cc.
+    """
     full = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "iostream" in str(error))
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else error
 
 
 class _StreamingPlanner(SavePlanner):
-    """Plans from shapes alone and takes each tensor when the writer asks for it, which it does in the order of the plan."""
+    """Plans from shapes and supplies each tensor when the writer needs it, in the order of the plan."""
 
     def __init__(
         self, pieces: list[Piece], tensors: Iterator[tuple[Piece, Tensor]], extra_states: list[Place]
@@ -256,7 +264,7 @@ class _StreamingPlanner(SavePlanner):
         torch.save([None], buffer := io.BytesIO())
         self._empty_state = buffer.getvalue()
         self._extra_states = [
-            f"{place.key}/shard_{'.'.join(map(str, place.index or (0,)))}_{'.'.join(map(str, place.axes or (1,)))}"
+            f"{place.key}/shard_{_dotted(place.index or (0,))}_{_dotted(place.axes or (1,))}"
             for place in extra_states
         ]
 
@@ -287,8 +295,12 @@ class _StreamingPlanner(SavePlanner):
         return tensor.view(tuple(write_item.tensor_data.chunk.sizes))
 
 
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
 def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    """The box of the stored tensor that a piece fills: one step along each leading axis, all of the others."""
+    """Return the part of the stored tensor that a piece fills."""
     index = piece.place.index
     return ChunkStorageMetadata(
         torch.Size((*index, *[0] * len(piece.shape))), torch.Size((*[1] * len(index), *piece.shape))
@@ -317,7 +329,7 @@ _METADATA_RECORDS = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles ``.metadata``, and nothing that is not a plain record of it."""
+    """Unpickles ``.metadata`` and refuses every class that is not a plain record of it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _METADATA_RECORDS.get(module, ()):

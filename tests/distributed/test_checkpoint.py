@@ -1,4 +1,5 @@
-"""Native checkpoints: resuming changes nothing, in the same layout bit for bit and in another to rounding; a kill loses nothing older."""
+"""Checkpoints: resuming is bit-exact in the same layout and exact up to rounding in another; a kill loses no
+older one."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
-from megatron_gmpo.checkpoint import native
+from megatron_gmpo.checkpoint import latest_checkpoint, read_state
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
@@ -59,7 +60,7 @@ def make_config(layout: str, path: Path, dtype: str = "fp32") -> tuple[int, Conf
 
 @pytest.fixture(scope="session")
 def model_of(tiny_model: Callable[..., Path]) -> Callable[[str], Path]:
-    """The folder of a family, ``qwen3 tied`` among them."""
+    """Return the folder of a model family; ``qwen3 tied`` shares embeddings and output weights."""
     tokenizer = text_tokenizer()
 
     def make(name: str) -> Path:
@@ -86,7 +87,8 @@ def replayed(path: Path) -> TrainBatch:
 def straight_runs(
     model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, dict[str, Any]]]:
-    """Four steps in one go in a layout, with a checkpoint after the second: its folder and what rank 0 returned."""
+    """Run four steps in a layout, with a checkpoint after the second; return its folder and rank 0's
+    result."""
     done: dict[tuple[str, str, str], tuple[Path, dict[str, Any]]] = {}
 
     def make(ranks: RankPool, *key: str) -> tuple[Path, dict[str, Any]]:
@@ -155,7 +157,7 @@ def test_two_steps_and_two_after_resuming_are_four_steps(
 
 
 def distance(weights: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """|weights - expected| relative to how far training went from ``start``."""
+    """Return |weights - expected| relative to the distance that training moved from ``start``."""
     off = sum((weights[name].double() - tensor.double()).square().sum() for name, tensor in expected.items())
     moved = sum((start[name].double() - tensor.double()).square().sum() for name, tensor in expected.items())
     return float((off / moved) ** 0.5)
@@ -195,7 +197,7 @@ def test_every_generator_goes_on_where_it_was(
     numbers = ranks.run(world_size, cases.random_numbers, cfg, tmp_path)
     for before, again in numbers:
         assert again == before
-    assert numbers[0] != numbers[1]  # each rank has its own
+    assert numbers[0] != numbers[1]  # ranks have different generators
 
 
 def test_megatron_alone_reads_a_checkpoint(
@@ -208,7 +210,7 @@ def test_megatron_alone_reads_a_checkpoint(
     for layout in ("tp2 ep2", "pp2 vpp2 ep2"):
         world_size, cfg = make_config(layout, path)
         at_two = ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path / layout, 0, 2, [2])[0]
-        checkpoint = native.latest_checkpoint(tmp_path / layout)
+        checkpoint = latest_checkpoint(tmp_path / layout)
         saved, names, weights = ranks.run(
             1, cases.load_with_megatron_alone, make_config("one rank", path)[1], checkpoint
         )[0]
@@ -247,22 +249,22 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     latest = "latest_checkpointed_iteration.txt"
     ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 0, 4, [1, 2, 3, 4], 2)
     assert folders() == ["iter_0000003", "iter_0000004", latest]
-    assert native.latest_checkpoint(tmp_path) == tmp_path / "iter_0000004"
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000004"
 
-    # back to step 3, as after a kill between the rename and the text file; and what a killed save left
+    # back to step 3, like a kill between the rename and the text file; and the leftovers of a killed save
     (tmp_path / latest).write_text("3")
     shutil.copytree(tmp_path / "iter_0000004", tmp_path / "iter_0000006")
     (tmp_path / ".partial_iter_0000009").mkdir()
     (tmp_path / ".partial_iter_0000009" / "__0_0.distcp").touch()
     ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 3, 5, [4, 5], 1)
     assert folders() == ["iter_0000005", "iter_0000006", latest]
-    assert native.latest_checkpoint(tmp_path) == tmp_path / "iter_0000005"
-    assert native.read_state(tmp_path / "iter_0000005")["step"] == 5
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000005"
+    assert read_state(tmp_path / "iter_0000005")["step"] == 5
 
     shutil.rmtree(tmp_path / "iter_0000005")
     with pytest.raises(InputError, match="iter_0000005"):
-        native.latest_checkpoint(tmp_path)
-    assert native.latest_checkpoint(tmp_path / "nowhere") is None
+        latest_checkpoint(tmp_path)
+    assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path], tmp_path: Path) -> None:
@@ -282,7 +284,6 @@ def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path]
         assert life[0] == "loaded"
         steps = [int(word) for word in life[1::2]]
         assert len(steps) > 2
-        assert (
-            steps[-1] <= int(after[1]) <= steps[-1] + 1
-        )  # nothing that was reported is lost; the interrupted one may have made it
+        # no reported checkpoint is lost; the interrupted one may be complete
+        assert steps[-1] <= int(after[1]) <= steps[-1] + 1
     assert len(list((tmp_path / "run").glob(".partial_iter_*"))) <= 1

@@ -12,7 +12,7 @@ import torch
 
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.planning.dry_run import dry_run
 
 from ..support import cases

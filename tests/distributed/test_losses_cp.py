@@ -13,13 +13,13 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_gmpo.losses.registry import POLICY_LOSSES
-from megatron_gmpo.losses.tokens import PolicyMask, TokenPenalty
+from megatron_gmpo.losses import LossTokens
+from megatron_gmpo.losses.registry import LOSSES, default_clips
 
 RANKS = 4
 S = 5
 CASES: list[tuple[str, dict]] = [
-    *((name, {"length_normalizer": 16} if name == "dr_grpo" else {}) for name in POLICY_LOSSES),
+    *((name, {}) for name in LOSSES),
     ("gmpo", {"clip_low": 0.1, "clip_high": 0.6, "dual_clip": 0.5}),
     ("gmpo", {"clip_mode": "sequence", "clip_low": 0.05, "clip_high": 0.05}),
     ("gmpo", {"clip_mode": "none"}),
@@ -71,21 +71,26 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def run(name: str, options: dict, batch: dict, rows: torch.Tensor, group: dist.ProcessGroup | None):
     """(output, gradients of logprobs and entropy) on the given slots; ``masked`` leaves tokens and off-policy sequences out."""
-    options = dict(options)
-    if name == "rspo":
-        options["router_shift"] = batch["router_shift"][rows]
+    options, masks = dict(options), {}
     if options.pop("masked", False):
-        options["policy_mask"] = PolicyMask(batch["kept"][rows], batch["ref_logprobs"][rows], 0.1)
+        masks = {"kept": batch["kept"][rows], "rollout_logprobs": batch["ref_logprobs"][rows], "max_kl": 0.1}
     logprobs, entropy = (batch[key][rows].clone().requires_grad_() for key in ("logprobs", "entropy"))
-    output = POLICY_LOSSES[name](
+    tokens = LossTokens(
         logprobs,
         *(batch[key][rows] for key in ("old_logprobs", "mask", "sequence_ids")),
         batch["advantages"],
-        cp_group=group,
+        group,
         sequence_weights=batch["weights"],
-        penalty=TokenPenalty(batch["ref_logprobs"][rows], 0.1, entropy, 0.2),
-        **options,
+        ref_logprobs=batch["ref_logprobs"][rows],
+        kl_coef=0.1,
+        entropy=entropy,
+        entropy_coef=0.2,
+        max_response_tokens=16,
+        columns={"router_shift": batch["router_shift"][rows]},
+        **masks,
     )
+    clips, _ = default_clips(name, LOSSES[name], is_moe=False)
+    output = LOSSES[name].function(tokens, **clips | options)
     output.loss.backward()
     return output, logprobs.grad, entropy.grad
 

@@ -1,4 +1,4 @@
-"""Conversion: Megatron's log probabilities are transformers', and the export is the source bit for bit, in several layouts."""
+"""Model families in several layouts: log probabilities equal transformers', the export equals the source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 VOCAB = 259  # needs padding in every layout
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 128}
-WIDE = {"qk_rope_head_dim": 32, "head_dim": 32}  # wavelengths that YaRN leaves, mixes and stretches
+WIDE = {"qk_rope_head_dim": 32, "head_dim": 32}  # wavelengths that YaRN keeps, mixes and stretches
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
             },
-            "head_dim": 32,  # wavelengths below 2048 tokens, between, and above 8192
+            "head_dim": 32,  # wavelengths below 2048 tokens, above 8192, and between
         },
     ),
     "qwen2_moe normalised, without biases": ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False}),
@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "first_k_dense_replace": 2},
     ),
 }
-"""Families with changes of config.json; a family's own name is the family as ``tiny_model`` makes it."""
+"""Variants: family and changes of its config.json. A family's own name is the model of ``tiny_model``."""
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one rank": (1, {}),
@@ -119,7 +119,10 @@ COVERED = {
 def model_folder(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """The folder of a family or of one of MODELS, every weight random, and large enough for attention to look at some tokens only."""
+    """Return a function that makes the folder of a family or of one of MODELS.
+
+    Every weight is random, and large enough that attention concentrates on few tokens.
+    """
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -159,7 +162,7 @@ def test_logprobs_are_transformers_and_export_is_the_source(
 
 
 def test_stages_of_unequal_length(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
-    """DeepSeek-V3's 61 layers divide by nothing."""
+    """61 layers, as in DeepSeek-V3, do not divide evenly."""
     path, batch = model_folder("deepseek_v3"), make_batch()
     cfg = config(path, {PP: 2}, max_tokens=64, megatron={"num_layers_in_first_pipeline_stage": 3})
     results = ranks.run(2, cases.train, cfg, batch, 0)
@@ -169,7 +172,7 @@ def test_stages_of_unequal_length(ranks: RankPool, model_folder: Callable[[str],
 
 
 def long_batch() -> TrainBatch:
-    """One sequence long enough to turn the slow channels of rotary embeddings."""
+    """Return a batch with one sequence, long enough to rotate the slow channels of rotary embeddings."""
     tokens = torch.randint(3, VOCAB, (700,), generator=torch.Generator().manual_seed(0))
     return TrainBatch(tokens, torch.tensor([700]), torch.arange(700) >= 1, torch.ones(1), torch.zeros(700))
 
@@ -182,7 +185,7 @@ def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
 
 @pytest.mark.parametrize("name", ["llama3 rope", "deepseek_v3 yarn rope"])
 def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path], name: str) -> None:
-    """Else their cases above would prove nothing."""
+    """RoPE scaling changes the log probabilities, so that the comparison above covers it."""
     path, tokens = model_folder(name), long_batch().tokens
     scaled = reference.load_float64(path)
     hf = AutoConfig.from_pretrained(path)
@@ -210,7 +213,7 @@ def test_a_folder_with_shards_and_an_index_and_bf16_weights(
 
 @pytest.fixture
 def broken_folder(model_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a model whose tensors ``change`` has changed."""
+    """Return a function that copies a model and applies ``change`` to its tensors."""
 
     def make(model: str, change: Callable[[dict[str, Tensor]], Any]) -> Path:
         source = model_folder(model)

@@ -1,4 +1,4 @@
-"""Rollouts shared out over ranks: every rank holds all groups and rewards, each made once."""
+"""Ranks share the rollout work: every rank gets all groups and rewards, and each is computed once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,7 +49,8 @@ def test_greedy_answers_are_those_of_one_process(
         for a, b in zip(
             (s for g in groups for s in g.samples), (s for g in alone for s in g.samples), strict=True
         ):
-            assert replace(a, rollout_logprobs=[]) == replace(b, rollout_logprobs=[])
+            zeros = np.zeros(len(a.tokens))
+            assert replace(a, rollout_logprobs=zeros) == replace(b, rollout_logprobs=zeros)
             assert a.rollout_logprobs == pytest.approx(b.rollout_logprobs, abs=2e-5)
 
 
@@ -57,7 +59,7 @@ def test_ranks_hold_the_same_samples_and_draw_their_own(
 ) -> None:
     folder = tiny_model("qwen3", num_layers=2)
     sampling = SamplingParams(n=4, max_new_tokens=12)
-    results = ranks.run(4, generate, folder, ["07+45="], sampling, 8)  # one response a rank
+    results = ranks.run(4, generate, folder, ["07+45="], sampling, 8)  # one response per rank
     assert results[1:] == results[:1] * 3
     assert len({tuple(s.tokens) for s in results[0][0].samples}) == 4
     assert ranks.run(4, generate, folder, ["07+45="], sampling, 8) == results
@@ -71,7 +73,7 @@ def test_ranks_without_a_response_take_part(ranks: RankPool, tiny_model: Callabl
 
 
 class ScoredBy:
-    """A reward that tells which rank gave it and which sample got it, and takes every third answer for a timeout."""
+    """A reward that encodes rank and sample, and counts every third response as a timeout."""
 
     timeouts = 100
 

@@ -1,4 +1,4 @@
-"""RSPO's gamma and the routers' figures are in every layout those of a float64 model."""
+"""In every layout RSPO's gamma and the routers' figures equal those of a float64 model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLOOR = 0.85
 
 @pytest.fixture(scope="session")
 def rspo(expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Three steps of RSPO with routing left free."""
+    """Train the reference three steps with RSPO, without replay."""
     path = expected.model("qwen3_moe")
     old = reference.batch_logprobs(path, batch)
     noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
@@ -48,7 +48,7 @@ def rspo(expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPa
 
 def check_shifts(results: list[dict[str, Any]], known: dict[str, Any], batch: TrainBatch) -> None:
     assert 0.1 < float((known["shifts"][-1] < FLOOR).double().mean()) < 0.9
-    inputs = batch.response_mask.roll(-1)  # of the tokens that carry loss
+    inputs = batch.response_mask.roll(-1)  # input tokens of the tokens that carry loss
     not_last = torch.ones(len(batch.tokens), dtype=torch.bool)
     not_last[batch.lengths.cumsum(0) - 1] = False
     for result in results:
@@ -88,7 +88,7 @@ def test_rspo_under_replay_compares_the_replayed_experts(
 
 @pytest.fixture(scope="session")
 def figures(expected: Reference, batch: TrainBatch) -> dict[str, float]:
-    """Of the routers, one layer and expert after another."""
+    """Compute the figures of the routers layer by layer."""
     log_probs = reference.router_log_probs(reference.load_float64(expected.model("qwen3_moe")), batch)
     loads = [
         [sum(e in chosen for chosen in layer) for e in range(4)]
@@ -143,7 +143,7 @@ def test_entropy_of_sigmoid_routers(
 
 
 def test_an_expert_without_tokens_is_dead(ranks: RankPool, expected: Reference, batch: TrainBatch) -> None:
-    """One token goes to 2 of 4 experts in each of 4 layers; on two ranks there is padding too, which does not count."""
+    """One token goes to 2 of 4 experts in each of 4 layers; padding on two ranks does not count."""
     world_size, cfg = replaying(
         expected.model("qwen3_moe"), "tp2 cp2 ep2", "none", max_tokens=40, rollout={"routed_experts": False}
     )
@@ -153,5 +153,5 @@ def test_an_expert_without_tokens_is_dead(ranks: RankPool, expected: Reference, 
 
 
 def one_token(batch: TrainBatch) -> TrainBatch:
-    """Sequence 1, which has no more."""
+    """Return the sequence of one token."""
     return next(part for part in batch.split(len(batch)) if len(part.tokens) == 1)

@@ -1,4 +1,4 @@
-"""Routing replay: in every layout training takes the recorded experts, and its loss and gradients are those of a forced float64 model."""
+"""Routing replay: every layout trains on the recorded experts like a float64 model forced to them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import RoutingShape, TrainBatch
-from megatron_gmpo.batch.packing import make_train_batch
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
@@ -57,7 +57,7 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 
 @pytest.fixture(scope="session")
 def batch() -> TrainBatch:
-    """That of the layout tests, but every token is another one."""
+    """Return the batch of the layout tests with all tokens different."""
     plain = make_batch()
     tokens = 3 + torch.randperm(256, generator=torch.Generator().manual_seed(3))[: len(plain.tokens)]
     return replace(plain, tokens=tokens)
@@ -65,12 +65,15 @@ def batch() -> TrainBatch:
 
 @pytest.fixture(scope="session")
 def own(expected: Reference, batch: TrainBatch) -> Tensor:
-    """(L, layers, topk): what the model itself chooses."""
+    """Return (L, layers, topk), the model's own choice."""
     return reference.own_routing(expected.model("qwen3_moe"), batch)
 
 
 def train_forced(path: Path, batch: TrainBatch, folder: Path, **options: Any) -> dict[str, Any]:
-    """What training with random experts gives, and the batch with a record of them, which as an engine's lacks the last tokens'."""
+    """Train the reference with random experts; return its results and the batch with their record.
+
+    Like an engine's record, it has no experts for last tokens.
+    """
     experts = torch.rand(len(batch.tokens), 4, 4, generator=torch.Generator().manual_seed(2)).topk(2).indices
     old = reference.batch_logprobs(path, batch, experts=experts)
     noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
@@ -115,7 +118,7 @@ def replaying(path: Any, layout: str, kind: str, *, max_tokens: int, **sections:
 
 
 def routings(results: list[dict[str, Any]], batch: TrainBatch) -> Tensor:
-    """(L, layers, topk) what the routers of all ranks chose for each token, always the same; -2 where none did."""
+    """Return (L, layers, topk), the choice of all ranks' routers, equal in all passes; -2 if none."""
     place = {token: i for i, token in enumerate(batch.tokens.tolist())}
     found = torch.full((len(batch.tokens), 4, 2), -2)
     for (token, layer), chosen in (
@@ -159,7 +162,7 @@ def test_recomputed_activations_take_the_same_experts(
 def test_layers_without_experts(
     ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str, tmp_path: Path
 ) -> None:
-    """Two stages share the layers as 0 1 | 2 3, two virtual ones of each as 0 2 | 1 3: one stage, or some chunks, have no router."""
+    """One stage (0 1 | 2 3), or one chunk of each stage (0 2 | 1 3), has no router."""
     hf = AutoConfig.from_pretrained(expected.model("qwen3_moe"))
     hf.mlp_only_layers = [0, 1]
     with torch.random.fork_rng(devices=[]):
@@ -194,17 +197,17 @@ def test_the_policys_own_experts_are_replayed(
     ranks: RankPool, expected: Reference, batch: TrainBatch, own: Tensor, layout: str
 ) -> None:
     world_size, cfg = replaying(expected.model("qwen3_moe"), layout, "policy", max_tokens=40)
-    minibatches = 1 if layout == "one rank" else 2  # which then meet other neighbours, on other ranks
+    minibatches = 1 if layout == "one rank" else 2  # changes microbatches and ranks of the sequences
     results = ranks.run(world_size, cases.replay, cfg, batch, minibatches, STEPS)
     for result in results:
         assert result["routed_experts"].dtype == torch.int16
         assert torch.equal(result["routed_experts"].sort().values.long(), own.sort().values)
-        assert "moe/routing_differs" not in result["compared"]  # there is no record of a rollout
+        assert "moe/routing_differs" not in result["compared"]  # the rollout recorded nothing
         first, last = result["history"][0], result["history"][-1]
         extremes = [first["policy/log_ratio_max"], first["policy/log_ratio_min"]]
         assert extremes == ([0, 0] if layout == "one rank" else pytest.approx([0, 0], abs=1e-6))
         assert first["moe/routing_drift"] == 0
-        assert last["moe/routing_drift"] > 0  # the weights would choose others by now
+        assert last["moe/routing_drift"] > 0  # the changed weights choose other experts
     assert torch.equal(routings(results, batch), own.sort().values)
 
 
@@ -214,7 +217,7 @@ def test_share_of_routings_that_differ(
     ranks: RankPool, expected: Reference, batch: TrainBatch, own: Tensor, layout: str, kind: str
 ) -> None:
     ends = batch.lengths.cumsum(0) - 1
-    record = own.flip(-1).short()  # order means nothing
+    record = own.flip(-1).short()  # order has no meaning
     changed = [(0, 0), (0, 3), (20, 1), (60, 2), (int(ends[0]), 1)]
     for token, layer in changed:
         record[token, layer] = torch.tensor([e for e in range(4) if e not in own[token, layer]])
@@ -230,11 +233,11 @@ def test_share_of_routings_that_differ(
         assert (first["moe/routing_drift"], first["moe/routing_drift_tokens"]) == (
             0,
             0,
-        )  # from the old policy's, which the weights still are
+        )  # the weights are still the old policy's
 
 
 def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: Any) -> None:
-    """Old log probabilities are those of a float64 model forced to the engine's experts, whose own it would mostly not have chosen."""
+    """Old log probabilities equal those of a float64 model forced to the engine's experts."""
     path = tiny_model("qwen3_moe", num_layers=2, num_experts=4, initializer_range=0.15)
     tokenizer = AutoTokenizer.from_pretrained(path)
     engine = EmbeddedEngine(
@@ -258,11 +261,11 @@ def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: 
     assert undisturbed["rollout/logprob_diff_mean"] < 1e-5
     assert (
         min(free["moe/routing_differs"], replayed["moe/routing_differs"]) > 0.3
-    )  # under replay: what it would have chosen
+    )  # under replay: the policy's own choice
     assert min(free["rollout/logprob_diff_mean"], replayed["rollout/logprob_diff_mean"]) > 0.05
 
     experts = recorded.routed_experts.long()
-    experts[experts[:, 0, 0] < 0] = torch.tensor([0, 1])  # of last tokens, on which nothing depends
+    experts[experts[:, 0, 0] < 0] = torch.tensor([0, 1])  # last tokens, which predict nothing
     model = reference.load_float64(path)
     reference.force_experts(model, lambda layer: experts[span, layer])
     for span in reference.spans(recorded):

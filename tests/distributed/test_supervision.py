@@ -1,4 +1,4 @@
-"""All ranks stop alike, whoever heard the signal; one with a problem is named on all of them."""
+"""All ranks stop together, whichever rank received the signal; every rank names a bad node."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def votes_after_signals(received: list[signal.Signals | None]) -> str:
         ([signal.SIGUSR1, signal.SIGTERM, None], "SIGTERM"),
     ],
 )
-def test_one_rank_that_heard_a_signal_stops_all(
+def test_a_signal_to_one_rank_stops_all(
     ranks: RankPool, received: list[signal.Signals | None], reason: str
 ) -> None:
     assert ranks.run(3, votes_after_signals, received) == [reason] * 3
@@ -103,7 +103,7 @@ def problem_of_disk(run_dir: Path) -> str:
     return ""
 
 
-def test_a_full_disk_is_no_nodes_fault(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_full_disk_names_no_node(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks.run(2, problem_of_disk, tmp_path)
     assert first == second
     assert first.startswith(f"run_dir = '{tmp_path}' has ")
@@ -124,5 +124,5 @@ def test_a_folder_that_is_not_shared_is_noticed(ranks: RankPool, tmp_path: Path)
     first, second = ranks.run(2, problem_of_folder, tmp_path)
     assert first == second
     assert first.startswith(
-        f"node node1: run_dir = '{tmp_path}/1' does not show what the first rank wrote there"
+        f"node node1: run_dir = '{tmp_path}/1' does not show the file that rank 0 wrote there"
     )

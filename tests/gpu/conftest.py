@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.platform import choose_device, start_process_group
 from megatron_gmpo.platform.capabilities import capabilities_of
 from megatron_gmpo.policy.build import check_optimizer

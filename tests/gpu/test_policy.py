@@ -12,11 +12,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.batch.columns import TrainBatch
-from megatron_gmpo.checkpoint import native
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.metrics.figures import value_of
+from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.weights.export import SafetensorsFolder
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 from .conftest import LENGTHS, Open, make_batch
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_brings_the_optimizer_back(
 def optimizer_state(policy: Policy) -> list[dict[str, torch.Tensor]]:
     return [
         {name: tensor.float().cpu().clone() for name, tensor in slot.tensors.items()}
-        for slot in native._slots(policy.model.optimizer)
+        for slot in optimizer_slots(policy.model.optimizer)
     ]
 
 

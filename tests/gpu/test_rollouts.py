@@ -1,4 +1,5 @@
-"""An SGLang server on the policy's own GPU: weights by CUDA IPC, and memory that it lends. Not yet run: written on a machine without a GPU.
+"""An SGLang server on the policy's GPU: weights by CUDA IPC, and memory that it releases. Not run on a GPU
+yet.
 
 Needs SGLang for CUDA in .venv-sglang (docs/install_gpu.md).
 """
@@ -14,12 +15,9 @@ from torch import Tensor
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import WeightSyncConfig
 from megatron_gmpo.policy.policy import Policy
+from megatron_gmpo.rollout.sglang.memory import release_memory, resume_memory
 from megatron_gmpo.rollout.sglang.servers import Server
-from megatron_gmpo.rollout.sglang.sync.weight_sync import (
-    make_weight_sync,
-    release_memory,
-    resume_memory,
-)
+from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from tests.support.sglang_servers import generate, local_servers, needs_sglang
 
 from .conftest import Open
@@ -32,7 +30,8 @@ TIMEOUT_S = 60.0
 
 
 def disagreement(policy: Policy, server: Server) -> float:
-    """Mean difference between the log probabilities of a response that the server draws and the policy's of the same tokens, in nats."""
+    """Return the mean difference in nats between the server's log probabilities of its response and the
+    policy's."""
     answer = generate(server, PROMPT, max_new_tokens=32).json()
     tokens = torch.tensor(PROMPT + answer["output_ids"])
     response = torch.arange(len(tokens)) >= len(PROMPT)
@@ -43,9 +42,7 @@ def disagreement(policy: Policy, server: Server) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_by_cuda_ipc_and_memory_in_turn(
-    policy_of: Open, batch: TrainBatch, family: str, tmp_path: Path
-) -> None:
+def test_cuda_ipc_and_memory_release(policy_of: Open, batch: TrainBatch, family: str, tmp_path: Path) -> None:
     with policy_of(family, optimizer={"lr": 1e-3}) as policy:
         args = {"enable_memory_saver": True, "mem_fraction_static": 0.3}
         folder = policy.cfg.model.path
@@ -56,7 +53,7 @@ def test_weights_by_cuda_ipc_and_memory_in_turn(
             sync = make_weight_sync(cfg, "colocated", policy.device, tmp_path)
             batch.old_logprobs = policy.logprobs(batch)
             steps(policy, batch, 5)
-            assert disagreement(policy, servers.servers[0]) > 0.1  # it still has the weights of the folder
+            assert disagreement(policy, servers.servers[0]) > 0.1
             assert sync.update(servers.servers, policy.export_hf(), "run-1").failed == ()
             assert disagreement(policy, servers.servers[0]) < 0.05
 
@@ -65,8 +62,8 @@ def test_weights_by_cuda_ipc_and_memory_in_turn(
             released, _ = torch.cuda.mem_get_info()
             assert released - free > 0.15 * total
             steps(policy, batch, 1)
-            waking = resume_memory(servers.servers, ("weights",), TIMEOUT_S)
+            released_before = resume_memory(servers.servers, ("weights",), TIMEOUT_S)
             assert sync.update(servers.servers, policy.export_hf(), "run-2").failed == ()
-            resume_memory(waking, ("kv_cache",), TIMEOUT_S)
+            resume_memory(released_before, ("kv_cache",), TIMEOUT_S)
             assert disagreement(policy, servers.servers[0]) < 0.05
             sync.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gmpo.rollout.sglang.servers import LocalServers
+from megatron_gmpo.rollout.sglang.processes import LocalServers
 
 from ..support.sglang_servers import local_servers
 

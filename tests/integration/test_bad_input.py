@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_gmpo.checkpoint import native
-from megatron_gmpo.models.config import read_hf_config
+from megatron_gmpo.checkpoint import model_identity
+from megatron_gmpo.models.description import read_hf_config
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import CONFIG, ROOT, error_lines, options, run_module
@@ -118,6 +118,30 @@ CASES: dict[str, tuple[Case, str]] = {
         case(algorithm__options__dual_clp=3.0),
         r"algorithm\.options\.dual_clp .*did you mean algorithm\.options\.dual_clip",
     ),
+    "loss import": (
+        case(algorithm__loss="tests.nowhere:loss"),
+        r"algorithm\.loss = 'tests\.nowhere:loss' cannot be imported \(No module named 'tests\.nowhere'\)",
+    ),
+    "loss attribute": (
+        case(algorithm__loss="tests.support.losses:nothing"),
+        r"algorithm\.loss = 'tests\.support\.losses:nothing' cannot be imported \(.*no attribute 'nothing'",
+    ),
+    "loss signature": (
+        case(algorithm__loss="tests.support.losses:with_many_parameters"),
+        r"algorithm\.loss = .*: parameter 'old_logprobs' is not keyword-only: write def loss\(tokens, \*",
+    ),
+    "loss option of a wrong type": (
+        case(algorithm__loss="tests.support.losses:scaled", algorithm__options__scale="big"),
+        r"algorithm\.options\.scale = 'big': .*valid number",
+    ),
+    "loss without a column": (
+        case(algorithm__loss="tests.support.losses:unmade"),
+        r"needs the column 'temperature', which nothing makes: choose one that the trainer makes, .*NewColumn",
+    ),
+    "unknown advantage": (
+        case(algorithm__advantage="normalised"),
+        r"algorithm\.advantage = 'normalised' is unknown: did you mean 'normalized'\?",
+    ),
     "unknown reward": (
         case(reward__name="maths"),
         r"reward\.name = 'maths' is unknown: did you mean 'math'\?",
@@ -163,7 +187,7 @@ def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     (folder / "rollouts").mkdir()
     for step in range(2):
         (folder / "rollouts" / f"step_{step:06d}.jsonl").touch()
-    identity = native.model_identity(read_hf_config(str(model)), "fp32")
+    identity = model_identity(read_hf_config(str(model)), "fp32")
     for name, saved in (("same", identity), ("other", identity | {"hidden_size": 128})):
         checkpoint = folder / name / "checkpoints" / "iter_0000007"
         checkpoint.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Conversions lose nothing, in any number of processes, and leave nothing that looks whole when they fail."""
+"""Conversions are exact in any number of processes and leave nothing that looks complete when they fail."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_gmpo.policy.compare_logits import compare_logits
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
-from megatron_gmpo.weights.convert import ConversionTable, HFToMegatron, inspect_checkpoint
+from megatron_gmpo.weights.hf_to_megatron import HFToMegatron
+from megatron_gmpo.weights.inspection import inspect_checkpoint
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFile
+from megatron_gmpo.weights.table import ConversionTable
 from megatron_gmpo.weights.torch_dist import TorchDistReader
 
 from ..distributed.test_checkpoint import make_config, replayed
 from ..distributed.test_layouts import EP, ETP, PP, TP, config
-from ..support import cases, conversions
+from ..support import cases, conversion_cases
 from ..support.commands import ROOT, error_lines, run_module
 from ..support.ranks import RankPool
 
@@ -41,8 +43,12 @@ TO_MEGATRON, TO_HF = "tools.convert_hf_to_megatron", "tools.convert_megatron_to_
 
 @pytest.fixture(scope="session")
 def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of ``qwen3``, ``qwen3 tied``, ``qwen3_moe mixed`` (dense layers among the MoE ones), ``deepseek_v3 alike`` (none) ..."""
-    tokenizer = text_tokenizer()  # 259 tokens: Megatron pads them
+    """Return a function that makes the folder of a model by name.
+
+    The name is a family and a variant: ``qwen3``, ``qwen3 tied``, ``qwen3_moe mixed`` (MoE and dense layers),
+    ``deepseek_v3 alike`` (MoE layers only).
+    """
+    tokenizer = text_tokenizer()  # 259 tokens, which Megatron pads
     options = {"hidden_size": 32, "ffn_hidden_size": 32, "tokenizer": tokenizer}
 
     def make(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -110,11 +116,11 @@ def test_there_and_back_is_bit_exact(
 ) -> None:
     source = model(name, dtype)
     nbytes = sum(tensor.nbytes for tensor in tensors(source).values())
-    shares = ranks.run(writers, conversions.to_megatron, source, tmp_path / "megatron")
+    shares = ranks.run(writers, conversion_cases.to_megatron, source, tmp_path / "megatron")
     assert min(shares) > 0
     assert sum(shares) >= nbytes
     assert (tmp_path / "megatron/latest_checkpointed_iteration.txt").read_text() == "0"
-    shares = ranks.run(readers, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
+    shares = ranks.run(readers, conversion_cases.to_hf, tmp_path / "megatron", tmp_path / "back")
     assert min(shares) > 0
     assert sum(shares) == nbytes
     assert_same(tmp_path / "back", source)
@@ -151,9 +157,9 @@ def test_megatron_loads_it_in_every_layout(
     parallel: dict[str, int],
 ) -> None:
     source = model(name)
-    ranks.run(2, conversions.to_megatron, source, tmp_path / "megatron")
+    ranks.run(2, conversion_cases.to_megatron, source, tmp_path / "megatron")
     cfg = config(source, parallel, max_tokens=64, model={"dtype": "bf16"})
-    weights = ranks.run(4, conversions.weights_loaded_by_megatron, cfg, tmp_path / "megatron")[0]
+    weights = ranks.run(4, conversion_cases.weights_loaded_by_megatron, cfg, tmp_path / "megatron")[0]
     assert weights.keys() == tensors(source).keys()
     for tensor_name, tensor in tensors(source).items():
         assert torch.equal(weights[tensor_name], tensor), tensor_name
@@ -191,17 +197,16 @@ def test_training_checkpoint_of_any_layout(
     ]
     before = tensors(source)
     assert any(not torch.equal(trained[key].bfloat16(), before[key]) for key in before)
-    ranks.run(2, conversions.to_hf, tmp_path / "run", tmp_path / "out")
+    ranks.run(2, conversion_cases.to_hf, tmp_path / "run", tmp_path / "out")
     assert_same(tmp_path / "out", trained)
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    told = {
-        "dtype": "float32" if dtype == "fp32" else "bfloat16"
-    }  # what was trained, not what it started from
+    # the dtype of the trained model, not of the model it started from
+    told = {"dtype": "float32" if dtype == "fp32" else "bfloat16"}
     assert (
         json.loads((tmp_path / "out/config.json").read_text())
         == json.loads((source / "config.json").read_text()) | told
     )
-    ranks.run(1, conversions.to_hf, tmp_path / "run/iter_0000002", tmp_path / "out2", None, "bf16")
+    ranks.run(1, conversion_cases.to_hf, tmp_path / "run/iter_0000002", tmp_path / "out2", None, "bf16")
     bias = "e_score_correction_bias"  # stays fp32
     assert_same(
         tmp_path / "out2",
@@ -212,7 +217,8 @@ def test_training_checkpoint_of_any_layout(
         "largest difference" in ranks.run(1, compare_logits, tmp_path / "out2", tmp_path / "run", "bf16")[0]
     )
     assert (
-        "is not the model" in ranks.run(1, conversions.refusal, compare_logits, source, tmp_path / "run")[0]
+        "is not the model"
+        in ranks.run(1, conversion_cases.refusal, compare_logits, source, tmp_path / "run")[0]
     )
 
 
@@ -234,18 +240,20 @@ def test_checkpoint_of_megatron_lm(
     dtype: str,
     optimizer_format: str,
 ) -> None:
-    """Its further keys, of the optimizer and the random states, are no weights; what in it is a pickle is not read."""
+    """Keys of the optimizer and the random states are not weights, and pickles are not loaded."""
     world_size, cfg = make_config(layout, model(name), dtype)
     batch, run, evil = replayed(model(name)), tmp_path / "run", tmp_path / "run/evil"
-    weights = ranks.run(world_size, conversions.save_as_megatron_lm, cfg, batch, run, optimizer_format)[0]
+    weights = ranks.run(world_size, conversion_cases.save_as_megatron_lm, cfg, batch, run, optimizer_format)[
+        0
+    ]
     assert any("optimizer." in key for key in TorchDistReader(run / "iter_0000007").tensors)
     assert any(b"evil" in file.read_bytes() for file in run.rglob("*.distcp"))
-    ranks.run(1, conversions.to_hf, run, tmp_path / "out", model(name))
+    ranks.run(1, conversion_cases.to_hf, run, tmp_path / "out", model(name))
     assert_same(tmp_path / "out", weights)
     about = inspect_checkpoint(run)
     assert (about["step"], about["optimizer"]) == ("7", "yes")
     assert "largest difference" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
-    torch.save({"args": conversions.Evil(evil)}, run / "iter_0000007/common.pt")
+    torch.save({"args": conversion_cases.Evil(evil)}, run / "iter_0000007/common.pt")
     assert (
         "holds objects that Megatron does not load" in ranks.run(1, compare_logits, tmp_path / "out", run)[0]
     )
@@ -253,7 +261,7 @@ def test_checkpoint_of_megatron_lm(
 
 
 def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
-    """With every byte that no weight needs overwritten, the weights still come out."""
+    """The weights are exact although every byte of the optimizer state is overwritten."""
     source = model("qwen3")
     _, cfg = make_config("one rank", source, "bf16")
     trained = ranks.run(1, cases.run_on, cfg, replayed(source), tmp_path / "run", 0, 1, [1])[0]["weights"]
@@ -267,20 +275,20 @@ def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], t
                 file.write(b"\xff" * info.length)
             spoiled += info.length
     assert spoiled > 0
-    ranks.run(1, conversions.to_hf, tmp_path / "run", tmp_path / "out")
+    ranks.run(1, conversion_cases.to_hf, tmp_path / "run", tmp_path / "out")
     assert_same(tmp_path / "out", trained)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
 def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:
-    """The layout transformers keeps in memory: all experts of a layer in one tensor."""
+    """transformers holds all experts of a layer in one tensor in memory."""
     source = model(name)
     fused = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
     assert fused["model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 64, 32)
     folder = copied(source, tmp_path)
     save_file({name: tensor.contiguous() for name, tensor in fused.items()}, folder / "model.safetensors")
-    ranks.run(2, conversions.to_megatron, folder, tmp_path / "megatron")
-    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
+    ranks.run(2, conversion_cases.to_megatron, folder, tmp_path / "megatron")
+    ranks.run(1, conversion_cases.to_hf, tmp_path / "megatron", tmp_path / "back")
     assert_same(tmp_path / "back", source)
 
 
@@ -305,8 +313,8 @@ def test_fp8_blocks(ranks: RankPool, model: Callable[..., Path], tmp_path: Path,
     about = json.loads((folder / "config.json").read_text())
     about["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(about))
-    ranks.run(1, conversions.to_megatron, folder, tmp_path / "megatron")
-    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
+    ranks.run(1, conversion_cases.to_megatron, folder, tmp_path / "megatron")
+    ranks.run(1, conversion_cases.to_hf, tmp_path / "megatron", tmp_path / "back")
     assert_same(tmp_path / "back", expected)
     assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
 
@@ -326,19 +334,19 @@ def test_layers_for_multi_token_prediction_are_left_out(
         f"{further}_scale_inv": torch.ones(1, 1),
     }
     save_file(tensors(folder) | added, folder / "model.safetensors")
-    assert "2 tensors that config.json does not ask for" in conversions.refusal(
-        conversions.to_megatron, folder, tmp_path / "out"
+    assert "2 tensors that config.json does not require" in conversion_cases.refusal(
+        conversion_cases.to_megatron, folder, tmp_path / "out"
     )
     about = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(about))
     HFToMegatron(folder)
     (warning,) = caplog.messages
     assert (
-        "3 tensors of layers for multi-token prediction are not carried over, the first 'model.layers.4.enorm.weight'"
+        "3 tensors of layers for multi-token prediction are skipped, the first 'model.layers.4.enorm.weight'"
         in warning
     )
-    ranks.run(1, conversions.to_megatron, folder, tmp_path / "megatron")
-    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back")
+    ranks.run(1, conversion_cases.to_megatron, folder, tmp_path / "megatron")
+    ranks.run(1, conversion_cases.to_hf, tmp_path / "megatron", tmp_path / "back")
     assert_same(tmp_path / "back", source)
     cfg = config(folder, {}, max_tokens=64, model={"dtype": "bf16"})
     assert ranks.run(1, cases.refusal, cfg) == [""]
@@ -352,14 +360,14 @@ def test_has_what_the_plain_layer_spec_of_megatron_looks_for(
     name: str,
 ) -> None:
     source = model(name)
-    ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
-    (wanted,) = ranks.run(1, conversions.keys_of_the_plain_spec, config(source, {}, max_tokens=64))
+    ranks.run(1, conversion_cases.to_megatron, source, tmp_path / "megatron")
+    (wanted,) = ranks.run(1, conversion_cases.keys_of_the_plain_spec, config(source, {}, max_tokens=64))
     assert wanted <= TorchDistReader(tmp_path / "megatron/iter_0000000").tensors.keys()
     assert any(key.endswith("expert_bias") for key in wanted) == ("qwen" not in name)
 
 
 def test_norms_of_latents_have_the_names_of_either_layer_spec(model: Callable[..., Path]) -> None:
-    """Transformer Engine's fused ones (gpt_layer_specs.py) first; of layer 0, a dense one, and of layer 1."""
+    """Transformer Engine's fused names (gpt_layer_specs.py) come first. Layer 0 is dense, layer 1 is MoE."""
     table = ConversionTable(model("deepseek_v3"))
     keys = {
         entry.name: [place.key.removeprefix("decoder.layers.") for place in table.places(entry)]
@@ -379,8 +387,8 @@ def test_norms_of_latents_have_the_names_of_either_layer_spec(model: Callable[..
 
 def test_shards_keep_to_their_size(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
     source = model("qwen3_moe")
-    ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
-    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back", None, None, 100_000)
+    ranks.run(1, conversion_cases.to_megatron, source, tmp_path / "megatron")
+    ranks.run(1, conversion_cases.to_hf, tmp_path / "megatron", tmp_path / "back", None, None, 100_000)
     files = list((tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 2
     assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= 100_000 for file in files)
@@ -423,15 +431,15 @@ HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
     "missing": (changed(pop=lambda t: t.pop(GATE)), f"lacks the tensor '{GATE}'"),
     "extra": (
         changed(add=lambda t: t.update(surplus=torch.ones(3))),
-        "1 tensors that config.json does not ask for, the first 'surplus'",
+        "1 tensors that config.json does not require, the first 'surplus'",
     ),
     "misshapen": (
         changed(cut=lambda t: t.update({GATE: t[GATE][1:].clone()})),
-        f"'{GATE}' is (31, 32), config.json asks for (32, 32)",
+        f"'{GATE}' is (31, 32), config.json requires (32, 32)",
     ),
     "another dtype": (
         changed(cast=lambda t: t.update({GATE: t[GATE].float()})),
-        f"'{GATE}' is torch.float32 where its like are",
+        f"'{GATE}' is torch.float32, other tensors that Megatron stores with it are torch.bfloat16",
     ),
     "NaN": (changed(nan=lambda t: t[GATE][3].fill_(float("nan"))), f"'{GATE}' holds NaN or infinite numbers"),
     "infinite": (
@@ -450,7 +458,7 @@ HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
         ),
         f"'{GATE}_scale_inv' (2, 2) is no scale of blocks of 128 x 128",
     ),
-    "truncated": (truncated, "model.safetensors has "),
+    "truncated": (truncated, "file not fully covered): download the model again"),
     "not safetensors": (
         lambda folder: (folder / "model.safetensors").write_text("lorem ipsum dolor") and None,
         "cannot be read as safetensors",
@@ -471,7 +479,9 @@ def test_bad_hf_folder_is_refused(
     spoil, expected = HF_PROBLEMS[problem]
     folder = copied(model("qwen3_moe"), tmp_path)
     spoil(folder)
-    for message in ranks.run(2, conversions.refusal, conversions.to_megatron, folder, tmp_path / "out"):
+    for message in ranks.run(
+        2, conversion_cases.refusal, conversion_cases.to_megatron, folder, tmp_path / "out"
+    ):
         assert expected in message
         assert "\n" not in message
     assert left_over(tmp_path) == []
@@ -483,15 +493,15 @@ def truncated_distcp(folder: Path) -> None:
 
 
 MEGATRON_PROBLEMS: dict[str, tuple[Spoil, str]] = {
-    "truncated": (truncated_distcp, "bytes where .metadata tells of"),
+    "truncated": (truncated_distcp, "bytes, .metadata requires"),
     "absent file": (
         lambda folder: max(folder.glob("*.distcp")).unlink(),
-        "which is not there: the checkpoint is not whole",
+        "which is not there: the checkpoint is incomplete",
     ),
     "no metadata": (lambda folder: (folder / ".metadata").unlink(), "holds no .metadata"),
     "code in the metadata": (
         lambda folder: (
-            (folder / ".metadata").write_bytes(pickle.dumps(conversions.Evil(folder / "evil"))) and None
+            (folder / ".metadata").write_bytes(pickle.dumps(conversion_cases.Evil(folder / "evil"))) and None
         ),
         "cannot be trusted or read (it asks for pathlib.Path.touch)",
     ),
@@ -507,10 +517,10 @@ def test_bad_megatron_folder_is_refused(
     problem: str,
 ) -> None:
     spoil, expected = MEGATRON_PROBLEMS[problem]
-    ranks.run(2, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
+    ranks.run(2, conversion_cases.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
     spoil(tmp_path / "megatron/iter_0000000")
     for message in ranks.run(
-        2, conversions.refusal, conversions.to_hf, tmp_path / "megatron", tmp_path / "out"
+        2, conversion_cases.refusal, conversion_cases.to_hf, tmp_path / "megatron", tmp_path / "out"
     ):
         assert expected in message
         assert "\n" not in message
@@ -521,17 +531,17 @@ def test_bad_megatron_folder_is_refused(
 def test_template_of_another_model_is_refused(
     ranks: RankPool, model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    ranks.run(1, conversions.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
+    ranks.run(1, conversion_cases.to_megatron, model("qwen3_moe"), tmp_path / "megatron")
     cases_ = {
         "qwen3_moe mixed": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
         "qwen3": "lacks 'decoder.layers.mlp.linear_fc2.weight'",
-        "qwen3_moe tied": "1 tensors that config.json does not ask for, the first 'output_layer.weight'",
+        "qwen3_moe tied": "1 tensors that config.json does not require, the first 'output_layer.weight'",
     }
     for template, expected in cases_.items():
         (message,) = ranks.run(
             1,
-            conversions.refusal,
-            conversions.to_hf,
+            conversion_cases.refusal,
+            conversion_cases.to_hf,
             tmp_path / "megatron",
             tmp_path / "out",
             model(template),
@@ -544,7 +554,7 @@ def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(
     model: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, out = model("qwen3"), tmp_path / "out"
-    command = [sys.executable, "-m", "tests.support.conversions", str(source), str(out), "5"]
+    command = [sys.executable, "-m", "tests.support.conversion_cases", str(source), str(out), "5"]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200)
     assert killed.returncode == -signal.SIGKILL
     assert left_over(tmp_path) == [".partial_out"]
@@ -567,9 +577,9 @@ def test_kill_leaves_nothing_that_looks_whole_and_a_rerun_completes(
 def test_full_disk(
     ranks: RankPool, model: Callable[..., Path], tmp_path: Path, tool: str, limit: int
 ) -> None:
-    """A limit on the size of a file fails a write as a full disk does, in the middle."""
+    """A limit on the file size makes a write fail in the middle, like a full disk."""
     source, out = model("qwen3_moe"), tmp_path / "out"
-    ranks.run(1, conversions.to_megatron, source, tmp_path / "megatron")
+    ranks.run(1, conversion_cases.to_megatron, source, tmp_path / "megatron")
     arguments = (
         ["--hf", source, "--megatron", out]
         if tool == TO_MEGATRON
@@ -588,24 +598,26 @@ def test_a_head_of_its_own_under_tied_embeddings_is_refused(
 ) -> None:
     folder = copied(model("qwen3 tied"), tmp_path)
     changed(add=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))(folder)
-    assert "set tie_word_embeddings = false" in conversions.refusal(
-        conversions.to_megatron, folder, tmp_path / "out"
+    assert "set tie_word_embeddings = false" in conversion_cases.refusal(
+        conversion_cases.to_megatron, folder, tmp_path / "out"
     )
     changed(add=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
-    ranks.run(1, conversions.to_megatron, folder, tmp_path / "out")
+    ranks.run(1, conversion_cases.to_megatron, folder, tmp_path / "out")
 
 
 def test_config_tells_the_dtype_of_weights_saved_in_another(
     ranks: RankPool, model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    ranks.run(1, conversions.to_megatron, model("qwen3", torch.float32), tmp_path / "megatron")
-    ranks.run(1, conversions.to_hf, tmp_path / "megatron", tmp_path / "back", model("qwen3", torch.bfloat16))
+    ranks.run(1, conversion_cases.to_megatron, model("qwen3", torch.float32), tmp_path / "megatron")
+    ranks.run(
+        1, conversion_cases.to_hf, tmp_path / "megatron", tmp_path / "back", model("qwen3", torch.bfloat16)
+    )
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "float32"
     assert_same(tmp_path / "back", model("qwen3", torch.float32))
 
 
 def test_too_small_a_disk_is_refused_before_writing(model: Callable[..., Path], tmp_path: Path) -> None:
-    """A vocabulary, in a file that is all hole, larger than what this disk has free."""
+    """A sparse file holds a vocabulary larger than the free space of this disk."""
     folder = copied(model("qwen3 tied"), tmp_path)
     about = json.loads((folder / "config.json").read_text())
     about["vocab_size"] = (2 * shutil.disk_usage(tmp_path).free + 10**9) // (2 * about["hidden_size"])
@@ -617,10 +629,10 @@ def test_too_small_a_disk_is_refused_before_writing(model: Callable[..., Path], 
         for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
     ]
     with suppress(AssertionError), SafetensorsFile(folder / "model.safetensors", shapes):
-        pass  # nothing but the header
+        pass  # writes the header only
     file = folder / "model.safetensors"
     os.truncate(file, file.stat().st_size + sum(2 * math.prod(shape) for _, _, shape in shapes))
-    message = conversions.refusal(conversions.to_megatron, folder, tmp_path / "out")
+    message = conversion_cases.refusal(conversion_cases.to_megatron, folder, tmp_path / "out")
     assert re.search(r"needs \d+\.\d\d GB and its disk has \d+\.\d\d GB free: choose another disk", message)
     assert left_over(tmp_path) == []
 
@@ -652,7 +664,7 @@ def test_dry_run_prints_the_table(model: Callable[..., Path], tmp_path: Path) ->
 
 def test_inspection(ranks: RankPool, model: Callable[..., Path], tmp_path: Path) -> None:
     source = model("qwen3_moe")
-    ranks.run(2, conversions.to_megatron, source, tmp_path / "megatron")
+    ranks.run(2, conversion_cases.to_megatron, source, tmp_path / "megatron")
     total = sum(tensor.numel() for tensor in tensors(source).values())
     routed = sum(tensor.numel() for name, tensor in tensors(source).items() if ".experts." in name)
     for folder in (source, tmp_path / "megatron", tmp_path / "megatron/iter_0000000"):
@@ -669,7 +681,7 @@ def test_inspection(ranks: RankPool, model: Callable[..., Path], tmp_path: Path)
 
 
 def test_table_order_and_sizes(model: Callable[..., Path]) -> None:
-    """Every tensor of the model once; a layer after the one before."""
+    """The table names every tensor once, layer by layer."""
     table = ConversionTable(model("qwen3_moe mixed"))
     names = list(table.hf_names)
     assert len(names) == len(set(names))

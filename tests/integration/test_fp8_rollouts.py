@@ -1,6 +1,8 @@
-"""Block-wise FP8 weights in real SGLang servers, by every route, against transformers with the weights that they stand for.
+"""Block-wise FP8 weights in real SGLang servers, by every route, compared with transformers on the
+dequantised weights.
 
-The servers load and keep them as on a GPU; two multiplications are torch's (see ``sglang_fp8_launcher.py``).
+The servers load and store the weights as on a GPU. Two matrix multiplications are replaced by torch code (see
+``tests/support/sglang_fp8_launcher.py``).
 """
 
 from __future__ import annotations
@@ -23,25 +25,19 @@ from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.fp8_blocks import quantize_all
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.sglang.engine import (
-    check_servers,
-    fp8_start_folder,
-    local_servers,
-    start_sglang,
-)
-from megatron_gmpo.rollout.sglang.engine import servers as servers_module
-from megatron_gmpo.rollout.sglang.sync.weight_sync import make_weight_sync
+from megatron_gmpo.rollout.sglang import processes
+from megatron_gmpo.rollout.sglang.start import check_servers, fp8_start_folder, local_servers, start_sglang
+from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
+from ..support.commands import ROOT
 from ..support.sglang_servers import CPU, PYTHON, generate, needs_sglang
 
 PROMPT = [5, 6, 7, 8, 9, 10]
-SHAPE = {
-    "num_layers": 2,
-    "head_dim": 64,
-    "ffn_hidden_size": 128,
-}  # SGLang joins matrices only of whole blocks
-HIDDEN = {"qwen3": 192, "qwen3_moe": 128}  # one and a half blocks; but its checksums want whole ones
+# SGLang fuses only matrices whose sizes are multiples of the FP8 block
+SHAPE = {"num_layers": 2, "head_dim": 64, "ffn_hidden_size": 128}
+# one and a half blocks for qwen3; qwen3_moe is synced with verify, whose checksums need whole blocks
+HIDDEN = {"qwen3": 192, "qwen3_moe": 128}
 
 
 def tensors_of(model: Path) -> list[tuple[str, Tensor]]:
@@ -50,7 +46,7 @@ def tensors_of(model: Path) -> list[tuple[str, Tensor]]:
 
 
 def dequantized(model: Path, out: Path) -> Any:
-    """A transformers model in fp32 whose weights are products of what is sent, 8 bits and scales."""
+    """Return a transformers model in fp32 with the weights that are sent: FP8 values times their scales."""
     sent = {name: tensor.float() for name, tensor in quantize_all(tensors_of(model))}
     for name in [name for name in sent if name.endswith("_scale_inv")]:
         scale, weight = sent.pop(name), name.removesuffix("_scale_inv")
@@ -69,7 +65,7 @@ def logits_of(model: Any, ids: list[int]) -> Tensor:
 def differences(
     models: list[Any], prompt: list[int], response: list[int], logprobs: list[float]
 ) -> list[float]:
-    """Mean absolute difference of a server's log probabilities to each model's."""
+    """Return the mean absolute difference of a server's log probabilities from each model's."""
     found = []
     for model in models:
         expected = logits_of(model, prompt + response)[len(prompt) - 1 : -1].log_softmax(-1)
@@ -79,13 +75,13 @@ def differences(
             .mean()
             .item()
         )
-    print("mean difference to the dequantised model, the one before, another:", found)
+    print("mean difference from the dequantised, the unquantised and another model:", found)
     return found
 
 
 @pytest.fixture
 def fp8_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers_module, "_LAUNCHER", Path(__file__).with_name("sglang_fp8_launcher.py"))
+    monkeypatch.setattr(processes, "_LAUNCHER", ROOT / "tests/support/sglang_fp8_launcher.py")
 
 
 def fp8_config(model: Path, **sections: dict[str, Any]) -> Config:
@@ -116,7 +112,7 @@ def test_routes(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Pat
             logprobs = [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
             compared = [references[new], AutoModelForCausalLM.from_pretrained(models[new]), references[other]]
             right, before, wrong = differences(compared, PROMPT, answer["output_ids"], logprobs)
-            assert right < 0.02  # a server in bf16
+            assert right < 0.02  # the server computes in bf16
             assert right < before < wrong
     finally:
         servers.stop()
@@ -124,7 +120,7 @@ def test_routes(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Pat
 
 @needs_sglang
 def test_engine(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """As a run does it; every weight of the servers is noise before a sync, and compared after it."""
+    """Sync through the engine, as in a run; ``verify`` overwrites every weight with noise before the sync."""
     old, new = (
         tiny_model("qwen3_moe", hidden_size=HIDDEN["qwen3_moe"], seed=seed, **SHAPE) for seed in (0, 1)
     )
@@ -148,9 +144,9 @@ def test_engine(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Pat
         assert sample.policy_version == 1
         response = len(PROMPT)
         right, before, wrong = differences(
-            compared, PROMPT, sample.tokens[response:], sample.rollout_logprobs[response:]
+            compared, PROMPT, sample.tokens[response:].tolist(), sample.rollout_logprobs[response:].tolist()
         )
-        assert right < 0.03  # in bf16 some tokens change experts
+        assert right < 0.03  # in bf16 some tokens are routed to other experts
         assert right < before < wrong
 
 
@@ -167,7 +163,7 @@ def test_embedded_engine(family: str, tiny_model: Callable[..., Path], tmp_path:
     assert (logits_of(AutoModelForCausalLM.from_pretrained(new), PROMPT) - expected).abs().max() > 0.01
 
 
-def test_a_model_in_fp8_wants_fp8_rollouts(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_model_in_fp8_needs_fp8_rollouts(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = fp8_start_folder(tiny_model("qwen3", num_layers=2), tmp_path / "fp8")
     about: dict[str, Any] = {
         "model": {"path": str(folder)},
@@ -180,8 +176,8 @@ def test_a_model_in_fp8_wants_fp8_rollouts(tiny_model: Callable[..., Path], tmp_
     check_servers(Config.model_validate(about), AutoConfig.from_pretrained(folder), torch.device("cpu"))
 
 
-def test_transformers_reads_such_a_folder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Whole blocks only: it takes the size of a block from the numbers of scales."""
+def test_transformers_reads_the_fp8_folder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """With whole blocks only: transformers derives the block size from the number of scales."""
     model = tiny_model("qwen3_moe", hidden_size=128, **SHAPE)
     folder = fp8_start_folder(model, tmp_path / "fp8")
     save_file(

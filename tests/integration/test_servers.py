@@ -19,12 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_gmpo.config import SGLangConfig
 from megatron_gmpo.errors import InputError, ServerError
-from megatron_gmpo.rollout.sglang.servers import (
-    LocalServers,
-    Server,
-    external_servers,
-    published_servers,
-)
+from megatron_gmpo.rollout.sglang.processes import LocalServers
+from megatron_gmpo.rollout.sglang.servers import Server, external_servers, published_servers
 from megatron_gmpo.supervision.records import node_name
 
 from ..support.commands import CONFIG, ROOT, command_line, error_lines, options
@@ -264,7 +260,7 @@ def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(
         f"error: every SGLang server of {node_name()} was lost 2 times in a row: see its log"
     ]
     with pytest.raises(
-        ServerError, match="the rollout servers of the job were not started: every SGLang server of"
+        ServerError, match="the rollout servers of the job did not start: every SGLang server of"
     ):
         published_servers(tmp_path / "servers.json", 1)
 
@@ -273,7 +269,7 @@ def test_published_servers_are_not_the_users_to_correct(tmp_path: Path) -> None:
     file = tmp_path / "servers.json"
     (tmp_path / "server_keys.json").write_text('{"api_key": "user", "admin_key": "admin"}')
     with pytest.raises(
-        ServerError, match=r"rollout\.servers_file = .* was not there within sglang\.start_timeout_s = 0\.1"
+        ServerError, match=r"rollout\.servers_file = .* did not appear within sglang\.start_timeout_s = 0\.1"
     ):
         published_servers(file, 0.1)
     file.write_text('[{"url": "http://127.0.0.1:9", "node": "node2"}]')
@@ -282,7 +278,7 @@ def test_published_servers_are_not_the_users_to_correct(tmp_path: Path) -> None:
     ):
         published_servers(file, 1)
     file.write_text(
-        '{"error": "rollout.num_servers = 3 cannot be shared by 2 nodes: choose a multiple", "code": 2}'
+        '{"error": "rollout.num_servers = 3 cannot be divided among 2 nodes: choose a multiple", "code": 2}'
     )
-    with pytest.raises(InputError, match=r"rollout\.num_servers = 3 cannot be shared"):
+    with pytest.raises(InputError, match=r"rollout\.num_servers = 3 cannot be divided"):
         published_servers(file, 1)

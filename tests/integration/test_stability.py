@@ -55,7 +55,7 @@ def test_a_collapsed_run_stops(argv: list[str], run_dir: Path) -> None:
     assert done.returncode == 3
     (line,) = error_lines(done.stderr)
     assert line.startswith("error: step 6: the policy collapsed: policy/entropy 0.")
-    assert "the newest checkpoint from before is" in line
+    assert "the newest checkpoint from before the collapse is" in line
     assert "iter_0000004" in line  # that of step 5 was written before anybody knew
     assert "Traceback" not in done.stderr
     event = json_lines(run_dir / "events.jsonl")[-1]

@@ -1,4 +1,5 @@
-"""Runs that are asked to stop, hang, crash, or may not start: what they leave in the run folder, and that nothing is lost."""
+"""Runs that are stopped, hang, crash or are refused: the records in the run folder, and that no work is
+lost."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The example config on a tiny random model, small steps, no evaluation."""
+    """The example config with a tiny random model, small steps and no evaluation."""
     problems = tmp_path_factory.mktemp("problems")
     write_addition_problems(problems)
     return [
@@ -57,7 +58,7 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @contextmanager
 def started(argv: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
-    """Two ranks under torchrun, gone at the end whatever happens."""
+    """Run two ranks under torchrun; all processes are killed at the end."""
     process = subprocess.Popen(
         command_line(TRAIN, *argv, ranks=2),
         cwd=ROOT,
@@ -133,7 +134,7 @@ def test_a_run_stopped_three_times_equals_an_undisturbed_one(argv: list[str], tm
         assert events(stopped)[-3:] == ["stop_requested", "checkpoint", "saved_for_requeue"]
         reached = end["step"]
 
-    # a job whose time is up before a step fits in stops at once, and saves nothing anew
+    # a job without time for another step stops immediately and saves no new checkpoint
     over = run_module(TRAIN, *command, ranks=2, SLURM_JOB_END_TIME=str(int(time.time())))
     assert over.returncode != 0, over.stderr
     assert outcome(stopped)["reason"].startswith(
@@ -158,7 +159,8 @@ def test_a_reward_that_never_returns_is_named(argv: list[str], tmp_path: Path) -
     assert "in phase rollout of step 1" in end["reason"]
     assert error_lines(done.stderr) == [f"error: {end['reason']}"]
     assert "in sleeps_on_rank_1" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
-    # where the other one waited: in its traceback, or, where torchrun's SIGTERM came before the error did, in its stacks
+    # the other rank shows where it waited in its traceback or, if SIGTERM from torchrun came first, in its
+    # stacks
     assert any(
         "all_gather_object" in (tmp_path / folder / "rank_00000.txt").read_text()
         for folder in ("errors", "stacks")
@@ -166,8 +168,8 @@ def test_a_reward_that_never_returns_is_named(argv: list[str], tmp_path: Path) -
     assert events(tmp_path)[-1] == "hang"
 
 
-def test_a_rank_that_stands_still_is_named_by_the_others(argv: list[str], tmp_path: Path) -> None:
-    """Before, a second start on the same folder is refused."""
+def test_a_stopped_rank_is_named_by_the_others(argv: list[str], tmp_path: Path) -> None:
+    """Meanwhile, a second run on the same folder is refused."""
     with started(
         [*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3"
     ) as torchrun:
@@ -189,7 +191,7 @@ def test_a_rank_that_stands_still_is_named_by_the_others(argv: list[str], tmp_pa
     assert (tmp_path / "stacks" / "rank_00000.txt").read_text()
 
 
-def test_a_collective_that_gives_up_says_where(argv: list[str], tmp_path: Path) -> None:
+def test_a_collective_that_times_out_names_the_place(argv: list[str], tmp_path: Path) -> None:
     hanging = options(
         run_dir=tmp_path,
         reward__name="tests.support.rewards:sleeps_on_rank_1",
@@ -202,12 +204,12 @@ def test_a_collective_that_gives_up_says_where(argv: list[str], tmp_path: Path) 
     (line,) = error_lines(done.stderr)
     assert "in phase rollout of step 1: a collective with other ranks failed" in line
     assert "Timed out waiting" in line
-    assert "[rank" not in done.stderr  # how torchrun marks a rank's traceback
+    assert "[rank" not in done.stderr  # the prefix that torchrun adds to a rank's traceback
     assert "all_gather_object" in (tmp_path / "errors" / "rank_00000.txt").read_text()
     assert "in sleeps_on_rank_1" in (tmp_path / "stacks" / "rank_00001.txt").read_text()  # torchrun ended it
 
 
-def test_a_crash_is_recorded_by_the_rank_that_knows(argv: list[str], tmp_path: Path) -> None:
+def test_a_crash_is_recorded_by_the_rank_that_crashed(argv: list[str], tmp_path: Path) -> None:
     crashing = options(run_dir=tmp_path, reward__name="tests.support.rewards:crashes_on_rank_1")
     done = run_module(TRAIN, *argv, *crashing, ranks=2)
     assert done.returncode != 0

@@ -23,14 +23,14 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
-from megatron_gmpo.checkpoint import native
+from megatron_gmpo.checkpoint import latest_checkpoint
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.losses.correction import rollout_mismatch
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.metrics.figures import value_of
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.platform import seed_everything
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
@@ -68,7 +68,7 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
     """``steps`` optimizer steps on one batch: logprobs before, metrics of each step, and the weights after."""
     with opened(cfg) as policy:
         logprobs = policy.logprobs(batch)
-        if cfg.algorithm.kl_coef:
+        if policy.reference:
             batch.ref_logprobs = policy.reference_logprobs(batch)
         history = _steps(policy, batch, steps)
         return {"logprobs": logprobs, "history": history, "weights": weights_on_rank_0(policy)}
@@ -76,6 +76,7 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
 
 def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, float]]:
     objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
+    objective.add_columns(batch)
     return [
         {name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()}
         for _ in range(steps)
@@ -93,7 +94,7 @@ def replay(
         compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(batch).items()}
         logprobs = batch.old_logprobs
         batch.old_logprobs = logprobs if old_logprobs is None else old_logprobs
-        if cfg.algorithm.kl_coef:
+        if policy.reference:
             batch.ref_logprobs = policy.reference_logprobs(batch)
         chosen = watch_routers(policy)
         history = [
@@ -213,7 +214,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
 
 def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
     """Loads the latest checkpoint; of its state the step and the note."""
-    checkpoint = native.latest_checkpoint(run_dir)
+    checkpoint = latest_checkpoint(run_dir)
     assert checkpoint is not None
     state = policy.load(checkpoint)
     return {name: state[name] for name in ("step", "note")}

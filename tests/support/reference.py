@@ -119,18 +119,21 @@ def batch_loss(
     batch: Any,
     ref_logprobs: Tensor,
     *,
-    loss: str,
+    loss: str | Callable[[Tensor, Tensor], Tensor],
     clip_low: float,
     clip_high: float,
     kl_coef: float,
     entropy_coef: float,
     temperature: float,
     shift: Tensor | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """One sequence after another, as the papers read.
 
     ``gmpo``: -1/N sum_i A_i exp(1/n_i sum_t clip(log pi/pi_old)), and penalties averaged over each sequence's tokens, then over sequences.
     ``rspo``: the same, each ratio first multiplied by ``shift`` (L,) of the token before.
+    A function: (log ratios of the n response tokens, advantage) -> the sequence's term, divided by sequences, or by tokens if
+    ``per_token``.
     ``dapo``: -1/sum_i n_i sum_i sum_t min(r A, clip(r, 1 - low, 1 + high) A), and penalties averaged over all tokens.
     """
     totals: list[Tensor] = []
@@ -147,14 +150,16 @@ def batch_loss(
         penalty = kl_coef * (off.exp() - off - 1) - entropy_coef * entropy[mask]
         if shift is not None:
             delta = delta + shift[span].log().roll(1)[mask]
-        if loss in ("gmpo", "rspo"):
+        if callable(loss):
+            totals.append(loss(delta, advantage) + penalty.mean())
+        elif loss in ("gmpo", "rspo"):
             clipped = delta.clamp(max=clip_high) if advantage > 0 else delta.clamp(min=-clip_low)
             totals.append(-advantage * clipped.mean().exp() + penalty.mean())
         else:
             ratio = delta.exp()
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
             totals.append((penalty - gain).sum())
-    return torch.stack(totals).sum() / (tokens if loss == "dapo" else len(totals))
+    return torch.stack(totals).sum() / (tokens if per_token or loss == "dapo" else len(totals))
 
 
 def train(

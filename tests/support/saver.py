@@ -1,7 +1,9 @@
-"""A run that saves in a loop and is killed with SIGKILL again and again: ``python -m tests.support.saver MODEL RUN_DIR SEED``.
+"""A run that saves in a loop and is repeatedly killed with SIGKILL: ``python -m tests.support.saver MODEL
+RUN_DIR SEED``.
 
-Every life of the run is a fork of this process, which has the imports done. It loads the latest checkpoint, checks that weights and
-moments are those of that step, and then saves step after step, every number in them being the step. Prints one line a life.
+Each life of the run is a fork of this process, which has imported everything. A life loads the latest
+checkpoint, checks that weights and moments belong to its step, and then saves one step after another. All
+weights and moments of a step are equal to the step. Prints one line per life.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from typing import Any
 
 import torch
 
-from megatron_gmpo.checkpoint import native
+from megatron_gmpo.checkpoint import latest_checkpoint
 from megatron_gmpo.platform import prepare_megatron, start_process_group
+from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
 
 from ..distributed.test_layouts import config
@@ -33,13 +36,14 @@ RANDOM_MOMENTS = 3
 def live(
     model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[Any, str, int] | None
 ) -> None:
-    """Loads, checks, and saves until killed: by itself, with a ``place``, in the save after those it has reported."""
+    """Load, check, and save until killed. With a ``place``, the process kills itself there, in the save after
+    those that it has reported."""
     start_process_group(cases.CPU, 60)
     with cases.opened(config(model, {}, max_tokens=64)) as policy:
         for state in states(policy):
             state.zero_()
         first = 0
-        if checkpoint := native.latest_checkpoint(run_dir):
+        if checkpoint := latest_checkpoint(run_dir):
             first = policy.load(checkpoint)["step"]
             assert all(bool((state == first).all()) for state in states(policy)), (
                 f"torn checkpoint of step {first}"
@@ -56,7 +60,7 @@ def live(
 
 
 def die_at(owner: Any, name: str, call: int) -> None:
-    """Makes the so-manieth call of a function the end of this process."""
+    """Kill this process when it calls a function for the ``call``-th time."""
     original, calls = getattr(owner, name), iter(range(1, call + 1))
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
@@ -68,7 +72,7 @@ def die_at(owner: Any, name: str, call: int) -> None:
 
 
 def states(policy: Policy) -> list[torch.Tensor]:
-    slots = list(native._slots(policy.model.optimizer))
+    slots = list(optimizer_slots(policy.model.optimizer))
     return [slot.parameter.data for slot in slots] + [
         tensor for slot in slots for tensor in slot.tensors.values()
     ]
@@ -77,16 +81,16 @@ def states(policy: Policy) -> list[torch.Tensor]:
 def main(model: Path, run_dir: Path, seed: int) -> None:
     this: Any = sys.modules["__main__"]
     this.__spec__ = this.__file__ = (
-        None  # what a life spawns, Megatron's checkpoint writer, need not import it
+        None  # Megatron's checkpoint writer, which a life spawns, then does not import this module
     )
     prepare_megatron(cases.CPU)
     torch.set_num_threads(1)
     choose = random.Random(seed)
     places: list[tuple[Any, str, int] | None] = [
-        (Path, "rename", 1),  # Megatron gives the new checkpoint its metadata
-        (Path, "rename", 2),  # it is whole, but not in its place
-        (Path, "rename", 3),  # in its place, but not the latest
-        (shutil, "rmtree", 1),  # the latest, with one too many before it
+        (Path, "rename", 1),  # Megatron writes the metadata of the new checkpoint
+        (Path, "rename", 2),  # the new checkpoint is complete but does not have its name
+        (Path, "rename", 3),  # it has its name but is not recorded as the latest
+        (shutil, "rmtree", 1),  # it is the latest; the oldest is being removed
         *[None] * RANDOM_MOMENTS,
     ]
     for place in [*places, None]:
@@ -114,7 +118,7 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
             found, status = os.waitpid(pid, os.WNOHANG)
             dead = status if found else None
             time.sleep(0.005)
-        os.killpg(pid, signal.SIGKILL)  # its writers, which outlive it
+        os.killpg(pid, signal.SIGKILL)  # its checkpoint writers, which would outlive it
         assert dead == signal.SIGKILL, f"{place}: status {dead}"
         print(" ".join(told.read_text().split()), flush=True)
 

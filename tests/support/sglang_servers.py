@@ -1,4 +1,5 @@
-"""What the tests on real SGLang servers share. As a module: a trainer that starts two of them and waits to be killed."""
+"""What the tests on real SGLang servers share. As a module: a trainer that starts two of them and waits to be
+killed."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ import pytest
 import torch
 
 from megatron_gmpo.config import SGLangConfig
-from megatron_gmpo.rollout.sglang.servers import LocalServers, Server
+from megatron_gmpo.rollout.sglang.processes import LocalServers
+from megatron_gmpo.rollout.sglang.servers import Server
 
 from .commands import ROOT
 
@@ -36,7 +38,8 @@ def local_servers(
     device: torch.device = CPU,
     **settings: Any,
 ) -> Iterator[LocalServers]:
-    """Servers that are stopped at the end; ``settings`` are fields of SGLangConfig. They are not started here."""
+    """Servers that are stopped at the end; ``settings`` are fields of SGLangConfig. They are not started
+    here."""
     cfg = SGLangConfig(
         **{"python": str(PYTHON), "start_timeout_s": 300.0, "health_interval_s": 20.0} | settings
     )

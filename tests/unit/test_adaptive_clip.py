@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.losses import LossTokens
 from megatron_gmpo.losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
 from megatron_gmpo.losses.objective import make_objective
-from megatron_gmpo.losses.registry import POLICY_LOSSES
+from megatron_gmpo.losses.registry import LOSSES
 from megatron_gmpo.metrics.figures import Metric, reduce_metrics
 from megatron_gmpo.metrics.histogram import BINS, quantile
 
@@ -33,13 +34,6 @@ def step(loss: str, clip: AdaptiveClip, scale: float, g: torch.Generator) -> dic
     """Metrics of the loss over two minibatches whose log ratios spread: nothing at first, then heavy-tailed of this scale."""
     ids = torch.repeat_interleave(torch.arange(SEQUENCES), TOKENS)
     advantages = torch.where(torch.arange(SEQUENCES) % 2 == 0, 1.0, -1.0)
-    options = (
-        {"length_normalizer": 64.0}
-        if loss == "dr_grpo"
-        else {"router_shift": torch.ones(len(ids))}
-        if loss == "rspo"
-        else {}
-    )
 
     def minibatch(scale: float) -> dict[str, Metric]:
         tails = torch.empty(len(ids)).exponential_(generator=g) * torch.randn(
@@ -47,10 +41,16 @@ def step(loss: str, clip: AdaptiveClip, scale: float, g: torch.Generator) -> dic
         )  # kurtosis 18
         new = torch.full((len(ids),), -2.0)
         mask = torch.ones(len(ids), dtype=torch.bool)
+        tokens = LossTokens(
+            new,
+            new - scale * tails,
+            mask,
+            ids,
+            advantages,
+            columns={"router_shift": torch.ones(len(ids))},
+        )
         clips = {"clip_low": clip.clips["low"], "clip_high": clip.clips["high"]}
-        return POLICY_LOSSES[loss](
-            new, new - scale * tails, mask, ids, advantages, **clips, **options
-        ).metrics
+        return LOSSES[loss].function(tokens, **clips).metrics
 
     return reduce_metrics([minibatch(0.0), minibatch(scale)])
 

@@ -39,7 +39,7 @@ def mistake(*argv: str) -> str:
         ),
         (
             ["--algorithm.clip_bounds", "[0.5, 0.1]"],
-            ["clip_bounds = [0.5, 0.1]", "the smaller one comes first"],
+            ["clip_bounds = [0.5, 0.1]", "put the smaller value first"],
         ),
         (
             ["--algorithm.mask", "icepop", "--algorithm.mask_low", "6"],

@@ -1,4 +1,4 @@
-"""Countdown: what the reward takes for a solution, whatever a model writes, and the problems that are made."""
+"""Countdown: the reward on solutions and on arbitrary text, and the generated problems."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_solutions(answer: str, response: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "response"),
     [
-        ("3,7,12=15", "3*(12-8)"),  # another number
-        ("3,7,12=36", "3*12"),  # one left out
-        ("3,7,12=15", "3*(12-7)+3-3"),  # one too often
+        ("3,7,12=15", "3*(12-8)"),  # a number that was not given
+        ("3,7,12=36", "3*12"),  # a number is missing
+        ("3,7,12=15", "3*(12-7)+3-3"),  # a number is used twice
         ("3,3,9=9", "3*3"),
         ("12,3=15", "1*(12)+3"),
         ("3,7,12=15", "3*(12-7)=15"),
@@ -72,7 +72,7 @@ def test_solutions(answer: str, response: str) -> None:
         ("3,7,12=15", "٣*(12-7)"),
         ("3,7,12=15", "３*(12-7)"),
         ("3,7,12=15", "3×(12−7)"),
-        ("3,7,12=15", "-3*(7-12)"),  # of one number
+        ("3,7,12=15", "-3*(7-12)"),  # a unary operator
         ("3,7,12=15", "+3*(12-7)"),
         ("3,7,12=15", "3*(1 2-7)"),
         ("3,7=2", "7//3"),
@@ -86,7 +86,7 @@ def test_solutions(answer: str, response: str) -> None:
         ("10=10", "1e1"),
         ("9,9=1", "9**9**9**9**9"),
         ("1=1", "9" * 100_000),
-        ("1=1", "(" * 100 + "1" + ")" * 100 + " "),  # stripped, but of 201 characters
+        ("1=1", "(" * 100 + "1" + ")" * 100 + " "),  # 201 characters
         ("1=1", "(" * 100_000),
         ("1=1", "1+" * 50_000 + "1"),
         ("3,7=10", "3+7\0"),
@@ -98,8 +98,8 @@ def test_no_solutions(answer: str, response: str) -> None:
         assert score(answer, response) == 0.0
 
 
-def test_the_longest_expression_that_is_read() -> None:
-    assert score("1,1=2", "(" * 98 + "1" + ")" * 98 + " +1") == 1.0  # 200 characters, 98 deep
+def test_the_maximum_length_of_an_expression() -> None:
+    assert score("1,1=2", "(" * 98 + "1" + ")" * 98 + " +1") == 1.0  # 200 characters, 98 nested parentheses
     assert score("1,1=2", "(" * 98 + "1" + ")" * 98 + "  +1") == 0.0
 
 
@@ -115,7 +115,7 @@ def test_no_response_raises(response: str) -> None:
 
 @st.composite
 def expressions(draw: st.DrawFn) -> tuple[str, list[int], Fraction]:
-    """Fully in parentheses, its numbers, and its value, which no division by zero spoils."""
+    """Draw a fully parenthesised expression, its numbers and its value, without a division by zero."""
     if draw(st.integers(0, 2)) == 0:
         number = draw(st.integers(0, 30))
         return str(number), [number], Fraction(number)
@@ -141,14 +141,14 @@ def test_values_are_exact_and_numbers_are_counted(
 @pytest.mark.parametrize(
     "answer", ["", "3,7,12", "3,7,12=", "=15", "3;7=15", "3,7=1.5", "3, 7=10", "3,7=10\n", "٣,7=10"]
 )
-def test_a_prompt_that_is_no_problem_is_named(answer: str) -> None:
+def test_a_prompt_without_a_problem_is_refused(answer: str) -> None:
     with pytest.raises(
         InputError, match="of t/0 is no Countdown problem: write numbers and target as 3,7,12=45"
     ):
         score(answer, "3+7")
 
 
-def test_the_registry_has_it() -> None:
+def test_countdown_is_a_built_in_reward() -> None:
     assert resolve_reward(RewardConfig(name="countdown")) is REWARD
 
 

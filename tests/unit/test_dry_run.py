@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gmpo.config import Config
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.planning.dry_run import RankPlan, Traffic, dry_run
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"

@@ -21,7 +21,8 @@ from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.command_line import load_config
 from megatron_gmpo.config import Config, Fp8Config, OptimizerConfig
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.models.config import _fp8_fields, describe_model
+from megatron_gmpo.models.description import describe_model
+from megatron_gmpo.models.transformer_config import fp8_fields
 from megatron_gmpo.platform import check_deterministic
 from megatron_gmpo.platform.capabilities import Capabilities, capabilities_of, check_apex
 from megatron_gmpo.policy.build import check_optimizer
@@ -109,6 +110,15 @@ def test_transformer_engine_has_the_upper_bound_of_the_installed_megatron() -> N
         check_fp8(config("tensorwise"), transformer(), newer)
 
 
+def test_delayed_scales_without_a_reference_policy() -> None:
+    message = refusal(
+        lambda: check_fp8(config("delayed", algorithm={"kl_coef": 0.1}), transformer(), Capabilities())
+    )
+    assert "fp8.recipe = 'delayed' with algorithm.kl_coef" in message
+    assert "choose 'tensorwise'" in message
+    check_fp8(config("tensorwise", algorithm={"kl_coef": 0.1}), transformer(), H100)
+
+
 @pytest.mark.parametrize(
     ("recipe", "machine"), [*product(RECIPES[:3], [H100]), *product(RECIPES, [B200]), (None, Capabilities())]
 )
@@ -182,10 +192,6 @@ def test_latent_attention(tiny_model: Callable[..., Path]) -> None:
             ["fp8.recipe = 'tensorwise' needs model.dtype = 'bf16', not 'fp32'"],
         ),
         (
-            ["--fp8.recipe", "delayed", "--algorithm.kl_coef", "0.1"],
-            ["fp8.recipe = 'delayed' with algorithm.kl_coef", "tensorwise"],
-        ),
-        (
             ["--optimizer.moments_dtype", "bf16", "--model.dtype", "fp32"],
             ["optimizer.moments_dtype = 'bf16' needs model.dtype"],
         ),
@@ -222,7 +228,7 @@ ARCHITECTURE = {"num_layers": 8, "num_moe_experts": 4}
 
 def test_megatrons_fields() -> None:
     cfg = Config.model_validate({"fp8": {"recipe": "blockwise", "num_layers_at_end_in_bf16": 2}})
-    assert _fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel) == {
+    assert fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel) == {
         "fp8": "e4m3",
         "fp8_recipe": "blockwise",
         "fp8_param": False,
@@ -233,14 +239,14 @@ def test_megatrons_fields() -> None:
     }
     given = {
         name: value
-        for name, value in _fp8_fields(Fp8Config(recipe="delayed"), {"num_layers": 8}, cfg.parallel).items()
+        for name, value in fp8_fields(Fp8Config(recipe="delayed"), {"num_layers": 8}, cfg.parallel).items()
         if value
     }
     assert given == {"fp8": "hybrid", "fp8_recipe": "delayed"}
     assert (
-        _fp8_fields(Fp8Config(recipe="mxfp8", format="hybrid"), ARCHITECTURE, cfg.parallel)["fp8"] == "hybrid"
+        fp8_fields(Fp8Config(recipe="mxfp8", format="hybrid"), ARCHITECTURE, cfg.parallel)["fp8"] == "hybrid"
     )
-    assert _fp8_fields(Fp8Config(), ARCHITECTURE, cfg.parallel) == {}
+    assert fp8_fields(Fp8Config(), ARCHITECTURE, cfg.parallel) == {}
 
 
 def test_more_bf16_layers_than_a_stage_has() -> None:
@@ -250,7 +256,7 @@ def test_more_bf16_layers_than_a_stage_has() -> None:
             "parallel": {"pipeline_model_parallel_size": 2},
         }
     )
-    message = refusal(lambda: _fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel))
+    message = refusal(lambda: fp8_fields(cfg.fp8, ARCHITECTURE, cfg.parallel))
     assert message.startswith(
         "fp8.num_layers_at_start_in_bf16 = 5 is more than the 4 layers of a pipeline stage"
     )

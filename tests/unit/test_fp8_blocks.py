@@ -1,4 +1,4 @@
-"""Block-wise FP8: against float64 arithmetic on the format's own table of values, and against transformers."""
+"""Block-wise FP8, compared with float64 arithmetic on the format's table of values and with transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megatron_gmpo.errors import NonFiniteError
 from megatron_gmpo.models.fp8_blocks import dequantize, is_quantized, quantize, quantize_all, rounded
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
-# OCP 8-bit floating point specification, E4M3: bias 7, 3 mantissa bits, subnormals below 2^-6, no infinities, the largest 448
+# E4M3 in the OCP 8-bit floating point specification: bias 7, 3 mantissa bits, subnormals below 2^-6, no
+# infinities, maximum 448
 MAGNITUDES = [m * 2.0**-9 for m in range(8)] + [
     (8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)
 ]
@@ -26,7 +27,7 @@ sizes = st.integers(1, 300)
 
 
 def weights(rows: int, columns: int, seed: int, spread: float) -> Tensor:
-    """Normal numbers whose magnitudes differ by up to ``10 ** spread`` from row to row."""
+    """Return normal numbers whose magnitudes differ between rows by up to ``10 ** spread``."""
     generator = torch.Generator().manual_seed(seed)
     scales = 10 ** (spread * torch.rand(rows, 1, generator=generator))
     return (torch.randn(rows, columns, generator=generator) * scales).bfloat16()
@@ -49,9 +50,8 @@ def test_every_value_is_the_nearest_of_its_block(rows: int, columns: int, seed: 
             right = torch.searchsorted(table, block).clamp(1, len(table) - 1)
             least = torch.minimum((table[right] - block).abs(), (table[right - 1] - block).abs())
             assert (error <= least + 2**-22 * block.abs()).all()  # fp32 division may decide a tie
-            assert (
-                error <= torch.maximum(block.abs() / 16, scale * 2**-10) * (1 + 2**-20)
-            ).all()  # the bound that is promised
+            promised = torch.maximum(block.abs() / 16, scale * 2**-10)
+            assert (error <= promised * (1 + 2**-20)).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,7 +65,7 @@ def test_as_transformers(seed: int) -> None:
     values, scales = quantize(weight)
     torch.testing.assert_close(scales, theirs["x.weight_scale_inv"], rtol=2**-22, atol=0)
     steps = (values.view(torch.uint8).int() - theirs["x.weight"].view(torch.uint8).int()).abs()
-    assert steps.max() <= 1  # it multiplies by 1 / scale, which decides ties otherwise
+    assert steps.max() <= 1  # transformers multiplies by 1 / scale, which decides ties differently
     assert steps.float().mean() < 5e-3
     assert torch.equal(
         dequantize(values, scales), Fp8Dequantize(quantizer)._dequantize_one(values, scales, torch.bfloat16)
@@ -91,7 +91,7 @@ def test_weights_that_are_not_finite_are_refused(wrong: float, consume: Callable
 
 
 def test_rounding_twice_changes_nothing() -> None:
-    """What the embedded engine computes with is what a server's weights stand for."""
+    """The embedded engine computes with exactly the values that a server's FP8 weights represent."""
     name, weight = "model.layers.0.self_attn.q_proj.weight", weights(150, 300, 0, 3.0).float()
     ((_, once),) = rounded([(name, weight)])
     sent = dict(quantize_all([(name, weight)]))

@@ -1,4 +1,4 @@
-"""Quantiles and effective sample size from mergeable counts, against numpy on the values themselves."""
+"""Quantiles and effective sample size from merged counts, compared with numpy on the values."""
 
 from __future__ import annotations
 
@@ -42,14 +42,13 @@ def test_a_quantile_is_within_its_relative_error_however_the_values_are_split(
     assert quantile(counts, q) == pytest.approx(expected, rel=RELATIVE_ERROR * 1.001, abs=0)
 
 
-def test_what_lies_outside() -> None:
+def test_values_outside_the_range() -> None:
     values = torch.tensor([SMALLEST / 2, -1e9, math.inf, math.nan, 5.0])
     counts = histogram(values, torch.tensor([True, True, True, False, False]))
     assert (counts[0], counts[BINS // 2], counts[-1]) == (1, 1, 1)
     assert quantile(counts, 0.5) == 0
-    assert (
-        histogram(torch.tensor([math.nan]), torch.tensor([True])).sum() == 1
-    )  # the loss is where it is caught
+    # NaN is counted: the check of the loss catches it, not the histogram
+    assert histogram(torch.tensor([math.nan]), torch.tensor([True])).sum() == 1
     assert quantile(counts, 0.0) == pytest.approx(-LARGEST, rel=0.03)
     assert math.isnan(quantile(torch.zeros(BINS, dtype=torch.float64), 0.5))
     assert math.isnan(effective_sample_size(torch.zeros(BINS, dtype=torch.float64)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +16,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.losses.registry import POLICY_LOSSES, TOKEN_MEAN_LOSSES, check_loss, default_clip
+from megatron_gmpo.losses import LossOutput, LossTokens, gmpo
+from megatron_gmpo.losses.registry import LOSSES, default_clips, resolve_loss
 from megatron_gmpo.losses.rspo import log_router_shift
-from megatron_gmpo.losses.tokens import LossOutput, PolicyMask, TokenPenalty
+from megatron_gmpo.losses.signature import check_options
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
-REQUIRED = {"dr_grpo": {"length_normalizer": 6}}
+TOKEN_MEAN_LOSSES = {"dapo", "cispo"}
+
+
+ATTRIBUTES = {field.name for field in fields(LossTokens)}
 
 
 @dataclass
@@ -37,14 +40,27 @@ class Packed:
     ref_logprobs: Tensor
     entropy: Tensor
 
-    def run(self, name: str, kl_coef: float = 0.0, entropy_coef: float = 0.0, **options) -> LossOutput:
-        """The project's loss; gradients land in ``logprobs.grad`` and ``entropy.grad``."""
-        if name == "rspo":
-            options = {"router_shift": router_shift(self.old_logprobs)} | options
+    def run(self, name: str, **keywords) -> LossOutput:
+        """Run the project's loss; gradients land in ``logprobs.grad`` and ``entropy.grad``.
+
+        Keywords are attributes of ``LossTokens`` or arguments of the loss. Dr. GRPO's normalizer is 6 tokens.
+        """
         self.logprobs.grad = self.entropy.grad = None
-        penalty = TokenPenalty(self.ref_logprobs, kl_coef, self.entropy, entropy_coef)
-        positional = self.logprobs, self.old_logprobs, self.mask, self.sequence_ids, self.advantages
-        output = POLICY_LOSSES[name](*positional, penalty=penalty, **REQUIRED.get(name, {}), **options)
+        keywords = {"columns": {"router_shift": router_shift(self.old_logprobs)}} | keywords
+        attributes = {key: keywords.pop(key) for key in ATTRIBUTES & keywords.keys()}
+        tokens = LossTokens(
+            self.logprobs,
+            self.old_logprobs,
+            self.mask,
+            self.sequence_ids,
+            self.advantages,
+            ref_logprobs=self.ref_logprobs,
+            entropy=self.entropy,
+            max_response_tokens=6,
+            **attributes,
+        )
+        clips, _ = default_clips(name, LOSSES[name], is_moe=False)
+        output = LOSSES[name].function(tokens, **clips | keywords)
         output.loss.backward()
         return replace(output, loss=output.loss.detach())
 
@@ -345,7 +361,7 @@ def test_matches_trl(trl, name: str, beta: float, batch: Packed):
 
 # --- properties every loss has ---
 
-all_losses = pytest.mark.parametrize("name", POLICY_LOSSES)
+all_losses = pytest.mark.parametrize("name", LOSSES)
 
 
 def mean(output: LossOutput, name: str) -> float:
@@ -538,7 +554,7 @@ def left_out(batch: Packed, kept: Tensor, drifted: Tensor, name: str) -> tuple[T
 @given(batch=packed(), seed=st.integers(0, 9))
 def test_tokens_left_out_lose_their_term_and_stay_in_the_divisor(name: str, batch: Packed, seed: int):
     kept = torch.rand(len(batch.mask), generator=torch.Generator().manual_seed(seed)) < 0.6
-    output = batch.run(name, policy_mask=PolicyMask(kept), kl_coef=0.0)
+    output = batch.run(name, kept=kept)
     loss, gradient = left_out(batch, kept, torch.zeros(len(batch.advantages), dtype=torch.bool), name)
     assert_close(output.loss, loss, **EXACT)
     assert_close(batch.logprobs.grad, gradient, **EXACT)
@@ -557,8 +573,7 @@ def off_policy(batch: Packed, rollout: Tensor, max_kl: float) -> Tensor:
 @quick
 @given(batch=packed(), max_kl=st.sampled_from([0.0, 0.1, 0.5]))
 def test_off_policy_sequences_with_a_negative_advantage_are_left_out(name: str, batch: Packed, max_kl: float):
-    mask = PolicyMask(None, batch.ref_logprobs, max_kl)
-    output = batch.run(name, policy_mask=mask)
+    output = batch.run(name, rollout_logprobs=batch.ref_logprobs, max_kl=max_kl)
     drifted = off_policy(batch, batch.ref_logprobs, max_kl)
     loss, gradient = left_out(batch, torch.ones_like(batch.mask), drifted, name)
     assert_close(output.loss, loss, **EXACT)
@@ -589,14 +604,14 @@ def test_a_step_with_everything_left_out_is_nothing(name: str):
     batch = random_packed(8, [3, 4])
     batch.old_logprobs[batch.mask] -= 2000  # ratios of infinity
     nothing = torch.zeros_like(batch.mask)
-    output = batch.run(name, policy_mask=PolicyMask(nothing))
+    output = batch.run(name, kept=nothing)
     assert output.loss == 0
     assert (batch.logprobs.grad == 0).all()
     assert (
         output.metrics["policy/masked_fraction"].total == output.metrics["policy/masked_fraction"].count == 7
     )
     assert output.metrics["policy/masked_sequences"].total == 2
-    with_penalty = batch.run(name, policy_mask=PolicyMask(nothing), kl_coef=0.1)
+    with_penalty = batch.run(name, kept=nothing, kl_coef=0.1)
     assert float(with_penalty.loss) == pytest.approx(
         0.1 * float(random_packed(8, [3, 4]).run(name, kl_coef=1.0, **silent(name)).loss)
     )
@@ -626,16 +641,16 @@ def test_router_shift_is_the_formula():
 
 def test_rspo_without_a_shift_is_gmpo_and_reports_the_shift():
     batch = random_packed(9, [4, 5])
-    gmpo = batch.run("gmpo", clip_low=0.2, clip_high=0.2)
+    known = batch.run("gmpo", clip_low=0.2, clip_high=0.2)
     gradient = batch.logprobs.grad
     still = torch.ones_like(batch.logprobs)
-    assert_close(batch.run("rspo", router_shift=still).loss, gmpo.loss, **EXACT)
+    assert_close(batch.run("rspo", columns={"router_shift": still}).loss, known.loss, **EXACT)
     assert_close(batch.logprobs.grad, gradient, **EXACT)
     moved = still.clone().requires_grad_()
-    output = batch.run("rspo", router_shift=moved * 0.9)
+    output = batch.run("rspo", columns={"router_shift": moved * 0.9})
     assert mean(output, "policy/router_shift") == pytest.approx(0.9)
     assert mean(output, "policy/router_shift_floored") == 0
-    assert mean(batch.run("rspo", router_shift=still * 0.5), "policy/router_shift_floored") == 1
+    assert mean(batch.run("rspo", columns={"router_shift": still * 0.5}), "policy/router_shift_floored") == 1
     assert moved.grad is None
 
 
@@ -744,41 +759,55 @@ def test_on_policy_gmpo_has_the_gradient_of_grpo():
     batch = random_packed(8, [3, 5, 2])
     batch = replace(batch, old_logprobs=batch.logprobs.detach())
     batch.run("gmpo")
-    gmpo = batch.logprobs.grad
+    gradient = batch.logprobs.grad
     batch.run("grpo")
-    assert_close(gmpo, batch.logprobs.grad, **EXACT)
+    assert_close(gradient, batch.logprobs.grad, **EXACT)
 
 
-def test_penalty_needs_its_tensor():
-    with pytest.raises(AssertionError, match="ref_logprobs"):
-        TokenPenalty(kl_coef=0.1)
-    with pytest.raises(AssertionError, match="entropy"):
-        TokenPenalty(entropy_coef=0.1)
+@pytest.mark.parametrize(
+    ("attribute", "needs"),
+    [("kl_coef", "ref_logprobs"), ("entropy_coef", "entropy"), ("max_kl", "rollout_logprobs")],
+)
+def test_a_coefficient_needs_its_column(attribute: str, needs: str):
+    with pytest.raises(AssertionError, match=f"{attribute} needs {needs}"):
+        LossTokens(*[torch.ones(1)] * 5, **{attribute: 0.1})
+
+
+def test_sums_have_names_of_their_own():
+    tokens = LossTokens(*[torch.ones(1)] * 2, torch.ones(1) > 0, torch.zeros(1).long(), torch.ones(1))
+    assert tokens.sum_per_sequence({"mine": torch.ones(1)}).keys() == {"mine", "tokens", "kept", "kl_old"}
+    with pytest.raises(AssertionError, match=r"names in use: \['tokens'\]"):
+        tokens.sum_per_sequence({"tokens": torch.ones(1)})
 
 
 # --- the registry ---
 
 
-def test_losses_share_their_signature():
-    first = ["logprobs", "old_logprobs", "mask", "sequence_ids", "advantages"]
-    for loss in POLICY_LOSSES.values():
-        parameters = inspect.signature(loss).parameters
-        assert list(parameters)[:5] == first
-        assert {"clip_low", "clip_high", "cp_group", "sequence_weights", "penalty"} <= set(parameters)
-    assert {"dapo", "cispo"} == TOKEN_MEAN_LOSSES
-
-
 def test_default_clips():
-    assert default_clip("gmpo", is_moe=False)[:2] == (0.4, 0.4)
-    assert default_clip("gmpo", is_moe=True)[:2] == (0.2, 0.2)
-    assert default_clip("dapo", is_moe=True)[:2] == (0.2, 0.28)
-    assert "MoE" in default_clip("gmpo", is_moe=True)[2]
+    def clips(name: str, is_moe: bool) -> tuple[float, float]:
+        found, _ = default_clips(name, LOSSES[name], is_moe)
+        return found["clip_low"], found["clip_high"]
+
+    assert clips("gmpo", is_moe=False) == (0.4, 0.4)
+    assert clips("gmpo", is_moe=True) == clips("rspo", is_moe=True) == (0.2, 0.2)
+    assert clips("grpo", is_moe=True) == clips("dr_grpo", is_moe=False) == (0.2, 0.2)
+    assert clips("dapo", is_moe=True) == (0.2, 0.28)
+    assert clips("gspo", is_moe=True) == (3e-4, 4e-4)
+    assert clips("cispo", is_moe=False) == (1.0, 4.0)
+    assert "MoE" in default_clips("gmpo", LOSSES["gmpo"], is_moe=True)[1]
+
+
+def test_properties_of_the_built_in_losses():
+    assert {name for name, loss in LOSSES.items() if loss.divisor == "tokens"} == TOKEN_MEAN_LOSSES
+    assert {name for name, loss in LOSSES.items() if loss.clip_space == "log_ratio"} == {"gmpo", "rspo"}
+    assert {name for name, loss in LOSSES.items() if loss.needs} == {"rspo"}
+    sums = {"grpo", "dr_grpo", "dapo", "cispo"}
+    assert {name for name, loss in LOSSES.items() if loss.token_weights} == sums
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gmppo", {}, "algorithm.loss = 'gmppo' .*'gmpo'"),
         ("gmpo", {"clip_mod": "token"}, "options.clip_mod .*options.clip_mode"),
         ("gmpo", {"clip_low": 0.1}, "options.clip_low .*algorithm.clip_low"),
         ("gmpo", {"cp_group": None}, "options.cp_group is not an option"),
@@ -788,29 +817,32 @@ def test_default_clips():
         ("dr_grpo", {"length_normalizer": 0}, "options.length_normalizer = 0.*greater than 0"),
     ],
 )
-def test_check_loss_names_field_value_and_remedy(name: str, options: dict, message: str):
+def test_options_are_checked_by_their_annotations(name: str, options: dict, message: str):
     with pytest.raises(InputError, match=message) as error:
-        check_loss(name, options)
+        check_options(name, LOSSES[name].function, options)
     assert "\n" not in str(error.value)
 
 
 @all_losses
-def test_check_loss_accepts_the_defaults(name: str):
-    check_loss(name, {})
-    check_loss("gmpo", {"clip_mode": "none", "dual_clip": 3, "length_normalize": False})
+def test_defaults_pass_the_check(name: str):
+    assert resolve_loss(name) is LOSSES[name]
+    check_options(name, LOSSES[name].function, {})
+    check_options(
+        "gmpo", LOSSES["gmpo"].function, {"clip_mode": "none", "dual_clip": 3, "length_normalize": False}
+    )
 
 
 def test_an_overflowing_ratio_without_1_over_n_is_nothing_where_the_advantage_is_0() -> None:
     logprobs = torch.zeros(2000, requires_grad=True)
     old = torch.full((2000,), -0.05)
-    output = POLICY_LOSSES["gmpo"](
+    tokens = LossTokens(
         logprobs,
         old,
         torch.ones(2000, dtype=torch.bool),
         torch.zeros(2000, dtype=torch.int64),
         torch.zeros(1),
-        length_normalize=False,
     )
+    output = gmpo(tokens, clip_low=0.4, clip_high=0.4, length_normalize=False)
     output.loss.backward()
     assert output.loss.item() == 0
     assert logprobs.grad is not None

@@ -1,4 +1,4 @@
-"""Every operation of the name tables inverts, names are canonical, and the tables of all families are complete and one-to-one."""
+"""Operations invert, names are canonical, and the tables of all families are complete and one-to-one."""
 
 from __future__ import annotations
 
@@ -17,30 +17,27 @@ from transformers import AutoModelForCausalLM
 from megatron_gmpo.models import FAMILIES
 from megatron_gmpo.models.hub import hub_names
 from megatron_gmpo.models.mapping import (
-    GateUp,
     Mapping,
-    QueryKeyValue,
-    Replicated,
     Row,
-    Split,
-    Vocabulary,
     canonical_name,
     expand,
+    fused_name,
     is_expert,
     with_global_numbers,
 )
+from megatron_gmpo.models.operations import GateUp, QueryKeyValue, Replicated, Split, Vocabulary
 
 SIZES = st.sampled_from([1, 2, 4])
 SMALL = st.integers(1, 5)
 
 
 def distinct(*shape: int) -> Tensor:
-    """No two elements equal, so that a misplaced one shows."""
+    """Return a tensor whose elements all differ, so that a misplaced element changes it."""
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
 
 
 def assert_inverts(operation: Replicated, parts: list[Tensor], tp: int) -> Tensor:
-    """Hugging Face -> full -> shards -> full -> Hugging Face; returns the full tensor."""
+    """Check Hugging Face -> full -> shards -> full -> Hugging Face, and return the full tensor."""
     full = operation.join(parts)
     shards = [operation.shard(full, rank, tp) for rank in range(tp)]
     assert len({shard.shape for shard in shards}) == 1
@@ -82,14 +79,14 @@ def test_query_key_value(groups_a_rank: int, queries: int, dim: int, rest: tuple
     parts = [distinct(count * dim, *rest) + 1000 * i for i, count in enumerate(heads)]
     operation = QueryKeyValue(0, groups, queries, dim)
     full = assert_inverts(operation, parts, tp)
-    # group g: its queries, its key, its value (megatron/core/transformer/attention.py:get_query_key_value_tensors)
+    # group g: its queries, its key, its value (attention.py:get_query_key_value_tensors of megatron-core)
     query, key, value = (part.view(count, dim, *rest) for part, count in zip(parts, heads, strict=True))
     layout = full.view(groups, queries + 2, dim, *rest)
     for g in range(groups):
         assert torch.equal(
             layout[g], torch.cat([query[g * queries : (g + 1) * queries], key[g : g + 1], value[g : g + 1]])
         )
-    # a rank holds whole groups: separating its shard gives its share of each projection
+    # a rank holds complete groups, so separating its shard gives its share of each projection
     shard = operation.shard(full, tp - 1, tp)
     for part, ours in zip(parts, QueryKeyValue(0, groups_a_rank, queries, dim).separate(shard), strict=True):
         assert torch.equal(ours, part.chunk(tp, 0)[-1])
@@ -129,6 +126,8 @@ LAYER = "decoder.layers.3."
 def test_canonical_names(transformer_engine: str, plain: str) -> None:
     assert canonical_name(transformer_engine) == plain
     assert canonical_name(plain) == plain
+    if "norm" in plain:
+        assert fused_name(plain) == transformer_engine
 
 
 @pytest.mark.parametrize(

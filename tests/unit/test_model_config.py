@@ -1,4 +1,4 @@
-"""describe_model: what it makes of a config.json and a layout, and everything it refuses in one line."""
+"""describe_model: the TransformerConfig it builds from config.json and layout, and the errors it raises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron.core.transformer import MLATransformerConfig
 from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.models.config import ModelDescription, describe_model
+from megatron_gmpo.models.description import ModelDescription, describe_model
 
 CPU = torch.device("cpu")
 TP, PP, VPP = (
@@ -30,7 +30,10 @@ Describe = Callable[..., ModelDescription]
 
 @pytest.fixture
 def describe(tiny_model: Callable[..., Path], tmp_path: Path) -> Describe:
-    """``describe(family, world_size, hf={changes of config.json}, **sections)``; 4 layers, 4 heads in 2 groups, 8 experts."""
+    """Return ``describe(family, world_size, hf={changes of config.json}, **sections)``.
+
+    The models have 4 layers, 4 heads in 2 groups and 8 experts.
+    """
 
     def make(
         family: str = "qwen3_moe", world_size: int = 1, *, hf: dict[str, Any] | None = None, **sections: Any
@@ -136,9 +139,8 @@ def test_a_router_with_a_bias(describe: Describe, family: str) -> None:
     assert transformer.moe_router_score_function == "sigmoid"
     assert transformer.moe_router_enable_expert_bias
     assert transformer.moe_router_bias_update_rate == 0
-    assert (
-        describe(family, hf={"topk_group": 2}).transformer.moe_router_num_groups is None
-    )  # no group is left out
+    # every group is chosen
+    assert describe(family, hf={"topk_group": 2}).transformer.moe_router_num_groups is None
 
 
 def test_uneven_stages_are_left_to_megatron(describe: Describe) -> None:

@@ -14,12 +14,10 @@ from megatron_gmpo.batch.columns import Microbatch, TrainBatch
 from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.distributed import all_gather_objects, barrier, rank, sum_over_group, world_size
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.losses import LossOutput, LossTokens, dr_grpo
 from megatron_gmpo.losses.correction import correct, importance_weights, kept_tokens, rollout_mismatch
-from megatron_gmpo.losses.gmpo import gmpo_loss
 from megatron_gmpo.losses.objective import Objective, make_objective
-from megatron_gmpo.losses.ppo_family import dapo_loss, dr_grpo_loss
-from megatron_gmpo.losses.registry import POLICY_LOSSES, TOKEN_MEAN_LOSSES
-from megatron_gmpo.losses.tokens import LossOutput, PolicyMask, TokenPenalty
+from megatron_gmpo.losses.registry import LOSSES, default_clips
 from megatron_gmpo.metrics.figures import value_of
 
 SLOTS, SEQUENCES = 24, 4
@@ -82,23 +80,38 @@ def assert_same(
     assert values[0] == values[1]
 
 
-def direct_call(loss, batch: Microbatch, kl_coef: float = 0.0, entropy_coef: float = 0.0, **options):
-    """The loss called with every argument spelled out."""
+def direct_call(
+    name: str,
+    batch: Microbatch,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    max_kl: float | None = None,
+    max_response_tokens: int = 64,
+    **options,
+):
+    """The loss called with every argument spelled out; its clips are the defaults for a dense model."""
+    clips, _ = default_clips(name, LOSSES[name], is_moe=False)
 
     def call(logprobs: Tensor, entropy: Tensor, _: Microbatch) -> LossOutput:
-        return loss(
+        assert batch.old_logprobs is not None
+        tokens = LossTokens(
             logprobs=logprobs,
             old_logprobs=batch.old_logprobs,
             mask=batch.mask,
             sequence_ids=batch.sequence_ids,
             advantages=batch.advantages,
+            ref_logprobs=batch.ref_logprobs,
+            rollout_logprobs=batch.rollout_logprobs,
+            entropy=entropy if entropy_coef else entropy.detach(),
             sequence_weights=batch.sequence_weights,
-            policy_mask=PolicyMask(batch.kept_tokens),
-            penalty=TokenPenalty(
-                batch.ref_logprobs, kl_coef, entropy if entropy_coef else entropy.detach(), entropy_coef
-            ),
-            **options,
+            kept=batch.kept_tokens,
+            max_kl=max_kl,
+            kl_coef=kl_coef,
+            entropy_coef=entropy_coef,
+            max_response_tokens=max_response_tokens,
+            columns={} if batch.router_shift is None else {"router_shift": batch.router_shift},
         )
+        return LOSSES[name].function(tokens, **clips | options)
 
     return outcome(call, batch)
 
@@ -111,7 +124,7 @@ def ours(objective: Objective, batch: Microbatch):
 def test_gmpo_is_the_default_with_the_clip_of_its_kind_of_model(is_moe: bool, clip: float) -> None:
     batch = microbatch()
     objective = objective_of(is_moe=is_moe)
-    assert_same(ours(objective, batch), direct_call(gmpo_loss, batch, clip_low=clip, clip_high=clip))
+    assert_same(ours(objective, batch), direct_call("gmpo", batch, clip_low=clip, clip_high=clip))
     assert objective.description.startswith(f"gmpo, clip_low {clip}, clip_high {clip} (")
     assert ("MoE" in objective.description) == is_moe
     assert ("dense" in objective.description) != is_moe
@@ -120,10 +133,10 @@ def test_gmpo_is_the_default_with_the_clip_of_its_kind_of_model(is_moe: bool, cl
 def test_clips_of_the_config_come_first() -> None:
     batch = microbatch()
     objective = objective_of(clip_low=0.1, clip_high=0.0, is_moe=True)
-    assert_same(ours(objective, batch), direct_call(gmpo_loss, batch, clip_low=0.1, clip_high=0.0))
+    assert_same(ours(objective, batch), direct_call("gmpo", batch, clip_low=0.1, clip_high=0.0))
     assert objective.description == "gmpo, clip_low 0.1, clip_high 0 (from the config)"
     half = objective_of(clip_low=0.1, is_moe=True)
-    assert_same(ours(half, batch), direct_call(gmpo_loss, batch, clip_low=0.1, clip_high=0.2))
+    assert_same(ours(half, batch), direct_call("gmpo", batch, clip_low=0.1, clip_high=0.2))
     assert "MoE" in half.description
 
 
@@ -131,7 +144,7 @@ def test_options_reach_the_loss() -> None:
     batch = microbatch()
     options = {"clip_mode": "sequence", "dual_clip": 0.1, "length_normalize": False}
     with_options = ours(objective_of(options=options), batch)
-    assert_same(with_options, direct_call(gmpo_loss, batch, **options))
+    assert_same(with_options, direct_call("gmpo", batch, **options))
     assert float(with_options[0].loss) != float(ours(objective_of(), batch)[0].loss)
 
 
@@ -139,23 +152,19 @@ def test_dr_grpo_divides_by_the_token_limit_unless_told() -> None:
     batch = microbatch()
     assert_same(
         ours(objective_of(loss="dr_grpo", max_new_tokens=48), batch),
-        direct_call(dr_grpo_loss, batch, length_normalizer=48.0),
+        direct_call("dr_grpo", batch, length_normalizer=48.0),
     )
     told = objective_of(loss="dr_grpo", max_new_tokens=48, options={"length_normalizer": 7})
-    assert_same(ours(told, batch), direct_call(dr_grpo_loss, batch, length_normalizer=7.0))
+    assert_same(ours(told, batch), direct_call("dr_grpo", batch, length_normalizer=7.0))
 
 
-@pytest.mark.parametrize("loss", POLICY_LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_with_its_own_defaults(loss: str) -> None:
     batch = microbatch()
-    required = {"dr_grpo": {"length_normalizer": 64.0}, "rspo": {"router_shift": torch.rand(SLOTS)}}.get(
-        loss, {}
-    )
-    batch.router_shift = required.get("router_shift")
+    batch.router_shift = torch.rand(SLOTS) if loss == "rspo" else None
     objective = objective_of(loss=loss, is_moe=loss == "rspo")
-    assert_same(ours(objective, batch), direct_call(POLICY_LOSSES[loss], batch, **required))
+    assert_same(ours(objective, batch), direct_call(loss, batch))
     assert objective.description.startswith(f"{loss}, clip_low ")
-    assert objective.per_token == (loss in TOKEN_MEAN_LOSSES) == (loss in ("dapo", "cispo"))
 
 
 @pytest.mark.parametrize("loss", ["gmpo", "dapo"])
@@ -163,9 +172,7 @@ def test_every_loss_with_its_own_defaults(loss: str) -> None:
 def test_penalties(loss: str, kl_coef: float, entropy_coef: float) -> None:
     batch = microbatch()
     found = ours(objective_of(loss=loss, kl_coef=kl_coef, entropy_coef=entropy_coef), batch)
-    assert_same(
-        found, direct_call({"gmpo": gmpo_loss, "dapo": dapo_loss}[loss], batch, kl_coef, entropy_coef)
-    )
+    assert_same(found, direct_call(loss, batch, kl_coef, entropy_coef))
     bare = ours(objective_of(loss=loss), batch)
     # gmpo takes each sequence's mean over its four tokens, dapo the sum
     per = 4 if loss == "gmpo" else 1
@@ -188,17 +195,7 @@ def test_off_policy_masking_reaches_the_loss() -> None:
     assert batch.rollout_logprobs is not None
     batch.rollout_logprobs += 2 * (batch.sequence_ids == 3)
     masked = ours(objective_of(mask="off_policy", mask_kl=0.3), batch)
-    logprobs, _ = predicted()
-    expected = gmpo_loss(
-        logprobs,
-        batch.old_logprobs,
-        batch.mask,
-        batch.sequence_ids,
-        batch.advantages,
-        sequence_weights=batch.sequence_weights,
-        policy_mask=PolicyMask(batch.kept_tokens, batch.rollout_logprobs, 0.3),
-    )
-    assert_close(masked[0].loss, expected.loss.detach(), rtol=0, atol=0)
+    assert_same(masked, direct_call("gmpo", batch, max_kl=0.3))
     assert 0 < value_of(masked[0].metrics["policy/masked_sequences"]) < 1
 
 
@@ -300,7 +297,7 @@ def three_sequences() -> tuple[TrainBatch, list[list[float]]]:
         torch.tensor(mask),
         torch.ones(3),
         rollout,
-        old,
+        old_logprobs=old,
     )
     difference = [(float(old[i]) - float(rollout[i])) if mask[i] else 0.0 for i in range(12)]
     return batch, [difference[0:4], difference[4:5], difference[5:12]]
@@ -340,14 +337,15 @@ def test_token_weights_multiply_each_tokens_term() -> None:
     """Against the sum of single-token losses, each weighted: one token a sequence, where Dr. GRPO's term is the token's."""
     generator = torch.Generator().manual_seed(1)
     new, old, weights = (torch.randn(6, generator=generator) for _ in range(3))
-    arguments = (
+    tokens = LossTokens(
         new,
         old,
         torch.ones(6, dtype=torch.bool),
         torch.tensor([0, 0, 0, 1, 1, 1]),
         torch.tensor([1.5, -0.5]),
+        token_weights=weights,
     )
-    found = float(POLICY_LOSSES["dr_grpo"](*arguments, length_normalizer=4.0, token_weights=weights).loss)
+    found = float(dr_grpo(tokens, clip_low=0.2, clip_high=0.2, length_normalizer=4.0).loss)
     expected = 0.0
     for t in range(6):
         advantage = [1.5, -0.5][t // 3]

@@ -1,4 +1,4 @@
-"""The plan uses every sequence once within its limits; the packed layout equals a reference that goes token by token."""
+"""A plan uses every sequence once within its limits; packing equals a token-by-token reference."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import packing as benchmark
+from megatron_gmpo.batch.assembly import make_train_batch, stack_routed_experts
 from megatron_gmpo.batch.columns import Microbatch, RoutingShape, TrainBatch
-from megatron_gmpo.batch.packing import cost, make_train_batch, pack, plan_microbatches, stack_routed_experts
+from megatron_gmpo.batch.packing import cost, pack, plan_microbatches
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.errors import InputError
 
@@ -45,7 +46,7 @@ def test_plan(arguments: dict[str, Any]) -> None:
     assert sorted(i for members in everything for i in members) == list(range(len(lengths)))
     for members in everything:
         assert sum(math.ceil(lengths[i] / multiple) * multiple for i in members) <= limit or len(members) == 1
-    # No more microbatches than rounding asks for: without it, two of any packing's cannot fit into one.
+    # Rounding alone adds microbatches: before it, no two microbatches of a packing fit into one.
     tokens = sum(math.ceil(length / multiple) * multiple for length in lengths)
     most_needed = max(1, 2 * tokens // limit + 1)
     unit = arguments["data_parallel_size"] * arguments["count_multiple"]
@@ -60,9 +61,10 @@ def test_ranks_meet_with_microbatches_of_like_cost(arguments: dict[str, Any]) ->
     costs = np.array(
         [[sum(cost(padded[i]) for i in members) for members in row] for row in plan_microbatches(**arguments)]
     )
-    # Sorted over the whole plan: nothing in a place is cheaper than anything in the next place.
+    # Costs descend over the places: no microbatch is cheaper than one in the next place.
     assert (costs.min(axis=0)[:-1] >= costs.max(axis=0)[1:] - 1e-9).all()
-    # Giving the dearest of a place to the least loaded rank keeps loads as close as the unlikest place.
+    # The least loaded rank takes the most expensive microbatch of a place, so loads differ by at most
+    # the largest spread within a place.
     assert np.ptp(costs.sum(axis=1)) <= np.ptp(costs, axis=0).max() + 1e-9
 
 
@@ -90,7 +92,7 @@ def test_fill_and_balance_on_lognormal_lengths(seed: int) -> None:
 
 
 def test_best_fit_takes_over_where_even_fill_overflows() -> None:
-    # Two microbatches of exactly 10; the emptiest-first rule puts 6 4 | 5 and then cannot place 3 2 evenly.
+    # Two microbatches of exactly 10 exist; filling the emptiest first gives 6 3 | 5 4, no room for 2.
     lengths = [6, 5, 3, 2, 4]
     plan = plan_microbatches(lengths, max_tokens=10, data_parallel_size=2)
     assert sorted(sum(lengths[i] for i in members) for microbatches in plan for members in microbatches) == [
@@ -105,7 +107,7 @@ def test_cost_is_superadditive() -> None:
 
 
 def batch_of(lengths: list[int], seed: int = 0, **absent: None) -> TrainBatch:
-    """Random content; token ids from 1 so that padding shows."""
+    """Make a batch of random content, with token ids from 1, which differ from padding."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     mask = torch.rand(total, generator=generator) < 0.6
@@ -135,7 +137,7 @@ def reference_slots(
     sequence_multiple: int,
     total_multiple: int,
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """What ``pack`` says of itself, slot by slot."""
+    """Build what the docstring of ``pack`` promises, slot by slot."""
     lengths = [int(batch.lengths[i]) for i in sequences]
     padded = [math.ceil(length / sequence_multiple) * sequence_multiple for length in lengths]
     while sum(padded) % total_multiple or padded[-1] % sequence_multiple:
@@ -326,7 +328,7 @@ ROUTING = RoutingShape(num_layers=3, moe_layers=(0, 2), num_experts=8, topk=2)
 
 
 def routed(length: int, seed: int = 0) -> Sample:
-    """A sample with a record whose layer without experts holds nonsense."""
+    """Make a sample whose record has meaningless values in the layer without experts."""
     experts = np.random.default_rng(seed).random((length - 1, 3, 8)).argsort()[..., :2].astype(np.int16)
     experts[:, 1] = 30_000
     return Sample(

@@ -1,4 +1,4 @@
-"""Prompts from every kind of file, and a stream that resumes exactly."""
+"""Loading prompts from every file format, and resuming the stream of prompts."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ ROWS = [
     {"problem": "10+10+10=", "answer": "\\frac{1}{2}"},
 ]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}<{{ m.role }}>{{ m.content }}"
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
 def character_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """Return a tokenizer with one token per character."""
     vocab = {"?": 0} | {
         character: i + 1 for i, character in enumerate(c for c in string.printable if c != "?")
     }
@@ -133,7 +134,7 @@ def test_length_filter_comes_before_max_prompts_and_keeps_row_numbers(
         )
     assert [p.id for p in prompts] == ["sums/1", "sums/3"]
     assert "2 prompts" in caplog.text
-    assert "2 longer than 5 tokens left out" in caplog.text
+    assert "dropped 2 prompts longer than 5 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def ids(prompts: list[Prompt]) -> list[str]:
     return [prompt.id for prompt in prompts]
 
 
-def test_stream_takes_every_prompt_once_an_epoch_in_a_new_order() -> None:
+def test_stream_yields_every_prompt_once_per_epoch_in_a_new_order() -> None:
     stream = PromptStream(prompts_of(10), seed=3, shuffle=True)
     drawn = ids(stream.next(7) + stream.next(7) + stream.next(16))
     epochs = [drawn[:10], drawn[10:20], drawn[20:]]

@@ -1,4 +1,4 @@
-"""Rewards on answers as models write them, the time limit, and functions of the user's own."""
+"""Rewards for answers as models write them, the time limit, and user-defined functions."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def math_reward() -> Iterator[MathReward]:
 
 
 def score(reward: MathReward, pairs: list[tuple[str, str]]) -> list[float]:
-    """From several threads at once, as the collector does it."""
+    """Score from several threads at once, like the collector."""
     with ThreadPoolExecutor(8) as threads:
         return list(threads.map(lambda pair: reward(Prompt("t/0", answer=pair[0]), pair[1]), pairs))
 
@@ -103,7 +103,7 @@ def test_right_and_wrong_answers(math_reward: MathReward) -> None:
     assert math_reward.timeouts == 0
 
 
-def test_an_answer_that_does_not_end_is_cut_off_and_counted() -> None:
+def test_a_check_that_does_not_end_times_out_and_is_counted() -> None:
     with MathReward(timeout_s=2, workers=2) as reward:
         pairs = [
             ("72", "\\boxed{9^{9^{9^9}}}"),
@@ -170,7 +170,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own")
-def test_a_function_of_the_users_own() -> None:
+def test_a_user_defined_function() -> None:
     reward = resolve_reward(RewardConfig(name="own_rewards:is_long"))
     values = [reward(Prompt("t/0", answer=""), text) for text in ("ab", "abcd")]
     assert values == [0.0, 1.0]
@@ -179,7 +179,7 @@ def test_a_function_of_the_users_own() -> None:
 
 @pytest.mark.usefixtures("own")
 @pytest.mark.parametrize("function", ["nan", "nothing"])
-def test_a_value_that_is_no_number_names_the_function(function: str) -> None:
+def test_a_value_that_is_not_a_number_names_the_function(function: str) -> None:
     reward = resolve_reward(RewardConfig(name=f"own_rewards:{function}"))
     with pytest.raises(InputError, match=f"own_rewards:{function}' returned .* for t/7"):
         reward(Prompt("t/7", answer=""), "x")

@@ -1,10 +1,10 @@
-"""Sampling with the embedded engine against transformers' own forward and generate, collecting groups, and rollouts on disk."""
+"""The embedded engine against transformers' forward and generate; collecting groups; rollouts on disk."""
 
 from __future__ import annotations
 
+import base64
 import json
 import math
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.prompts import PromptStream
 from megatron_gmpo.errors import InputError, NonFiniteError
@@ -31,7 +31,6 @@ from megatron_gmpo.rollout.collect import Collected, Collector, overlong_penalty
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
-from megatron_gmpo.rollout.sglang.client import _allow_open_files
 
 from ..support.scripted import ScriptedEngine
 
@@ -44,7 +43,7 @@ families = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def folder_of(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
-    """Models of two layers and 16 tokens; with logits this far from uniform a mistake in a probability shows."""
+    """Make models of two layers and 16 tokens, whose logits are far from uniform to reveal mistakes."""
     return lambda family, **options: tiny_model(family, num_layers=2, initializer_range=0.15, **options)
 
 
@@ -78,19 +77,21 @@ def model_of(folder: Path):
 
 @torch.no_grad()
 def response_logits(folder: Path, sample: Sample) -> tuple[Tensor, Tensor]:
-    """(R, V) logits that predict the response, from one forward of the whole sequence without a cache, and its (R,) tokens."""
-    tokens = torch.tensor(sample.tokens)
-    where = torch.tensor(sample.response_mask).nonzero()[:, 0]
+    """Return the (R, V) logits and (R,) tokens of the response, from one forward pass without a cache."""
+    tokens = torch.from_numpy(sample.tokens).long()
+    where = torch.from_numpy(sample.response_mask).nonzero()[:, 0]
     return model_of(folder)(tokens[None]).logits[0, where - 1], tokens[where]
 
 
 def responses(groups: list[SampleGroup]) -> list[list[int]]:
-    return [
-        [t for t, m in zip(s.tokens, s.response_mask, strict=True) if m] for g in groups for s in g.samples
-    ]
+    return [s.tokens[s.response_mask].tolist() for g in groups for s in g.samples]
 
 
-# --- the embedded engine: what it samples, and with which probabilities ---
+def without_logprobs(sample: Sample) -> Sample:
+    return replace(sample, rollout_logprobs=np.zeros(len(sample.tokens)))
+
+
+# --- the embedded engine: samples and their probabilities ---
 
 
 @families
@@ -106,10 +107,10 @@ def test_logprobs_are_those_of_a_full_forward(family: str, folder_of: Callable[.
         for sample in group.samples:
             logits, response = response_logits(folder, sample)
             start = len(group.prompt.input_ids)
-            assert sample.tokens[:start] == group.prompt.input_ids
-            assert sample.response_mask == [False] * start + [True] * len(response)
+            assert sample.tokens[:start].tolist() == group.prompt.input_ids
+            assert sample.response_mask.tolist() == [False] * start + [True] * len(response)
             assert len(sample.rollout_logprobs) == len(sample.tokens)
-            assert sample.rollout_logprobs[:start] == [0.0] * start
+            assert sample.rollout_logprobs[:start].tolist() == [0.0] * start
             expected = (logits / 0.7).log_softmax(-1).gather(1, response[:, None])[:, 0]
             assert_close(torch.tensor(sample.rollout_logprobs[start:]), expected, atol=2e-5, rtol=0)
             assert sample.text == tokenizer.decode(response, skip_special_tokens=True)
@@ -133,7 +134,7 @@ def test_the_end_token_stays_and_ends_the_response(folder_of: Callable[..., Path
 
 
 def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Temperature, then the k most likely, then the smallest set of those that holds top_p of the mass; renormalised."""
+    """Apply temperature, then top-k, then top-p (the smallest set with that mass); renormalise."""
     p, order = (logits.double() / temperature).softmax(-1).sort(descending=True)
     p[:, top_k:] = 0
     p /= p.sum(-1, keepdim=True)
@@ -159,7 +160,7 @@ def test_truncated_sampling_reports_the_truncated_distribution(
         found = torch.tensor(sample.rollout_logprobs, dtype=torch.float64)[-len(response) :]
         assert_close(found, expected.log(), atol=2e-5, rtol=0)
         whole.append((logits / 1.3).double().log_softmax(-1).gather(1, response[:, None])[:, 0] - found)
-    assert torch.cat(whole).max() < -0.05  # it is another distribution than the whole one
+    assert torch.cat(whole).max() < -0.05  # differs from the untruncated distribution
 
 
 def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None:
@@ -178,10 +179,10 @@ def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None
         chi_square = ((counts - expected) ** 2 / expected).sum()
         return float(
             torch.special.gammaincc(torch.tensor(15 / 2).double(), chi_square / 2)
-        )  # its survival function
+        )  # survival function of chi-square
 
     assert p_value(1.5) > 0.001
-    assert p_value(1.3) < 1e-6  # the test would notice
+    assert p_value(1.3) < 1e-6  # the test detects a wrong temperature
 
 
 def test_seed_version_and_call_decide_the_samples(folder_of: Callable[..., Path]) -> None:
@@ -201,8 +202,8 @@ def test_seed_version_and_call_decide_the_samples(folder_of: Callable[..., Path]
     second = draw(engine)
     assert at(engine, 6) not in (first, second)
     assert first != second
-    assert at(engine, 5) == first  # what was drawn since, as in an evaluation, does not count
-    torch.manual_seed(99)  # the global generator has no part in it
+    assert at(engine, 5) == first  # samples drawn since, e.g. by an evaluation, have no effect
+    torch.manual_seed(99)  # the global generator has no effect
     resumed = engine_of(folder, seed=3)
     assert [at(resumed, 5), draw(resumed)] == [first, second]
     assert at(engine_of(folder, seed=4), 5) != first
@@ -210,7 +211,7 @@ def test_seed_version_and_call_decide_the_samples(folder_of: Callable[..., Path]
 
 @pytest.fixture
 def early_stops(folder_of: Callable[..., Path], tmp_path: Path) -> Path:
-    """A model with several end tokens, so that greedy responses have different lengths."""
+    """Make a model with several end tokens, so that greedy responses differ in length."""
     shutil.copytree(folder_of("qwen3_moe"), tmp_path / "model")
     file = tmp_path / "model" / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [EOS, 7, 12]}))
@@ -231,7 +232,7 @@ def test_greedy_decoding_is_that_of_generate(early_stops: Path) -> None:
     for (sample,) in (g.samples for g in groups):
         logits, response = response_logits(early_stops, sample)
         spoken = response[:-1] if sample.finish_reason == "stop" else response
-        assert sample.text == engine.tokenizer.decode(spoken)  # 7 and 12 are no special tokens
+        assert sample.text == engine.tokenizer.decode(spoken)  # 7 and 12 are not special tokens
         expected = logits.log_softmax(-1).gather(1, response[:, None])[
             :, 0
         ]  # of the model itself, at temperature 1
@@ -248,7 +249,7 @@ def test_answers_do_not_depend_on_the_batch(batch_size: int, early_stops: Path) 
     apart = engine_of(early_stops, batch_size=batch_size).generate(prompts, greedy)
     assert len({len(r) for r in responses(together)}) > 2  # rows leave the batch at different times
     for (one,), (other,) in zip((g.samples for g in together), (g.samples for g in apart), strict=True):
-        assert replace(one, rollout_logprobs=[]) == replace(other, rollout_logprobs=[])
+        assert without_logprobs(one) == without_logprobs(other)
         assert one.rollout_logprobs == pytest.approx(other.rollout_logprobs, abs=2e-5)
 
 
@@ -274,7 +275,7 @@ def test_stop_strings_end_responses_and_leave_the_text(
             assert after == before
             continue
         assert after.text == before.text[:at]
-        assert after.tokens == before.tokens[: len(after.tokens)]
+        assert np.array_equal(after.tokens, before.tokens[: len(after.tokens)])
         response = after.tokens[len(prompts[0].input_ids) :]
         spoken = tokenizer.decode(response, skip_special_tokens=True)
         assert any(spoken.endswith(s) for s in stop)
@@ -291,7 +292,8 @@ def test_stop_strings_end_responses_and_leave_the_text(
 def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
     engine = engine_of(text_model)
     prompt = Prompt("0", answer="", input_ids=engine.tokenizer("é")["input_ids"])
-    tail = torch.tensor([engine.tokenizer(text)["input_ids"][-4:] for text in ("ab  né", "ab  nè", "abc 🍎")])
+    texts = ("ab  né", "ab  nè", "abc 🍎")
+    tail = torch.tensor([engine.tokenizer(text)["input_ids"][-4:] for text in texts])
     assert engine._ends_with_stop(tail, ("é",)).tolist() == [True, False, False]
     assert engine._ends_with_stop(tail, ("zz", "🍎")).tolist() == [False, False, True]
     (group,) = engine.generate([prompt], SamplingParams(n=2, max_new_tokens=4, stop=("no such text",)))
@@ -300,17 +302,17 @@ def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops: Path) -> None:
-    """With prompts of several lengths, prompts shared by samples, and rows that leave the batch."""
+    """Prompts differ in length, samples share prompts, and rows leave the batch."""
     engine = engine_of(early_stops, batch_size=batch_size, routed_experts=True)
     groups = engine.generate(prompts_of(early_stops, TEXTS), SamplingParams(n=3, max_new_tokens=12))
     samples = [s for g in groups for s in g.samples]
     assert len({s.response_length for s in samples}) > 3
     for sample in samples:
         router_logits = model_of(early_stops)(
-            torch.tensor([sample.tokens]), output_router_logits=True
+            torch.from_numpy(sample.tokens).long()[None], output_router_logits=True
         ).router_logits
         assert sample.routed_experts is not None
-        assert sample.routed_experts.dtype == np.int16
+        assert sample.routed_experts.dtype == np.uint8
         assert sample.routed_experts.shape == (len(sample.tokens) - 1, 2, 2)
         for layer, logits in enumerate(router_logits):
             chosen = logits.topk(2).indices.sort().values[:-1]
@@ -326,7 +328,7 @@ moe_families = pytest.mark.parametrize(
 def test_router_noise_disturbs_the_choice_that_is_recorded(
     family: str, folder_of: Callable[..., Path]
 ) -> None:
-    """What the routers saw and gave is watched from outside; a plain model made to do the same has the reported probabilities."""
+    """A plain model with the observed router outputs has the reported log probabilities."""
     folder = folder_of(family)
     engine = engine_of(folder, routed_experts=True)
     gates = {
@@ -356,7 +358,7 @@ def test_router_noise_disturbs_the_choice_that_is_recorded(
     draws = torch.cat(noise).flatten()
     assert abs(float(draws.mean())) < 4 * 0.7 / len(draws) ** 0.5
     assert abs(float(draws.std()) / 0.7 - 1) < 4 / (2 * len(draws)) ** 0.5
-    tokens = torch.tensor(sample.tokens)
+    tokens = torch.from_numpy(sample.tokens).long()
     disturbed = model(tokens[None, :-1]).logits[0].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
     mask = torch.tensor(sample.response_mask[1:])
     found = torch.tensor(sample.rollout_logprobs[1:])[mask]
@@ -378,7 +380,7 @@ def test_router_noise_is_drawn_as_the_samples_are_and_0_is_none(folder_of: Calla
 
     engine, untouched = engine_of(folder), engine_of(folder)
     for layer in untouched.model.model.layers:
-        del layer.mlp.gate.forward  # the class's own
+        del layer.mlp.gate.forward  # restores the method of the class
     first = draw(engine, noisy)
     assert draw(engine, plain) == draw(untouched, plain) != first
     torch.manual_seed(99)
@@ -395,7 +397,7 @@ def test_routed_experts_of_a_model_with_dense_layers(tiny_model: Callable[..., P
     experts = group.samples[0].routed_experts
     assert experts is not None
     assert experts.shape[1:] == (4, 2)
-    assert (experts[:, [0, 2]] == -1).all()
+    assert (experts[:, [0, 2]] == 0).all()  # meaningless, but fit uint8
     assert (experts[:, [1, 3]] >= 0).all()
 
 
@@ -500,7 +502,7 @@ SCRIPT = {"right": "aa", "wrong": "bb", "mixed": "ab", "mixed too": "ba", "wrong
 
 
 def collected(order: list[str], **options) -> tuple[Collected, ScriptedEngine]:
-    """Two prompts a step and two samples each, from the stream of these prompts; "a" is right."""
+    """Collect steps of two prompts with two samples each; the answer "a" is correct."""
     engine = ScriptedEngine(SCRIPT)
     prompts = PromptStream(
         [Prompt(name, answer="a", input_ids=[1, 2]) for name in order], seed=0, shuffle=False
@@ -565,7 +567,7 @@ def test_resample_draws_as_many_as_are_missing() -> None:
     assert names(result.groups) == ["mixed", "mixed too"]
     found = values(result)
     assert (found["rollout/dropped_groups"], found["rollout/resample_rounds"]) == (2, 2)
-    assert found["reward/mean"] == 0.5  # of everything drawn
+    assert found["reward/mean"] == 0.5  # over all drawn groups
     assert found["reward/std"] == 0.25
 
 
@@ -583,7 +585,7 @@ def test_without_any_variance_the_first_draw_is_kept(mode: str, rounds: int) -> 
     assert len(engine.calls) == 1 + rounds
     assert names(result.groups) == ["right", "wrong"]
     found = values(result)
-    assert found["rollout/dropped_groups"] == 2 * rounds  # of the two that were kept none
+    assert found["rollout/dropped_groups"] == 2 * rounds  # the two kept groups are not counted
     assert found["rollout/resample_rounds"] == rounds
     assert result.groups[0].rewards == [1.0, 1.0]
 
@@ -655,7 +657,7 @@ def test_scores_keep_their_place_however_long_they_take() -> None:
 
 def test_timeouts_are_counted_a_step() -> None:
     class Impatient:
-        timeouts = 5  # of earlier steps
+        timeouts = 5  # from earlier steps
 
         def __call__(self, prompt: Prompt, text: str) -> float:
             self.timeouts += text == "b"
@@ -672,7 +674,7 @@ def test_timeouts_are_counted_a_step() -> None:
 
 
 class AheadEngine(ScriptedEngine):
-    """One that answers when its ticket is redeemed, with the weights it had at ``submit``, ``late`` steps older."""
+    """An engine whose samples have the version at ``submit``, minus ``late`` steps."""
 
     def __init__(self, script: dict[str, str], late: dict[str, int] | None = None) -> None:
         super().__init__(script)
@@ -711,7 +713,7 @@ def test_generation_runs_ahead_by_the_staleness_and_no_further_than_the_last_ste
         (2, ["wrong too"]),
     ]
     assert ages == [0, 1, 2, 2, 2]
-    assert positions == [0, 1, 2, 3, 4]  # a resume draws again what was under way
+    assert positions == [0, 1, 2, 3, 4]  # a resume draws the prompts in flight again
     assert collector.state_dict() == stream.state_dict()
 
 
@@ -725,7 +727,7 @@ def test_what_was_generated_ahead_can_be_dropped() -> None:
     redeemed, wait = [], engine.wait
     engine.wait = lambda ticket: redeemed.append(ticket[0].prompt.id) or wait(ticket)
     collector.drop_ahead()
-    assert redeemed == ["wrong", "mixed"]  # nothing of it is left in the engine
+    assert redeemed == ["wrong", "mixed"]  # the engine has no unfinished requests
     assert collector.state_dict() == stream.state_dict()
     assert names(collector.collect(steps_left=2).groups) == ["mixed too"]
 
@@ -738,7 +740,7 @@ def test_stale_groups_are_dropped_whole_and_counted() -> None:
     result = Collector(engine, stream, arithmetic_reward, cfg).collect()
     assert names(result.groups) == ["fresh"]
     assert values(result)["rollout/stale_groups"] == 1
-    engine.late = {"old": 2, "fresh": 2}  # nothing is left: the prompts are answered again
+    engine.late = {"old": 2, "fresh": 2}  # all groups are stale: the prompts are sampled again
     again = Collector(engine, stream, arithmetic_reward, cfg).collect()
     assert names(again.groups) == ["old", "fresh"]
     assert values(again)["rollout/stale_groups"] == 2
@@ -758,7 +760,8 @@ def test_staleness_is_counted_by_token() -> None:
     wait = engine.wait
 
     def partial_rollout(ticket: list[SampleGroup]) -> list[SampleGroup]:
-        ticket[0].samples[0].token_versions, ticket[0].samples[0].policy_version = [-1, 3, 3, 5], 3
+        sample = ticket[0].samples[0]
+        sample.version_spans, sample.policy_version = version_spans_of([3, 3, 5], start=1), 3
         return wait(ticket)
 
     engine.wait = partial_rollout
@@ -775,13 +778,25 @@ def test_an_error_in_the_reward_is_not_swallowed() -> None:
 
 # --- rollouts on disk ---
 
-FLOATS = [0.1, -1 / 3, 5e-324, 1.7976931348623157e308, -0.0, math.pi * 1e-9, float(np.float32(-2.7182817))]
+COLUMNS = {"tokens", "response_mask", "rollout_logprobs", "routed_experts", "version_spans"}
+FLOATS = [
+    0.1,
+    -1 / 3,
+    1e-45,
+    3.4028235e38,
+    -0.0,
+    math.pi * 1e-9,
+    -2.7182817,
+]  # as float32, includes its smallest and largest
 
 
 def groups_to_save() -> list[SampleGroup]:
     experts = np.random.default_rng(0).integers(-1, 128, (7, 3, 2), dtype=np.int16)
     chat = Prompt(
-        "set/1", answer="42\u2028\n", messages=[{"role": "user", "content": "¿6*7?\x85"}], input_ids=[3, 2, 1]
+        "set/1",
+        answer="42\u2028\n",
+        messages=[{"role": "user", "content": "¿6*7?\x85"}],
+        input_ids=[3, 2, 1],
     )
     plain = Prompt("set/2", answer="", text='"quoted"\n', input_ids=[9])
     moe = Sample(
@@ -793,10 +808,12 @@ def groups_to_save() -> list[SampleGroup]:
         7,
         -1 / 7,
         experts,
+        version_spans_of([5, 5, 6, 7, 7], start=3),
     )
     other = Sample([3, 2, 1, 0], [False] * 3 + [True], [0.0] * 3 + [-5.5], "", "abort", 6)
     empty = replace(other, routed_experts=np.zeros((0, 3, 2), np.int16), finish_reason="stop")
-    return [SampleGroup(chat, [moe, other]), SampleGroup(plain, [empty])]
+    few = replace(moe, routed_experts=experts & 15)
+    return [SampleGroup(chat, [moe, other]), SampleGroup(plain, [empty, few])]
 
 
 def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
@@ -807,15 +824,42 @@ def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
     for a, b in zip(
         (s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True
     ):
-        if a.routed_experts is None:
-            assert b.routed_experts is None
-        else:
-            assert b.routed_experts.dtype == np.int16
-            assert b.routed_experts.shape == a.routed_experts.shape
-            assert np.array_equal(b.routed_experts, a.routed_experts)
-        a.routed_experts = b.routed_experts = None
-        assert str(a.rollout_logprobs) == str(b.rollout_logprobs)  # repr is exact, and tells -0.0 from 0.0
-    assert [asdict(g) for g in loaded] == [asdict(g) for g in groups]
+        for name in COLUMNS:
+            wanted, found = getattr(a, name), getattr(b, name)
+            if wanted is None:
+                assert found is None
+            else:
+                assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+                assert found.tobytes() == wanted.tobytes()  # tells -0.0 from 0.0
+    assert loaded == groups
+    dtypes = [str(getattr(s.routed_experts, "dtype", None)) for g in loaded for s in g.samples]
+    assert dtypes == ["int16", "None", "uint8", "uint8"]
+
+
+def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
+    """Older files have lists, one version per token, and experts under ``int16``."""
+    groups = groups_to_save()
+    with (tmp_path / "step_000003.jsonl").open("w") as file:
+        for group in groups:
+            record = asdict(group)
+            for sample, fields in zip(group.samples, record["samples"], strict=True):
+                for name in ("tokens", "response_mask", "rollout_logprobs"):
+                    fields[name] = fields[name].tolist()
+                spans, experts = fields.pop("version_spans"), fields["routed_experts"]
+                fields["token_versions"] = None if spans is None else sample.token_versions.tolist()
+                if experts is not None:
+                    text = base64.b64encode(experts.astype("<i2").tobytes()).decode()
+                    fields["routed_experts"] = {"shape": experts.shape, "int16": text}
+            file.write(json.dumps(record) + "\n")
+    loaded = load_groups(tmp_path, 3)
+    for a, b in zip(
+        (s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True
+    ):
+        assert a.token_versions.tolist() == b.token_versions.tolist()
+        for name in COLUMNS - {"version_spans"}:
+            assert getattr(a, name) is None or getattr(a, name).dtype == getattr(b, name).dtype
+        assert replace(a, version_spans=None) == replace(b, version_spans=None)
+    assert [g.prompt for g in loaded] == [g.prompt for g in groups]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -845,9 +889,21 @@ def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
         lambda line: "[1, 2]",
         lambda line: line.replace('"prompt"', '"prompts"', 1),
         lambda line: line.replace('"finish_reason"', '"finish"', 1),
-        lambda line: line.replace('"int16": "', '"int16": "AAAA', 1),
+        lambda line: line.replace(
+            '"shape": [7, 3, 2], "base64": "', '"shape": [7, 3, 2], "base64": "AAAA', 1
+        ),
+        lambda line: line.replace('"dtype": "int32", "shape": [8]', '"dtype": "float32", "shape": [8]', 1),
+        lambda line: line.replace('"dtype": "bool", "shape": [8]', '"dtype": "bool", "shape": [4, 2]', 1),
     ],
-    ids=["cut short", "no group", "no prompt", "unknown field", "experts of another shape"],
+    ids=[
+        "cut short",
+        "no group",
+        "no prompt",
+        "unknown field",
+        "experts of another shape",
+        "tokens of another type",
+        "mask of another shape",
+    ],
 )
 def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) -> None:
     save_groups(tmp_path, 1, groups_to_save()[::-1])
@@ -883,22 +939,3 @@ def test_transcripts_are_for_people(tmp_path: Path) -> None:
         ],
     }
     assert lines[2]["prompt"] == '"quoted"\n'
-
-
-def test_as_many_files_may_be_open_as_there_are_requests() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 10**6 if hard == resource.RLIM_INFINITY else hard
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    try:
-        _allow_open_files(500)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
-        _allow_open_files(16)  # lowers nothing
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
-        if hard != resource.RLIM_INFINITY:
-            with pytest.raises(
-                InputError,
-                match=rf"max_concurrent_requests: {hard} connections .* ulimit -Hn is {hard}: lower it",
-            ):
-                _allow_open_files(hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

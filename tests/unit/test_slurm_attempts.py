@@ -1,4 +1,4 @@
-"""The attempts of a Slurm job at a run: limits, records, keys."""
+"""After an attempt, a Slurm job restarts, or ends with a reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Exit, str, str]]:
-    """``one(code, reason, saved=step)`` runs an attempt with that end and returns exit code, stdout and stderr of ``end``."""
+    """``one(code, reason, saved=step)`` makes one attempt and returns exit code, stdout and stderr of
+    ``end``."""
 
     def one(
         code: int | None,
@@ -63,7 +64,7 @@ def save(run_dir: Path, step: int) -> None:
 One = Callable[..., tuple[Exit, str, str]]
 
 
-def test_a_job_that_makes_progress_goes_on_to_its_end(one: One, run_dir: Path) -> None:
+def test_a_job_that_makes_progress_is_requeued_until_it_is_done(one: One, run_dir: Path) -> None:
     assert one(85, "stopped by SIGUSR1", saved=3)[0] == 85
     code, out, err = one(1, "rank 1 on node2: boom", saved=5)
     assert (code, out) == (85, "")
@@ -85,7 +86,7 @@ def test_a_job_that_makes_progress_goes_on_to_its_end(one: One, run_dir: Path) -
 
 
 @pytest.mark.parametrize("code", [Exit.BAD_INPUT, Exit.COLLAPSED])
-def test_an_error_that_a_restart_cannot_fix_ends_the_job(code: Exit, one: One) -> None:
+def test_a_failure_that_a_restart_cannot_fix_ends_the_job(code: Exit, one: One) -> None:
     result, _, err = one(code, "choose another", saved=3)
     assert result == code
     assert err.endswith("error: choose another\n")
@@ -108,7 +109,7 @@ def test_two_attempts_without_a_newer_checkpoint_are_enough(one: One, run_dir: P
 
 def test_preemptions_do_not_count_as_attempts_without_progress(one: One, run_dir: Path) -> None:
     for _ in range(2):
-        begin(run_dir)  # Slurm ended it before it could record a reason
+        begin(run_dir)  # Slurm ended it before it recorded a reason
     assert one(1)[0] == 85
     begin(run_dir)
     code, _, err = one(1)
@@ -144,7 +145,7 @@ def test_a_bad_node_is_named_to_the_launcher(one: One) -> None:
 
 
 def test_an_attempt_without_an_outcome(one: One, run_dir: Path) -> None:
-    begin(run_dir)  # Slurm took the node away
+    begin(run_dir)  # the node was lost
     code, _, err = one(None, status=143)
     assert code == 85
     assert (
@@ -177,7 +178,10 @@ def test_a_run_folder_of_a_running_job_is_refused(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(SystemExit):
         slurm_attempt.main(["end", str(run_dir), "0"])
-    assert [(a.job, a.code) for a in read_attempts(run_dir)] == [("7", 0), ("8", None)]  # each job its own
+    assert [(a.job, a.code) for a in read_attempts(run_dir)] == [
+        ("7", 0),
+        ("8", None),
+    ]  # each job records its own attempt
 
 
 def test_keys_are_drawn_for_each_attempt_and_private(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The records of an attempt, the lock of a run folder, and the end of a job's time."""
+"""The records of an attempt, the lock of a run folder, and the end time of a job."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEEN = Outcome(Exit.FAILED, "another rank was lost", 3, 0, "node1", 1.0, consequ
 CAUSE = Outcome(Exit.FAILED, "ValueError: x", 3, 1, "node2", 2.0)
 
 
-def test_an_outcome_stays_unless_it_was_a_consequence(tmp_path: Path) -> None:
+def test_a_cause_replaces_a_consequence_and_nothing_else(tmp_path: Path) -> None:
     assert read_outcome(tmp_path) is None
     assert write_outcome(tmp_path, SEEN)
     assert not write_outcome(tmp_path, replace(SEEN, rank=2))
@@ -34,7 +34,7 @@ def test_an_outcome_stays_unless_it_was_a_consequence(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outcome.json"]
 
 
-def test_of_ranks_that_end_together_one_writes(tmp_path: Path) -> None:
+def test_one_of_the_ranks_that_end_together_writes(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         written = list(pool.map(lambda rank: write_outcome(tmp_path, replace(CAUSE, rank=rank)), range(64)))
     assert sum(written) == 1
@@ -56,7 +56,7 @@ def test_a_run_folder_has_one_holder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     RunLock(tmp_path).release()
 
 
-def test_a_requeued_job_waits_for_the_end_of_its_last_attempt(
+def test_a_requeued_job_waits_for_its_last_attempt_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -76,7 +76,7 @@ def test_a_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
     child.start()
     try:
         assert is_up.wait(60)
-        lock._file.close()  # as the end of this process would: nobody unlocks
+        lock._file.close()  # the end of this process would close the file without unlocking it
         RunLock(tmp_path).release()
     finally:
         child.kill()
@@ -91,12 +91,12 @@ def test_the_end_of_the_job_comes_from_slurm(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(tmp_path))
     assert job_end_time() == math.inf  # no squeue
     squeue = tmp_path / "squeue"
-    for says, end in (
+    for answer, end in (
         ("2026-11-21T17:00:00", datetime(2026, 11, 21, 17).timestamp()),
         ("N/A", math.inf),
         ("", math.inf),
     ):
-        squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --job 17 --format %e" ] && echo {says}\n')
+        squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --job 17 --format %e" ] && echo {answer}\n')
         squeue.chmod(0o755)
         assert job_end_time() == end
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1795280401")

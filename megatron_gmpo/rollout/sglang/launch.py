@@ -1,9 +1,10 @@
-"""An SGLang server that lives no longer than the pipe on its stdin. Runs in the servers' own environment, as a script:
+"""Runs an SGLang server until its stdin is closed. A script for the servers' own environment:
 
-    python -I launch_sglang.py OPTIONS of sglang.launch_server
+    python -I launch.py OPTIONS of sglang.launch_server
 
-The first line on stdin is a JSON table of further options, the keys: neither the process table nor the log shows them. The end of stdin
-comes with the end of the trainer, whatever killed it, and kills the server's whole process group, stopped or not.
+The first line on stdin is a JSON object of further options, the keys, so that neither the process table nor
+the log shows them. stdin is a pipe from the trainer: it is closed when the trainer ends, however it ends.
+Then this process kills the server's whole process group, even if the server is stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ def main() -> None:
         os.setpgid(0, 0)
         _serve(secrets)
     else:
-        os.setpgid(server, server)  # both do it, so that neither goes on before it is done
+        os.setpgid(server, server)  # in both processes, so that neither continues before
         sys.exit(_wait(server))
 
 
 def _wait(server: int) -> int:
-    """Waits for the end of the server or of stdin, lets nothing of the process group survive it, and gives the exit code."""
+    """Wait until the server ends or stdin is closed, kill the process group, and return the server's exit
+    code."""
     select.select([sys.stdin.fileno(), os.pidfd_open(server)], [], [])
-    os.killpg(server, signal.SIGKILL)  # nobody else's by now: the leader is not reaped yet
+    os.killpg(server, signal.SIGKILL)  # not reused: its leader is not reaped yet
     code = os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])
     return code if code >= 0 else 128 - code
 
@@ -46,7 +48,8 @@ def _serve(secrets: dict[str, str]) -> None:
 
 
 def _hide(secrets: Iterable[str]) -> None:
-    """Puts ``***`` for secrets into the log: SGLang writes its options there, keys included (sglang/srt/entrypoints/engine.py)."""
+    """Replace secrets by ``***`` in the log: SGLang logs its options with the keys
+    (sglang/srt/entrypoints/engine.py)."""
     plain = logging.Formatter.format
 
     def without_secrets(self: logging.Formatter, record: logging.LogRecord) -> str:

@@ -1,10 +1,14 @@
-"""SGLang servers for trainers on other nodes: ``python -m megatron_gmpo.rollout.sglang.serve CONFIG.toml --section.key value ...``
+"""Runs the SGLang servers of one node, for trainers on other nodes:
 
-One task of a job step on each rollout node (examples/moe/launch.sh). It starts its share of ``rollout.num_servers``, with the keys in
-``server_keys.json`` of the run folder, and starts again what dies or hangs. Once all are healthy the first task publishes their addresses
-in ``servers.json``, which trainers wait for (``rollout.servers_file``); or what went wrong, as ``{"error": "...", "code": 1}``.
+    python -m megatron_gmpo.rollout.sglang.serve CONFIG.toml --section.key value ...
 
-From the environment come MASTER_ADDR, the first trainer's address, and Slurm's number of this task and of all.
+A job step runs this command once on each rollout node (examples/moe/launch.sh). It starts the node's share of
+``rollout.num_servers`` with the keys in ``server_keys.json`` of the run folder, and restarts servers that die
+or hang. When the servers of all nodes are ready, task 0 writes their addresses to ``servers.json``; trainers
+wait for that file (``rollout.servers_file``). On failure it writes ``{"error": "...", "code": 1}`` instead.
+
+Reads MASTER_ADDR, the address of trainer rank 0, and Slurm's SLURM_PROCID, SLURM_NTASKS, SLURM_JOB_ID and
+SLURM_RESTART_COUNT from the environment.
 """
 
 from __future__ import annotations
@@ -19,13 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import files
 from ...command_line import exit_with_one_line, load_config
 from ...config import Config
 from ...errors import InputError, RunError, ServerError
 from ...platform import choose_device
-from ...supervision.records import node_name, write_json
-from .engine import local_servers
-from .servers import LocalServers, address_towards
+from ...supervision.records import node_name
+from .processes import LocalServers
+from .servers import address_towards
+from .start import local_servers
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +40,19 @@ _PROBE_TIMEOUT_S = 5.0
 
 
 def serve(cfg: Config) -> None:
-    """Runs the servers of this node until SIGTERM.
+    """Run the servers of this node until SIGTERM.
 
     Raises:
-        ServerError: one cannot be started, those of another node are not there in time, or none is left on this node, the only one.
-        InputError: ``rollout.num_servers`` cannot be shared out evenly; or as ``LocalServers``.
+        ServerError: a server does not start, the servers of another node are not ready in time, or this is
+            the only node and has lost all its servers.
+        InputError: ``rollout.num_servers`` is not a multiple of the number of nodes; or as ``LocalServers``.
     """
     run_dir, task, tasks = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     share, rest = divmod(cfg.rollout.num_servers, tasks)
     if rest:
         raise InputError(
-            f"rollout.num_servers = {cfg.rollout.num_servers} cannot be shared by {tasks} nodes: choose a multiple"
+            f"rollout.num_servers = {cfg.rollout.num_servers} cannot be divided among {tasks} nodes: "
+            "choose a multiple"
         )
     cfg = cfg.model_copy(
         update={
@@ -64,77 +72,81 @@ def serve(cfg: Config) -> None:
         servers.start()
         servers.wait_ready()
         _publish(cfg, servers, task, tasks)
-        _watch(cfg, servers)
-        lost = f"every SGLang server of {node_name()} was lost {cfg.sglang.max_restarts + 1} times in a row: see its log"
+        _restart_lost_servers(cfg, servers)
+        times = cfg.sglang.max_restarts + 1
+        lost = f"every SGLang server of {node_name()} was lost {times} times in a row: see its log"
         if tasks == 1:
             raise ServerError(lost)
         log.error(lost)
-        signal.pause()  # the end of this task would be that of the others
+        signal.pause()  # srun would end the tasks of the other nodes with this one
     finally:
         servers.stop()
 
 
 @dataclass
-class _State:
-    """What is known of a server.
+class _Health:
+    """Health of one server.
 
     Attributes:
-        silent_since: time of its last answer, on the monotonic clock; while it starts, the end of the time it has for that.
-        first_version: the label of the weights it came with.
-        losses: in a row, without a weight sync between.
+        last_answer: time of its last answer, on the monotonic clock; during a start, the deadline for its
+            first answer.
+        first_version: weight version that it reported first after its start.
+        losses: consecutive losses; a weight sync resets the count.
     """
 
-    silent_since: float
+    last_answer: float
     first_version: str | None = None
     losses: int = 0
 
 
-def _watch(cfg: Config, servers: LocalServers) -> None:
-    """Starts servers again, each ``sglang.max_restarts`` times in a row, a weight sync between two losses making the count start anew.
-    Returns when none is left."""
-    states = [_State(time.monotonic()) for _ in servers.servers]
-    while any(state.losses <= cfg.sglang.max_restarts for state in states):
+def _restart_lost_servers(cfg: Config, servers: LocalServers) -> None:
+    """Restart servers that die or hang, each up to ``sglang.max_restarts`` consecutive times.
+
+    A weight sync resets the count.
+
+    Return when no server is left.
+    """
+    health = [_Health(time.monotonic()) for _ in servers.servers]
+    while any(each.losses <= cfg.sglang.max_restarts for each in health):
         time.sleep(cfg.sglang.health_interval_s)
-        for index, state in enumerate(states):
-            if state.losses <= cfg.sglang.max_restarts and (why := _loss(cfg, servers, index, state)):
-                state.losses += 1
-                log.warning(
-                    "SGLang server %s %s: lost %d times in a row",
-                    servers.servers[index].url,
-                    why,
-                    state.losses,
-                )
-                if state.losses <= cfg.sglang.max_restarts:
-                    try:
-                        servers.restart(index)
-                    except (ServerError, OSError) as error:
-                        log.warning(
-                            "SGLang server %s was not started again: %s", servers.servers[index].url, error
-                        )
-                    state.silent_since = time.monotonic() + cfg.sglang.start_timeout_s
-                    state.first_version = None
+        for index, each in enumerate(health):
+            if each.losses > cfg.sglang.max_restarts or not (why := _loss(cfg, servers, index, each)):
+                continue
+            url = servers.servers[index].url
+            each.losses += 1
+            log.warning("SGLang server %s %s: lost %d times in a row", url, why, each.losses)
+            if each.losses > cfg.sglang.max_restarts:
+                continue
+            try:
+                servers.restart(index)
+            except (ServerError, OSError) as error:
+                log.warning("SGLang server %s did not restart: %s", url, error)
+            each.last_answer = time.monotonic() + cfg.sglang.start_timeout_s
+            each.first_version = None
 
 
-def _loss(cfg: Config, servers: LocalServers, index: int, state: _State) -> str:
-    """Why the server must be started again, or nothing."""
+def _loss(cfg: Config, servers: LocalServers, index: int, health: _Health) -> str:
+    """Probe a server. Return the reason to restart it, or an empty string."""
     if not servers.is_alive(index):
         return "died"
-    server = servers.servers[index]
-    # it need not generate: a sync may have paused it, or it sleeps while the policy trains. SGLang itself ends one whose scheduler hangs
-    if version := server.weight_version(_PROBE_TIMEOUT_S):
-        state.silent_since = time.monotonic()
-        state.first_version = state.first_version or version
-        state.losses = state.losses if version == state.first_version else 0
+    # the probe does not generate: a sync may have paused the server, or it sleeps during training. SGLang
+    # itself ends a server whose scheduler hangs
+    if version := servers.servers[index].weight_version(_PROBE_TIMEOUT_S):
+        health.last_answer = time.monotonic()
+        health.first_version = health.first_version or version
+        if version != health.first_version:
+            health.losses = 0
     limit = cfg.sglang.hang_timeout_s
-    return f"has answered nothing for {limit:g} s" if time.monotonic() - state.silent_since > limit else ""
+    return f"has not answered for {limit:g} s" if time.monotonic() - health.last_answer > limit else ""
 
 
 def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
-    """Each task writes its part, and the first one puts them together."""
+    """Write this node's addresses; task 0 joins those of all nodes in ``servers.json``."""
     run_dir = Path(cfg.run_dir)
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     parts = [run_dir / "servers" / f"{attempt}-{i}.json" for i in range(tasks)]
-    write_json(parts[task], [{"url": server.url, "node": node_name()} for server in servers.servers])
+    ours = [{"url": server.url, "node": node_name()} for server in servers.servers]
+    files.write(parts[task], json.dumps(ours))
     if task:
         return
     deadline = time.monotonic() + cfg.sglang.start_timeout_s
@@ -142,27 +154,28 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
         if time.monotonic() > deadline:
             limit = f"sglang.start_timeout_s = {cfg.sglang.start_timeout_s:g}"
             raise ServerError(
-                f"the servers of rollout node {missing[0]} were not ready within {limit} after those of node 0"
+                f"the servers of rollout node {missing[0]} were not ready within {limit} "
+                "after those of node 0"
             )
         time.sleep(_POLL_S)
     addresses: list[dict[str, Any]] = [address for part in parts for address in json.loads(part.read_text())]
-    write_json(run_dir / "servers.json", addresses)
+    files.write(run_dir / "servers.json", json.dumps(addresses))
     for part in parts:
         part.unlink()
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # a request to the trainers, which still want responses before they stop
+    # a request to the trainers to save and stop; they need the servers until then
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     cfg = None
     try:
         cfg = load_config(sys.argv[1:])
         serve(cfg)
     except RunError as error:
         if cfg:
-            write_json(Path(cfg.run_dir) / "servers.json", {"error": str(error), "code": error.exit})
+            about = {"error": str(error), "code": error.exit}
+            files.write(Path(cfg.run_dir) / "servers.json", json.dumps(about))
         exit_with_one_line(error, error.exit)
 
 

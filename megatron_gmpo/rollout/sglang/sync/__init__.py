@@ -1,0 +1,62 @@
+"""Weight sync: new weights from the trainer to SGLang servers.
+
+``weight_sync.route`` selects the file: ``disk`` is disk.py, ``distributed`` is broadcast.py, ``tensor`` is
+shared.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ....config import WeightSyncConfig
+from ....errors import InputError
+from .broadcast import BroadcastSync
+from .disk import DiskSync
+from .route import SyncReport, WeightSync
+from .shared import CudaIpcSync, SharedMemorySync
+
+__all__ = ["SyncReport", "WeightSync", "make_weight_sync"]
+
+
+def make_weight_sync(
+    cfg: WeightSyncConfig,
+    placement: Literal["disaggregated", "colocated"],
+    device: torch.device,
+    run_dir: Path,
+    *,
+    quantized: bool = False,
+) -> WeightSync:
+    """Make the weight sync of ``cfg.route``.
+
+    Args:
+        cfg: the ``weight_sync`` section.
+        placement: ``rollout.placement``.
+        device: this rank's device.
+        run_dir: the run's folder; the disk route writes below it unless ``cfg.folder`` is set.
+        quantized: send block-wise FP8; the servers must have been started for it.
+
+    Raises:
+        InputError: the route does not support ``placement`` on GPUs.
+    """
+    is_cuda = device.type == "cuda"
+    if is_cuda and cfg.route == "tensor" and placement != "colocated":
+        raise InputError(
+            "weight_sync.route = 'tensor' needs rollout.placement = 'colocated': "
+            "servers on other GPUs cannot map the trainer's memory"
+        )
+    if is_cuda and cfg.route == "distributed" and placement == "colocated":
+        raise InputError(
+            "weight_sync.route = 'distributed' needs rollout.placement = 'disaggregated': "
+            "NCCL allows one rank per GPU"
+        )
+    match cfg.route:
+        case "disk":
+            base = Path(cfg.folder, *run_dir.absolute().parts[1:]) if cfg.folder else run_dir
+            return DiskSync(cfg, base / "weight_sync", quantized)
+        case "distributed":
+            return BroadcastSync(cfg, device, quantized)
+        case "tensor":
+            return (CudaIpcSync if is_cuda else SharedMemorySync)(cfg, device, quantized)

@@ -1,4 +1,4 @@
-"""The servers of a weight sync, as the trainer's first rank speaks to them."""
+"""HTTP requests from rank 0 to all servers of a weight sync."""
 
 from __future__ import annotations
 
@@ -16,68 +16,82 @@ from ..servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server
 
 log = logging.getLogger(__name__)
 
-FAREWELL_TIMEOUT_S = 5.0
-"""Limit for requests whose failure changes nothing."""
+BEST_EFFORT_TIMEOUT_S = 5.0
+"""Timeout of requests whose errors are ignored."""
+
+Body = dict[str, Any] | Callable[[Server], dict[str, Any]] | None
+"""JSON body of a POST, equal for all servers or made per server; None sends a GET."""
 
 
 class SyncError(Exception):
-    """Why a server cannot take part any longer."""
+    """A server failed during a sync; the message completes the sentence "SGLang server URL ..."."""
 
 
 class NoAnswerError(SyncError):
-    """It does not answer at all."""
+    """The server is unreachable or did not answer within the timeout."""
 
 
 class Session:
-    """The servers of one sync, as the first rank sees them. One that fails leaves and the others go on.
+    """The servers of one sync. A server that fails is dropped; the sync continues with the others.
+
+    Args:
+        servers: all servers of the sync.
+        timeout_s: timeout of one request.
 
     Attributes:
-        servers: those still taking part.
-        problem: what no retry can mend.
+        servers: servers that have not failed.
+        problem: an error that a retry cannot fix; the caller raises it once the session is finished.
     """
 
     def __init__(self, servers: Sequence[Server], timeout_s: float) -> None:
         self.servers = list(servers)
         self.problem: InputError | None = None
-        self._everyone = tuple(servers)
+        self._all_servers = tuple(servers)
+        self._timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
         self._http = httpx.Client(
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S)),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
-            trust_env=False,  # no proxy stands between trainer and servers
+            trust_env=False,  # requests to the servers must not go through a proxy
             verify=_certificates(),
         )
-        self._threads = ThreadPoolExecutor(
-            len(servers) + 2
-        )  # a request to each server, a broadcast, and the one that waits for them
+        # one thread per server, one for a broadcast, one that waits for both
+        self._threads = ThreadPoolExecutor(len(servers) + 2)
 
     @property
     def failed(self) -> tuple[Server, ...]:
-        return tuple(server for server in self._everyone if server not in self.servers)
+        """The servers dropped so far, in the order they were given."""
+        return tuple(server for server in self._all_servers if server not in self.servers)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Run a function in one of the session's threads."""
         return self._threads.submit(function, *args)
 
-    def start(self, path: str, body: Any) -> dict[Server, Future[httpx.Response]]:
-        """Sends a request to every server: a POST of ``body``, or of ``body(server)``, or a GET when it is None."""
+    def send(self, path: str, body: Body) -> dict[Server, Future[httpx.Response]]:
+        """Start a request to every remaining server and return the pending responses."""
         return {
-            server: self.run(self._request, server, path, body(server) if callable(body) else body)
+            server: self.submit(
+                self._request, server, path, body(server) if callable(body) else body, self._timeout
+            )
             for server in self.servers
         }
 
-    def ask(self, path: str, body: Any = None) -> dict[Server, httpx.Response]:
-        """As ``start``; the answers of those that took it."""
-        replies = self.start(path, body)
+    def request(self, path: str, body: Body = None) -> dict[Server, httpx.Response]:
+        """Send a request to every remaining server, drop those that fail, return the other responses."""
+        replies = self.send(path, body)
         for server, reply in replies.items():
             if error := reply.exception():
                 self.drop(server, error)
         return {server: reply.result() for server, reply in replies.items() if server in self.servers}
 
     def attempt(self, servers: Iterable[Server], *requests: tuple[str, dict[str, Any]]) -> None:
-        """POSTs one after the other to each server at once; what comes of them does not matter."""
-        wait([self.run(self._attempt, server, requests) for server in servers])
+        """POST each ``(path, body)`` in order, to all ``servers`` in parallel; errors are ignored."""
+        wait([self.submit(self._attempt, server, requests) for server in servers])
 
     def drop(self, server: Server, error: BaseException | str) -> None:
-        """Goes on without it. An InputError ends the sync for all."""
+        """Continue without a server. An InputError is recorded in ``problem`` and drops all servers.
+
+        Raises:
+            BaseException: ``error`` itself when it is neither a SyncError nor an InputError.
+        """
         if isinstance(error, InputError):
             self.problem = self.problem or error
             self.servers.clear()
@@ -87,8 +101,12 @@ class Session:
         else:
             raise error
 
-    def close(self) -> None:
-        """Lets every server generate again; a failed one first gives up the sync and the requests it would answer from odd weights."""
+    def finish(self) -> None:
+        """Resume generation on every server and close the session.
+
+        A failed server first ends its weight update and aborts its requests, because its weights may be
+        mixed.
+        """
         self.attempt(
             self.failed,
             ("/end_weight_update", {}),
@@ -96,26 +114,31 @@ class Session:
             ("/continue_generation", {}),
         )
         self.attempt(self.servers, ("/continue_generation", {}))
-        self.release()
+        self.close()
 
-    def release(self) -> None:
-        """Gives up threads and connections."""
+    def close(self) -> None:
+        """Close threads and connections."""
         self._threads.shutdown(wait=False)
         self._http.close()
 
-    def _request(self, server: Server, path: str, body: Any, **options: Any) -> httpx.Response:
+    def _request(
+        self, server: Server, path: str, body: dict[str, Any] | None, timeout: httpx.Timeout | float
+    ) -> httpx.Response:
         method, headers = ("GET", server.headers) if body is None else ("POST", server.admin_headers)
         try:
-            reply = self._http.request(method, f"{server.url}{path}", json=body, headers=headers, **options)
+            reply = self._http.request(
+                method, f"{server.url}{path}", json=body, headers=headers, timeout=timeout
+            )
         except httpx.TransportError as error:
             raise NoAnswerError(f"gave no answer to {path}: {error or type(error).__name__}") from None
         if reply.status_code in (401, 403):
             key = "SGLANG_API_KEY" if body is None else "SGLANG_ADMIN_API_KEY"
             raise InputError(
-                f"{server.url} refuses the API key (HTTP {reply.status_code} to {path}): set {key} to the server's"
+                f"{server.url} refuses the API key (HTTP {reply.status_code} to {path}): "
+                f"set {key} to the server's key"
             )
         if reply.status_code == 404:
-            raise InputError(f"{server.url} does not know {path}: it must be SGLang 0.5.23 or newer")
+            raise InputError(f"{server.url} has no route {path}: use SGLang 0.5.23 or newer")
         if reply.status_code != 200:
             raise SyncError(
                 f"refused {path} (HTTP {reply.status_code}): {' '.join(reply.text.split())[:300]}"
@@ -125,7 +148,7 @@ class Session:
     def _attempt(self, server: Server, requests: Iterable[tuple[str, dict[str, Any]]]) -> None:
         for path, body in requests:
             try:
-                self._request(server, path, body, timeout=FAREWELL_TIMEOUT_S)
+                self._request(server, path, body, BEST_EFFORT_TIMEOUT_S)
             except NoAnswerError:
                 return
             except (SyncError, InputError):
@@ -134,4 +157,4 @@ class Session:
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    return httpx.create_ssl_context()  # reading them takes as long as a small sync
+    return httpx.create_ssl_context()  # loading the certificates takes as long as a small sync

@@ -1,4 +1,8 @@
-"""What the ranks of a conversion test run. As a module: a conversion that is killed half-way, ``python -m ... HF MEGATRON TENSORS``."""
+"""Functions that the ranks of the conversion tests run.
+
+``python -m tests.support.conversion_cases HF MEGATRON TENSORS`` is a conversion that kills itself after
+TENSORS tensors.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +30,13 @@ from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.attention import PackedAttention
-from megatron_gmpo.models.config import describe_model
+from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
-from megatron_gmpo.weights.convert import HFToMegatron, MegatronToHF
-from megatron_gmpo.weights.export import export_hf, unwrapped
+from megatron_gmpo.weights.export import export_hf
+from megatron_gmpo.weights.hf_to_megatron import HFToMegatron
+from megatron_gmpo.weights.megatron_to_hf import MegatronToHF
+from megatron_gmpo.weights.parameters import unwrapped
 from megatron_gmpo.weights.torch_dist import checkpoint_folder
 
 from . import cases
@@ -39,7 +45,7 @@ CPU = torch.device("cpu")
 
 
 def to_megatron(hf: Path, megatron: Path) -> int:
-    """Converts and verifies; the bytes this rank did."""
+    """Convert, verify and return the number of bytes that this rank converted."""
     done: list[int] = []
     HFToMegatron(hf).convert(megatron, verify=True, advance=done.append)
     return sum(done)
@@ -52,15 +58,15 @@ def to_hf(
     dtype: str | None = None,
     max_shard_size: int = 10**9,
 ) -> int:
+    """Convert, verify and return the number of bytes that this rank converted."""
     done: list[int] = []
-    MegatronToHF(megatron, template, dtype).convert(
-        hf, max_shard_size=max_shard_size, verify=True, advance=done.append
-    )
+    conversion = MegatronToHF(megatron, template, dtype, max_shard_size)
+    conversion.convert(hf, verify=True, advance=done.append)
     return sum(done)
 
 
 def refusal(conversion: Callable[..., Any], *arguments: Any) -> str:
-    """The message with which one of the above stops."""
+    """Return the message with which one of the functions above stops, or an empty string."""
     try:
         conversion(*arguments)
     except InputError as error:
@@ -69,7 +75,7 @@ def refusal(conversion: Callable[..., Any], *arguments: Any) -> str:
 
 
 def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tensor] | None:
-    """On rank 0: what Megatron's own loader makes of a checkpoint in a layout, under Hugging Face names."""
+    """Load a checkpoint with Megatron's own loader and return the weights by Hugging Face name on rank 0."""
     description = describe_model(cfg, world_size(), CPU)
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
@@ -91,7 +97,10 @@ def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tenso
 def save_as_megatron_lm(
     cfg: Config, batch: TrainBatch, folder: Path, optimizer_format: str
 ) -> dict[str, Tensor]:
-    """Writes what generate_state_dict of Megatron-LM's training/checkpointing.py puts together, and slime with it; the weights."""
+    """Write a checkpoint as Megatron-LM and slime do, and return its weights on rank 0.
+
+    Source: generate_state_dict in training/checkpointing.py of Megatron-LM.
+    """
     with cases.opened(cfg) as policy:
         metadata = {
             "distrib_optim_sharding_type": optimizer_format,
@@ -101,7 +110,7 @@ def save_as_megatron_lm(
         (chunk,) = policy.chunks
         gpt: Any = unwrapped(chunk)
         random_states = [{"random_rng_state": random.getstate(), "torch_rng_state": torch.get_rng_state()}]
-        cases._steps(policy, batch, 1)  # which makes the moments
+        cases._steps(policy, batch, 1)  # creates the moments
         model = gpt.sharded_state_dict(metadata=metadata)
         for extra_state in nested_values(model):
             if isinstance(extra_state, ShardedObject):
@@ -134,7 +143,7 @@ class Evil:
 
 
 def keys_of_the_plain_spec(cfg: Config) -> set[str]:
-    """What a GPTModel of Megatron's own plain layer spec, but for the core attention, looks for in a checkpoint."""
+    """Return the checkpoint keys of a GPTModel with Megatron's plain layer spec and our core attention."""
     description = describe_model(cfg, world_size(), CPU)
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
@@ -142,7 +151,7 @@ def keys_of_the_plain_spec(cfg: Config) -> set[str]:
         spec: Any = get_gpt_decoder_block_spec(
             transformer, use_transformer_engine=False, normalization="RMSNorm"
         )
-        for layer in spec.layer_specs:  # Megatron's own cannot be built with latent attention
+        for layer in spec.layer_specs:  # Megatron's cannot be built with latent attention
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
         gpt = GPTModel(
             transformer,

@@ -1,41 +1,26 @@
-"""The rows and architecture fields that decoder families share; qwen.py and llama.py compose them."""
+"""Rows and architecture fields that several decoder families share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 
-from ..errors import InputError
-from .mapping import ROUTER_BIAS, GateUp, QueryKeyValue, Replicated, Row, Split, Vocabulary
-
-HFConfig = Any  # transformers' PreTrainedConfig: its fields differ by family
+from .family import HFConfig, refuse
+from .mapping import ROUTER_BIAS, Row, fused_name
+from .operations import GateUp, QueryKeyValue, Replicated, Split, Vocabulary
 
 LAYER = "decoder.layers.{l}."
 HF_LAYER = "model.layers.{l}."
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the project knows about one ``model_type``.
-
-    Attributes:
-        rows: (Hugging Face config, padded vocabulary size) -> the name table.
-        architecture: Hugging Face config -> fields of Megatron's TransformerConfig.
-    """
-
-    rows: Callable[[HFConfig, int], list[Row]]
-    architecture: Callable[[HFConfig], dict[str, Any]]
-
-
 def head_dim(hf: HFConfig) -> int:
-    """Channels of one attention head."""
+    """Return the number of channels of one attention head."""
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 
 def embedding_and_head(hf: HFConfig, padded_vocab_size: int) -> list[Row]:
+    """Return the rows of the embedding, the final norm and the output layer."""
     vocabulary = Vocabulary(0, hf.vocab_size, padded_vocab_size)
     return [
         Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
@@ -45,11 +30,13 @@ def embedding_and_head(hf: HFConfig, padded_vocab_size: int) -> list[Row]:
 
 
 def attention(hf: HFConfig, *, bias: bool, qk_norm: bool) -> list[Row]:
+    """Return the rows of grouped-query attention and of the norm before it."""
     groups = hf.num_key_value_heads
     qkv = QueryKeyValue(0, groups, hf.num_attention_heads // groups, head_dim(hf))
-    ours, theirs = LAYER + "self_attention.", HF_LAYER + "self_attn."
+    norm, ours, theirs = LAYER + "input_layernorm.weight", LAYER + "self_attention.", HF_LAYER + "self_attn."
+    fused = (fused_name(norm),)  # the key of both layer specs
     rows = [
-        Row(LAYER + "input_layernorm.weight", (HF_LAYER + "input_layernorm.weight",), Replicated()),
+        Row(norm, (HF_LAYER + "input_layernorm.weight",), Replicated(), dense_keys=fused, moe_keys=fused),
         Row(ours + "linear_qkv.weight", tuple(f"{theirs}{x}_proj.weight" for x in "qkv"), qkv),
         Row(ours + "linear_proj.weight", (theirs + "o_proj.weight",), Split(1)),
     ]
@@ -63,12 +50,22 @@ def attention(hf: HFConfig, *, bias: bool, qk_norm: bool) -> list[Row]:
 
 
 def mlp_norm() -> Row:
+    """Return the row of the norm between attention and MLP.
+
+    Megatron's plain layer spec stores it fused in every layer, Transformer Engine's in dense layers only.
+    """
+    norm = LAYER + "pre_mlp_layernorm.weight"
     return Row(
-        LAYER + "pre_mlp_layernorm.weight", (HF_LAYER + "post_attention_layernorm.weight",), Replicated()
+        norm,
+        (HF_LAYER + "post_attention_layernorm.weight",),
+        Replicated(),
+        dense_keys=(fused_name(norm),),
+        moe_keys=(norm, fused_name(norm)),
     )
 
 
 def gated_mlp(ours: str, theirs: str) -> list[Row]:
+    """Return the rows of an MLP whose Megatron and Hugging Face names begin with ``ours`` and ``theirs``."""
     return [
         Row(ours + "linear_fc1.weight", (theirs + "gate_proj.weight", theirs + "up_proj.weight"), GateUp()),
         Row(ours + "linear_fc2.weight", (theirs + "down_proj.weight",), Split(1)),
@@ -76,10 +73,12 @@ def gated_mlp(ours: str, theirs: str) -> list[Row]:
 
 
 def dense_mlp() -> list[Row]:
+    """Return the rows of a dense layer's MLP."""
     return gated_mlp(LAYER + "mlp.", HF_LAYER + "mlp.")
 
 
 def routed_experts() -> list[Row]:
+    """Return the rows of a router and its experts."""
     return [
         Row(LAYER + "mlp.router.weight", (HF_LAYER + "mlp.gate.weight",), Replicated()),
         *gated_mlp(LAYER + "mlp.experts.local_experts.{e}.", HF_LAYER + "mlp.experts.{e}."),
@@ -87,20 +86,20 @@ def routed_experts() -> list[Row]:
 
 
 def biased_router() -> list[Row]:
-    """The bias that is added to the scores when experts are chosen; no gradient trains it."""
+    """Return the row of the bias added to the scores when experts are chosen. It receives no gradient."""
     return [Row(LAYER + ROUTER_BIAS, (HF_LAYER + "mlp.gate.e_score_correction_bias",), Replicated())]
 
 
 def shared_experts() -> list[Row]:
-    """The experts that see every token, which both sides keep as one MLP."""
+    """Return the rows of the experts that process every token; both sides store them as one MLP."""
     return gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_experts.")
 
 
 def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
-    """TransformerConfig fields of a pre-norm RMSNorm decoder with gated SiLU MLPs and rotary positions.
+    """Return the TransformerConfig fields of a pre-norm RMSNorm decoder with gated SiLU MLPs.
 
     Raises:
-        InputError: the config asks for something the model code does not compute.
+        InputError: the config requires a computation that the model code does not implement.
     """
     refuse(hf, "hidden_act", hf.hidden_act != "silu", "only silu is supported")
     windows = getattr(hf, "use_sliding_window", False) or "sliding_attention" in (
@@ -126,28 +125,30 @@ def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
 
 
 def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
-    """TransformerConfig fields of experts chosen by sigmoid scores and a bias, in groups, beside shared ones (arXiv 2412.19437, 2.1.2).
+    """Return the TransformerConfig fields of grouped experts with sigmoid scores, a bias and shared experts.
+
+    Source: arXiv 2412.19437, section 2.1.2.
 
     Raises:
-        InputError: the config asks for something that Megatron's router does not compute.
+        InputError: the config requires a computation that Megatron's router does not implement.
     """
     dense, layers, topk = hf.first_k_dense_replace, hf.num_hidden_layers, hf.num_experts_per_tok
-    in_groups = (hf.n_group or 1) > (hf.topk_group or 1)  # else every group is chosen
+    in_groups = (hf.n_group or 1) > (hf.topk_group or 1)  # otherwise every group is chosen
     refuse(hf, "first_k_dense_replace", dense >= layers, "a model without experts is not supported")
     refuse(hf, "n_shared_experts", not hf.n_shared_experts, "a model without shared experts is not supported")
     refuse(
         hf,
         "norm_topk_prob",
         hf.norm_topk_prob != (topk > 1),
-        "scores are normalised over the chosen experts, but for a single one",
+        "Megatron normalizes the scores over the chosen experts if there are several, and only then",
     )
-    # a group's score is the sum of its best 2 in transformers, of its best topk // topk_group in moe_utils.py:group_limited_topk
-    wrong = in_groups and topk // hf.topk_group != 2
+    # a group's score is the sum of its best 2 in transformers and of its best topk // topk_group in Megatron
+    # (moe_utils.py:group_limited_topk)
     refuse(
         hf,
         "topk_group",
-        wrong,
-        f"only half of num_experts_per_tok = {topk} is supported, or all n_group = {hf.n_group}",
+        in_groups and topk // hf.topk_group != 2,
+        f"only half of num_experts_per_tok = {topk} or all n_group = {hf.n_group} is supported",
     )
     return {
         "num_moe_experts": hf.n_routed_experts,
@@ -164,22 +165,12 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
 
 
 def prediction_layers(hf: HFConfig) -> tuple[str, ...]:
-    """How tensors of multi-token prediction layers are named in a folder; neither transformers' model nor ours has these layers."""
+    """Return the name prefixes of multi-token prediction layers, which are not part of the model."""
     first, count = hf.num_hidden_layers, getattr(hf, "num_nextn_predict_layers", None) or 0
     return tuple(HF_LAYER.format(l=layer) for layer in range(first, first + count))
 
 
 def no_attention_bias(hf: HFConfig) -> None:
-    refuse(
-        hf,
-        "attention_bias",
-        getattr(hf, "attention_bias", False),
-        "this family's table has no attention biases",
-    )
-
-
-def refuse(hf: HFConfig, field: str, wrong: bool, why: str) -> None:
-    if wrong:
-        raise InputError(
-            f"config.json of this {hf.model_type} model has {field} = {getattr(hf, field, None)!r}: {why}"
-        )
+    """Raise an InputError if the attention has biases."""
+    bias = getattr(hf, "attention_bias", False)
+    refuse(hf, "attention_bias", bias, "this family's table has no attention biases")

@@ -1,0 +1,146 @@
+"""Atomic files and folders: a reader sees the old content or all of the new one, also after a kill.
+
+New content is written beside its place, flushed to the disk, and renamed into it. What a kill leaves behind
+has a name that begins with ``.partial_``. This module does not import torch: commands that must start fast
+use it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import InputError
+
+
+def write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a file, replacing an existing one. If several processes write it, the last rename wins.
+
+    Args:
+        durable: flush to the disk, so that the file survives a power failure. Files that are rewritten every
+            few seconds do not need it.
+    """
+    aside = _write_aside(path, content, durable)
+    aside.rename(path)
+    if durable:
+        _flush(path.parent)
+
+
+def write_new(path: Path, content: str | bytes) -> bool:
+    """Write a file unless it exists, and return whether it was written.
+
+    Of several processes that try at the same time, one succeeds.
+    """
+    aside = _write_aside(path, content, durable=True)
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink()
+    _flush(path.parent)
+    return True
+
+
+@contextmanager
+def written_aside(final: Path) -> Iterator[Path]:
+    """Yield a free path to write a file or a folder to; after the block, flush it and rename it to ``final``.
+
+    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block
+    removes what it wrote.
+    """
+    partial = partial_path(final)
+    clear(partial)
+    try:
+        yield partial
+        publish(partial, final)
+    except BaseException:
+        clear(partial)
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder. It is renamed first, so that a kill leaves no incomplete folder under its name."""
+    removed = folder.with_name(f".partial_{folder.name}.removed")
+    clear(removed)
+    folder.rename(removed)
+    shutil.rmtree(removed)
+
+
+def partial_path(final: Path) -> Path:
+    """Return where ``final`` is written before it gets its name."""
+    return final.with_name(f".partial_{final.name}")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Flush a file, or a folder with everything in it, to the disk and rename it to ``final``."""
+    for item in [partial, *partial.rglob("*")]:
+        _flush(item)
+    partial.rename(final)
+    _flush(final.parent)
+
+
+def clear(partial: Path) -> None:
+    """Remove a file or a folder, if there is one, that is left incomplete."""
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    elif partial.exists():
+        partial.unlink()
+
+
+def check_room(final: Path, nbytes: int) -> None:
+    """Check that the disk of ``final``, which need not exist, has ``nbytes`` free.
+
+    Raises:
+        InputError: it has less.
+    """
+    existing = next(folder for folder in final.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        raise InputError(
+            f"{str(final)!r} needs {nbytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: "
+            "choose another disk"
+        )
+
+
+@contextmanager
+def writable(name: str, remedy: str) -> Iterator[None]:
+    """Report an ``OSError`` of the block in one line.
+
+    Args:
+        name: what is written, with the field that names it, such as ``weight_sync.folder = '/data'``.
+        remedy: what the user can do.
+
+    Raises:
+        InputError: in place of the ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{name} cannot be written ({error.strerror or error}): {remedy}") from None
+
+
+def _write_aside(path: Path, content: str | bytes, durable: bool) -> Path:
+    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    aside = path.with_name(f".partial_{path.name}.{writer}")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            _flush(aside)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    return aside
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,133 @@
+"""Hugging Face config.json + run config -> ModelDescription, before any process group starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from megatron.core.transformer import TransformerConfig
+from transformers import AutoConfig
+
+from ..batch.columns import RoutingShape
+from ..config import Config
+from ..errors import InputError
+from . import FAMILIES
+from .decoder import prediction_layers
+from .family import HFConfig
+from .layout import check_layout
+from .mapping import Mapping
+from .operations import padded_vocab_size
+from .transformer_config import one_line, transformer_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Everything needed to build a model, without tensors.
+
+    Attributes:
+        hf: the Hugging Face config.
+        transformer: Megatron's config, including the parallel layout.
+        mapping: the name table.
+        padded_vocab_size: rows of the embedding, see ``operations.padded_vocab_size``.
+        rope: GPTModel's rotary arguments.
+        use_transformer_engine: whether to use Transformer Engine's layer spec, which needs a GPU and the
+            library, or the plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the
+            machine supports ``cfg.fp8``.
+    """
+
+    hf: HFConfig
+    transformer: TransformerConfig
+    mapping: Mapping
+    padded_vocab_size: int
+    rope: dict[str, Any]
+    use_transformer_engine: bool
+
+    @property
+    def is_moe(self) -> bool:
+        return bool(self.transformer.num_moe_experts)
+
+    @property
+    def routing(self) -> RoutingShape:
+        """The MoE layers and their experts."""
+        config = self.transformer
+        assert config.num_moe_experts
+        frequency = (
+            config.moe_layer_freq
+        )  # every n-th layer from the first, or 0 or 1 per layer (gpt_layer_specs.py)
+        if isinstance(frequency, int):
+            frequency = [layer % frequency == 0 for layer in range(config.num_layers)]
+        layers = tuple(layer for layer, moe in enumerate(frequency) if moe)
+        return RoutingShape(config.num_layers, layers, config.num_moe_experts, config.moe_router_topk)
+
+
+def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelDescription:
+    """Read ``cfg.model.path`` and check the model against the layout and the [megatron] table.
+
+    Raises:
+        InputError: the folder holds no model, or its family has no table; the layout does not divide the
+            world size, the heads, the layers or the experts; a [megatron] field is unknown, contradicts
+            another setting or needs a missing library; a pipeline stage has fewer layers than the number to
+            keep in bf16; a setting requires routed experts and the model has none; a [megatron] field
+            prevents recording or replaying the routing.
+    """
+    hf = read_hf_config(cfg.model.path)
+    family = FAMILIES[hf.model_type]
+    architecture = family.architecture(hf)
+    check_layout(cfg, architecture, world_size)
+    use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    transformer = transformer_config(cfg, architecture, DTYPES[cfg.model.dtype], world_size, use_te)
+    vocab_size = padded_vocab_size(hf.vocab_size, cfg.parallel.tensor_model_parallel_size)
+    rows = family.rows(hf, vocab_size)
+    mapping = Mapping(rows, tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
+    return ModelDescription(hf, transformer, mapping, vocab_size, _rope(hf, architecture), use_te)
+
+
+def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
+    """Return the Hugging Face config of a model folder.
+
+    Args:
+        field: the setting that contains ``path``, for error messages.
+
+    Raises:
+        InputError: the folder has no config.json, or the model's family has no table.
+    """
+    if not path:
+        raise InputError(f"{field} is empty: give a Hugging Face model folder")
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"{field} = {path!r} has no config.json: give a Hugging Face model folder")
+    try:
+        hf = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+        raise InputError(
+            f"{field} = {path!r}: config.json cannot be read ({one_line(error)}): correct it"
+        ) from None
+    if hf.model_type not in FAMILIES:
+        raise InputError(
+            f"{field} = {path!r} is a {hf.model_type!r} model, a family without a table: "
+            f"use one of {', '.join(FAMILIES)}"
+        )
+    return hf
+
+
+def _rope(hf: HFConfig, architecture: dict[str, Any]) -> dict[str, Any]:
+    if architecture.get("multi_latent_attention"):  # its layers read TransformerConfig's rotary fields
+        return {}
+    rope = hf.rope_parameters
+    base = {"rotary_base": rope["rope_theta"], "rotary_percent": rope.get("partial_rotary_factor", 1.0)}
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return base
+    # constants of Llama 3's frequency scaling in Megatron-Core (rotary_pos_embedding.py:_apply_scaling)
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(rope[key] == value for key, value in llama3.items()):
+        return base | {"rope_scaling": True, "rope_scaling_factor": rope["factor"]}
+    raise InputError(
+        f"config.json of this {hf.model_type} model has rope_parameters = {rope!r}: "
+        "only default and llama3 are supported; use another model"
+    )

@@ -1,0 +1,34 @@
+"""What defines a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from .mapping import Row
+
+HFConfig = Any  # transformers' PreTrainedConfig: its fields differ by family
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names and architecture of the models with one ``model_type``.
+
+    Attributes:
+        rows: (Hugging Face config, padded vocabulary size) -> the name table.
+        architecture: Hugging Face config -> fields of Megatron's TransformerConfig.
+    """
+
+    rows: Callable[[HFConfig, int], list[Row]]
+    architecture: Callable[[HFConfig], dict[str, Any]]
+
+
+def refuse(hf: HFConfig, field: str, wrong: Any, why: str) -> None:
+    """Raise an InputError that names ``field`` of config.json if ``wrong``."""
+    if wrong:
+        value = getattr(hf, field, None)
+        raise InputError(
+            f"config.json of this {hf.model_type} model has {field} = {value!r}: {why}; use another model"
+        )

@@ -1,0 +1,49 @@
+"""Resolve a name in the config: a built-in, or ``module:attribute`` on the Python path."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import InputError
+
+
+def resolve(field: str, name: str, builtin: Mapping[str, Any]) -> Any:
+    """Return ``builtin[name]``, or import the attribute that ``module:attribute`` names.
+
+    Args:
+        field: the config field that holds the name, for the error line.
+
+    Raises:
+        InputError: the name is unknown (the line names the nearest built-in), or the module or the attribute
+            cannot be imported.
+    """
+    if name in builtin:
+        return builtin[name]
+    if ":" not in name:
+        raise InputError(
+            f"{field} = {name!r} is unknown: did you mean {nearest(name, builtin)!r}? "
+            f"Choose one of {sorted(builtin)} or give module:function"
+        )
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise InputError(
+            f"{field} = {name!r} cannot be imported ({error}): give module:function on the Python path"
+        ) from None
+
+
+def check_callable(field: str, name: str, found: Any, remedy: str) -> None:
+    """
+    Raises:
+        InputError: ``found`` is not callable; ``remedy`` ends the line.
+    """
+    if not callable(found):
+        raise InputError(f"{field} = {name!r} is a {type(found).__name__}: {remedy}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the entry of ``known`` that is most similar to ``word``."""
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]

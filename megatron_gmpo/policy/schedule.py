@@ -1,0 +1,169 @@
+"""A batch's microbatches on their way through Megatron's pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from ..batch.columns import Microbatch, TrainBatch
+from ..batch.packing import pack, plan_microbatches
+from ..config import Config
+from ..models.attention import packing_of
+from ..models.description import ModelDescription
+from .fp8 import total_multiple
+from .logprobs import vocab_parallel_logprobs
+from .routers import RouterPass
+from .routing import RoutingPass
+
+MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
+"""(logprobs (T,), entropy (T,), microbatch, its place in the plan) -> (scaled loss, anything to keep).
+
+Runs on the last pipeline stage."""
+
+
+class Schedule:
+    """Run batches through the model chunks of this rank. Every method is collective.
+
+    Args:
+        cfg: the run's config.
+        description: the model.
+        groups: the process groups.
+        device: device of the model; batches are on the host.
+    """
+
+    def __init__(
+        self, cfg: Config, description: ModelDescription, groups: ProcessGroupCollection, device: torch.device
+    ) -> None:
+        self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
+
+    def plan(self, batch: TrainBatch) -> list[list[int]]:
+        """Return the microbatches of this data-parallel rank, each as numbers of sequences."""
+        plan = plan_microbatches(
+            batch.lengths.tolist(),
+            max_tokens=self.cfg.train.max_tokens_per_microbatch,
+            data_parallel_size=self.groups.dp.size(),
+            sequence_multiple=self.cfg.parallel.sequence_multiple,
+            count_multiple=self.cfg.parallel.microbatch_multiple,
+        )
+        return plan[self.groups.dp.rank()]
+
+    def run(
+        self,
+        chunks: list[torch.nn.Module],
+        batch: TrainBatch,
+        plan: list[list[int]],
+        loss: MicrobatchLoss,
+        routing: RoutingPass | None = None,
+        routers: RouterPass | None = None,
+        forward_only: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Run the planned microbatches forward and, unless ``forward_only``, backward.
+
+        Returns:
+            On the last pipeline stage, the second result of ``loss`` for each microbatch; [] on other stages.
+        """
+        schedule = get_forward_backward_func()
+        iterators = [self._microbatches(batch, plan, chunk, routing) for chunk in chunks]
+        kept = schedule(
+            forward_step_func=partial(self._forward_step, loss, routing, routers),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks,
+            num_microbatches=len(plan),
+            # nominal: with variable_seq_lengths the stages send the actual shapes
+            seq_length=self.cfg.train.max_tokens_per_microbatch,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        if routing:
+            routing.end()
+        return kept
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        chunks: list[torch.nn.Module],
+        batch: TrainBatch,
+        routing: RoutingPass | None = None,
+        routers: RouterPass | None = None,
+    ) -> Tensor:
+        """Return (L,) fp32 on every rank's host: log probability of every response token, 0 elsewhere."""
+
+        def keep(
+            logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int
+        ) -> tuple[Tensor, dict[str, Any]]:
+            return logprobs.new_zeros(()), {
+                "at": microbatch.flat_index[microbatch.mask],
+                "logprobs": logprobs[microbatch.mask],
+            }
+
+        for chunk in chunks:
+            chunk.eval()
+        flat = torch.zeros(len(batch.tokens), device=self.device)
+        for found in self.run(chunks, batch, self.plan(batch), keep, routing, routers, forward_only=True):
+            flat[found["at"]] = found["logprobs"].float()
+        pp = self.groups.pp
+        if pp.rank() == pp.size() - 1:
+            dist.all_reduce(flat, group=self.groups.dp_cp)
+        if pp.size() > 1:
+            dist.broadcast(flat, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
+        return flat.cpu()
+
+    def _microbatches(
+        self, batch: TrainBatch, plan: list[list[int]], chunk: torch.nn.Module, routing: RoutingPass | None
+    ) -> Iterator[tuple[int, Microbatch]]:
+        cp = self.groups.cp
+        if routing is None:
+            batch = batch.without_layers()
+        for place, sequences in enumerate(plan):
+            microbatch = pack(
+                batch,
+                sequences,
+                cp_size=cp.size(),
+                cp_rank=cp.rank(),
+                sequence_multiple=self.cfg.parallel.sequence_multiple,
+                total_multiple=total_multiple(self.cfg),
+            )
+            if routing:
+                microbatch = routing.routing.cut(microbatch, chunk)
+            yield place, microbatch.to(self.device)
+
+    def _forward_step(
+        self,
+        loss: MicrobatchLoss,
+        routing: RoutingPass | None,
+        routers: RouterPass | None,
+        microbatches: Iterator[tuple[int, Microbatch]],
+        model: torch.nn.Module,
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
+        place, microbatch = next(microbatches)
+        with (
+            routing.of(model, microbatch) if routing else nullcontext(),
+            routers.of(model, microbatch) if routers else nullcontext(),
+        ):
+            output = model(
+                microbatch.tokens[None],
+                microbatch.position_ids[None],
+                None,  # attention is causal within each sequence, which packed_seq_params delimit
+                packed_seq_params=packing_of(microbatch.cu_seqlens),
+            )
+
+        def loss_of_logits(logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            logprobs, entropy = vocab_parallel_logprobs(
+                logits[0],
+                microbatch.labels,
+                vocab_size=self.description.hf.vocab_size,
+                tp_group=self.groups.tp,
+                temperature=self.cfg.rollout.temperature,
+                chunk_tokens=self.cfg.train.logprob_chunk_tokens,
+            )
+            return loss(logprobs, entropy, microbatch, place)
+
+        return output, loss_of_logits

@@ -1,0 +1,271 @@
+"""SGLang servers as processes of this machine: started, restarted and stopped by the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import secrets
+import shlex
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config import SGLangConfig
+from ...errors import InputError, ServerError
+from .servers import Server
+
+_LAUNCHER = Path(__file__).with_name("launch.py")
+_PORTS = range(20_000, 32_768)
+"""Below the kernel's range for outgoing connections, so that a restarted server finds its port free."""
+_KILL_TIMEOUT_S = 30.0
+_PROBE_TIMEOUT_S = 30.0
+_POLL_S = 0.5
+_HEADER = "=== started"
+_ERROR_LINE = re.compile(r"[\w.]*(Error|Exception)\b|[\w. ]+: error:")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_OURS = {"model_path", "host", "port", "api_key", "admin_api_key"}
+
+
+class LocalServers:
+    """SGLang servers on this machine: one process group each. Log file, port and keys are kept over restarts.
+
+    No server outlives this process, however it ends: see ``launch.py``.
+
+    Args:
+        model_path: Hugging Face folder with weights and tokenizer.
+        num_servers: number of servers; each takes ``cfg.tensor_parallel_size`` devices.
+        log_dir: folder of server_0.log and so on; every start appends to them.
+        dtype: ``fp32`` or ``bf16``.
+        seed: server i samples with seed ``seed + i``.
+        device: device type of the servers. (Not run on a GPU yet.)
+        options: further options of ``sglang.launch_server``; ``cfg.args`` overrides them.
+        first_gpu: index of the first server's first GPU, among those that this process sees.
+        keys: API key and admin key; None draws them at random.
+
+    Attributes:
+        servers: their addresses and keys, known before the start.
+
+    Raises:
+        InputError: ``cfg.host`` is not an address of this machine, or ``cfg.args`` holds an option that is
+            set here.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        num_servers: int,
+        cfg: SGLangConfig,
+        log_dir: Path,
+        *,
+        dtype: str,
+        seed: int,
+        device: torch.device,
+        options: dict[str, Any] = {},  # noqa: B006
+        first_gpu: int = 0,
+        keys: tuple[str, str] | None = None,
+    ) -> None:
+        args = {name.replace("-", "_"): value for name, value in cfg.args.items()}
+        for name in sorted(_OURS & args.keys()):
+            raise InputError(f"sglang.args.{name} is set by the run itself: leave it out")
+        self._cfg, self._log_dir = cfg, log_dir
+        self._ports = [_hold_port(cfg.host) for _ in range(num_servers)]
+        self._api_key, self._admin_key = keys or (secrets.token_hex(16), secrets.token_hex(16))
+        address = "127.0.0.1" if cfg.host == "0.0.0.0" else cfg.host
+        self.servers = [
+            Server(
+                f"http://{address}:{_number(port)}", self._api_key, self._admin_key, cfg.tensor_parallel_size
+            )
+            for port in self._ports
+        ]
+        self._options = [
+            {
+                "model_path": model_path,
+                "host": cfg.host,
+                "port": _number(port),
+                "tp_size": cfg.tensor_parallel_size,
+                "dtype": _DTYPES[dtype],
+                "random_seed": seed + i,
+                "max_running_requests": cfg.max_concurrent_requests,
+                "log_level_http": "warning",
+                "skip_server_warmup": True,
+                "sleep_on_idle": True,
+                **_device_options(device, first_gpu + i * cfg.tensor_parallel_size),
+                **options,
+                **args,
+            }
+            for i, port in enumerate(self._ports)
+        ]
+        self._environment = _server_environment(device)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._started: dict[int, float] = {}
+        self._changing = threading.Lock()
+        self._stopped = False
+
+    def start(self) -> None:
+        """Start all servers and return at once."""
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        for index in range(len(self.servers)):
+            self._launch(index)
+
+    def wait_ready(self, index: int | None = None) -> None:
+        """Wait until the server ``index``, or every server, generates a token.
+
+        Raises:
+            ServerError: a server died, or was not ready within ``cfg.start_timeout_s`` after its start. The
+                message quotes the reason from its log.
+        """
+        for i in range(len(self.servers)) if index is None else [index]:
+            deadline = self._started[i] + self._cfg.start_timeout_s
+            while not self.servers[i].answers(min(_PROBE_TIMEOUT_S, max(1.0, deadline - time.monotonic()))):
+                if not self.is_alive(i):
+                    raise ServerError(
+                        f"SGLang server {i} died before it was ready: {self._reason(i)} (see {self._log(i)})"
+                    )
+                if time.monotonic() > deadline:
+                    limit = f"sglang.start_timeout_s = {self._cfg.start_timeout_s:g}"
+                    raise ServerError(
+                        f"SGLang server {i} was not ready within {limit}; the last line of its log: "
+                        f"{self._reason(i)} (see {self._log(i)})"
+                    )
+                time.sleep(_POLL_S)
+
+    def is_alive(self, index: int) -> bool:
+        """Return whether the server's process exists; it may be stopped or hung."""
+        return self._processes[index].poll() is None
+
+    def restart(self, index: int) -> None:
+        """Kill the server's process group, start it again from ``model_path``, and return at once.
+
+        Threads may call this while another calls ``stop``; nothing starts after ``stop``.
+        """
+        with self._changing:
+            if not self._stopped:
+                self._kill(index)
+                self._launch(index)
+
+    def stop(self) -> None:
+        """Kill all servers and wait until their processes have ended."""
+        with self._changing:
+            self._stopped = True
+            for process in self._processes.values():  # kill all before waiting for the first
+                assert process.stdin
+                process.stdin.close()
+            for index in self._processes:
+                self._kill(index)
+
+    def _launch(self, index: int) -> None:
+        command = [
+            str(Path(self._cfg.python).absolute()),
+            "-I",
+            str(_LAUNCHER),
+            *_command_line(self._options[index]),
+        ]
+        with self._log(index).open("a") as log:
+            log.write(f"{_HEADER} {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(command)}\n")
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                bufsize=0,
+            )
+        assert process.stdin
+        # a fork of this process must not keep the server alive
+        os.register_at_fork(after_in_child=process.stdin.close)
+        keys = {"--api-key": self._api_key, "--admin-api-key": self._admin_key}
+        process.stdin.write(json.dumps(keys).encode() + b"\n")
+        self._processes[index], self._started[index] = process, time.monotonic()
+
+    def _kill(self, index: int) -> None:
+        process = self._processes[index]
+        assert process.stdin
+        process.stdin.close()
+        try:
+            process.wait(_KILL_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise ServerError(
+                f"SGLang server {index} (process {process.pid}) still exists {_KILL_TIMEOUT_S:g} s after "
+                "it was killed"
+            ) from None
+
+    def _log(self, index: int) -> Path:
+        return self._log_dir / f"server_{index}.log"
+
+    def _reason(self, index: int) -> str:
+        """Return the last line of the log since the last start that names an error, or else the last line."""
+        lines = self._log(index).read_text(errors="replace").rpartition(_HEADER)[2].splitlines()[1:]
+        lines = [line.strip() for line in lines if line.strip()] or ["none"]
+        return next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1])
+
+
+def _device_options(device: torch.device, first_gpu: int) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {"base_gpu_id": first_gpu}
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "disable_cuda_graph": True,
+        "mem_fraction_static": 0.8,
+        "max_total_tokens": 32_768,
+    }
+
+
+def _server_environment(device: torch.device) -> dict[str, str]:
+    """Return the environment without torchrun's variables: SGLang would join the trainer's job."""
+    job = re.compile(r"TORCHELASTIC_|MASTER_|((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE))$")
+    kept = {name: value for name, value in os.environ.items() if not job.match(name)}
+    return kept | {"SGLANG_USE_CPU_ENGINE": "1"} if device.type == "cpu" else kept
+
+
+def _command_line(options: dict[str, Any]) -> list[str]:
+    """Return options as arguments: ``{"port": 1, "x": [1]}`` gives ``["--port", "1", "--x", "1"]``."""
+    line: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        line.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, dict):
+            line.append(json.dumps(value))
+        elif isinstance(value, list):
+            line += map(str, value)
+        elif value is not True:
+            line.append(str(value))
+    return line
+
+
+def _hold_port(host: str) -> socket.socket:
+    """Return a socket that reserves a free port for a server.
+
+    The first bind is exclusive. SO_REUSEADDR is set afterwards and the socket does not listen, so the kernel
+    lets a second socket bind that sets SO_REUSEADDR too: uvicorn's. Other runs reserve their ports in the
+    same way, and find this one taken.
+    """
+    taken: OSError | None = None
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        holder = socket.socket()
+        try:
+            holder.bind((host, port))
+        except OSError as error:
+            holder.close()
+            taken = error
+            continue
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return holder
+    raise InputError(
+        f"sglang.host = {host!r} has no port to bind to ({taken}): give an address of this machine"
+    )
+
+
+def _number(port: socket.socket) -> int:
+    return port.getsockname()[1]

@@ -1,0 +1,193 @@
+"""From a config to SGLang servers and their engine: the checks before a run, and the start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.cuda.nccl as nccl
+
+from ...config import Config
+from ...distributed import broadcast_object, rank, world_size
+from ...errors import InputError, ServerError
+from ...models import fp8_blocks
+from ...weights.companions import copy_companions
+from .engine import SGLangEngine
+from .processes import LocalServers
+from .servers import Server, external_servers, published_servers
+from .sync import make_weight_sync
+
+_IMPORT_TIMEOUT_S = 300.0
+
+
+def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
+    """Check that servers can be started or reached, and that they can serve the model.
+
+    Args:
+        hf: the model's Hugging Face config.
+        device: device of the policy.
+
+    Raises:
+        InputError: ``sglang.python`` does not exist; a server of ``rollout.server_urls`` cannot be used; the
+            model is in FP8, which servers would load and the weight sync would not send; or the sync uses
+            NCCL, and the trainer's version differs from the servers'.
+    """
+    if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
+        raise InputError(
+            f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', "
+            "or give the model in bf16"
+        )
+    if cfg.rollout.server_urls:
+        external_servers(cfg.rollout.server_urls)
+    elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
+        raise InputError(
+            f"sglang.python = {cfg.sglang.python!r} does not exist: run make sglang, "
+            "or set rollout.server_urls or rollout.servers_file"
+        )
+    if cfg.weight_sync.route == "distributed" and device.type == "cuda" and not cfg.rollout.server_urls:
+        _check_nccl(cfg.sglang.python)
+
+
+def _check_nccl(python: str) -> None:
+    """Compare NCCL versions: NCCL connects only processes of its own version (its init.cc)."""
+    question = "import torch.cuda.nccl as nccl; print(*nccl.version(), sep='.')"
+    try:
+        theirs = subprocess.run(
+            [python, "-I", "-c", question], capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        theirs = ""  # the interpreter is on other nodes; if it is broken, the start of the servers fails
+    ours = ".".join(map(str, nccl.version()))
+    if theirs and theirs != ours:
+        raise InputError(
+            f"weight_sync.route = 'distributed' needs the same NCCL on both sides, but the trainer's torch "
+            f"has {ours} and that of sglang.python has {theirs}: choose 'disk', or install a torch with the "
+            "same NCCL"
+        )
+
+
+def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None:
+    """Check that colocated servers need no more GPUs than the trainer has.
+
+    Raises:
+        InputError: they need more.
+    """
+    if gpus > trainer_gpus:
+        raise InputError(
+            f"rollout.num_servers = {num_servers} needs {gpus} GPUs, and the trainer has {trainer_gpus}: start "
+            "fewer servers"
+        )
+
+
+def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
+    """Start or reach the servers of ``cfg``, and return their engine. Collective; rank 0 does the work.
+
+    Servers of our own are still starting when this returns, except colocated servers on GPUs.
+
+    Args:
+        hf: the model's Hugging Face config.
+        tokenizer: the model's tokenizer.
+        device: device of the policy.
+
+    Raises:
+        InputError: as ``LocalServers`` and ``make_weight_sync``; or colocated servers need more GPUs than the
+            trainer has.
+        ServerError: as ``published_servers``; or colocated servers do not start.
+    """
+    rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
+    colocated_on_gpus = device.type == "cuda" and rollout.placement == "colocated"
+    gpus = rollout.num_servers * cfg.sglang.tensor_parallel_size
+    if colocated_on_gpus:
+        check_colocated_gpus(rollout.num_servers, gpus, world_size())
+    servers, local = _servers(cfg, device) if rank() == 0 else ([], None)
+    weight_sync = cfg.weight_sync
+    if (
+        not rollout.max_staleness
+    ):  # nothing is in flight at a sync, and a server paused to retract keeps a core busy
+        weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
+    sync = make_weight_sync(
+        weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8"
+    )
+    routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
+    engine = SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
+    if colocated_on_gpus:
+        _wait_ready(engine, local)
+    return engine
+
+
+def _servers(cfg: Config, device: torch.device) -> tuple[list[Server], LocalServers | None]:
+    rollout = cfg.rollout
+    if rollout.server_urls:
+        return external_servers(rollout.server_urls), None
+    if rollout.servers_file:
+        return published_servers(Path(rollout.servers_file), cfg.sglang.start_timeout_s), None
+    first_gpu = 0 if rollout.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = local_servers(cfg, device, Path(cfg.run_dir) / "servers", first_gpu=first_gpu)
+    return local.servers, local
+
+
+def _wait_ready(engine: SGLangEngine, local: LocalServers | None) -> None:
+    """Wait on every rank: SGLang sizes its cache by the free memory, so the trainer allocates later."""
+    problem = None
+    try:
+        if local:
+            local.wait_ready()
+    except ServerError as error:
+        problem = error
+    if problem := broadcast_object(problem):
+        engine.close()
+        raise problem
+
+
+def local_servers(
+    cfg: Config,
+    device: torch.device,
+    log_dir: Path,
+    *,
+    first_gpu: int = 0,
+    keys: tuple[str, str] | None = None,
+) -> LocalServers:
+    """Return ``LocalServers`` for the model and the settings of ``cfg``, not started yet."""
+    model_path, dtype = cfg.model.path, cfg.model.dtype
+    options: dict[str, Any] = {}
+    if cfg.rollout.quantization == "fp8":
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0):
+            # deep_gemm_wrapper/configurer.py, fp8_utils.py:requant_weight_ue8m0_inplace
+            raise InputError(
+                "rollout.quantization = 'fp8' needs Hopper GPUs: on newer GPUs SGLang packs the scales as it "
+                "loads them, and accepts no others later; set it to 'none'"
+            )
+        model_path = str(fp8_start_folder(Path(model_path), log_dir / "fp8_model"))
+        dtype = "bf16"  # the output of the FP8 kernels
+        options["load_format"] = "dummy"
+    if cfg.rollout.routed_experts:
+        options["enable_return_routed_experts"] = True
+    if cfg.rollout.placement == "colocated":
+        options["enable_memory_saver"] = True
+    return LocalServers(
+        model_path,
+        cfg.rollout.num_servers,
+        cfg.sglang,
+        log_dir,
+        dtype=dtype,
+        seed=cfg.seed,
+        device=device,
+        options=options,
+        first_gpu=first_gpu,
+        keys=keys,
+    )
+
+
+def fp8_start_folder(model: Path, folder: Path) -> Path:
+    """Write the model's folder without weights: servers receive FP8 weights with the first sync."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_companions(model, folder)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": fp8_blocks.QUANTIZATION_CONFIG}, indent=2)
+    )
+    return folder

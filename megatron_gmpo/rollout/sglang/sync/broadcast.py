@@ -1,0 +1,182 @@
+"""Route ``distributed``: broadcast from rank 0 to all ranks of all servers, over NCCL or gloo."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ....config import WeightSyncConfig
+from ..servers import Server, address_towards
+from .buckets import Bucket
+from .route import WeightSync
+from .session import BEST_EFFORT_TIMEOUT_S, Session, SyncError
+
+_CONNECTION_ERRORS = ("Failed to receive weights", "Failed to initialize custom process group")
+"""SGLang's messages for an error in the group's communication, which another member may have caused."""
+
+
+class BroadcastSync(WeightSync):
+    """Broadcasts every bucket over a process group of rank 0 and the servers' ranks.
+
+    The group is kept between syncs while its members stay the same. When a server fails during a broadcast,
+    the others wait for data or for that server. Rank 0 then closes its connections, which ends those waits,
+    forms a new group without the failed server and sends the bucket again. This recovery was run with gloo,
+    not with NCCL.
+    """
+
+    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
+        super().__init__(cfg, device, quantized)
+        self._members: tuple[Server, ...] = ()
+        self._name = self._version = ""
+        self._store: dist.Store | None = None
+        self._group: Any = None
+
+    def close(self) -> None:
+        if self._members:
+            session = Session(self._members, BEST_EFFORT_TIMEOUT_S)
+            self._disband(session)
+            session.finish()
+
+    def _begin(self, session: Session, version: str) -> None:
+        super()._begin(session, version)
+        versions = {reply.json()["weight_version"] for reply in session.request("/model_info").values()}
+        # another version means that a server restarted since the last sync and left the group
+        if (self._members, {self._version}) != (tuple(session.servers), versions):
+            self._disband(session)
+
+    def _end(self, session: Session, version: str) -> None:
+        self._version = version
+        super()._end(session, version)
+
+    def _send(self, session: Session, payload: Bucket, fields: dict[str, Any], last: bool) -> None:
+        body = {
+            "names": [name for name, *_ in payload.contents],
+            "dtypes": [str(dtype).removeprefix("torch.") for _, dtype, *_ in payload.contents],
+            "shapes": [list(shape) for _, _, shape, _ in payload.contents],
+            "load_format": "flattened_bucket",
+            **fields,
+        }
+        while session.servers:
+            if not self._members and not self._connect(session):
+                continue
+            replies = session.send("/update_weights_from_distributed", {"group_name": self._name, **body})
+            if self._all_succeed(session, session.submit(self._broadcast, payload.data), replies):
+                return
+
+    def _connect(self, session: Session) -> bool:
+        """Form a group of rank 0 and the servers' ranks, as SGLang's ``init_custom_process_group`` does.
+
+        See srt/utils/common.py. Returns whether all members joined.
+        """
+        address = _address_for(session.servers)
+        listener = socket.create_server((address, 0))
+        port = listener.getsockname()[1]
+        # the group uses a second, client store, so that this one can be closed while the group waits for
+        # members
+        self._store = dist.TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        self._members, self._name = tuple(session.servers), f"weights-{uuid.uuid4().hex[:8]}"
+        first_ranks, size = {}, 1
+        for server in self._members:
+            first_ranks[server] = size
+            size += server.tensor_parallel_size
+        replies = session.send(
+            "/init_weights_update_group",
+            lambda server: {
+                "master_address": address,
+                "master_port": port,
+                "rank_offset": first_ranks[server],
+                "world_size": size,
+                "group_name": self._name,
+                "backend": "nccl" if self._device.type == "cuda" else "gloo",
+            },
+        )
+        return self._all_succeed(session, session.submit(self._join, address, port, size), replies)
+
+    def _join(self, address: str, port: int, size: int) -> None:
+        timeout = timedelta(seconds=self._cfg.timeout_s)
+        store: dist.Store = dist.TCPStore(address, port, timeout=timeout, wait_for_workers=False)
+        # torch's _new_process_group_helper adds the last two prefixes in the servers
+        for prefix in (self._name, f"{self._name}/", f"{self._device.type}/"):
+            store = dist.PrefixStore(prefix, store)
+        try:
+            if self._device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options()  # pyright: ignore[reportAttributeAccessIssue]
+                options._timeout = timeout
+                make_nccl = dist.ProcessGroupNCCL  # pyright: ignore[reportAttributeAccessIssue]
+                self._group = make_nccl(store, 0, size, options)
+            else:
+                options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+                options._timeout = timeout
+                options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+                self._group = dist.ProcessGroupGloo(store, 0, size, options)
+        except RuntimeError as error:
+            raise SyncError(str(error)) from None
+
+    def _broadcast(self, data: Tensor) -> None:
+        try:
+            # no local variable for the work object: a traceback would keep it, and with it the connections
+            self._group.broadcast(data, 0).wait()
+        except RuntimeError as error:
+            raise SyncError(str(error)) from None
+
+    def _all_succeed(
+        self, session: Session, ours: Future[None], replies: dict[Server, Future[httpx.Response]]
+    ) -> bool:
+        """Wait for a step that this process and all servers take together; return whether all succeeded.
+
+        After a failure the group is closed on all members and the servers that caused it are dropped.
+        """
+        everything: list[Future[Any]] = [ours, *replies.values()]
+        wait(everything, return_when=FIRST_EXCEPTION)
+        failed = [server for server, reply in replies.items() if reply.done() and reply.exception()]
+        if not failed and not (ours.done() and ours.exception()):
+            return True
+        self._close_group(session, ours, failed)
+        errors = {server: reply.exception() for server, reply in replies.items()}
+        errors = {server: error for server, error in errors.items() if error}
+        culprits = {
+            server: error
+            for server, error in errors.items()
+            if not any(words in str(error) for words in _CONNECTION_ERRORS)
+        }
+        for server, error in (culprits or errors or dict.fromkeys(replies, "is not connected")).items():
+            session.drop(server, error)
+        self._destroy_group_on(session.servers, session)
+        return False
+
+    def _close_group(self, session: Session, ours: Future[None], failed: list[Server]) -> None:
+        """Close this process's end of the group, so that no member waits any longer."""
+        self._destroy_group_on(failed, session)  # ends our broadcast to them
+        if self._group:
+            self._group.abort()
+        self._store = None  # ends the wait of members that are still joining
+        wait([ours])
+        self._group, self._members = None, ()  # ends the wait of members that are receiving
+
+    def _disband(self, session: Session) -> None:
+        self._destroy_group_on(self._members, session)
+        self._group = self._store = None
+        self._members = ()
+
+    def _destroy_group_on(self, servers: Iterable[Server], session: Session) -> None:
+        session.attempt(servers, ("/destroy_weights_update_group", {"group_name": self._name}))
+
+
+def _address_for(servers: Iterable[Server]) -> str:
+    """Return this machine's address as the servers see it: loopback only when all servers run here."""
+    for server in servers:
+        address = address_towards(httpx.URL(server.url).host)
+        if not address.startswith("127."):
+            return address
+    return "127.0.0.1"

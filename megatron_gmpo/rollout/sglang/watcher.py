@@ -1,0 +1,258 @@
+"""Watches a set of SGLang servers: health, restarts, and which of them have the current weights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+
+from ...config import SGLangConfig
+from ...errors import ServerError
+from .processes import LocalServers
+from .server_state import Lifecycle, ServerEvent, ServerState
+from .servers import Server
+
+log = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 5.0
+"""Timeout of a request that needs no generation: for the weight version, or to abort."""
+
+
+@dataclass(eq=False)
+class Member:
+    """A server of the set, its place ``index`` in it, and its requests in flight with their ids."""
+
+    server: Server
+    index: int
+    life: Lifecycle
+    requests: dict[asyncio.Task[Any], str] = field(default_factory=dict)
+    check_now: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def state(self) -> ServerState:
+        return self.life.state
+
+
+class Watcher:
+    """Keeps the state of every server, with one task each. All methods run in the event loop's thread.
+
+    A server gets requests only while it is ``READY``. Every failure takes it out of that state; its task then
+    finds the cause, restarts the server if it is one of our own, and marks it ``STALE`` once it answers.
+
+    Args:
+        servers: the set.
+        local: the processes behind them if they are our own: watched and restarted.
+        cfg: limits.
+        nonce: marks the weight versions of this run, ``"{nonce}-{step}"``.
+        http: session for the probes.
+
+    Attributes:
+        version: training step of the current weights.
+        restarts: restarts since the start.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        local: LocalServers | None,
+        cfg: SGLangConfig,
+        nonce: str,
+        http: aiohttp.ClientSession,
+    ) -> None:
+        first = ServerState.STARTING if local else ServerState.CHECKING
+        self.members = [Member(server, i, Lifecycle(first)) for i, server in enumerate(servers)]
+        self.version = -1
+        self.restarts = 0
+        self._local, self._cfg, self._nonce, self._http = local, cfg, nonce, http
+        self._changed = asyncio.Condition()  # a server became ready or finished a request
+        self._problem: BaseException | None = None
+        self._nothing_answers_since = time.monotonic()
+        self._tasks = [asyncio.create_task(self._watch(member)) for member in self.members]
+        for task in self._tasks:
+            task.add_done_callback(self._record_bug)
+
+    # requests
+
+    async def acquire(self) -> Member:
+        """Return the ready server with the fewest requests; wait while all are full or none is ready.
+
+        The wait has no limit of its own: ``servers_to_sync`` raises when no server comes back.
+        """
+        limit = self._cfg.max_concurrent_requests
+        async with self._changed:
+            while True:
+                free = [m for m in self.members if m.state is ServerState.READY and len(m.requests) < limit]
+                if free:
+                    return min(free, key=lambda member: len(member.requests))
+                await self._changed.wait()
+
+    async def release(self) -> None:
+        """Let one waiting ``acquire`` look again, after a request."""
+        async with self._changed:
+            self._changed.notify()
+
+    def report(self, member: Member, event: ServerEvent) -> None:
+        """Record a failed request. The server is checked at once."""
+        member.life.apply(event)
+        member.check_now.set()
+
+    # weights
+
+    async def expect(self, version: int) -> None:
+        """Make ``version`` the current weights: no server is ready until ``synced`` says so."""
+        self.version, self._nothing_answers_since = version, time.monotonic()
+        for member in self.members:
+            member.life.apply(ServerEvent.NEW_VERSION)
+
+    def expect_answers(self) -> None:
+        """Restart the time limit for servers to answer."""
+        self._nothing_answers_since = time.monotonic()
+
+    async def servers_to_sync(self) -> list[Server]:
+        """Return the servers that need the current weights, and mark them ``SYNCING``.
+
+        The list is empty while servers of our own start for the first time, so that one sync serves all.
+
+        Raises:
+            ServerError: a server cannot be started, all were given up, or none has answered for
+                ``start_timeout_s``.
+        """
+        if self._problem:
+            raise self._problem
+        states = {member.state for member in self.members}
+        if ServerState.STARTING in states:
+            return []
+        if states & {ServerState.READY, ServerState.STALE, ServerState.SYNCING}:
+            self._nothing_answers_since = time.monotonic()
+        elif not self._local:  # servers of our own have limits of their own
+            limit = self._cfg.start_timeout_s
+            if time.monotonic() - self._nothing_answers_since > limit:
+                urls = ", ".join(member.server.url for member in self.members)
+                raise ServerError(f"no SGLang server has answered for {limit:g} s: {urls}")
+        outdated = [m for m in self.members if m.state in (ServerState.STALE, ServerState.SYNCING)]
+        for member in outdated:
+            member.life.apply(ServerEvent.SYNC_STARTED)
+        return [member.server for member in outdated]
+
+    async def synced(self, servers: set[Server], failed: set[Server]) -> None:
+        """Record a sync to ``servers``; all except ``failed`` have the current weights."""
+        for member in self.members:
+            # a server that is no longer SYNCING was lost in the meantime, and may be back with other weights
+            if member.server not in servers or member.state is not ServerState.SYNCING:
+                continue
+            if member.server in failed:
+                self._remove(member, ServerEvent.SYNC_FAILED, "failed its weight sync")
+                member.check_now.set()
+            else:
+                member.life.apply(ServerEvent.SYNC_SUCCEEDED)
+        await self._wake_all()
+
+    # the task of one server
+
+    async def _watch(self, member: Member) -> None:
+        """Watch ``member``, and restart it each time it is lost, until it is given up."""
+        try:
+            await self._wait_ready(member)
+        except (ServerError, OSError) as error:  # a restart would fail for the same reason
+            member.life.apply(ServerEvent.GAVE_UP)
+            self._problem = ServerError(str(error))
+            return
+        await self._check_until_lost(member)
+        while member.life.losses <= self._cfg.max_restarts:
+            member.life.apply(ServerEvent.RESTARTED)
+            try:
+                await self._restart(member)
+            except (ServerError, OSError) as error:
+                self._remove(member, ServerEvent.DIED, f"did not restart ({error})")
+                continue
+            await self._check_until_lost(member)
+        member.life.apply(ServerEvent.GAVE_UP)
+        url, losses = member.server.url, member.life.losses
+        log.error(
+            "SGLang server %s was lost %d times without a weight sync in between: given up", url, losses
+        )
+        if all(other.state is ServerState.GIVEN_UP for other in self.members):
+            self._problem = ServerError(
+                f"every SGLang server was lost {losses} times in a row: see the log of the last one, {url}"
+            )
+
+    async def _restart(self, member: Member) -> None:
+        if self._local:
+            self.restarts += 1
+            await asyncio.to_thread(self._local.restart, member.index)
+        await self._wait_ready(member)
+
+    async def _wait_ready(self, member: Member) -> None:
+        if self._local:
+            await asyncio.to_thread(self._local.wait_ready, member.index)
+
+    async def _check_until_lost(self, member: Member) -> None:
+        """Check the server every ``health_interval_s``, and at once after a failed request or sync."""
+        last_answer, unreachable = time.monotonic(), False
+        while True:
+            member.check_now.clear()
+            version = await self._weight_version(member)
+            if version and member.state is ServerState.SILENT and await self._generates(member):
+                member.life.apply(ServerEvent.GENERATED)
+            if member.state is ServerState.LOST:  # by a failed sync in the meantime
+                return
+            silence = time.monotonic() - last_answer
+            if version and member.state is not ServerState.SILENT:
+                last_answer, unreachable = time.monotonic(), False
+                await self._found(member, version)
+            elif self._local and not self._local.is_alive(member.index):
+                return self._remove(member, ServerEvent.DIED, "died")
+            elif silence > self._cfg.hang_timeout_s and not unreachable:
+                unreachable = True
+                event = ServerEvent.DIED if self._local else ServerEvent.UNREACHABLE
+                self._remove(member, event, f"has not answered for {silence:.0f} s")
+            if member.state is ServerState.LOST:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(member.check_now.wait(), self._cfg.health_interval_s)
+
+    async def _found(self, member: Member, version: str) -> None:
+        # a server that failed during a sync may already report the new version
+        current = version == f"{self._nonce}-{self.version}" and not member.life.losses
+        member.life.apply(ServerEvent.FOUND_CURRENT if current else ServerEvent.FOUND_STALE)
+        await self._wake_all()
+
+    def _remove(self, member: Member, event: ServerEvent, why: str) -> None:
+        """Take the server out of service. Its requests go to the others."""
+        log.warning("SGLang server %s %s", member.server.url, why)
+        member.life.apply(event)
+        for request in member.requests:
+            request.cancel()
+
+    async def _weight_version(self, member: Member) -> str | None:
+        """Return the version of its weights, None if it does not answer within ``PROBE_TIMEOUT_S``."""
+        info = await self._get(member.server, "/model_info", PROBE_TIMEOUT_S)
+        return None if info is None else str(orjson.loads(info).get("weight_version"))
+
+    async def _generates(self, member: Member) -> bool:
+        return await self._get(member.server, "/health_generate", self._cfg.hang_timeout_s) is not None
+
+    async def _get(self, server: Server, path: str, timeout_s: float) -> bytes | None:
+        """Return the body of an answer with status 200."""
+        try:
+            async with self._http.get(
+                server.url + path, headers=server.headers, timeout=aiohttp.ClientTimeout(timeout_s)
+            ) as reply:
+                return await reply.read() if reply.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+
+    async def _wake_all(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _record_bug(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception():
+            self._problem = task.exception()

@@ -1,0 +1,167 @@
+"""Every parameter of one model: names on both sides, shapes, and places in a Megatron checkpoint."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from ..errors import InputError
+from ..models import FAMILIES
+from ..models.description import read_hf_config
+from ..models.mapping import Row, expand, is_expert
+from ..models.operations import Operation, padded_vocab_size
+from ..models.transformer_config import one_line
+from .torch_dist import Place, place_of
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One Megatron parameter and the Hugging Face tensors that form it.
+
+    Attributes:
+        name: canonical Megatron name, with global layer and expert numbers.
+        hf: names on the hub.
+        hf_shapes: their shapes.
+        shape: shape of the complete Megatron parameter.
+        operation: how the tensors form the parameter.
+        keys: the parameter's keys in a torch_dist checkpoint, see ``models.mapping.Row``.
+    """
+
+    name: str
+    hf: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    shape: tuple[int, ...]
+    operation: Operation
+    keys: tuple[str, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(map(math.prod, self.hf_shapes))
+
+
+class ConversionTable:
+    """Every parameter of one model.
+
+    transformers determines the tensors and their shapes, by building the model of config.json on the meta
+    device; the family's table gives their Megatron names.
+
+    Args:
+        folder: folder with a config.json.
+
+    Raises:
+        InputError: the folder has no config.json, or the family has no table.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hf = read_hf_config(str(folder))
+        family = FAMILIES[self.hf.model_type]
+        self._architecture = family.architecture(self.hf)
+        self.num_experts: int = self._architecture.get("num_moe_experts") or 0
+        self._stacked = isinstance(self._architecture.get("moe_layer_freq", 1), int)
+        shapes = _hub_shapes(self.hf)
+        rows = family.rows(self.hf, padded_vocab_size(self.hf.vocab_size))
+        rows = expand(rows, self.hf.num_hidden_layers, self.num_experts)
+        rows = [row for row in rows if shapes.keys() >= set(row.hf)]
+        moe_layers = {_layer(row.megatron) for row in rows if is_expert(row.megatron)}
+        self.entries = [_entry(row, shapes, _layer(row.megatron) in moe_layers) for row in rows]
+        self.entries.sort(key=lambda entry: _natural(entry.hf[0]))
+        missing = shapes.keys() - set(self.hf_names)
+        assert not missing, f"the table of {self.hf.model_type} lacks {sorted(missing)[:3]}"
+
+    @property
+    def hf_names(self) -> Iterator[str]:
+        return (name for entry in self.entries for name in entry.hf)
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return sum(entry.numel for entry in self.entries)
+
+    @property
+    def active_numel(self) -> int:
+        """Number of parameters that process one token: all except the routed experts that are not chosen."""
+        routed = sum(entry.numel for entry in self.entries if is_expert(entry.name))
+        if not routed:
+            return self.numel
+        return self.numel - routed + routed * self._architecture["moe_router_topk"] // self.num_experts
+
+    def places(self, entry: Entry, *, stacked: bool | None = None) -> tuple[Place, ...]:
+        """Return the places where Megatron's layer specs look for a parameter, Transformer Engine's first.
+
+        Args:
+            stacked: whether the layers are stacked along an axis; None decides as Megatron does.
+        """
+        return tuple(
+            place_of(
+                key,
+                num_layers=self.hf.num_hidden_layers,
+                num_experts=self.num_experts,
+                stacked=self._stacked if stacked is None else stacked,
+            )
+            for key in entry.keys
+        )
+
+    def extra_states(self) -> list[Place]:
+        """Return the places where Megatron's layer specs look for the ``_extra_state`` of a module."""
+        states: dict[Place, None] = {}
+        for entry in self.entries:
+            place = self.places(entry)[0]
+            module, _, tensor = place.key.rpartition(".")
+            has_state = module.startswith("decoder.") and not module.endswith(".router")
+            if has_state and tensor in ("weight", "layer_norm_weight"):
+                states[Place(f"{module}._extra_state", place.index, place.axes)] = None
+            if module.endswith(".linear_proj"):
+                attention = module.replace("linear_proj", "core_attention")
+                states[Place(f"{attention}._extra_state", place.index, place.axes)] = None
+        return list(states)
+
+
+def _hub_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
+    """Return name on the hub -> shape of every tensor that transformers would save for this config."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"transformers cannot build a model of this config.json ({one_line(error)}): correct it"
+        ) from None
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in tensors.items()
+        if not (hf.tie_word_embeddings and name == "lm_head.weight")
+    }
+
+
+def _entry(row: Row, shapes: dict[str, tuple[int, ...]], in_moe_layer: bool) -> Entry:
+    hf_shapes = tuple(shapes[name] for name in row.hf)
+    keys = (row.moe_keys if in_moe_layer else row.dense_keys) or (row.megatron,)
+    return Entry(
+        row.megatron, row.hf, hf_shapes, _joined_shape(row.operation, hf_shapes), row.operation, keys
+    )
+
+
+@cache  # thousands of parameters have a few shapes
+def _joined_shape(operation: Operation, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    return tuple(operation.join([torch.empty(shape, device="meta") for shape in shapes]).shape)
+
+
+def _layer(name: str) -> str | None:
+    found = re.match(r"decoder\.layers\.\d+\.", name)
+    return found and found[0]
+
+
+def _natural(name: str) -> list[str]:
+    """Return a sort key that puts layer 2 before layer 10."""
+    return [part.zfill(6) if part.isdigit() else part for part in name.split(".")]

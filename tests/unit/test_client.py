@@ -1,0 +1,581 @@
+"""The client of SGLang servers, against scripted servers: retries, continued responses, restarts, and weights
+that are current."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import resource
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from megatron_gmpo.config import SGLangConfig
+from megatron_gmpo.errors import InputError, ServerError
+from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.sglang import sampler
+from megatron_gmpo.rollout.sglang.client import RolloutClient, _allow_open_files
+from megatron_gmpo.rollout.sglang.sampler import Response, versions_of
+from megatron_gmpo.rollout.sglang.server_state import ServerState
+
+from ..support.fake_sglang import Answer, FakeProcesses, FakeServer, answer_of
+
+NONCE = "run"
+PROMPT = [5, 6, 7]
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(sampler, "PROBE_TIMEOUT_S", 0.3)
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeServer]]:
+    """Two servers, not started."""
+    made = [FakeServer(), FakeServer()]
+    yield made
+    for fake in made:
+        fake.close()
+
+
+@pytest.fixture
+def client(fakes: list[FakeServer]) -> Iterator[Callable[..., RolloutClient]]:
+    """``client(own=False, count=1, experts=False, **fields of SGLangConfig)``: external servers are started
+    here."""
+    made: list[RolloutClient] = []
+
+    def make(own: bool = False, count: int = 1, experts: bool = False, **fields: Any) -> RolloutClient:
+        cfg = SGLangConfig(**{"health_interval_s": 0.05, "hang_timeout_s": 5.0} | fields)
+        local: Any = FakeProcesses(fakes[:count]) if own else None
+        if not own:
+            for fake in fakes[:count]:
+                fake.start()
+        made.append(RolloutClient([f.server for f in fakes[:count]], local, cfg, NONCE, experts))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def wait_for(holds: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return value
+
+
+def states(client: RolloutClient) -> list[ServerState]:
+    return [member.state for member in client._watcher.members]
+
+
+def sync(client: RolloutClient, fakes: list[FakeServer], version: int, failed: tuple[int, ...] = ()) -> None:
+    """Wait until every server of the client needs weights, and give them ``version``."""
+    client.expect(version)
+    count = len(client._watcher.members)
+    wait_for(lambda: states(client) == [ServerState.STALE] * count)
+    servers = client.servers_to_sync()
+    assert servers == [fake.server for fake in fakes[:count]]
+    for fake in fakes[:count]:
+        fake.weight_version = f"{NONCE}-{version}"
+    client.synced(servers, [fakes[i].server for i in failed])
+
+
+def sample(client: RolloutClient, count: int = 1, n: int = 1, tokens: int = 4) -> list[list[Response]]:
+    sampling = SamplingParams(n=n, max_new_tokens=tokens)
+    return client.submit([[*PROMPT, i] for i in range(count)], sampling, [2]).result(30)
+
+
+def tokens_from(start: int, count: int) -> list[int]:
+    return [100 + start + i for i in range(count)]
+
+
+def test_responses_come_in_order_from_the_least_loaded_server(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """Each server gets at most ``max_concurrent_requests`` at a time."""
+    served = client(count=2, max_concurrent_requests=3)
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        await asyncio.sleep(0.02)
+        return answer_of(body, f"{NONCE}-0", count=1 + body["input_ids"][-1] % 3)
+
+    for fake in fakes:
+        fake.generate = generate
+    rows = sample(served, count=10, n=2)
+    assert [len(row) for row in rows] == [2] * 10
+    for i, row in enumerate(rows):
+        for response in row:
+            assert response.tokens == tokens_from(4, 1 + i % 3)
+            assert response.logprobs == [-token / 100 for token in response.tokens]
+            assert response.versions == [0] * len(response.tokens)
+            assert (response.finish_reason, response.routed_experts) == ("length", None)
+    assert [fake.peak for fake in fakes] == [3, 3]
+    assert all(len(fake.bodies) >= 5 for fake in fakes)
+    assert sum(len(fake.bodies) for fake in fakes) == 20
+    body = fakes[0].bodies[0]
+    assert body["sampling_params"] == {
+        "temperature": 1.0, "top_p": 1.0, "top_k": -1, "stop": [], "stop_token_ids": [2], "ignore_eos": False,
+        "no_stop_trim": True, "skip_special_tokens": False, "max_new_tokens": 4,
+    }  # fmt: skip
+    assert body["return_logprob"]
+    assert not body["return_routed_experts"]
+    assert len({body["rid"] for fake in fakes for body in fake.bodies}) == 20
+    assert served.retries == 0
+
+
+def test_connections_are_kept_and_survive_a_restart_of_the_server(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """A request never meets a connection that the server closed in the meantime."""
+    served = client(own=True, max_concurrent_requests=4, health_interval_s=30)
+    sync(served, fakes, 0)
+    for _ in range(5):
+        sample(served, count=4)
+    assert len(fakes[0].connections) <= 4
+    assert served.local
+    served.local.restart(0)
+    fakes[0].weight_version = f"{NONCE}-0"
+    sample(served, count=4)
+    assert served.retries == 0
+
+
+def test_proxies_of_the_environment_are_ignored(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    served = client()
+    sync(served, fakes, 0)
+    assert sample(served)[0][0].tokens == tokens_from(4, 4)
+    assert fakes[0].server.weight_version(5) == f"{NONCE}-0"
+    assert fakes[0].server.answers(5)
+
+
+def test_a_response_aborted_by_a_sync_continues_with_the_new_weights(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client()
+    sync(served, fakes, 0)
+    synced = asyncio.Event()
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        if len(fakes[0].bodies) > 1:
+            return answer_of(body, f"{NONCE}-1")
+        await synced.wait()
+        return answer_of(body, f"{NONCE}-0", count=3, finish="abort")
+
+    fakes[0].generate = generate
+    future = served.submit([PROMPT], SamplingParams(max_new_tokens=8), [])
+    wait_for(lambda: fakes[0].bodies)
+    sync(served, fakes, 1)
+    fakes[0]._loop.call_soon_threadsafe(synced.set)
+    ((response,),) = future.result(20)
+    assert response.tokens == tokens_from(3, 8)
+    assert response.logprobs == [-token / 100 for token in response.tokens]
+    assert response.versions == [0] * 3 + [1] * 5
+    assert response.finish_reason == "length"
+    first, second = fakes[0].bodies
+    assert second["input_ids"] == PROMPT + tokens_from(3, 3)
+    assert (first["sampling_params"]["max_new_tokens"], second["sampling_params"]["max_new_tokens"]) == (8, 5)
+    assert first["sampling_params"]["ignore_eos"]
+    assert served.retries == 0
+
+
+def test_a_response_that_ends_at_the_limit_needs_no_further_request(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client()
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        return answer_of(body, f"{NONCE}-0", finish="abort" if len(fakes[0].bodies) == 1 else "length")
+
+    fakes[0].generate = generate
+    assert sample(served, tokens=5)[0][0].tokens == tokens_from(4, 5)
+    assert len(fakes[0].bodies) == 1
+
+
+def test_aborts_outside_a_sync_are_failures(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client()
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        return answer_of(body, f"{NONCE}-0", count=1, finish="abort")
+
+    fakes[0].generate = generate
+    with pytest.raises(
+        ServerError, match="a sample failed 5 times, the last time: the server aborted the request"
+    ):
+        sample(served, tokens=100)
+    assert served.retries == 5
+    assert [len(body["input_ids"]) for body in fakes[0].bodies] == [4, 5, 6, 7, 8]
+
+
+def test_answers_from_other_weights_are_discarded(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """Those of another run, of an older step, and of a sync that broke off; the server is synced again."""
+    served = client()
+    sync(served, fakes, 3)
+    for retries, version in enumerate(("other-3", f"{NONCE}-2", "incomplete"), start=1):
+        fakes[0].weight_version = version
+        future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), [])
+        wait_for(lambda: states(served) == [ServerState.STALE])
+        assert not future.done()
+        servers = served.servers_to_sync()
+        fakes[0].weight_version = f"{NONCE}-3"
+        served.synced(servers, [])
+        assert future.result(20)[0][0].versions == [3] * 4
+        assert served.retries == retries
+
+
+def test_a_full_queue_and_server_errors_delay_a_request(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client()
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        status = {1: 429, 2: 503, 3: 500}.get(len(fakes[0].bodies))
+        return web.Response(status=status, text="busy") if status else answer_of(body, f"{NONCE}-0")
+
+    fakes[0].generate = generate
+    assert sample(served)[0][0].tokens == tokens_from(4, 4)
+    assert served.retries == 3
+    assert states(served) == [ServerState.READY]
+
+
+def test_a_server_that_accepts_nothing_is_an_error(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client(request_timeout_s=0.3)
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        return web.Response(status=429, text="the queue\nis full")
+
+    fakes[0].generate = generate
+    with pytest.raises(
+        ServerError,
+        match=r"accepted no request within sglang\.request_timeout_s = 0\.3, the last reply: the queue is full",
+    ):
+        sample(served)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"refuses the API key \(HTTP 401\): set SGLANG_API_KEY to the server's key$"),
+        (403, r"refuses the API key \(HTTP 403\): set SGLANG_API_KEY to the server's key$"),
+        (400, "refuses a request: longer than the context$"),
+    ],
+)
+def test_a_refused_request_is_the_users_error(
+    status: int, message: str, client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client()
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        return web.Response(status=status, text="longer than\n the context")
+
+    fakes[0].generate = generate
+    with pytest.raises(InputError, match=message):
+        sample(served)
+    assert served.retries == 0
+
+
+def test_a_late_response_is_aborted_and_continued(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client(request_timeout_s=0.2)
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        if len(fakes[0].bodies) > 1:
+            return answer_of(body, f"{NONCE}-0")
+        while body["rid"] not in fakes[0].aborted:
+            await asyncio.sleep(0.01)
+        return answer_of(body, f"{NONCE}-0", count=2, finish="abort")
+
+    fakes[0].generate = generate
+    assert sample(served, tokens=6)[0][0].tokens == tokens_from(4, 6)
+    assert fakes[0].aborted == [fakes[0].bodies[0]["rid"]]
+    assert served.retries == 1
+
+
+def test_a_server_whose_scheduler_hangs_is_restarted(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """Its front answers /model_info all the time."""
+    served = client(own=True, request_timeout_s=0.2, hang_timeout_s=0.5)
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        await asyncio.sleep(30)
+        return answer_of(body, f"{NONCE}-0")
+
+    fakes[0].generate, fakes[0].generates = generate, False
+    future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), [])
+    wait_for(lambda: states(served) == [ServerState.SILENT])
+    assert served.servers_to_sync() == []
+    wait_for(lambda: served.restarts == 1)
+    fakes[0].generate, fakes[0].generates = fakes[0].answer, True
+    wait_for(lambda: states(served) == [ServerState.STALE])
+    servers = served.servers_to_sync()
+    fakes[0].weight_version = f"{NONCE}-0"
+    served.synced(servers, [])
+    assert future.result(20)[0][0].versions == [0] * 4
+
+
+def test_a_silent_server_that_generates_again_is_ready(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client(request_timeout_s=0.2)
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        if len(fakes[0].bodies) == 1:
+            await asyncio.sleep(30)
+        return answer_of(body, f"{NONCE}-0")
+
+    fakes[0].generate = generate
+    assert sample(served)[0][0].versions == [0] * 4
+    assert served.retries == 1
+    assert states(served) == [ServerState.READY]
+
+
+def test_a_server_that_dies_is_restarted_and_synced(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """Its requests go to the other one meanwhile, and a sync that was on its way does not count for its new
+    life."""
+    served = client(own=True, count=2)
+    sync(served, fakes, 0)
+    assert served.local
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        await asyncio.sleep(30)
+        return {}
+
+    fakes[0].generate = generate
+    future = served.submit([[*PROMPT, i] for i in range(4)], SamplingParams(max_new_tokens=4), [])
+    wait_for(lambda: fakes[0].bodies)
+    served.local.kill(0)  # pyright: ignore[reportAttributeAccessIssue]
+    assert [row[0].tokens for row in future.result(20)] == [tokens_from(4, 4)] * 4
+    assert states(served)[1] is ServerState.READY
+    wait_for(lambda: states(served)[0] is ServerState.STALE)
+    assert (served.restarts, served.retries) == (1, 2)
+
+    before = served.servers_to_sync()
+    assert before == [fakes[0].server]
+    served.local.kill(0)  # pyright: ignore[reportAttributeAccessIssue]
+    wait_for(lambda: served.restarts == 2 and states(served)[0] is ServerState.STALE)
+    served.synced(before, [])
+    assert states(served)[0] is ServerState.STALE
+    served.synced(served.servers_to_sync(), [])
+    assert states(served) == [ServerState.READY] * 2
+    assert [member.life.losses for member in served._watcher.members] == [0, 0]
+
+
+def test_the_version_of_a_failed_sync_is_not_trusted(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """An external server that failed a sync reports the new version all the same: it is synced again."""
+    served = client(max_restarts=1)
+    sync(served, fakes, 0, failed=(0,))
+    wait_for(lambda: states(served) == [ServerState.STALE])
+    assert not served.any_ready()
+    served.synced(served.servers_to_sync(), [])
+    assert states(served) == [ServerState.READY]
+    for _ in range(2):
+        served.expect(1)
+        wait_for(served.servers_to_sync)
+        served.synced([fakes[0].server], [fakes[0].server])
+    wait_for(lambda: states(served) == [ServerState.GIVEN_UP])
+    with pytest.raises(
+        ServerError, match=r"^every SGLang server was lost 2 times in a row: see the log of the last"
+    ):
+        served.servers_to_sync()
+
+
+def test_servers_that_keep_dying_are_given_up(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """The run goes on while one is left."""
+    served = client(own=True, count=2, max_restarts=1)
+    sync(served, fakes, 0)
+    local: Any = served.local
+    local.kill(0)
+    wait_for(lambda: served.restarts == 1 and states(served)[0] is ServerState.STALE)
+    local.kill(0)
+    wait_for(lambda: states(served)[0] is ServerState.GIVEN_UP)
+    assert states(served) == [ServerState.GIVEN_UP, ServerState.READY]
+    assert served.servers_to_sync() == []
+    assert sample(served)[0][0].versions == [0] * 4
+    local.broken = True
+    local.kill(1)
+    wait_for(lambda: states(served)[1] is ServerState.GIVEN_UP)
+    with pytest.raises(
+        ServerError, match=f"^every SGLang server was lost 2 times in a row: .*{fakes[1].server.url}$"
+    ):
+        served.servers_to_sync()
+    assert served.restarts == 2
+
+
+def test_a_first_start_that_fails_ends_the_run(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        FakeProcesses, "wait_ready", lambda self, index: (_ for _ in ()).throw(ServerError("no GPU"))
+    )
+    served = client(own=True, count=2)
+    wait_for(lambda: states(served) == [ServerState.GIVEN_UP] * 2)
+    with pytest.raises(ServerError, match=r"^no GPU$"):
+        served.servers_to_sync()
+    assert served.restarts == 0
+
+
+def test_no_sync_before_all_of_our_own_servers_are_up(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = [True, False]
+
+    def wait_ready(self: FakeProcesses, index: int) -> None:
+        wait_for(lambda: up[index])
+
+    monkeypatch.setattr(FakeProcesses, "wait_ready", wait_ready)
+    served = client(own=True, count=2)
+    served.expect(0)
+    wait_for(lambda: states(served) == [ServerState.STALE, ServerState.STARTING])
+    assert served.servers_to_sync() == []
+    up[1] = True
+    wait_for(lambda: states(served) == [ServerState.STALE] * 2)
+    assert len(served.servers_to_sync()) == 2
+
+
+def test_external_servers_that_do_not_answer_end_the_run(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """After ``start_timeout_s``; a server that comes back before is used again."""
+    served = client(start_timeout_s=2.0, hang_timeout_s=0.2)
+    sync(served, fakes, 0)
+    fakes[0].stop()
+    wait_for(lambda: states(served) == [ServerState.CHECKING])
+    assert served.servers_to_sync() == []
+    future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), [])
+    fakes[0].start()
+    assert future.result(20)[0][0].versions == [0] * 4
+    fakes[0].stop()
+    wait_for(lambda: states(served) == [ServerState.CHECKING])
+    with pytest.raises(ServerError, match=f"^no SGLang server has answered for 2 s: {fakes[0].server.url}$"):
+        wait_for(served.servers_to_sync)
+    assert [
+        record.message.startswith(f"SGLang server {fakes[0].server.url} has not answered for")
+        for record in caplog.records
+    ] == [True, True]
+
+
+def test_a_bug_in_a_watcher_ends_the_run(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client()
+    sync(served, fakes, 0)
+
+    async def fail(member: Any, version: str) -> None:
+        raise ZeroDivisionError("a bug")
+
+    served._watcher._found = fail  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        wait_for(served.servers_to_sync)
+
+
+def test_closing_aborts_the_requests_on_external_servers(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client()
+    sync(served, fakes, 0)
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        await asyncio.sleep(30)
+        return {}
+
+    fakes[0].generate = generate
+    future = served.submit([PROMPT] * 3, SamplingParams(), [])
+    wait_for(lambda: len(fakes[0].bodies) == 3)
+    served.close()
+    assert future.cancelled()
+    assert sorted(fakes[0].aborted) == sorted(body["rid"] for body in fakes[0].bodies)
+    assert not served._thread.is_alive()
+    served.close = lambda: None  # the fixture's
+
+
+def test_routed_experts_are_decoded(client: Callable[..., RolloutClient], fakes: list[FakeServer]) -> None:
+    """Two layers of top 2; a record that does not fit the tokens is retried."""
+    served = client(experts=True)
+    sync(served, fakes, 0)
+    record = np.arange(7 * 4, dtype="<i4")  # 4 prompt tokens and 4 of the response, the last without experts
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        answer = answer_of(body, f"{NONCE}-0")
+        cut = record[:-1] if len(fakes[0].bodies) == 1 else record
+        answer["meta_info"]["routed_experts"] = base64.b64encode(cut.tobytes()).decode()
+        return answer
+
+    fakes[0].generate = generate
+    ((response,),) = sample(served)
+    assert response.routed_experts is not None
+    assert response.routed_experts.dtype == np.int16
+    assert np.array_equal(response.routed_experts, record.reshape(7, 4))
+    assert fakes[0].bodies[0]["return_routed_experts"]
+    assert served.retries == 1
+
+
+def test_versions_of_an_answer() -> None:
+    spans = [{"version": "run-3", "start": 0, "end": 2}, {"version": "other-4", "start": 2, "end": 3}]
+    for about, count, versions in (
+        ({"weight_versions": spans, "weight_version": "other-4"}, 3, [3, 3, -1]),
+        ({"weight_version": "run-12"}, 2, [12, 12]),
+        ({"weight_version": "run-12"}, 0, [12]),
+        (
+            {"weight_versions": [{"version": "run-1", "start": 0, "end": 0}], "weight_version": "run-2"},
+            0,
+            [2],
+        ),
+        ({"weight_version": "default"}, 1, [-1]),
+        ({"weight_version": "run-x"}, 1, [-1]),
+    ):
+        assert versions_of({"meta_info": about, "output_ids": [0] * count}, NONCE) == versions
+
+
+def test_as_many_files_may_be_open_as_there_are_requests() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 10**6 if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        _allow_open_files(500)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
+        _allow_open_files(16)  # lowers nothing
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
+        if hard != resource.RLIM_INFINITY:
+            with pytest.raises(
+                InputError,
+                match=rf"max_concurrent_requests: {hard} connections .* ulimit -Hn is {hard}: lower it",
+            ):
+                _allow_open_files(hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
