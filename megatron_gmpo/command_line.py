@@ -1,5 +1,4 @@
-"""Command lines: options and help from one schema, values as in TOML, one line and an exit code for every
-refusal.
+"""Command lines: options and help from one schema, values as in TOML, one-line errors and exit codes.
 
 A schema is a pydantic model. ``Config`` is the schema of a run: ``CONFIG.toml --train.num_steps 3``. A
 command with options of its own declares a subclass of ``Options``. One argparse parser, built from the fields
@@ -35,13 +34,11 @@ ALONE_S = 10.0
 
 
 class Positional:
-    """Marks a field of ``Options`` whose value has no option name: ``folder: Annotated[Path,
-    Positional]``."""
+    """Marks a field of ``Options`` without an option name: ``folder: Annotated[Path, Positional]``."""
 
 
 class Options(BaseModel):
-    """Base of a command's options. ``--help`` shows the class docstring; a bool field is a flag without a
-    value."""
+    """Base of a command's options. ``--help`` shows the class docstring; a bool field is a flag."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 

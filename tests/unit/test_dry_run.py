@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_gmpo.config import Config
 from megatron_gmpo.models.description import describe_model
-from megatron_gmpo.planning.dry_run import RankPlan, Traffic, dry_run
+from megatron_gmpo.planning.dry_run import dry_run
+from megatron_gmpo.planning.rank_plan import RankPlan, Traffic
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 EP = "expert_model_parallel_size"
