@@ -1,4 +1,4 @@
-"""The losses that docs/losses.md shows, in files outside the repository, equal float64 formulas in two layouts."""
+"""The losses in docs/losses.md, in files outside the repository, equal float64 formulas in two layouts."""
 
 from __future__ import annotations
 
