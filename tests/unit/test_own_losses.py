@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,8 @@ from megatron_gmpo.losses.advantages import group_advantages
 from megatron_gmpo.losses.objective import Objective, make_objective, needed_columns
 from megatron_gmpo.losses.registry import LOSSES, resolve_loss
 from megatron_gmpo.metrics.figures import value_of
+
+from ..support.losses import documented_losses
 
 MODULE = """
 from typing import Annotated, Literal
@@ -156,6 +159,25 @@ def test_columns_of_the_users_own_reach_the_loss(cp_size: int) -> None:
         ratios = {0: [0.5, 1.5], 1: [0.5, 1.0]}[sequence]
         scale = [3, 4][sequence] * [1.0, -2.0][sequence]
         assert total == pytest.approx(-scale * sum(p * r for p, r in zip(places, ratios, strict=True)))
+
+
+def test_the_documented_losses_are_their_formulas(tmp_path: Path) -> None:
+    """On one process; tests/distributed/test_own_losses.py trains them in two layouts."""
+    batch = two_sequences()
+    logprobs = torch.tensor([-0.9, -2.5, 0, 0, -0.8, -1.8, 0], requires_grad=True)  # of the predicted tokens
+    clipped = {0: [0.1, -0.5], 1: [0.2, -0.3]}  # log ratios, then clipped by the sign of A = 1, -2
+    ratios = [[min(math.exp(x), 1.2) for x in clipped[0]], [max(math.exp(x), 0.8) for x in clipped[1]]]
+    expected = {
+        "harmonic": -1.0 * 2 / sum(1 / r for r in ratios[0]) + 2.0 * 2 / sum(1 / r for r in ratios[1]),
+        "ramped": -1.0 * (ratios[0][0] / 2 + ratios[0][1]) + 2.0 * (ratios[1][0] / 2 + ratios[1][1]),
+    }
+    for (name, value), block in zip(expected.items(), documented_losses(), strict=True):
+        (tmp_path / f"shown_{name}.py").write_text(block)
+        objective = objective_of(f"shown_{name}:{name}")
+        objective.add_columns(batch)
+        output = objective(logprobs, torch.zeros(7), pack(batch, [0, 1]), None)
+        assert float(output.loss.detach()) == pytest.approx(value, rel=1e-6)
+        assert objective.count(batch.response_lengths) == {"harmonic": 2, "ramped": 4}[name]
 
 
 def test_columns_of_the_trainer_are_made_on_request() -> None:
