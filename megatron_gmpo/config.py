@@ -291,39 +291,45 @@ class RewardConfig(_Section):
 
 class AlgorithmConfig(_Section):
     loss: str = "gmpo"
-    """Policy loss: ``gmpo``, ``rspo``, ``grpo``, ``dr_grpo``, ``dapo``, ``gspo``, ``cispo``, or ``module:function``, your own loss on the
-    Python path (docs/losses.md)."""
+    """Policy loss: ``gmpo``, ``rspo``, ``grpo``, ``dr_grpo``, ``dapo``, ``gspo``, ``cispo``, or
+    ``module:function``, your own loss on the Python path (docs/losses.md)."""
     clip_low: NonNegative | None = None
-    """Lower half-width of the clip interval. None means the loss's default, for gmpo 0.4 (dense) or 0.2 (MoE); the run prints it."""
+    """Lower half-width of the clip interval. None means the loss's default, for gmpo 0.4 (dense) or 0.2
+    (MoE); the run prints it."""
     clip_high: NonNegative | None = None
     """Upper half-width of the clip interval. None means the loss's default."""
     clip: Literal["fixed", "adaptive"] = "fixed"
-    """``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every step to keep ``clip_signal`` at
-    ``clip_target``."""
+    """``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every step to keep
+    ``clip_signal`` at ``clip_target``."""
     clip_signal: Literal["fraction", "tail"] = "fraction"
-    """Signal of the adaptive clip. ``fraction``: share of tokens (or of sequences, in a loss that clips sequences) that each side clips.
-    ``tail``: size of the 0.1 % and 99.9 % quantiles of the tokens' log ratio."""
+    """Signal of the adaptive clip. ``fraction``: share of tokens (or of sequences, in a loss that clips
+    sequences) that each side clips. ``tail``: size of the 0.1 % and 99.9 % quantiles of the tokens' log
+    ratio."""
     clip_target: Annotated[float, Field(gt=0)] | None = None
     """Target of ``clip_signal``. None means 0.01 for ``fraction``; ``tail`` requires a value, e.g. 0.2."""
     clip_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
-    """Smallest and largest adaptive clip. None means an eighth of the initial clip and eight times the initial clip."""
+    """Smallest and largest adaptive clip. None means an eighth of the initial clip and eight times the
+    initial clip."""
     clip_gain: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Gain of the adaptive clip: a step changes the logarithm of a clip by the gain times the relative distance of the signal from its
-    target, and at most by the gain."""
+    """Gain of the adaptive clip: a step changes the logarithm of a clip by the gain times the relative
+    distance of the signal from its target, and at most by the gain."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
     advantage: str = "normalized"
-    """How rewards of a group become advantages: ``normalized``, ``mean``, ``leave_one_out``, or ``module:function``, a callable that
-    maps the rewards of a group, a tensor (n,), to its advantages (docs/losses.md)."""
+    """How rewards of a group become advantages: ``normalized``, ``mean``, ``leave_one_out``, or
+    ``module:function``, a callable that maps the rewards of a group, a tensor (n,), to its advantages
+    (docs/losses.md)."""
     correction: Literal["none", "token", "sequence", "geometric"] = "none"
-    """Importance weights that correct the difference between the policy's and the rollout engine's probabilities: per ``token``, per
-    ``sequence`` (the product over its tokens), or ``geometric`` (the geometric mean over its tokens, which fits gmpo, rspo and gspo)."""
+    """Importance weights that correct the difference between the policy's and the rollout engine's
+    probabilities: per ``token``, per ``sequence`` (the product over its tokens), or ``geometric`` (the
+    geometric mean over its tokens, which fits gmpo, rspo and gspo)."""
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
     """Upper bound of the importance weights; larger weights are truncated."""
     mask: Literal["none", "icepop", "geometric", "off_policy"] = "none"
-    """What the policy term leaves out. ``icepop``: tokens whose ratio of policy to rollout probability is outside [mask_low, mask_high].
-    ``geometric``: sequences whose geometric mean of that ratio is outside. ``off_policy``: sequences with a negative advantage whose
-    tokens' mean ``log(pi_rollout / pi)`` exceeds ``mask_kl``."""
+    """What the policy term leaves out. ``icepop``: tokens whose ratio of policy to rollout probability is
+    outside [mask_low, mask_high]. ``geometric``: sequences whose geometric mean of that ratio is outside.
+    ``off_policy``: sequences with a negative advantage whose tokens' mean ``log(pi_rollout / pi)`` exceeds
+    ``mask_kl``."""
     mask_low: NonNegative | None = None
     """Lower bound of the ratio. None means 0.5 for ``icepop`` and 0.99 for ``geometric``."""
     mask_high: Annotated[float, Field(gt=0)] | None = None
@@ -331,8 +337,9 @@ class AlgorithmConfig(_Section):
     mask_kl: NonNegative = 0.1
     """Bound of ``off_policy``, in nats per token. DeepSeek-V3.2 publishes no value."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
-    """``policy``: training passes route every token to the experts that the old-logprob pass chose. ``rollout``: old-logprob and training
-    passes route every token to the experts that the rollout engine chose."""
+    """``policy``: training passes route every token to the experts that the old-logprob pass chose.
+    ``rollout``: old-logprob and training passes route every token to the experts that the rollout engine
+    chose."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 estimate of the KL divergence from the reference policy."""
     entropy_coef: float = 0.0

@@ -58,8 +58,9 @@ class AdaptiveClip:
         self._signal, self._target, self._gain = signal, target, gain
 
     def update(self, metrics: Mapping[str, Metric]) -> None:
-        """Move the clips, given the reduced metrics of a step. A step without response tokens leaves them
-        unchanged.
+        """Move the clips, given the reduced metrics of a step.
+
+        A step without response tokens leaves them unchanged.
 
         Raises:
             InputError: the signal is ``fraction`` and the loss does not report clip fractions.
@@ -84,8 +85,8 @@ class AdaptiveClip:
         name = f"policy/clip_fraction_{side}"
         if name not in metrics:
             raise InputError(
-                f"algorithm.clip_signal = 'fraction' needs the metric {name}, which the loss does not report: "
-                "return it, or choose 'tail'"
+                f"algorithm.clip_signal = 'fraction' needs the metric {name}, which the loss does not "
+                "report: return it, or choose 'tail'"
             )
         clipped = metrics[name]
         return float(clipped.total) / float(clipped.count) if clipped.count else math.nan
@@ -122,7 +123,8 @@ def make_adaptive_clip(cfg: AlgorithmConfig, objective: Objective) -> AdaptiveCl
         )
     if cfg.clip_signal == "tail" and cfg.clip_target is None:
         raise InputError(
-            "algorithm.clip_signal = 'tail' needs algorithm.clip_target, the size of a log ratio: set it, e.g. to 0.2"
+            "algorithm.clip_signal = 'tail' needs algorithm.clip_target, the size of a log ratio: "
+            "set it, e.g. to 0.2"
         )
     bounds: dict[str, tuple[float, float]] = {}
     for side, start in (("low", objective.clip_low), ("high", objective.clip_high)):

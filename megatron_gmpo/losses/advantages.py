@@ -28,8 +28,9 @@ def _zero_for_equal_rewards(advantage: Advantage) -> Advantage:
 
 @_zero_for_equal_rewards
 def normalized(rewards: Tensor) -> Tensor:
-    """Return (r - mean) / (std + 1e-8) with the unbiased std, as the official GMPO code does (TRL: the same
-    std, epsilon 1e-4).
+    """Return (r - mean) / (std + 1e-8) with the unbiased std.
+
+    Source: the official GMPO code. TRL uses the same std and epsilon 1e-4.
     """
     return (rewards - rewards.mean()) / (rewards.std() + 1e-8)
 

@@ -20,13 +20,12 @@ stays well below."""
 
 
 def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
-    """Compare old log probabilities (recomputed by the policy) with those that the rollout engine reported,
-    over all response tokens.
+    """Compare old log probabilities with those that the rollout engine reported, over response tokens.
 
-    ``rollout/logprob_diff_mean`` and ``_max`` are absolute differences, ``_far`` is the share of tokens
-    beyond FAR, ``rollout/k3_kl`` is the k3 estimate of KL(rollout || policy), and
-    ``rollout/effective_sample_size`` is the effective sample size of the tokens' ratios old / rollout, as a
-    share of their number.
+    The policy recomputed the old ones.     ``rollout/logprob_diff_mean`` and ``_max`` are absolute
+    differences, ``_far`` is the share of tokens beyond FAR, ``rollout/k3_kl`` is the k3 estimate of
+    KL(rollout || policy), and ``rollout/effective_sample_size`` is the effective sample size of the tokens'
+    ratios old / rollout, as a share of their number.
     """
     log_ratio = _log_ratio(batch)[batch.response_mask]
     difference = log_ratio.abs()
@@ -43,8 +42,7 @@ def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
 def importance_weights(
     batch: TrainBatch, level: Literal["token", "sequence", "geometric"], cap: float
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """Return truncated importance weights ``min(pi_old / pi_rollout, cap)``, without gradient, and their
-    metrics.
+    """Return truncated importance weights ``min(pi_old / pi_rollout, cap)`` and their metrics.
 
     ``token`` takes each token's ratio (arXiv 2508.21016 and others). ``sequence`` takes the product over a
     sequence's response tokens, which is unbiased before truncation. ``geometric`` takes the product's n-th

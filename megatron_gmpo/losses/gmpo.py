@@ -21,10 +21,10 @@ def gmpo(
     length_normalize: bool = True,
     dual_clip: Annotated[float, Field(gt=0)] | None = None,
 ) -> LossOutput:
-    """Return minus the advantage times the geometric mean of each sequence's token ratios, clipped
-    one-sidedly in log space.
+    """Return minus the advantage times the geometric mean of each sequence's clipped token ratios.
 
-    For sequence i with n_i response tokens t, and delta = logprobs - old_logprobs::
+    The clip is one-sided, per token, in log space. For sequence i with n_i response tokens t, and delta =
+    logprobs - old_logprobs::
 
         c_it = min(delta_it, clip_high)  if A_i > 0  else  max(delta_it, -clip_low)
         rho_i = exp(sum_t c_it / n_i)
@@ -71,8 +71,9 @@ def geometric_mean(
     dual_clip: float | None = None,
     observed: dict[str, Tensor] | None = None,
 ) -> LossOutput:
-    """Return ``- sum_i A_i exp(mean_t clip(log_ratio_it))``, the common part of gmpo and rspo. Keywords are
-    those of ``gmpo``.
+    """Return ``- sum_i A_i exp(mean_t clip(log_ratio_it))``, the common part of gmpo and rspo.
+
+    Arguments not described here are those of ``gmpo``.
 
     Args:
         log_ratio: (T,) with gradient, 0 outside ``tokens.policy_mask``.

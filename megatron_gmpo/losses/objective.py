@@ -86,7 +86,8 @@ class Objective:
         output = self.loss.function(tokens, clip_low=self.clip_low, clip_high=self.clip_high, **self.options)
         if not isinstance(output, LossOutput):
             raise InputError(
-                f"algorithm.loss = {self.name!r} returned a {type(output).__name__}: return tokens.output(...)"
+                f"algorithm.loss = {self.name!r} returned a {type(output).__name__}: "
+                "return tokens.output(...)"
             )
         return output
 

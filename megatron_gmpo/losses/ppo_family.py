@@ -15,11 +15,10 @@ from .tokens import LossOutput, LossTokens, clip_events, clip_one_sided, extreme
 
 
 def grpo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
-    """Return the loss of GRPO (arXiv 2402.03300): PPO's clipped objective, its mean over each sequence's
-    tokens.
+    """Return the loss of GRPO (arXiv 2402.03300), a SUM over sequences.
 
-    Returns:
-        The SUM over sequences; the caller divides by the sequences of the optimizer step.
+    PPO's clipped objective, its mean over each sequence's tokens. The caller divides by the sequences of the
+    optimizer step.
     """
     return _ppo(tokens, clip_low, clip_high, divisor=None)
 
@@ -31,18 +30,15 @@ def dr_grpo(
     clip_high: float,
     length_normalizer: Annotated[float, Field(gt=0)] | None = None,
 ) -> LossOutput:
-    """Return the loss of Dr. GRPO (arXiv 2503.20783): PPO's clipped objective, summed over each sequence's
-    tokens, over a constant.
+    """Return the loss of Dr. GRPO (arXiv 2503.20783), a SUM over sequences.
 
-    The paper's advantages are not divided by the group's standard deviation (``algorithm.advantage =
-    "mean"``).
+    PPO's clipped objective, summed over each sequence's tokens and divided by a constant. The caller divides
+    by the sequences of the optimizer step. The paper's advantages are not divided by the group's standard
+    deviation (``algorithm.advantage = "mean"``).
 
     Args:
         length_normalizer: the constant, in tokens. None means ``tokens.max_response_tokens``, as in the
             paper's code.
-
-    Returns:
-        The SUM over sequences; the caller divides by the sequences of the optimizer step.
     """
     divisor = tokens.max_response_tokens if length_normalizer is None else length_normalizer
     assert divisor is not None, "dr_grpo needs length_normalizer or tokens.max_response_tokens"
@@ -50,24 +46,18 @@ def dr_grpo(
 
 
 def dapo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
-    """Return the loss of DAPO (arXiv 2503.14476): PPO's clipped objective, its mean over all tokens of the
-    optimizer step.
+    """Return the loss of DAPO (arXiv 2503.14476), a SUM over tokens.
 
-    Returns:
-        The SUM over tokens; the caller divides by the response tokens of the optimizer step.
+    PPO's clipped objective. The caller divides by the response tokens of the optimizer step.
     """
     return _ppo(tokens, clip_low, clip_high, divisor=1.0)
 
 
 def gspo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
-    """Return the loss of GSPO (arXiv 2507.18071): PPO's clipped objective on the sequence ratio ``s_i =
-    exp(mean_t delta_it)``.
+    """Return the loss of GSPO (arXiv 2507.18071), a SUM over sequences.
 
-    The clip acts on whole sequences.
-
-    Returns:
-        The SUM over sequences; the caller divides by the sequences of the optimizer step. Clip fractions
-        count sequences.
+    PPO's clipped objective on the sequence ratio ``s_i = exp(mean_t delta_it)``: the clip acts on whole
+    sequences, and clip fractions count sequences. The caller divides by the sequences of the optimizer step.
     """
     sums = tokens.sum_per_sequence({"log_ratio": tokens.log_ratio})
     nonempty = sums["tokens"] > 0
@@ -81,13 +71,11 @@ def gspo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput
 
 
 def cispo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
-    """Return the loss of CISPO (MiniMax-M1, arXiv 2506.13585): ``- stop_gradient(clip(ratio)) A logprob``.
+    """Return the loss of CISPO (MiniMax-M1, arXiv 2506.13585), a SUM over tokens.
 
-    Every token keeps its gradient. The clip is two-sided for both signs of the advantage, and so are the clip
-    fractions.
-
-    Returns:
-        The SUM over tokens; the caller divides by the response tokens of the optimizer step.
+    The term of a token is ``- stop_gradient(clip(ratio)) A logprob``, so every token keeps its gradient. The
+    clip is two-sided for both signs of the advantage, and so are the clip fractions. The caller divides by
+    the response tokens of the optimizer step.
     """
     ratio = torch.exp(tokens.log_ratio.detach())  # (T,)
     low, high = 1 - clip_low, 1 + clip_high
@@ -113,10 +101,10 @@ def _token_loss(
     events: dict[str, Tensor],
     divisor: float | None,
 ) -> LossOutput:
-    """Sum a (T,) objective over each sequence and divide it by ``divisor``; None means the sequence's number
-    of tokens.
+    """Return the loss of a (T,) objective, summed over each sequence and divided by ``divisor``.
 
-    ``clipped`` are the ratios in the objective, for the metrics.
+    The divisor None means the sequence's number of tokens. ``clipped`` are the ratios in the objective, for
+    the metrics.
     """
     objective = torch.where(tokens.policy_mask, objective, 0)
     if tokens.token_weights is not None:

@@ -89,7 +89,8 @@ class Loss:
 _MOE_CLIP = DefaultClip(
     0.2,
     0.2,
-    "MoE: the GMPO authors lower the clip without a value; 0.2 was the steadiest of docs/studies/clip_sweep",
+    "MoE: the GMPO authors lower the clip and publish no value; 0.2 was the steadiest of "
+    "docs/studies/clip_sweep",
 )
 
 LOSSES: dict[str, Loss] = {
@@ -133,18 +134,20 @@ def resolve_loss(name: str) -> Loss:
     for field, choices in (("divisor", get_args(Divisor)), ("clip_space", get_args(ClipSpace))):
         if getattr(entry, field) not in choices:
             raise InputError(
-                f"algorithm.loss = {name!r}: {field} = {getattr(entry, field)!r} is unknown: choose one of {choices}"
+                f"algorithm.loss = {name!r}: {field} = {getattr(entry, field)!r} is unknown: "
+                f"choose one of {choices}"
             )
     for need in entry.needs:
         if isinstance(need, NewColumn) and need.name in TRAINER_COLUMNS | BATCH_COLUMNS.keys():
             raise InputError(
-                f"algorithm.loss = {name!r}: its new column {need.name!r} exists already: give it another name"
+                f"algorithm.loss = {name!r}: its new column {need.name!r} exists already: "
+                "give it another name"
             )
         if isinstance(need, str) and need not in TRAINER_COLUMNS:
             raise InputError(
                 f"algorithm.loss = {name!r} needs the column {need!r}, which nothing makes: "
-                f"choose one that the trainer makes, {sorted(TRAINER_COLUMNS)}, or give a NewColumn with a function "
-                "that makes it"
+                f"choose one that the trainer makes, {sorted(TRAINER_COLUMNS)}, or give a NewColumn "
+                "with a function that makes it"
             )
     return entry
 

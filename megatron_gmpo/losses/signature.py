@@ -15,11 +15,10 @@ _CLIPS = ("clip_low", "clip_high")
 
 
 def check_signature(name: str, function: Callable[..., Any]) -> None:
-    """Check that the function takes one positional argument, the clips, and only keyword-only parameters
-    otherwise.
+    """Check that the signature is ``(tokens, *, clip_low, clip_high, ...)``.
 
     Raises:
-        InputError: it does not; the line names the parameter.
+        InputError: it differs; the line names the parameter.
     """
     remedy = "write def loss(tokens, *, clip_low, clip_high, ...)"
     try:
@@ -76,6 +75,7 @@ def _adapter(name: str, function: Callable[..., Any], key: str) -> TypeAdapter[A
     except (NameError, PydanticUserError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"algorithm.loss = {name!r}: the annotation of parameter {key!r} is not a type of config values ({reason}): "
-            "annotate options with types such as float, bool or Literal, and read tensors from tokens"
+            f"algorithm.loss = {name!r}: the annotation of parameter {key!r} is not a type of config values "
+            f"({reason}): annotate options with types like float, bool or Literal, and read tensors from the "
+            "tokens"
         ) from None

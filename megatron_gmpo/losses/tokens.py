@@ -1,6 +1,4 @@
-"""LossTokens, the argument of every policy loss; LossOutput, its result; and the arithmetic that losses
-share.
-"""
+"""The argument of every policy loss, its result, and the arithmetic that losses share."""
 
 from __future__ import annotations
 
@@ -19,8 +17,11 @@ from ..metrics.histogram import histogram
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The result of a policy loss: the SUM over sequences (0-d fp32, with gradient) and metrics without
-    gradient.
+    """The result of a policy loss.
+
+    Attributes:
+        loss: the SUM over sequences, 0-d fp32 with gradient.
+        metrics: metrics of the microbatch by name, without gradient.
     """
 
     loss: Tensor
@@ -160,8 +161,9 @@ class LossTokens:
         }
 
     def kept_sequences(self, sums: Mapping[str, Tensor]) -> Tensor:
-        """Return (S,) bool: sequences that count in the policy term. A sequence without tokens in
-        ``policy_mask`` does not count.
+        """Return (S,) bool: sequences that count in the policy term.
+
+        A sequence without tokens in ``policy_mask`` does not count.
         """
         kept = sums["kept"] > 0
         if self.max_kl is not None:
@@ -177,8 +179,7 @@ class LossTokens:
         *,
         penalty_divisor: Tensor | float | None = None,
     ) -> LossOutput:
-        """Return minus the sum of ``objective`` over the sequences that count, plus the penalties, with the
-        metrics of every loss.
+        """Return minus the sum of ``objective``, plus the penalties, with the metrics of every loss.
 
         ``sequence_weights`` multiply the objective. Sequences and tokens that are left out lose their policy
         term only: divisors and penalties stay the same, so no other term gains weight.
@@ -216,8 +217,9 @@ class LossTokens:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """Return Schulman's k3 estimate ``exp(x) - x - 1`` of KL(q || p) from samples of q, with ``x = log p -
-    log q``.
+    """Return the k3 estimate ``exp(x) - x - 1`` of KL(q || p) from samples of q, with ``x = log p - log q``.
+
+    Source: Schulman, Approximating KL divergence.
     """
     return torch.expm1(log_ratio) - log_ratio
 
@@ -230,8 +232,9 @@ def clip_one_sided(x: Tensor, advantages: Tensor, low: float, high: float) -> Te
 
 
 def clip_events(x: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """Return bool tensors that are True where ``clip_one_sided`` acts, by side. A zero advantage never
-    counts.
+    """Return bool tensors, by side, that are True where ``clip_one_sided`` acts.
+
+    A zero advantage never counts.
     """
     return {
         "clip_fraction_high": (advantages > 0) & (x > high),
@@ -252,7 +255,5 @@ def extremes(name: str, values: Tensor, where: Tensor) -> dict[str, Metric]:
 
 
 def means(totals: Mapping[str, Tensor], count: Tensor) -> dict[str, Metric]:
-    """Return the metrics ``policy/NAME``: the sum of each tensor in ``totals`` over ``count`` tokens or
-    sequences.
-    """
+    """Return the metrics ``policy/NAME``: each tensor's sum, over ``count`` tokens or sequences."""
     return {f"policy/{name}": Metric(total.detach().sum(), count) for name, total in totals.items()}

@@ -41,8 +41,8 @@ def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities
     if recipe == "delayed" and "ref_logprobs" in needed_columns(cfg.algorithm):
         # Transformer Engine updates the scales of all modules together.
         raise InputError(
-            f"{setting} with algorithm.kl_coef > 0 or a loss that needs ref_logprobs: training would change the reference policy's "
-            "scales; choose 'tensorwise', or train without a reference"
+            f"{setting} with algorithm.kl_coef > 0 or a loss that needs ref_logprobs: training would change "
+            "the reference policy's scales; choose 'tensorwise', or train without a reference"
         )
     if not machine.device:
         raise InputError(f"{setting} needs an NVIDIA GPU, and this run is on a CPU: remove it")

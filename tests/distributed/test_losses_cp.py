@@ -1,4 +1,4 @@
-"""The losses under context parallelism: four gloo ranks, each with a share of every sequence's tokens, against one process."""
+"""Losses under context parallelism: gloo ranks that share the tokens of every sequence equal one process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOLDERS = {
 
 
 class CountCollectives(TorchDispatchMode):
-    """Names every collective, of forward and backward; CommDebugMode does the same and takes seconds to import."""
+    """Record the name of every collective of forward and backward. Importing CommDebugMode takes seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class CountCollectives(TorchDispatchMode):
 
 
 def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """40 tokens of 5 sequences, the last one fully masked; equal on every rank."""
+    """Return 40 tokens of 5 sequences, the last one fully masked; equal on every rank."""
     g = torch.Generator().manual_seed(0)
     ids = torch.arange(40) % S
     random = {
@@ -70,7 +70,10 @@ def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def run(name: str, options: dict, batch: dict, rows: torch.Tensor, group: dist.ProcessGroup | None):
-    """(output, gradients of logprobs and entropy) on the given slots; ``masked`` leaves tokens and off-policy sequences out."""
+    """Return the output and the gradients of logprobs and entropy on the given slots.
+
+    The option ``masked`` masks tokens and off-policy sequences.
+    """
     options, masks = dict(options), {}
     if options.pop("masked", False):
         masks = {"kept": batch["kept"][rows], "rollout_logprobs": batch["ref_logprobs"][rows], "max_kl": 0.1}

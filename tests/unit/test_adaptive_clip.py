@@ -1,4 +1,4 @@
-"""The adaptive clip against simulated policies whose log ratios drift, measured by the real losses."""
+"""The adaptive clip on simulated policies whose log ratios drift, measured by the real losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEQUENCES, TOKENS = 256, 16
 
 
 def controller(**fields) -> AdaptiveClip:
-    """Of the config with clip = "adaptive"; it must be one."""
+    """Return the controller of the config with clip = "adaptive"."""
     cfg = AlgorithmConfig(clip="adaptive", **fields)
     clip = make_adaptive_clip(cfg, make_objective(cfg, is_moe=True, max_new_tokens=64))
     assert clip is not None
@@ -31,7 +31,7 @@ def controller(**fields) -> AdaptiveClip:
 
 
 def step(loss: str, clip: AdaptiveClip, scale: float, g: torch.Generator) -> dict[str, Metric]:
-    """Metrics of the loss over two minibatches whose log ratios spread: nothing at first, then heavy-tailed of this scale."""
+    """Return the metrics of the loss over two minibatches: log ratios of 0, then heavy-tailed of this scale."""
     ids = torch.repeat_interleave(torch.arange(SEQUENCES), TOKENS)
     advantages = torch.where(torch.arange(SEQUENCES) % 2 == 0, 1.0, -1.0)
 
@@ -67,7 +67,10 @@ def fraction(metrics: list[dict[str, Metric]], side: str) -> float:
 def test_the_clip_fraction_reaches_its_target_while_the_ratios_drift(
     loss: str, target: float, gain: float
 ) -> None:
-    """The scale grows fourfold over 120 steps, then stays; on the way the controller lags by the drift of a step over its gain."""
+    """The scale grows fourfold over 120 steps, then stays.
+
+    While it grows, the controller lags by the drift of a step over its gain.
+    """
     largest = 4.0 if loss in ("gmpo", "rspo") else 1.0
     clip = controller(loss=loss, clip_target=target, clip_gain=gain, clip_bounds=(1e-6, largest))
     g = torch.Generator().manual_seed(0)
@@ -85,7 +88,7 @@ def step_and_move(loss: str, clip: AdaptiveClip, scale: float, g: torch.Generato
 
 
 def test_the_tail_reaches_its_target_where_the_policy_answers_the_clip() -> None:
-    """A policy that drifts further the wider its clip, at a rate that doubles over 80 steps and then stays."""
+    """A wider clip makes this policy drift further, at a rate that doubles over 80 steps and then stays."""
     clip = controller(clip_signal="tail", clip_target=0.2, clip_bounds=(1e-3, 1.0))
     g = torch.Generator().manual_seed(0)
     history = [

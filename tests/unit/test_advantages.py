@@ -1,4 +1,4 @@
-"""Group-relative advantages against their definitions, TRL's and RLOO's."""
+"""Group-relative advantages equal their definitions, those of TRL and RLOO."""
 
 from __future__ import annotations
 

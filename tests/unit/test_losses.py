@@ -65,7 +65,7 @@ class Packed:
         return replace(output, loss=output.loss.detach())
 
     def select(self, tokens: Tensor, sequences: Tensor) -> Packed:
-        """The given slots, of the given sequences, which are renumbered in their order."""
+        """Return the given slots of the given sequences, which are renumbered in their order."""
         number = torch.full_like(self.advantages, -1, dtype=torch.int64)
         number[sequences] = torch.arange(len(sequences))
         leaf = lambda x: x.detach()[tokens].clone().requires_grad_()  # noqa: E731
@@ -81,13 +81,13 @@ class Packed:
 
 
 def router_shift(old_logprobs: Tensor) -> Tensor:
-    """Some gamma of each token, on both sides of rspo's floor of 0.8."""
+    """Return a gamma for each token, on both sides of rspo's lower bound of 0.8."""
     return torch.exp(0.5 * torch.cos(40 * old_logprobs.double()) - 0.5)
 
 
 @st.composite
 def packed(draw, min_response: int = 0) -> Packed:
-    """1-4 sequences of 1-6 slots with deltas well beyond every clip, and advantages of both signs and 0."""
+    """Draw 1-4 sequences of 1-6 slots with deltas far beyond every clip, and advantages of both signs and 0."""
     rows = []
     for i in range(draw(st.integers(1, 4))):
         advantage = draw(st.sampled_from([0.0, 1.0, -1.0]) | st.floats(-2, 2))
@@ -114,7 +114,7 @@ _RANGES = [(-8.0, -0.01), (-1.5, 2.0), (-1.0, 1.0), (0.0, 3.0)]  # logprob, delt
 
 
 def random_packed(seed: int, lengths: list[int], prompt: int = 2) -> Packed:
-    """Sequences of ``prompt`` masked slots and the given numbers of response tokens."""
+    """Return sequences with ``prompt`` masked slots and the given numbers of response tokens."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda n, lo, hi: torch.rand(n, generator=g, dtype=torch.float64) * (hi - lo) + lo  # noqa: E731
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths) + prompt)
@@ -125,11 +125,11 @@ def random_packed(seed: int, lengths: list[int], prompt: int = 2) -> Packed:
     return Packed(logprobs.requires_grad_(), old, mask, ids, advantages, ref, entropy.requires_grad_())
 
 
-# --- the papers' formulas, one sequence at a time: new and old are the (n,) log probabilities of its response tokens ---
+# --- the papers' formulas for one sequence: new and old are the (n,) log probabilities of its response tokens ---
 
 
 def gmpo_paper(new, old, A, low=0.4, high=0.4, mode="token", normalize=True):
-    """Ratio space, with the paper's sign trick: prod_t min(rho^s, clip(rho, e^-low, e^high)^s)^s, s = sgn(A)."""
+    """The paper's form in ratio space: prod_t min(rho^s, clip(rho, e^-low, e^high)^s)^s, s = sgn(A)."""
     s = 1.0 if A > 0 else -1.0
     power = 1 / len(new) if normalize else 1.0
     rho = torch.exp(new - old)
@@ -227,7 +227,7 @@ quick = settings(
 
 
 def formula_loss(batch: Packed, formula, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) of a per-sequence formula."""
+    """Return (loss, gradient) of a per-sequence formula."""
     leaf = batch.logprobs.detach().clone().requires_grad_()
     loss = leaf.sum() * 0
     for i, A in enumerate(batch.advantages):
@@ -265,7 +265,7 @@ def test_gmpo_gradient_is_the_analytic_one(batch: Packed):
     assert_close(batch.logprobs.grad, expected, **EXACT)
 
 
-# --- TRL's own code, its model forward replaced by given log probabilities ---
+# --- TRL's code, with given log probabilities in place of its model's forward pass ---
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ TRL_SETTINGS = {
 
 
 def trl_loss(trainer_class, batch: Packed, beta: float, **attributes) -> tuple[Tensor, Tensor, dict]:
-    """(loss, gradient in packed order, metrics) of TRL's ``_compute_loss`` on the batch padded to (B, T)."""
+    """Return (loss, gradient in packed order, metrics) of TRL's ``_compute_loss`` on the batch padded to (B, T)."""
     S, width = len(batch.advantages), int(torch.bincount(batch.sequence_ids).max())
     column = torch.cat([torch.arange(n) for n in torch.bincount(batch.sequence_ids)])
     place = batch.sequence_ids, column  # ids ascend, so this is each slot's (row, column)
@@ -511,7 +511,7 @@ def test_metrics_are_means_and_extremes_over_tokens(name: str):
 
 
 def example(deltas: list[list[float]], advantages: list[float]) -> Packed:
-    """Sequences with the given log ratios."""
+    """Return sequences with the given log ratios."""
     batch = random_packed(7, [len(row) for row in deltas], prompt=0)
     delta = torch.tensor([x for row in deltas for x in row], dtype=torch.float64)
     return replace(
@@ -521,11 +521,14 @@ def example(deltas: list[list[float]], advantages: list[float]) -> Packed:
     )
 
 
-# --- what is left out of the policy term ---
+# --- tokens and sequences that a mask leaves out of the policy term ---
 
 
 def left_out(batch: Packed, kept: Tensor, drifted: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) by the definition: the formula on the kept tokens alone, its divisor that of all tokens of the sequence."""
+    """Return (loss, gradient) by the definition.
+
+    The formula applies to the kept tokens; the divisor counts all tokens of the sequence.
+    """
     leaf = batch.logprobs.detach().clone().requires_grad_()
     loss = leaf.sum() * 0
     formula = FORMULAS[name][2]
@@ -563,7 +566,7 @@ def test_tokens_left_out_lose_their_term_and_stay_in_the_divisor(name: str, batc
 
 
 def off_policy(batch: Packed, rollout: Tensor, max_kl: float) -> Tensor:
-    """(S,) bool, DeepSeek-V3.2's rule written out: A < 0 and a mean log(pi_rollout / pi) above the bound."""
+    """Return (S,) bool by DeepSeek-V3.2's rule: A < 0 and a mean log(pi_rollout / pi) above the bound."""
     rows = [batch.mask & (batch.sequence_ids == i) for i in range(len(batch.advantages))]
     means = [float((rollout - batch.logprobs.detach())[r].mean()) if r.any() else 0.0 for r in rows]
     return torch.tensor([float(A) < 0 and kl > max_kl for A, kl in zip(batch.advantages, means, strict=True)])
@@ -587,7 +590,10 @@ def test_off_policy_sequences_with_a_negative_advantage_are_left_out(name: str, 
 @given(batch=packed(min_response=1))
 def test_off_policy_masking_matches_trl(trl, batch: Packed):
     width = int(torch.bincount(batch.sequence_ids).max())
-    pad = lambda x: torch.stack([torch.nn.functional.pad(x[r], (0, width - int(r.sum()))) for r in rows])  # noqa: E731
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.stack([torch.nn.functional.pad(x[r], (0, width - int(r.sum()))) for r in rows])
+
     rows = [batch.sequence_ids == i for i in range(len(batch.advantages))]
     keep = trl["grpo"].get_off_policy_mask(
         batch.advantages[:, None],
@@ -618,7 +624,7 @@ def test_a_step_with_everything_left_out_is_nothing(name: str):
 
 
 def silent(name: str) -> dict:
-    """Options under which the policy term of two sequences is 0."""
+    """Return attributes with which the policy term of two sequences is 0."""
     return {"sequence_weights": torch.zeros(2, dtype=torch.float64)}
 
 

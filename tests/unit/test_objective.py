@@ -1,4 +1,4 @@
-"""The objective a config describes against the losses called directly, and the figures of rollout against training."""
+"""The objective of a config equals the losses called directly; metrics of rollout against training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLOTS, SEQUENCES = 24, 4
 
 
 def microbatch() -> Microbatch:
-    """Four sequences of six slots, two of them prompt, with ratios beyond every clip."""
+    """Return four sequences of six slots, two of them prompt, with ratios beyond every clip."""
     g = torch.Generator().manual_seed(0)
     random = lambda scale=1.0: torch.randn(SLOTS, generator=g) * scale  # noqa: E731
     slots = torch.arange(SLOTS)
@@ -47,7 +47,7 @@ def microbatch() -> Microbatch:
 
 
 def predicted() -> tuple[Tensor, Tensor]:
-    """Log probabilities and entropies under the policy, with gradient."""
+    """Return log probabilities and entropies under the policy, with gradient."""
     g = torch.Generator().manual_seed(1)
     return (torch.randn(SLOTS, generator=g) - 2).requires_grad_(), torch.rand(
         SLOTS, generator=g
@@ -89,7 +89,7 @@ def direct_call(
     max_response_tokens: int = 64,
     **options,
 ):
-    """The loss called with every argument spelled out; its clips are the defaults for a dense model."""
+    """Call the loss with every argument spelled out; its clips are the defaults for a dense model."""
     clips, _ = default_clips(name, LOSSES[name], is_moe=False)
 
     def call(logprobs: Tensor, entropy: Tensor, _: Microbatch) -> LossOutput:
@@ -285,7 +285,7 @@ def test_collectives_of_one_process_are_the_identity() -> None:
 
 
 def three_sequences() -> tuple[TrainBatch, list[list[float]]]:
-    """Sequences of 3, 0 and 4 response tokens, and the log ratios old / rollout of each one's."""
+    """Return sequences of 3, 0 and 4 response tokens, and the log ratios old / rollout of each."""
     generator = torch.Generator().manual_seed(0)
     lengths = [4, 1, 7]
     mask = [False, True, True, True, False, False, False, True, False, True, True, True]
@@ -334,7 +334,7 @@ def test_importance_weights_are_the_formulas_in_float64() -> None:
 
 
 def test_token_weights_multiply_each_tokens_term() -> None:
-    """Against the sum of single-token losses, each weighted: one token a sequence, where Dr. GRPO's term is the token's."""
+    """The loss equals the sum of weighted losses of single tokens."""
     generator = torch.Generator().manual_seed(1)
     new, old, weights = (torch.randn(6, generator=generator) for _ in range(3))
     tokens = LossTokens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,8 @@ from megatron_gmpo.losses.objective import Objective, make_objective, needed_col
 from megatron_gmpo.losses.registry import LOSSES, resolve_loss
 from megatron_gmpo.metrics.figures import value_of
 
+from ..support.losses import documented_losses
+
 MODULE = """
 from typing import Annotated, Literal
 
@@ -32,7 +35,10 @@ from pydantic import Field
 from megatron_gmpo.losses import Column, DefaultClip, Loss, LossTokens, NewColumn, gmpo
 
 
-def plain(tokens, *, clip_low: float = 0.1, clip_high: float = 0.3, power: Annotated[float, Field(gt=0)] = 1.0):
+Positive = Annotated[float, Field(gt=0)]
+
+
+def plain(tokens, *, clip_low: float = 0.1, clip_high: float = 0.3, power: Positive = 1.0):
     sums = tokens.sum_per_sequence({"log_ratio": power * tokens.log_ratio.clamp(-clip_low, clip_high)})
     return tokens.output(tokens.advantages * sums["log_ratio"], sums)
 
@@ -59,15 +65,16 @@ def entropy_weighted(tokens, *, clip_low, clip_high):
 
 PLACE = NewColumn("place", Column(torch.float32, "predicted"), place_in_sequence)
 SCALE = NewColumn("scale", Column(torch.float32, "sequence"), lambda batch: batch.lengths.float())
-LATE = Loss(late, "tokens", "log_ratio", DefaultClip(0.5, 0.6, "mine", moe=DefaultClip(0.1, 0.2, "experts")), (PLACE, SCALE))
-ENTROPY = Loss(entropy_weighted, needs=("entropy", "ref_logprobs"), default_clip=DefaultClip(0.2, 0.2, "mine"))
+CLIP = DefaultClip(0.5, 0.6, "mine", moe=DefaultClip(0.1, 0.2, "experts"))
+LATE = Loss(late, "tokens", "log_ratio", CLIP, (PLACE, SCALE))
+ENTROPY = Loss(entropy_weighted, needs=("entropy", "ref_logprobs"), default_clip=CLIP)
 
 number = 3
 unmade = Loss(plain, needs=("temperature",))
 taken = Loss(plain, needs=(NewColumn("router_shift", Column(torch.float32, "input"), place_in_sequence),))
 wrong_divisor = Loss(plain, divisor="token")
 wrong_space = Loss(plain, clip_space="log")
-wrong_column = Loss(plain, needs=(NewColumn("place", Column(torch.float32, "predicted"), lambda b: b.lengths),))
+wrong_column = Loss(plain, needs=(NewColumn("place", PLACE.column, lambda batch: batch.lengths),))
 lambda_without = lambda: None
 
 
@@ -152,6 +159,25 @@ def test_columns_of_the_users_own_reach_the_loss(cp_size: int) -> None:
         ratios = {0: [0.5, 1.5], 1: [0.5, 1.0]}[sequence]
         scale = [3, 4][sequence] * [1.0, -2.0][sequence]
         assert total == pytest.approx(-scale * sum(p * r for p, r in zip(places, ratios, strict=True)))
+
+
+def test_the_documented_losses_are_their_formulas(tmp_path: Path) -> None:
+    """On one process; tests/distributed/test_own_losses.py trains them in two layouts."""
+    batch = two_sequences()
+    logprobs = torch.tensor([-0.9, -2.5, 0, 0, -0.8, -1.8, 0], requires_grad=True)  # of the predicted tokens
+    clipped = {0: [0.1, -0.5], 1: [0.2, -0.3]}  # log ratios, then clipped by the sign of A = 1, -2
+    ratios = [[min(math.exp(x), 1.2) for x in clipped[0]], [max(math.exp(x), 0.8) for x in clipped[1]]]
+    expected = {
+        "harmonic": -1.0 * 2 / sum(1 / r for r in ratios[0]) + 2.0 * 2 / sum(1 / r for r in ratios[1]),
+        "ramped": -1.0 * (ratios[0][0] / 2 + ratios[0][1]) + 2.0 * (ratios[1][0] / 2 + ratios[1][1]),
+    }
+    for (name, value), block in zip(expected.items(), documented_losses(), strict=True):
+        (tmp_path / f"shown_{name}.py").write_text(block)
+        objective = objective_of(f"shown_{name}:{name}")
+        objective.add_columns(batch)
+        output = objective(logprobs, torch.zeros(7), pack(batch, [0, 1]), None)
+        assert float(output.loss.detach()) == pytest.approx(value, rel=1e-6)
+        assert objective.count(batch.response_lengths) == {"harmonic": 2, "ramped": 4}[name]
 
 
 def test_columns_of_the_trainer_are_made_on_request() -> None:
@@ -269,7 +295,7 @@ def test_an_advantage_of_the_users_own() -> None:
     groups = [group([1.0, 0.0]), group([1.0])]
     assert group_advantages(groups, "own:centered").tolist() == [0.5, -0.5, 0.5]
     for name, returned in (("one_number", "0.5"), ("not_finite", r"\[inf, nan\]")):
-        line = rf"algorithm\.advantage = 'own:{name}' returned {returned} for the rewards \[1\.0, 0\.0\]: return one"
+        line = rf"advantage = 'own:{name}' returned {returned} for the rewards \[1\.0, 0\.0\]: return one"
         with pytest.raises(InputError, match=line):
             group_advantages(groups, f"own:{name}")
 
@@ -279,7 +305,7 @@ ORDERS = [
     "import megatron_gmpo.losses.gmpo; from megatron_gmpo.losses import gmpo",
     "from megatron_gmpo.losses.gmpo import geometric_mean; from megatron_gmpo.losses import gmpo",
     "from megatron_gmpo.losses.registry import LOSSES; from megatron_gmpo.losses import gmpo",
-    "import megatron_gmpo.losses.rspo; import importlib; importlib.import_module('megatron_gmpo.losses.gmpo'); "
+    "import importlib; importlib.import_module('megatron_gmpo.losses.gmpo'); "
     "from megatron_gmpo.losses import gmpo",
     "from megatron_gmpo.losses import gmpo as first; import megatron_gmpo.losses.gmpo; "
     "from megatron_gmpo.losses import gmpo",
