@@ -16,9 +16,14 @@ import torch
 
 from tools.make_tiny_model import Family, make_tiny_model, text_tokenizer
 
+from .support.orphans import mark_this_run
 from .support.ranks import RankPool
 
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    mark_this_run()
 
 
 @pytest.fixture(scope="session")
