@@ -126,7 +126,7 @@ def test_export(
     assert error < ERROR[family, kind]
 
     if SGLANG_PYTHON.exists():
-        script = Path(__file__).with_name("sglang_modelopt.py")
+        script = ROOT / "tests/support/sglang_modelopt.py"
         said = subprocess.run(
             [SGLANG_PYTHON, "-I", script, out], capture_output=True, text=True, timeout=120, check=True
         )

@@ -32,7 +32,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = "torch.distributed.run"
-_IMPORTED = [TORCHRUN, "megatron_gmpo.train", "tests.support.cases", "tests.support.conversions"]
+_IMPORTED = [TORCHRUN, "megatron_gmpo.train", "tests.support.cases"]
 _MESSAGE_BYTES = 2**20
 _POLL_S = 0.01
 
