@@ -116,7 +116,6 @@ def _serve(commands: socket.socket) -> Command | None:
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, files, *_ = socket.recv_fds(commands, _MESSAGE_BYTES, 3)
         if not message:
@@ -125,9 +124,11 @@ def _serve(commands: socket.socket) -> Command | None:
             break
         for file in files:
             os.close(file)
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass  # one of the parents below has ended
     commands.close()
     stdout, stderr, status = files
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with Connection(status, readable=False) as sender:
         if pid := os.fork():
             with suppress(BrokenPipeError):
