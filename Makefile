@@ -10,6 +10,8 @@ INSTALLED := $(VENV)/.installed
 SGLANG := .venv-sglang/.installed
 MODELOPT := .venv-modelopt/.installed
 export OMP_NUM_THREADS ?= 1
+# Two processes run the tests. Each takes whole files, which share fixtures, in the order of their names: the longest are not the last.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,11 +49,11 @@ lint: $(INSTALLED)  ## Style, types and import layers
 
 test: export HF_HUB_OFFLINE = 1
 test: lint  ## Lint, then every test that needs no GPU
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest $(WORKERS) -m "not gpu"
 
 test-fast: export HF_HUB_OFFLINE = 1
 test-fast: $(INSTALLED)  ## Unit tests only, under a minute
-	$(PY) -m pytest tests/unit -m "not slow and not distributed and not gpu"
+	$(PY) -m pytest $(WORKERS) tests/unit -m "not slow and not distributed and not gpu"
 
 test-versions: export HF_HUB_OFFLINE = 1
 test-versions: $(INSTALLED)  ## The part of the tests that CI runs on every tested pair of Python and megatron-core

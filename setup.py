@@ -54,6 +54,7 @@ setup(
             "pyright[nodejs]>=1.1.400",  # node from a wheel: lint needs no network after installation
             "pytest>=8.3",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "trl==1.16.0",  # an independent GMPO loss to compare with
         ],

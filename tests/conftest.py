@@ -18,9 +18,14 @@ from megatron_gmpo.testing import Family
 from megatron_gmpo.testing.tiny_models import make_tiny_model
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
+from .support.orphans import mark_this_run
 from .support.ranks import RankPool
 
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    mark_this_run()
 
 
 @pytest.fixture(scope="session")

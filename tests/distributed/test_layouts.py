@@ -84,11 +84,6 @@ class Reference:
         return self._known[key]
 
 
-@pytest.fixture(scope="session")
-def expected(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(tiny_model, tmp_path_factory)
-
-
 def config(path: Path, parallel: dict[str, int], *, max_tokens: int, **changes: Any) -> Config:
     tree = {
         "model": {"path": str(path), "dtype": "fp32"},

@@ -17,12 +17,10 @@ from megatron_gmpo.batch.columns import TrainBatch
 
 from ..support import cases, reference
 from ..support.ranks import RankPool
-from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, MOE, STEPS, VOCAB, Reference, check, config, expected
+from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, MOE, STEPS, VOCAB, Reference, check, config
 from .test_layouts import LAYOUTS as DATA
 
 pytestmark = pytest.mark.distributed
-
-__all__ = ["expected"]  # the fixture
 
 EXPERTS, TOPK = 4, 2
 COEFFICIENT, Z_COEFFICIENT = 2.0, 0.05

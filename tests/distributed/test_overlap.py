@@ -9,11 +9,9 @@ from torch.testing import assert_close
 
 from ..support import cases
 from ..support.ranks import RankPool
-from .test_layouts import CP, EP, PP, STEPS, TP, VPP, Reference, check, config, expected
+from .test_layouts import CP, EP, PP, STEPS, TP, VPP, Reference, check, config
 
 pytestmark = pytest.mark.distributed
-
-__all__ = ["expected"]  # the fixture
 
 OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {

@@ -6,11 +6,9 @@ import pytest
 
 from ..support import cases
 from ..support.ranks import RankPool
-from .test_layouts import LR, Reference, config, distance, expected
+from .test_layouts import LR, Reference, config, distance
 
 pytestmark = pytest.mark.distributed
-
-__all__ = ["expected"]  # the fixture
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

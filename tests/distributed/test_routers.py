@@ -15,12 +15,12 @@ from megatron_gmpo.batch.columns import TrainBatch
 
 from ..support import cases, reference
 from ..support.ranks import RankPool
-from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, STEPS, Reference, check, expected
+from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, STEPS, Reference, check
 from .test_routing import LAYOUTS, RECOMPUTE, batch, replaying, train_forced
 
 pytestmark = pytest.mark.distributed
 
-__all__ = ["batch", "expected"]  # the fixtures
+__all__ = ["batch"]  # the fixture
 
 FLOOR = 0.85
 

@@ -36,14 +36,11 @@ from .test_layouts import (
     check,
     config,
     distance,
-    expected,
     make_batch,
 )
 from .test_layouts import LAYOUTS as DATA
 
 pytestmark = pytest.mark.distributed
-
-__all__ = ["expected"]  # the fixture
 
 LAYOUTS = {
     **{

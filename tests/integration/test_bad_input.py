@@ -240,7 +240,7 @@ def test_bad_input_is_refused_with_one_line(
 
 @pytest.mark.parametrize("name", ["unknown key", "bad TOML"])
 def test_the_command_itself_exits_with_code_2(name: str, folder: Path) -> None:
-    done = run_module("megatron_gmpo.train", *arguments(name, folder))
+    done = run_module("megatron_gmpo.train", *arguments(name, folder), fresh=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == error_lines(done.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -77,17 +78,50 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def exports(
+    prompts: Path, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[Path, str]]:
+    """Each family in each format: the exported folder and the line that the command printed."""
+    made = {}
+    for family, kind in itertools.product(LINEAR, METHOD):
+        out = tmp_path_factory.mktemp("export") / "out"
+        model = tiny_model(family, **SHAPE)
+        arguments = f"--hf {model} --out {out} --format {kind} --calibration {prompts} --num-prompts 16"
+        done = run_module("tools.export_quantized", *arguments.split())
+        assert done.returncode == 0, done.stderr
+        made[family, kind] = out, done.stdout.strip()
+    return made
+
+
+@pytest.fixture(scope="module")
+def read_by_sglang(
+    exports: dict[tuple[str, str], tuple[Path, str]],
+) -> dict[tuple[str, str], dict[str, Any]] | None:
+    """What SGLang makes of each export, all read by one process."""
+    if not SGLANG_PYTHON.exists():
+        return None
+    script = ROOT / "tests/support/sglang_modelopt.py"
+    folders = [out for out, _ in exports.values()]
+    said = subprocess.run(
+        [SGLANG_PYTHON, "-I", script, *folders], capture_output=True, text=True, timeout=120, check=True
+    )
+    lines = [line for line in said.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(exports, map(json.loads, lines), strict=True))
+
+
 @needs_modelopt
 @pytest.mark.parametrize("kind", METHOD)
 @pytest.mark.parametrize("family", LINEAR)
 def test_export(
-    family: Any, kind: str, prompts: Path, tiny_model: Callable[..., Path], tmp_path: Path
+    family: Any,
+    kind: str,
+    exports: dict[tuple[str, str], tuple[Path, str]],
+    read_by_sglang: dict[tuple[str, str], dict[str, Any]] | None,
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    model, out = tiny_model(family, **SHAPE), tmp_path / "out"
-    arguments = f"--hf {model} --out {out} --format {kind} --calibration {prompts} --num-prompts 16"
-    done = run_module("tools.export_quantized", *arguments.split())
-    assert done.returncode == 0, done.stderr
-    line = done.stdout.strip()
+    model, (out, line) = tiny_model(family, **SHAPE), exports[family, kind]
     modules = [
         f"model.layers.{layer}.{module}"
         for layer in range(2)
@@ -125,12 +159,8 @@ def test_export(
     print(f"{family}, {kind}: relative error of the logits {error:.4f}; {line}")
     assert error < ERROR[family, kind]
 
-    if SGLANG_PYTHON.exists():
-        script = Path(__file__).with_name("sglang_modelopt.py")
-        said = subprocess.run(
-            [SGLANG_PYTHON, "-I", script, out], capture_output=True, text=True, timeout=120, check=True
-        )
-        sglang = json.loads(said.stdout.splitlines()[-1])
+    if read_by_sglang:
+        sglang = read_by_sglang[family, kind]
         assert sglang["method"] == METHOD[kind]
         router = ["model.layers.1.mlp.gate"] if family == "qwen3_moe" else []
         assert [name for name in sglang["skipped"] if name != "model.embed_tokens"] == ["lm_head", *router]

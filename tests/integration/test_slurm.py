@@ -7,6 +7,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,18 +91,14 @@ class Job:
             raise
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm") / "c")
-    yield cluster
-    cluster.stop()
+Submit = Callable[..., Job]
 
 
 @pytest.fixture(scope="module")
-def submit(
-    cluster: SlurmCluster, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Job]:
-    """``submit(name, script, *arguments, sbatch=[...])`` submits a script of examples/moe, or a command line, on a tiny random model."""
+def jobs(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[SlurmCluster], Submit]:
+    """``jobs(cluster)(name, script, *arguments, sbatch=[...])`` submits a script of examples/moe, or a command line, on a tiny random model."""
     folder = tmp_path_factory.mktemp("jobs")
     write_addition_problems(folder)
     small = options(
@@ -120,28 +117,53 @@ def submit(
         supervision__stop_margin_s=30,
     )
 
-    def submit(
-        name: str, script: str, *arguments: object, sbatch: tuple[str, ...] = (), **chosen: object
-    ) -> Job:
-        run_dir, log = folder / name, folder / f"{name}.out"
-        what = [script] if script.endswith(".sbatch") else ["--wrap", f"exec {script}"]
-        argv = [*small, *options(run_dir=run_dir), *arguments] if script.endswith(".sbatch") else []
-        answer = cluster.run(
-            "sbatch",
-            "--parsable",
-            f"--output={log}",
-            *sbatch,
-            *what,
-            *argv,
-            env={"PYTHON": sys.executable, **chosen},
-        )
-        return Job(cluster, int(answer.splitlines()[-1]), log, run_dir)
+    def jobs_on(cluster: SlurmCluster) -> Submit:
+        def submit(
+            name: str, script: str, *arguments: object, sbatch: tuple[str, ...] = (), **chosen: object
+        ) -> Job:
+            run_dir, log = folder / name, folder / f"{name}.out"
+            what = [script] if script.endswith(".sbatch") else ["--wrap", f"exec {script}"]
+            argv = [*small, *options(run_dir=run_dir), *arguments] if script.endswith(".sbatch") else []
+            answer = cluster.run(
+                "sbatch",
+                "--parsable",
+                f"--output={log}",
+                *sbatch,
+                *what,
+                *argv,
+                # without torch's compiler, which no job here uses, a rank needs a fifth less to start
+                env={"PYTHON": sys.executable, "TORCHDYNAMO_DISABLE": "1", **chosen},
+            )
+            return Job(cluster, int(answer.splitlines()[-1]), log, run_dir)
 
-    return submit
+        return submit
+
+    return jobs_on
 
 
 @pytest.fixture(scope="module")
-def undisturbed(submit: Callable[..., Job]) -> Job:
+def submit(
+    jobs: Callable[[SlurmCluster], Submit], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Submit]:
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm") / "c")
+    yield jobs(cluster)
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def disturbed(
+    jobs: Callable[[SlurmCluster], Submit], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[Job]]:
+    """A job that is interrupted in every way, on a cluster of its own beside the other tests: it mostly waits for Slurm."""
+    folder = tmp_path_factory.mktemp("slurm")
+    cluster = SlurmCluster(folder / "c")
+    with ThreadPoolExecutor(1) as executor:
+        yield executor.submit(disturb, jobs(cluster), folder / "hold")
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(submit: Submit) -> Job:
     """A finished run on two nodes; a second submission to its run folder came while it ran."""
     job = submit("undisturbed", "examples/moe/tiny.sbatch")
     job.wait_for_progress()
@@ -159,29 +181,9 @@ def undisturbed(submit: Callable[..., Job]) -> Job:
     return job
 
 
-def test_trains_on_two_nodes(undisturbed: Job) -> None:
-    log = undisturbed.log.read_text()
-    assert "2 nodes with 1 ranks each" in log
-    assert f"done: {STEPS} steps are saved" in log
-    assert [line["step"] for line in json_lines(undisturbed.run_dir / "metrics.jsonl")] == list(
-        range(1, STEPS + 1)
-    )
-    beats = [
-        json.loads(file.read_text()) for file in sorted((undisturbed.run_dir / "heartbeats").glob("*.json"))
-    ]
-    assert [(beat["rank"], beat["node"]) for beat in beats] == [
-        (0, "node1"),
-        (1, "node2"),
-    ]  # ranks follow the nodes
-    (attempt,) = undisturbed.attempts
-    assert (attempt.attempt, attempt.checkpoint_step, attempt.code) == (1, 0, 0)
-
-
-def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(
-    undisturbed: Job, submit: Callable[..., Job], tmp_path: Path
-) -> None:
-    cluster, hold = undisturbed.cluster, tmp_path / "hold"
+def disturb(submit: Submit, hold: Path) -> Job:
     job = submit("disturbed", "examples/moe/tiny.sbatch", sbatch=("--signal=B:USR1@179",), HOLD=str(hold))
+    cluster = job.cluster
 
     job.wait_for_progress()
     cluster.run("scancel", "--signal=USR1", "--batch", job.id)
@@ -223,26 +225,29 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(
     cluster.kill_node("node1")  # with the batch script
     cluster.start_node("node1")
     job.wait_for_attempt(7)
+    job.wait(*ENDED)
+    return job
 
-    code, log = job.end()
-    assert code == 0, log
-    codes = [attempt.code for attempt in job.attempts]
-    assert codes[:4] == [85, 85, 1, 85]
-    assert codes[4] in (85, None)  # the ranks were asked to stop, or Slurm was faster
-    assert codes[5] in (1, None)  # the ranks of the other node may have said that they lost it
-    assert codes[6:] == [0]
-    reasons = [attempt.reason for attempt in job.attempts]
-    assert "SIGUSR1" in reasons[0]
-    assert "rank 1 on node2 was killed by SIGKILL" in reasons[2]
-    steps = [attempt.checkpoint_step for attempt in job.attempts]
-    assert steps == sorted(set(steps))  # each went on from a newer checkpoint
-    expected, found = (
-        [_untimed(line) for line in json_lines(each.run_dir / "metrics.jsonl")] for each in (undisturbed, job)
+
+def test_trains_on_two_nodes(disturbed: Future[Job], undisturbed: Job) -> None:
+    log = undisturbed.log.read_text()
+    assert "2 nodes with 1 ranks each" in log
+    assert f"done: {STEPS} steps are saved" in log
+    assert [line["step"] for line in json_lines(undisturbed.run_dir / "metrics.jsonl")] == list(
+        range(1, STEPS + 1)
     )
-    assert found == expected
+    beats = [
+        json.loads(file.read_text()) for file in sorted((undisturbed.run_dir / "heartbeats").glob("*.json"))
+    ]
+    assert [(beat["rank"], beat["node"]) for beat in beats] == [
+        (0, "node1"),
+        (1, "node2"),
+    ]  # ranks follow the nodes
+    (attempt,) = undisturbed.attempts
+    assert (attempt.attempt, attempt.checkpoint_step, attempt.code) == (1, 0, 0)
 
 
-def test_a_cancelled_job_saves_and_does_not_come_back(submit: Callable[..., Job]) -> None:
+def test_a_cancelled_job_saves_and_does_not_come_back(submit: Submit) -> None:
     job = submit("cancelled", "examples/moe/tiny.sbatch", *options(train__num_steps=60))
     job.wait_for_progress()
     job.cluster.run("scancel", job.id)
@@ -254,7 +259,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(submit: Callable[..., Job]
     assert checkpoint_step(job.run_dir) == len(json_lines(job.run_dir / "metrics.jsonl"))
 
 
-def test_a_job_without_time_for_a_step_ends(submit: Callable[..., Job]) -> None:
+def test_a_job_without_time_for_a_step_ends(submit: Submit) -> None:
     """The ranks ask Slurm when the job ends, and stop before it; the second time without progress is the last."""
     job = submit(
         "short", "examples/moe/tiny.sbatch", *options(supervision__stop_margin_s=1800), sbatch=("--time=30",)
@@ -269,7 +274,7 @@ def test_a_job_without_time_for_a_step_ends(submit: Callable[..., Job]) -> None:
     assert [attempt.code for attempt in job.attempts] == [85, 85]
 
 
-def test_a_job_that_gets_nowhere_ends(submit: Callable[..., Job]) -> None:
+def test_a_job_that_gets_nowhere_ends(submit: Submit) -> None:
     """Each node it gets is found unfit: it is tried without the first, and then given up."""
     unfit = options(
         supervision__node_check="true",
@@ -324,7 +329,7 @@ CASES: dict[str, tuple[str, list[str], int, str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ends_with_one_clear_line(name: str, submit: Callable[..., Job]) -> None:
+def test_ends_with_one_clear_line(name: str, submit: Submit) -> None:
     script, arguments, expected, line = CASES[name]
     job = submit(name.replace(" ", "_"), script, *arguments)
     code, log = job.end()
@@ -333,14 +338,14 @@ def test_ends_with_one_clear_line(name: str, submit: Callable[..., Job]) -> None
     assert re.search(line, error), error
 
 
-def test_sbatch_refuses_a_wrong_partition(submit: Callable[..., Job]) -> None:
+def test_sbatch_refuses_a_wrong_partition(submit: Submit) -> None:
     with pytest.raises(RuntimeError, match=r"error: .*invalid partition specified: nowhere"):
         submit("partition", "examples/moe/tiny.sbatch", sbatch=("--partition=nowhere",))
 
 
 @needs_sglang
 @pytest.mark.parametrize("place", ["other component", "other node"])
-def test_trainers_and_sglang_servers_apart(place: str, submit: Callable[..., Job]) -> None:
+def test_trainers_and_sglang_servers_apart(place: str, submit: Submit) -> None:
     sglang = options(
         train__num_steps=3,
         sglang__python=PYTHON,
@@ -373,6 +378,28 @@ def test_trainers_and_sglang_servers_apart(place: str, submit: Callable[..., Job
     logs = [file.read_text(errors="replace") for file in (job.log, *job.run_dir.rglob("*.log"))]
     assert len(logs) >= 4  # job, trainer, the step of the servers, the server
     assert not [key for key in json.loads(keys.read_text()).values() if any(key in text for text in logs)]
+
+
+def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(
+    undisturbed: Job, disturbed: Future[Job]
+) -> None:
+    job = disturbed.result()
+    code, log = job.end()
+    assert code == 0, log
+    codes = [attempt.code for attempt in job.attempts]
+    assert codes[:4] == [85, 85, 1, 85]
+    assert codes[4] in (85, None)  # the ranks were asked to stop, or Slurm was faster
+    assert codes[5] in (1, None)  # the ranks of the other node may have said that they lost it
+    assert codes[6:] == [0]
+    reasons = [attempt.reason for attempt in job.attempts]
+    assert "SIGUSR1" in reasons[0]
+    assert "rank 1 on node2 was killed by SIGKILL" in reasons[2]
+    steps = [attempt.checkpoint_step for attempt in job.attempts]
+    assert steps == sorted(set(steps))  # each went on from a newer checkpoint
+    expected, found = (
+        [_untimed(line) for line in json_lines(each.run_dir / "metrics.jsonl")] for each in (undisturbed, job)
+    )
+    assert found == expected
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -6,20 +6,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from megatron_gmpo.errors import Exit
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
-from ..support.commands import CONFIG, ROOT, command_line, error_lines, json_lines, options, run_module
+from ..support.commands import CONFIG, error_lines, json_lines, options, run_module, start_module
+from ..support.forks import Fork
 
 pytestmark = pytest.mark.distributed
 
@@ -56,28 +54,12 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     ]
 
 
-@contextmanager
-def started(argv: list[str], **env: str) -> Iterator[subprocess.Popen[str]]:
-    """Run two ranks under torchrun; all processes are killed at the end."""
-    process = subprocess.Popen(
-        command_line(TRAIN, *argv, ranks=2),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        family = [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-        for member in family:
-            member.kill()
-        process.kill()
-        process.wait(_TIMEOUT_S)
+def started(argv: list[str], **env: str) -> Fork:
+    """Start two ranks under torchrun; all processes are killed at the end of the context."""
+    return start_module(TRAIN, *argv, ranks=2, **env)
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run_dir: Path, step: int, process: Fork) -> None:
     deadline = time.monotonic() + _TIMEOUT_S
     file = run_dir / "metrics.jsonl"
     while not (file.exists() and len(file.read_text().splitlines()) >= step):

@@ -104,7 +104,7 @@ def two_steps(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
             **ADAPTIVE,
         ),
     ]
-    done = run_module("megatron_gmpo.train", *config, ranks=2)
+    done = run_module("megatron_gmpo.train", *config, ranks=2, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr
     assert load_config([str(run_dir / "config.toml")]) == load_config(config)

@@ -9,41 +9,53 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from .forks import ROOT, TORCHRUN, Command, Fork
+
 CONFIG = "examples/moe/tiny_cpu.toml"
 _TIMEOUT_S = 240
 
 
 def command_line(module: str, *argv: object, ranks: int | None = None) -> list[str]:
-    """``python -m module argv...``, under torchrun when ``ranks`` are given."""
-    launch = ["-m", module]
-    if ranks:
-        handled = "SIGTERM,SIGINT,SIGUSR1"
-        launch = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--signals-to-handle",
-            handled,
-            "--nproc-per-node",
-            str(ranks),
-            *launch,
-        ]
-    return [sys.executable, *launch, *map(str, argv)]
+    """``python -m module argv...``, under torchrun when ``ranks`` are given, for an interpreter of its own."""
+    module, arguments = _under_torchrun(module, argv, ranks)
+    return [sys.executable, "-m", module, *arguments]
+
+
+def start_module(module: str, *argv: object, ranks: int | None = None, **env: str) -> Fork:
+    """Start the ``command_line`` in a fork, with ``env`` added to the environment."""
+    module, arguments = _under_torchrun(module, argv, ranks)
+    return Fork(Command(module, arguments, _environment(env), ranks or 0))
 
 
 def run_module(
-    module: str, *argv: object, ranks: int | None = None, **env: str
+    module: str, *argv: object, ranks: int | None = None, fresh: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the ``command_line`` to its end, with ``env`` added to the environment."""
-    return subprocess.run(
-        command_line(module, *argv, ranks=ranks),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-    )
+    """Run the ``command_line`` to its end in a fork, or in an interpreter of its own when ``fresh``."""
+    if fresh:
+        return subprocess.run(
+            command_line(module, *argv, ranks=ranks),
+            cwd=ROOT,
+            env=_environment(env),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+        )
+    with start_module(module, *argv, ranks=ranks, **env) as process:
+        stdout, stderr = process.communicate(_TIMEOUT_S)
+    return subprocess.CompletedProcess([module, *map(str, argv)], process.wait(), stdout, stderr)
+
+
+def _under_torchrun(module: str, argv: tuple[object, ...], ranks: int | None) -> tuple[str, list[str]]:
+    arguments = list(map(str, argv))
+    if not ranks:
+        return module, arguments
+    handled = "SIGTERM,SIGINT,SIGUSR1"
+    launch = ["--standalone", "--signals-to-handle", handled, "--nproc-per-node", str(ranks), "-m", module]
+    return TORCHRUN, [*launch, *arguments]
+
+
+def _environment(added: dict[str, str]) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | added
 
 
 def options(**values: object) -> list[str]:

@@ -1,12 +1,13 @@
-"""A pool of processes that become gloo ranks: spawned once, used for many cases of many world sizes."""
+"""A pool of processes that become gloo ranks, used for many cases of many world sizes.
+
+As a module this is one of the processes: ``python -m tests.support.ranks RANK ADDRESS``.
+"""
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import pickle
-import queue
 import signal
 import sys
 import tempfile
@@ -15,113 +16,117 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_gmpo.platform import prepare_megatron
+
+from .forks import Command, Fork
 
 _CASE_S = 300
 _COLLECTIVE_S = 120
-_LOOK_S = 2  # how often a wait looks whether the other side still lives
 
 
 class RankPool:
-    """``run`` calls one function on several ranks at once and gives back what each returned.
+    """``run`` calls one function on several ranks at once and returns their results.
 
-    The function and its arguments are pickled: define it at the top of a module. A case that fails ends the pool, since its other ranks
-    may wait in a collective for ever; ``alive`` then is False.
+    The function and its arguments are pickled: define it at the top of a module. A case that fails ends the pool, because its other ranks
+    may wait in a collective; ``alive`` is then False.
     """
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
-        self._tasks = [context.Queue() for _ in range(size)]
-        self._results = context.Queue()
-        self._workers = [
-            context.Process(target=_work, args=(rank, tasks, self._results), daemon=False)
-            for rank, tasks in enumerate(self._tasks)
-        ]  # daemons may have no children, and Megatron's checkpoint writer is one
-        for worker in self._workers:
-            worker.start()
+        self._processes: list[Fork] = []
+        self._connections: list[Connection] = []
+        for rank in range(size):
+            address = str(Path(self._folder.name) / f"rank{rank}")
+            with Listener(address) as listener:
+                argv = [str(rank), address]
+                self._processes.append(Fork(Command("tests.support.ranks", argv, dict(os.environ))))
+                self._connections.append(cast(Connection, listener.accept()))
         self._cases = 0
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """The results in rank order. A rank's exception fails the case with its traceback."""
-        assert world_size <= len(self._workers)
+        """Return the results in rank order. An exception on a rank fails the case with its traceback."""
+        connections = self._connections[:world_size]
+        assert len(connections) == world_size
         self._cases += 1
         store = str(Path(self._folder.name) / f"store{self._cases}")
-        # bytes: a queue would share each tensor through a file descriptor that lives as long as the tensor
-        task = pickle.dumps((store, world_size, function, args))
-        for tasks in self._tasks[:world_size]:
-            tasks.put(task)
+        # pickled here: Connection.send would share each tensor through a file descriptor
+        case = pickle.dumps((store, world_size, function, args))
+        for connection in connections:
+            connection.send_bytes(case)
         results: dict[int, Any] = {}
         deadline = time.monotonic() + _CASE_S
         while len(results) < world_size:
-            try:
-                rank, result, failure = self._results.get(timeout=_LOOK_S)
-            except queue.Empty:
-                if self.alive and time.monotonic() < deadline:
-                    continue
+            waiting = [connection for rank, connection in enumerate(connections) if rank not in results]
+            ready = wait(waiting, max(0, deadline - time.monotonic()))
+            if not ready:
                 self.close()
                 raise TimeoutError(
-                    f"{function.__name__}: of {world_size} ranks only {sorted(results)} answered"
-                ) from None
-            if failure:
-                self.close()
-                raise AssertionError(f"rank {rank} of {world_size}:\n{failure}")
-            results[rank] = pickle.loads(result)
+                    f"{function.__name__}: only ranks {sorted(results)} of {world_size} answered"
+                )
+            for connection in ready:
+                rank = connections.index(cast(Connection, connection))
+                try:
+                    results[rank], failure = pickle.loads(connections[rank].recv_bytes())
+                except EOFError:
+                    failure = f"the process ended with exit code {self._processes[rank].wait()}"
+                if failure:
+                    self.close()
+                    raise AssertionError(f"rank {rank} of {world_size}:\n{failure}")
         return [results[rank] for rank in range(world_size)]
 
     @property
     def alive(self) -> bool:
-        return all(worker.is_alive() for worker in self._workers)
+        return all(process.poll() is None for process in self._processes)
 
     def close(self) -> None:
-        for worker in self._workers:
-            if worker.is_alive():
-                with suppress(ProcessLookupError):  # it is so young that it has no group yet
-                    os.killpg(
-                        worker.pid, signal.SIGKILL
-                    )  # with Megatron's checkpoint writer, which would outlive it
-                worker.kill()
-            worker.join()
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            connection.close()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also Megatron's checkpoint writer
+            process.wait()
         self._folder.cleanup()
 
 
-def _work(rank: int, tasks: Any, results: Any) -> None:
+def main(rank: int, address: str) -> None:
     os.setpgrp()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    import torch
-    import torch.distributed as dist
-
-    from megatron_gmpo.platform import prepare_megatron
-
-    main: Any = sys.modules["__main__"]
-    main.__spec__ = main.__file__ = (
-        None  # what this process spawns, Megatron's checkpoint writer, need not import it
-    )
+    this: Any = sys.modules["__main__"]
+    this.__spec__ = this.__file__ = None  # Megatron's checkpoint writer, which is spawned, must not import it
     torch.set_num_threads(1)
     prepare_megatron(torch.device("cpu"))
-    pool = multiprocessing.parent_process()
-    assert pool is not None
-    while pool.is_alive():
-        try:
-            task = tasks.get(timeout=_LOOK_S)
-        except queue.Empty:
-            continue
-        try:
-            store, world_size, function, args = pickle.loads(task)
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{store}",
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=_COLLECTIVE_S),
-            )
-            result = function(*args)
-            dist.barrier()
-            results.put((rank, pickle.dumps(result), None))
-        except BaseException:
-            results.put((rank, None, traceback.format_exc()))
-        finally:
-            gc.collect()  # a process group ends with its last reference
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    with Client(address) as pool, suppress(EOFError):
+        while True:
+            pool.send_bytes(_answer(rank, pool.recv_bytes()))
+
+
+def _answer(rank: int, case: bytes) -> bytes:
+    """Return the pickled result of a case, and the traceback if it failed."""
+    try:
+        store, world_size, function, args = pickle.loads(case)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=_COLLECTIVE_S),
+        )
+        result = function(*args)
+        dist.barrier()
+        return pickle.dumps((result, None))
+    except BaseException:
+        return pickle.dumps((None, traceback.format_exc()))
+    finally:
+        gc.collect()  # a process group ends with its last reference
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

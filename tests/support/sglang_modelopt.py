@@ -1,6 +1,6 @@
-"""What SGLang makes of a folder that ModelOpt has quantised; runs in SGLang's environment: python -I sglang_modelopt.py FOLDER
+"""What SGLang makes of a folder that ModelOpt has quantised; runs in SGLang's environment: python -I sglang_modelopt.py FOLDER...
 
-Prints a JSON object: the ``method`` it takes without being told, the ``parameters`` it loads for a matrix of 128 rows and 256 columns, each
+Prints a JSON object a line, one for each folder: the ``method`` it takes without being told, the ``parameters`` it loads for a matrix of 128 rows and 256 columns, each
 with dtype and shape, and of all modules of Qwen3 models those it ``skipped``: what keeps its dtype.
 """
 
@@ -55,4 +55,5 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for folder in sys.argv[1:]:
+        main(folder)
