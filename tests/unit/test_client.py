@@ -98,6 +98,13 @@ def tokens_from(start: int, count: int) -> list[int]:
     return [100 + start + i for i in range(count)]
 
 
+def assert_columns(response: Response, tokens: list[int], versions: list[int]) -> None:
+    assert [c.dtype for c in (response.tokens, response.logprobs, response.versions)] == ["i4", "f4", "i4"]
+    assert response.tokens.tolist() == tokens
+    assert np.array_equal(response.logprobs, np.array([-token / 100 for token in tokens], np.float32))
+    assert response.versions.tolist() == versions
+
+
 def test_responses_come_in_order_from_the_least_loaded_server(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
@@ -115,9 +122,7 @@ def test_responses_come_in_order_from_the_least_loaded_server(
     assert [len(row) for row in rows] == [2] * 10
     for i, row in enumerate(rows):
         for response in row:
-            assert response.tokens == tokens_from(4, 1 + i % 3)
-            assert response.logprobs == [-token / 100 for token in response.tokens]
-            assert response.versions == [0] * len(response.tokens)
+            assert_columns(response, tokens_from(4, 1 + i % 3), [0] * (1 + i % 3))
             assert (response.finish_reason, response.routed_experts) == ("length", None)
     assert [fake.peak for fake in fakes] == [3, 3]
     assert all(len(fake.bodies) >= 5 for fake in fakes)
@@ -158,7 +163,7 @@ def test_proxies_of_the_environment_are_ignored(
     monkeypatch.delenv("no_proxy", raising=False)
     served = client()
     sync(served, fakes, 0)
-    assert sample(served)[0][0].tokens == tokens_from(4, 4)
+    assert sample(served)[0][0].tokens.tolist() == tokens_from(4, 4)
     assert fakes[0].server.weight_version(5) == f"{NONCE}-0"
     assert fakes[0].server.answers(5)
 
@@ -182,9 +187,7 @@ def test_a_response_aborted_by_a_sync_continues_with_the_new_weights(
     sync(served, fakes, 1)
     fakes[0]._loop.call_soon_threadsafe(synced.set)
     ((response,),) = future.result(20)
-    assert response.tokens == tokens_from(3, 8)
-    assert response.logprobs == [-token / 100 for token in response.tokens]
-    assert response.versions == [0] * 3 + [1] * 5
+    assert_columns(response, tokens_from(3, 8), [0] * 3 + [1] * 5)
     assert response.finish_reason == "length"
     first, second = fakes[0].bodies
     assert second["input_ids"] == PROMPT + tokens_from(3, 3)
@@ -203,7 +206,7 @@ def test_a_response_that_ends_at_the_limit_needs_no_further_request(
         return answer_of(body, f"{NONCE}-0", finish="abort" if len(fakes[0].bodies) == 1 else "length")
 
     fakes[0].generate = generate
-    assert sample(served, tokens=5)[0][0].tokens == tokens_from(4, 5)
+    assert sample(served, tokens=5)[0][0].tokens.tolist() == tokens_from(4, 5)
     assert len(fakes[0].bodies) == 1
 
 
@@ -228,7 +231,7 @@ def test_aborts_outside_a_sync_are_failures(
 def test_answers_from_other_weights_are_discarded(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """Those of another run, of an older step, and of a sync that broke off; the server is synced again."""
+    """Weights of another run, of an older step and of an incomplete sync; the server is synced again."""
     served = client()
     sync(served, fakes, 3)
     for retries, version in enumerate(("other-3", f"{NONCE}-2", "incomplete"), start=1):
@@ -239,7 +242,7 @@ def test_answers_from_other_weights_are_discarded(
         servers = served.servers_to_sync()
         fakes[0].weight_version = f"{NONCE}-3"
         served.synced(servers, [])
-        assert future.result(20)[0][0].versions == [3] * 4
+        assert future.result(20)[0][0].versions.tolist() == [3] * 4
         assert served.retries == retries
 
 
@@ -254,7 +257,7 @@ def test_a_full_queue_and_server_errors_delay_a_request(
         return web.Response(status=status, text="busy") if status else answer_of(body, f"{NONCE}-0")
 
     fakes[0].generate = generate
-    assert sample(served)[0][0].tokens == tokens_from(4, 4)
+    assert sample(served)[0][0].tokens.tolist() == tokens_from(4, 4)
     assert served.retries == 3
     assert states(served) == [ServerState.READY]
 
@@ -271,7 +274,8 @@ def test_a_server_that_accepts_nothing_is_an_error(
     fakes[0].generate = generate
     with pytest.raises(
         ServerError,
-        match=r"accepted no request within sglang\.request_timeout_s = 0\.3, the last reply: the queue is full",
+        match=r"accepted no request within sglang\.request_timeout_s = 0\.3, "
+        r"the last reply: the queue is full$",
     ):
         sample(served)
 
@@ -313,7 +317,7 @@ def test_a_late_response_is_aborted_and_continued(
         return answer_of(body, f"{NONCE}-0", count=2, finish="abort")
 
     fakes[0].generate = generate
-    assert sample(served, tokens=6)[0][0].tokens == tokens_from(4, 6)
+    assert sample(served, tokens=6)[0][0].tokens.tolist() == tokens_from(4, 6)
     assert fakes[0].aborted == [fakes[0].bodies[0]["rid"]]
     assert served.retries == 1
 
@@ -339,7 +343,7 @@ def test_a_server_whose_scheduler_hangs_is_restarted(
     servers = served.servers_to_sync()
     fakes[0].weight_version = f"{NONCE}-0"
     served.synced(servers, [])
-    assert future.result(20)[0][0].versions == [0] * 4
+    assert future.result(20)[0][0].versions.tolist() == [0] * 4
 
 
 def test_a_silent_server_that_generates_again_is_ready(
@@ -354,7 +358,7 @@ def test_a_silent_server_that_generates_again_is_ready(
         return answer_of(body, f"{NONCE}-0")
 
     fakes[0].generate = generate
-    assert sample(served)[0][0].versions == [0] * 4
+    assert sample(served)[0][0].versions.tolist() == [0] * 4
     assert served.retries == 1
     assert states(served) == [ServerState.READY]
 
@@ -376,7 +380,7 @@ def test_a_server_that_dies_is_restarted_and_synced(
     future = served.submit([[*PROMPT, i] for i in range(4)], SamplingParams(max_new_tokens=4), [])
     wait_for(lambda: fakes[0].bodies)
     served.local.kill(0)  # pyright: ignore[reportAttributeAccessIssue]
-    assert [row[0].tokens for row in future.result(20)] == [tokens_from(4, 4)] * 4
+    assert [row[0].tokens.tolist() for row in future.result(20)] == [tokens_from(4, 4)] * 4
     assert states(served)[1] is ServerState.READY
     wait_for(lambda: states(served)[0] is ServerState.STALE)
     assert (served.restarts, served.retries) == (1, 2)
@@ -426,7 +430,7 @@ def test_servers_that_keep_dying_are_given_up(
     wait_for(lambda: states(served)[0] is ServerState.GIVEN_UP)
     assert states(served) == [ServerState.GIVEN_UP, ServerState.READY]
     assert served.servers_to_sync() == []
-    assert sample(served)[0][0].versions == [0] * 4
+    assert sample(served)[0][0].versions.tolist() == [0] * 4
     local.broken = True
     local.kill(1)
     wait_for(lambda: states(served)[1] is ServerState.GIVEN_UP)
@@ -479,7 +483,7 @@ def test_external_servers_that_do_not_answer_end_the_run(
     assert served.servers_to_sync() == []
     future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), [])
     fakes[0].start()
-    assert future.result(20)[0][0].versions == [0] * 4
+    assert future.result(20)[0][0].versions.tolist() == [0] * 4
     fakes[0].stop()
     wait_for(lambda: states(served) == [ServerState.CHECKING])
     with pytest.raises(ServerError, match=f"^no SGLang server has answered for 2 s: {fakes[0].server.url}$"):
@@ -539,7 +543,7 @@ def test_routed_experts_are_decoded(client: Callable[..., RolloutClient], fakes:
     fakes[0].generate = generate
     ((response,),) = sample(served)
     assert response.routed_experts is not None
-    assert response.routed_experts.dtype == np.int16
+    assert response.routed_experts.dtype == np.uint8
     assert np.array_equal(response.routed_experts, record.reshape(7, 4))
     assert fakes[0].bodies[0]["return_routed_experts"]
     assert served.retries == 1
