@@ -98,6 +98,13 @@ def tokens_from(start: int, count: int) -> list[int]:
     return [100 + start + i for i in range(count)]
 
 
+def assert_columns(response: Response, tokens: list[int], versions: list[int]) -> None:
+    assert [c.dtype for c in (response.tokens, response.logprobs, response.versions)] == ["i4", "f4", "i4"]
+    assert response.tokens.tolist() == tokens
+    assert np.array_equal(response.logprobs, np.array([-token / 100 for token in tokens], np.float32))
+    assert response.versions.tolist() == versions
+
+
 def test_responses_come_in_order_from_the_least_loaded_server(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
@@ -115,9 +122,7 @@ def test_responses_come_in_order_from_the_least_loaded_server(
     assert [len(row) for row in rows] == [2] * 10
     for i, row in enumerate(rows):
         for response in row:
-            assert response.tokens.tolist() == tokens_from(4, 1 + i % 3)
-            assert response.logprobs.tolist() == pytest.approx([-token / 100 for token in response.tokens])
-            assert response.versions.tolist() == [0] * len(response.tokens)
+            assert_columns(response, tokens_from(4, 1 + i % 3), [0] * (1 + i % 3))
             assert (response.finish_reason, response.routed_experts) == ("length", None)
     assert [fake.peak for fake in fakes] == [3, 3]
     assert all(len(fake.bodies) >= 5 for fake in fakes)
@@ -182,9 +187,7 @@ def test_a_response_aborted_by_a_sync_continues_with_the_new_weights(
     sync(served, fakes, 1)
     fakes[0]._loop.call_soon_threadsafe(synced.set)
     ((response,),) = future.result(20)
-    assert response.tokens.tolist() == tokens_from(3, 8)
-    assert response.logprobs.tolist() == pytest.approx([-token / 100 for token in response.tokens])
-    assert response.versions.tolist() == [0] * 3 + [1] * 5
+    assert_columns(response, tokens_from(3, 8), [0] * 3 + [1] * 5)
     assert response.finish_reason == "length"
     first, second = fakes[0].bodies
     assert second["input_ids"] == PROMPT + tokens_from(3, 3)
@@ -228,7 +231,7 @@ def test_aborts_outside_a_sync_are_failures(
 def test_answers_from_other_weights_are_discarded(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """Those of another run, of an older step, and of a sync that broke off; the server is synced again."""
+    """Weights of another run, of an older step and of an incomplete sync; the server is synced again."""
     served = client()
     sync(served, fakes, 3)
     for retries, version in enumerate(("other-3", f"{NONCE}-2", "incomplete"), start=1):
@@ -271,7 +274,8 @@ def test_a_server_that_accepts_nothing_is_an_error(
     fakes[0].generate = generate
     with pytest.raises(
         ServerError,
-        match=r"accepted no request within sglang\.request_timeout_s = 0\.3, the last reply: the queue is full",
+        match=r"accepted no request within sglang\.request_timeout_s = 0\.3, "
+        r"the last reply: the queue is full$",
     ):
         sample(served)
 
