@@ -1,7 +1,8 @@
 """GMPO training: ``torchrun --nproc-per-node N -m megatron_gmpo.train CONFIG.toml --section.key value ...``
 
-Every step: sync the rollout engine's weights, sample and score groups of responses, turn rewards into advantages, take the policy's log
-probabilities before the first update, then make one optimizer step for each minibatch.
+Every step syncs the rollout engine's weights, samples and scores groups of responses, turns rewards into
+advantages, computes the policy's log probabilities before the first update, and then makes one optimizer step
+per minibatch.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from .config import Config
 from .distributed import barrier, rank, world_size
 from .errors import NonFiniteError
 from .evaluate import evaluate
-from .losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
+from .losses.adaptive_clip import make_adaptive_clip
 from .losses.advantages import group_advantages
 from .losses.correction import correct, rollout_mismatch
-from .losses.objective import Objective, make_objective
+from .losses.objective import make_objective
 from .metrics.figures import Metric, reduce_metrics
 from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
@@ -46,22 +47,22 @@ from .supervision.attempt import Attempt
 log = logging.getLogger(__name__)
 
 WORK = ("rollout", "logprobs", "train", "weight_sync")
-"""The phases of a step that throughput counts; evaluation and checkpoints are not in it."""
+"""Phases of a step that throughput counts; evaluation and checkpoints are excluded."""
 
 
 def train(run: Run, attempt: Attempt) -> None:
-    """Goes on from the newest checkpoint, if there is one, to ``train.num_steps`` or until it is asked to stop."""
+    """Train from the newest checkpoint, if any, to ``train.num_steps`` or until the run is asked to stop."""
     cfg = run.cfg
     objective = make_objective(
         cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens
     )
     clip = make_adaptive_clip(cfg.algorithm, objective)
     run.start()
-    step = run.step
-    if step >= cfg.train.num_steps:
+    if run.step >= cfg.train.num_steps:
         if rank() == 0:
             print(
-                f"{run.checkpoint} has {step} of {cfg.train.num_steps} steps: nothing to do; to go on raise train.num_steps"
+                f"{run.checkpoint} has {run.step} of {cfg.train.num_steps} steps: nothing to do; "
+                "raise train.num_steps to continue"
             )
         return
     attempt.start(run.device, run.checkpoint_bytes)
@@ -69,139 +70,185 @@ def train(run: Run, attempt: Attempt) -> None:
         closing_reward(run.reward),
         closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine,
     ):
-        _train(run, attempt, objective, clip, engine)
+        state = TrainingState(run, objective, clip, engine)  # loads weights while servers start
+        run.write_config()
+        Loop(run, attempt, state, engine).run_steps()
 
 
-def _train(
-    run: Run, attempt: Attempt, objective: Objective, clip: AdaptiveClip | None, engine: RolloutEngine | None
-) -> None:
-    cfg, num_steps = run.cfg, run.cfg.train.num_steps
-    state = TrainingState(run, objective, clip, engine)  # while servers start
-    policy = state.policy
-    run.write_config()
-    logger = MetricLogger(
-        run.run_dir,
-        tensorboard=cfg.log.tensorboard,
-        wandb_project=cfg.log.wandb_project,
-        config=cfg.model_dump(mode="json"),
-        resume_step=state.step,
-    )
-    if state.step:
-        logger.event("resume", step=state.step, checkpoint=str(run.checkpoint))
-    timer = Timer(attempt.enter)
-    routing = run.description.routing if cfg.needs_rollout_routing else None
+class Loop:
+    """The training loop of one attempt.
 
-    def rollout() -> Collected:
-        if cfg.rollout.replay_path:
-            groups = load_groups(cfg.rollout.replay_path, state.step)
+    Args:
+        run: the checked config and what it loads.
+        attempt: decides whether the run stops early.
+        state: what changes from step to step.
+        engine: None if saved rollouts are replayed and nothing is evaluated.
+    """
+
+    def __init__(
+        self, run: Run, attempt: Attempt, state: TrainingState, engine: RolloutEngine | None
+    ) -> None:
+        self.run, self.cfg, self.attempt, self.state, self.engine = run, run.cfg, attempt, state, engine
+        self.timer = Timer(attempt.enter)
+        self.logger = MetricLogger(
+            run.run_dir,
+            tensorboard=run.cfg.log.tensorboard,
+            wandb_project=run.cfg.log.wandb_project,
+            config=run.cfg.model_dump(mode="json"),
+            resume_step=state.step,
+        )
+        self.minibatch: TrainBatch | None = (
+            None  # the newest one, written to the run folder if it breaks the run
+        )
+
+    def run_steps(self) -> None:
+        """Take steps until ``train.num_steps``, or until the attempt stops; then save.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a weight is not finite; the line names the files it left.
+        """
+        cfg, state, num_steps = self.cfg, self.state, self.cfg.train.num_steps
+        if state.step:
+            self.logger.event("resume", step=state.step, checkpoint=str(self.run.checkpoint))
+        log.info(_headline(self.run, state.objective.description))
+        with Progress(num_steps, done=state.step, enabled=cfg.log.progress) as progress:
+            try:
+                if state.step == 0 and cfg.eval.before and (before := self.evaluate()):
+                    progress.note(_results("before training", self.logger.log(0, before)))
+                self.timer.take()
+                while state.step < num_steps and not self.attempt.stops(state.step):
+                    self.step(progress)
+                if state.step < num_steps:  # asked to stop
+                    self.save()
+                    self.attempt.saved(state.step)
+            except NonFiniteError as error:
+                raise self._stopped(error) from None
+            barrier()
+        self.logger.close()
+
+    def step(self, progress: Progress) -> None:
+        """Collect groups, train on them, log, and evaluate and save when due."""
+        cfg, state = self.cfg, self.state
+        collected = self.collect()
+        batch = self.make_batch(collected.groups)
+        learned = self.learn(batch)
+        clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
+        self.logger.add(learned | clips)
+        state.adapt_clip(learned)
+        state.step += 1
+        self.logger.add(collected.metrics | rollout_mismatch(batch))
+
+        last = state.step == cfg.train.num_steps
+        results = self.evaluate() if last or _due(cfg.eval.interval, state.step) else {}
+        seconds = self.timer.take()
+        worked = sum(seconds.get(f"time/{name}", 0) for name in WORK)
+        self.logger.add({"throughput/tokens_per_second": len(batch.tokens) / worked} | seconds)
+        self._write_rollouts(collected.groups)
+        figures = self.logger.log(state.step, results)
+        progress.update(state.step, figures)
+        if results:
+            progress.note(_results(f"after step {state.step}", results))
+        if collapse := state.find_collapse(figures):
+            progress.note(state.react(collapse, self.logger))
+        # Saving is last. A resumed run repeats the steps that were logged after the checkpoint.
+        if _due(cfg.checkpoint.save_interval, state.step) or (last and cfg.checkpoint.save_final):
+            self.save()
+
+    def collect(self) -> Collected:
+        """Return the step's scored groups, sampled with the current weights or read from ``rollout.replay_path``."""
+        state, replay_path = self.state, self.cfg.rollout.replay_path
+        if replay_path:
+            groups = load_groups(replay_path, state.step)
             return Collected(groups, rollout_figures(groups))
-        assert engine
+        assert self.engine
         assert state.collector
-        with timer("weight_sync"):
-            engine.update_weights(policy.export_hf(), version=state.step)
-        with timer("rollout"):
-            collected = state.collector.collect(steps_left=num_steps - state.step)
-            engine.sleep()
-        return Collected(collected.groups, collected.metrics | engine.take_metrics())
+        with self.timer("weight_sync"):
+            self.engine.update_weights(state.policy.export_hf(), version=state.step)
+        with self.timer("rollout"):
+            collected = state.collector.collect(steps_left=self.cfg.train.num_steps - state.step)
+            self.engine.sleep()
+        return Collected(collected.groups, collected.metrics | self.engine.take_metrics())
 
-    def evaluation() -> dict[str, float]:
-        if not (engine and run.eval_sets):
+    def make_batch(self, groups: list[SampleGroup]) -> TrainBatch:
+        """Return the step's batch: advantages, old and reference log probabilities, corrections, own columns."""
+        cfg, policy, objective = self.cfg, self.state.policy, self.state.objective
+        advantages = group_advantages(groups, cfg.algorithm.advantage)
+        routing = self.run.description.routing if cfg.needs_rollout_routing else None
+        batch = make_train_batch(groups, advantages, routing)
+        with self.timer("logprobs"):
+            self.logger.add(policy.set_old_logprobs(batch))
+            self.logger.add(correct(batch, cfg.algorithm))
+            if "ref_logprobs" in objective.needs:
+                batch.ref_logprobs = policy.reference_logprobs(batch)
+            objective.add_columns(batch)
+        return batch
+
+    def learn(self, batch: TrainBatch) -> dict[str, Metric]:
+        """Make one optimizer step per minibatch; return the metrics of all of them."""
+        updates: list[dict[str, Metric]] = []
+        with self.timer("train"):
+            for minibatch in batch.split(self.cfg.train.minibatches_per_step):
+                self.minibatch = minibatch
+                updates.append(self.state.policy.train_step(minibatch, self.state.objective))
+        return reduce_metrics(updates)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the results on every benchmark of ``eval.sets``; empty without one."""
+        cfg = self.cfg
+        if not (self.engine and self.run.eval_sets):
             return {}
-        with timer("evaluation"):
-            engine.update_weights(policy.export_hf(), version=state.step)
+        with self.timer("evaluation"):
+            self.engine.update_weights(self.state.policy.export_hf(), version=self.state.step)
             results = evaluate(
-                engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop
+                self.engine,
+                self.run.eval_sets,
+                self.run.reward,
+                cfg.eval,
+                cfg.rollout.max_new_tokens,
+                cfg.rollout.stop,
             )
-            engine.sleep()
+            self.engine.sleep()
         return results
 
-    def save() -> None:
-        with timer("checkpoint"):
-            state.save(logger)
+    def save(self) -> None:
+        """Write a checkpoint, unless this step already has one."""
+        if self.state.saved_step != self.state.step:
+            with self.timer("checkpoint"):
+                self.state.save(self.logger)
 
-    log.info(_headline(run, objective.description))
-    minibatch: TrainBatch | None = None
-    with Progress(num_steps, done=state.step, enabled=cfg.log.progress) as progress:
-        try:
-            if state.step == 0 and cfg.eval.before and (before := evaluation()):
-                progress.note(_results("before training", logger.log(0, before)))
-            timer.take()
+    def _write_rollouts(self, groups: list[SampleGroup]) -> None:
+        step, cfg = self.state.step, self.cfg
+        append_transcripts(self.run.transcripts, step, groups, cfg.log.transcripts_per_step)
+        if cfg.rollout.save_path:
+            save_groups(cfg.rollout.save_path, step - 1, groups)
 
-            while state.step < num_steps and not attempt.stops(state.step):
-                collected = rollout()
-                advantages = group_advantages(collected.groups, cfg.algorithm.advantage)
-                batch = make_train_batch(collected.groups, advantages, routing)
-                with timer("logprobs"):
-                    logger.add(policy.set_old_logprobs(batch))
-                    logger.add(correct(batch, cfg.algorithm))
-                    if "ref_logprobs" in objective.needs:
-                        batch.ref_logprobs = policy.reference_logprobs(batch)
-                    objective.add_columns(batch)
-                updates: list[dict[str, Metric]] = []
-                with timer("train"):
-                    for minibatch in batch.split(cfg.train.minibatches_per_step):  # one optimizer step each
-                        updates.append(policy.train_step(minibatch, state.objective))
-                learned = reduce_metrics(updates)
-                logger.add(
-                    learned
-                    | {
-                        "policy/clip_low": state.objective.clip_low,
-                        "policy/clip_high": state.objective.clip_high,
-                    }
-                )
-                state.adapt_clip(learned)
-                state.step += 1
-
-                logger.add(collected.metrics | rollout_mismatch(batch))
-                results = (
-                    evaluation() if _due(cfg.eval.interval, state.step) or state.step == num_steps else {}
-                )
-                spent = timer.take()
-                logger.add(
-                    {
-                        "throughput/tokens_per_second": len(batch.tokens)
-                        / sum(spent.get(f"time/{name}", 0) for name in WORK)
-                    }
-                    | spent
-                )
-                _write_rollouts(run, state.step, collected.groups)
-                figures = logger.log(state.step, results)
-                progress.update(state.step, figures)
-                if results:
-                    progress.note(_results(f"after step {state.step}", results))
-                if collapse := state.find_collapse(figures):
-                    progress.note(state.react(collapse, logger))
-                # last: what a kill leaves logged beyond the checkpoint, the resumed run does again
-                due = _due(cfg.checkpoint.save_interval, state.step) or (
-                    state.step == num_steps and cfg.checkpoint.save_final
-                )
-                if due and state.saved_step != state.step:  # it was, if the run has gone back
-                    save()
-            if state.step < num_steps:  # asked to stop
-                if state.saved_step != state.step:
-                    save()
-                attempt.saved(state.step)
-        except NonFiniteError as error:
-            raise _stopped(error, state.step + 1, minibatch, run, logger) from None
-        barrier()
-    logger.close()
+    def _stopped(self, error: NonFiniteError) -> NonFiniteError:
+        """Write the newest minibatch; return the error with the paths of that file and of the last checkpoint."""
+        step = self.state.step + 1
+        line = f"step {step}: {error}"
+        # No collective here: a rollout may have failed on one rank alone.
+        if self.minibatch is not None and rank() == 0:
+            file = self.run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
+            self.minibatch.save(file)
+            line += f"; the last minibatch is in {file}"
+        if kept := latest_checkpoint(self.run.checkpoint_dir):
+            line += f"; the last checkpoint is {kept}"
+        self.logger.event("nonfinite", step=step, reason=line)
+        return NonFiniteError(line)
 
 
 def _due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _write_rollouts(run: Run, step: int, groups: list[SampleGroup]) -> None:
-    append_transcripts(run.transcripts, step, groups, run.cfg.log.transcripts_per_step)
-    if run.cfg.rollout.save_path:
-        save_groups(run.cfg.rollout.save_path, step - 1, groups)
-
-
 def _headline(run: Run, loss: str) -> str:
     kind = "MoE" if run.description.is_moe else "dense"
     problems = f"{len(run.prompts)} problems" if run.prompts else f"replay of {run.cfg.rollout.replay_path}"
     resumed = f"; resumed at step {run.step}" if run.step else ""
-    return f"{run.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; run_dir {run.run_dir}{resumed}"
+    return (
+        f"{run.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; "
+        f"run_dir {run.run_dir}{resumed}"
+    )
 
 
 def _results(when: str, figures: dict[str, float]) -> str:
@@ -211,24 +258,8 @@ def _results(when: str, figures: dict[str, float]) -> str:
     return f"evaluation {when}: " + ", ".join(shown)
 
 
-def _stopped(
-    error: NonFiniteError, step: int, minibatch: TrainBatch | None, run: Run, logger: MetricLogger
-) -> NonFiniteError:
-    """Writes the last minibatch, the one that broke the run, and says where it and the last checkpoint are."""
-    line = f"step {step}: {error}"
-    if (
-        minibatch is not None and rank() == 0
-    ):  # no collective here: a rollout may have failed on one rank alone
-        file = run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
-        minibatch.save(file)
-        line += f"; the last minibatch is in {file}"
-    if kept := latest_checkpoint(run.checkpoint_dir):
-        line += f"; the last checkpoint is {kept}"
-    logger.event("nonfinite", step=step, reason=line)
-    return NonFiniteError(line)
-
-
 def main(cfg: Config) -> None:
+    """Train the run that ``cfg`` describes."""
     with Attempt(cfg) as attempt:
         train(prepare(cfg, train=True), attempt)
 
