@@ -1,0 +1,145 @@
+"""The schema of a run: one frozen tree of sections. ``command_line.load_config`` reads it from TOML and options."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from .model import Fp8Config, ModelConfig, ParallelConfig
+from .rollout import DataConfig, RewardConfig, RolloutConfig, SGLangConfig, WeightSyncConfig
+from .run import CheckpointConfig, CollapseConfig, LogConfig, SupervisionConfig
+from .section import NonNegative, Positive, Section
+from .training import AlgorithmConfig, EvalConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "CollapseConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "Fp8Config",
+    "LogConfig",
+    "ModelConfig",
+    "NonNegative",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Positive",
+    "RewardConfig",
+    "RolloutConfig",
+    "SGLangConfig",
+    "SupervisionConfig",
+    "TrainConfig",
+    "WeightSyncConfig",
+]
+
+
+class Config(Section):
+    run_dir: str = "runs/gmpo"
+    """Everything the run writes goes here."""
+    seed: int = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    distributed_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Limit for one collective."""
+    model: ModelConfig = ModelConfig()
+    fp8: Fp8Config = Fp8Config()
+    parallel: ParallelConfig = ParallelConfig()
+    megatron: dict[str, Any] = {}
+    """Further fields of Megatron's TransformerConfig, by their own names."""
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sglang: SGLangConfig = SGLangConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    collapse: CollapseConfig = CollapseConfig()
+    log: LogConfig = LogConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+
+    @model_validator(mode="after")
+    def _low_precision_starts_from_bf16(self) -> Config:
+        low = {
+            "fp8.recipe": self.fp8.recipe,
+            "optimizer.offload_fraction": self.optimizer.offload_fraction or None,
+        }
+        low["optimizer.moments_dtype"] = (
+            None if self.optimizer.moments_dtype == "fp32" else self.optimizer.moments_dtype
+        )
+        for field, value in low.items():
+            if value is not None and self.model.dtype != "bf16":
+                raise ValueError(
+                    f"{field} = {value!r} needs model.dtype = 'bf16', not {self.model.dtype!r}: set it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_in_fp8_have_their_own_ways(self) -> Config:
+        if self.fp8.param:
+            if not self.optimizer.use_distributed_optimizer:
+                raise ValueError("fp8.param = true needs optimizer.use_distributed_optimizer = true: set it")
+            for field, on in (
+                ("model.reference_offload", self.model.reference_offload),
+                ("optimizer.moments_dtype", self.optimizer.moments_dtype != "fp32"),
+                ("optimizer.offload_fraction", self.optimizer.offload_fraction > 0),
+                ("optimizer.overlap_param_gather", self.optimizer.overlap_param_gather),
+            ):
+                if on:
+                    raise ValueError(
+                        f"fp8.param = true with {field}: they do not work together; remove one of them"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _adaptive_clip_has_something_to_clip(self) -> Config:
+        if self.algorithm.clip == "adaptive" and self.train.minibatches_per_step == 1:
+            raise ValueError(
+                "algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: with one update a step no ratio leaves 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollback_finds_a_checkpoint(self) -> Config:
+        if self.collapse.action == "rollback":
+            interval, seen = self.checkpoint.save_interval, self.collapse.window + self.collapse.patience
+            if not interval:
+                raise ValueError(
+                    "collapse.action = 'rollback' needs checkpoint.save_interval > 0: set it, or choose 'stop'"
+                )
+            if self.checkpoint.keep_last < (needed := 1 + math.ceil(seen / interval)):
+                raise ValueError(
+                    f"collapse.action = 'rollback' needs checkpoint.keep_last >= {needed}, to have one from {seen} steps ago: raise it or "
+                    "checkpoint.save_interval"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _servers_start_before_a_hang(self) -> Config:
+        start = self.sglang.start_timeout_s
+        for field, limit in (
+            ("supervision.hang_timeout_s", self.supervision.hang_timeout_s),
+            ("distributed_timeout_s", self.distributed_timeout_s),
+        ):
+            if self.rollout.engine == "sglang" and limit <= start:
+                raise ValueError(
+                    f"{field} = {limit:g} is not above sglang.start_timeout_s = {start:g}: ranks wait that long for servers"
+                )
+        return self
+
+    @property
+    def needs_rollout_routing(self) -> bool:
+        """Samples must carry ``routed_experts``."""
+        return self.rollout.routed_experts or self.algorithm.moe_routing_replay == "rollout"
+
+    @model_validator(mode="after")
+    def _replayed_routing_is_recorded(self) -> Config:
+        if self.needs_rollout_routing and not (self.rollout.routed_experts or self.rollout.replay_path):
+            raise ValueError(
+                "algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true: set it, or choose 'policy'"
+            )
+        return self

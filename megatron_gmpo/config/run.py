@@ -1,0 +1,88 @@
+"""Sections of checkpoints, collapse detection, supervision and logging."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .section import NonNegative, Positive, Section
+
+
+class CheckpointConfig(Section):
+    save_interval: Annotated[int, Field(ge=0)] = 0
+    """Steps between two checkpoints; 0 saves only at the end."""
+    keep_last: Positive = 2
+    """Number of checkpoints to keep; older ones are removed."""
+    resume: bool = True
+    """Resume from the newest checkpoint in the run folder; false refuses a folder that has one."""
+    save_final: bool = True
+    """Write a checkpoint after the last step."""
+
+
+class CollapseConfig(Section):
+    """Detection of a policy collapse, and the reaction to it. A limit counts after ``patience`` consecutive
+    steps beyond it."""
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    """Reaction to a collapse. ``warn`` prints a line, ``stop`` ends the run with exit code 3, and
+    ``rollback`` restores the newest checkpoint from before the collapse, lowers the learning rate and
+    continues with new prompts. All write an event."""
+    window: Annotated[int, Field(ge=2)] = 10
+    """Number of steps that reference levels are computed from; detection starts after as many steps."""
+    patience: Positive = 3
+    """Number of consecutive steps beyond a limit that make a collapse."""
+    entropy_share: NonNegative = 0.05
+    """Minimum entropy, as a fraction of the median entropy of the first ``window`` steps. 0 disables this
+    limit."""
+    entropy_floor: NonNegative = 0.0
+    """Minimum entropy in nats per token."""
+    grad_norm_factor: Annotated[float, Field(gt=1)] = 10.0
+    """Maximum gradient norm, as a multiple of the median of the last ``window`` steps. inf disables this
+    limit."""
+    reward_drop: Annotated[float, Field(gt=0)] = 0.5
+    """Largest share of the best mean reward over ``window`` steps that the current such mean may lose, with a
+    margin of four standard errors for noise; a larger loss is a collapse. inf disables the check."""
+    rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Factor by which each rollback multiplies the learning rate."""
+    max_rollbacks: Positive = 2
+    """Maximum rollbacks in a run; the next collapse ends it."""
+
+
+class SupervisionConfig(Section):
+    heartbeat_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds between two heartbeats, which each rank writes to heartbeats/ in ``run_dir``."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Maximum seconds in one phase of a step. A rank that exceeds it dumps its stacks and ends the run with
+    exit code 86. Set it above the duration of the longest phase, and not above ``distributed_timeout_s``,
+    after which waiting ranks fail."""
+    stop_margin_s: NonNegative = 60.0
+    """Seconds of the job's time limit that must be left to start a step, in addition to the longest recent
+    step and save."""
+    node_check: bool | None = None
+    """Check every node before training. None checks if there is more than one node."""
+    min_free_memory_gb: NonNegative = 1.0
+    """Minimum available memory per node for the node check, in GB."""
+    min_free_disk_gb: NonNegative | None = None
+    """Minimum free disk space in ``run_dir`` for the node check, in GB; None requires space for one
+    checkpoint."""
+
+    @model_validator(mode="after")
+    def _several_heartbeats_before_a_hang(self) -> SupervisionConfig:
+        if self.hang_timeout_s < 4 * self.heartbeat_interval_s:
+            raise ValueError(
+                f"hang_timeout_s = {self.hang_timeout_s:g} is less than four heartbeat_interval_s: "
+                "choose a larger one"
+            )
+        return self
+
+
+class LogConfig(Section):
+    tensorboard: bool = True
+    """Write TensorBoard files to tensorboard/ in ``run_dir``."""
+    wandb_project: str = ""
+    """Weights & Biases project to log to (needs the ``wandb`` extra); empty disables it."""
+    transcripts_per_step: Annotated[int, Field(ge=0)] = 4
+    """Number of prompt groups per step whose responses are written to transcripts.jsonl."""
+    progress: bool = True
+    """Show a progress line for each step."""

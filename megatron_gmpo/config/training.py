@@ -1,0 +1,179 @@
+"""Sections of the algorithm, the optimizer, training and evaluation."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from .rollout import DataConfig
+from .section import NonNegative, Positive, Section
+
+
+class AlgorithmConfig(Section):
+    loss: str = "gmpo"
+    """Policy loss: ``gmpo``, ``rspo``, ``grpo``, ``dr_grpo``, ``dapo``, ``gspo``, ``cispo``, or
+    ``module:function``, your own loss on the Python path (docs/losses.md)."""
+    clip_low: NonNegative | None = None
+    """Lower half-width of the clip interval. None means the loss's default, for gmpo 0.4 (dense) or 0.2
+    (MoE); the run prints it."""
+    clip_high: NonNegative | None = None
+    """Upper half-width of the clip interval. None means the loss's default."""
+    clip: Literal["fixed", "adaptive"] = "fixed"
+    """``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every step to keep
+    ``clip_signal`` at ``clip_target``."""
+    clip_signal: Literal["fraction", "tail"] = "fraction"
+    """Signal of the adaptive clip. ``fraction``: share of tokens (or of sequences, in a loss that clips
+    sequences) that each side clips. ``tail``: size of the 0.1 % and 99.9 % quantiles of the tokens' log
+    ratio."""
+    clip_target: Annotated[float, Field(gt=0)] | None = None
+    """Target of ``clip_signal``. None means 0.01 for ``fraction``; ``tail`` requires a value, e.g. 0.2."""
+    clip_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+    """Smallest and largest adaptive clip. None means an eighth of the initial clip and eight times the
+    initial clip."""
+    clip_gain: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Gain of the adaptive clip: a step changes the logarithm of a clip by the gain times the relative
+    distance of the signal from its target, and at most by the gain."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
+    advantage: str = "normalized"
+    """How rewards of a group become advantages: ``normalized``, ``mean``, ``leave_one_out``, or
+    ``module:function``, a callable that maps the rewards of a group, a tensor (n,), to its advantages
+    (docs/losses.md)."""
+    correction: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Importance weights that correct the difference between the policy's and the rollout engine's
+    probabilities: per ``token``, per ``sequence`` (the product over its tokens), or ``geometric`` (the
+    geometric mean over its tokens, which fits gmpo, rspo and gspo)."""
+    correction_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Upper bound of the importance weights; larger weights are truncated."""
+    mask: Literal["none", "icepop", "geometric", "off_policy"] = "none"
+    """What the policy term leaves out. ``icepop``: tokens whose ratio of policy to rollout probability is
+    outside [mask_low, mask_high]. ``geometric``: sequences whose geometric mean of that ratio is outside.
+    ``off_policy``: sequences with a negative advantage whose tokens' mean ``log(pi_rollout / pi)`` exceeds
+    ``mask_kl``."""
+    mask_low: NonNegative | None = None
+    """Lower bound of the ratio. None means 0.5 for ``icepop`` and 0.99 for ``geometric``."""
+    mask_high: Annotated[float, Field(gt=0)] | None = None
+    """Upper bound of the ratio. None means 5 for ``icepop`` and 1.01 for ``geometric``."""
+    mask_kl: NonNegative = 0.1
+    """Bound of ``off_policy``, in nats per token. DeepSeek-V3.2 publishes no value."""
+    moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
+    """``policy``: training passes route every token to the experts that the old-logprob pass chose.
+    ``rollout``: old-logprob and training passes route every token to the experts that the rollout engine
+    chose."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the k3 estimate of the KL divergence from the reference policy."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    @property
+    def mask_band(self) -> tuple[float, float]:
+        """(low, high) of ``icepop`` and ``geometric``; (0, inf) for the other masks."""
+        low, high = {"icepop": (0.5, 5.0), "geometric": (0.99, 1.01)}.get(self.mask, (0.0, math.inf))
+        return (
+            low if self.mask_low is None else self.mask_low,
+            high if self.mask_high is None else self.mask_high,
+        )
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> AlgorithmConfig:
+        low, high = self.mask_band
+        if low > high:
+            raise ValueError(f"mask_low = {low:g} is above mask_high = {high:g}: choose a smaller one")
+        if self.clip_bounds and self.clip_bounds[0] > self.clip_bounds[1]:
+            raise ValueError(f"clip_bounds = {list(self.clip_bounds)}: put the smaller value first")
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of the decay."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from ``lr`` to ``min_lr`` over the run's optimizer steps, after the warmup."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of the linear warmup from 0 to ``lr``."""
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: NonNegative = 1.0
+    """Maximum gradient norm; larger gradients are scaled down to it. 0 disables clipping."""
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of both Adam moments. ``bf16`` needs Transformer Engine's Adam and ``model.dtype = "bf16"``."""
+    offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Fraction of the main weights and moments that is stored in host memory and updated on the CPU."""
+    overlap_grad_reduce: bool = False
+    """Overlap the gradient reduction over data-parallel ranks with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the gathering of updated weights with the next forward pass."""
+
+    @model_validator(mode="after")
+    def _needs_the_distributed_optimizer(self) -> OptimizerConfig:
+        for name in ("moments_dtype", "offload_fraction", "overlap_param_gather"):
+            value = getattr(self, name)
+            if value != OptimizerConfig.model_fields[name].default and not self.use_distributed_optimizer:
+                raise ValueError(
+                    f"{name} = {value!r} needs use_distributed_optimizer = true: set it, or remove {name}"
+                )
+        if self.moments_dtype != "fp32" and self.offload_fraction:
+            raise ValueError(
+                f"moments_dtype = {self.moments_dtype!r} with offload_fraction: offloaded moments are fp32; "
+                "remove one of them"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather = true needs overlap_grad_reduce = true: set it too")
+        return self
+
+    @model_validator(mode="after")
+    def _min_lr_below_lr(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}: choose a smaller one")
+        return self
+
+
+class TrainConfig(Section):
+    num_steps: Positive = 100
+    """Number of rollout steps; each makes ``minibatches_per_step`` optimizer steps."""
+    minibatches_per_step: Positive = 1
+    """Number of optimizer steps on the rollouts of one step."""
+    max_tokens_per_microbatch: Positive = 8192
+    """Maximum tokens in one packed microbatch, counted over all context-parallel ranks; a longer sequence
+    forms a microbatch by itself."""
+    logprob_chunk_tokens: Positive = 128
+    """Number of tokens whose logits are converted to log probabilities at a time."""
+    freeze_router: bool = False
+    """Do not train the router weights of a MoE."""
+
+
+class EvalConfig(Section):
+    sets: dict[str, DataConfig] = {}
+    """Benchmarks by name, e.g. [eval.sets.math500]."""
+    interval: Annotated[int, Field(ge=0)] = 0
+    """Evaluate every so many steps; 0 means only before and after."""
+    before: bool = True
+    """Evaluate before the first step."""
+    samples_per_prompt: Positive = 1
+    k: tuple[Positive, ...] = (1,)
+    """Values of k for unbiased pass@k; none above samples_per_prompt."""
+    temperature: NonNegative = 0.0
+    """0 means greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive | None = None
+    """None means ``rollout.max_new_tokens``."""
+    pass_reward: float = 1.0
+    """A response passes when its reward is at least this."""
+
+    @model_validator(mode="after")
+    def _k_within_samples(self) -> EvalConfig:
+        if max(self.k, default=1) > self.samples_per_prompt:
+            raise ValueError(
+                f"k = {max(self.k)} needs samples_per_prompt >= {max(self.k)}, not {self.samples_per_prompt}"
+            )
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError("samples_per_prompt > 1 needs temperature > 0: greedy samples are all equal")
+        return self
