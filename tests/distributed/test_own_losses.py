@@ -16,11 +16,9 @@ from megatron_gmpo.config import Config
 from ..support import cases
 from ..support.losses import documented_losses
 from ..support.ranks import RankPool
-from .test_layouts import CLIP, LAYOUTS, STEPS, Reference, check, config, expected
+from .test_layouts import CLIP, LAYOUTS, STEPS, Reference, check, config
 
 pytestmark = pytest.mark.distributed
-
-__all__ = ["expected"]  # the fixture
 
 
 def clipped_ratio(log_ratio: Tensor, advantage: Tensor) -> Tensor:
