@@ -1,4 +1,7 @@
-"""The schema of a run: one frozen tree of sections. ``command_line.load_config`` reads it from TOML and options."""
+"""The schema of a run: one frozen tree of sections.
+
+``command_line.load_config`` reads it from a TOML file and options.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +41,16 @@ __all__ = [
 
 class Config(Section):
     run_dir: str = "runs/gmpo"
-    """Everything the run writes goes here."""
+    """Run folder, which receives the metrics, records and checkpoints of the run."""
     seed: int = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
     distributed_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
-    """Limit for one collective."""
+    """Timeout of one collective."""
     model: ModelConfig = ModelConfig()
     fp8: Fp8Config = Fp8Config()
     parallel: ParallelConfig = ParallelConfig()
     megatron: dict[str, Any] = {}
-    """Further fields of Megatron's TransformerConfig, by their own names."""
+    """Additional fields of Megatron's TransformerConfig, by their names in Megatron."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     sglang: SGLangConfig = SGLangConfig()
@@ -133,7 +136,7 @@ class Config(Section):
 
     @property
     def needs_rollout_routing(self) -> bool:
-        """Samples must carry ``routed_experts``."""
+        """Return whether samples must carry ``routed_experts``."""
         return self.rollout.routed_experts or self.algorithm.moe_routing_replay == "rollout"
 
     @model_validator(mode="after")

@@ -28,12 +28,12 @@ class Fp8Config(Section):
     """FP8 matrix products of Transformer Engine (docs/fp8.md). A machine without support refuses the run."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """How tensors are scaled: one scale per tensor, from earlier steps (``delayed``) or from its current
-    values (``tensorwise``), or one scale per block of 128 (``blockwise``) or 32 (``mxfp8``) values. None
-    disables FP8."""
+    """Scaling of tensors: one scale per tensor, from earlier steps (``delayed``) or from its current values
+    (``tensorwise``), or one scale per block of 128 (``blockwise``) or 32 (``mxfp8``) values. None disables
+    FP8."""
     format: Literal["hybrid", "e4m3"] | None = None
-    """``hybrid`` uses E5M2 for gradients. None chooses Transformer Engine's default: ``e4m3`` for
-    ``blockwise`` and ``mxfp8``, otherwise ``hybrid``."""
+    """FP8 format; ``hybrid`` uses E5M2 for gradients. None chooses Transformer Engine's default: ``e4m3`` for
+    ``blockwise`` and ``mxfp8``, ``hybrid`` for the other recipes."""
     num_layers_at_start_in_bf16: Annotated[int, Field(ge=0)] = 0
     """Number of layers at the start that stay in bf16; 0 with ``delayed``."""
     num_layers_at_end_in_bf16: Annotated[int, Field(ge=0)] = 0
@@ -42,7 +42,7 @@ class Fp8Config(Section):
     """Hold the layers' weights in FP8 and gather updated weights in FP8. The optimizer keeps fp32 main
     weights."""
     moe_router_padding_for_quantization: bool = True
-    """Pad each expert's tokens by routing further tokens to it with weight 0, instead of by a copy (MoE)."""
+    """Pad each expert's tokens by routing additional tokens to it with weight 0, instead of by a copy (MoE)."""
 
     @model_validator(mode="after")
     def _fields_fit_the_recipe(self) -> Fp8Config:
@@ -70,7 +70,7 @@ class Fp8Config(Section):
 
     @property
     def bf16_layers(self) -> int:
-        """Number of layers that stay in bf16."""
+        """Return the number of layers that stay in bf16."""
         return self.num_layers_at_start_in_bf16 + self.num_layers_at_end_in_bf16
 
 
@@ -100,19 +100,25 @@ class ParallelConfig(Section):
 
     @property
     def model_parallel_size(self) -> int:
-        """Number of ranks that hold one replica of the dense layers."""
+        """Return the number of ranks that hold one replica of the dense layers."""
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
 
     @property
     def sequence_multiple(self) -> int:
-        """Return the multiple to which a sequence is padded: each context-parallel rank holds two chunks of it."""
+        """Return the number whose multiples sequences are padded to.
+
+        With context parallelism each rank holds two chunks of every sequence.
+        """
         return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
 
     @property
     def microbatch_multiple(self) -> int:
-        """Return the multiple that the number of microbatches on a rank must be; the interleaved schedule needs one."""
+        """Return the number that must divide each rank's number of microbatches.
+
+        The interleaved schedule has this requirement.
+        """
         return self.pipeline_model_parallel_size if self.virtual_pipeline_model_parallel_size else 1
 
     @model_validator(mode="after")

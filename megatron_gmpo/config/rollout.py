@@ -11,53 +11,58 @@ from .section import NonNegative, Positive, Section
 
 class DataConfig(Section):
     path: str = ""
-    """A .jsonl, .json, .csv or .parquet file, a ``save_to_disk`` folder, or a Hugging Face hub name (``openai/gsm8k:main``
-    where it has subsets)."""
+    """A .jsonl, .json, .csv or .parquet file, a ``save_to_disk`` folder, or a Hugging Face hub name, with the
+    name of a subset if the data set has subsets (``openai/gsm8k:main``)."""
     split: str = "train"
     prompt_column: str = "problem"
     """Column with the prompt: text, or a list of chat messages."""
     answer_column: str = "answer"
     template: str = ""
-    """Format string around a text prompt, e.g. "{prompt}\\nAnswer in \\\\boxed{{}}."; applied before the chat template."""
+    """Format string around a text prompt, e.g. "{prompt}\\nAnswer in \\\\boxed{{}}."; applied before the chat
+    template."""
     system_prompt: str = ""
     """System message put before the prompt; needs a chat template."""
     use_chat_template: bool | None = None
-    """None means: when the tokenizer has one."""
+    """Apply the tokenizer's chat template; None applies it if the tokenizer has one."""
     max_prompt_tokens: Positive = 1024
-    """Longer prompts are left out; the number is printed."""
+    """Maximum tokens in a prompt. Longer prompts are dropped, and their number is printed."""
     max_prompts: Positive | None = None
-    """Use only the first so many problems (after the length filter, before the shuffle)."""
+    """Number of problems to use, from the first, after the length filter and before the shuffle."""
     shuffle: bool = True
 
 
 class RolloutConfig(Section):
     engine: Literal["embedded", "sglang"] = "embedded"
-    """``embedded`` runs transformers in the trainer's processes; ``sglang`` sends requests to SGLang servers."""
+    """``embedded`` runs transformers in the trainer's processes. ``sglang`` sends requests to SGLang
+    servers."""
     num_servers: Positive = 1
-    """Number of SGLang servers to start, each with its own copy of the weights. They run on the machine of rank 0, or are
-    divided among the rollout nodes of a Slurm job."""
+    """Number of SGLang servers to start, each with its own copy of the weights. They run on the machine of
+    rank 0, or are divided among the rollout nodes of a Slurm job."""
     server_urls: tuple[str, ...] = ()
-    """URLs of running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]. Their keys are read from the
-    environment variables SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
+    """URLs of running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]. Their keys are read from
+    the environment variables SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
     servers_file: str = ""
-    """File with the addresses of running SGLang servers: servers.json of the job that starts them. The trainer waits for it
-    up to sglang.start_timeout_s. The keys are in server_keys.json in the same folder."""
+    """File with the addresses of running SGLang servers: servers.json of the job that starts them. The trainer
+    waits up to sglang.start_timeout_s for it. The keys are in server_keys.json in the same folder."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    """``disaggregated`` servers have their own devices; ``colocated`` servers share the trainer's devices and release their
-    memory while it trains."""
+    """``disaggregated`` servers have their own devices. ``colocated`` servers share the trainer's devices and
+    release their memory during training."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Maximum number of steps that are generated ahead while training runs; 0 alternates generation and training."""
+    """Maximum number of steps that are generated ahead during training; 0 alternates generation and
+    training."""
     routed_experts: bool = False
-    """Record the experts of every token (MoE), to replay them in training or to compare them with the policy's."""
+    """Record the experts of every token (MoE), to replay them in training or to compare them with the
+    policy's."""
     dtype: Literal["fp32", "bf16"] | None = None
-    """Dtype of the embedded engine; None means ``model.dtype``. A different dtype causes the mismatch that an engine with
-    other kernels has: log probabilities and experts differ from the policy's."""
+    """Dtype of the embedded engine; None means ``model.dtype``. A different dtype simulates an engine with
+    other kernels: log probabilities and experts differ from the policy's."""
     quantization: Literal["none", "fp8"] = "none"
-    """``fp8`` rounds the linear weights of attention and MLPs to 8 bits, with a scale for each block of 128 x 128, in each
-    weight sync. Servers started by the run compute in FP8; the embedded engine computes with the rounded values."""
+    """``fp8`` rounds the linear weights of attention and MLPs to 8 bits in each weight sync, with one scale for
+    each block of 128 x 128. Servers started by the run compute in FP8. The embedded engine computes with the
+    rounded values."""
     router_noise: NonNegative = 0.0
-    """Standard deviation of Gaussian noise on the router logits (MoE) while the embedded engine samples training responses;
-    also causes a mismatch of experts."""
+    """Standard deviation of Gaussian noise that the embedded engine adds to the router logits (MoE) when it
+    samples training responses. The noise makes the experts differ from the policy's."""
     prompts_per_step: Positive = 32
     samples_per_prompt: Positive = 8
     max_new_tokens: Positive = 1024
@@ -70,16 +75,18 @@ class RolloutConfig(Section):
     batch_size: Positive = 64
     """Number of responses that the embedded engine decodes together on a rank."""
     dynamic_sampling: Literal["off", "drop", "resample"] = "off"
-    """Treatment of groups without reward variance (DAPO): ``off`` keeps them, ``drop`` drops them, ``resample`` replaces them by
-    new prompts."""
+    """Treatment of groups without reward variance (DAPO): ``off`` keeps them, ``drop`` drops them, and
+    ``resample`` replaces them with groups of new prompts."""
     max_resample_rounds: Positive = 4
-    """Maximum number of draws after the first one for ``resample``; then the step continues with the groups it has."""
+    """Maximum number of draws after the first one for ``resample``. After them the step continues with the
+    groups it has."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
-    """DAPO's soft overlong penalty: number of tokens before max_new_tokens over which the reward falls by overlong_penalty."""
+    """Number of tokens before max_new_tokens over which the reward falls linearly by overlong_penalty (DAPO's
+    soft overlong punishment). 0 disables it."""
     overlong_penalty: NonNegative = 1.0
     """Penalty of a response of max_new_tokens tokens; used if overlong_buffer is set."""
     save_path: str = ""
-    """Folder to which the groups of every step are written."""
+    """Folder to which the groups of every step are written; empty disables it."""
     replay_path: str = ""
     """Folder that an earlier run wrote with ``save_path``; train on its groups instead of generating."""
 
@@ -121,21 +128,21 @@ class SGLangConfig(Section):
     tensor_parallel_size: Positive = 1
     """Number of devices of one server."""
     args: dict[str, Any] = {}
-    """Further options of sglang.launch_server under their own names, e.g. ``mem_fraction_static = 0.8``."""
+    """Additional options of sglang.launch_server, by its own names, e.g. ``mem_fraction_static = 0.8``."""
     max_concurrent_requests: Positive = 256
-    """Maximum number of in-flight requests per server; further requests wait in the client."""
+    """Maximum number of in-flight requests per server; additional requests wait in the client."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 1200.0
-    """Timeout for one response. This timeout and ``hang_timeout_s`` together must be below ``supervision.hang_timeout_s``;
-    otherwise a hung server ends the run before it is detected."""
+    """Timeout of one response. The sum of this timeout and ``hang_timeout_s`` must be below
+    ``supervision.hang_timeout_s``. If it is not, a hung server ends the run before it is detected."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Timeout for the start of a server, until its first answer."""
+    """Maximum time from the start of a server to its first answer."""
     health_interval_s: Annotated[float, Field(gt=0)] = 10.0
     """Interval between health checks of a server."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """A server that does not answer for this time is killed and restarted."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Maximum consecutive restarts per server; a successful weight sync resets the count. The run ends when every server has
-    exceeded it."""
+    """Maximum consecutive restarts per server; a successful weight sync resets the count. The run ends when
+    every server has exceeded it."""
 
 
 class WeightSyncConfig(Section):
@@ -146,23 +153,23 @@ class WeightSyncConfig(Section):
     """Memory for the tensors in transit, in bytes. Two buckets share it: one is packed while the other is
     sent."""
     in_flight: Literal["retract", "in_place", "abort"] = "retract"
-    """How unfinished requests continue after a sync: the server recomputes their KV cache with the new
-    weights (``retract``), keeps the old cache (``in_place``), or aborts them and the client sends them again
-    as longer prompts (``abort``)."""
+    """Treatment of unfinished requests at a sync. With ``retract`` the server recomputes their KV cache with
+    the new weights. With ``in_place`` it keeps the old cache. With ``abort`` it aborts them, and the client
+    sends them again as longer prompts."""
     verify: bool = False
-    """Compare checksums of the servers' weights after each sync. Before it, all weights are overwritten with
-    noise."""
+    """Overwrite the servers' weights with noise before each sync, and compare their checksums after it."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Timeout of one request of a sync."""
     folder: str = ""
-    """Folder that the ``disk`` route writes to, each run below its own path; empty means weight_sync in
-    run_dir. The servers must see it under the same path."""
+    """Folder that the ``disk`` route writes to; each run uses a subfolder of its own. Empty means weight_sync
+    in ``run_dir``. The servers must see the folder under the same path."""
 
 
 class RewardConfig(Section):
     name: str = "math"
-    """``math``, ``arithmetic``, ``countdown``, or ``module:function``, a callable (Prompt, response_text) -> float."""
+    """Reward: ``math``, ``arithmetic``, ``countdown``, or ``module:function``, a callable
+    (Prompt, response_text) -> float."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """Limit for one answer; a timeout scores 0 and is counted."""
+    """Timeout of the check of one answer; a timeout scores 0 and is counted."""
     workers: Positive = 2
-    """Processes that check answers on each rank."""
+    """Number of processes per rank that check answers."""

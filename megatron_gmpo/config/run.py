@@ -21,15 +21,17 @@ class CheckpointConfig(Section):
 
 
 class CollapseConfig(Section):
-    """Detection of a policy collapse, and the reaction to it. A limit counts after ``patience`` consecutive
-    steps beyond it."""
+    """Detection of a policy collapse, and the reaction to it.
+
+    A collapse is detected after ``patience`` consecutive steps beyond a limit.
+    """
 
     action: Literal["warn", "stop", "rollback"] = "warn"
     """Reaction to a collapse. ``warn`` prints a line, ``stop`` ends the run with exit code 3, and
     ``rollback`` restores the newest checkpoint from before the collapse, lowers the learning rate and
     continues with new prompts. All write an event."""
     window: Annotated[int, Field(ge=2)] = 10
-    """Number of steps that reference levels are computed from; detection starts after as many steps."""
+    """Number of steps from which reference levels are computed. Detection starts after this number of steps."""
     patience: Positive = 3
     """Number of consecutive steps beyond a limit that make a collapse."""
     entropy_share: NonNegative = 0.05
@@ -41,12 +43,12 @@ class CollapseConfig(Section):
     """Maximum gradient norm, as a multiple of the median of the last ``window`` steps. inf disables this
     limit."""
     reward_drop: Annotated[float, Field(gt=0)] = 0.5
-    """Largest share of the best mean reward over ``window`` steps that the current such mean may lose, with a
-    margin of four standard errors for noise; a larger loss is a collapse. inf disables the check."""
+    """Maximum drop of the mean reward over ``window`` steps, as a fraction of its best value so far. The limit
+    has a noise margin of four standard errors. inf disables this limit."""
     rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Factor by which each rollback multiplies the learning rate."""
     max_rollbacks: Positive = 2
-    """Maximum rollbacks in a run; the next collapse ends it."""
+    """Maximum number of rollbacks in a run; the next collapse ends the run."""
 
 
 class SupervisionConfig(Section):

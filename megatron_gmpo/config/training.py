@@ -36,11 +36,10 @@ class AlgorithmConfig(Section):
     """Gain of the adaptive clip: a step changes the logarithm of a clip by the gain times the relative
     distance of the signal from its target, and at most by the gain."""
     options: dict[str, Any] = {}
-    """Further keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
+    """Additional keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
     advantage: str = "normalized"
-    """How rewards of a group become advantages: ``normalized``, ``mean``, ``leave_one_out``, or
-    ``module:function``, a callable that maps the rewards of a group, a tensor (n,), to its advantages
-    (docs/losses.md)."""
+    """Function from the rewards of a group to its advantages: ``normalized``, ``mean``, ``leave_one_out``, or
+    ``module:function``, your own function from a tensor (n,) to a tensor (n,) (docs/losses.md)."""
     correction: Literal["none", "token", "sequence", "geometric"] = "none"
     """Importance weights that correct the difference between the policy's and the rollout engine's
     probabilities: per ``token``, per ``sequence`` (the product over its tokens), or ``geometric`` (the
@@ -48,10 +47,10 @@ class AlgorithmConfig(Section):
     correction_cap: Annotated[float, Field(gt=0)] = 2.0
     """Upper bound of the importance weights; larger weights are truncated."""
     mask: Literal["none", "icepop", "geometric", "off_policy"] = "none"
-    """What the policy term leaves out. ``icepop``: tokens whose ratio of policy to rollout probability is
-    outside [mask_low, mask_high]. ``geometric``: sequences whose geometric mean of that ratio is outside.
-    ``off_policy``: sequences with a negative advantage whose tokens' mean ``log(pi_rollout / pi)`` exceeds
-    ``mask_kl``."""
+    """Mask of the policy term. ``icepop`` excludes tokens whose ratio of policy to rollout probability is
+    outside [mask_low, mask_high]. ``geometric`` excludes sequences whose geometric mean of that ratio is
+    outside. ``off_policy`` excludes sequences with a negative advantage whose mean
+    ``log(pi_rollout / pi)`` over tokens exceeds ``mask_kl``."""
     mask_low: NonNegative | None = None
     """Lower bound of the ratio. None means 0.5 for ``icepop`` and 0.99 for ``geometric``."""
     mask_high: Annotated[float, Field(gt=0)] | None = None
@@ -59,9 +58,9 @@ class AlgorithmConfig(Section):
     mask_kl: NonNegative = 0.1
     """Bound of ``off_policy``, in nats per token. DeepSeek-V3.2 publishes no value."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
-    """``policy``: training passes route every token to the experts that the old-logprob pass chose.
-    ``rollout``: old-logprob and training passes route every token to the experts that the rollout engine
-    chose."""
+    """Replay of recorded experts (MoE). With ``policy``, training passes route every token to the experts that
+    the old-logprob pass chose. With ``rollout``, old-logprob and training passes route every token to the
+    experts that the rollout engine chose."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 estimate of the KL divergence from the reference policy."""
     entropy_coef: float = 0.0
@@ -69,7 +68,7 @@ class AlgorithmConfig(Section):
 
     @property
     def mask_band(self) -> tuple[float, float]:
-        """(low, high) of ``icepop`` and ``geometric``; (0, inf) for the other masks."""
+        """Return (low, high) of ``icepop`` and ``geometric``, and (0, inf) for the other masks."""
         low, high = {"icepop": (0.5, 5.0), "geometric": (0.99, 1.01)}.get(self.mask, (0.0, math.inf))
         return (
             low if self.mask_low is None else self.mask_low,
@@ -152,21 +151,21 @@ class TrainConfig(Section):
 
 class EvalConfig(Section):
     sets: dict[str, DataConfig] = {}
-    """Benchmarks by name, e.g. [eval.sets.math500]."""
+    """Benchmarks by name: a table for each, e.g. [eval.sets.math500]."""
     interval: Annotated[int, Field(ge=0)] = 0
-    """Evaluate every so many steps; 0 means only before and after."""
+    """Number of steps between evaluations. 0 evaluates only before the first step and after the last."""
     before: bool = True
     """Evaluate before the first step."""
     samples_per_prompt: Positive = 1
     k: tuple[Positive, ...] = (1,)
-    """Values of k for unbiased pass@k; none above samples_per_prompt."""
+    """Values of k for the unbiased estimate of pass@k; none may exceed ``samples_per_prompt``."""
     temperature: NonNegative = 0.0
-    """0 means greedy."""
+    """Sampling temperature; 0 means greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive | None = None
-    """None means ``rollout.max_new_tokens``."""
+    """Maximum tokens in a response; None means ``rollout.max_new_tokens``."""
     pass_reward: float = 1.0
-    """A response passes when its reward is at least this."""
+    """Minimum reward of a response that passes."""
 
     @model_validator(mode="after")
     def _k_within_samples(self) -> EvalConfig:

@@ -1,7 +1,7 @@
-"""Policy losses: pure functions of ``LossTokens``, and what a loss of your own needs. See docs/losses.md.
+"""Policy losses: pure functions of ``LossTokens``, and the names that your own loss imports (docs/losses.md).
 
-``gmpo`` and ``rspo`` here are functions and hide the submodules with these names: inside the package, import
-from the submodules, ``from .gmpo import gmpo``.
+The functions ``gmpo`` and ``rspo`` hide the submodules with the same names. Code inside the package imports
+from the submodules: ``from .gmpo import gmpo``.
 """
 
 from ..batch.columns import Column

@@ -1,4 +1,7 @@
-"""Adaptive clips: they follow a target. The GMPO paper (arXiv 2507.20673) leaves them to future work."""
+"""Adaptive clips, adjusted after every step to reach a target.
+
+The GMPO paper (arXiv 2507.20673) leaves them to future work.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from ..metrics.histogram import quantile
 from .objective import Objective
 
 SPAN = 8.0
-"""Without ``algorithm.clip_bounds`` a clip stays within this factor of its initial value."""
+"""Largest factor between a clip and its initial value if ``algorithm.clip_bounds`` is not set."""
 TAIL = 0.001
 """Share of the tokens beyond each of the two quantiles that the signal ``tail`` measures."""
 DEFAULT_FRACTION = 0.01
@@ -26,13 +29,14 @@ DEFAULT_FRACTION = 0.01
 class AdaptiveClip:
     """An integral controller of ``clip_low`` and ``clip_high``, independent of each other, in log space.
 
-    After every step, with e = signal / target - 1 clamped to [-1, 1]: ``clip *= exp(gain e)`` if the signal
-    is the clipped fraction (too much is clipped: widen), ``clip *= exp(-gain e)`` if it is a tail of the log
-    ratio (the policy moves too far: narrow). Equal metrics give equal clips, so all ranks agree.
+    After every step it computes e = signal / target - 1, clamped to [-1, 1]. If the signal is the clipped
+    fraction, ``clip *= exp(gain e)``: a fraction above the target widens the clip. If the signal is a tail of
+    the log ratio, ``clip *= exp(-gain e)``: a tail above the target narrows the clip. Equal metrics give equal
+    clips, so all ranks agree.
 
-    The controller moves once a step, from the metrics of all optimizer steps of the step. Within a step
-    ratios start at 1 and spread, so a controller that moved after every optimizer step would narrow at every
-    start and widen at every end.
+    The controller updates once per step, from the metrics of all optimizer steps of the step. Within a step
+    ratios start at 1 and spread. An update after every optimizer step would narrow the clips at the start of
+    every step and widen them at its end.
 
     Args:
         clip_low, clip_high: initial values, within the bounds.
@@ -58,7 +62,7 @@ class AdaptiveClip:
         self._signal, self._target, self._gain = signal, target, gain
 
     def update(self, metrics: Mapping[str, Metric]) -> None:
-        """Move the clips, given the reduced metrics of a step.
+        """Update the clips from the reduced metrics of a step.
 
         A step without response tokens leaves them unchanged.
 

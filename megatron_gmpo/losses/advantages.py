@@ -20,7 +20,7 @@ Advantage = Callable[[Tensor], Tensor]
 def _zero_for_equal_rewards(advantage: Advantage) -> Advantage:
     @functools.wraps(advantage)
     def checked(rewards: Tensor) -> Tensor:
-        # The rounding error of the mean, over 1e-8, would not be 0.
+        # The mean has a rounding error, which division by 1e-8 would enlarge.
         return torch.zeros_like(rewards) if (rewards == rewards[:1]).all() else advantage(rewards)
 
     return checked
@@ -48,11 +48,11 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 ADVANTAGES: dict[str, Advantage] = {"normalized": normalized, "mean": mean, "leave_one_out": leave_one_out}
-"""The built-in ones return exactly 0 for a group whose rewards are all equal, or that has one sample."""
+"""Built-in advantages by name. If all rewards of a group are equal, they return exactly 0."""
 
 
 def resolve_advantage(name: str) -> Advantage:
-    """Return the function that ``algorithm.advantage`` names: a built-in one, or ``module:function``.
+    """Return the function that ``algorithm.advantage`` names: a built-in function, or ``module:function``.
 
     Raises:
         InputError: an unknown name, a module or attribute that cannot be imported, or a function that does

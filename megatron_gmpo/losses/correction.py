@@ -1,6 +1,4 @@
-"""The mismatch between the rollout engine's probabilities and the policy's: metrics, importance weights and
-masks.
-"""
+"""Metrics, importance weights and masks for the mismatch between rollout and policy probabilities."""
 
 from __future__ import annotations
 
@@ -15,17 +13,21 @@ from ..metrics.figures import Metric
 from .tokens import k3
 
 FAR = 0.1
-"""A token counts as far off if its two log probabilities differ by more than this; rounding in a bf16 engine
-stays well below."""
+"""Difference of log probabilities above which a token counts as far off. Rounding in a bf16 engine causes much
+smaller differences."""
 
 
 def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
-    """Compare old log probabilities with those that the rollout engine reported, over response tokens.
+    """Compare the log probabilities of the policy and of the rollout engine over response tokens.
 
-    The policy recomputed the old ones.     ``rollout/logprob_diff_mean`` and ``_max`` are absolute
-    differences, ``_far`` is the share of tokens beyond FAR, ``rollout/k3_kl`` is the k3 estimate of
-    KL(rollout || policy), and ``rollout/effective_sample_size`` is the effective sample size of the tokens'
-    ratios old / rollout, as a share of their number.
+    The policy's values are ``old_logprobs``, the engine's are ``rollout_logprobs``.
+
+    Returns:
+        ``rollout/logprob_diff_mean`` and ``rollout/logprob_diff_max``: absolute differences;
+        ``rollout/logprob_diff_far``: share of tokens whose difference exceeds FAR;
+        ``rollout/k3_kl``: k3 estimate of KL(rollout || policy);
+        ``rollout/effective_sample_size``: effective sample size of the tokens' ratios old / rollout, as a
+        share of their number.
     """
     log_ratio = _log_ratio(batch)[batch.response_mask]
     difference = log_ratio.abs()
@@ -44,13 +46,13 @@ def importance_weights(
 ) -> tuple[Tensor, dict[str, Metric]]:
     """Return truncated importance weights ``min(pi_old / pi_rollout, cap)`` and their metrics.
 
-    ``token`` takes each token's ratio (arXiv 2508.21016 and others). ``sequence`` takes the product over a
-    sequence's response tokens, which is unbiased before truncation. ``geometric`` takes the product's n-th
-    root for n tokens, the form of GMPO's and GSPO's own ratios; its variance does not grow with n.
+    ``token`` uses each token's ratio (arXiv 2508.21016 and others). ``sequence`` uses the product over a
+    sequence's response tokens, which is unbiased before truncation. ``geometric`` uses the n-th root of the
+    product over n tokens, as the ratios of GMPO and GSPO do; its variance does not grow with n.
 
     Returns:
-        (L,) weights for ``token``, 1 outside the mask; otherwise (S,) weights, 1 for a sequence without
-        response tokens. The metrics are the share of truncated weights, the mean, and the effective sample
+        (L,) weights for ``token``, 1 outside the mask. (S,) weights for the other levels, 1 for a sequence
+        without response tokens. The metrics are the share of truncated weights, the mean, and the effective sample
         size as a share of the number of weights.
     """
     log_ratio, counted = _log_ratio(batch), batch.response_mask
@@ -68,8 +70,8 @@ def importance_weights(
 def kept_tokens(batch: TrainBatch, mask: Literal["icepop", "geometric"], low: float, high: float) -> Tensor:
     """Return (L,) bool: tokens whose ratio pi_old / pi_rollout lies in [low, high].
 
-    ``icepop`` tests each token. ``geometric`` tests the geometric mean over a sequence's response tokens, and
-    so keeps or rejects whole sequences, independent of their length.
+    ``icepop`` tests each token. ``geometric`` tests the geometric mean over a sequence's response tokens, so
+    it keeps or rejects whole sequences, independent of their length.
     """
     log_ratio = _log_ratio(batch).double()
     if mask == "geometric":

@@ -21,33 +21,36 @@ def gmpo(
     length_normalize: bool = True,
     dual_clip: Annotated[float, Field(gt=0)] | None = None,
 ) -> LossOutput:
-    """Return minus the advantage times the geometric mean of each sequence's clipped token ratios.
+    """Return the loss of GMPO, a SUM over sequences.
 
-    The clip is one-sided, per token, in log space. For sequence i with n_i response tokens t, and delta =
-    logprobs - old_logprobs::
+    The loss of a sequence is minus its advantage times the geometric mean of its clipped token ratios. The
+    clip is one-sided, per token, in log space. For sequence i with n_i response tokens t::
 
-        c_it = min(delta_it, clip_high)  if A_i > 0  else  max(delta_it, -clip_low)
-        rho_i = exp(sum_t c_it / n_i)
-        loss = - sum_i A_i rho_i                          the caller divides by the N sequences of the
-        optimizer step
-        d loss / d logprobs_it = - A_i rho_i [not clipped] / n_i
+        delta_it = logprobs_it - old_logprobs_it
+        c_it     = min(delta_it, clip_high)   if A_i > 0
+                   max(delta_it, -clip_low)   if A_i <= 0
+        rho_i    = exp(sum_t c_it / n_i)
+        loss     = - sum_i A_i rho_i
 
-    Clipped tokens stay in n_i. A sequence without response tokens contributes exactly 0. Under context
-    parallelism, loss and metrics are equal on all ranks, except for the extremes and the histogram of the log
-    ratio, which cover this rank's tokens.
+        d loss / d logprobs_it = - A_i rho_i / n_i   if token t is not clipped
+                                 0                   if it is
+
+    The caller divides the loss by the number of sequences of the optimizer step. Clipped tokens count in n_i.
+    A sequence without response tokens contributes exactly 0. Under context parallelism, loss and metrics are
+    equal on all ranks, except the extremes and the histogram of the log ratio, which cover this rank's tokens.
 
     Args:
-        clip_low, clip_high: half-widths of the interval of a log ratio, so the ratio lies in [exp(-clip_low),
-            exp(clip_high)].
-        clip_mode: ``token`` clips each delta; ``sequence`` clips the exponent of rho_i once; ``none`` does
-            not clip (the last two are the paper's ablations).
-        length_normalize: False omits 1/n_i (the paper's ablation).
-        dual_clip: upper bound of the log ratio where A < 0. The one-sided clip leaves A < 0 with delta >> 0
-            unbounded; this bounds it (dual-clip PPO, arXiv 1912.09729, in log space). It applies where
-            ``clip_mode`` applies, and to tokens for ``none``.
+        clip_low, clip_high: half-widths of the interval of a log ratio. They bound the ratio to
+            [exp(-clip_low), exp(clip_high)].
+        clip_mode: ``token`` clips each delta_it. ``sequence`` clips the exponent of rho_i. ``none`` does not
+            clip. The last two are ablations of the paper.
+        length_normalize: False omits 1/n_i (an ablation of the paper).
+        dual_clip: upper bound of the log ratio where A < 0, which the one-sided clip leaves unbounded
+            (dual-clip PPO, arXiv 1912.09729, in log space). It bounds tokens for ``clip_mode`` ``token`` and
+            ``none``, and the exponent of rho_i for ``sequence``.
 
     Returns:
-        The SUM over sequences and the metrics of this microbatch; ratio extremes are those of rho_i.
+        The SUM over sequences and the metrics of this microbatch. The extremes of ``ratio`` are those of rho_i.
     """
     return geometric_mean(
         tokens,
@@ -73,7 +76,7 @@ def geometric_mean(
 ) -> LossOutput:
     """Return ``- sum_i A_i exp(mean_t clip(log_ratio_it))``, the common part of gmpo and rspo.
 
-    Arguments not described here are those of ``gmpo``.
+    ``gmpo`` describes the other arguments.
 
     Args:
         log_ratio: (T,) with gradient, 0 outside ``tokens.policy_mask``.
@@ -109,6 +112,6 @@ def geometric_mean(
     weighs = tokens.kept_sequences(sums) & (tokens.advantages != 0)
     if tokens.sequence_weights is not None:
         weighs &= tokens.sequence_weights != 0
-    # Without 1/n the ratio may overflow, and 0 * inf is nan.
+    # Without 1/n_i the ratio may overflow, and 0 * inf is nan.
     objective = tokens.advantages * torch.exp(exponent.where(weighs, 0)).where(weighs, 0)
     return tokens.output(objective, sums, metrics)

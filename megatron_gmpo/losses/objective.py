@@ -26,11 +26,11 @@ class Objective:
     ``count`` of the minibatch, is the loss of the optimizer step.
 
     Attributes:
-        name: of the loss, as the config writes it.
-        loss: its entry.
+        name: name of the loss, as the config has it.
+        loss: registry entry of the loss.
         needs: columns that the run must make, see ``needed_columns``.
-        options: its keyword arguments besides the clips.
-        clip_low, clip_high: its clips.
+        options: keyword arguments of the loss besides the clips.
+        clip_low, clip_high: clips of the loss.
         max_kl: bound of off-policy sequence masking, in nats per token; None disables it.
         kl_coef: weight of the KL to the reference policy.
         entropy_coef: weight of the entropy bonus.
@@ -59,7 +59,7 @@ class Objective:
             logprobs, entropy: (T,) of the predicted tokens, with gradient.
 
         Raises:
-            InputError: a loss of the user's own returned something other than a ``LossOutput``.
+            InputError: a user's loss returned something other than a ``LossOutput``.
         """
         assert microbatch.old_logprobs is not None
         uses_entropy = self.entropy_coef != 0 or "entropy" in self.needs
@@ -92,10 +92,10 @@ class Objective:
         return output
 
     def add_columns(self, batch: TrainBatch) -> None:
-        """Add the loss's own columns to the batch, whose other columns are known.
+        """Add the loss's own columns to the batch, which must have all other columns.
 
         Raises:
-            InputError: a column has another dtype or shape than its statement.
+            InputError: the dtype or shape of a column differs from its ``Column``.
         """
         for need in self.loss.needs:
             if isinstance(need, NewColumn):

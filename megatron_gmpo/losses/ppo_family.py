@@ -17,8 +17,8 @@ from .tokens import LossOutput, LossTokens, clip_events, clip_one_sided, extreme
 def grpo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
     """Return the loss of GRPO (arXiv 2402.03300), a SUM over sequences.
 
-    PPO's clipped objective, its mean over each sequence's tokens. The caller divides by the sequences of the
-    optimizer step.
+    The loss of a sequence is the mean of PPO's clipped objective over its tokens. The caller divides by the
+    number of sequences of the optimizer step.
     """
     return _ppo(tokens, clip_low, clip_high, divisor=None)
 
@@ -32,9 +32,9 @@ def dr_grpo(
 ) -> LossOutput:
     """Return the loss of Dr. GRPO (arXiv 2503.20783), a SUM over sequences.
 
-    PPO's clipped objective, summed over each sequence's tokens and divided by a constant. The caller divides
-    by the sequences of the optimizer step. The paper's advantages are not divided by the group's standard
-    deviation (``algorithm.advantage = "mean"``).
+    The loss of a sequence is PPO's clipped objective, summed over its tokens and divided by a constant. The
+    caller divides by the number of sequences of the optimizer step. The paper does not divide advantages by
+    the group's standard deviation (``algorithm.advantage = "mean"``).
 
     Args:
         length_normalizer: the constant, in tokens. None means ``tokens.max_response_tokens``, as in the
@@ -48,7 +48,8 @@ def dr_grpo(
 def dapo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
     """Return the loss of DAPO (arXiv 2503.14476), a SUM over tokens.
 
-    PPO's clipped objective. The caller divides by the response tokens of the optimizer step.
+    The loss of a token is PPO's clipped objective. The caller divides by the number of response tokens of the
+    optimizer step.
     """
     return _ppo(tokens, clip_low, clip_high, divisor=1.0)
 
@@ -56,8 +57,9 @@ def dapo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput
 def gspo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
     """Return the loss of GSPO (arXiv 2507.18071), a SUM over sequences.
 
-    PPO's clipped objective on the sequence ratio ``s_i = exp(mean_t delta_it)``: the clip acts on whole
-    sequences, and clip fractions count sequences. The caller divides by the sequences of the optimizer step.
+    The loss of a sequence is PPO's clipped objective of the ratio ``s_i = exp(mean_t delta_it)``. The clip acts
+    on whole sequences, and clip fractions count sequences. The caller divides by the number of sequences of
+    the optimizer step.
     """
     sums = tokens.sum_per_sequence({"log_ratio": tokens.log_ratio})
     nonempty = sums["tokens"] > 0
@@ -73,9 +75,9 @@ def gspo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput
 def cispo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
     """Return the loss of CISPO (MiniMax-M1, arXiv 2506.13585), a SUM over tokens.
 
-    The term of a token is ``- stop_gradient(clip(ratio)) A logprob``, so every token keeps its gradient. The
-    clip is two-sided for both signs of the advantage, and so are the clip fractions. The caller divides by
-    the response tokens of the optimizer step.
+    The loss of a token is ``- stop_gradient(clip(ratio)) A logprob``, so every token has a gradient. The clip
+    is two-sided for both signs of the advantage, and the clip fractions count both sides. The caller divides
+    by the number of response tokens of the optimizer step.
     """
     ratio = torch.exp(tokens.log_ratio.detach())  # (T,)
     low, high = 1 - clip_low, 1 + clip_high
@@ -103,8 +105,8 @@ def _token_loss(
 ) -> LossOutput:
     """Return the loss of a (T,) objective, summed over each sequence and divided by ``divisor``.
 
-    The divisor None means the sequence's number of tokens. ``clipped`` are the ratios in the objective, for
-    the metrics.
+    A divisor of None means the sequence's number of tokens. ``clipped`` holds the clipped ratios and is used
+    for metrics only.
     """
     objective = torch.where(tokens.policy_mask, objective, 0)
     if tokens.token_weights is not None:

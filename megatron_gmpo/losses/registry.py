@@ -1,4 +1,4 @@
-"""The policy losses by name: one ``Loss`` entry per loss states all that the trainer must know about it."""
+"""The policy losses by name. The ``Loss`` entry of a loss holds everything that the trainer must know about it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TRAINER_COLUMNS = frozenset({"ref_logprobs", "rollout_logprobs", "entropy", "rou
 
 @dataclass(frozen=True)
 class DefaultClip:
-    """The clips of a loss if the config sets none.
+    """The clips of a loss that are used if the config sets none.
 
     Attributes:
         low, high: ``clip_low`` and ``clip_high``.
         source: where the values come from, for the line that a run prints.
-        moe: other values for mixtures of experts; None means the same.
+        moe: values for mixtures of experts; None means ``low`` and ``high``.
     """
 
     low: float
@@ -45,14 +45,14 @@ class DefaultClip:
 
 @dataclass(frozen=True)
 class NewColumn:
-    """A column of a user's own, in ``LossTokens.columns``.
+    """A column that a user's loss defines, in ``LossTokens.columns``.
 
     Attributes:
-        name: its key.
-        column: its dtype, what it is aligned to, and its padding.
+        name: key of the column.
+        column: dtype, alignment and padding.
         make: returns the values for a batch of L tokens and S sequences: (L,), or (S,) if the column is
             aligned to the sequence. Called once per step on every rank, with equal batches, after old and
-            reference log probabilities are known.
+            reference log probabilities are computed.
     """
 
     name: str
@@ -65,17 +65,17 @@ class Loss:
     """A policy loss and its properties.
 
     Attributes:
-        function: ``(tokens: LossTokens, *, clip_low, clip_high, ...) -> LossOutput``. Further keyword-only
+        function: ``(tokens: LossTokens, *, clip_low, clip_high, ...) -> LossOutput``. Other keyword-only
             parameters are the options ``algorithm.options.*``, checked by their annotations.
-        divisor: the SUM that the function returns is divided by the non-empty ``sequences`` or the response
-            ``tokens`` of the optimizer step.
-        clip_space: The clips bound a ``log_ratio`` to [-clip_low, clip_high], or a ``ratio`` to [1 -
-            clip_low, 1 + clip_high].
-        default_clip: None means the defaults of the function's ``clip_low`` and ``clip_high``.
+        divisor: divisor of the SUM that the function returns: the number of non-empty ``sequences``, or of
+            response ``tokens``, of the optimizer step.
+        clip_space: quantity that the clips bound: a ``log_ratio`` to [-clip_low, clip_high], or a ``ratio``
+            to [1 - clip_low, 1 + clip_high].
+        default_clip: clips if the config sets none; None means the defaults of the function's parameters.
         needs: columns that the function reads besides the required attributes of ``LossTokens``: names in
             ``TRAINER_COLUMNS``, and ``NewColumn``s.
-        token_weights: The function multiplies each token's term by ``tokens.token_weights``, so
-            ``algorithm.correction = "token"`` is supported.
+        token_weights: whether the function multiplies each token's term by ``tokens.token_weights``.
+            ``algorithm.correction = "token"`` requires it.
     """
 
     function: Callable[..., LossOutput]
@@ -119,7 +119,7 @@ LOSSES: dict[str, Loss] = {
 def resolve_loss(name: str) -> Loss:
     """Return the entry of ``algorithm.loss``.
 
-    The name is that of a built-in loss, or ``module:attribute`` with a function or a ``Loss``.
+    ``name`` is a built-in loss, or ``module:attribute``, where the attribute is a function or a ``Loss``.
 
     Raises:
         InputError: an unknown name, a module or attribute that cannot be imported, a signature that does not
@@ -155,7 +155,7 @@ def resolve_loss(name: str) -> Loss:
 def default_clips(name: str, loss: Loss, is_moe: bool) -> tuple[dict[str, float], str]:
     """Return the default values of ``clip_low`` and ``clip_high``, and where they come from.
 
-    A key is missing if the loss has no ``default_clip`` and its function no default for that clip.
+    A clip is missing if the loss has no ``default_clip`` and its function has no default for that clip.
     """
     if loss.default_clip:
         default = (is_moe and loss.default_clip.moe) or loss.default_clip

@@ -1,5 +1,6 @@
-"""RSPO: Router-Shift Policy Optimization (arXiv 2510.23027), GMPO for mixtures of experts whose routing
-changes.
+"""RSPO: Router-Shift Policy Optimization (arXiv 2510.23027).
+
+It extends GMPO to mixtures of experts whose routing changes between updates.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .tokens import LossOutput, LossTokens
 
 
 def log_router_shift(scores: Tensor, old_scores: Tensor) -> Tensor:
-    """Return how far one layer's routing of each token moved: 0 if it did not move, negative if it did.
+    """Return the log router shift of each token in one layer: 0 if the scores are unchanged, else negative.
 
     The paper's router scores are the log probabilities of a router's distribution over all experts, before
     top-k.
@@ -27,7 +28,7 @@ def log_router_shift(scores: Tensor, old_scores: Tensor) -> Tensor:
 
     Returns:
         (T,) fp32 without gradient: minus the mean over experts of |scores - old_scores|. A token's gamma is
-        exp of the mean over MoE layers.
+        the exponential of its mean over MoE layers.
     """
     return -(scores.detach().float() - old_scores.float()).abs().mean(1)
 
@@ -41,9 +42,9 @@ def rspo(
 ) -> LossOutput:
     """Return GMPO's loss with each token's ratio multiplied by the token's router shift before clipping.
 
-    ``delta_it`` of ``gmpo`` becomes ``delta_it + log max(gamma_it, min_router_shift)``, where gamma is the
-    column ``router_shift`` (T,), see ``log_router_shift``; it carries no gradient. A token whose experts were
-    rescored has a smaller factor in rho_i where A > 0, and reaches the lower clip sooner where A < 0.
+    ``delta_it`` of ``gmpo`` becomes ``delta_it + log max(gamma_it, min_router_shift)``. gamma is the column
+    ``router_shift``, (T,) without gradient (see ``log_router_shift``). If a token's router scores changed, its
+    factor in rho_i is smaller where A > 0, and it reaches the lower clip sooner where A < 0.
 
     Args:
         min_router_shift: lower bound of gamma; 1 gives GMPO.

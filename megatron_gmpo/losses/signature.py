@@ -18,7 +18,7 @@ def check_signature(name: str, function: Callable[..., Any]) -> None:
     """Check that the signature is ``(tokens, *, clip_low, clip_high, ...)``.
 
     Raises:
-        InputError: it differs; the line names the parameter.
+        InputError: the signature differs; the line names the parameter.
     """
     remedy = "write def loss(tokens, *, clip_low, clip_high, ...)"
     try:

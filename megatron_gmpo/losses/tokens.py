@@ -56,15 +56,15 @@ class LossTokens:
         token_weights: (T,) importance weights that multiply the policy term of each token, in losses whose
             entry supports them; None means 1.
         kept: (T,) bool, tokens that count in the policy term; None means all.
-        max_kl: A sequence with a negative advantage is left out of the policy term if the mean of
-            ``rollout_logprobs - logprobs`` over its tokens exceeds this many nats (off-policy sequence
-            masking, DeepSeek-V3.2, arXiv 2512.02556, section 3.1). The mean uses the CURRENT policy, so it
-            includes the mismatch with the rollout engine, stale samples and the step's earlier updates. None
-            disables the mask.
-        kl_coef: Weight of ``k3(pi, pi_ref)``, the KL penalty; needs ``ref_logprobs``.
-        entropy_coef: Weight of the entropy bonus; needs ``entropy``.
-        max_response_tokens: Token limit of a response in the rollout, or None.
-        columns: Further columns that the loss needs, by name, as its entry in the registry states them.
+        max_kl: bound, in nats, of off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556, section 3.1):
+            the policy term excludes a sequence with a negative advantage if the mean of
+            ``rollout_logprobs - logprobs`` over its tokens exceeds the bound. The mean uses the CURRENT
+            policy, so it includes the mismatch with the rollout engine, stale samples and the step's earlier
+            updates. None disables the mask.
+        kl_coef: weight of ``k3(pi, pi_ref)``, the KL penalty; needs ``ref_logprobs``.
+        entropy_coef: weight of the entropy bonus; needs ``entropy``.
+        max_response_tokens: token limit of a response in the rollout, or None.
+        columns: other columns that the loss needs, by name, as its registry entry lists them.
     """
 
     logprobs: Tensor
@@ -100,44 +100,44 @@ class LossTokens:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the arithmetic: fp32, or float64 if ``logprobs`` are float64."""
+        """Return the dtype of the arithmetic: fp32, or float64 if ``logprobs`` are float64."""
         return torch.promote_types(self.logprobs.dtype, torch.float32)
 
     @cached_property
     def policy_mask(self) -> Tensor:
-        """(T,) bool: tokens that count in the policy term."""
+        """Return (T,) bool: tokens that count in the policy term."""
         return self.mask if self.kept is None else self.mask & self.kept
 
     @cached_property
     def log_ratio(self) -> Tensor:
-        """(T,) ``log pi - log pi_old`` with gradient, 0 outside ``policy_mask``."""
-        # Selecting before any exp: the ratio of a token that is left out may overflow, and 0 * inf is nan.
+        """Return (T,) ``log pi - log pi_old`` with gradient, 0 outside ``policy_mask``."""
+        # Select before any exp: the ratio of an excluded token may overflow, and 0 * inf is nan.
         return torch.where(self.policy_mask, self.logprobs - self.old_logprobs, 0)
 
     @cached_property
     def drift(self) -> Tensor:
-        """(T,) ``log pi - log pi_old`` of all response tokens, without gradient."""
+        """Return (T,) ``log pi - log pi_old`` of all response tokens, without gradient."""
         return (self.logprobs - self.old_logprobs).detach()
 
     @cached_property
     def token_advantages(self) -> Tensor:
-        """(T,) the advantage of each token's sequence."""
+        """Return (T,) advantages: for each token, the advantage of its sequence."""
         return self.advantages[self.sequence_ids]
 
     def masked(self, x: Tensor) -> Tensor:
         """Return the (T,) tensor ``x`` in ``dtype``, 0 outside the mask."""
-        # Selecting before any arithmetic keeps inf and nan in padding slots out of values and gradients.
+        # Select before any arithmetic, so that inf and nan in padding slots reach no value and no gradient.
         return torch.where(self.mask, x.to(self.dtype), 0)
 
     def sum_per_sequence(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sum (T,) columns over the response tokens of each sequence, on all ranks of ``cp_group``.
 
-        One all-reduce in ``dtype`` carries all columns; call this once per loss. Its backward is the
-        identity, because the sums and the loss made of them are replicated over ``cp_group``.
+        One all-reduce in ``dtype`` carries all columns, so call this once per loss. Its backward pass is the
+        identity, because the sums, and the loss computed from them, are replicated over ``cp_group``.
 
         Returns:
-            (S,) per column, plus ``tokens`` (response tokens n_i), ``kept`` (those in ``policy_mask``) and
-            the sums that ``output`` needs.
+            (S,) per column. Also ``tokens`` (number of response tokens n_i), ``kept`` (number of tokens in
+            ``policy_mask``) and the sums that ``output`` needs.
         """
         shared = {"tokens": self.mask, "kept": self.policy_mask, "kl_old": k3(self.drift)}
         if self.max_kl is not None:
@@ -150,11 +150,11 @@ class LossTokens:
         assert not columns.keys() & shared.keys(), f"names in use: {sorted(columns.keys() & shared.keys())}"
         columns = {**columns, **shared}
         stacked = torch.stack([self.masked(column) for column in columns.values()], dim=1)  # (T, C)
-        # float64: sequential fp32 additions lose four digits over 20k tokens.
+        # float64, because sequential fp32 additions lose four digits over 20k tokens
         zeros = stacked.new_zeros(len(self.advantages), len(columns), dtype=torch.float64)
         sums = zeros.index_add(0, self.sequence_ids, stacked.double()).to(self.dtype)  # (S, C)
         sums = sum_over_group(sums, self.cp_group).unbind(1)
-        # Stacking gave every column a gradient: counts and metrics drop theirs.
+        # Stacking gave every column a gradient. Detach the columns that had none.
         return {
             name: x if columns[name].requires_grad else x.detach()
             for name, x in zip(columns, sums, strict=True)
@@ -181,16 +181,16 @@ class LossTokens:
     ) -> LossOutput:
         """Return minus the sum of ``objective``, plus the penalties, with the metrics of every loss.
 
-        ``sequence_weights`` multiply the objective. Sequences and tokens that are left out lose their policy
-        term only: divisors and penalties stay the same, so no other term gains weight.
+        ``sequence_weights`` multiply the objective. Excluded sequences and tokens lose only their policy term.
+        Divisors and penalties include them, so the other terms keep their weight.
 
         Args:
             objective: (S,) with gradient, the value to maximize; ignored for sequences that do not count.
             sums: the result of ``sum_per_sequence``.
             metrics: the loss's own metrics.
-            penalty_divisor: divides each sequence's sum of KL and entropy terms; scalar or (S,). None takes
-                the mean over the sequence's tokens. A loss that sums or scales its policy term over tokens
-                passes the same divisor here.
+            penalty_divisor: divisor of each sequence's sum of KL and entropy terms, scalar or (S,). None means
+                the sequence's number of tokens. A loss that divides its policy term by something else passes
+                the same divisor here.
         """
         kept = self.kept_sequences(sums)
         objective = torch.where(kept, objective, 0)
@@ -225,16 +225,17 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def clip_one_sided(x: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Return PPO's pessimistic clip as one value: ``min(x A, clip(x, low, high) A) == A * clip_one_sided(x,
-    A, low, high)``.
+    """Return the value c for which ``A c`` is PPO's pessimistic objective.
+
+    That objective is ``min(x A, clip(x, low, high) A)`` with A = ``advantages``.
     """
     return torch.where(advantages > 0, x.clamp(max=high), x.clamp(min=low))
 
 
 def clip_events(x: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """Return bool tensors, by side, that are True where ``clip_one_sided`` acts.
+    """Return bool tensors, by side, that are True where ``clip_one_sided`` changes ``x``.
 
-    A zero advantage never counts.
+    Where the advantage is zero, both are False.
     """
     return {
         "clip_fraction_high": (advantages > 0) & (x > high),
@@ -245,7 +246,7 @@ def clip_events(x: Tensor, advantages: Tensor, low: float, high: float) -> dict[
 def extremes(name: str, values: Tensor, where: Tensor) -> dict[str, Metric]:
     """Return the metrics ``policy/NAME_max`` and ``policy/NAME_min`` of ``values`` where ``where`` is True.
 
-    They are -inf and inf if it is True nowhere.
+    If ``where`` is False everywhere, they are -inf and inf.
     """
     values = values.detach()
     return {

@@ -1,14 +1,15 @@
-"""Build and run one rank of any layout on any machine, with shapes and no memory.
+"""Build and run one rank of any layout on any machine, on tensors without memory.
 
-The rank has the real model, gradient buffers and optimizer, and runs a real microbatch. The process group is
-torch's fake one, of the full world size; its collectives do nothing. Every tensor is on the meta device. The
-report is what the policy's own code then holds, computes and sends. Two parts differ from a GPU run:
+The rank builds the real model, gradient buffers and optimizer, and runs a real microbatch. The process group
+is torch's fake process group of the full world size, whose collectives do nothing. Every tensor is on the meta
+device. An ``Observer`` counts the memory, FLOPs and traffic of the policy's own code. Two parts differ from a
+GPU run:
 
-- Fused kernels. Stand-ins replace the norms and the core attention of the plain layer spec; they keep what
-  the kernels of Transformer Engine and FlashAttention keep. A run on a CPU keeps the plain norms. The rest of
-  the plain spec keeps slightly more than Transformer Engine does.
-- Routing. The number of tokens per expert depends on data. Here every expert gets the same number: Megatron
-  pads to a capacity with a factor of 1.
+- Fused kernels. Stand-ins replace the norms and the core attention of the plain layer spec. They save the same
+  tensors as the kernels of Transformer Engine and FlashAttention. For ``device = "cpu"`` the plain norms stay.
+  The rest of the plain spec saves slightly more than Transformer Engine does.
+- Routing. In training, the number of tokens per expert depends on the data. Here every expert gets the same
+  number, because Megatron pads to a capacity with a factor of 1.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ _ANYWHERE = {
     "overlap_grad_reduce": False,
     "overlap_param_gather": False,
 }
-"""Optimizer options that run on every machine. ``_optimizer_nbytes`` accounts for low precision and
-offloading."""
+"""Values of optimizer options that every machine supports.
+
+``_optimizer_nbytes`` accounts for low precision and offloading.
+"""
 
 
 def dry_run(
@@ -108,7 +111,7 @@ def dry_run(
 
 @contextmanager
 def _groups(cfg: Config, world_size: int, stage: int) -> Iterator[ProcessGroupCollection]:
-    """Start a fake process group as the first rank of ``stage``; Megatron orders ranks tp-cp-ep-dp-pp."""
+    """Start a fake process group as the first rank of ``stage``. Megatron orders ranks tp-cp-ep-dp-pp."""
     first = stage * (world_size // cfg.parallel.pipeline_model_parallel_size)
     dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=world_size)
     try:
@@ -143,13 +146,15 @@ def _build(
 
 @dataclass(frozen=True)
 class _Pass:
-    """One microbatch through one chunk.
+    """The cost of one microbatch in one chunk.
 
     Attributes:
-        kept: bytes that stay until the backward pass.
+        kept: bytes that autograd keeps until the backward pass.
         peak: bytes at the peak of forward and backward pass.
         logits: bytes of the logits and their gradient.
         boundary: bytes sent to the next chunk.
+        forward: work of the forward pass.
+        training: work of forward and backward pass.
     """
 
     kept: int
@@ -203,9 +208,9 @@ def _microbatch(
 
 
 def _in_flight(chunks: int, groups: ProcessGroupCollection, num_microbatches: int) -> list[int]:
-    """Return for each chunk the number of passes whose activations are alive together.
+    """Return for each chunk the number of forward passes whose activations are alive at the same time.
 
-    It is one more than the warm-up of the schedule (schedules.py).
+    Their sum is one more than the number of warm-up passes of the schedule (schedules.py).
     """
     stages, stage = groups.pp.size(), groups.pp.rank()
     if chunks == 1:
@@ -236,8 +241,10 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _optimizer_nbytes(optimizer: Any, chunks: list[torch.nn.Module], cfg: OptimizerConfig) -> int:
-    """Return the bytes on the device of the main weights that are not the model's own, and of two moments per
-    element."""
+    """Return the bytes of the optimizer state on the device.
+
+    They are the main weights that are not tensors of the model, and two moments per element.
+    """
     main = [param for group in optimizer.param_groups for param in group["params"]]
     known = _storages(_tensors(chunks))
     own = sum(size for key, size in _storages(main).items() if key not in known)

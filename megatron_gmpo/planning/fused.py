@@ -1,5 +1,7 @@
-"""Stand-ins for fused GPU kernels in a dry run: they keep the tensors that the kernels keep, and compute
-nothing."""
+"""Stand-ins for fused GPU kernels in a dry run.
+
+They save the tensors that the kernels save for the backward pass, and compute nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from .observer import Observer
 
 
 class FusedNorm(torch.nn.Module):
-    """Stand-in for a fused RMSNorm, which keeps its input and one fp32 number per token."""
+    """Stand-in for a fused RMSNorm, which saves its input and one fp32 number per token."""
 
     def __init__(self, weight: torch.nn.Parameter) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class _FusedNormFunction(torch.autograd.Function):
 class FusedAttention(torch.nn.Module):
     """Stand-in for FlashAttention, whose backward pass recomputes the scores.
 
-    It keeps queries, keys, values, the output, and one fp32 number per token and head. Context-parallel ranks
+    It saves queries, keys, values, the output, and one fp32 number per token and head. Context-parallel ranks
     gather keys and values, and reduce-scatter their gradients.
     """
 
@@ -58,7 +60,7 @@ class FusedAttention(torch.nn.Module):
     ) -> Tensor:
         bounds = packed_seq_params.cu_seqlens_q
         squares = int(((bounds[1:] - bounds[:-1]).long() ** 2).sum()) // self.cp_group.size()
-        # two products, of which the causal mask leaves one half
+        # two matrix products; the causal mask halves their FLOPs
         flops = squares * query.shape[1] * (query.shape[2] + value.shape[2])
         return _FusedAttentionFunction.apply(query, key, value, self.cp_group, self.observer, flops)  # pyright: ignore[reportReturnType]
 
@@ -88,7 +90,7 @@ class _FusedAttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, _, _ = ctx.saved_tensors
-        ctx.observer.flops += ctx.flops * 5 // 2  # the scores again, and four products for the gradients
+        ctx.observer.flops += ctx.flops * 5 // 2  # one product for the scores, four for the gradients
         for x in (key, value):
             if ctx.cp_group.size() > 1:
                 whole = x.new_empty(ctx.cp_group.size() * len(x), *x.shape[1:])

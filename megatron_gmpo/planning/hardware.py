@@ -1,4 +1,4 @@
-"""GPUs by their data sheets, and the efficiencies that the step estimate assumes."""
+"""Figures of GPUs from their data sheets, and the efficiencies that the step estimate assumes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """One GPU of a node with eight.
+    """One GPU of a node with eight GPUs.
 
     Attributes:
         memory: bytes that torch can allocate.
         flops: dense BF16 FLOPs per second.
-        bandwidth: bytes per second of its memory.
+        bandwidth: bytes per second of the GPU's memory.
         nvlink: bytes per second in one direction to GPUs of the same node.
         network: bytes per second in one direction to other nodes.
     """
@@ -31,26 +31,28 @@ HARDWARE = {
     "h200": Hardware(139 * GIB, 989e12, 4.8e12, 450e9, 50e9),
     "b200": Hardware(178 * GIB, 2250e12, 7.7e12, 900e9, 50e9),
 }
-"""NVIDIA's data sheets of the H100 SXM, the H200 SXM and the HGX B200, without sparsity, NVLink halved to one
-direction. Network: one 400 Gb/s adapter per GPU, as in DGX systems."""
+"""GPUs by name. Source: NVIDIA's data sheets of the H100 SXM, the H200 SXM and the HGX B200.
+
+FLOPs are without sparsity. NVLink is halved to one direction. The network is one 400 Gb/s adapter per GPU, as
+in DGX systems."""
 GPUS_PER_NODE = 8
 
 COMPUTE_EFFICIENCY = 0.45
 """Share of the peak that training reaches in matrix products and the small kernels between them."""
 PREFILL_EFFICIENCY = 0.4
-"""Share of the peak that servers reach on prompts."""
+"""Share of the peak that servers reach in prefill."""
 DECODE_EFFICIENCY = 0.6
 """Share of the memory bandwidth that decoding reaches."""
 LINK_EFFICIENCY = 0.7
-"""Share of NVLink and network that collectives reach; no communication is hidden behind computation."""
+"""Share of NVLink and network bandwidth that collectives reach. No communication overlaps with computation."""
 LAYER_LATENCY_S = 60e-6
-"""Shortest time of one layer in decoding: the launches of a dozen kernels."""
+"""Minimum time of one layer in decoding: the launches of about a dozen kernels."""
 TP_LATENCY_S = 20e-6
 """Time of one layer's two all-reduces in decoding, for a server with several GPUs."""
 DISK_BANDWIDTH = 2e9
-"""Bytes per second that one process writes to a shared file system or reads from it."""
+"""Bytes per second with which one process writes to a shared file system or reads from it."""
 HOST_COPY_BANDWIDTH = 10e9
-"""Bytes per second through shared memory of a host."""
+"""Bytes per second of a copy through the shared memory of a host."""
 RESERVED = 5 * GIB
 """Memory for the CUDA context, NCCL buffers, library workspaces and fragmentation."""
 SERVER_MEMORY = 0.85

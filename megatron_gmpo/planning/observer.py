@@ -25,24 +25,24 @@ _OPERATIONS = {
     "alltoall_base_": "all_to_all",
     "broadcast_": "broadcast",
 }
-"""Name of an operator in torch's c10d namespace -> the collective."""
+"""Operator in torch's c10d namespace -> collective."""
 
 
 class Observer(TorchDispatchMode):
     """Track which meta tensors are alive, and count FLOPs and collectives.
 
     Attributes:
-        resident: storages that existed before; they do not count.
-        live: bytes of the storages that are alive.
+        resident: storages that existed before the observed code. They are not counted.
+        live: bytes of the storages that are allocated now.
         peak: largest value of ``live`` since ``start``.
-        flops: FLOPs since ``start``. Stand-ins for fused kernels add theirs.
+        flops: FLOPs since ``start``. Stand-ins for fused kernels add their own.
     """
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.resident: set[int] = set()
         self._names: dict[str, str] = {}
-        # reversed, so that tp, cp, ... win over combined groups with the same ranks
+        # reversed, so that tp, cp, ... take precedence over combined groups with the same ranks
         for field in reversed(dataclasses.fields(groups)):
             group = getattr(groups, field.name, None)
             if isinstance(group, dist.ProcessGroup):
@@ -125,7 +125,7 @@ class Observer(TorchDispatchMode):
         assert operation, f"the dry run does not know the collective {func}"
         boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
         group = dist.ProcessGroup.unbox(boxed)
-        # the largest argument is the whole tensor, the others are one rank's share
+        # the largest argument is the whole tensor, the other arguments are one rank's share
         size = max(sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args)
         if group.size() > 1:
             self._sent[self._key(operation, group)] += _wire_bytes(operation, size, group.size())

@@ -1,4 +1,4 @@
-"""What a dry run reports: memory, work and traffic of one rank."""
+"""Memory, work and traffic of one rank, as a dry run reports them."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ class Work:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What the first rank of a pipeline stage holds and does. Memory is in bytes.
+    """Memory and work of the first rank of a pipeline stage. Memory is in bytes.
 
     Attributes:
         stage: pipeline stage.
         rank: global rank.
         parameters: elements on this rank.
         stage_parameters: elements of the whole stage, each counted once over all its ranks.
-        stage_expert_parameters: elements of routed experts among them.
+        stage_expert_parameters: elements of the stage's routed experts.
         weights: weights of the model.
         gradients: fp32 gradient buffers.
         optimizer: this rank's share of fp32 main weights and moments.
         reference: weights of the reference policy.
-        activations: what the microbatches in flight keep for their backward passes, without logits.
+        activations: tensors that in-flight microbatches keep for their backward passes, without logits.
         logits: logits of a microbatch and their gradient.
-        temporaries: everything else that is alive at the peak of a microbatch's passes. With recomputation
-            this is mostly the layer that is being recomputed.
-        in_flight: microbatches whose activations are alive together; with a virtual pipeline, passes through
-            one chunk.
-        boundary: bytes that a microbatch sends from one chunk to the next, and its gradient sends back; 0 for
-            the last stage of a pipeline with one chunk per rank.
-        forward: a forward pass with log probabilities.
-        training: forward, backward and recomputation.
+        temporaries: all other memory that is allocated at the peak of a microbatch's passes. With
+            recomputation this is mostly the layer that is being recomputed.
+        in_flight: number of microbatches whose activations are alive at the same time; with a virtual
+            pipeline, number of passes through one chunk.
+        boundary: bytes of a microbatch's activations between two chunks, and of their gradient; 0 for the last
+            stage of a pipeline with one chunk per rank.
+        forward: work of a forward pass with log probabilities.
+        training: work of forward pass, backward pass and recomputation.
         gradient_sync: collectives of an optimizer step.
     """
 

@@ -36,7 +36,7 @@ def headline(cfg: Config, description: ModelDescription, model: Model, world_siz
 
 
 def memory_table(plans: list[RankPlan], hardware: Hardware) -> Table:
-    """Return one row per pipeline stage; the ranks of a stage hold the same."""
+    """Return the table of memory, one row per pipeline stage. All ranks of a stage need the same memory."""
     table = Table("stage", "rank", title="Memory of a rank, GiB", title_justify="left")
     columns = (
         "weights",
@@ -64,7 +64,7 @@ def memory_table(plans: list[RankPlan], hardware: Hardware) -> Table:
 
 
 def print_step(console: Console, cfg: Config, estimate: StepEstimate) -> None:
-    """Print what a step consists of, what a rank sends in it, and how long it takes."""
+    """Print the tables of a step: its batch, the traffic of a rank, and the time of each phase."""
     for table in (
         batch_table(cfg, estimate.batch, estimate.servers),
         traffic_table(estimate),
@@ -74,7 +74,7 @@ def print_step(console: Console, cfg: Config, estimate: StepEstimate) -> None:
 
 
 def batch_table(cfg: Config, batch: Batch, servers: Servers) -> Table:
-    """Return the sequences, optimizer steps and servers of a step."""
+    """Return the table of the sequences, optimizer steps and servers of a step."""
     table = Table(title="A step", title_justify="left", show_header=False)
     rollout, sequences, updates = cfg.rollout, len(batch.lengths), batch.microbatches
     groups = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt}"
@@ -87,7 +87,7 @@ def batch_table(cfg: Config, batch: Batch, servers: Servers) -> Table:
 
 
 def traffic_table(estimate: StepEstimate) -> Table:
-    """Return what the busiest rank sends in a step."""
+    """Return the table of the bytes that the busiest rank sends in a step."""
     title = "Sent by a rank in a step"
     table = Table("collective", "group", "ranks", "nodes", title=title, title_justify="left")
     table.add_column("GB", justify="right")
@@ -103,7 +103,7 @@ def traffic_table(estimate: StepEstimate) -> Table:
 
 
 def time_table(estimate: StepEstimate) -> Table:
-    """Return the estimated seconds of each phase, throughput and MFU."""
+    """Return the table of the estimated seconds of each phase, the throughput and the MFU."""
     table = Table(title="Estimated time", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")

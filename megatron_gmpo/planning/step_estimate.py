@@ -1,7 +1,7 @@
 """Estimate how long a step takes: the work and traffic of a dry run, divided by stated hardware figures.
 
-The estimate is rough. It serves to compare layouts and to find what dominates a step. Its assumptions are the
-constants of ``hardware.py``.
+The estimate is rough. Use it to compare layouts and to find the phase that dominates a step. Its assumptions
+are the constants of ``hardware.py``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ class Model:
         parameters: elements of all parameters.
         active_parameters: elements that one token uses.
         expert_parameters: elements of routed experts.
-        kv_heads: heads of keys and values.
-        kv_head_bytes: bytes of one token's keys and values of one head over all layers.
-        topk: experts per token; 0 for a dense model, like ``num_experts``.
+        kv_heads: number of key-value heads.
+        kv_head_bytes: bytes of one token's keys and values in one head, summed over layers.
+        num_layers: number of layers.
+        num_experts: experts per MoE layer; 0 for a dense model.
+        topk: experts per token; 0 for a dense model.
         served_weights: bytes of the weights on a server, and of a weight sync.
     """
 
@@ -63,8 +65,10 @@ class Model:
         return 2 * self.parameters
 
     def kv_bytes_on(self, gpus: int) -> int:
-        """Return the bytes of one token in the caches of all GPUs of a server; each GPU holds whole heads, at
-        least one."""
+        """Return the bytes of one token in the caches of all GPUs of a server.
+
+        Each GPU holds whole heads, at least one.
+        """
         return self.kv_head_bytes * max(self.kv_heads, gpus)
 
 
@@ -75,8 +79,8 @@ class Batch:
     Attributes:
         lengths: tokens per sequence.
         responses: tokens per response.
-        microbatches: for each optimizer step, microbatches on a rank.
-        forward_microbatches: microbatches on a rank of a forward pass over the whole batch.
+        microbatches: for each optimizer step, the number of microbatches on a rank.
+        forward_microbatches: number of microbatches on a rank in a forward pass over the whole batch.
     """
 
     lengths: list[int]
@@ -121,7 +125,13 @@ def draw_batch(cfg: Config, world_size: int, prompt_tokens: int, response_tokens
 
 @dataclass(frozen=True)
 class Servers:
-    """Number of rollout servers, GPUs per server, and tokens that the key-value cache of a server holds."""
+    """The rollout servers.
+
+    Attributes:
+        count: number of servers.
+        gpus: GPUs per server.
+        cache_tokens: number of tokens that the KV cache of a server holds.
+    """
 
     count: int
     gpus: int
@@ -132,7 +142,7 @@ class StepEstimate:
     """Seconds of each phase of a step, and bytes that one rank sends in a step.
 
     Args:
-        slots: tokens of the microbatch of the dry run.
+        slots: number of tokens in the microbatch of the dry run.
     """
 
     def __init__(
@@ -149,11 +159,11 @@ class StepEstimate:
         self.cfg, self.model, self.plans, self.batch = cfg, model, plans, batch
         self.servers, self.hardware, self.world_size = servers, hardware, world_size
         replicas = world_size // cfg.parallel.model_parallel_size
-        # tokens of a training microbatch relative to the dry run's
+        # ratio of the tokens of a training microbatch to the tokens of the dry run's microbatch
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
         self.passes = 2 if "ref_logprobs" in needed_columns(cfg.algorithm) else 1
-        """Forward passes before the updates: old log probabilities, and the reference's."""
+        """Forward passes before the updates: for old log probabilities, and for the reference policy."""
         self.seconds = {
             "rollout": self._rollout(),
             "weight_sync": self._weight_sync(),
@@ -184,8 +194,10 @@ class StepEstimate:
 
     @property
     def mfu(self) -> float:
-        """Return the MFU of the training phase: FLOPs of three forward passes, without recomputation, over
-        the peak."""
+        """Return the MFU of the training phase.
+
+        It is the FLOPs of three forward passes, without recomputation, divided by the GPU's peak FLOPs.
+        """
         forward = sum(plan.forward.flops for plan in self.plans) / len(self.plans)
         return (
             3
@@ -196,7 +208,7 @@ class StepEstimate:
         )
 
     def traffic(self) -> list[Traffic]:
-        """Return what the busiest rank of each group sends in a step."""
+        """Return the traffic of the busiest rank of each group in a step."""
         most: dict[tuple[str, str], Traffic] = {}
         for plan in self.plans:
             sent: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
@@ -222,8 +234,10 @@ class StepEstimate:
         return int(sent * (2 * sum(self.batch.microbatches) * self._filled + forward))
 
     def _pipeline(self, microbatches: int, filled: float, *, training: bool) -> float:
-        """Return the time of the slowest stage with the pipeline bubble: (microbatches + (stages - 1) /
-        chunks) passes."""
+        """Return the time of the slowest stage with the pipeline bubble.
+
+        This is the time of ``microbatches + (stages - 1) / chunks`` passes.
+        """
         stages, chunks = len(self.plans), self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
         slowest = max(self._seconds(plan.training if training else plan.forward) for plan in self.plans)
         slowest += (
@@ -244,8 +258,8 @@ class StepEstimate:
     def _sending(self, traffic: Traffic) -> float:
         """Return the time of a collective.
 
-        A ring that leaves a node runs at the speed of the network. Of an all-to-all, only the part that
-        leaves the node does.
+        A ring that leaves a node runs at the speed of the network. In an all-to-all, only the part that leaves
+        the node does.
         """
         nodes = Counter(rank // GPUS_PER_NODE for rank in traffic.ranks)
         outside = 1.0 if len(nodes) > 1 else 0.0
@@ -257,8 +271,10 @@ class StepEstimate:
         return traffic.sent * slowest / LINK_EFFICIENCY
 
     def _update(self) -> float:
-        """Return the time of an optimizer step on the slowest rank: collectives, and reading and writing its
-        state."""
+        """Return the time of an optimizer step on the slowest rank.
+
+        It is the time of the collectives, and of reading and writing the optimizer state and gradients.
+        """
         return max(
             sum(map(self._sending, plan.gradient_sync))
             + 2 * (plan.optimizer + plan.gradients) / self.hardware.bandwidth
@@ -266,8 +282,10 @@ class StepEstimate:
         )
 
     def _weight_sync(self) -> float:
-        """Return the time in which every rank gathers all weights once and rank 0 sends them to the
-        servers."""
+        """Return the time of a weight sync.
+
+        Every rank gathers all weights once, and rank 0 sends them to the servers.
+        """
         link = self.hardware.network if self.world_size > GPUS_PER_NODE else self.hardware.nvlink
         gathered = self.model.weights / (link * LINK_EFFICIENCY)
         if self.cfg.rollout.engine == "embedded":
@@ -310,7 +328,7 @@ class StepEstimate:
 
     def _decode_step(self, batch: int, cached_tokens: float) -> float:
         model, servers, hardware = self.model, self.servers, self.hardware
-        # share of the experts that some token uses
+        # share of the experts that at least one token uses
         used = 1 - (1 - model.topk / model.num_experts) ** batch if model.num_experts else 0.0
         weights = (
             model.served_weights
@@ -328,8 +346,8 @@ def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, 
     """Return the size of the whole model from the plans of its stages.
 
     Args:
-        padding: elements that pad the vocabulary.
-        quantized: the servers hold the weights in block-wise FP8.
+        padding: number of elements that pad the vocabulary.
+        quantized: whether the servers hold the weights in block-wise FP8.
     """
     parameters = sum(plan.stage_parameters for plan in plans) - padding
     experts = sum(plan.stage_expert_parameters for plan in plans)

@@ -1,4 +1,4 @@
-"""The values of the auxiliary losses that a MoE trains on, read from Megatron's own tracker."""
+"""Values of the auxiliary losses of a MoE, read from Megatron's tracker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AuxiliaryLosses:
     """Report the auxiliary losses of each optimizer step.
 
     Args:
-        config: names the losses and their coefficients.
+        config: config with the losses and their coefficients.
         groups: process groups of the trained model.
         device: device of the model.
     """
@@ -36,21 +36,22 @@ class AuxiliaryLosses:
         dp, dense = groups.dp.size(), groups.dp_cp.size() * groups.tp.size()
         z_loss = bool(config.num_moe_experts and config.moe_z_loss_coeff)
         named = {
-            "load_balancing_loss": ("aux_loss" in on, dp),  # ranks of tp and cp hold summands
+            # the ranks of tp and cp hold summands
+            "load_balancing_loss": ("aux_loss" in on, dp),
             "seq_load_balancing_loss": ("seq_aux_loss" in on, dp),
-            "global_load_balancing_loss": (
-                "global_aux_loss" in on,
-                1,
-            ),  # ranks of tp, cp and dp hold summands
-            "z_loss": (z_loss, dense),  # every rank holds a mean over its tokens
+            # the ranks of tp, cp and dp hold summands
+            "global_load_balancing_loss": ("global_aux_loss" in on, 1),
+            # every rank holds a mean over its tokens
+            "z_loss": (z_loss, dense),
         }
         self._divisors = {name: divisor for name, (used, divisor) in named.items() if used}
 
     def metrics(self, microbatches: int) -> dict[str, Metric]:
         """Return the losses in use, without their coefficients, and clear Megatron's tracker. Collective.
 
-        The names are ``moe/load_balancing_loss``, ``moe/seq_load_balancing_loss``, ``moe/global_load_balancing_loss`` and
-        ``moe/z_loss``. Each value is a sum over layers, averaged over the ``microbatches`` of the optimizer step.
+        The names are ``moe/load_balancing_loss``, ``moe/seq_load_balancing_loss``,
+        ``moe/global_load_balancing_loss`` and ``moe/z_loss``. Each value is a sum over layers, averaged over
+        the ``microbatches`` of the optimizer step.
         """
         if not self._divisors:
             return {}

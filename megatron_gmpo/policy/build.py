@@ -57,8 +57,8 @@ class TrainableModel:
     def finish_update(self) -> None:
         """Gather the last update into the weights of every rank, before they are read outside a forward pass.
 
-        Collective. With overlap_param_gather, each module otherwise gathers its weights in its next forward
-        pass.
+        Collective. Without this call, overlap_param_gather gathers the weights of each module in its next
+        forward pass.
         """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,7 +99,7 @@ def build_chunks(
 def make_trainable(
     chunks: list[torch.nn.Module], cfg: OptimizerConfig, total_updates: int, groups: ProcessGroupCollection
 ) -> TrainableModel:
-    """Add fp32 gradient buffers, the optimizer, and a schedule over ``total_updates`` optimizer steps.
+    """Add fp32 gradient buffers, the optimizer, and a learning-rate schedule over ``total_updates`` steps.
 
     Load the weights first: the optimizer copies them as its fp32 main weights.
     """
@@ -174,7 +174,7 @@ def move_to_host(chunks: list[torch.nn.Module]) -> None:
 
 @contextmanager
 def on_device(chunks: list[torch.nn.Module], device: torch.device) -> Iterator[None]:
-    """Copy the weights to ``device`` for the block, then restore the host copies: changes are lost."""
+    """Copy the weights to ``device`` for the block, then restore the host copies. Changes are lost."""
     parameters = _parameters(chunks)
     host = [parameter.data for parameter in parameters]
     for parameter in parameters:

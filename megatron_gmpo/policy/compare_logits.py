@@ -1,5 +1,4 @@
-"""Compare the logits of a Megatron checkpoint with the logits that transformers computes from the Hugging
-Face folder."""
+"""Compare the logits of a Megatron checkpoint with the logits of transformers for the Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -27,15 +26,15 @@ TEXT = (
     "A train leaves at 9:40 and travels 126 km at 84 km/h. It arrives at 11:10, since 126 / 84 = 1.5 hours."
 )
 DIGITS = "12+34=46 90-17=73"
-"""For a tokenizer without letters."""
+"""Text for a tokenizer without letters."""
 TOLERANCE = 1e-3
-"""Largest difference that rounding explains, relative to the largest logit."""
+"""Maximum difference that rounding can cause, relative to the largest logit."""
 _CPU = torch.device("cpu")
 
 
 @torch.no_grad()
 def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
-    """Return how far the logits of both sides are apart on a text, in fp32, or why they were not compared.
+    """Return a line with the difference of both logits on a text, in fp32, or the reason for no comparison.
 
     The process must be the only one of its process group.
 
@@ -44,7 +43,7 @@ def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
             comparison.
 
     Raises:
-        InputError: they differ by more than ``TOLERANCE``.
+        InputError: the logits differ by more than ``TOLERANCE``.
     """
     weights = sum(file.stat().st_size for file in hf.glob("*.safetensors"))
     if psutil.virtual_memory().available < 8 * weights:  # both models in fp32, twice the bytes of bf16
@@ -89,9 +88,8 @@ def _megatron_logits(
         (model,) = build_chunks(description, groups, _CPU)
         gpt: Any = model
         sharded = gpt.sharded_state_dict()
-        weights = {
-            name: tensor for name, tensor in sharded.items() if not isinstance(tensor, ShardedObject)
-        }  # ShardedObjects are pickles
+        # without ShardedObjects, which are pickles
+        weights = {name: tensor for name, tensor in sharded.items() if not isinstance(tensor, ShardedObject)}
         gpt.load_state_dict(dist_checkpointing.load(weights, str(checkpoint_folder(megatron))), strict=False)
         if dtype:
             for parameter in gpt.parameters():

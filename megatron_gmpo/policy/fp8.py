@@ -1,7 +1,7 @@
 """FP8 with Transformer Engine: requirements on machine, model and layout, and weights stored in FP8.
 
 Without Transformer Engine, Megatron silently computes without FP8 (fp8_utils.py:get_fp8_context). This module
-refuses that.
+raises an error instead.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from ..platform.capabilities import Capabilities
 
 _OLDEST = (2, 9)
 _TOO_NEW = (2, 12) if package_info.MINOR < 17 else (sys.maxsize, 0)
-"""Versions of Transformer Engine that Megatron-Core accepts: 0.16.1 has an upper bound (its pyproject.toml),
-0.19.2 has none."""
+"""First version of Transformer Engine that Megatron-Core does not accept.
+
+0.16.1 has an upper bound (its pyproject.toml), 0.19.2 has none."""
 _RANGE = f">= {_OLDEST[0]}.{_OLDEST[1]}" + (", < 2.12" if _TOO_NEW == (2, 12) else "")
 
 
@@ -119,11 +120,10 @@ def drop_initial_values(chunks: list[torch.nn.Module]) -> None:
 
 
 def _multiple(recipe: str) -> int:
-    """Return the number that must divide both sides of a matrix (fp8_utils.py:get_fp8_align_size, Transformer
-    Engine's pytorch/utils.py and mxfp8_tensor.py).
+    """Return the number that must divide both sides of a matrix.
 
-    A block of 128 at the end of a matrix may be smaller; only a sequence-parallel gather then falls back to
-    bf16.
+    A block of 128 at the end of a matrix may be smaller. A sequence-parallel gather then uses bf16. Sources:
+    fp8_utils.py:get_fp8_align_size, and pytorch/utils.py and mxfp8_tensor.py of Transformer Engine.
     """
     return 32 if recipe == "mxfp8" else 16
 

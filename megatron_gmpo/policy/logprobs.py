@@ -1,7 +1,7 @@
 """Log probability and entropy under vocabulary-parallel logits, without a second copy of the logits.
 
-Forward and backward process the tokens in chunks, and the backward recomputes the softmax. Beyond the logits
-and their gradient, memory holds only a few chunks in fp32.
+Forward and backward passes process the tokens in chunks, and the backward pass recomputes the softmax. Besides
+the logits and their gradient, memory holds only a few chunks in fp32.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         for chunk in _chunks(len(logits), ctx.chunk_tokens):
             # with p = softmax: d logprob / d y = onehot - p,  d entropy / d y = -p (log p + entropy)
             logp = logits[chunk, : ctx.valid].to(entropy.dtype, copy=True).div_(ctx.temperature)
-            # two subtractions: adding log_z to a large ``highest`` first would round it away
+            # two subtractions, because the sum of log_z and a large ``highest`` would be rounded
             logp.sub_(highest[chunk, None]).sub_(log_z[chunk, None])
             p = logp.exp()
             factor = (

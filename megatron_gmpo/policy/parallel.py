@@ -1,4 +1,8 @@
-"""Process groups: the only reader of Megatron's global parallel state. Everyone else gets a ProcessGroupCollection."""
+"""Create the process groups.
+
+This is the only module that reads Megatron's global parallel state. Other code receives a
+``ProcessGroupCollection``.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,14 @@ from ..config import ParallelConfig
 
 
 def start_model_parallel(parallel: ParallelConfig, seed: int, timeout_s: float) -> ProcessGroupCollection:
-    """Makes Megatron's groups and seeds its random-number tracker. Needs the default process group.
+    """Make Megatron's groups and seed its random-number tracker. Needs the default process group.
 
     Args:
         timeout_s: limit for one collective, rounded up to whole minutes.
 
     Returns:
-        The groups ``tp``, ``pp``, ``cp``, ``dp``, ``dp_cp``, ``ep``, ``expt_tp`` and more (process_groups_config.py).
+        The groups ``tp``, ``pp``, ``cp``, ``dp``, ``dp_cp``, ``ep``, ``expt_tp`` and more
+        (process_groups_config.py).
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -34,5 +39,5 @@ def start_model_parallel(parallel: ParallelConfig, seed: int, timeout_s: float) 
 
 
 def stop_model_parallel() -> None:
-    """Forgets the groups, so that another layout can be set up in the same processes."""
+    """Discard the groups, so that another layout can be set up in the same processes."""
     parallel_state.destroy_model_parallel()

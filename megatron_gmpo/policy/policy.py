@@ -104,9 +104,9 @@ class Policy:
 
         Returns:
             For a MoE, load and entropy of the routers, see ``OldRouters.metrics``. If the rollout engine
-            recorded its routing, also ``moe/routing_differs`` and ``moe/routing_differs_tokens``, the
-            difference to it (under its
-            replay: the difference that the routers' own choice would make), see ``RoutingPass.metrics``.
+            recorded its routing, also ``moe/routing_differs`` and ``moe/routing_differs_tokens``: the
+            difference between that routing and the routers' own choice, also when the routing is replayed,
+            see ``RoutingPass.metrics``.
         """
         kind, shifts = self.cfg.algorithm.moe_routing_replay, "router_shift" in self._needs
         routing = self._routing_pass(batch, replay=kind == "rollout", record=kind != "rollout")
@@ -155,7 +155,7 @@ class Policy:
         Returns:
             Over all ranks: ``loss``, ``grad_norm``, ``learning_rate``, the objective's metrics and those of
             ``AuxiliaryLosses``. If the minibatch has ``routed_experts``, also ``moe/routing_drift`` and
-            ``moe/routing_drift_tokens``: the difference of the current weights' own routing to them.
+            ``moe/routing_drift_tokens``: the difference between them and the current weights' own routing.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
@@ -195,17 +195,16 @@ class Policy:
         """Scale the config's learning rates by ``factor`` from the next optimizer step on."""
         lr, min_lr = factor * self.cfg.optimizer.lr, factor * self.cfg.optimizer.min_lr
         optimizer: Any = self.model.optimizer
-        for (
-            group
-        ) in optimizer.param_groups:  # these override the schedule (optimizer_param_scheduler.py:get_lr)
+        # values in param_groups override the schedule (optimizer_param_scheduler.py:get_lr)
+        for group in optimizer.param_groups:
             group["max_lr"], group["min_lr"] = lr, min_lr
 
     def export_hf(self) -> Export:
-        """Return an iterable of (Hugging Face name, full tensor), which gathers each tensor on every rank."""
+        """Return an iterable of (Hugging Face name, full tensor) that gathers each tensor on every rank."""
         return Export(self)
 
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
-        """Write the checkpoint of ``step`` and keep the newest ``keep_last``: ``save_checkpoint``."""
+        """Write the checkpoint of ``step`` and keep the newest ``keep_last``, see ``save_checkpoint``."""
         self.model.finish_update()
         tensors = tensors_to_save(self.model, self.groups)
         state = {"model": self._identity, "scheduler": self.model.scheduler.state_dict(), **state}
@@ -227,7 +226,7 @@ class Policy:
         """Load the weights only.
 
         Raises:
-            InputError: like ``load``.
+            InputError: see ``load``.
         """
         check_model(checkpoint, self._identity)
         load_weights(checkpoint, self.chunks, self.groups)
@@ -248,7 +247,7 @@ class Policy:
         return self.description.routing, self.groups.tp, len(batch.tokens), self.device
 
     def _reduce(self, kept: list[dict[str, Metric]]) -> dict[str, Metric]:
-        """Reduce metrics over microbatches and ranks; tensor-parallel ranks hold copies, so rank 0 counts."""
+        """Reduce metrics over microbatches and ranks. Tensor-parallel ranks hold copies; only rank 0's count."""
         merged = reduce_metrics(kept if self.groups.tp.rank() == 0 else [])
         plain = {name: _on_cpu(m) for name, m in merged.items()}
         return reduce_metrics(all_gather_objects(plain))

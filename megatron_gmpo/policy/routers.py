@@ -30,7 +30,7 @@ def routers_of(chunk: torch.nn.Module) -> dict[int, TopKRouter]:
 def own_slots(slots: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
     """Return the part of (T, ...) slots that this rank's routers see.
 
-    Sequence parallelism gives each rank one stretch of the slots.
+    With sequence parallelism each rank has one contiguous range of the slots.
     """
     return slots.chunk(tp_group.size())[tp_group.rank()]
 
@@ -53,7 +53,7 @@ def sum_pieces(
     share = torch.zeros(length + 1, topk, dtype=dtype, device=device)
     for index, values in pieces:
         share[index] = values
-    # one rank alone has values for a token, so the sum of bytes is exact; NCCL has no int16
+    # only one rank has values for a token, so the sum of bytes is exact; NCCL has no int16
     dist.all_reduce(share.view(torch.uint8))
     return share[:-1].cpu()
 
@@ -158,7 +158,8 @@ class OldRouters(RouterPass):
     def metrics(self, *, per_layer: bool) -> dict[str, Metric]:
         """Return figures over the batch's tokens, without padding. Collective; all ranks get equal metrics.
 
-        - ``moe/load_max``: tokens of the fullest expert divided by the mean over experts, in the worst layer;
+        - ``moe/load_max``: tokens of the expert with the most tokens divided by the mean over experts, in the
+          layer where this is largest;
         - ``moe/load_max_layer``: number of that layer, from 0;
         - ``moe/load_cv``: standard deviation of the experts' token counts divided by their mean, averaged
           over layers;

@@ -1,4 +1,4 @@
-"""Routing replay: a policy's routers repeat a recorded choice of experts, their own or the rollout engine's.
+"""Routing replay: a policy's routers repeat the experts recorded in an earlier pass or by the rollout engine.
 
 A router has one slot for the experts to replay, while several microbatches may be in flight in a pipeline. So
 the experts of a microbatch are set in the routers of a model chunk right before its forward pass through that
@@ -42,7 +42,7 @@ class _Hook(RouterReplay):
             _, own = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
             self.record_indices(own)
             if torch.is_grad_enabled():
-                # a layer to be recomputed runs without gradients first, so this one needs no queue entry
+                # a layer to be recomputed first runs without gradients; this call needs no queue entry
                 self.replay_backward_list.pop()
         return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
 
@@ -138,7 +138,7 @@ class RoutingPass:
                 hook.clear_indices()
 
     def end(self) -> None:
-        """Make the routers choose for themselves again, after the last microbatch."""
+        """Stop replay and recording in the routers. Call it after the last microbatch."""
         for hook in (hook for hooks in self.routing.hooks.values() for hook in hooks.values()):
             assert not hook.replay_backward_list, "a microbatch was not recomputed"
             hook.clear_router_replay_action()
@@ -162,8 +162,9 @@ class RoutingPass:
     def metrics(self, name: str) -> dict[str, Metric]:
         """Compare the routers' own choice, as a set, with the batch's ``routed_experts``. Collective.
 
-        ``name`` is the share of (token, MoE layer) pairs that differ, ``{name}_tokens`` the share of tokens
-        with at least one such layer. Tokens without known experts are left out. All ranks get equal metrics.
+        The metric ``name`` is the share of (token, MoE layer) pairs that differ, ``{name}_tokens`` the share
+        of tokens with at least one such layer. Tokens without known experts do not count. All ranks get equal
+        metrics.
         """
         if self.batch.routed_experts is None:
             return {}
@@ -182,8 +183,8 @@ class RoutingPass:
     def _spread(self, microbatch: Microbatch) -> Tensor:
         """Return (T', topk) int64 experts for slots without known ones: padding and last tokens.
 
-        These slots carry no loss. The experts take turns, so that none is overloaded. They depend on the position in the sequence only,
-        so every packing gives the same ones.
+        These slots carry no loss. Consecutive slots get different experts, so that no expert is overloaded. The
+        experts depend only on the position in the sequence, so every packing gives the same experts.
         """
         shape = self.routing.shape
         start = self.routing.own(microbatch.position_ids)[:, None] * shape.topk

@@ -1,4 +1,4 @@
-"""A batch's microbatches on their way through Megatron's pipeline schedule."""
+"""Run the microbatches of a batch through Megatron's pipeline schedule."""
 
 from __future__ import annotations
 
