@@ -42,7 +42,7 @@ class _Hook(RouterReplay):
             _, own = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
             self.record_indices(own)
             if torch.is_grad_enabled():
-                # a layer to be recomputed first runs without gradients; this call needs no queue entry
+                # a pass with gradients is not recomputed, so it needs no queue entry
                 self.replay_backward_list.pop()
         return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
 

@@ -37,9 +37,10 @@ class Collected:
 class Collector:
     """Draw prompts, generate up to ``max_staleness`` steps ahead, and choose the groups of each step.
 
-    The prompts of a step are submitted together, and the step waits for all of their responses: training on
-    the first ones to finish would prefer short responses. So no sample is older than ``max_staleness`` steps,
-    unless its server kept older weights. Groups with such a sample are dropped whole and counted.
+    The prompts of a step are submitted together, and the step waits for all of their responses, because
+    training on the responses that finish first would prefer short responses. So no sample is older than
+    ``max_staleness`` steps, unless its server kept older weights. A group with such a sample is dropped and
+    counted.
     """
 
     def __init__(self, engine: RolloutEngine, prompts: Prompts, reward: Reward, cfg: RolloutConfig) -> None:
@@ -53,17 +54,17 @@ class Collector:
             stop=cfg.stop,
             router_noise=cfg.router_noise,
         )
-        # for each step ahead: state of the prompt stream before its draw, and its ticket
+        # for each step generated ahead: state of the prompt stream before its draw, and its ticket
         self._ahead: deque[tuple[dict[str, int], Any]] = deque()
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position of the prompt stream at the first prompt drawn and not yet trained on."""
+        """Return the position in the prompt stream of the first prompt that was not trained on yet."""
         return self._ahead[0][0] if self._ahead else self._prompts.state_dict()
 
     def drop_ahead(self) -> None:
         """Wait for the responses generated ahead and discard them with their prompts.
 
-        Called when the run goes back to an older checkpoint, whose weights did not generate them.
+        A rollback to an older checkpoint calls this, because its weights did not generate the responses.
         """
         engine: Any = self._engine
         while self._ahead:
@@ -115,7 +116,7 @@ class Collector:
         return Collected(chosen, metrics)
 
     def _generated_ahead(self, steps_left: int) -> tuple[list[SampleGroup], int]:
-        """Refill the queue; return the groups submitted first, and how many of them were too stale."""
+        """Refill the queue; return the groups submitted first, and the number of groups that are too stale."""
         engine: Any = self._engine  # the config allows max_staleness only for engines with submit and wait
         while len(self._ahead) < min(1 + self.cfg.max_staleness, steps_left):
             state = self._prompts.state_dict()
@@ -156,7 +157,7 @@ def score(groups: list[SampleGroup], reward: Reward) -> int:
     """Set ``reward`` of every sample. Collective: each rank scores its share of the groups.
 
     Returns:
-        The number of timeouts on all ranks. A reward with a time limit counts its own in the attribute
+        The number of timeouts on all ranks. A reward with a time limit counts its timeouts in the attribute
         ``timeouts``.
     """
     before: int = getattr(reward, "timeouts", 0)

@@ -1,4 +1,4 @@
-"""A rollout engine inside the trainer's processes: the transformers model, one whole copy on each rank."""
+"""A rollout engine in the trainer's processes: a transformers model with a complete copy on each rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EmbeddedEngine:
 
     The ranks share the responses evenly. Samples and router noise depend only on the weights, the prompts,
     ``seed``, the policy version, the number of ``generate`` calls since ``update_weights``, ``batch_size``
-    and the rank. So a resumed run draws the same samples as an uninterrupted one.
+    and the rank. So a resumed run draws the same samples as an uninterrupted run.
 
     Args:
         model_path: Hugging Face folder or hub name.
@@ -75,9 +75,9 @@ class EmbeddedEngine:
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
 
-        ``rollout_logprobs`` belong to the distribution sampled from, after temperature, top-k and top-p. For
-        greedy decoding they belong to the model's distribution at temperature 1. With ``router_noise``, log
-        probabilities and recorded experts are those of the disturbed model.
+        ``rollout_logprobs`` refer to the sampled distribution, after temperature, top-k and top-p. For greedy
+        decoding they refer to the model's distribution at temperature 1. With ``router_noise``, log
+        probabilities and recorded experts include the effect of the noise.
 
         Raises:
             NonFiniteError: the weights give logits that are NaN or infinite.
@@ -136,14 +136,14 @@ class EmbeddedEngine:
         self._calls = 0
 
     def sleep(self) -> None:
-        """Keep all memory: the engine has its own copy of the weights."""
+        """Do nothing, because the engine has its own copy of the weights."""
 
     def take_metrics(self) -> dict[str, Metric]:
         """Return no metrics."""
         return {}
 
     def close(self) -> None:
-        """No resources to release."""
+        """Do nothing, because there are no resources to release."""
 
     @torch.inference_mode()
     def _decode(
@@ -193,7 +193,7 @@ class EmbeddedEngine:
         return samples
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, DynamicCache, list[Tensor]]:
-        """Read every distinct prompt once and give each of the B responses a copy of its prompt's cache.
+        """Prefill every distinct prompt once and copy its cache for each of the B responses.
 
         Returns:
             (B, V) logits of the first response token; (B, 1) number of empty slots on the left; the cache of
@@ -268,7 +268,7 @@ class EmbeddedEngine:
 
 
 class _RoutedExperts:
-    """Records the routing of a transformers MoE's latest forward pass, from the inputs of the experts."""
+    """Record the routing of a transformers MoE's latest forward pass, from the inputs of the experts."""
 
     def __init__(self, model: Any) -> None:
         self._shape = (model.config.num_hidden_layers, model.config.num_experts_per_tok)
@@ -292,7 +292,7 @@ class _RoutedExperts:
 
 
 class _RouterNoise(TorchFunctionMode):
-    """Adds Gaussian noise to the router logits of a transformers MoE.
+    """Add Gaussian noise to the router logits of a transformers MoE.
 
     The noise changes the chosen experts and their weights. In every family a router computes its logits by
     the only ``linear`` call in its forward pass; the noise is added to its result.

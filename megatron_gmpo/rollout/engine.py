@@ -14,7 +14,7 @@ from ..metrics.figures import Metric
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample.
+    """Parameters of sampling.
 
     Attributes:
         n: number of responses per prompt.
@@ -37,7 +37,9 @@ class SamplingParams:
 
 
 class RolloutEngine(Protocol):
-    """Every method is collective: all ranks call it in the same order, with the same prompts and sampling.
+    """The interface of a rollout engine.
+
+    Every method is collective: all ranks call it in the same order, with the same prompts and sampling.
 
     Attributes:
         version: the training step of the loaded weights.
@@ -62,8 +64,8 @@ class RolloutEngine(Protocol):
             version: number of training steps taken.
 
         Raises:
-            InputError: a tensor is unknown, missing, repeated, or has another shape than the engine's.
-            NonFiniteError: a weight to be quantised is NaN or infinite.
+            InputError: a tensor is unknown, missing or repeated, or its shape differs from the engine's tensor.
+            NonFiniteError: a weight to be quantized is NaN or infinite.
         """
         ...
 
@@ -87,7 +89,7 @@ def end_token_ids(generation_config: Any, tokenizer: Any) -> set[int]:
 
 
 def response_text(tokenizer: Any, response: list[int], end_ids: set[int], stop: tuple[str, ...]) -> str:
-    """Return the text for the reward: without end token and special tokens, up to the first stop string."""
+    """Return the text for the reward, without end token and special tokens, up to the first stop string."""
     content = response[:-1] if response[-1] in end_ids else response
     text: str = tokenizer.decode(content, skip_special_tokens=True)
     for string in stop:

@@ -1,4 +1,4 @@
-"""Rollouts on disk: the groups of a step, to train on again, and transcripts for people."""
+"""Write and read rollouts on disk: the groups of a step for another training run, and readable transcripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import InputError
 
 
 def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> None:
-    """Write ``folder/step_000000.jsonl``, one group per line with exact numbers. Atomic; rank 0 only."""
+    """Write ``folder/step_000000.jsonl``, one group per line, without rounding. Atomic; rank 0 only."""
     if rank() != 0:
         return
     path = _step_file(folder, step)
@@ -68,7 +68,7 @@ def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
 
 
 def append_transcripts(path: str | Path, step: int, groups: list[SampleGroup], limit: int) -> None:
-    """Append the first ``limit`` groups to a file for people, one JSON object per line; rank 0 only."""
+    """Append the first ``limit`` groups to a transcript, one JSON object per line; rank 0 only."""
     if rank() != 0:
         return
     with Path(path).open("a") as file:
@@ -103,7 +103,7 @@ def _encode_array(array: Any) -> dict[str, Any]:
 
 
 def _decode_array(record: dict[str, Any]) -> np.ndarray:
-    old = "int16" in record  # in files written before all columns were arrays
+    old = "int16" in record  # the format before all columns were arrays
     dtype = np.dtype("int16" if old else record["dtype"])
     data = base64.b64decode(record["int16" if old else "base64"])
     return np.frombuffer(data, dtype.newbyteorder("<")).reshape(record["shape"]).astype(dtype)
@@ -113,7 +113,7 @@ def _decode_sample(record: dict[str, Any]) -> Sample:
     fields: dict[str, Any] = {
         name: _decode_array(value) if isinstance(value, dict) else value for name, value in record.items()
     }
-    if "token_versions" in fields:  # one version per token, in files written before samples were arrays
+    if "token_versions" in fields:  # the format with one version per token
         versions = fields.pop("token_versions")
         fields["version_spans"] = None if versions is None else version_spans_of(versions)
     return Sample(**fields)

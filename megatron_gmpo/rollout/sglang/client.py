@@ -1,4 +1,4 @@
-"""The client of a set of SGLang servers, on rank 0: it samples while the trainer trains.
+"""The client of a set of SGLang servers, on rank 0. It samples in the background during training.
 
 The trainer calls ``RolloutClient``; an event loop in another thread runs its ``Sampler`` and ``Watcher``.
 """
@@ -28,14 +28,14 @@ _OTHER_FILES = 1024
 
 
 class RolloutClient:
-    """Samples from SGLang servers and tracks their weights. Every method is called from the trainer's thread.
+    """Sample from SGLang servers and track their weights. Every method is called from the trainer's thread.
 
     Args:
         servers: the servers to use.
-        local: the processes behind them if they are our own, to be started, watched and restarted.
-        cfg: limits.
-        nonce: marks the weight versions of this run, ``"{nonce}-{step}"``, among those of other runs on the
-            same servers.
+        local: their processes if the run starts them; the client starts, watches and restarts them.
+        cfg: timeouts and limits.
+        nonce: prefix of this run's weight versions, ``"{nonce}-{step}"``, which distinguishes them from the
+            versions of other runs on the same servers.
         return_routed_experts: request the experts of every token.
 
     Raises:
@@ -64,7 +64,7 @@ class RolloutClient:
     ) -> None:
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=certificates()),
-            # each request has a limit of its own
+            # each request sets its own timeout
             timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,  # no proxy between trainer and servers
@@ -73,7 +73,7 @@ class RolloutClient:
         self._sampler = Sampler(self._watcher, self._http, cfg, nonce, return_routed_experts)
 
     def close(self) -> None:
-        """End every request, on external servers too, our own servers, and the thread."""
+        """End all requests (also on external servers), the servers started by the run, and the thread."""
         self._call(self._close())
         if self.local:
             self.local.stop()
@@ -107,7 +107,7 @@ class RolloutClient:
     # weights
 
     def expect(self, version: int) -> None:
-        """Sample only from the weights of training step ``version`` from now on, once servers have them."""
+        """Sample only from servers with the weights of training step ``version`` from now on."""
         self._call(self._watcher.expect(version))
 
     def servers_to_sync(self) -> list[Server]:
@@ -126,16 +126,16 @@ class RolloutClient:
 
     @property
     def retries(self) -> int:
-        """Requests that were sent again, since the start."""
+        """Return the number of requests that were sent again, since the start."""
         return self._sampler.retries
 
     @property
     def restarts(self) -> int:
-        """Restarts of servers, since the start."""
+        """Return the number of restarts of servers, since the start."""
         return self._watcher.restarts
 
     def cpu_seconds(self) -> float:
-        """CPU seconds of the client's thread, since its start."""
+        """Return the CPU seconds of the client's thread, since its start."""
         return self._call(_thread_time())
 
 
@@ -144,7 +144,7 @@ async def _thread_time() -> float:
 
 
 def _allow_open_files(connections: int) -> None:
-    """Raise this process's limit on open files to ``connections`` and some for everything else.
+    """Raise this process's limit on open files to ``connections`` plus a margin for other files.
 
     Raises:
         InputError: the hard limit does not exceed ``connections``.

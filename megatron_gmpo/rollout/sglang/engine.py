@@ -28,14 +28,14 @@ from .servers import Server
 from .sync import WeightSync
 
 _POLL_S = 0.2
-"""Interval for polling rank 0's client, for samples, for servers that need a sync, and for errors."""
+"""Interval at which rank 0's client is polled for samples, servers that need a sync, and errors."""
 _NEWS_S = 20.0
-"""Rank 0 broadcasts at least this often, so that the collective the other ranks wait in does not time out."""
+"""Maximum interval between broadcasts of rank 0, so that the collective of the waiting ranks does not time out."""
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A submitted batch, the argument of ``wait``. The future exists on rank 0 only."""
+    """A submitted batch, to be passed to ``wait``. The future exists on rank 0 only."""
 
     prompts: list[Prompt]
     sampling: SamplingParams
@@ -52,7 +52,7 @@ class SGLangEngine:
     Args:
         cfg: config of the run.
         servers: the servers to use.
-        local: the processes behind them, on rank 0, if they are our own.
+        local: their processes, on rank 0, if the run starts them.
         sync: the route of the weights.
         tokenizer: the model's tokenizer, to decode responses.
         routed_experts: (layers, topk) to record every token's experts, or None.
@@ -82,10 +82,10 @@ class SGLangEngine:
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
 
-        ``rollout_logprobs`` belong to the distribution after temperature and before top-k and top-p.
+        ``rollout_logprobs`` refer to the distribution after temperature and before top-k and top-p.
 
         Raises:
-            ServerError: no server is left, or none answers within its limits. Raised on every rank.
+            ServerError: no server is left, or no server answers within the timeouts. Raised on every rank.
             InputError: the servers refuse a request. Raised on every rank.
         """
         return self.wait(self.submit(prompts, sampling))
@@ -116,8 +116,8 @@ class SGLangEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``RolloutEngine.update_weights``. ``named_tensors`` is kept for servers that restart.
 
-        Unfinished responses continue as ``weight_sync.in_flight`` says. Does nothing if the servers have
-        ``version``.
+        ``weight_sync.in_flight`` determines how unfinished responses continue. Does nothing if the servers
+        already have ``version``.
         """
         if version == self.version and not self._asleep:
             return
@@ -131,7 +131,7 @@ class SGLangEngine:
         if self._cfg.rollout.placement == "colocated" and not self._asleep:
             if self._client:
                 release_memory(self._servers, self._cfg.weight_sync.timeout_s)
-            broadcast_object(None)  # no rank allocates before
+            broadcast_object(None)  # other ranks must not allocate before this
             self._asleep = True
 
     def take_metrics(self) -> dict[str, Metric]:
@@ -145,7 +145,7 @@ class SGLangEngine:
         return taken
 
     def close(self) -> None:
-        """End unfinished requests and our own servers."""
+        """End unfinished requests and the servers started by the run."""
         if self._client:
             self._client.close()
         self._sync.close()
@@ -224,12 +224,12 @@ class SGLangEngine:
 def _generation_config(model: str) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(model)
-    except OSError:  # transformers does the same for a model without a generation config
+    except OSError:  # as transformers does for a model without a generation config
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
 
 
 def _empty_cache() -> None:
-    """Return torch's cached memory to the GPU, on every rank: the servers are about to allocate."""
+    """Return torch's cached memory to the GPU on every rank, before the servers allocate memory."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.ipc_collect()  # buckets that servers have read

@@ -1,10 +1,10 @@
-"""Runs an SGLang server until its stdin is closed. A script for the servers' own environment:
+"""Run an SGLang server until stdin is closed. This script runs in the servers' own environment:
 
     python -I launch.py OPTIONS of sglang.launch_server
 
-The first line on stdin is a JSON object of further options, the keys, so that neither the process table nor
-the log shows them. stdin is a pipe from the trainer: it is closed when the trainer ends, however it ends.
-Then this process kills the server's whole process group, even if the server is stopped (SIGSTOP).
+The first line on stdin is a JSON object with the keys, as additional options, so that neither the process table
+nor the log shows them. stdin is a pipe from the trainer, which the kernel closes when the trainer ends for any
+reason. Then this process kills the server's whole process group, even if the server is stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ def main() -> None:
         os.setpgid(0, 0)
         _serve(secrets)
     else:
-        os.setpgid(server, server)  # in both processes, so that neither continues before
+        os.setpgid(server, server)  # both processes call it, so that neither continues without it
         sys.exit(_wait(server))
 
 
 def _wait(server: int) -> int:
-    """Wait until the server ends or stdin is closed, kill the process group, and return the server's exit
-    code."""
+    """Wait until the server ends or stdin is closed, and return the server's exit code.
+
+    Before it returns, it kills the server's process group.
+    """
     select.select([sys.stdin.fileno(), os.pidfd_open(server)], [], [])
-    os.killpg(server, signal.SIGKILL)  # not reused: its leader is not reaped yet
+    os.killpg(server, signal.SIGKILL)  # the id is not reused, because the leader is not reaped yet
     code = os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])
     return code if code >= 0 else 128 - code
 
@@ -48,8 +50,10 @@ def _serve(secrets: dict[str, str]) -> None:
 
 
 def _hide(secrets: Iterable[str]) -> None:
-    """Replace secrets by ``***`` in the log: SGLang logs its options with the keys
-    (sglang/srt/entrypoints/engine.py)."""
+    """Replace secrets by ``***`` in the log.
+
+    SGLang logs all its options, including the keys (sglang/srt/entrypoints/engine.py).
+    """
     plain = logging.Formatter.format
 
     def without_secrets(self: logging.Formatter, record: logging.LogRecord) -> str:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def release_memory(servers: Sequence[Server], timeout_s: float) -> None:
-    """Make idle servers free the memory of weights and cache. SGLang dies if a request is unfinished.
+    """Make idle servers free the memory of weights and cache. SGLang exits if a request is unfinished.
 
     Servers that do not answer, or have not been synced since their start, are skipped.
 
@@ -30,11 +30,11 @@ def release_memory(servers: Sequence[Server], timeout_s: float) -> None:
 def resume_memory(
     servers: Sequence[Server], tags: Sequence[Literal["weights", "kv_cache"]], timeout_s: float
 ) -> tuple[Server, ...]:
-    """Make servers allocate again what ``release_memory`` freed; the values of the weights are lost.
+    """Make servers allocate the memory again that ``release_memory`` freed. The weights' values are lost.
 
     Returns:
-        The servers that had released memory, without those that started since. Only these may resume further
-        tags after a sync: SGLang dies when it resumes memory that it has not released.
+        The servers that had released memory, without servers that started since. Only these may resume other
+        tags after a sync, because SGLang exits when it resumes memory that it has not released.
 
     Raises:
         ServerError: a server refuses.

@@ -1,4 +1,4 @@
-"""SGLang servers as processes of this machine: started, restarted and stopped by the trainer."""
+"""Start, restart and stop SGLang servers as processes of this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .servers import Server
 
 _LAUNCHER = Path(__file__).with_name("launch.py")
 _PORTS = range(20_000, 32_768)
-"""Below the kernel's range for outgoing connections, so that a restarted server finds its port free."""
+"""Ports below the kernel's range for outgoing connections, so that a restarted server finds its port free."""
 _KILL_TIMEOUT_S = 30.0
 _PROBE_TIMEOUT_S = 30.0
 _POLL_S = 0.5
@@ -34,9 +34,10 @@ _OURS = {"model_path", "host", "port", "api_key", "admin_api_key"}
 
 
 class LocalServers:
-    """SGLang servers on this machine: one process group each. Log file, port and keys are kept over restarts.
+    """SGLang servers on this machine, each in its own process group.
 
-    No server outlives this process, however it ends: see ``launch.py``.
+    A server keeps its log file, port and keys over restarts. When this process ends for any reason, its servers
+    end too (see ``launch.py``).
 
     Args:
         model_path: Hugging Face folder with weights and tokenizer.
@@ -44,17 +45,17 @@ class LocalServers:
         log_dir: folder of server_0.log and so on; every start appends to them.
         dtype: ``fp32`` or ``bf16``.
         seed: server i samples with seed ``seed + i``.
-        device: device type of the servers. (Not run on a GPU yet.)
-        options: further options of ``sglang.launch_server``; ``cfg.args`` overrides them.
-        first_gpu: index of the first server's first GPU, among those that this process sees.
+        device: device type of the servers. GPUs have not been tested yet.
+        options: additional options of ``sglang.launch_server``; ``cfg.args`` overrides them.
+        first_gpu: index of the first server's first GPU among the GPUs that this process sees.
         keys: API key and admin key; None draws them at random.
 
     Attributes:
-        servers: their addresses and keys, known before the start.
+        servers: addresses and keys of the servers, known before they start.
 
     Raises:
-        InputError: ``cfg.host`` is not an address of this machine, or ``cfg.args`` holds an option that is
-            set here.
+        InputError: ``cfg.host`` is not an address of this machine, or ``cfg.args`` contains an option that this
+            class sets.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class LocalServers:
             self._launch(index)
 
     def wait_ready(self, index: int | None = None) -> None:
-        """Wait until the server ``index``, or every server, generates a token.
+        """Wait until the server ``index`` generates a token, or until every server does if it is None.
 
         Raises:
             ServerError: a server died, or was not ready within ``cfg.start_timeout_s`` after its start. The
@@ -143,7 +144,7 @@ class LocalServers:
     def restart(self, index: int) -> None:
         """Kill the server's process group, start it again from ``model_path``, and return at once.
 
-        Threads may call this while another calls ``stop``; nothing starts after ``stop``.
+        A thread may call this while another thread calls ``stop``. No server starts after ``stop``.
         """
         with self._changing:
             if not self._stopped:
@@ -202,7 +203,7 @@ class LocalServers:
         return self._log_dir / f"server_{index}.log"
 
     def _reason(self, index: int) -> str:
-        """Return the last line of the log since the last start that names an error, or else the last line."""
+        """Return the last line of the log since the last start that names an error, else the last line."""
         lines = self._log(index).read_text(errors="replace").rpartition(_HEADER)[2].splitlines()[1:]
         lines = [line.strip() for line in lines if line.strip()] or ["none"]
         return next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1])
@@ -222,7 +223,7 @@ def _device_options(device: torch.device, first_gpu: int) -> dict[str, Any]:
 
 
 def _server_environment(device: torch.device) -> dict[str, str]:
-    """Return the environment without torchrun's variables: SGLang would join the trainer's job."""
+    """Return the environment without torchrun's variables, with which SGLang would join the trainer's job."""
     job = re.compile(r"TORCHELASTIC_|MASTER_|((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE))$")
     kept = {name: value for name, value in os.environ.items() if not job.match(name)}
     return kept | {"SGLANG_USE_CPU_ENGINE": "1"} if device.type == "cpu" else kept
@@ -248,8 +249,8 @@ def _hold_port(host: str) -> socket.socket:
     """Return a socket that reserves a free port for a server.
 
     The first bind is exclusive. SO_REUSEADDR is set afterwards and the socket does not listen, so the kernel
-    lets a second socket bind that sets SO_REUSEADDR too: uvicorn's. Other runs reserve their ports in the
-    same way, and find this one taken.
+    allows a second socket with SO_REUSEADDR, uvicorn's, to bind the port. Other runs reserve their ports in the
+    same way, so their bind to this port fails.
     """
     taken: OSError | None = None
     for port in random.SystemRandom().sample(_PORTS, 100):

@@ -1,4 +1,4 @@
-"""Samples responses over HTTP: retries failed requests and continues aborted responses."""
+"""Sample responses over HTTP, retry failed requests, and continue aborted responses."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 
 @dataclass
 class Response:
-    """One sampled response, joined from all requests that it took.
+    """One sampled response, joined from all its requests.
 
     Attributes:
-        tokens: R response token ids, the end token included.
+        tokens: R response token ids, including the end token.
         logprobs: R log probabilities, after temperature and before top-p and top-k.
-        versions: R training steps: the weights that each token was sampled with.
+        versions: R training steps, one per token: the step whose weights sampled the token.
         finish_reason: ``stop`` or ``length``.
         routed_experts: (prompt + R - 1, layers * topk) uint8 or int16 expert ids, if requested.
     """
@@ -53,7 +53,7 @@ class _Reply(NamedTuple):
 
     @property
     def message(self) -> str:
-        """The body as one line of at most 300 characters."""
+        """Return the body as one line of at most 300 characters."""
         return " ".join(self.content.decode(errors="replace").split())[:300] or f"HTTP {self.status}"
 
 
@@ -62,17 +62,17 @@ class _RetryError(Exception):
 
 
 class Sampler:
-    """Sends ``/generate`` requests to the servers that a ``Watcher`` finds ready.
+    """Send ``/generate`` requests to the servers that a ``Watcher`` finds ready.
 
     Args:
         watcher: chooses the server of each request.
         http: session for all requests.
-        cfg: limits.
-        nonce: marks the weight versions of this run.
+        cfg: timeouts and limits.
+        nonce: prefix of this run's weight versions.
         return_routed_experts: request the experts of every token.
 
     Attributes:
-        retries: requests that were sent again, since the start.
+        retries: number of requests that were sent again, since the start.
     """
 
     def __init__(
@@ -126,8 +126,11 @@ class Sampler:
                 pass
 
     async def _sample(self, prompt: list[int], limit: int, parameters: dict[str, Any]) -> Response:
-        """Return one response. The tokens of an aborted request are kept, as the end of a longer prompt:
-        discarding them would favour short responses, which are rarely unfinished at a sync."""
+        """Return one response.
+
+        The next request after an abort sends the sampled tokens as the end of a longer prompt. Discarding them
+        would favor short responses, which are rarely unfinished at a sync.
+        """
         response = Response()
         failures = 0
         while response.finish_reason in ("", "abort") and len(response.tokens) < limit:
@@ -151,8 +154,10 @@ class Sampler:
         return response
 
     async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer of a server with the current weights. Send the request again while servers reply
-        HTTP 429 or 5xx."""
+        """Return the answer of a server with the current weights.
+
+        The request is sent again while servers reply HTTP 429 or 5xx.
+        """
         pause, refused_since = _FIRST_PAUSE_S, None
         while True:
             member = await self._watcher.acquire()
@@ -185,8 +190,10 @@ class Sampler:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     async def _request(self, member: Member, body: dict[str, Any]) -> _Reply:
-        """Return the server's reply to ``/generate``. After ``request_timeout_s`` ask the server to abort;
-        the reply then holds the tokens sampled so far."""
+        """Return the server's reply to ``/generate``.
+
+        After ``request_timeout_s`` the server is asked to abort. Its reply then holds the tokens sampled so far.
+        """
         server, timeout_s = member.server, self._cfg.request_timeout_s
         request = asyncio.create_task(self._post(server, body))
         member.requests[request] = body["rid"]

@@ -1,4 +1,4 @@
-"""Log probabilities that a running server computes for given sequences."""
+"""Request the log probabilities of given sequences from a running server."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from .servers import Server
 
 
 def sequence_logprobs(server: Server, tokens: list[int], timeout_s: float) -> list[float | None]:
-    """Return the log probability of each token given the tokens before it, at temperature 1; None for the
-    first token.
+    """Return the log probability of each token given the tokens before it, at temperature 1.
 
-    The server reads the whole sequence and generates one more token.
+    The first token has None. The server prefills the whole sequence and generates one more token.
 
     Raises:
         ServerError: the server does not answer within ``timeout_s`` or answers with an error.

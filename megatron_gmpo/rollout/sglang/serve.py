@@ -1,4 +1,4 @@
-"""Runs the SGLang servers of one node, for trainers on other nodes:
+"""Run the SGLang servers of one node, for trainers on other nodes:
 
     python -m megatron_gmpo.rollout.sglang.serve CONFIG.toml --section.key value ...
 
@@ -45,7 +45,7 @@ def serve(cfg: Config) -> None:
     Raises:
         ServerError: a server does not start, the servers of another node are not ready in time, or this is
             the only node and has lost all its servers.
-        InputError: ``rollout.num_servers`` is not a multiple of the number of nodes; or as ``LocalServers``.
+        InputError: ``rollout.num_servers`` is not a multiple of the number of nodes; or see ``LocalServers``.
     """
     run_dir, task, tasks = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     share, rest = divmod(cfg.rollout.num_servers, tasks)
@@ -78,7 +78,7 @@ def serve(cfg: Config) -> None:
         if tasks == 1:
             raise ServerError(lost)
         log.error(lost)
-        signal.pause()  # srun would end the tasks of the other nodes with this one
+        signal.pause()  # if this task ended, srun would end the tasks of the other nodes
     finally:
         servers.stop()
 
@@ -88,9 +88,9 @@ class _Health:
     """Health of one server.
 
     Attributes:
-        last_answer: time of its last answer, on the monotonic clock; during a start, the deadline for its
-            first answer.
-        first_version: weight version that it reported first after its start.
+        last_answer: time of the server's last answer, on the monotonic clock; during a start, the deadline
+            for its first answer.
+        first_version: first weight version that the server reported after its start.
         losses: consecutive losses; a weight sync resets the count.
     """
 
@@ -102,9 +102,7 @@ class _Health:
 def _restart_lost_servers(cfg: Config, servers: LocalServers) -> None:
     """Restart servers that die or hang, each up to ``sglang.max_restarts`` consecutive times.
 
-    A weight sync resets the count.
-
-    Return when no server is left.
+    A weight sync resets the count. The function returns when no server is left.
     """
     health = [_Health(time.monotonic()) for _ in servers.servers]
     while any(each.losses <= cfg.sglang.max_restarts for each in health):
@@ -129,8 +127,8 @@ def _loss(cfg: Config, servers: LocalServers, index: int, health: _Health) -> st
     """Probe a server. Return the reason to restart it, or an empty string."""
     if not servers.is_alive(index):
         return "died"
-    # the probe does not generate: a sync may have paused the server, or it sleeps during training. SGLang
-    # itself ends a server whose scheduler hangs
+    # The probe does not generate a token, because a sync may have paused the server, or it sleeps during
+    # training. SGLang ends a server whose scheduler hangs.
     if version := servers.servers[index].weight_version(_PROBE_TIMEOUT_S):
         health.last_answer = time.monotonic()
         health.first_version = health.first_version or version
@@ -141,7 +139,7 @@ def _loss(cfg: Config, servers: LocalServers, index: int, health: _Health) -> st
 
 
 def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
-    """Write this node's addresses; task 0 joins those of all nodes in ``servers.json``."""
+    """Write this node's addresses. Task 0 joins the addresses of all nodes in ``servers.json``."""
     run_dir = Path(cfg.run_dir)
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     parts = [run_dir / "servers" / f"{attempt}-{i}.json" for i in range(tasks)]
@@ -166,7 +164,7 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    # a request to the trainers to save and stop; they need the servers until then
+    # SIGUSR1 asks the trainers to save and stop; they need the servers until then
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     cfg = None
     try:

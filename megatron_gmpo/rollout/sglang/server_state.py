@@ -1,4 +1,4 @@
-"""The states of one SGLang server and the table of their transitions. Pure: no I/O and no clock."""
+"""The states of one SGLang server and the table of their transitions. No I/O and no clock."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ class ServerState(Enum):
     """State of a server. Only ``READY`` servers receive requests."""
 
     STARTING = "starting"
-    """First start of a server of our own: it has not answered yet, and no sync begins without it."""
+    """The first start of a server that the run starts. It has not answered yet, and syncs wait for it."""
     CHECKING = "checking"
-    """After a restart or a failed request: unknown whether it answers, and with which weights."""
+    """Restarted, or a request failed. It is unknown whether the server answers, and which weights it has."""
     SILENT = "silent"
-    """A request timed out. It must generate a token: its front may answer while its scheduler hangs."""
+    """A request timed out. The server must generate a token, because its HTTP front may answer while its
+    scheduler hangs."""
     STALE = "stale"
-    """It answers and needs the current weights."""
+    """The server answers and needs the current weights."""
     SYNCING = "syncing"
-    """It takes part in the weight sync in progress."""
+    """The server takes part in the weight sync in progress."""
     READY = "ready"
-    """It answers and has the current weights."""
+    """The server answers and has the current weights."""
     LOST = "lost"
-    """Its process ended or hung, or its weight sync failed. The watcher restarts a server of our own."""
+    """The process ended or hung, or a weight sync failed. The watcher restarts it if the run started it."""
     GIVEN_UP = "given up"
-    """It was lost too often, or did not come up at the first start. Final."""
+    """The server was lost too often, or failed at its first start. This state is final."""
 
 
 class ServerEvent(Enum):
@@ -58,7 +59,7 @@ TRANSITIONS: dict[ServerEvent, dict[ServerState, ServerState]] = {
     E.GENERATED: {S.SILENT: S.CHECKING},
     E.REQUEST_FAILED: {S.READY: S.CHECKING}
     | _unchanged(S.CHECKING, S.SILENT, S.STALE, S.SYNCING, S.LOST, S.GIVEN_UP),
-    # a sync goes through the scheduler: a server that hangs fails it
+    # a sync uses the scheduler, so it fails on a server that hangs
     E.REQUEST_TIMED_OUT: {S.READY: S.SILENT, S.CHECKING: S.SILENT, S.STALE: S.SILENT}
     | _unchanged(S.SILENT, S.SYNCING, S.LOST, S.GIVEN_UP),
     E.NEW_VERSION: {S.READY: S.STALE, S.SYNCING: S.STALE}
@@ -66,19 +67,19 @@ TRANSITIONS: dict[ServerEvent, dict[ServerState, ServerState]] = {
     E.SYNC_STARTED: {S.STALE: S.SYNCING} | _unchanged(S.SYNCING),
     E.SYNC_SUCCEEDED: {S.SYNCING: S.READY},
     E.SYNC_FAILED: {S.SYNCING: S.LOST},
-    # it may have missed a part of a sync in progress
+    # a SYNCING server may have missed a part of the sync
     E.UNREACHABLE: {S.READY: S.CHECKING, S.STALE: S.CHECKING, S.SYNCING: S.LOST}
     | _unchanged(S.CHECKING, S.SILENT),
     E.DIED: dict.fromkeys((S.STARTING, S.CHECKING, S.SILENT, S.STALE, S.SYNCING, S.READY), S.LOST),
     E.RESTARTED: {S.LOST: S.CHECKING},
     E.GAVE_UP: {S.STARTING: S.GIVEN_UP, S.LOST: S.GIVEN_UP},
 }
-"""The state that follows an event in each state. A pair that is missing is a bug in the client."""
+"""Event -> state -> next state. A missing pair is a bug in the client."""
 
 
 @dataclass
 class Lifecycle:
-    """The state of one server and its losses.
+    """The state of one server and the number of its losses.
 
     Attributes:
         losses: consecutive losses; a successful weight sync resets the count.

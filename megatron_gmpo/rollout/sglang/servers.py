@@ -1,4 +1,4 @@
-"""An SGLang server as its clients see it, and checks of servers that are already running."""
+"""The address and keys of an SGLang server, its probes, and checks of servers that are already running."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...errors import Exit, InputError, ServerError
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0
-"""Idle connections are closed after this time. SGLang closes them after 5 s, maybe under a new request."""
+"""Seconds after which idle connections are closed. SGLang closes them after 5 s, maybe during a new request."""
 
 _REACH_TIMEOUT_S = 30.0
 _POLL_S = 0.5
@@ -29,9 +29,9 @@ class Server:
 
     Attributes:
         url: ``http://host:port``, without a slash at the end.
-        api_key: key for ``/generate`` and the other requests of users; empty if the server has none.
+        api_key: key for ``/generate`` and other user requests; empty if the server has none.
         admin_key: key for weight updates, pauses, aborts and cache flushes.
-        tensor_parallel_size: number of its ranks, each with a shard of the weights.
+        tensor_parallel_size: number of the server's ranks, each with a shard of the weights.
     """
 
     url: str
@@ -41,16 +41,16 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of a user's request."""
+        """Return the headers of a user request."""
         return _bearer(self.api_key)
 
     @property
     def admin_headers(self) -> dict[str, str]:
-        """Headers of an administrator's request."""
+        """Return the headers of an admin request."""
         return _bearer(self.admin_key)
 
     def weight_version(self, timeout_s: float) -> str | None:
-        """Return the version of its weights, None if its HTTP front does not answer within the timeout."""
+        """Return the version of the weights, or None if the HTTP front does not answer within the timeout."""
         try:
             reply = _request("GET", f"{self.url}/model_info", self.headers, timeout_s)
         except httpx.TransportError:
@@ -58,7 +58,7 @@ class Server:
         return str(reply.json().get("weight_version")) if reply.status_code == 200 else None
 
     def answers(self, timeout_s: float) -> bool:
-        """Return whether it generates a token within the timeout.
+        """Return whether the server generates a token within the timeout.
 
         A busy server passes as soon as any of its requests makes progress. An idle server needs about a
         second.
@@ -70,7 +70,7 @@ class Server:
 
 
 def external_servers(urls: tuple[str, ...]) -> list[Server]:
-    """Check running servers. Their keys are read from SGLANG_API_KEY and SGLANG_ADMIN_API_KEY.
+    """Check running servers and return them. SGLANG_API_KEY and SGLANG_ADMIN_API_KEY hold their keys.
 
     Raises:
         InputError: a malformed URL, a server that does not answer, or a key that it refuses.
@@ -82,7 +82,7 @@ def external_servers(urls: tuple[str, ...]) -> list[Server]:
 
 
 def published_servers(file: Path, timeout_s: float) -> list[Server]:
-    """Wait for ``file``, in which another step of the job publishes its servers (``serve.py``).
+    """Wait for ``file``, in which another job step publishes its servers, and return them (``serve.py``).
 
     The file holds ``[{"url", "node"}, ...]``, or ``{"error", "code"}``. The keys ``{"api_key", "admin_key"}``
     are in ``server_keys.json`` in the same folder.
@@ -123,7 +123,7 @@ def address_towards(host: str) -> str:
 
 @cache
 def certificates() -> ssl.SSLContext:
-    """Return the system's certificate authorities, or SSL_CERT_FILE's. Cached: reading them is slow."""
+    """Return the certificate authorities of the system or SSL_CERT_FILE. Cached, because reading is slow."""
     return ssl.create_default_context()
 
 

@@ -1,4 +1,4 @@
-"""From a config to SGLang servers and their engine: the checks before a run, and the start."""
+"""Check and start the SGLang servers of a config, and make their engine."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
 
     Raises:
         InputError: ``sglang.python`` does not exist; a server of ``rollout.server_urls`` cannot be used; the
-            model is in FP8, which servers would load and the weight sync would not send; or the sync uses
-            NCCL, and the trainer's version differs from the servers'.
+            model is in FP8, which servers load but the weight sync does not send; or the sync uses NCCL and
+            the NCCL versions of trainer and servers differ.
     """
     if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
         raise InputError(
@@ -53,14 +53,14 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
 
 
 def _check_nccl(python: str) -> None:
-    """Compare NCCL versions: NCCL connects only processes of its own version (its init.cc)."""
+    """Check that the NCCL versions are equal. NCCL connects only processes of one version (its init.cc)."""
     question = "import torch.cuda.nccl as nccl; print(*nccl.version(), sep='.')"
     try:
         theirs = subprocess.run(
             [python, "-I", "-c", question], capture_output=True, text=True, timeout=_IMPORT_TIMEOUT_S
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        theirs = ""  # the interpreter is on other nodes; if it is broken, the start of the servers fails
+        theirs = ""  # the interpreter is on other nodes, or broken; then the start of the servers fails
     ours = ".".join(map(str, nccl.version()))
     if theirs and theirs != ours:
         raise InputError(
@@ -74,7 +74,7 @@ def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None
     """Check that colocated servers need no more GPUs than the trainer has.
 
     Raises:
-        InputError: they need more.
+        InputError: the servers need more GPUs.
     """
     if gpus > trainer_gpus:
         raise InputError(
@@ -86,7 +86,7 @@ def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None
 def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
     """Start or reach the servers of ``cfg``, and return their engine. Collective; rank 0 does the work.
 
-    Servers of our own are still starting when this returns, except colocated servers on GPUs.
+    The servers that it starts may not be ready when it returns, except colocated servers on GPUs.
 
     Args:
         hf: the model's Hugging Face config.
@@ -94,9 +94,9 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         device: device of the policy.
 
     Raises:
-        InputError: as ``LocalServers`` and ``make_weight_sync``; or colocated servers need more GPUs than the
+        InputError: see ``LocalServers`` and ``make_weight_sync``; or colocated servers need more GPUs than the
             trainer has.
-        ServerError: as ``published_servers``; or colocated servers do not start.
+        ServerError: see ``published_servers``; or colocated servers do not start.
     """
     rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
     colocated_on_gpus = device.type == "cuda" and rollout.placement == "colocated"
@@ -105,9 +105,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         check_colocated_gpus(rollout.num_servers, gpus, world_size())
     servers, local = _servers(cfg, device) if rank() == 0 else ([], None)
     weight_sync = cfg.weight_sync
-    if (
-        not rollout.max_staleness
-    ):  # nothing is in flight at a sync, and a server paused to retract keeps a core busy
+    # no request is in flight at a sync, and a server paused to retract uses a full CPU core
+    if not rollout.max_staleness:
         weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
     sync = make_weight_sync(
         weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8"
@@ -131,7 +130,10 @@ def _servers(cfg: Config, device: torch.device) -> tuple[list[Server], LocalServ
 
 
 def _wait_ready(engine: SGLangEngine, local: LocalServers | None) -> None:
-    """Wait on every rank: SGLang sizes its cache by the free memory, so the trainer allocates later."""
+    """Wait on every rank until the servers are ready.
+
+    SGLang sizes its cache by the free memory, so the trainer must allocate memory after that.
+    """
     problem = None
     try:
         if local:
@@ -151,7 +153,7 @@ def local_servers(
     first_gpu: int = 0,
     keys: tuple[str, str] | None = None,
 ) -> LocalServers:
-    """Return ``LocalServers`` for the model and the settings of ``cfg``, not started yet."""
+    """Return ``LocalServers`` for the model and the settings of ``cfg``. They are not started yet."""
     model_path, dtype = cfg.model.path, cfg.model.dtype
     options: dict[str, Any] = {}
     if cfg.rollout.quantization == "fp8":
@@ -183,7 +185,7 @@ def local_servers(
 
 
 def fp8_start_folder(model: Path, folder: Path) -> Path:
-    """Write the model's folder without weights: servers receive FP8 weights with the first sync."""
+    """Write the model's folder without weights. Servers receive FP8 weights with the first sync."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_companions(model, folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Watches a set of SGLang servers: health, restarts, and which of them have the current weights."""
+"""Watch a set of SGLang servers: their health, restarts, and weight versions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .servers import Server
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 5.0
-"""Timeout of a request that needs no generation: for the weight version, or to abort."""
+"""Timeout, in seconds, of requests that do not generate: for the weight version, and to abort."""
 
 
 @dataclass(eq=False)
 class Member:
-    """A server of the set, its place ``index`` in it, and its requests in flight with their ids."""
+    """A server of the set, its ``index`` in the set, and its in-flight requests with their ids."""
 
     server: Server
     index: int
@@ -41,21 +41,21 @@ class Member:
 
 
 class Watcher:
-    """Keeps the state of every server, with one task each. All methods run in the event loop's thread.
+    """Keep the state of every server, with one task for each. All methods run in the event loop's thread.
 
-    A server gets requests only while it is ``READY``. Every failure takes it out of that state; its task then
-    finds the cause, restarts the server if it is one of our own, and marks it ``STALE`` once it answers.
+    A server receives requests only while it is ``READY``. A failure moves it to another state. Its task then
+    finds the cause, restarts the server if the run started it, and marks it ``STALE`` when it answers.
 
     Args:
-        servers: the set.
-        local: the processes behind them if they are our own: watched and restarted.
-        cfg: limits.
-        nonce: marks the weight versions of this run, ``"{nonce}-{step}"``.
+        servers: the servers of the set.
+        local: their processes if the run starts them; they are watched and restarted.
+        cfg: timeouts and limits.
+        nonce: prefix of this run's weight versions, ``"{nonce}-{step}"``.
         http: session for the probes.
 
     Attributes:
         version: training step of the current weights.
-        restarts: restarts since the start.
+        restarts: number of restarts since the start.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class Watcher:
     # requests
 
     async def acquire(self) -> Member:
-        """Return the ready server with the fewest requests; wait while all are full or none is ready.
+        """Return the ready server with the fewest requests. Wait while all are full or none is ready.
 
-        The wait has no limit of its own: ``servers_to_sync`` raises when no server comes back.
+        The wait has no timeout, because ``servers_to_sync`` raises an error when no server answers.
         """
         limit = self._cfg.max_concurrent_requests
         async with self._changed:
@@ -94,34 +94,34 @@ class Watcher:
                 await self._changed.wait()
 
     async def release(self) -> None:
-        """Let one waiting ``acquire`` look again, after a request."""
+        """Notify one waiting ``acquire`` after a request has finished."""
         async with self._changed:
             self._changed.notify()
 
     def report(self, member: Member, event: ServerEvent) -> None:
-        """Record a failed request. The server is checked at once."""
+        """Record a failed request and check the server immediately."""
         member.life.apply(event)
         member.check_now.set()
 
     # weights
 
     async def expect(self, version: int) -> None:
-        """Make ``version`` the current weights: no server is ready until ``synced`` says so."""
+        """Make ``version`` the current weights. No server is ready until ``synced`` reports it."""
         self.version, self._nothing_answers_since = version, time.monotonic()
         for member in self.members:
             member.life.apply(ServerEvent.NEW_VERSION)
 
     def expect_answers(self) -> None:
-        """Restart the time limit for servers to answer."""
+        """Restart the timeout within which a server must answer."""
         self._nothing_answers_since = time.monotonic()
 
     async def servers_to_sync(self) -> list[Server]:
         """Return the servers that need the current weights, and mark them ``SYNCING``.
 
-        The list is empty while servers of our own start for the first time, so that one sync serves all.
+        The list is empty while the run's own servers start for the first time, so that one sync updates all.
 
         Raises:
-            ServerError: a server cannot be started, all were given up, or none has answered for
+            ServerError: a server cannot be started, all servers were given up, or no server has answered for
                 ``start_timeout_s``.
         """
         if self._problem:
@@ -131,7 +131,7 @@ class Watcher:
             return []
         if states & {ServerState.READY, ServerState.STALE, ServerState.SYNCING}:
             self._nothing_answers_since = time.monotonic()
-        elif not self._local:  # servers of our own have limits of their own
+        elif not self._local:  # the run's own servers have timeouts of their own
             limit = self._cfg.start_timeout_s
             if time.monotonic() - self._nothing_answers_since > limit:
                 urls = ", ".join(member.server.url for member in self.members)
@@ -157,7 +157,7 @@ class Watcher:
     # the task of one server
 
     async def _watch(self, member: Member) -> None:
-        """Watch ``member``, and restart it each time it is lost, until it is given up."""
+        """Watch ``member`` and restart it each time it is lost, until it is given up."""
         try:
             await self._wait_ready(member)
         except (ServerError, OSError) as error:  # a restart would fail for the same reason
@@ -194,14 +194,14 @@ class Watcher:
             await asyncio.to_thread(self._local.wait_ready, member.index)
 
     async def _check_until_lost(self, member: Member) -> None:
-        """Check the server every ``health_interval_s``, and at once after a failed request or sync."""
+        """Check the server every ``health_interval_s``, and immediately after a failed request or sync."""
         last_answer, unreachable = time.monotonic(), False
         while True:
             member.check_now.clear()
             version = await self._weight_version(member)
             if version and member.state is ServerState.SILENT and await self._generates(member):
                 member.life.apply(ServerEvent.GENERATED)
-            if member.state is ServerState.LOST:  # by a failed sync in the meantime
+            if member.state is ServerState.LOST:  # a sync failed in the meantime
                 return
             silence = time.monotonic() - last_answer
             if version and member.state is not ServerState.SILENT:
@@ -225,14 +225,14 @@ class Watcher:
         await self._wake_all()
 
     def _remove(self, member: Member, event: ServerEvent, why: str) -> None:
-        """Take the server out of service. Its requests go to the others."""
+        """Take the server out of service. Its requests are sent to other servers."""
         log.warning("SGLang server %s %s", member.server.url, why)
         member.life.apply(event)
         for request in member.requests:
             request.cancel()
 
     async def _weight_version(self, member: Member) -> str | None:
-        """Return the version of its weights, None if it does not answer within ``PROBE_TIMEOUT_S``."""
+        """Return the server's weight version, or None if it does not answer within ``PROBE_TIMEOUT_S``."""
         info = await self._get(member.server, "/model_info", PROBE_TIMEOUT_S)
         return None if info is None else str(orjson.loads(info).get("weight_version"))
 
@@ -240,7 +240,7 @@ class Watcher:
         return await self._get(member.server, "/health_generate", self._cfg.hang_timeout_s) is not None
 
     async def _get(self, server: Server, path: str, timeout_s: float) -> bytes | None:
-        """Return the body of an answer with status 200."""
+        """Return the body of an answer with status 200, or None."""
         try:
             async with self._http.get(
                 server.url + path, headers=server.headers, timeout=aiohttp.ClientTimeout(timeout_s)

@@ -1,6 +1,6 @@
-"""Weight sync: new weights from the trainer to SGLang servers.
+"""Weight sync: send new weights from the trainer to SGLang servers.
 
-``weight_sync.route`` selects the file: ``disk`` is disk.py, ``distributed`` is broadcast.py, ``tensor`` is
+``weight_sync.route`` selects the module: ``disk`` is disk.py, ``distributed`` is broadcast.py, ``tensor`` is
 shared.py.
 """
 

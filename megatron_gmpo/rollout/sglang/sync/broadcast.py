@@ -25,12 +25,12 @@ _CONNECTION_ERRORS = ("Failed to receive weights", "Failed to initialize custom 
 
 
 class BroadcastSync(WeightSync):
-    """Broadcasts every bucket over a process group of rank 0 and the servers' ranks.
+    """Broadcast every bucket over a process group of rank 0 and the servers' ranks.
 
     The group is kept between syncs while its members stay the same. When a server fails during a broadcast,
-    the others wait for data or for that server. Rank 0 then closes its connections, which ends those waits,
-    forms a new group without the failed server and sends the bucket again. This recovery was run with gloo,
-    not with NCCL.
+    the other servers wait for data or for that server. Rank 0 then closes its connections, which ends their
+    waits, forms a new group without the failed server and sends the bucket again. This recovery was tested
+    with gloo, not with NCCL.
     """
 
     def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
@@ -75,13 +75,13 @@ class BroadcastSync(WeightSync):
     def _connect(self, session: Session) -> bool:
         """Form a group of rank 0 and the servers' ranks, as SGLang's ``init_custom_process_group`` does.
 
-        See srt/utils/common.py. Returns whether all members joined.
+        Source: srt/utils/common.py of SGLang. Returns whether all members joined.
         """
         address = _address_for(session.servers)
         listener = socket.create_server((address, 0))
         port = listener.getsockname()[1]
-        # the group uses a second, client store, so that this one can be closed while the group waits for
-        # members
+        # the group uses a second store, a client, so that this store can be closed while the group waits
+        # for members
         self._store = dist.TCPStore(
             address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
@@ -133,9 +133,9 @@ class BroadcastSync(WeightSync):
     def _all_succeed(
         self, session: Session, ours: Future[None], replies: dict[Server, Future[httpx.Response]]
     ) -> bool:
-        """Wait for a step that this process and all servers take together; return whether all succeeded.
+        """Wait for a joint step of this process and all servers; return whether it succeeded everywhere.
 
-        After a failure the group is closed on all members and the servers that caused it are dropped.
+        After a failure the group is closed on all members, and the servers that caused the failure are dropped.
         """
         everything: list[Future[Any]] = [ours, *replies.values()]
         wait(everything, return_when=FIRST_EXCEPTION)

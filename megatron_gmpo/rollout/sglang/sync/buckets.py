@@ -40,7 +40,7 @@ class Bucket:
         return end <= len(self._buffer)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Copy a tensor behind the ones already stored."""
+        """Copy a tensor to the end of the bucket."""
         self.contents.append((name, tensor.dtype, tensor.shape, self.nbytes))
         target = self._buffer[self.nbytes : self.nbytes + tensor.nbytes]
         target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
@@ -54,19 +54,19 @@ class Bucket:
 
     @property
     def data(self) -> Tensor:
-        """The used part of the buffer, (nbytes,) uint8."""
+        """Return the used part of the buffer, (nbytes,) uint8."""
         return self._buffer[: self.nbytes]
 
 
 class BucketPacker:
-    """Packs a stream of tensors into buckets.
+    """Pack a stream of tensors into buckets.
 
     Args:
         capacity: bytes of a bucket. A tensor that is larger gets a bucket of its own size.
-        allocate: returns an uninitialised uint8 tensor of the given number of bytes.
-        quantized: quantise linear weights to block-wise FP8 (``models.fp8_blocks``).
-        reuse_buffers: keep two buffers and use them in turn, across syncs; else allocate one for every
-            bucket.
+        allocate: returns an uninitialized uint8 tensor of the given number of bytes.
+        quantized: quantize linear weights to block-wise FP8 (``models.fp8_blocks``).
+        reuse_buffers: alternate between two buffers that are kept across syncs; False allocates a buffer for
+            every bucket.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class BucketPacker:
     def pack(self, tensors: Iterable[NamedTensor]) -> Iterator[tuple[Bucket, bool]]:
         """Yield full buckets, each with a flag that marks the last.
 
-        With reused buffers, a bucket is valid until the next but one is packed.
+        With reused buffers, a bucket is valid until the second bucket after it is packed.
 
         Raises:
-            NonFiniteError: a weight to be quantised is NaN or infinite.
+            NonFiniteError: a weight to be quantized is NaN or infinite.
         """
         bucket, count = None, 0
         for unit in _loaded_together(tensors):
@@ -108,7 +108,7 @@ class BucketPacker:
         """Return memory for the bucket of this index, whose first unit has ``nbytes`` bytes."""
         if nbytes > self._capacity or not self._reuse_buffers:
             return self._allocate(max(nbytes, self._capacity))
-        while len(self._buffers) <= index % 2:  # an oversized bucket before this one used none of the two
+        while len(self._buffers) <= index % 2:  # an oversized bucket uses neither of the two
             self._buffers.append(self._allocate(self._capacity))
         return self._buffers[index % 2]
 

@@ -19,7 +19,7 @@ from .session import Session
 
 
 class DiskSync(WeightSync):
-    """Writes every bucket to a file; after the last one the servers load the folder.
+    """Write every bucket to a file; after the last bucket the servers load the folder.
 
     Args:
         cfg: the ``weight_sync`` section.

@@ -1,8 +1,8 @@
 """The steps of a weight sync that all routes share.
 
 Every rank iterates the policy's export, which is collective. Rank 0 packs the tensors into buckets and sends
-requests to the servers; it packs the next bucket while the servers load the current one. The requests are
-those of SGLang 0.5.23 (sglang/srt/entrypoints/http_server.py).
+requests to the servers. It packs the next bucket while the servers load the current bucket. The requests follow
+the API of SGLang 0.5.23 (sglang/srt/entrypoints/http_server.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from .session import Session
 from .verification import Verification
 
 INCOMPLETE = "incomplete"
-"""Weight version of a server between the first and the last bucket; tokens with it belong to no policy
-version."""
+"""Weight version of a server between the first and the last bucket.
+
+Tokens with this version belong to no policy version."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class SyncReport:
     Attributes:
         nbytes: size of the weights, counted once for any number of servers.
         seconds: from the first request to the last.
-        failed: servers that refused a request, died or timed out. Their weights are mixed, or those before
-            the sync.
+        failed: servers that refused a request, died or timed out. Their weights are a mix of old and new
+            weights, or the old weights.
     """
 
     nbytes: int
@@ -46,11 +47,11 @@ class SyncReport:
 
 
 class WeightSync(ABC):
-    """Sends weights from the trainer to SGLang servers; subclasses implement one route each.
+    """Send weights from the trainer to SGLang servers. Each subclass implements one route.
 
     Args:
         cfg: the ``weight_sync`` section.
-        device: where the buckets are packed.
+        device: device on which the buckets are packed.
         quantized: send linear weights in block-wise FP8.
         reuse_buffers: see ``BucketPacker``.
     """
@@ -71,20 +72,20 @@ class WeightSync(ABC):
     ) -> SyncReport:
         """Load new weights into the servers. Collective: every rank iterates ``named_tensors`` to its end.
 
-        The servers pause generation during the sync. Unfinished requests continue as
-        ``weight_sync.in_flight`` says.
+        The servers pause generation during the sync. ``weight_sync.in_flight`` determines how unfinished
+        requests continue.
 
         Args:
             servers: the servers to update; only rank 0's value is used.
-            named_tensors: the policy's export, by Hugging Face names. A server keeps its own dtype: it rounds
+            named_tensors: the policy's export, by Hugging Face names. A server keeps its own dtype and rounds
                 fp32 tensors when it loads them. With ``quantized``, linear weights are sent in block-wise FP8
                 (``models.fp8_blocks``).
-            version: the servers report it as ``meta_info.weight_version`` after the sync.
+            version: version that the servers report as ``meta_info.weight_version`` after the sync.
 
         Raises:
             InputError: on every rank, for an error that a retry cannot fix: a refused API key, a folder that
                 is not writable, a tensor that the servers ignore.
-            NonFiniteError: on every rank, when a weight to be quantised is NaN or infinite.
+            NonFiniteError: on every rank, when a weight to be quantized is NaN or infinite.
         """
         tensors = iter(named_tensors)
         outcome = None
@@ -92,7 +93,7 @@ class WeightSync(ABC):
             outcome = self._lead(servers, tensors, version) if rank() == 0 else self._follow(tensors)
         except (InputError, NonFiniteError) as error:
             outcome = error
-        for _ in tensors:  # the export is collective: an error on one rank must not stop the others in it
+        for _ in tensors:  # the export is collective: the other ranks wait in it after an error on one rank
             pass
         outcome = broadcast_object(outcome)
         if isinstance(outcome, RunError):
@@ -106,7 +107,7 @@ class WeightSync(ABC):
     def _lead(
         self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: str
     ) -> SyncReport:
-        """Sync as rank 0."""
+        """Run the sync on rank 0."""
         started = time.monotonic()
         nbytes = 0
         session = Session(servers, self._cfg.timeout_s)
@@ -129,7 +130,7 @@ class WeightSync(ABC):
         return SyncReport(nbytes, time.monotonic() - started, session.failed)
 
     def _follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Take part as another rank; the caller iterates the remaining tensors."""
+        """Take part in the sync on another rank; the caller iterates the remaining tensors."""
         return
 
     def _open(self, session: Session, version: str) -> None:
@@ -155,7 +156,7 @@ class WeightSync(ABC):
         session.request("/begin_weight_update", {})
 
     def _payload(self, bucket: Bucket) -> Any:
-        """Return what ``_send`` needs of a bucket. Runs in the main thread, where ranks may communicate."""
+        """Return the argument of ``_send`` for a bucket. Runs in the main thread, where ranks may communicate."""
         return bucket
 
     @abstractmethod

@@ -17,7 +17,7 @@ from ..servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server
 log = logging.getLogger(__name__)
 
 BEST_EFFORT_TIMEOUT_S = 5.0
-"""Timeout of requests whose errors are ignored."""
+"""Timeout, in seconds, of requests whose errors are ignored."""
 
 Body = dict[str, Any] | Callable[[Server], dict[str, Any]] | None
 """JSON body of a POST, equal for all servers or made per server; None sends a GET."""
@@ -32,7 +32,7 @@ class NoAnswerError(SyncError):
 
 
 class Session:
-    """The servers of one sync. A server that fails is dropped; the sync continues with the others.
+    """The servers of one sync. A server that fails is dropped, and the sync continues with the others.
 
     Args:
         servers: all servers of the sync.
@@ -40,7 +40,7 @@ class Session:
 
     Attributes:
         servers: servers that have not failed.
-        problem: an error that a retry cannot fix; the caller raises it once the session is finished.
+        problem: an error that a retry cannot fix; the caller raises it after ``finish``.
     """
 
     def __init__(self, servers: Sequence[Server], timeout_s: float) -> None:
@@ -53,12 +53,12 @@ class Session:
             trust_env=False,  # requests to the servers must not go through a proxy
             verify=_certificates(),
         )
-        # one thread per server, one for a broadcast, one that waits for both
+        # one thread per server, one for a broadcast, and one that waits for both
         self._threads = ThreadPoolExecutor(len(servers) + 2)
 
     @property
     def failed(self) -> tuple[Server, ...]:
-        """The servers dropped so far, in the order they were given."""
+        """Return the servers dropped so far, in the order they were given."""
         return tuple(server for server in self._all_servers if server not in self.servers)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -75,7 +75,7 @@ class Session:
         }
 
     def request(self, path: str, body: Body = None) -> dict[Server, httpx.Response]:
-        """Send a request to every remaining server, drop those that fail, return the other responses."""
+        """Send a request to every remaining server, drop servers that fail, and return the other responses."""
         replies = self.send(path, body)
         for server, reply in replies.items():
             if error := reply.exception():
@@ -83,7 +83,7 @@ class Session:
         return {server: reply.result() for server, reply in replies.items() if server in self.servers}
 
     def attempt(self, servers: Iterable[Server], *requests: tuple[str, dict[str, Any]]) -> None:
-        """POST each ``(path, body)`` in order, to all ``servers`` in parallel; errors are ignored."""
+        """POST each ``(path, body)`` in order, to all ``servers`` in parallel, and ignore errors."""
         wait([self.submit(self._attempt, server, requests) for server in servers])
 
     def drop(self, server: Server, error: BaseException | str) -> None:

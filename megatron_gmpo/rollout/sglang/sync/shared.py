@@ -1,4 +1,4 @@
-"""Route ``tensor``: the servers map the trainer's buckets into memory; only handles are sent over HTTP.
+"""Route ``tensor``: the servers map the trainer's buckets into memory. HTTP carries only handles.
 
 On CPU the buckets are POSIX shared memory, on a GPU they are CUDA IPC memory.
 """
@@ -34,7 +34,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 class _SharedBucketSync(WeightSync):
-    """Sends serialized handles of the buckets with ``/update_weights_from_tensor``."""
+    """Send serialized handles of the buckets with ``/update_weights_from_tensor``."""
 
     def _send(self, session: Session, payload: Any, fields: dict[str, Any], last: bool) -> None:
         handles = {server: self._handles(payload, server) for server in session.servers}
@@ -53,7 +53,7 @@ class _SharedBucketSync(WeightSync):
 
 
 class SharedMemorySync(_SharedBucketSync):
-    """Keeps rank 0's buckets in /dev/shm, where the servers of this machine map them."""
+    """Keep rank 0's buckets in /dev/shm, where the servers of this machine map them."""
 
     def _allocate(self, nbytes: int) -> Tensor:
         free = shutil.disk_usage(_SHARED_MEMORY).free
@@ -73,10 +73,10 @@ class SharedMemorySync(_SharedBucketSync):
 
 
 class CudaIpcSync(_SharedBucketSync):
-    """Sends CUDA IPC handles of each trainer rank's buckets to the server rank on the same GPU.
+    """Send CUDA IPC handles of each trainer rank's buckets to the server rank on the same GPU.
 
     The servers' ranks, in the order of the first sync's servers, run on the GPUs of trainer ranks 0, 1, 2,
-    and so on. Not run on a GPU yet.
+    and so on. This route has not been tested on GPUs yet.
     """
 
     def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
@@ -103,7 +103,7 @@ class CudaIpcSync(_SharedBucketSync):
             self._payload(bucket)
 
     def _payload(self, bucket: Bucket) -> list[str]:
-        """Return the handles of all ranks; empty for a rank without a reader, which would leak the bucket."""
+        """Return the handles of all ranks. A handle without a reader would leak the bucket, so it is empty."""
         return all_gather_objects(_serialize(bucket) if self._is_read else "")
 
     def _handles(self, payload: list[str], server: Server) -> list[str]:
@@ -121,7 +121,7 @@ class _Pickler(ForkingPickler):
             return NotImplemented
         rebuild, args = reduce_tensor(obj)
         uuid = str(torch.cuda.get_device_properties(obj.device).uuid)
-        return rebuild, (*args[:6], uuid, *args[7:])  # the seventh argument is the device
+        return rebuild, (*args[:6], uuid, *args[7:])  # argument 6 is the device
 
 
 def _serialize(bucket: Bucket) -> str:
@@ -145,7 +145,7 @@ def _serialize(bucket: Bucket) -> str:
 
 @contextmanager
 def _sharing_by_name() -> Iterator[None]:
-    """Share CPU memory by file name, since a process that is no child cannot receive a file descriptor."""
+    """Share CPU memory by file name. File descriptors can only be passed to child processes."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
@@ -156,7 +156,7 @@ def _sharing_by_name() -> Iterator[None]:
 
 @contextmanager
 def _stderr_to_devnull() -> Iterator[None]:
-    """Redirect stderr while torch starts torch_shm_manager, which keeps it open for as long as a server runs.
+    """Redirect stderr while torch starts torch_shm_manager, which keeps stderr open while a server runs.
 
     If stderr is a pipe, its reader would not see the end of the stream when the trainer exits.
     """

@@ -9,12 +9,11 @@ from ..servers import Server
 from .session import Session
 
 Checksums = list[dict[str, str]]
-"""For each tensor-parallel rank of a server, the checksum of every weight by the server's own parameter
-name."""
+"""For each tensor-parallel rank of a server: parameter name in the server -> checksum of the weight."""
 
 
 class Verification:
-    """Checks that a sync replaced every weight and that servers with the same layout hold equal weights.
+    """Check that a sync replaced every weight and that servers with the same layout hold equal weights.
 
     Before a sync ``scramble`` overwrites all weights with noise. A weight whose checksum is unchanged
     afterwards was not sent, or the server ignored it.
