@@ -1,8 +1,7 @@
 """The commands: ``megatron-gmpo NAME``, ``python -m megatron_gmpo NAME`` or ``python tools/NAME.py``.
 
-Each command is a module of this package with a function ``main(argv)``. The first line of its docstring is
-its line in ``megatron-gmpo --help``. Nothing is imported before a command is chosen, so the list appears at
-once.
+Each command is a module of this package with a function ``main(argv)``. ``megatron-gmpo --help`` shows the first
+line of its docstring. No command is imported for the list, so the list appears immediately.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ def main() -> None:
 
 
 def run(name: str, argv: list[str] | None = None) -> None:
-    """Run a command; a ``RunError`` ends the process with one line and its exit code.
+    """Run a command. A ``RunError`` ends the process with one line and its exit code.
 
     Args:
-        name: dashes count as underscores.
-        argv: the arguments after the name; None means ``sys.argv[1:]``.
+        name: name of the command, with dashes or underscores.
+        argv: arguments after the name; None means ``sys.argv[1:]``.
     """
     from ..command_line import one_line_errors
     from ..errors import InputError

@@ -10,13 +10,15 @@ from ..testing.arithmetic import write_addition_problems
 
 
 class Arithmetic(Options):
-    """Write train.jsonl and heldout.jsonl with the columns problem and answer: two-digit addition, zero
-    padded."""
+    """Write train.jsonl and heldout.jsonl with the columns problem and answer.
+
+    The problems are two-digit additions, zero padded.
+    """
 
     out: Path
     """Folder to write."""
     num_heldout: Positive = 200
-    """Problems that are kept out of train.jsonl."""
+    """Number of problems in heldout.jsonl; train.jsonl does not contain them."""
     seed: int = 0
     """Seed of the split."""
 

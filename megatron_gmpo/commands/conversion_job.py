@@ -1,4 +1,4 @@
-"""What both conversion commands do around a conversion: processes, progress bar, table, verification."""
+"""The common part of both conversion commands: processes, progress bar, table and verification."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..platform import start_process_group
 from ..weights.conversion import Conversion
 
 _M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
+"""Parameter of mallopt, from glibc's malloc.h."""
 _TIMEOUT_S = 4 * 3600
-"""Limit for one collective. Ranks meet only before and after their shares of the conversion."""
+"""Timeout of one collective. Ranks communicate only before and after their shares of the conversion."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def processes(*, alone: bool = False) -> Iterator[None]:
     """Join the process group that torchrun describes.
 
     Args:
-        alone: form a group of one process instead.
+        alone: form a group of one process.
     """
     _keep_freed_memory()
     # Megatron uses deprecated names of torch.distributed.checkpoint
@@ -64,9 +64,10 @@ def run_conversion(
     """Open a conversion, then print its table or carry it out and print a summary.
 
     Args:
-        opened: checks the source and returns the conversion.
+        opened: function that checks the source and returns the conversion.
         target: folder to write.
-        compare: returns the line about logits; runs on rank 0 alone, after the other ranks are done.
+        compare: function that returns the line about logits. It runs on rank 0 only, after the other ranks are
+            done.
 
     Raises:
         InputError: see ``HFToMegatron`` and ``MegatronToHF``.
@@ -102,7 +103,7 @@ def _progress(nbytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def _keep_freed_memory() -> None:
-    """Make malloc reuse the memory of one large tensor for the next.
+    """Make malloc reuse the memory of a large tensor for the next large tensor.
 
     By default each large tensor gets new pages, and mapping them takes longer than reading the tensor.
     """

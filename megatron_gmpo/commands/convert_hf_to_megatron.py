@@ -14,7 +14,7 @@ from ..command_line import Options, parse_options
 
 
 class ConvertHFToMegatron(Options):
-    """Convert a Hugging Face folder into a Megatron checkpoint, which loads in any layout."""
+    """Convert a Hugging Face folder into a Megatron checkpoint that loads in any layout."""
 
     hf: Path
     """Hugging Face folder with safetensors weights."""

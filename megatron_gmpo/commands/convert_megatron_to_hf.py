@@ -19,8 +19,10 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class ConvertMegatronToHF(Options):
-    """Convert a Megatron checkpoint into a Hugging Face folder. The checkpoint may come from a conversion or
-    from a training run in any layout."""
+    """Convert a Megatron checkpoint into a Hugging Face folder.
+
+    The checkpoint may come from a conversion or from a training run in any layout.
+    """
 
     megatron: Path
     """Folder with latest_checkpointed_iteration.txt, or one of its iter_* folders."""
@@ -29,9 +31,9 @@ class ConvertMegatronToHF(Options):
     template: Path | None = None
     """Hugging Face folder with the config.json and the tokenizer; needed when the checkpoint has none."""
     dtype: Literal["bf16", "fp32"] | None = None
-    """Precision of the weights written; by default each tensor keeps its own."""
+    """Precision of the weights to write; by default each tensor keeps its precision."""
     max_shard_size: str = "5GB"
-    """Largest safetensors file, such as 5GB or 500MB."""
+    """Maximum size of a safetensors file, such as 5GB or 500MB."""
     dry_run: bool = False
     """Check everything and print the table name <-> name <-> shape, but write nothing."""
     verify: bool = False

@@ -15,15 +15,18 @@ from ..config import Positive
 
 
 class CountdownOptions(Options):
-    """Write train.jsonl and heldout.jsonl with the columns problem and answer, then the folder model, then
-    warm_up.json."""
+    """Write Countdown problems and a model that supervised learning has warmed up on such problems.
+
+    The files are train.jsonl and heldout.jsonl with the columns problem and answer, the folder model, and
+    warm_up.json.
+    """
 
     out: Path = Path("runs/countdown")
     """Folder to write."""
     num_train: Positive = 4000
-    """Problems in train.jsonl."""
+    """Number of problems in train.jsonl."""
     num_heldout: Positive = 200
-    """Problems in heldout.jsonl. None of them is in train.jsonl or among the problems of the warm-up."""
+    """Number of problems in heldout.jsonl. Neither train.jsonl nor the warm-up contains them."""
     count: Positive = 3
     """Numbers per problem."""
     max_number: Positive = 12
@@ -31,9 +34,9 @@ class CountdownOptions(Options):
     max_target: Positive = 99
     """Largest target."""
     problems_only: bool = False
-    """Make no model."""
+    """Write the problems and make no model."""
     warm_up_steps: Positive = 1000
-    """Batches of solved problems that the model is trained on."""
+    """Number of batches of solved problems on which the model is trained."""
     seed: int = 0
     """Seed of problems, weights and order."""
 

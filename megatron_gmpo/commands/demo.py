@@ -17,7 +17,7 @@ from .plot_metrics import plot_runs
 
 
 class Demo(Options):
-    """Run the demo; the last line of the output is one JSON object."""
+    """Run the demo. The last line of the output is one JSON object."""
 
     prepare_only: bool = False
     """Only make the model and the problems that examples/moe/tiny_cpu.toml reads."""
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
 
 def _train(config: str, run_dir: Path) -> None:
-    """Train on two ranks that share the experts, and show their output."""
+    """Train in two processes with expert parallelism, and show their output."""
     launch = [
         "-m",
         "torch.distributed.run",

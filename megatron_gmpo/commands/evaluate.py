@@ -1,6 +1,6 @@
 """Measure pass@1 and pass@k of a checkpoint on benchmarks.
 
-The same as ``python -m megatron_gmpo.evaluate``.
+This is an alias of ``python -m megatron_gmpo.evaluate``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     megatron-gmpo export_quantized --hf DIR --out DIR --format fp8 --calibration FILE.jsonl
 
 ModelOpt runs in its own environment (``make modelopt``). It writes FP8 with one scale per tensor or NVFP4
-with one scale per 16 values, and static activation scales measured on prompts. SGLang recognises the folder
-as ``modelopt_fp8`` or ``modelopt_fp4``. To quantize the policy's weights at every step of a run, set
+with one scale per 16 values, and static activation scales measured on prompts. SGLang detects the folder as
+``modelopt_fp8`` or ``modelopt_fp4``. To quantize the policy's weights at every step of a run, set
 ``rollout.quantization`` instead.
 """
 
@@ -26,9 +26,9 @@ Format = Literal["fp8", "nvfp4"]
 PYTHON = Path(".venv-modelopt/bin/python")
 _SCRIPT = Path(__file__).with_name("quantize_with_modelopt.py")
 _CODES = {"fp8": "F8_E4M3", "nvfp4": "U8"}
-"""Safetensors dtypes of quantized weights; one byte of NVFP4 holds two values."""
+"""Format -> safetensors dtype of quantized weights. One byte of NVFP4 holds two values."""
 _GROUP = 16
-"""Columns that share one NVFP4 scale."""
+"""Number of columns that share one NVFP4 scale."""
 
 
 class ExportQuantized(Options):
@@ -42,11 +42,11 @@ class ExportQuantized(Options):
     """``fp8`` has one scale per tensor and runs on Ada and Hopper GPUs or newer; ``nvfp4`` has one scale per
     16 values and runs on Blackwell GPUs or newer."""
     calibration: str
-    """Training data, in any form that data.path takes. The activation scales are measured on its prompts."""
+    """Data set in any form that data.path accepts. The activation scales are measured on its prompts."""
     num_prompts: Positive = 512
     """Number of prompts to use, from the first."""
     max_prompt_tokens: Positive = 2048
-    """Longer prompts are left out."""
+    """Maximum tokens in a prompt; longer prompts are dropped."""
     prompt_column: str = "problem"
     """Column with the prompt."""
     answer_column: str = "answer"
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
 def export_quantized(
     hf: Path, out: Path, format: Format, prompts: Sequence[Sequence[int]], python: Path = PYTHON
 ) -> str:
-    """Write the folder ``out``, with the tokenizer and the other files beside the weights of ``hf``.
+    """Write the folder ``out`` with quantized weights, and copy the tokenizer and other files of ``hf``.
 
     The linear weights of attention and MLPs, experts included, are quantized. Routers, embeddings, the output
     layer and norms stay in bf16.
@@ -90,8 +90,8 @@ def export_quantized(
         One line that describes the folder.
 
     Raises:
-        InputError: ModelOpt is not installed, there is no such model or it is quantized already, NVFP4 cannot
-            group its widths, ``out`` exists.
+        InputError: ModelOpt is not installed; the model does not exist or is already quantized; a width is not
+            a multiple of NVFP4's group; ``out`` exists.
         RunError: ModelOpt failed, or quantized other tensors than expected.
     """
     from ..models.decoder import prediction_layers

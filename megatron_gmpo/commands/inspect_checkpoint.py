@@ -1,4 +1,4 @@
-"""Print what a Hugging Face or Megatron checkpoint folder holds.
+"""Print a description of a Hugging Face or Megatron checkpoint folder.
 
 megatron-gmpo inspect_checkpoint FOLDER
 """
@@ -12,8 +12,10 @@ from ..command_line import Options, Positional, parse_options
 
 
 class InspectCheckpoint(Options):
-    """Print kind, family, parameters, dtypes, layout and step of a checkpoint, and whether it is complete. No
-    weights are read."""
+    """Print kind, family, parameters, dtypes, layout and step of a checkpoint, and whether it is complete.
+
+    No weights are read.
+    """
 
     folder: Annotated[Path, Positional]
     """Hugging Face folder, Megatron checkpoint folder, or one of its iter_* folders."""

@@ -1,6 +1,6 @@
 """Run a study, a grid of training runs over seeds, and write its report.
 
-The same as ``python -m megatron_gmpo.lab``.
+This is an alias of ``python -m megatron_gmpo.lab``.
 """
 
 from __future__ import annotations

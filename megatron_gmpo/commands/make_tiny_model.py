@@ -11,33 +11,35 @@ from ..testing import Family
 
 
 class TinyModel(Options):
-    """Write a tiny random model as a Hugging Face folder: config.json, safetensors in the hub's layout,
-    tokenizer."""
+    """Write a tiny random model as a Hugging Face folder.
+
+    The folder has config.json, safetensors in the hub's layout, and a tokenizer.
+    """
 
     out: Path
     """Folder to write."""
     family: Family = "qwen3_moe"
     """Architecture, by its Hugging Face model_type."""
     tokenizer: Literal["arithmetic", "countdown", "text"] = "arithmetic"
-    """``arithmetic`` and ``countdown`` have one token per character of their task. ``text`` is a byte-level
-    BPE with a chat template and encodes any text."""
+    """Tokenizer of the model. ``arithmetic`` and ``countdown`` have one token per character of their task.
+    ``text`` is a byte-level BPE with a chat template and encodes any text."""
     tokenizer_corpus: Path | None = None
-    """.parquet or .jsonl file from which the text tokenizer learns its merges; without it a token is a
+    """.parquet or .jsonl file from which the text tokenizer learns its merges; by default each token is one
     byte."""
     tokenizer_corpus_column: str = "problem"
-    """Column of that file."""
+    """Column of that file that holds the text."""
     num_layers: Positive = 4
-    """Transformer layers."""
+    """Number of transformer layers."""
     hidden_size: Positive = 64
     """Width of the residual stream."""
     ffn_hidden_size: Positive = 64
     """Width of the MLP; in a MoE, width of each expert."""
     num_experts: Positive = 8
-    """Experts per layer of a MoE; two are active."""
+    """Number of experts per layer of a MoE; two are active per token."""
     tie_word_embeddings: bool = False
     """Share the input and output embeddings."""
     randomize_norms: bool = False
-    """Draw norm weights and biases too."""
+    """Draw norm weights and biases at random too."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the saved weights."""
     seed: int = 0

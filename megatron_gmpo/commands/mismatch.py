@@ -1,7 +1,6 @@
 """Compare log probabilities of the same tokens between precisions and engines.
 
-    megatron-gmpo mismatch CONFIG.toml --groups DIR --sides fp32 bf16 fp8 policy recorded [--section.key value
-    ...]
+    megatron-gmpo mismatch CONFIG.toml --groups DIR --sides fp32 bf16 policy recorded [--section.key value ...]
 
 ``DIR`` is the ``rollout.save_path`` of a run. The weights are those of ``model.path``.
 """
@@ -19,26 +18,28 @@ from ..errors import InputError
 
 
 class Mismatch(Options):
-    """Compare log probabilities of the same tokens between precisions and engines: the first side with each
-    of the others."""
+    """Compare log probabilities of the same tokens between precisions and engines.
+
+    Each other side is compared with the first side.
+    """
 
     groups: Path
     """Folder with saved rollouts, the rollout.save_path of a run."""
     sides: tuple[str, ...] = ("fp32", "bf16", "fp8", "policy")
-    """``policy``: Megatron, as the config says; under torchrun in its layout. ``fp32``, ``bf16``:
-    transformers, weights and activations in that precision. ``fp8``: transformers in fp32 with weights
-    rounded to block-wise FP8, which isolates the effect of rounding. ``sglang``, ``sglang_fp8``: a server
-    that is started for the comparison and receives the weights by a weight sync; FP8 needs a GPU. A URL: a
-    running SGLang server with these weights; its keys come from SGLANG_API_KEY and SGLANG_ADMIN_API_KEY.
-    ``recorded``: what the rollout engine reported when it sampled; needs rollout.temperature = 1, the
-    temperature of all other sides."""
+    """Sides to compare. ``policy``: Megatron with the config's settings, under torchrun in its layout.
+    ``fp32``, ``bf16``: transformers with weights and activations in that precision. ``fp8``: transformers in
+    fp32 with weights rounded to block-wise FP8, which isolates the effect of rounding. ``sglang``,
+    ``sglang_fp8``: a server that is started for the comparison and receives the weights by a weight sync; FP8
+    needs a GPU. A URL: a running SGLang server with these weights; its keys are read from SGLANG_API_KEY and
+    SGLANG_ADMIN_API_KEY. ``recorded``: the values that the rollout engine reported when it sampled; needs
+    rollout.temperature = 1, the temperature of all other sides."""
     step: Annotated[int, Field(ge=0)] = 0
     """Step whose rollouts are used."""
     num_groups: Positive | None = None
     """Number of prompt groups to use; by default all."""
     layers: Annotated[int, Field(ge=0)] = 0
-    """Also compare the hidden states after every layer, on this many sequences. Works for policy, fp32, bf16
-    and fp8 in one process."""
+    """Number of sequences on which the hidden states after every layer are compared too. Works for policy,
+    fp32, bf16 and fp8 in one process."""
     out: Path = Path("mismatch.png")
     """Picture to write."""
 

@@ -16,8 +16,10 @@ from .mismatch_sides import Side
 
 
 def table(sides: dict[str, Side]) -> Table:
-    """Return the differences to the first side, in nats: absolute ones, and the k3 estimate of the KL
-    divergence."""
+    """Return the differences to the first side, in nats.
+
+    They are absolute differences and the k3 estimate of the KL divergence.
+    """
     (name, first), *others = sides.items()
     shown = Table(title=f"log probabilities of {len(first.logprobs):,} tokens, against {name}")
     for column in ("side", "mean", "median", "99 %", "largest", "k3 KL"):
@@ -37,8 +39,10 @@ def table(sides: dict[str, Side]) -> Table:
 
 
 def layer_errors(sides: dict[str, Side]) -> dict[str, list[float]]:
-    """Return, per side and layer, the RMS difference to the first side's output relative to the RMS of that
-    output."""
+    """Return side -> relative error of each layer's output.
+
+    The error is the RMS difference to the first side's output, divided by the RMS of that output.
+    """
     (_, first), *others = sides.items()
     return {
         name: [

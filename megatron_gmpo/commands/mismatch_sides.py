@@ -1,4 +1,4 @@
-"""The sides of a comparison of log probabilities: transformers, the policy, SGLang servers, recorded ones."""
+"""The sides of a comparison of log probabilities: transformers, policy, SGLang servers, recorded values."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Side:
     """The result of one side.
 
     Attributes:
-        logprobs: (N,) fp32, of the N response tokens of all sequences.
-        hidden: per layer its output on the first sequences, (tokens, hidden size) fp32; empty unless
+        logprobs: (N,) fp32 log probabilities of the N response tokens of all sequences.
+        hidden: for each layer, its output on the first sequences, (tokens, hidden size) fp32; empty unless
             requested.
     """
 
@@ -62,7 +62,7 @@ def measure(
     num_groups: int | None = None,
     layers: int = 0,
 ) -> dict[str, Side]:
-    """Return the result of each side; on ranks other than 0 only the policy's.
+    """Return the result of each side; on ranks other than 0, only the policy's result.
 
     Args:
         folder: saved rollouts, ``rollout.save_path`` of a run.
@@ -71,7 +71,7 @@ def measure(
         layers: number of sequences whose hidden states are kept.
 
     Raises:
-        InputError: an unknown side, or one that these arguments do not allow; there are no such rollouts.
+        InputError: a side is unknown, or not supported with these arguments; the rollouts do not exist.
     """
     _check(cfg, sides, layers)
     groups = load_groups(folder, step)[:num_groups]
@@ -116,7 +116,7 @@ def _check(cfg: Config, sides: Sequence[str], layers: int) -> None:
 def transformers_side(
     cfg: Config, groups: list[SampleGroup], device: torch.device, side: str, layers: int
 ) -> Side:
-    """Compute with the embedded engine's model, after a weight sync."""
+    """Return the result of the embedded engine's model after a weight sync."""
     dtype, quantized = TRANSFORMERS[side]
     tokenizer = load_tokenizer(cfg.model.path)
     engine = EmbeddedEngine(
@@ -144,7 +144,7 @@ def transformers_side(
 
 
 def policy_side(cfg: Config, groups: list[SampleGroup], device: torch.device, layers: int) -> Side:
-    """Compute with Megatron. Collective."""
+    """Return the result of Megatron. Collective."""
     prepare_megatron(device)
     description = describe_model(cfg, int(os.environ.get("WORLD_SIZE", "1")), device)
     start_process_group(device, cfg.distributed_timeout_s)
@@ -163,7 +163,7 @@ def policy_side(cfg: Config, groups: list[SampleGroup], device: torch.device, la
 
 
 def server_side(server: Server, groups: list[SampleGroup], timeout_s: float) -> Side:
-    """Ask a running server.
+    """Return the result of a running server.
 
     Raises:
         ServerError: see ``sequence_logprobs``.
@@ -180,7 +180,7 @@ def server_side(server: Server, groups: list[SampleGroup], timeout_s: float) -> 
 
 
 def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device, quantization: str) -> Side:
-    """Start a server, send it the weights by a weight sync, and ask it."""
+    """Start a server, send it the weights by a weight sync, and return its result."""
     rollout = {
         "engine": "sglang",
         "quantization": quantization,
@@ -189,9 +189,8 @@ def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device
         "server_urls": (),
         "servers_file": "",
     }
-    # The server shares this process's GPU, on which NCCL forms no group of two processes. The memory that
-    # torch caches is not
-    # available to the server until it is released.
+    # The server shares this process's GPU. NCCL supports no group of two processes on one GPU, so the weights
+    # are sent over the disk route. The server cannot use memory that torch caches until it is released.
     update = {
         "rollout": cfg.rollout.model_copy(update=rollout),
         "weight_sync": cfg.weight_sync.model_copy(update={"route": "disk", "folder": ""}),

@@ -21,21 +21,23 @@ MODEL_CONFIGS = Path("examples/moe/model_configs")
 
 
 class Plan(Options):
-    """Print what the ranks of every pipeline stage hold, what a step computes and sends, and about how long
-    it takes. A config that training would refuse, or that does not fit, is refused with one line and exit
-    code 2."""
+    """Print the memory of every pipeline stage, and the work, traffic and estimated time of a step.
+
+    A config that training would refuse, or that needs too much memory, is refused with one line and exit code
+    2.
+    """
 
     world_size: Positive
-    """Ranks of the trainer, one per GPU."""
+    """Number of ranks of the trainer, one per GPU."""
     hardware: Literal["h100", "h200", "b200"] = "h100"
     """Kind of GPU."""
     config_folder: Annotated[Path | None, Field(alias="model_config")] = None
-    """Folder with the model's config.json; needed only if model.path does not exist yet. By default the
-    folder of that name in examples/moe/model_configs."""
+    """Folder with the model's config.json, needed only if model.path does not exist yet. The default is the
+    folder with the same name in examples/moe/model_configs."""
     prompt_tokens: Positive | None = None
-    """Mean length of prompts; a quarter of data.max_prompt_tokens by default."""
+    """Mean length of prompts in tokens; by default a quarter of data.max_prompt_tokens."""
     response_tokens: Positive | None = None
-    """Mean length of responses; half of rollout.max_new_tokens by default."""
+    """Mean length of responses in tokens; by default half of rollout.max_new_tokens."""
 
 
 def main(argv: list[str]) -> None:

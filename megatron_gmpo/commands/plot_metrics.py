@@ -13,7 +13,7 @@ from ..command_line import Options, Positional, parse_options
 
 
 class PlotMetrics(Options):
-    """Draw the training curves of one or several runs in the same frames."""
+    """Draw the training curves of one or several runs in the same panels."""
 
     run_dirs: Annotated[tuple[Path, ...], Positional]
     """Run folders; each curve is labelled by the folder's name."""
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
 
 
 def plot_runs(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Draw the curves of several runs and return the picture, by default metrics.png in the first run folder.
+    """Draw the curves of several runs, by default to metrics.png in the first run folder; return the path.
 
     Raises:
         InputError: see ``plot_run``.
@@ -40,8 +40,10 @@ def plot_runs(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _labels(run_dirs: Sequence[Path]) -> dict[str, Path]:
-    """Return label -> metrics file. The label is the folder's name, or its whole path if two names are
-    equal."""
+    """Return label -> metrics file.
+
+    The labels are the names of the folders, or their paths if two names are equal.
+    """
     names = [d.resolve().name for d in run_dirs]
     return {
         name if names.count(name) == 1 else str(d): d / "metrics.jsonl"

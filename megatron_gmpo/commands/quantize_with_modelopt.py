@@ -1,10 +1,11 @@
-"""Quantize a Hugging Face model with NVIDIA's ModelOpt; ``export_quantized`` runs this script in ModelOpt's
-own environment.
+"""Quantize a Hugging Face model with NVIDIA's ModelOpt.
+
+``export_quantized`` runs this script in ModelOpt's own environment:
 
     python -I quantize_with_modelopt.py
 
-Stdin is a JSON object: ``hf`` and ``out``, folders; ``format``, fp8 or nvfp4; ``prompts``, lists of token ids
-for calibration.
+Stdin is a JSON object with the keys ``hf`` and ``out`` (folders), ``format`` (fp8 or nvfp4) and ``prompts``
+(lists of token ids for calibration).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> None:
             model(torch.tensor([prompt], device=model.device), use_cache=False)
 
     mtq.quantize(model, FORMATS[task["format"]], calibrate)
-    # SGLang chooses its model class by this
+    # SGLang chooses its model class by this field
     model.config.architectures = model.config.architectures or [type(model).__name__]
     export_hf_checkpoint(model, export_dir=task["out"])
 

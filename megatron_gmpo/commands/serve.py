@@ -1,6 +1,6 @@
 """Start the SGLang servers of one rollout node of a Slurm job.
 
-The same as ``python -m megatron_gmpo.rollout.sglang.serve``; examples/moe/launch.sh starts it.
+This is an alias of ``python -m megatron_gmpo.rollout.sglang.serve``. examples/moe/launch.sh starts it.
 """
 
 from __future__ import annotations

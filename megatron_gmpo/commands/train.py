@@ -1,6 +1,6 @@
 """Train a policy with GMPO; under torchrun one process per rank.
 
-The same as ``python -m megatron_gmpo.train``.
+This is an alias of ``python -m megatron_gmpo.train``.
 """
 
 from __future__ import annotations

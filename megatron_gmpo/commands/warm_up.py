@@ -13,17 +13,19 @@ from ..config import Positive
 
 
 class WarmUp(Options):
-    """Train the model of a Hugging Face folder on the answers of a .jsonl file, in place, with plain
-    transformers."""
+    """Train the model of a Hugging Face folder on the answers of a .jsonl file.
+
+    The training uses plain transformers. It overwrites the folder.
+    """
 
     model: Path
     """Folder of the model."""
     data: Path
     """File with one JSON object per line, with the keys problem and answer."""
     steps: Positive = 200
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: Positive = 64
-    """Problems per step."""
+    """Number of problems per step."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     """Learning rate of AdamW."""
     seed: int = 0

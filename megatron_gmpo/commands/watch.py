@@ -28,11 +28,11 @@ REFRESH_S = 2.0
 SILENT_S = 60.0
 """Age of a heartbeat after which its rank is shown in red."""
 TAIL_BYTES = 2**20
-"""Bytes that are read from the end of a JSON-lines file."""
+"""Number of bytes that are read from the end of a JSON-lines file."""
 TREND_STEPS = 30
-"""Steps in a sparkline and in the estimate of the time left."""
+"""Number of steps in a sparkline and in the estimate of the time left."""
 TRIED_AGAIN = {Exit.REQUEUE, Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
-"""Exit codes after which a Slurm job may make another attempt; the view then stays open."""
+"""Exit codes after which a Slurm job may make another attempt. The view then stays open."""
 
 SHOWN = {
     "reward/mean": ("reward", ".3f"),
@@ -50,11 +50,14 @@ TICKS = "▁▂▃▄▅▆▇█"
 
 
 class Watch(Options):
-    """Show step, reward, throughput, time left, mismatch, restarts, and the phase and last error of each
-    rank."""
+    """Show the progress of a run and the state of its ranks.
+
+    The view has step, reward, throughput, time left, mismatch and restarts of the run, and the phase and last
+    error of each rank.
+    """
 
     run_dir: Annotated[Path, Positional]
-    """The run_dir of a training config."""
+    """Run folder, the run_dir of a training config."""
     once: bool = False
     """Print the view once instead of refreshing it until the job ends."""
 
@@ -78,18 +81,19 @@ def main(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The contents of a run folder's files at one moment. A file may be missing or end in a half-written
-    line.
+    """The contents of a run folder's files at one time.
+
+    A file may be missing or end with an incomplete line.
 
     Attributes:
-        num_steps: steps of the whole run; None while there is no config.toml.
+        num_steps: number of steps of the whole run; None if config.toml does not exist.
         steps: last lines of metrics.jsonl.
         events: last lines of events.jsonl.
         restarts: last lines of restarts.jsonl.
-        heartbeats: one per rank, in rank order.
+        heartbeats: heartbeat of each rank, in rank order.
         outcome: outcome of the last attempt; None while it runs.
         errors: rank -> last line of its traceback.
-        stacks: ranks that hung and dumped their stacks.
+        stacks: ranks that dumped their stacks after a hang.
     """
 
     run_dir: Path
@@ -104,7 +108,7 @@ class Snapshot:
 
     @property
     def done(self) -> int:
-        """Return the number of steps taken."""
+        """Return the number of completed steps."""
         return self.steps[-1]["step"] if self.steps else 0
 
     @property
@@ -114,7 +118,7 @@ class Snapshot:
 
     @property
     def seconds_left(self) -> float | None:
-        """Return the time left, from the median of the last steps; None before the first step."""
+        """Return the estimated time left, from the median time of the last steps; None before the first step."""
         spent = [
             line["time/step"]
             for line in self.steps[-TREND_STEPS:]
@@ -129,7 +133,7 @@ def read(run_dir: Path) -> Snapshot:
     """Read the files of a run folder.
 
     Raises:
-        InputError: no such folder.
+        InputError: the folder does not exist.
     """
     if not run_dir.is_dir():
         raise InputError(f"run folder {run_dir} does not exist: give the run_dir of a config")
@@ -148,13 +152,13 @@ def read(run_dir: Path) -> Snapshot:
         heartbeats=sorted(heartbeats, key=lambda beat: beat.get("rank", 0)),
         outcome=_json(run_dir / "outcome.json"),
         errors=errors,
-        # a rank creates its file when it starts and writes to it when it hangs
+        # a rank creates its file at its start and writes to it after a hang
         stacks=[file.stem for file in sorted((run_dir / "stacks").glob("*.txt")) if file.stat().st_size],
     )
 
 
 def render(snapshot: Snapshot, now: float) -> RenderableType:
-    """Return the whole view; ages are relative to the Unix time ``now``."""
+    """Return the whole view. Ages are relative to the Unix time ``now``."""
     parts: list[RenderableType] = [_headline(snapshot, now)]
     if snapshot.steps:
         parts.append(_figures(snapshot))

@@ -1,2 +1,1 @@
-"""Studies: grids of training runs with equal prompts and budgets, repeated over seeds, and a report on
-them."""
+"""Run studies, grids of training runs with equal prompts and budgets over several seeds, and report on them."""

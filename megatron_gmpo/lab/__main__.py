@@ -23,19 +23,21 @@ from ..errors import InputError
 
 
 class Lab(Options):
-    """Run the trials of a study that have not finished, then write its report: report.html, PNGs,
-    numbers.json."""
+    """Run the trials of a study that have not finished, then write its report.
+
+    The report consists of report.html, PNG files and numbers.json.
+    """
 
     study: Annotated[Path, Positional]
     """TOML file of the study."""
     cores: Positive = os.cpu_count() or 1
-    """CPU cores to use; each process of a trial takes one."""
+    """Number of CPU cores to use; each process of a trial uses one."""
     seeds: tuple[int, ...] = ()
     """Run only these seeds of the study."""
     only: tuple[str, ...] = ()
     """Run only these arms of the study."""
     report: bool = False
-    """Run nothing; report on the trials that have run."""
+    """Run no trials; report on the existing results."""
     out: Path | None = None
     """Folder of the report; by default runs/studies/STUDY/report."""
 

@@ -1,4 +1,4 @@
-"""Pictures of a study: one PNG per panel, one color per arm, shaded 95 % confidence intervals."""
+"""Draw the pictures of a study: one PNG per panel, one color per arm, shaded 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .results import Curve, curve
 
 @dataclass(frozen=True)
 class Panel:
-    """Metrics in one frame; the line style distinguishes them.
+    """Metrics that share one picture; the line style distinguishes them.
 
     Attributes:
         metrics: metric, or a pattern with ``*`` -> name in the legend.
-        log: logarithmic axis.
+        log: use a logarithmic y axis.
     """
 
     title: str

@@ -1,5 +1,7 @@
-"""The report on a study: report.html, a single self-contained page; its pictures as PNG files; all numbers in
-numbers.json."""
+"""Write the report on a study.
+
+It consists of report.html, a self-contained page, its pictures as PNG files, and numbers.json.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def write_report(study: Study, command: str, out: Path) -> Path:
     """Write the report on the trials so far and return the path of the page.
 
     Args:
-        command: command that ran the study, to be shown on the page.
+        command: command that ran the study, which the page shows.
         out: folder to write.
 
     Raises:
@@ -144,7 +146,7 @@ def _lists(arrays: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
 
 
 def _plain(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Replace infinities and NaN by text, since JSON has neither."""
+    """Replace infinities and NaN by text, because JSON does not support them."""
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in overrides.items()

@@ -1,5 +1,4 @@
-"""Aggregate what trials logged over seeds: curves with confidence intervals, and measures that compare
-arms."""
+"""Aggregate the metrics of trials over seeds: curves with confidence intervals, and measures to compare arms."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from .study import Arm, Study
 from .trials import Record, read_record
 
 POINTS = 40
-"""Largest number of points per curve; each point is the mean over its share of the steps."""
+"""Maximum number of points per curve; each point is the mean over its share of the steps."""
 TAIL = 10
 """Number of last steps that ``tail`` averages."""
 
@@ -30,14 +29,17 @@ class Result:
 
     @property
     def counts(self) -> bool:
-        """Return whether the trial finished or stopped itself; a stopped run counts with its last figures."""
+        """Return whether the trial finished or stopped itself. A stopped run counts with its last figures."""
         return self.record is not None and self.record.outcome != "failed"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """(P,) arrays: mean over the seeds that have the step, and bounds of its interval; nan if only one seed
-    has the step."""
+    """A curve of P points, as (P,) arrays.
+
+    The arrays are the steps, the mean over the seeds that have the step, and the bounds of its interval. The
+    bounds are nan if only one seed has the step.
+    """
 
     steps: np.ndarray
     mean: np.ndarray
@@ -47,8 +49,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measure:
-    """One number per run: the ``last``, ``best`` (largest) or ``mean`` value of a metric, or its mean over
-    the last ``TAIL`` steps."""
+    """One number per run, computed from a metric.
+
+    It is the ``last``, ``best`` (largest) or ``mean`` value of the metric, or its mean over the last ``TAIL``
+    steps.
+    """
 
     title: str
     metric: str
@@ -68,7 +73,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Row:
-    """A measure of one arm: its mean over seeds, and the mean paired difference from the arm's baseline."""
+    """The mean of a measure over one arm's seeds, and its mean paired difference from the arm's baseline."""
 
     measure: Measure
     arm: Arm
@@ -97,8 +102,9 @@ MEANS = {
     "moe/routing_differs_tokens": "tokens routed differently in the rollout, fraction",
     "moe/routing_drift_tokens": "tokens rerouted by updates, fraction",
 }
-"""Metric -> name of its mean over a run. These metrics describe updates, which a decaying learning rate makes
-small in the last steps."""
+"""Metric -> name of its mean over a run.
+
+These metrics describe updates, which are small in the last steps if the learning rate decays."""
 
 
 def read_results(study: Study) -> dict[str, dict[int, Result]]:

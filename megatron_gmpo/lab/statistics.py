@@ -1,4 +1,4 @@
-"""Means over seeds, their confidence intervals, and paired differences."""
+"""Compute means over seeds, their confidence intervals, and paired differences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T_975 = (
 class Estimate:
     """A mean of ``n`` values with its 95 % confidence interval, mean ± half.
 
-    ``half`` is inf for a single value, which says nothing about the spread.
+    ``half`` is inf for a single value, because the spread is unknown.
     """
 
     mean: float
@@ -46,7 +46,7 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate | None:
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
     """Return the estimate of ``values - baseline`` over the seeds that both have.
 
-    What runs of the same seed share (prompts and their order) cancels.
+    The effect of the prompts and their order, which are equal for runs of the same seed, cancels.
     """
     return estimate([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
 

@@ -1,5 +1,7 @@
-"""Read a study's TOML file and make its trials: one training run per arm and seed, all checked before the
-first one starts."""
+"""Read a study's TOML file and make its trials, one training run per arm and seed.
+
+All trials are checked before the first trial starts.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ EQUAL = (
     "rollout.samples_per_prompt",
     "rollout.max_new_tokens",
 )
-"""Config keys and sections that must be equal in all arms. They alone decide the prompts that
-``PromptStream`` draws with a seed, so arms with equal seeds see equal prompts."""
+"""Config keys and sections that must be equal in all arms.
+
+They determine the prompts that ``PromptStream`` draws with a seed, so arms with equal seeds get equal prompts."""
 
 _FROM_LAB = ("seed", "run_dir")
 _NAME = re.compile(r"[\w.+=]+")
@@ -42,12 +45,12 @@ class _Section(BaseModel):
 
 
 class Variant(_Section):
-    """A label, and any keys of the training config beside it: ``algorithm.loss = "gmpo"``."""
+    """A label and keys of the training config, such as ``algorithm.loss = "gmpo"``."""
 
     model_config = ConfigDict(extra="allow")
 
     label: str = ""
-    """Name in the report; empty means the name in the file."""
+    """Name in the report; empty means the variant's key in the study's file."""
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -57,10 +60,10 @@ class Variant(_Section):
 
 class Prepare(_Section):
     command: tuple[str, ...] = ()
-    """A module and its arguments, run as ``python -m`` once before the first trial, e.g. ["megatron_gmpo",
+    """Module and arguments that run once as ``python -m`` before the first trial, e.g. ["megatron_gmpo",
     "demo", "--prepare_only"]."""
     output: str = ""
-    """A file that the command writes; if it exists, the command does not run."""
+    """File that the command writes. If it exists, the command does not run."""
 
 
 class StudyFile(_Section):
@@ -68,26 +71,26 @@ class StudyFile(_Section):
 
     title: str
     question: str = ""
-    """The question that the study asks, for the report; empty lines separate paragraphs."""
+    """Question that the study answers, shown in the report; empty lines separate paragraphs."""
     base: str
     """Training config that every arm changes; the path is relative to the study's file."""
     prepare: Prepare = Prepare()
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
-    """Every arm runs once per seed."""
+    """Seeds; every arm runs once per seed."""
     processes: Annotated[int, Field(ge=1)] = 1
-    """Ranks per trial."""
+    """Number of ranks per trial."""
     timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """Time limit of a trial; a trial that exceeds it is killed and counts as failed."""
     baseline: str
-    """Arm that the other arms are compared with. In a grid, an arm is compared with the baseline at the same
+    """Arm with which the other arms are compared. In a grid, an arm is compared with the baseline at the same
     values of the other axes."""
     overrides: dict[str, Any] = {}
     """Keys of the training config that hold for all arms."""
     arms: Annotated[dict[str, Variant], Field(min_length=1)]
     """Arms by name."""
     grid: dict[str, dict[str, Variant]] = {}
-    """Further axes, [grid.AXIS.VALUE] with keys of the training config. Every arm runs with every combination
-    of their values."""
+    """Additional axes, [grid.AXIS.VALUE] with keys of the training config. Every arm runs with every
+    combination of their values."""
 
     @model_validator(mode="after")
     def _names(self) -> StudyFile:
@@ -110,7 +113,7 @@ class Arm:
     Attributes:
         name: name of the arm and of its values on the other axes, joined by ``-``.
         overrides: dotted key of the training config -> value, without the keys that hold for all arms.
-        baseline: name of the arm that it is compared with; a baseline has its own name here.
+        baseline: name of the arm with which it is compared; for a baseline, its own name.
     """
 
     name: str
@@ -144,8 +147,8 @@ class Study:
     """A checked study.
 
     Attributes:
-        trials: every arm with the first seed, then every arm with the second, so that an interrupted study
-            compares all arms.
+        trials: every arm with the first seed, then every arm with the second seed, and so on, so that an
+            interrupted study compares all arms.
     """
 
     name: str
@@ -177,8 +180,9 @@ def load_study(path: Path) -> Study:
     """Read a study and resolve the config of every trial.
 
     Raises:
-        InputError: there is no such file, an unknown key (the message names the nearest), a bad value;
-            training would refuse the config of an arm, or its prompts or budget differ from the first arm's.
+        InputError: the file does not exist; a key is unknown (the message names the nearest key) or a value is
+            bad; training would refuse the config of an arm, or its prompts or budget differ from the first
+            arm's.
     """
     try:
         file = StudyFile.model_validate(read_toml(path))
@@ -233,7 +237,7 @@ def _trial(path: Path, base: Path, file: StudyFile, arm: Arm, seed: int, folder:
 
 
 def _check_equal(path: Path, trials: Iterable[Trial]) -> None:
-    """Check that ``trials``, one per arm, agree on the keys ``EQUAL``."""
+    """Check that ``trials``, one per arm, have equal values of the keys ``EQUAL``."""
     first, *others = trials
     expected = _equal_part(first.cfg)
     for trial in others:

@@ -1,4 +1,4 @@
-"""Run trials in several processes at a time, record how each ended, and end all of them when the lab ends."""
+"""Run several trials at a time, record how each ended, and end all of them when the lab ends."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _PACKAGES = ("megatron_gmpo", "megatron-core", "torch", "transformers", "numpy")
 
 
 class Record(BaseModel):
-    """How a trial ended.
+    """The outcome of a trial.
 
     Attributes:
-        outcome: a ``stopped`` run ended itself with a reason, such as a loss that is not finite; that is a
-            result of the study. A ``failed`` run ended before its last step for any other reason; it is run
+        outcome: a ``stopped`` run ended itself with a reason, such as a loss that is not finite, which is a
+            result of the study. A ``failed`` run ended before its last step for any other reason and is run
             again.
-        reason: why it did not finish; otherwise empty.
-        seconds: wall time of the process with its start; for a resumed trial, of the last process.
+        reason: reason why the trial did not finish, else empty.
+        seconds: wall time of the process, including its start; for a resumed trial, of the last process.
     """
 
     outcome: Literal["finished", "stopped", "failed"]
@@ -82,11 +82,11 @@ def run_trials(
 ) -> list[Record]:
     """Run trials, ``at_once`` at a time, and show their progress.
 
-    A trial resumes from the newest checkpoint in its folder; without one it starts over. A failed trial does
-    not end the others. An exception here, such as an interrupt, ends all.
+    A trial resumes from the newest checkpoint in its folder, or starts over if there is none. A failed trial
+    does not end the other trials. An exception in this process, such as an interrupt, ends all trials.
 
     Args:
-        processes: ranks per trial.
+        processes: number of ranks per trial.
         timeout_s: time limit of a trial.
 
     Raises:
@@ -112,7 +112,7 @@ def run_trials(
             finally:
                 for process in running:
                     process.signal(signal.SIGTERM)
-                for process in running:  # a second SIGTERM would kill a trial that is saving
+                for process in running:  # without a second SIGTERM, which would kill a trial that is saving
                     process.wait_or_kill()
     return records
 
@@ -127,8 +127,10 @@ class _Running:
     done: bool = False
 
     def ended(self, timeout_s: float) -> Record | None:
-        """Write and return the record if the process has ended or exceeded its time limit; otherwise return
-        None."""
+        """Write and return the record, or return None while the process runs within its time limit.
+
+        A process that exceeds its time limit is ended.
+        """
         seconds = time.monotonic() - self.start
         code = self.process.poll()
         if code is None and seconds <= timeout_s:
@@ -195,8 +197,10 @@ def _start(trial: Trial, lock: IO[str], processes: int) -> _Running:
 
 
 def _lock(trial: Trial) -> IO[str]:
-    """Lock the trial's folder. The trial's process inherits the lock and so keeps it even if the lab is
-    killed."""
+    """Lock the trial's folder.
+
+    The trial's process inherits the lock, so it holds the lock even after the lab is killed.
+    """
     trial.folder.mkdir(parents=True, exist_ok=True)
     file = (trial.folder / ".lock").open("w")
     try:
@@ -228,7 +232,7 @@ def _check_folder(trial: Trial) -> None:
 
 
 def _ended_itself(events: Path) -> bool:
-    """Return whether the last event of a run is a figure that is not finite or a collapse of the policy."""
+    """Return whether the last event of a run is a non-finite figure or a collapse of the policy."""
     last = _newest(events) or {"event": ""}
     return last["event"] == "nonfinite" or (last["event"] == "collapse" and last["action"] != "warn")
 
@@ -252,8 +256,11 @@ def _machine() -> str:
 
 
 class _Board:
-    """Show the trials: in a terminal one bar for all and one per running trial; elsewhere one line per ended
-    trial."""
+    """Show the progress of the trials.
+
+    A terminal shows one bar for all trials and one bar per running trial. Other outputs get one line per ended
+    trial.
+    """
 
     def __init__(self, total: int, console: Console) -> None:
         self._console, self._total, self._ended = console, total, 0
