@@ -4,7 +4,8 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron says at import, once a module, that apex or Transformer Engine is absent; where that matters the config is refused.
+# Each module of Megatron warns at import that apex or Transformer Engine is missing. The config is checked where
+# they are needed.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-# It also still calls collectives by names that torch has renamed.
+# Megatron calls collectives by names that torch has deprecated.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)

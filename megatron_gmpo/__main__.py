@@ -1,4 +1,4 @@
-"""``python -m megatron_gmpo NAME`` is ``megatron-gmpo NAME``."""
+"""Make ``python -m megatron_gmpo NAME`` equivalent to ``megatron-gmpo NAME``."""
 
 from .commands import main
 

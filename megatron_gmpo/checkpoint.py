@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, with Megatron's dist_checkpointing for tensors and JSON for everything else.
+"""Checkpoints of a training run: tensors in Megatron's dist_checkpointing format, all other state in JSON.
 
 A run's checkpoint folder has Megatron-LM's names::
 
@@ -10,8 +10,8 @@ A run's checkpoint folder has Megatron-LM's names::
       state.json                                       step, prompt cursor, schedule, config, model identity
       random/rank_00000.safetensors                    random-number states of one rank
 
-A checkpoint is written to ``.partial_iter_0000010``, flushed, and renamed; the text file is updated last. A
-kill at any moment leaves the older checkpoints intact. ``policy.optimizer_state`` makes the sharded tensors.
+A checkpoint is written to ``.partial_iter_0000010``, flushed, and renamed. The text file is updated last. A kill
+at any time leaves the older checkpoints intact. ``policy.optimizer_state`` makes the sharded tensors.
 """
 
 from __future__ import annotations
@@ -93,15 +93,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_identity(hf: Any, dtype: str) -> dict[str, Any]:
-    """Return the fields of a Hugging Face config that determine which weights fit, and their dtype."""
+    """Return the fields of a Hugging Face config that determine the shapes of the weights, and their dtype."""
     return {**{field: getattr(hf, field, None) for field in _IDENTITY}, "dtype": dtype}
 
 
 def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Check that a checkpoint is of the model with this ``model_identity``.
+    """Check that a checkpoint belongs to the model with this ``model_identity``.
 
     Raises:
-        InputError: naming the first field that differs.
+        InputError: a field differs; the message names the first such field.
     """
     saved = read_state(checkpoint)["model"]
     for field, value in identity.items():
@@ -113,19 +113,19 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
 
 
 def checkpoint_size(num_parameters: int, dtype: torch.dtype) -> int:
-    """Return a checkpoint's bytes: weights, both Adam moments in fp32 and, below fp32, fp32 main weights."""
+    """Return the bytes of weights, Adam moments in fp32 and, if ``dtype`` is not fp32, fp32 main weights."""
     return num_parameters * (3 * 4 if dtype is torch.float32 else dtype.itemsize + 3 * 4)
 
 
 def save_checkpoint(
     folder: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], keep_last: int, hf: Path
 ) -> Path:
-    """Write the checkpoint of ``step``, then remove all but the newest ``keep_last`` (collective).
+    """Write the checkpoint of ``step``, then remove all except the newest ``keep_last``. Collective.
 
     Args:
-        folder: holds the ``iter_*`` folders; the same on every rank.
+        folder: folder of the ``iter_*`` folders, the same on every rank.
         tensors: a sharded state dict; see ``policy.optimizer_state.tensors_to_save``.
-        state: JSON-able; ``read_state`` returns it.
+        state: JSON-serializable state that ``read_state`` returns.
         hf: the model's Hugging Face folder, whose config and tokenizer are copied with the first checkpoint.
 
     Returns:
@@ -133,7 +133,7 @@ def save_checkpoint(
     """
     with agreed():
         if rank() == 0:
-            for stale in folder.glob(".partial_*"):  # left by a killed save
+            for stale in folder.glob(".partial_*"):  # a killed save leaves them
                 files.clear(stale)
             _save_companions(hf, folder)
     force_all_tensors_to_non_fp8(tensors)
@@ -146,12 +146,12 @@ def save_checkpoint(
         if rank() == 0:
             content = {"step": step, "world_size": world_size(), **state}
             (partial / "state.json").write_text(json.dumps(content, indent=1))
-            if final.exists():  # left by a kill before the text file was updated
+            if final.exists():  # a kill before the update of the text file leaves it
                 files.remove(final)
     with agreed():
         if rank() == 0:
             files.write(folder / LATEST, str(step))
-            # such a kill may also have left a later checkpoint, which must not push this one out
+            # such a kill may also leave a later checkpoint, which must not count for keep_last
             up_to_this = sorted(found for found in folder.glob("iter_*") if found.name <= final.name)
             for old in up_to_this[:-keep_last]:
                 files.remove(old)
@@ -159,7 +159,7 @@ def save_checkpoint(
 
 
 def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Update a checkpoint's JSON state, make it the newest, and remove later ones (collective)."""
+    """Update a checkpoint's JSON state, make it the newest, and remove later checkpoints. Collective."""
     with agreed():
         if rank() == 0:
             folder, content = checkpoint.parent, read_state(checkpoint) | state
@@ -170,7 +170,7 @@ def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensors that the sharded state dict ``tensors`` describes, from any layout (collective)."""
+    """Return the tensors that the sharded state dict ``tensors`` describes, from any layout. Collective."""
     with _overlap_check_off():
         loaded: Any = dist_checkpointing.load(tensors, str(checkpoint), validate_access_integrity=False)
     return loaded
@@ -220,10 +220,10 @@ def _save_companions(hf: Path, folder: Path) -> None:
 
 @contextmanager
 def _overlap_check_off() -> Iterator[None]:
-    """Turn off torch's check for overlapping shards, which compares all pieces of a tensor with each other.
+    """Disable torch's check for overlapping shards, which compares all pieces of a tensor with each other.
 
     Qwen3-30B-A3B has layers x experts x 2 = 12,288 pieces. The check took 0.8 s for 3,072 pieces and 2.8 s
-    for 6,144, and a save runs it eight times. Megatron checks for overlaps itself when it saves
+    for 6,144 pieces, and a save runs it eight times. Megatron checks for overlaps when it saves
     (dist_checkpointing/validation.py).
     """
     modules: tuple[Any, ...] = (sharding_spec, sharded_tensor)

@@ -1,8 +1,8 @@
 """Command lines: options and help from one schema, values as in TOML, one-line errors and exit codes.
 
-A schema is a pydantic model. ``Config`` is the schema of a run: ``CONFIG.toml --train.num_steps 3``. A
-command with options of its own declares a subclass of ``Options``. One argparse parser, built from the fields
-of the schema, prints the help and reads the options; pydantic checks the values.
+A schema is a pydantic model. ``Config`` is the schema of a run: ``CONFIG.toml --train.num_steps 3``. A command
+with its own options declares a subclass of ``Options``. An argparse parser, built from the fields of the
+schema, prints the help and reads the options. pydantic checks the values.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .config import Config
 from .errors import Exit, InputError, RunError
 
 ALONE_S = 10.0
-"""Seconds that a rank other than rank 0 waits for rank 0 to report an error before it prints its own."""
+"""Seconds that another rank waits for rank 0 to report an error before it prints its own error."""
 
 
 class Positional:
-    """Marks a field of ``Options`` without an option name: ``folder: Annotated[Path, Positional]``."""
+    """Marker of a positional field of ``Options``: ``folder: Annotated[Path, Positional]``."""
 
 
 class Options(BaseModel):
-    """Base of a command's options. ``--help`` shows the class docstring; a bool field is a flag."""
+    """Base class of a command's options. ``--help`` shows the class docstring; a bool field is a flag."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -54,8 +54,8 @@ def load_config(argv: Sequence[str], prog: str = "megatron-gmpo train") -> Confi
     list may also be several values (``--eval.k 1 4``).
 
     Raises:
-        InputError: the file is missing or is not TOML, an unknown key (the message names the nearest), a
-            value of the wrong type or out of range.
+        InputError: the file is missing or is not TOML; a key is unknown (the message names the nearest key); a
+            value has the wrong type or is out of range.
     """
     return _validated(Config, _parse(argv, prog, Config))
 
@@ -64,7 +64,7 @@ def parse_options(schema: type[OptionsType], argv: Sequence[str], prog: str) -> 
     """Read the options of a command; ``--help`` prints them and exits.
 
     Raises:
-        InputError: an unknown or missing option, a value of the wrong type or out of range.
+        InputError: an option is unknown or missing; a value has the wrong type or is out of range.
     """
     return _validated(schema, _parse(argv, prog, schema))
 
@@ -72,8 +72,9 @@ def parse_options(schema: type[OptionsType], argv: Sequence[str], prog: str) -> 
 def parse_options_and_config(
     schema: type[OptionsType], argv: Sequence[str], prog: str
 ) -> tuple[OptionsType, Config]:
-    """Read the options of a command together with a run's config: ``CONFIG.toml --option value --section.key
-    value``.
+    """Read the options of a command together with a run's config.
+
+    Example: ``CONFIG.toml --option value --section.key value``.
 
     Raises:
         InputError: see ``parse_options`` and ``load_config``.
@@ -102,7 +103,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def as_argument(value: Any) -> str:
-    """Return ``value`` as the command line reads it: a plain word unquoted, everything else as TOML."""
+    """Return ``value`` as a command-line argument: a plain word without quotes, any other value as TOML."""
     if value is None:
         return "None"
     if isinstance(value, Path):
@@ -125,9 +126,9 @@ def one_line_errors() -> Iterator[None]:
 def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn:
     """Print ``error`` in one line and exit with ``code``.
 
-    When one rank exits, torchrun kills the others. All ranks usually find the same error, so the others give
-    rank 0 the time to print it for all of them. If they are still alive after ``ALONE_S``, the error is
-    theirs alone (a file missing on one node) and they print it.
+    When one rank exits, torchrun kills the other ranks. Usually all ranks find the same error, so the other
+    ranks wait until rank 0 has printed it. A rank that is still alive after ``ALONE_S`` has an error that
+    rank 0 does not have, such as a file missing on one node, and prints it.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(ALONE_S)
@@ -136,7 +137,7 @@ def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn
 
 
 def explain(error: ValidationError, *roots: type[BaseModel]) -> str:
-    """Return one line about the first mistake; for an unknown key it names the nearest key of ``roots``."""
+    """Return one line about the first error. For an unknown key it names the nearest key of ``roots``."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -171,8 +172,10 @@ for a name of your choice in a table."""
 
 
 def _parse(argv: Sequence[str], prog: str, *schemas: type[BaseModel]) -> dict[str, Any]:
-    """Return what the file, if ``Config`` is among ``schemas``, and the options say, as a tree of
-    sections."""
+    """Return the values of the options as a tree of sections.
+
+    If ``Config`` is among ``schemas``, the tree also has the values of the config file.
+    """
     first, has_config = schemas[0], Config in schemas
     parser = _Parser(
         prog=prog,
@@ -205,8 +208,7 @@ def _add_section(
     prefix: str,
     argv: Sequence[str],
 ) -> dict[str, Any]:
-    """Add an option for every field of ``section`` by ``add``, and a group of its own for every section in
-    it.
+    """Add an option for every field of ``section`` with ``add``, and a group for every section in it.
 
     Returns:
         Key -> type of its value.
@@ -215,7 +217,7 @@ def _add_section(
     for name, field in section.model_fields.items():
         key, kind = prefix + (field.alias or name), field.annotation
         is_table = get_origin(kind) is dict
-        if is_table or _is_section(kind):  # as a whole, an inline table
+        if is_table or _is_section(kind):  # an option for the whole section, as an inline table
             kinds[key] = dict
             add(f"--{key}", dest=key, help=argparse.SUPPRESS)
         if _is_section(kind):
@@ -254,7 +256,7 @@ def _normalized(
 ) -> Iterator[str]:
     """Yield ``argv`` with dashes in option names as underscores, and ``--key -1e-3`` as ``--key=-1e-3``.
 
-    Before Python 3.14 argparse takes a negative number with an exponent for an option.
+    Before Python 3.14 argparse parses a negative number with an exponent as an option.
 
     Raises:
         InputError: an option is not in ``kinds``.
@@ -293,8 +295,10 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _value(kind: Any, words: str | list[str] | bool) -> Any:
-    """Convert what argparse found for an option of type ``kind``: a word, several words, or True for a
-    flag."""
+    """Convert the result of argparse for an option of type ``kind``.
+
+    ``words`` is one word, several words, or True for a flag.
+    """
     if isinstance(words, bool):
         return words
     if isinstance(words, str):
@@ -304,11 +308,10 @@ def _value(kind: Any, words: str | list[str] | bool) -> Any:
 
 
 def _scalar(kind: Any, text: str) -> Any:
-    """Read quoted strings, lists, inline tables and values of free tables as TOML; leave the rest for the
-    field's type.
+    """Parse quoted strings, lists, inline tables and values of free tables as TOML; return other text unchanged.
 
-    A path ``2025-08-01`` stays text. Free tables also take Python's True, False and None, and optional fields
-    None.
+    pydantic converts unchanged text to the field's type. For example, a path ``2025-08-01`` stays text. Free
+    tables also accept Python's True, False and None, and optional fields accept None.
     """
     inner, optional = _unwrapped(kind)
     if text == "None" and optional:
@@ -327,7 +330,7 @@ _FORMS = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", Path: "
 
 
 def _form(kind: Any) -> str:
-    """Return how ``--help`` writes a value of type ``kind``, e.g. ``INT`` or ``{None,hybrid,e4m3}``."""
+    """Return the placeholder of type ``kind`` in ``--help``, e.g. ``INT`` or ``{None,hybrid,e4m3}``."""
     inner, optional = _unwrapped(kind)
     if get_origin(inner) is tuple:
         return _form(get_args(inner)[0])
@@ -340,7 +343,7 @@ def _form(kind: Any) -> str:
 
 
 def _unwrapped(kind: Any) -> tuple[Any, bool]:
-    """Return a type without ``Annotated`` and ``None``, and whether it admits None."""
+    """Return a type without ``Annotated`` and ``None``, and whether it allows None."""
     if get_origin(kind) is Annotated:
         return _unwrapped(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
@@ -350,7 +353,7 @@ def _unwrapped(kind: Any) -> tuple[Any, bool]:
 
 
 def _text(docstring: str | None) -> str:
-    """Return a docstring as argparse prints it: ``%`` escaped, one backtick for two."""
+    """Return a docstring for argparse, with ``%`` escaped and single backticks."""
     return inspect.cleandoc(docstring or "").replace("%", "%%").replace("``", "`")
 
 

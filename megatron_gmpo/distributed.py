@@ -1,7 +1,7 @@
 """Collectives: sums with a defined gradient, Python objects, errors, and a folder that all ranks write.
 
-``sum_over_group`` takes a group, or None for a single rank. Everything else runs on the default process
-group; without one, this process is rank 0 of 1.
+``sum_over_group`` takes a group, or None for a single rank. The other functions use the default process group.
+Without a process group, this process is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def sum_over_group(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Return the sum of ``x`` over ``group``; the backward pass is the identity.
 
     Use it where the result, and the loss computed from it, is replicated on every rank of the group. Each
-    rank then holds the gradient of that one loss with respect to its own summand. A backward pass that also
-    sums would scale it by ``group.size()``.
+    rank then has the gradient of that loss with respect to its own summand. A sum in the backward pass would
+    scale the gradient by ``group.size()``.
     """
     if group is None or group.size() == 1:
         return x
@@ -81,12 +81,12 @@ def barrier() -> None:
 def agreed() -> Iterator[None]:
     """Raise one rank's error on every rank. The end of the block is collective, and a barrier.
 
-    The block must contain no collective: a rank that fails before it would leave the others waiting in it.
+    The block must contain no collective. If a rank failed before it, the other ranks would wait in it.
 
     Raises:
-        RunError: the block raised it on some rank. Every rank raises the same class with the same line, the
-            one of the lowest rank that failed. A rank whose block raised any other exception raises that one
-            again, with its traceback; the ranks without an error then raise a ``RunError`` that quotes it.
+        RunError: the block raised it on some rank. Every rank raises the error of the lowest rank that failed,
+            with the same class and line. A rank whose block raised another exception raises that exception
+            again, with its traceback. Ranks without an error then raise a ``RunError`` that quotes it.
     """
     error: Exception | None = None
     try:
@@ -114,7 +114,7 @@ def agreed() -> Iterator[None]:
 def folder_written_by_all(final: Path) -> Iterator[Path]:
     """Yield a new folder that every rank writes into; then rank 0 flushes and renames it. Collective.
 
-    ``final`` must not exist, or be an empty folder. An error in the block removes the new folder.
+    ``final`` must be missing or an empty folder. An error in the block removes the new folder.
     """
     partial = files.partial_path(final)
     try:
@@ -134,7 +134,7 @@ def folder_written_by_all(final: Path) -> Iterator[Path]:
 
 
 def _stated(error: Exception | None) -> RunError | None:
-    """Return ``error`` in the form in which other ranks raise it."""
+    """Return the error that other ranks raise for ``error``."""
     if error is None or isinstance(error, RunError):
         return error
     return RunError(f"rank {rank()} failed with {type(error).__name__}: {' '.join(str(error).split())}")

@@ -1,6 +1,6 @@
-"""pass@1 and pass@k on benchmarks.
+"""Measure pass@1 and pass@k on benchmarks.
 
-Run: python -m megatron_gmpo.evaluate CONFIG.toml --section.key value ...
+python -m megatron_gmpo.evaluate CONFIG.toml --section.key value ...
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ def evaluate(
     """Sample and score every benchmark. Collective; all ranks get equal results.
 
     Args:
-        engine: holds the weights to evaluate.
+        engine: rollout engine with the weights to evaluate.
         sets: benchmarks by name.
-        reward: scores a response; a response passes if its score is at least ``cfg.pass_reward``.
+        reward: function that scores a response. A response passes if its score is at least
+            ``cfg.pass_reward``.
         cfg: number of samples per prompt, temperature and values of k.
         max_new_tokens: maximum length of a response if ``cfg`` does not set one.
         stop: strings that end a response.
-        records: receives the scored groups of each benchmark.
+        records: dictionary that receives the scored groups of each benchmark.
 
     Returns:
-        ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length``, means over the
+        The means ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length`` over the
         benchmark, and ``eval/{set}/timeouts``, the number of responses whose check exceeded its time limit.
     """
     sampling = SamplingParams(
@@ -87,7 +88,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def main(cfg: Config) -> None:
-    """Evaluate the newest checkpoint of ``run_dir``, or ``model.path`` without one, on all ``eval.sets``."""
+    """Evaluate the newest checkpoint of ``run_dir``, else ``model.path``, on all ``eval.sets``."""
     if not cfg.eval.sets:
         raise InputError(
             "eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"

@@ -1,7 +1,7 @@
-"""Atomic files and folders: a reader sees the old content or all of the new one, also after a kill.
+"""Write files and folders atomically: readers see the old or the complete new content, also after a kill.
 
-New content is written beside its place, flushed to the disk, and renamed into it. What a kill leaves behind
-has a name that begins with ``.partial_``. This module does not import torch: commands that must start fast
+New content is written under a name that begins with ``.partial_``, flushed to the disk, and renamed. A kill may
+leave such a partial file or folder. This module does not import torch, because commands that must start fast
 use it.
 """
 
@@ -22,8 +22,8 @@ def write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Write a file, replacing an existing one. If several processes write it, the last rename wins.
 
     Args:
-        durable: flush to the disk, so that the file survives a power failure. Files that are rewritten every
-            few seconds do not need it.
+        durable: flush to the disk, so that the file survives a power failure. It is unnecessary for files
+            that are rewritten every few seconds.
     """
     aside = _write_aside(path, content, durable)
     aside.rename(path)
@@ -34,7 +34,7 @@ def write(path: Path, content: str | bytes, *, durable: bool = True) -> None:
 def write_new(path: Path, content: str | bytes) -> bool:
     """Write a file unless it exists, and return whether it was written.
 
-    Of several processes that try at the same time, one succeeds.
+    If several processes call this at the same time, one of them succeeds.
     """
     aside = _write_aside(path, content, durable=True)
     try:
@@ -51,8 +51,8 @@ def write_new(path: Path, content: str | bytes) -> bool:
 def written_aside(final: Path) -> Iterator[Path]:
     """Yield a free path to write a file or a folder to; after the block, flush it and rename it to ``final``.
 
-    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block
-    removes what it wrote.
+    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block removes
+    the new file or folder.
     """
     partial = partial_path(final)
     clear(partial)
@@ -73,7 +73,7 @@ def remove(folder: Path) -> None:
 
 
 def partial_path(final: Path) -> Path:
-    """Return where ``final`` is written before it gets its name."""
+    """Return the path to which ``final`` is written before it is renamed."""
     return final.with_name(f".partial_{final.name}")
 
 
@@ -86,7 +86,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def clear(partial: Path) -> None:
-    """Remove a file or a folder, if there is one, that is left incomplete."""
+    """Remove an incomplete file or folder if it exists."""
     if partial.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
     elif partial.exists():
@@ -94,10 +94,10 @@ def clear(partial: Path) -> None:
 
 
 def check_room(final: Path, nbytes: int) -> None:
-    """Check that the disk of ``final``, which need not exist, has ``nbytes`` free.
+    """Check that the disk of ``final``, which may be missing, has ``nbytes`` free.
 
     Raises:
-        InputError: it has less.
+        InputError: the disk has less free space.
     """
     existing = next(folder for folder in final.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
@@ -113,11 +113,11 @@ def writable(name: str, remedy: str) -> Iterator[None]:
     """Report an ``OSError`` of the block in one line.
 
     Args:
-        name: what is written, with the field that names it, such as ``weight_sync.folder = '/data'``.
-        remedy: what the user can do.
+        name: field and value of the path, such as ``weight_sync.folder = '/data'``.
+        remedy: remedy for the error line.
 
     Raises:
-        InputError: in place of the ``OSError``.
+        InputError: the block raised an ``OSError``.
     """
     try:
         yield

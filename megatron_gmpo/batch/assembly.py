@@ -1,4 +1,4 @@
-"""From sampled groups to one flat TrainBatch."""
+"""Assemble sampled groups into one flat TrainBatch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .samples import Sample, SampleGroup
 def make_train_batch(
     groups: list[SampleGroup], advantages: Tensor, routing: RoutingShape | None = None
 ) -> TrainBatch:
-    """Lay the samples of all groups end to end.
+    """Concatenate the samples of all groups.
 
     Args:
-        groups: in order; every sample starts with at least one prompt token.
+        groups: groups in order; every sample starts with at least one prompt token.
         advantages: (S,), one per sample, group by group.
-        routing: the shape that recorded experts must have; None leaves them out.
+        routing: the shape that recorded experts must have; None omits them.
 
     Raises:
         InputError: see ``stack_routed_experts``.
@@ -45,7 +45,7 @@ def make_train_batch(
 
 
 def stack_routed_experts(samples: list[Sample], routing: RoutingShape) -> Tensor:
-    """Lay the samples' records of routed experts end to end.
+    """Concatenate the samples' records of routed experts.
 
     Returns:
         (L, layers, topk) int16; -1 on each sample's last token and in layers without experts.
@@ -79,7 +79,9 @@ def _checked_experts(number: int, sample: Sample, routing: RoutingShape) -> np.n
             "(tokens - 1, layers, topk): generate with the model of model.path"
         )
     experts = found[:, list(routing.moe_layers)]
-    ranked = np.ascontiguousarray(experts.reshape(-1, routing.topk).T)  # compares whole rows, not tokens
+    ranked = np.ascontiguousarray(
+        experts.reshape(-1, routing.topk).T
+    )  # so that the checks compare whole rows
     if ranked.size and not 0 <= ranked.min() <= ranked.max() < routing.num_experts:
         outside = ranked[(ranked < 0) | (ranked >= routing.num_experts)]
         raise InputError(

@@ -1,7 +1,7 @@
 """The data of one optimizer step: the flat batch on every rank, and the packed microbatches cut from it.
 
-A column is stated once, as a field with a ``Column`` in its metadata. Checking, splitting, packing, selecting
-a rank's share of the routing, moving to a device and saving follow from that statement. To add a column, add
+A column is declared once, as a field with a ``Column`` in its metadata. The code that checks, splits, packs,
+moves and saves columns, and selects a rank's share of the routing, reads this declaration. To add a column, add
 one field to ``OptionalColumns``.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 
 Alignment = Literal["predicted", "input", "sequence"]
-"""A row describes a token as the model's target, a token as the model's input, or a whole sequence."""
+"""Whether a row describes a token as the model's target, a token as the model's input, or a whole sequence."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Column:
 
     @property
     def per_layer(self) -> bool:
-        """True if a row has values for every decoder layer.
+        """Return whether a row has values for every decoder layer.
 
-        Such a column is too large for a device: it stays on the host until ``Routing.cut`` selects a rank's
+        Such a column is too large for a device. It stays on the host until ``Routing.cut`` selects a rank's
         slots and layers.
         """
         return "layers" in self.dims
@@ -56,7 +56,7 @@ class Column:
         """Check dtype, number of rows and number of dimensions of the column called ``name``.
 
         Raises:
-            InputError: one of them differs from this statement.
+            InputError: one of them differs from this declaration.
         """
         expected = (rows, *self.dims)
         if values.dtype != self.dtype or values.shape[:1] != (rows,) or values.dim() != len(expected):
@@ -92,7 +92,7 @@ class RoutingShape:
 
 
 def minibatch_bounds(count: int, parts: int) -> list[tuple[int, int]]:
-    """Return (start, end) of at most ``parts`` stretches of ``count`` sequences, equal in size to within 1."""
+    """Return (start, end) of at most ``parts`` ranges of ``count`` sequences whose sizes differ by at most 1."""
     parts = min(parts, count)
     bounds = [round(i * count / parts) for i in range(parts + 1)]
     return list(pairwise(bounds))
@@ -102,7 +102,7 @@ def minibatch_bounds(count: int, parts: int) -> list[tuple[int, int]]:
 class OptionalColumns:
     """Columns that a ``TrainBatch`` and its ``Microbatch``es share by name; None until they are computed.
 
-    Shapes are those in a ``TrainBatch``. Log probabilities are 0 outside ``response_mask``, weights are 1.
+    Shapes refer to a ``TrainBatch``. Outside ``response_mask``, log probabilities are 0 and weights are 1.
 
     Attributes:
         old_logprobs: (L,) log probabilities under the policy before the step's first update.
@@ -111,14 +111,14 @@ class OptionalColumns:
         token_weights: (L,) importance weights that multiply each token's loss; None means 1.
         kept_tokens: (L,) tokens of ``response_mask`` that count in the policy term of the loss; None means
             all.
-        routed_experts: (L, layers, topk) experts of each input token; -1 where unknown: in layers without
-            experts, and on last tokens if the rollout engine recorded them. None without a record.
+        routed_experts: (L, layers, topk) experts of each input token; None if they were not recorded. They are
+            -1 in layers without experts, and on last tokens if the rollout engine recorded them.
         router_scores: (L, layers, topk) log scores that the old policy's routers gave the experts of each
             input token, in ascending order of the experts; 0 in layers without experts.
-        router_shift: (L,) how far the routing of each input token moved since the old policy
+        router_shift: (L,) shift of the routing of each input token since the old policy
             (``losses.rspo``'s gamma). The ratio of token t + 1 depends on input token t; the value of a
             sequence's last token has no meaning.
-        extra: columns of a user's loss, by name; ``TrainBatch.extra_columns`` states their types.
+        extra: columns of a user's loss, by name; ``TrainBatch.extra_columns`` declares them.
     """
 
     old_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
@@ -138,7 +138,7 @@ class OptionalColumns:
 
 @dataclass
 class TrainBatch(OptionalColumns):
-    """The sequences of a step, laid end to end, on the host of every rank (S sequences, L tokens in all).
+    """The concatenated sequences of a step, on the host of every rank (S sequences, L tokens in total).
 
     Row t of a per-token column describes token t: ``old_logprobs[t]`` is the log probability of ``tokens[t]``
     given the tokens before it in its sequence. Every assignment of a column checks its dtype and shape.
@@ -150,10 +150,10 @@ class TrainBatch(OptionalColumns):
         advantages: (S,) advantage of each sequence.
         rollout_logprobs: (L,) log probabilities that the rollout engine reported, 0 outside
             ``response_mask``.
-        extra_columns: the statement of each column in ``extra``.
+        extra_columns: the declaration of each column in ``extra``.
 
     Raises:
-        InputError: a column has another dtype or shape than stated.
+        InputError: the dtype or shape of a column differs from its declaration.
     """
 
     tokens: Tensor = field(metadata=column(torch.int64, "input"))
@@ -188,20 +188,20 @@ class TrainBatch(OptionalColumns):
 
     @property
     def starts(self) -> Tensor:
-        """(S,) int64: index of each sequence's first token in the flat columns."""
+        """Return (S,) int64: index of each sequence's first token in the flat columns."""
         return self.lengths.cumsum(0) - self.lengths
 
     @property
     def response_lengths(self) -> Tensor:
-        """(S,) int64: number of tokens of each sequence in ``response_mask``."""
+        """Return (S,) int64: number of tokens of each sequence in ``response_mask``."""
         owners = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
         return torch.zeros_like(self.lengths).index_add(0, owners, self.response_mask.long())
 
     def add_extra(self, name: str, column: Column, values: Tensor) -> None:
-        """Add a column of a user's loss, which ``split`` and ``pack`` then treat like any other.
+        """Add a column of a user's loss. ``split`` and ``pack`` then process it too.
 
         Raises:
-            InputError: ``name`` is a column of every batch, or dtype or shape of ``values`` differ from
+            InputError: ``name`` is a column of every batch, or the dtype or shape of ``values`` differs from
                 ``column``.
         """
         if name in COLUMNS:
@@ -213,7 +213,7 @@ class TrainBatch(OptionalColumns):
         self.extra_columns = self.extra_columns | {name: column}
 
     def mapped(self, change: Callable[[Column, Tensor], Tensor]) -> dict[str, Any]:
-        """Return the present columns after ``change``, as keyword arguments; extra ones under ``extra``."""
+        """Return the existing columns after ``change``, as keyword arguments, with own columns in ``extra``."""
         present = {name: values for name in COLUMNS if (values := getattr(self, name)) is not None}
         return {
             **{name: change(COLUMNS[name], values) for name, values in present.items()},
@@ -221,7 +221,7 @@ class TrainBatch(OptionalColumns):
         }
 
     def split(self, parts: int) -> list[TrainBatch]:
-        """Cut into at most ``parts`` minibatches of neighbouring sequences, equal in size to within 1."""
+        """Split into at most ``parts`` minibatches of consecutive sequences whose sizes differ by at most 1."""
         starts = [*self.starts.tolist(), len(self.tokens)]
 
         def part(lo: int, hi: int) -> TrainBatch:
@@ -232,29 +232,29 @@ class TrainBatch(OptionalColumns):
         return [part(lo, hi) for lo, hi in minibatch_bounds(len(self), parts)]
 
     def without_layers(self) -> TrainBatch:
-        """Return the batch without the columns that only routing replay and the routers read."""
+        """Return the batch without the columns that only routing replay and the routers use."""
         return replace(self, **dict.fromkeys(PER_LAYER_COLUMNS))
 
     def save(self, path: Path) -> None:
-        """Write all columns to a safetensors file, each under its name, extra ones as ``extra.NAME``."""
-        tensors = self.mapped(lambda _, values: values.clone())  # parts of one tensor are refused
+        """Write all columns to a safetensors file by name; columns in ``extra`` are called ``extra.NAME``."""
+        tensors = self.mapped(lambda _, values: values.clone())  # safetensors refuses views of one tensor
         extra = {f"extra.{name}": values for name, values in tensors.pop("extra").items()}
         safetensors.torch.save_file(tensors | extra, path)
 
 
 COLUMNS: dict[str, Column] = {f.name: f.metadata["column"] for f in fields(TrainBatch) if f.metadata}
-"""The statement of every column of a ``TrainBatch`` except its extra ones."""
+"""The declaration of every column of a ``TrainBatch``, except columns in ``extra``."""
 
 PER_LAYER_COLUMNS = tuple(name for name, column in COLUMNS.items() if column.per_layer)
 
 
 @dataclass
 class Microbatch(OptionalColumns):
-    """One packed pipeline unit as one context-parallel rank sees it (T local slots, S sequences).
+    """One packed pipeline unit on one context-parallel rank (T local slots, S sequences).
 
-    Each slot holds an input token and the token it predicts. "predicted" columns line up with the logits,
-    "input" columns with what the routers see. The optional columns have the shapes of ``OptionalColumns``
-    with T for L.
+    Each slot holds an input token and the token it predicts. "predicted" columns are aligned to the logits,
+    "input" columns to the inputs of the routers. The optional columns have the shapes of ``OptionalColumns``
+    with T in place of L.
 
     Attributes:
         tokens: (T,) int64 inputs.
@@ -262,8 +262,8 @@ class Microbatch(OptionalColumns):
         position_ids: (T,) int64 position of the input in its sequence.
         cu_seqlens: (S + 1,) int32 padded boundaries of the sequences over all context-parallel ranks (THD
             layout).
-        mask: (T,) bool; the predicted token carries loss.
-        sequence_ids: (T,) int64, number of the slot's sequence among the S (padding belongs to a sequence).
+        mask: (T,) bool, True if the predicted token carries loss.
+        sequence_ids: (T,) int64 in 0..S-1, the slot's sequence; padding belongs to a sequence too.
         flat_index: (T,) int64, index of the predicted token in the TrainBatch's flat columns, -1 on slots
             without one.
         input_index: (T,) int64, index of the input token, -1 on padding.

@@ -1,4 +1,4 @@
-"""Pack a flat TrainBatch: plan which rank computes which sequences, and lay a microbatch out in THD format.
+"""Pack a flat TrainBatch: assign sequences to ranks and microbatches, and pack a microbatch in THD format.
 
 The layout of one microbatch, for sequences of 5 and 3 tokens with two context-parallel ranks
 (``sequence_multiple`` = 4)::
@@ -23,12 +23,12 @@ from .columns import Microbatch, TrainBatch
 _ATTENTION_EQUALS_REST = 32768
 """Sequence length at which attention costs as much as the rest of a layer.
 
-The forward pass of a dense layer takes 24 h^2 FLOPs per token in matrices and 2 L h in causal attention. They
-are equal at L = 12 h; this value assumes a hidden size of 2,700."""
+The forward pass of a dense layer takes 24 h^2 FLOPs per token in matrix products and 2 L h in causal attention.
+They are equal at L = 12 h. This value assumes a hidden size of 2,700."""
 
 
 def cost(length: int) -> float:
-    """Return the work of a sequence, in tokens of a very short one: linear layers plus causal attention."""
+    """Return the work of linear layers and causal attention, in units of one token of a very short sequence."""
     return length + length**2 / _ATTENTION_EQUALS_REST
 
 
@@ -42,14 +42,14 @@ def plan_microbatches(
 ) -> list[list[list[int]]]:
     """Assign sequences to data-parallel ranks and microbatches.
 
-    The number of microbatches is what best-fit decreasing finds, rounded up to equal counts on all ranks.
-    They are then filled evenly. Microbatches of similar cost get the same place in the ranks' lists, because
-    expert parallelism makes the ranks wait for each other.
+    Best-fit decreasing determines the number of microbatches, which is rounded up to equal counts on all ranks.
+    The microbatches are then filled evenly. Microbatches of similar cost get the same position in the ranks'
+    lists, because expert parallelism makes the ranks wait for each other.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: padded slots of a microbatch over all context-parallel ranks. A longer sequence gets a
-            microbatch of its own.
+        max_tokens: maximum padded slots of a microbatch over all context-parallel ranks. A longer sequence gets
+            its own microbatch.
         data_parallel_size: number of ranks.
         sequence_multiple: sequences are padded to a multiple of this (2 * context_parallel_size, or 1 without
             context parallelism).
@@ -57,9 +57,9 @@ def plan_microbatches(
             schedule needs the pipeline size).
 
     Returns:
-        ``plan[rank][microbatch]``: ascending numbers of sequences, where each number occurs once. All ranks
-        have the same number of microbatches, at least ``count_multiple``. An empty list stands for a dummy
-        microbatch. Equal arguments give equal plans.
+        ``plan[rank][microbatch]``: ascending numbers of sequences. Each number occurs once. All ranks have the
+        same number of microbatches, at least ``count_multiple``. An empty list is a dummy microbatch. Equal
+        arguments give equal plans.
     """
     padded = [-(-length // sequence_multiple) * sequence_multiple for length in lengths]
     longest_first = sorted(range(len(padded)), key=lambda i: -padded[i])
@@ -84,7 +84,7 @@ def plan_microbatches(
 def _best_fit(padded: list[int], longest_first: list[int], max_tokens: int) -> list[list[int]]:
     """Put each sequence into the fullest bin with room for it, or into a new bin.
 
-    The result has at most 11/9 of the fewest possible bins (Coffman, Garey, Johnson 1996).
+    The number of bins is at most about 11/9 of the optimum (Coffman, Garey, Johnson 1996).
     """
     bins: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (slots left, bin), ascending
@@ -128,13 +128,13 @@ def pack(
     """Pack ``sequences`` of ``batch``, in that order, for one context-parallel rank.
 
     Each sequence is padded to a multiple of ``sequence_multiple`` and cut into 2 * cp_size equal chunks. Rank
-    r holds chunks r and 2 * cp_size - 1 - r, so that causal attention costs every rank the same.
+    r holds chunks r and 2 * cp_size - 1 - r, so that causal attention has the same cost on every rank.
 
     Args:
-        sequences: numbers of sequences; [] makes a dummy of one padding sequence without loss.
+        sequences: numbers of sequences; [] makes a dummy microbatch of one padding sequence without loss.
         sequence_multiple: a multiple of 2 * cp_size if cp_size > 1.
         total_multiple: the number of slots over all ranks is a multiple of this (tensor_model_parallel_size *
-            cp_size under sequence parallelism); padding of the last sequence makes up the difference.
+            cp_size under sequence parallelism). The last sequence is padded to reach it.
     """
     assert cp_size == 1 or sequence_multiple % (2 * cp_size) == 0
     chosen = torch.tensor(sequences or [-1], dtype=torch.int64, device=batch.tokens.device)
@@ -164,7 +164,7 @@ def pack(
 
 
 def _local_slots(padded: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay sequences of ``padded`` (S,) slots end to end and select the slots of one context-parallel rank.
+    """Concatenate sequences of ``padded`` (S,) slots and select the slots of one context-parallel rank.
 
     Returns:
         (T,) sequence and (T,) position of each local slot, and the (S + 1,) boundaries of the sequences over

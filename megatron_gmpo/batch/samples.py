@@ -33,9 +33,9 @@ class Prompt:
 
 @dataclass(eq=False)
 class Sample:
-    """One sampled response and what training needs to know about its generation.
+    """One sampled response and the records of its generation that training needs.
 
-    The columns are contiguous numpy arrays. The constructor also takes lists and arrays of another width.
+    The columns are contiguous numpy arrays. The constructor also accepts lists, and arrays of another width.
 
     Attributes:
         tokens: (L,) int32 token ids of prompt and response.
@@ -44,18 +44,18 @@ class Sample:
             from, 0 on the prompt.
         text: the response, decoded without special tokens.
         finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``.
-        policy_version: the training step whose weights generated the response; the oldest one if there are
+        policy_version: the training step whose weights generated the response; the oldest step if there are
             several.
-        reward: set by ``rollout.collect.score``.
+        reward: the reward, set by ``rollout.collect.score``.
         routed_experts: (L - 1, layers, topk) expert ids of a MoE rollout, uint8 if all of them fit, else
             int16; or None. Row t belongs to input token t, which predicts t + 1, so the last token has no
-            row. All decoder layers have a place; the values of layers without experts have no meaning.
+            row. All decoder layers have values; in layers without experts they have no meaning.
         version_spans: (spans, 2) int32 rows ``(start, version)``: the training step whose weights generated
-            the tokens from ``start`` up to the next span's. None: ``policy_version`` generated the whole
-            response.
+            the tokens from ``start`` up to the start of the next span. None means that ``policy_version``
+            generated the whole response.
 
     Raises:
-        ValueError: a column has another number of rows or a type that loses values.
+        ValueError: a column has a wrong number of rows, or its type cannot be converted without loss.
     """
 
     tokens: np.ndarray
@@ -83,7 +83,7 @@ class Sample:
     def from_response(
         cls, prompt: list[int], response: ArrayLike, logprobs: ArrayLike, **others: Any
     ) -> Sample:
-        """Return the sample of a prompt and a response to it that the policy generated as a whole.
+        """Return the sample of a prompt and a response that the policy generated completely.
 
         Args:
             prompt: P token ids.
@@ -107,12 +107,12 @@ class Sample:
 
     @property
     def response_length(self) -> int:
-        """Number of generated tokens."""
+        """Return the number of generated tokens."""
         return int(self.response_mask.sum())
 
     @property
     def token_versions(self) -> np.ndarray:
-        """(L,) int32: the training step whose weights generated each token, -1 before the response."""
+        """Return (L,) int32: the training step whose weights generated each token, -1 before the response."""
         if self.version_spans is None:
             return np.where(self.response_mask, self.policy_version, -1).astype(np.int32)
         starts, versions = self.version_spans.T
@@ -122,7 +122,7 @@ class Sample:
 
 @dataclass
 class SampleGroup:
-    """The samples of one prompt; advantages are relative to this group."""
+    """The samples of one prompt. Advantages are relative to this group."""
 
     prompt: Prompt
     samples: list[Sample]
@@ -141,7 +141,7 @@ def narrow_experts(ids: np.ndarray) -> np.ndarray:
 
 
 def version_spans_of(versions: Sequence[int] | np.ndarray, start: int = 0) -> np.ndarray:
-    """Return ``Sample.version_spans`` for one version per token; the first one is token ``start``."""
+    """Return ``Sample.version_spans`` for one version per token, of which the first is token ``start``."""
     values = np.asarray(versions, np.int32)
     first = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
     return np.stack([first + start, values[first]], axis=1).astype(np.int32)

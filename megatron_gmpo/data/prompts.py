@@ -1,4 +1,4 @@
-"""Load a data set as prompts and draw from them in an endless, resumable stream."""
+"""Load a data set as prompts and draw prompts from an endless, resumable stream."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
 
     Returns:
         Prompts in the order of the data set, with ``id`` = ``"{name}/{row}"`` and ``input_ids``. With a chat
-        template ``messages`` is set, else ``text``.
+        template ``messages`` is set, without one ``text``.
 
     Raises:
         InputError: the data set, split or column does not exist; there are no rows; a prompt or answer is
-            missing or has the wrong type; the template is invalid; no prompt is left after the length filter.
+            missing or has the wrong type; the template is invalid; the length filter drops all prompts.
     """
     _check_template(cfg.template, section)
     chat = _uses_chat_template(cfg, tokenizer, section)
@@ -99,7 +99,7 @@ class PromptStream:
         self._start_epoch(0)
 
     def next(self, n: int) -> list[Prompt]:
-        """Return the next ``n`` prompts; they may span epochs."""
+        """Return the next ``n`` prompts, which may come from several epochs."""
         taken: list[Prompt] = []
         while len(taken) < n:
             if self.position == len(self.order):
@@ -222,8 +222,7 @@ def _load(cfg: DataConfig, section: str) -> datasets.Dataset:
         raise InputError(f"{field} has an unknown format: {_REMEDY}")
     try:
         if path.suffix == ".csv":
-            # all columns as text: the reader of datasets would turn the answer "052" into 52 and "NA" into
-            # None
+            # read all columns as text, because datasets would convert the answer "052" to 52 and "NA" to None
             splits = {
                 "train": datasets.Dataset.from_pandas(pandas.read_csv(path, dtype=str, keep_default_na=False))
             }
