@@ -10,8 +10,8 @@ A run's checkpoint folder has Megatron-LM's names::
       state.json                                       step, prompt cursor, schedule, config, model identity
       random/rank_00000.safetensors                    random-number states of one rank
 
-A checkpoint is written to ``.partial_iter_0000010``, flushed, and renamed. The text file is updated last. A kill
-at any time leaves the older checkpoints intact. ``policy.optimizer_state`` makes the sharded tensors.
+A checkpoint is written to ``.partial_iter_0000010``, flushed, and renamed. The text file is updated last. A
+kill at any time leaves the older checkpoints intact. ``policy.optimizer_state`` makes the sharded tensors.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_identity(hf: Any, dtype: str) -> dict[str, Any]:
-    """Return the fields of a Hugging Face config that determine the shapes of the weights, and their dtype."""
+    """Return the fields of a Hugging Face config that determine the weights' shapes, and the dtype."""
     return {**{field: getattr(hf, field, None) for field in _IDENTITY}, "dtype": dtype}
 
 

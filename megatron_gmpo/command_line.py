@@ -1,8 +1,8 @@
 """Command lines: options and help from one schema, values as in TOML, one-line errors and exit codes.
 
-A schema is a pydantic model. ``Config`` is the schema of a run: ``CONFIG.toml --train.num_steps 3``. A command
-with its own options declares a subclass of ``Options``. An argparse parser, built from the fields of the
-schema, prints the help and reads the options. pydantic checks the values.
+A schema is a pydantic model. ``Config`` is the schema of a run: ``CONFIG.toml --train.num_steps 3``. A
+command with its own options declares a subclass of ``Options``. An argparse parser, built from the fields of
+the schema, prints the help and reads the options. pydantic checks the values.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def load_config(argv: Sequence[str], prog: str = "megatron-gmpo train") -> Confi
     list may also be several values (``--eval.k 1 4``).
 
     Raises:
-        InputError: the file is missing or is not TOML; a key is unknown (the message names the nearest key); a
-            value has the wrong type or is out of range.
+        InputError: the file is missing or is not TOML; a key is unknown (the message names the nearest key);
+            a value has the wrong type or is out of range.
     """
     return _validated(Config, _parse(argv, prog, Config))
 
@@ -308,9 +308,9 @@ def _value(kind: Any, words: str | list[str] | bool) -> Any:
 
 
 def _scalar(kind: Any, text: str) -> Any:
-    """Parse quoted strings, lists, inline tables and values of free tables as TOML; return other text unchanged.
+    """Parse quoted strings, lists, inline tables and values of free tables as TOML; return other text as is.
 
-    pydantic converts unchanged text to the field's type. For example, a path ``2025-08-01`` stays text. Free
+    pydantic converts such text to the field's type. For example, a path ``2025-08-01`` stays text. Free
     tables also accept Python's True, False and None, and optional fields accept None.
     """
     inner, optional = _unwrapped(kind)

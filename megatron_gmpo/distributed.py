@@ -1,7 +1,7 @@
 """Collectives: sums with a defined gradient, Python objects, errors, and a folder that all ranks write.
 
-``sum_over_group`` takes a group, or None for a single rank. The other functions use the default process group.
-Without a process group, this process is rank 0 of 1.
+``sum_over_group`` takes a group, or None for a single rank. The other functions use the default process
+group. Without a process group, this process is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -84,9 +84,10 @@ def agreed() -> Iterator[None]:
     The block must contain no collective. If a rank failed before it, the other ranks would wait in it.
 
     Raises:
-        RunError: the block raised it on some rank. Every rank raises the error of the lowest rank that failed,
-            with the same class and line. A rank whose block raised another exception raises that exception
-            again, with its traceback. Ranks without an error then raise a ``RunError`` that quotes it.
+        RunError: the block raised it on some rank. Every rank raises the error of the lowest rank that
+            failed, with the same class and line. A rank whose block raised another exception raises that
+            exception again, with its traceback. Ranks without an error then raise a ``RunError`` that quotes
+            it.
     """
     error: Exception | None = None
     try:

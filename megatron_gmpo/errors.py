@@ -14,7 +14,7 @@ class Exit(IntEnum):
     DONE = 0
     """The command succeeded."""
     FAILED = 1
-    """The command crashed, a figure was not finite, or all rollout servers were lost."""
+    """The command crashed, a figure was not finite, or rollout servers failed."""
     BAD_INPUT = 2
     """The user's input is wrong; the error line names the remedy."""
     COLLAPSED = 3

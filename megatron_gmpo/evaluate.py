@@ -1,6 +1,8 @@
 """Measure pass@1 and pass@k on benchmarks.
 
-python -m megatron_gmpo.evaluate CONFIG.toml --section.key value ...
+Usage::
+
+    python -m megatron_gmpo.evaluate CONFIG.toml --section.key value ...
 """
 
 from __future__ import annotations

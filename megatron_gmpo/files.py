@@ -1,8 +1,8 @@
 """Write files and folders atomically: readers see the old or the complete new content, also after a kill.
 
-New content is written under a name that begins with ``.partial_``, flushed to the disk, and renamed. A kill may
-leave such a partial file or folder. This module does not import torch, because commands that must start fast
-use it.
+New content is written under a name that begins with ``.partial_``, flushed to the disk, and renamed. A kill
+may leave such a partial file or folder. This module does not import torch, because commands that must start
+fast use it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def write_new(path: Path, content: str | bytes) -> bool:
 def written_aside(final: Path) -> Iterator[Path]:
     """Yield a free path to write a file or a folder to; after the block, flush it and rename it to ``final``.
 
-    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block removes
-    the new file or folder.
+    A file replaces an existing ``final``; a folder replaces only an empty folder. An error in the block
+    removes the new file or folder.
     """
     partial = partial_path(final)
     clear(partial)

@@ -17,8 +17,8 @@ def resolve(field: str, name: str, builtin: Mapping[str, Any]) -> Any:
         field: the config field that holds the name, for the error line.
 
     Raises:
-        InputError: the name is unknown (the line names the nearest built-in), or the module or the attribute
-            cannot be imported.
+        InputError: the name is unknown (the line names the nearest built-in name), or the module or the
+            attribute cannot be imported.
     """
     if name in builtin:
         return builtin[name]
@@ -36,9 +36,10 @@ def resolve(field: str, name: str, builtin: Mapping[str, Any]) -> Any:
 
 
 def check_callable(field: str, name: str, found: Any, remedy: str) -> None:
-    """
+    """Check that ``found`` is callable.
+
     Raises:
-        InputError: ``found`` is not callable; ``remedy`` ends the line.
+        InputError: ``found`` is not callable; the line ends with ``remedy``.
     """
     if not callable(found):
         raise InputError(f"{field} = {name!r} is a {type(found).__name__}: {remedy}")

@@ -1,4 +1,4 @@
-"""Turn a config into the parts of a run; refuse bad input before the process group starts."""
+"""Make the parts of a run from its config, and refuse bad input before the process group starts."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ from .weights.safetensors_folder import SafetensorsFolder
 
 @dataclass
 class Run:
-    """A checked config with its tokenizer, data and reward loaded. It has no process group and no weights
-    yet.
+    """A checked config with its tokenizer, data and reward loaded.
+
+    The process group and the weights do not exist yet.
 
     Attributes:
         eval_sets: benchmarks by name.
         prompts: training problems; empty when saved rollouts are replayed.
         checkpoint: newest checkpoint in the run folder, from which the run resumes, or None.
-        step: steps taken when ``checkpoint`` was written; 0 without one.
+        step: completed steps in ``checkpoint``; 0 without a checkpoint.
         checkpoint_bytes: estimated size of one checkpoint on disk.
     """
 
@@ -99,7 +100,7 @@ class Run:
     def engine(self) -> RolloutEngine:
         """Return the rollout engine.
 
-        SGLang servers that the run starts on devices of their own load in the background while the policy is
+        SGLang servers that the run starts on their own devices load in the background while the policy is
         built.
         """
         if self.cfg.rollout.engine == "sglang":
@@ -116,7 +117,7 @@ class Run:
         )
 
     def write_config(self) -> None:
-        """Write the resolved config to config.toml in the run folder; ``load_config`` reads that file."""
+        """Write the resolved config to config.toml in the run folder. ``load_config`` can read that file."""
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             content = tomli_w.dumps(self.cfg.model_dump(mode="json", exclude_none=True))
@@ -127,10 +128,10 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     """Check the config against the model, the data, the world size and the run folder.
 
     Args:
-        train: load the training prompts and check that the run folder can be written.
+        train: whether to load the training prompts and check that the run folder can be written.
 
     Raises:
-        InputError: the run folder holds another run; or see ``describe_model``, ``check_fp8``,
+        InputError: the run folder contains another run; or see ``describe_model``, ``check_fp8``,
             ``check_optimizer``, ``check_deterministic``, ``load_prompts``, ``check_groups``,
             ``resolve_reward``.
     """
@@ -152,7 +153,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
             _check_resume(cfg, checkpoint)
     check_wandb(cfg.log.wandb_project)
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
-    on_rank_0 = os.environ.get("RANK", "0") == "0"  # the only rank that talks to servers
+    on_rank_0 = os.environ.get("RANK", "0") == "0"  # only rank 0 sends requests to servers
     if cfg.rollout.engine == "sglang" and generates and on_rank_0:
         check_servers(cfg, description.hf, device)
     tokenizer = load_tokenizer(cfg.model.path)
@@ -182,7 +183,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
 
 
 def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:
-    """Refuse a reference policy whose folder is incomplete or whose shape differs from the policy's."""
+    """Check that the reference policy's folder is complete and that its shape equals the policy's."""
     if not cfg.model.reference_path:
         return
     reference = read_hf_config(cfg.model.reference_path, "model.reference_path")
@@ -195,8 +196,7 @@ def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:
 
 
 def _check_resume(cfg: Config, checkpoint: Path) -> None:
-    """Refuse to train from ``checkpoint`` when the config forbids it or needs state that the checkpoint
-    lacks."""
+    """Check that the config allows resuming from ``checkpoint``, and that it has all required state."""
     if not cfg.checkpoint.resume:
         raise InputError(
             f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or "
@@ -213,8 +213,10 @@ def _check_resume(cfg: Config, checkpoint: Path) -> None:
 
 
 def start_command(command: Callable[[Config], None]) -> None:
-    """Run ``command`` on the config of ``sys.argv`` and exit; a ``RunError`` becomes one line and its exit
-    code."""
+    """Run ``command`` on the config of ``sys.argv`` and exit.
+
+    A ``RunError`` ends the process with one line and its exit code.
+    """
     _skip_main_in_children()
     _set_up_messages()
     code = Exit.DONE
@@ -225,14 +227,14 @@ def start_command(command: Callable[[Config], None]) -> None:
             code = stop.exit
             if rank() == 0:
                 print(stop, file=sys.stderr, flush=True)
-    # not after an error: other ranks may be inside a collective, and NCCL would wait for them
+    # not after an error, because other ranks may be in a collective, and NCCL would wait for them
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
 
 
 def closing_reward(reward: Reward) -> Any:
-    """Return a context that stops the reward's processes; a reward without ``close`` has none."""
+    """Return a context that stops the reward's processes at its end, if the reward has ``close``."""
     return closing(reward) if hasattr(reward, "close") else nullcontext()  # pyright: ignore[reportArgumentType]
 
 
@@ -249,10 +251,10 @@ def _set_up_messages() -> None:
 
 
 def _skip_main_in_children() -> None:
-    """Keep spawned processes (reward workers, Megatron's checkpoint writer) from importing the main module.
+    """Prevent spawned processes (reward workers, checkpoint writers) from importing the main module.
 
-    Each would import it again, with torch and Megatron (multiprocessing/spawn.py:get_preparation_data). None
-    of them runs code that is defined there.
+    Each process would import it, with torch and Megatron (multiprocessing/spawn.py:get_preparation_data).
+    None of them runs code of that module.
     """
     main: Any = sys.modules["__main__"]
     main.__spec__ = main.__file__ = None

@@ -1,4 +1,4 @@
-"""The state that a run carries from step to step. It is saved, restored and rolled back as a whole."""
+"""The state of a run between steps. It is saved, restored and rolled back as a whole."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .run import Run
 
 
 class TrainingState:
-    """The state of a new run, or of the run folder's newest checkpoint. Collective.
+    """The state of a new run, or the state in the run folder's newest checkpoint. Collective.
 
     Attributes:
         step: completed steps.
         policy: the policy with its optimizer.
         objective: the loss with the clip range of the current step.
-        collector: generates rollouts for the stream of prompts; None if saved rollouts are replayed.
+        collector: collector of the rollouts; None if saved rollouts are replayed.
         saved_step: completed steps at the last save.
     """
 
@@ -58,7 +58,7 @@ class TrainingState:
         logger.event("checkpoint", step=self.step, path=str(path))
 
     def _records(self) -> dict[str, Any]:
-        """Return the JSON-able state that a checkpoint holds in addition to the policy."""
+        """Return the JSON-serializable state that a checkpoint holds in addition to the policy."""
         return {
             "prompts": self.collector.state_dict() if self.collector else None,
             "clip": self._clip.state_dict() if self._clip else None,
@@ -73,15 +73,15 @@ class TrainingState:
             self.objective = self._clip.applied_to(self.objective)
 
     def find_collapse(self, figures: Mapping[str, float]) -> Collapse | None:
-        """Return a collapse that this step's figures complete (``CollapseDetector.update``). Collective."""
+        """Return the collapse that this step's figures complete, or None. Collective."""
         return self._detector.update(self.step, figures)
 
     def react(self, collapse: Collapse, logger: MetricLogger) -> str:
-        """Warn, roll back or stop, as ``collapse.action`` says. Return a line that describes it.
+        """Warn, roll back or stop, according to ``collapse.action``, and return a line that describes it.
 
         Raises:
             CollapseError: the action is ``stop``, no checkpoint precedes the collapse, or ``max_rollbacks``
-                is used up.
+                is reached.
         """
         action, found = (
             self._cfg.collapse.action,
@@ -111,7 +111,7 @@ class TrainingState:
         """
         rollbacks, came_from = self._detector.rollbacks + 1, self.step
         if self.collector:
-            # first, because a server that restarts meanwhile is synced with this step's weights
+            # first, because a server that restarts in the meantime is synced with this step's weights
             self.collector.drop_ahead()
         self._restore(checkpoint)
         self._detector.rollbacks = rollbacks

@@ -1,4 +1,4 @@
-"""GMPO training: ``torchrun --nproc-per-node N -m megatron_gmpo.train CONFIG.toml --section.key value ...``
+"""Train with GMPO: ``torchrun --nproc-per-node N -m megatron_gmpo.train CONFIG.toml --section.key value ...``
 
 Every step syncs the rollout engine's weights, samples and scores groups of responses, turns rewards into
 advantages, computes the policy's log probabilities before the first update, and then makes one optimizer step
@@ -81,7 +81,7 @@ class Loop:
     Args:
         run: the checked config and what it loads.
         attempt: decides whether the run stops early.
-        state: what changes from step to step.
+        state: the state that changes from step to step.
         engine: None if saved rollouts are replayed and nothing is evaluated.
     """
 
@@ -97,15 +97,14 @@ class Loop:
             config=run.cfg.model_dump(mode="json"),
             resume_step=state.step,
         )
-        self.minibatch: TrainBatch | None = (
-            None  # the newest one, written to the run folder if it breaks the run
-        )
+        # the newest minibatch, which is written to the run folder if it causes an error
+        self.minibatch: TrainBatch | None = None
 
     def run_steps(self) -> None:
         """Take steps until ``train.num_steps``, or until the attempt stops; then save.
 
         Raises:
-            NonFiniteError: a loss, a gradient or a weight is not finite; the line names the files it left.
+            NonFiniteError: a loss, a gradient or a weight is not finite; the line names the files written.
         """
         cfg, state, num_steps = self.cfg, self.state, self.cfg.train.num_steps
         if state.step:
@@ -118,7 +117,7 @@ class Loop:
                 self.timer.take()
                 while state.step < num_steps and not self.attempt.stops(state.step):
                     self.step(progress)
-                if state.step < num_steps:  # asked to stop
+                if state.step < num_steps:  # the run was asked to stop
                     self.save()
                     self.attempt.saved(state.step)
             except NonFiniteError as error:
@@ -127,7 +126,7 @@ class Loop:
         self.logger.close()
 
     def step(self, progress: Progress) -> None:
-        """Collect groups, train on them, log, and evaluate and save when due."""
+        """Collect groups, train on them and log; evaluate and save at their intervals."""
         cfg, state = self.cfg, self.state
         collected = self.collect()
         batch = self.make_batch(collected.groups)
@@ -150,12 +149,12 @@ class Loop:
             progress.note(_results(f"after step {state.step}", results))
         if collapse := state.find_collapse(figures):
             progress.note(state.react(collapse, self.logger))
-        # Saving is last. A resumed run repeats the steps that were logged after the checkpoint.
+        # Save last, because a resumed run repeats the steps that were logged after the checkpoint.
         if _due(cfg.checkpoint.save_interval, state.step) or (last and cfg.checkpoint.save_final):
             self.save()
 
     def collect(self) -> Collected:
-        """Return the step's scored groups, sampled with the current weights or read from ``rollout.replay_path``."""
+        """Return the step's scored groups, sampled now or read from ``rollout.replay_path``."""
         state, replay_path = self.state, self.cfg.rollout.replay_path
         if replay_path:
             groups = load_groups(replay_path, state.step)
@@ -170,7 +169,7 @@ class Loop:
         return Collected(collected.groups, collected.metrics | self.engine.take_metrics())
 
     def make_batch(self, groups: list[SampleGroup]) -> TrainBatch:
-        """Return the step's batch: advantages, old and reference log probabilities, corrections, own columns."""
+        """Return the step's batch with advantages, log probabilities, corrections and own columns."""
         cfg, policy, objective = self.cfg, self.state.policy, self.state.objective
         advantages = group_advantages(groups, cfg.algorithm.advantage)
         routing = self.run.description.routing if cfg.needs_rollout_routing else None
@@ -184,7 +183,7 @@ class Loop:
         return batch
 
     def learn(self, batch: TrainBatch) -> dict[str, Metric]:
-        """Make one optimizer step per minibatch; return the metrics of all of them."""
+        """Make one optimizer step per minibatch and return the metrics of all minibatches."""
         updates: list[dict[str, Metric]] = []
         with self.timer("train"):
             for minibatch in batch.split(self.cfg.train.minibatches_per_step):
@@ -193,7 +192,7 @@ class Loop:
         return reduce_metrics(updates)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the results on every benchmark of ``eval.sets``; empty without one."""
+        """Return the results on every benchmark of ``eval.sets``."""
         cfg = self.cfg
         if not (self.engine and self.run.eval_sets):
             return {}
@@ -211,7 +210,7 @@ class Loop:
         return results
 
     def save(self) -> None:
-        """Write a checkpoint, unless this step already has one."""
+        """Write a checkpoint unless this step already has one."""
         if self.state.saved_step != self.state.step:
             with self.timer("checkpoint"):
                 self.state.save(self.logger)
@@ -223,10 +222,10 @@ class Loop:
             save_groups(cfg.rollout.save_path, step - 1, groups)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
-        """Write the newest minibatch; return the error with the paths of that file and of the last checkpoint."""
+        """Write the newest minibatch; return the error with the paths of its file and the last checkpoint."""
         step = self.state.step + 1
         line = f"step {step}: {error}"
-        # No collective here: a rollout may have failed on one rank alone.
+        # No collective here, because a rollout may have failed on only one rank.
         if self.minibatch is not None and rank() == 0:
             file = self.run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
             self.minibatch.save(file)

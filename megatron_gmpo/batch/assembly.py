@@ -79,9 +79,8 @@ def _checked_experts(number: int, sample: Sample, routing: RoutingShape) -> np.n
             "(tokens - 1, layers, topk): generate with the model of model.path"
         )
     experts = found[:, list(routing.moe_layers)]
-    ranked = np.ascontiguousarray(
-        experts.reshape(-1, routing.topk).T
-    )  # so that the checks compare whole rows
+    # (topk, slots), contiguous, because the checks below compare whole rows
+    ranked = np.ascontiguousarray(experts.reshape(-1, routing.topk).T)
     if ranked.size and not 0 <= ranked.min() <= ranked.max() < routing.num_experts:
         outside = ranked[(ranked < 0) | (ranked >= routing.num_experts)]
         raise InputError(

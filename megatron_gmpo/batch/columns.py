@@ -1,8 +1,8 @@
 """The data of one optimizer step: the flat batch on every rank, and the packed microbatches cut from it.
 
 A column is declared once, as a field with a ``Column`` in its metadata. The code that checks, splits, packs,
-moves and saves columns, and selects a rank's share of the routing, reads this declaration. To add a column, add
-one field to ``OptionalColumns``.
+moves and saves columns, and selects a rank's share of the routing, reads this declaration. To add a column,
+add one field to ``OptionalColumns``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from ..errors import InputError
 
 Alignment = Literal["predicted", "input", "sequence"]
-"""Whether a row describes a token as the model's target, a token as the model's input, or a whole sequence."""
+"""Whether a row describes a token as the model's target, a token as the model's input, or a whole
+sequence."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class RoutingShape:
 
 
 def minibatch_bounds(count: int, parts: int) -> list[tuple[int, int]]:
-    """Return (start, end) of at most ``parts`` ranges of ``count`` sequences whose sizes differ by at most 1."""
+    """Return (start, end) of at most ``parts`` ranges of ``count`` sequences, equal in size to within 1."""
     parts = min(parts, count)
     bounds = [round(i * count / parts) for i in range(parts + 1)]
     return list(pairwise(bounds))
@@ -111,8 +112,8 @@ class OptionalColumns:
         token_weights: (L,) importance weights that multiply each token's loss; None means 1.
         kept_tokens: (L,) tokens of ``response_mask`` that count in the policy term of the loss; None means
             all.
-        routed_experts: (L, layers, topk) experts of each input token; None if they were not recorded. They are
-            -1 in layers without experts, and on last tokens if the rollout engine recorded them.
+        routed_experts: (L, layers, topk) experts of each input token; None if they were not recorded. They
+            are -1 in layers without experts, and on last tokens if the rollout engine recorded them.
         router_scores: (L, layers, topk) log scores that the old policy's routers gave the experts of each
             input token, in ascending order of the experts; 0 in layers without experts.
         router_shift: (L,) shift of the routing of each input token since the old policy
@@ -213,7 +214,7 @@ class TrainBatch(OptionalColumns):
         self.extra_columns = self.extra_columns | {name: column}
 
     def mapped(self, change: Callable[[Column, Tensor], Tensor]) -> dict[str, Any]:
-        """Return the existing columns after ``change``, as keyword arguments, with own columns in ``extra``."""
+        """Return the existing columns after ``change``, as keyword arguments of the constructor."""
         present = {name: values for name in COLUMNS if (values := getattr(self, name)) is not None}
         return {
             **{name: change(COLUMNS[name], values) for name, values in present.items()},
@@ -221,7 +222,7 @@ class TrainBatch(OptionalColumns):
         }
 
     def split(self, parts: int) -> list[TrainBatch]:
-        """Split into at most ``parts`` minibatches of consecutive sequences whose sizes differ by at most 1."""
+        """Split into at most ``parts`` minibatches of consecutive sequences, equal in size to within 1."""
         starts = [*self.starts.tolist(), len(self.tokens)]
 
         def part(lo: int, hi: int) -> TrainBatch:

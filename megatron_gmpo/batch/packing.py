@@ -23,12 +23,12 @@ from .columns import Microbatch, TrainBatch
 _ATTENTION_EQUALS_REST = 32768
 """Sequence length at which attention costs as much as the rest of a layer.
 
-The forward pass of a dense layer takes 24 h^2 FLOPs per token in matrix products and 2 L h in causal attention.
-They are equal at L = 12 h. This value assumes a hidden size of 2,700."""
+The forward pass of a dense layer takes 24 h^2 FLOPs per token in matrix products and 2 L h in causal
+attention. They are equal at L = 12 h. This value assumes a hidden size of 2,700."""
 
 
 def cost(length: int) -> float:
-    """Return the work of linear layers and causal attention, in units of one token of a very short sequence."""
+    """Return the work of linear layers and causal attention, in units of one token's linear layers."""
     return length + length**2 / _ATTENTION_EQUALS_REST
 
 
@@ -42,14 +42,14 @@ def plan_microbatches(
 ) -> list[list[list[int]]]:
     """Assign sequences to data-parallel ranks and microbatches.
 
-    Best-fit decreasing determines the number of microbatches, which is rounded up to equal counts on all ranks.
-    The microbatches are then filled evenly. Microbatches of similar cost get the same position in the ranks'
-    lists, because expert parallelism makes the ranks wait for each other.
+    Best-fit decreasing determines the number of microbatches, which is rounded up to equal counts on all
+    ranks. The microbatches are then filled evenly. Microbatches of similar cost get the same position in the
+    ranks' lists, because expert parallelism makes the ranks wait for each other.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: maximum padded slots of a microbatch over all context-parallel ranks. A longer sequence gets
-            its own microbatch.
+        max_tokens: maximum padded slots of a microbatch over all context-parallel ranks. A longer sequence
+            gets its own microbatch.
         data_parallel_size: number of ranks.
         sequence_multiple: sequences are padded to a multiple of this (2 * context_parallel_size, or 1 without
             context parallelism).
@@ -57,9 +57,9 @@ def plan_microbatches(
             schedule needs the pipeline size).
 
     Returns:
-        ``plan[rank][microbatch]``: ascending numbers of sequences. Each number occurs once. All ranks have the
-        same number of microbatches, at least ``count_multiple``. An empty list is a dummy microbatch. Equal
-        arguments give equal plans.
+        ``plan[rank][microbatch]``: ascending numbers of sequences. Each number occurs once. All ranks have
+        the same number of microbatches, at least ``count_multiple``. An empty list is a dummy microbatch.
+        Equal arguments give equal plans.
     """
     padded = [-(-length // sequence_multiple) * sequence_multiple for length in lengths]
     longest_first = sorted(range(len(padded)), key=lambda i: -padded[i])

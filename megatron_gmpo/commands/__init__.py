@@ -1,7 +1,7 @@
 """The commands: ``megatron-gmpo NAME``, ``python -m megatron_gmpo NAME`` or ``python tools/NAME.py``.
 
-Each command is a module of this package with a function ``main(argv)``. ``megatron-gmpo --help`` shows the first
-line of its docstring. No command is imported for the list, so the list appears immediately.
+Each command is a module of this package with a function ``main(argv)``. ``megatron-gmpo --help`` shows the
+first line of its docstring. No command is imported for the list, so the list appears immediately.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def run_conversion(
     Args:
         opened: function that checks the source and returns the conversion.
         target: folder to write.
-        compare: function that returns the line about logits. It runs on rank 0 only, after the other ranks are
-            done.
+        compare: function that returns the line about logits. It runs on rank 0 only, after the other ranks
+            are done.
 
     Raises:
         InputError: see ``HFToMegatron`` and ``MegatronToHF``.

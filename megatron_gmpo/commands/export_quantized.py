@@ -90,8 +90,8 @@ def export_quantized(
         One line that describes the folder.
 
     Raises:
-        InputError: ModelOpt is not installed; the model does not exist or is already quantized; a width is not
-            a multiple of NVFP4's group; ``out`` exists.
+        InputError: ModelOpt is not installed; the model does not exist or is already quantized; a width is
+            not a multiple of NVFP4's group; ``out`` exists.
         RunError: ModelOpt failed, or quantized other tensors than expected.
     """
     from ..models.decoder import prediction_layers

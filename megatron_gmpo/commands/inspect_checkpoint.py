@@ -1,6 +1,8 @@
 """Print a description of a Hugging Face or Megatron checkpoint folder.
 
-megatron-gmpo inspect_checkpoint FOLDER
+Usage::
+
+    megatron-gmpo inspect_checkpoint FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare log probabilities of the same tokens between precisions and engines.
 
-    megatron-gmpo mismatch CONFIG.toml --groups DIR --sides fp32 bf16 policy recorded [--section.key value ...]
+    megatron-gmpo mismatch CONFIG.toml --groups DIR --sides bf16 policy recorded [--section.key value ...]
 
 ``DIR`` is the ``rollout.save_path`` of a run. The weights are those of ``model.path``.
 """

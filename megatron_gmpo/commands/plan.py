@@ -1,6 +1,8 @@
 """Predict memory, traffic and step time of a layout, without GPUs.
 
-megatron-gmpo plan CONFIG.toml --world_size N [--hardware h100] [--section.key value ...]
+Usage::
+
+    megatron-gmpo plan CONFIG.toml --world_size N [--hardware h100] [--section.key value ...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Draw the training curves of one or several runs.
 
-megatron-gmpo plot_metrics RUN_DIR [RUN_DIR ...] [--out FILE]
+Usage::
+
+    megatron-gmpo plot_metrics RUN_DIR [RUN_DIR ...] [--out FILE]
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ examples/moe/launch.sh calls it on the first node:
     RUN_DIR=$(python -m megatron_gmpo slurm_attempt begin CONFIG.toml --section.key value ...)
     python -m megatron_gmpo slurm_attempt end RUN_DIR STATUS_OF_SRUN
 
-``begin`` prints the run folder. ``end`` exits with ``Exit.REQUEUE`` if the job is to be requeued. It then prints
-the node that must not be used again, if any. This module does not import torch: the import can take half a
-minute from a busy file system, and a job at its time limit has less time left.
+``begin`` prints the run folder. ``end`` exits with ``Exit.REQUEUE`` if the job is to be requeued. It then
+prints the node that must not be used again, if any. This module does not import torch: the import can take
+half a minute from a busy file system, and a job at its time limit has less time left.
 """
 
 from __future__ import annotations

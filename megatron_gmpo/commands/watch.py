@@ -1,6 +1,8 @@
 """Show a running or finished job, from the files in its run folder.
 
-megatron-gmpo watch RUN_DIR [--once]
+Usage::
+
+    megatron-gmpo watch RUN_DIR [--once]
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ class Snapshot:
 
     @property
     def seconds_left(self) -> float | None:
-        """Return the estimated time left, from the median time of the last steps; None before the first step."""
+        """Return the estimated time left, from the median of the last steps; None before the first step."""
         spent = [
             line["time/step"]
             for line in self.steps[-TREND_STEPS:]

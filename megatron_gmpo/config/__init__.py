@@ -102,7 +102,8 @@ class Config(Section):
     def _adaptive_clip_has_something_to_clip(self) -> Config:
         if self.algorithm.clip == "adaptive" and self.train.minibatches_per_step == 1:
             raise ValueError(
-                "algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: with one update a step no ratio leaves 1"
+                "algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: "
+                "with one update a step no ratio leaves 1"
             )
         return self
 
@@ -112,12 +113,13 @@ class Config(Section):
             interval, seen = self.checkpoint.save_interval, self.collapse.window + self.collapse.patience
             if not interval:
                 raise ValueError(
-                    "collapse.action = 'rollback' needs checkpoint.save_interval > 0: set it, or choose 'stop'"
+                    "collapse.action = 'rollback' needs checkpoint.save_interval > 0: "
+                    "set it, or choose 'stop'"
                 )
             if self.checkpoint.keep_last < (needed := 1 + math.ceil(seen / interval)):
                 raise ValueError(
-                    f"collapse.action = 'rollback' needs checkpoint.keep_last >= {needed}, to have one from {seen} steps ago: raise it or "
-                    "checkpoint.save_interval"
+                    f"collapse.action = 'rollback' needs checkpoint.keep_last >= {needed}, "
+                    f"to have one from {seen} steps ago: raise it or checkpoint.save_interval"
                 )
         return self
 
@@ -130,7 +132,8 @@ class Config(Section):
         ):
             if self.rollout.engine == "sglang" and limit <= start:
                 raise ValueError(
-                    f"{field} = {limit:g} is not above sglang.start_timeout_s = {start:g}: ranks wait that long for servers"
+                    f"{field} = {limit:g} is not above sglang.start_timeout_s = {start:g}: "
+                    "ranks wait that long for servers"
                 )
         return self
 
@@ -143,6 +146,7 @@ class Config(Section):
     def _replayed_routing_is_recorded(self) -> Config:
         if self.needs_rollout_routing and not (self.rollout.routed_experts or self.rollout.replay_path):
             raise ValueError(
-                "algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true: set it, or choose 'policy'"
+                "algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true: "
+                "set it, or choose 'policy'"
             )
         return self

@@ -42,7 +42,8 @@ class Fp8Config(Section):
     """Hold the layers' weights in FP8 and gather updated weights in FP8. The optimizer keeps fp32 main
     weights."""
     moe_router_padding_for_quantization: bool = True
-    """Pad each expert's tokens by routing additional tokens to it with weight 0, instead of by a copy (MoE)."""
+    """Pad each expert's tokens by routing additional tokens to it with weight 0, instead of by a copy
+    (MoE)."""
 
     @model_validator(mode="after")
     def _fields_fit_the_recipe(self) -> Fp8Config:

@@ -42,8 +42,8 @@ class RolloutConfig(Section):
     """URLs of running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]. Their keys are read from
     the environment variables SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
     servers_file: str = ""
-    """File with the addresses of running SGLang servers: servers.json of the job that starts them. The trainer
-    waits up to sglang.start_timeout_s for it. The keys are in server_keys.json in the same folder."""
+    """File with the addresses of running SGLang servers: servers.json of the job that starts them. The
+    trainer waits up to sglang.start_timeout_s for it. The keys are in server_keys.json in the same folder."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
     """``disaggregated`` servers have their own devices. ``colocated`` servers share the trainer's devices and
     release their memory during training."""
@@ -57,9 +57,9 @@ class RolloutConfig(Section):
     """Dtype of the embedded engine; None means ``model.dtype``. A different dtype simulates an engine with
     other kernels: log probabilities and experts differ from the policy's."""
     quantization: Literal["none", "fp8"] = "none"
-    """``fp8`` rounds the linear weights of attention and MLPs to 8 bits in each weight sync, with one scale for
-    each block of 128 x 128. Servers started by the run compute in FP8. The embedded engine computes with the
-    rounded values."""
+    """``fp8`` rounds the linear weights of attention and MLPs to 8 bits in each weight sync, with one scale
+    for each block of 128 x 128. Servers started by the run compute in FP8. The embedded engine computes with
+    the rounded values."""
     router_noise: NonNegative = 0.0
     """Standard deviation of Gaussian noise that the embedded engine adds to the router logits (MoE) when it
     samples training responses. The noise makes the experts differ from the policy's."""
@@ -114,8 +114,8 @@ class RolloutConfig(Section):
             raise ValueError(f"server_urls = {list(self.server_urls)} names a server twice")
         if self.placement == "colocated" and self.max_staleness:
             raise ValueError(
-                f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': colocated servers do not "
-                "generate while it trains"
+                f"max_staleness = {self.max_staleness} needs placement = 'disaggregated': "
+                "colocated servers do not generate while it trains"
             )
         return self
 

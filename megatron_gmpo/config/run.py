@@ -31,7 +31,8 @@ class CollapseConfig(Section):
     ``rollback`` restores the newest checkpoint from before the collapse, lowers the learning rate and
     continues with new prompts. All write an event."""
     window: Annotated[int, Field(ge=2)] = 10
-    """Number of steps from which reference levels are computed. Detection starts after this number of steps."""
+    """Number of steps from which reference levels are computed. Detection starts after this number of
+    steps."""
     patience: Positive = 3
     """Number of consecutive steps beyond a limit that make a collapse."""
     entropy_share: NonNegative = 0.05
@@ -43,8 +44,8 @@ class CollapseConfig(Section):
     """Maximum gradient norm, as a multiple of the median of the last ``window`` steps. inf disables this
     limit."""
     reward_drop: Annotated[float, Field(gt=0)] = 0.5
-    """Maximum drop of the mean reward over ``window`` steps, as a fraction of its best value so far. The limit
-    has a noise margin of four standard errors. inf disables this limit."""
+    """Maximum drop of the mean reward over ``window`` steps, as a fraction of its best value so far. The
+    limit has a noise margin of four standard errors. inf disables this limit."""
     rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Factor by which each rollback multiplies the learning rate."""
     max_rollbacks: Positive = 2

@@ -58,9 +58,9 @@ class AlgorithmConfig(Section):
     mask_kl: NonNegative = 0.1
     """Bound of ``off_policy``, in nats per token. DeepSeek-V3.2 publishes no value."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
-    """Replay of recorded experts (MoE). With ``policy``, training passes route every token to the experts that
-    the old-logprob pass chose. With ``rollout``, old-logprob and training passes route every token to the
-    experts that the rollout engine chose."""
+    """Replay of recorded experts (MoE). With ``policy``, training passes route every token to the experts
+    that the old-logprob pass chose. With ``rollout``, old-logprob and training passes route every token to
+    the experts that the rollout engine chose."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 estimate of the KL divergence from the reference policy."""
     entropy_coef: float = 0.0

@@ -1,1 +1,4 @@
-"""Run studies, grids of training runs with equal prompts and budgets over several seeds, and report on them."""
+"""Run studies, which are grids of training runs over several seeds, and report on them.
+
+All runs of a study have equal prompts and budgets.
+"""

@@ -1,4 +1,4 @@
-"""Aggregate the metrics of trials over seeds: curves with confidence intervals, and measures to compare arms."""
+"""Aggregate the metrics of trials over seeds: curves with intervals, and measures to compare arms."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ EQUAL = (
 )
 """Config keys and sections that must be equal in all arms.
 
-They determine the prompts that ``PromptStream`` draws with a seed, so arms with equal seeds get equal prompts."""
+They determine the prompts that ``PromptStream`` draws with a seed, so arms with equal seeds get equal
+prompts."""
 
 _FROM_LAB = ("seed", "run_dir")
 _NAME = re.compile(r"[\w.+=]+")
@@ -180,8 +181,8 @@ def load_study(path: Path) -> Study:
     """Read a study and resolve the config of every trial.
 
     Raises:
-        InputError: the file does not exist; a key is unknown (the message names the nearest key) or a value is
-            bad; training would refuse the config of an arm, or its prompts or budget differ from the first
+        InputError: the file does not exist; a key is unknown (the message names the nearest key) or a value
+            is bad; training would refuse the config of an arm, or its prompts or budget differ from the first
             arm's.
     """
     try:

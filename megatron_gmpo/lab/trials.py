@@ -258,8 +258,8 @@ def _machine() -> str:
 class _Board:
     """Show the progress of the trials.
 
-    A terminal shows one bar for all trials and one bar per running trial. Other outputs get one line per ended
-    trial.
+    A terminal shows one bar for all trials and one bar per running trial. Other outputs get one line per
+    ended trial.
     """
 
     def __init__(self, total: int, console: Console) -> None:

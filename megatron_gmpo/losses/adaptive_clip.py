@@ -31,8 +31,8 @@ class AdaptiveClip:
 
     After every step it computes e = signal / target - 1, clamped to [-1, 1]. If the signal is the clipped
     fraction, ``clip *= exp(gain e)``: a fraction above the target widens the clip. If the signal is a tail of
-    the log ratio, ``clip *= exp(-gain e)``: a tail above the target narrows the clip. Equal metrics give equal
-    clips, so all ranks agree.
+    the log ratio, ``clip *= exp(-gain e)``: a tail above the target narrows the clip. Equal metrics give
+    equal clips, so all ranks agree.
 
     The controller updates once per step, from the metrics of all optimizer steps of the step. Within a step
     ratios start at 1 and spread. An update after every optimizer step would narrow the clips at the start of

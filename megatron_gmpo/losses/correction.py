@@ -13,8 +13,8 @@ from ..metrics.figures import Metric
 from .tokens import k3
 
 FAR = 0.1
-"""Difference of log probabilities above which a token counts as far off. Rounding in a bf16 engine causes much
-smaller differences."""
+"""Difference of log probabilities above which a token counts as far off. Rounding in a bf16 engine causes
+much smaller differences."""
 
 
 def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
@@ -52,8 +52,8 @@ def importance_weights(
 
     Returns:
         (L,) weights for ``token``, 1 outside the mask. (S,) weights for the other levels, 1 for a sequence
-        without response tokens. The metrics are the share of truncated weights, the mean, and the effective sample
-        size as a share of the number of weights.
+        without response tokens. The metrics are the share of truncated weights, the mean, and the effective
+        sample size as a share of the number of weights.
     """
     log_ratio, counted = _log_ratio(batch), batch.response_mask
     if level != "token":

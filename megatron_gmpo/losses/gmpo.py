@@ -37,7 +37,8 @@ def gmpo(
 
     The caller divides the loss by the number of sequences of the optimizer step. Clipped tokens count in n_i.
     A sequence without response tokens contributes exactly 0. Under context parallelism, loss and metrics are
-    equal on all ranks, except the extremes and the histogram of the log ratio, which cover this rank's tokens.
+    equal on all ranks, except the extremes and the histogram of the log ratio, which cover this rank's
+    tokens.
 
     Args:
         clip_low, clip_high: half-widths of the interval of a log ratio. They bound the ratio to
@@ -50,7 +51,8 @@ def gmpo(
             ``none``, and the exponent of rho_i for ``sequence``.
 
     Returns:
-        The SUM over sequences and the metrics of this microbatch. The extremes of ``ratio`` are those of rho_i.
+        The SUM over sequences and the metrics of this microbatch. The extremes of ``ratio`` are those of
+        rho_i.
     """
     return geometric_mean(
         tokens,

@@ -57,9 +57,9 @@ def dapo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput
 def gspo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
     """Return the loss of GSPO (arXiv 2507.18071), a SUM over sequences.
 
-    The loss of a sequence is PPO's clipped objective of the ratio ``s_i = exp(mean_t delta_it)``. The clip acts
-    on whole sequences, and clip fractions count sequences. The caller divides by the number of sequences of
-    the optimizer step.
+    The loss of a sequence is PPO's clipped objective of the ratio ``s_i = exp(mean_t delta_it)``. The clip
+    acts on whole sequences, and clip fractions count sequences. The caller divides by the number of sequences
+    of the optimizer step.
     """
     sums = tokens.sum_per_sequence({"log_ratio": tokens.log_ratio})
     nonempty = sums["tokens"] > 0

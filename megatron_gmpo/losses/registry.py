@@ -1,4 +1,4 @@
-"""The policy losses by name. The ``Loss`` entry of a loss holds everything that the trainer must know about it."""
+"""The policy losses by name. The ``Loss`` entry of a loss has all its properties that the trainer uses."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def rspo(
     """Return GMPO's loss with each token's ratio multiplied by the token's router shift before clipping.
 
     ``delta_it`` of ``gmpo`` becomes ``delta_it + log max(gamma_it, min_router_shift)``. gamma is the column
-    ``router_shift``, (T,) without gradient (see ``log_router_shift``). If a token's router scores changed, its
-    factor in rho_i is smaller where A > 0, and it reaches the lower clip sooner where A < 0.
+    ``router_shift``, (T,) without gradient (see ``log_router_shift``). If a token's router scores changed,
+    its factor in rho_i is smaller where A > 0, and it reaches the lower clip sooner where A < 0.
 
     Args:
         min_router_shift: lower bound of gamma; 1 gives GMPO.

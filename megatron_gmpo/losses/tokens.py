@@ -181,16 +181,16 @@ class LossTokens:
     ) -> LossOutput:
         """Return minus the sum of ``objective``, plus the penalties, with the metrics of every loss.
 
-        ``sequence_weights`` multiply the objective. Excluded sequences and tokens lose only their policy term.
-        Divisors and penalties include them, so the other terms keep their weight.
+        ``sequence_weights`` multiply the objective. Excluded sequences and tokens lose only their policy
+        term. Divisors and penalties include them, so the other terms keep their weight.
 
         Args:
             objective: (S,) with gradient, the value to maximize; ignored for sequences that do not count.
             sums: the result of ``sum_per_sequence``.
             metrics: the loss's own metrics.
-            penalty_divisor: divisor of each sequence's sum of KL and entropy terms, scalar or (S,). None means
-                the sequence's number of tokens. A loss that divides its policy term by something else passes
-                the same divisor here.
+            penalty_divisor: divisor of each sequence's sum of KL and entropy terms, scalar or (S,). None
+                means the sequence's number of tokens. A loss that divides its policy term by something else
+                passes the same divisor here.
         """
         kept = self.kept_sequences(sums)
         objective = torch.where(kept, objective, 0)

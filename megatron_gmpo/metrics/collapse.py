@@ -18,11 +18,11 @@ STANDARD_ERRORS = 4.0
 
 @dataclass(frozen=True)
 class Collapse:
-    """A collapse that the detector found.
+    """A detected collapse.
 
     Attributes:
         reason: one line with the figure, its value and its limit.
-        began: the first step whose figures show the collapse.
+        began: first step whose figures show the collapse.
     """
 
     reason: str
@@ -33,8 +33,8 @@ class _Signal(ABC):
     """The detector of one figure. Its state is ``vars(self)``.
 
     Attributes:
-        history: values that the next one is compared with.
-        streak: number of consecutive steps, up to the last, whose value broke the limit.
+        history: values with which the next value is compared.
+        streak: number of the latest consecutive steps whose value was beyond the limit.
     """
 
     def __init__(self) -> None:
@@ -42,9 +42,9 @@ class _Signal(ABC):
         self.streak = 0
 
     def update(self, value: float, cfg: CollapseConfig) -> str | None:
-        """Return the reason when ``value`` is the ``patience``-th consecutive one to break the limit.
+        """Return the reason if ``value`` is the ``patience``-th consecutive value beyond the limit.
 
-        A streak is reported once, until a value within the limit ends it. NaN, a step without response
+        A streak is reported once. A value within the limit ends it. NaN, the value of a step without response
         tokens, is skipped.
         """
         if math.isnan(value):
@@ -55,15 +55,15 @@ class _Signal(ABC):
 
     @abstractmethod
     def _check(self, value: float, cfg: CollapseConfig) -> str | None:
-        """Return the reason if ``value`` breaks the limit, else None; add it to ``history`` if appropriate."""
+        """Return the reason if ``value`` is beyond the limit, else None, and update ``history``."""
 
     def steps_seen(self, cfg: CollapseConfig) -> int:
-        """Return how many steps up to the reported one contribute to a reason of ``update``."""
+        """Return the number of steps, up to the reported step, that contribute to a reason."""
         return cfg.patience
 
 
 class _Entropy(_Signal):
-    """Compares with the median of the first ``window`` steps."""
+    """Compare the entropy with its median over the first ``window`` steps."""
 
     def _check(self, value: float, cfg: CollapseConfig) -> str | None:
         if len(self.history) < cfg.window:
@@ -74,7 +74,10 @@ class _Entropy(_Signal):
 
 
 class _GradNorm(_Signal):
-    """Compares with the median of the last ``window`` steps that were within the limit and had a gradient."""
+    """Compare the gradient norm with its median over the last ``window`` steps.
+
+    Steps beyond the limit and steps without a gradient do not count.
+    """
 
     def _check(self, value: float, cfg: CollapseConfig) -> str | None:
         if len(self.history) >= cfg.window and value > (limit := cfg.grad_norm_factor * median(self.history)):
@@ -85,10 +88,10 @@ class _GradNorm(_Signal):
 
 
 class _Reward(_Signal):
-    """Compares the mean of the last ``window`` steps with the best such mean.
+    """Compare the mean reward of the last ``window`` steps with the best such mean.
 
     Attributes:
-        best: the best mean; None before the first.
+        best: the best mean; None until the first mean is known.
         steps: number of values seen.
         squares: sum of squared differences of successive values. Its mean is twice the variance of one value
             and, unlike the sample variance, is hardly affected by a trend (von Neumann 1941).
@@ -121,7 +124,7 @@ class _Reward(_Signal):
 
 
 class CollapseDetector:
-    """Checks a run's figures with one ``update`` per step. ``CollapseConfig`` defines the limits.
+    """Check a run's figures with one ``update`` per step. ``CollapseConfig`` defines the limits.
 
     Attributes:
         rollbacks: number of rollbacks so far; the trainer increments it.
@@ -137,7 +140,7 @@ class CollapseDetector:
         }
 
     def update(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
-        """Check the figures of a step and return the collapse they complete, or None.
+        """Check the figures of a step and return the collapse that they complete, or None.
 
         Collective: every rank returns rank 0's result.
         """
@@ -149,7 +152,7 @@ class CollapseDetector:
         return broadcast_object(Collapse("; ".join(reasons.values()), began))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as JSON-serialisable values."""
+        """Return the state as JSON-serializable values."""
         return {
             "rollbacks": self.rollbacks,
             "signals": {name: dict(vars(signal)) for name, signal in self._signals.items()},

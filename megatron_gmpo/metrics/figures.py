@@ -53,7 +53,7 @@ def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 
 
 def value_of(metric: Metric | float) -> float:
-    """Return one figure for a metric: the median for a distribution, NaN for a mean with count 0."""
+    """Return one figure for a metric: the median of a distribution, NaN for a mean with count 0."""
     if not isinstance(metric, Metric):
         return float(metric)
     if metric.op == "histogram":
@@ -64,10 +64,10 @@ def value_of(metric: Metric | float) -> float:
 
 
 def figures_of(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Return the figures to report.
+    """Return the figures of metrics by name.
 
-    A distribution ``a/log_b`` becomes its QUANTILES, ``a/log_b_q001`` and so on, and the effective sample
-    size of the weights whose logarithms it holds, ``a/b_effective_sample_size``.
+    A distribution ``a/log_b`` gives its QUANTILES, ``a/log_b_q001`` and so on. It also gives
+    ``a/b_effective_sample_size``, the effective sample size of the weights whose logarithms it holds.
     """
     figures: dict[str, float] = {}
     for name, metric in metrics.items():

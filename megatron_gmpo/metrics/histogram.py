@@ -1,6 +1,6 @@
-"""Quantiles over microbatches and ranks (DDSketch, VLDB 2019).
+"""Compute quantiles over microbatches and ranks (DDSketch, VLDB 2019).
 
-Values are counted in logarithmic bins of both signs; the counts of two sets of values merge by addition.
+Values are counted in logarithmic bins for both signs. The counts of two sets of values merge by addition.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 RELATIVE_ERROR = 0.01
 """Relative error of a quantile whose magnitude lies between SMALLEST and LARGEST."""
 SMALLEST, LARGEST = 1e-6, 1e2
-"""Smaller magnitudes are counted as 0, larger ones as LARGEST."""
+"""Range of magnitudes. Smaller magnitudes are counted as 0, larger magnitudes as LARGEST."""
 
 _GROWTH = math.log((1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR))
 _PER_SIGN = math.ceil(math.log(LARGEST / SMALLEST) / _GROWTH)
@@ -34,14 +34,14 @@ def histogram(values: Tensor, where: Tensor) -> Tensor:
 
 
 def representatives() -> Tensor:
-    """Return (BINS,) float64, one value per bin that is within RELATIVE_ERROR of all values in the bin."""
+    """Return (BINS,) float64: for each bin, a value within RELATIVE_ERROR of all values in the bin."""
     upper = SMALLEST * torch.exp(_GROWTH * torch.arange(1, _PER_SIGN + 1, dtype=torch.float64))
     middle = upper * (1 - RELATIVE_ERROR)
     return torch.cat([-middle.flip(0), torch.zeros(1, dtype=torch.float64), middle])
 
 
 def quantile(counts: Tensor, q: float) -> float:
-    """Return the smallest value v with at least a fraction ``q`` of the values <= v; NaN without values."""
+    """Return the smallest value v such that at least a fraction ``q`` of the values is <= v, else NaN."""
     below = counts.cpu().cumsum(0)
     if not below[-1]:
         return math.nan

@@ -1,4 +1,4 @@
-"""Logging of one line of figures per step: metrics.jsonl, and optionally TensorBoard and Weights & Biases."""
+"""Log one line of figures per step to metrics.jsonl, and optionally to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_wandb(project: str) -> None:
     """Check that wandb is installed when ``project`` is not empty.
 
     Raises:
-        InputError: it is not.
+        InputError: wandb is not installed.
     """
     if project and importlib.util.find_spec("wandb") is None:
         raise InputError(
@@ -32,17 +32,18 @@ def check_wandb(project: str) -> None:
 
 
 class MetricLogger:
-    """Writes metrics and events to the run folder, on rank 0 only.
+    """Write metrics and events to the run folder, on rank 0 only.
 
-    The files are ``metrics.jsonl`` (one object per step), ``events.jsonl`` and TensorBoard's. The logger does not reduce over ranks: reduce metrics before adding them.
+    The files are ``metrics.jsonl`` (one object per step), ``events.jsonl`` and TensorBoard's. The logger does
+    not reduce metrics over ranks, so reduce them before adding them.
 
     Args:
-        run_dir: the run folder; created when missing.
+        run_dir: the run folder; it is created if missing.
         tensorboard: also write ``run_dir/tensorboard``.
-        wandb_project: Weights & Biases project to log to; empty for none.
+        wandb_project: Weights & Biases project to log to; empty disables it.
         config: the resolved configuration, for Weights & Biases.
-        resume_step: number of steps already taken. Lines of later steps, left by a crash between a log and a
-            checkpoint, are removed; with 0 the files start empty.
+        resume_step: number of completed steps. Lines of later steps, left by a crash between a log and a
+            checkpoint, are removed. With 0 the files start empty.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class MetricLogger:
             )
 
     def add(self, metrics: Mapping[str, Metric | float]) -> None:
-        """Add metrics to the current step; a repeated name is merged as in ``reduce_metrics``."""
+        """Add metrics to the current step. ``reduce_metrics`` merges metrics with the same name."""
         wrapped = {name: m if isinstance(m, Metric) else Metric(m) for name, m in metrics.items()}
         self._pending = reduce_metrics([self._pending, wrapped])
 
@@ -104,7 +105,7 @@ class MetricLogger:
     def rewind(self, step: int) -> None:
         """Remove the lines after ``step``, for a run that rolled back to it.
 
-        Weights & Biases cannot remove steps: it keeps the figures that were logged first.
+        Weights & Biases cannot remove steps and keeps the figures that were logged first.
         """
         if self._writes:
             cut_after(self._run_dir / "metrics.jsonl", step)
@@ -132,13 +133,12 @@ class MetricLogger:
 def cut_after(path: Path, step: int) -> None:
     """Remove the lines after ``step`` and incomplete lines, left by a crash, from a JSON-lines file.
 
-    With ``step`` 0 the file becomes empty. A missing file is left missing.
+    With ``step`` 0 the file becomes empty. A missing file is not created.
     """
     if not path.exists():
         return
     kept = []
-    # bytes, because a crash may cut a character in half, and str.splitlines also splits at U+2028 in a
-    # transcript
+    # read bytes, because a crash may leave half a character, and str.splitlines also splits at U+2028
     for line in path.read_bytes().splitlines() if step else []:
         try:
             record = json.loads(line)
@@ -150,13 +150,13 @@ def cut_after(path: Path, step: int) -> None:
 
 
 class Timer:
-    """Measures the wall time of a step's phases in seconds.
+    """Measure the wall time of a step's phases in seconds.
 
     Usage: ``with timer("rollout"): ...``, then ``logger.add(timer.take())``.
 
     Args:
-        enter: called with the name of each phase at its start, and with ``other`` at its end unless an error
-            ended it.
+        enter: function called with the name of each phase at its start, and with ``other`` at its end unless
+            an error ended it.
     """
 
     def __init__(self, enter: Callable[[str], None] = lambda phase: None) -> None:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from ..errors import InputError
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
-"""Metric name -> (steps, values), only for steps that have a value."""
+"""Metric name -> (steps, values) of the steps that have a value."""
 
 COLORS = ("#2f6fb2", "#d9772b", "#3a9a5c", "#b8405e", "#7b5ea7", "#8a6d3b", "#3aa6a6", "#6b6b6b")
 INK, MUTED, GRID = "#22262b", "#6a727c", "#e4e7eb"
@@ -31,7 +31,7 @@ class Panel:
 
     Attributes:
         title: title with the unit.
-        metrics: metric, or a pattern with ``*``, -> name in the legend; "" uses the text that ``*`` matched.
+        metrics: metric, or a pattern with ``*`` -> name in the legend; "" uses the text that ``*`` matched.
         kind: ``band`` fills the range between two metrics, ``stack`` stacks the parts of a total.
         smoothed: draw a running mean over the raw values.
         log: use a logarithmic y axis.
@@ -92,7 +92,7 @@ PANELS = (
 
 
 def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> list[str]:
-    """Plot ``metrics.jsonl`` files over each other; panels without data are omitted.
+    """Plot ``metrics.jsonl`` files in the same panels; panels without data are omitted.
 
     Args:
         metrics_paths: label of a run -> its ``metrics.jsonl``.
@@ -102,7 +102,7 @@ def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> li
         Titles of the drawn panels.
 
     Raises:
-        InputError: a file is missing or is not JSON lines, or no file has a figure to plot.
+        InputError: a file is missing or does not consist of JSON lines, or no file has a figure to plot.
     """
     runs = {label: read_metrics(path) for label, path in metrics_paths.items()}
     drawn = [(panel, chosen) for panel in PANELS if (chosen := _choose(panel, runs))]
@@ -157,7 +157,7 @@ def read_metrics(path: str | Path) -> Series:
 def _choose(panel: Panel, runs: Mapping[str, Series]) -> dict[str, str]:
     """Return metric -> legend name for the panel's metrics that at least one run has."""
     present = {name for series in runs.values() for name in series}
-    if panel.kind == "stack":  # stacks of several runs would hide each other, so plot the total only
+    if panel.kind == "stack":  # stacks of several runs would hide each other, so plot only the total
         if len(runs) > 1:
             return {"time/step": ""} if "time/step" in present else {}
         present.discard("time/step")
@@ -203,9 +203,10 @@ def _draw(ax: Axes, panel: Panel, chosen: dict[str, str], runs: Mapping[str, Ser
 def _draw_lines(
     ax: Axes, panel: Panel, chosen: dict[str, str], series: Series, number: int, *, alone: bool
 ) -> None:
-    """Draw the metrics of one run, in different colors for a single run, else in different line styles.
+    """Draw the metrics of one run.
 
-    With several runs the color identifies the run.
+    Colors distinguish the metrics of a single run. With several runs the color identifies the run, and line
+    styles distinguish the metrics.
     """
     styles = ("-", (0, (3, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
     for i, (name, label) in enumerate(chosen.items()):
@@ -247,7 +248,7 @@ def _draw_stack(ax: Axes, chosen: dict[str, str], series: Series) -> None:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Return the centred mean over about 1/20 of the run; the window shrinks at both ends."""
+    """Return the centered mean over about 1/20 of the run; the window shrinks at both ends."""
     half = max(2, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))

@@ -1,4 +1,4 @@
-"""Progress output: a bar with figures on a terminal, one line per step elsewhere."""
+"""Show progress: a bar with figures on a terminal, one line per step in other outputs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SHOWN = {  # metric -> (label, format)
 
 
 class Progress:
-    """Shows the progress of a run on rank 0; other ranks print nothing.
+    """Show the progress of a run on rank 0; other ranks print nothing.
 
     Usage: ``with Progress(num_steps, done=step) as progress: ... progress.update(step, figures)``.
 
     Args:
         total: number of steps of the run.
-        done: steps already taken by a resumed run.
+        done: number of completed steps of a resumed run.
         enabled: False prints nothing.
         console: output console, stderr by default.
     """
@@ -69,7 +69,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show that ``step`` steps are done, with the figures of the last one."""
+        """Show that ``step`` steps are completed, with the figures of the last step."""
         texts = [
             f"{label} {figures[name]:{form}}" for name, (label, form) in SHOWN.items() if name in figures
         ]

@@ -1,8 +1,8 @@
 """Core attention and RMSNorm in plain torch, for machines without Transformer Engine.
 
-They replace Megatron's DotProductAttention, which refuses packed sequences and context parallelism, and its
-WrappedTorchNorm, which refuses sequence parallelism (dot_product_attention.py and torch_norm.py in
-megatron/core/transformer).
+They replace Megatron's DotProductAttention, which does not support packed sequences and context parallelism,
+and its WrappedTorchNorm, which does not support sequence parallelism (dot_product_attention.py and
+torch_norm.py in megatron/core/transformer).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def packing_of(bounds: Tensor) -> PackedSeqParams:
     """Return the description of packed sequences that Megatron's attention expects.
 
     Args:
-        bounds: (sequences + 1,) int32, the start of each sequence and the end of the last one, in slots over
-            all context-parallel ranks.
+        bounds: (sequences + 1,) int32, the start of each sequence and the end of the last sequence, in slots
+            over all context-parallel ranks.
     """
     longest = int(bounds.diff().max())
     return PackedSeqParams(
@@ -50,7 +50,7 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(torch.nn.Module):
     """Causal attention over packed (THD) sequences, distributed zig-zag over the context-parallel ranks.
 
-    It gathers keys and values over the context-parallel group and puts them back in order; the backward pass
+    It gathers keys and values over the context-parallel group and restores their order. The backward pass
     reduce-scatters their gradients. The causal mask uses global positions.
     """
 
@@ -129,9 +129,9 @@ class LatentAttention(MLASelfAttention):
     def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
         """Return the modules of the layer spec unchanged.
 
-        Megatron-Core 0.19 calls this hook (multi_latent_attention.py). Its default refuses ``qk_layernorm``
-        for a model without a low-rank query projection, because it would put a norm in front of the full
-        query projection.
+        Megatron-Core 0.19 calls this hook (multi_latent_attention.py). Its default rejects ``qk_layernorm``
+        for a model without a low-rank query projection, because it would put a norm before the full query
+        projection.
         """
         return {name: getattr(submodules, name) for name in _QK_MODULES}
 
@@ -143,7 +143,7 @@ def _zigzag(start: int, end: int, total: int, cp: int, rank: int) -> tuple[Tenso
     """Return a sequence's slots in the gathered tensor and this rank's positions in it, both int64.
 
     A sequence consists of 2 * cp chunks, and rank r holds the chunks r and 2 * cp - 1 - r. The gathered
-    tensor holds the tokens of rank 0, then those of rank 1, and so on.
+    tensor holds the tokens of rank 0, then the tokens of rank 1, and so on.
     """
     chunk = (end - start) // (2 * cp)
     step = torch.arange(chunk)

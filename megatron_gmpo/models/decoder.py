@@ -1,4 +1,4 @@
-"""Rows and architecture fields that several decoder families share."""
+"""Rows of the name table and architecture fields that several decoder families share."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def routed_experts() -> list[Row]:
 
 
 def biased_router() -> list[Row]:
-    """Return the row of the bias added to the scores when experts are chosen. It receives no gradient."""
+    """Return the row of the bias that is added to the scores to choose experts. It has no gradient."""
     return [Row(LAYER + ROUTER_BIAS, (HF_LAYER + "mlp.gate.e_score_correction_bias",), Replicated())]
 
 
@@ -133,7 +133,7 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
         InputError: the config requires a computation that Megatron's router does not implement.
     """
     dense, layers, topk = hf.first_k_dense_replace, hf.num_hidden_layers, hf.num_experts_per_tok
-    in_groups = (hf.n_group or 1) > (hf.topk_group or 1)  # otherwise every group is chosen
+    in_groups = (hf.n_group or 1) > (hf.topk_group or 1)  # if not, every group is chosen
     refuse(hf, "first_k_dense_replace", dense >= layers, "a model without experts is not supported")
     refuse(hf, "n_shared_experts", not hf.n_shared_experts, "a model without shared experts is not supported")
     refuse(

@@ -98,7 +98,7 @@ def _rotary(hf: HFConfig) -> dict[str, Any]:
         "original_max_position_embeddings": rope["original_max_position_embeddings"],
         "beta_fast": rope.get("beta_fast") or 32,
         "beta_slow": rope.get("beta_slow") or 1,
-        "mscale": mscale if mscale_all_dim else 1.0,  # transformers ignores mscale alone
+        "mscale": mscale if mscale_all_dim else 1.0,  # transformers ignores mscale without mscale_all_dim
         "mscale_all_dim": mscale_all_dim or 0.0,
     }
 

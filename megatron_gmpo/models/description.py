@@ -1,4 +1,4 @@
-"""Hugging Face config.json + run config -> ModelDescription, before any process group starts."""
+"""Make a ModelDescription from config.json and the run config, before any process group starts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class ModelDescription:
         mapping: the name table.
         padded_vocab_size: rows of the embedding, see ``operations.padded_vocab_size``.
         rope: GPTModel's rotary arguments.
-        use_transformer_engine: whether to use Transformer Engine's layer spec, which needs a GPU and the
-            library, or the plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the
+        use_transformer_engine: True uses Transformer Engine's layer spec, which needs a GPU and the library.
+            False uses the plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the
             machine supports ``cfg.fp8``.
     """
 
@@ -54,12 +54,11 @@ class ModelDescription:
 
     @property
     def routing(self) -> RoutingShape:
-        """The MoE layers and their experts."""
+        """Return the MoE layers and their experts."""
         config = self.transformer
         assert config.num_moe_experts
-        frequency = (
-            config.moe_layer_freq
-        )  # every n-th layer from the first, or 0 or 1 per layer (gpt_layer_specs.py)
+        # an int n for every n-th layer from the first, or 0 or 1 for each layer (gpt_layer_specs.py)
+        frequency = config.moe_layer_freq
         if isinstance(frequency, int):
             frequency = [layer % frequency == 0 for layer in range(config.num_layers)]
         layers = tuple(layer for layer, moe in enumerate(frequency) if moe)
@@ -70,7 +69,7 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     """Read ``cfg.model.path`` and check the model against the layout and the [megatron] table.
 
     Raises:
-        InputError: the folder holds no model, or its family has no table; the layout does not divide the
+        InputError: the folder contains no model, or its family has no table; the layout does not divide the
             world size, the heads, the layers or the experts; a [megatron] field is unknown, contradicts
             another setting or needs a missing library; a pipeline stage has fewer layers than the number to
             keep in bf16; a setting requires routed experts and the model has none; a [megatron] field
@@ -116,7 +115,7 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
 
 
 def _rope(hf: HFConfig, architecture: dict[str, Any]) -> dict[str, Any]:
-    if architecture.get("multi_latent_attention"):  # its layers read TransformerConfig's rotary fields
+    if architecture.get("multi_latent_attention"):  # these layers read the rotary fields of TransformerConfig
         return {}
     rope = hf.rope_parameters
     base = {"rotary_base": rope["rope_theta"], "rotary_percent": rope.get("partial_rotary_factor", 1.0)}

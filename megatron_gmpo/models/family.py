@@ -1,4 +1,4 @@
-"""What defines a model family."""
+"""The definition of a model family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Family:
 
 
 def refuse(hf: HFConfig, field: str, wrong: Any, why: str) -> None:
-    """Raise an InputError that names ``field`` of config.json if ``wrong``."""
+    """Raise an InputError that names ``field`` of config.json if ``wrong`` is true."""
     if wrong:
         value = getattr(hf, field, None)
         raise InputError(

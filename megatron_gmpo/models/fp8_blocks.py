@@ -25,8 +25,9 @@ QUANTIZATION_CONFIG: dict[str, Any] = {
     "activation_scheme": "dynamic",
     "weight_block_size": [BLOCK, BLOCK],
 }
-"""``quantization_config`` in the config.json of such a model. It need not list routers, embeddings and the
-output layer, because loaders do not quantize them."""
+"""``quantization_config`` in the config.json of such a model.
+
+It does not list routers, embeddings and the output layer, because loaders do not quantize them."""
 
 _LINEAR = re.compile(r"\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123])\.weight$")
 _DTYPE = torch.float8_e4m3fn
@@ -37,8 +38,8 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 def is_quantized(name: str) -> bool:
     """Return whether the format stores the tensor with this Hugging Face name in FP8.
 
-    It does so for the linear weights of attention and MLPs. Routers, the gate of a shared expert, norms,
-    biases, embeddings and the output layer keep their dtype.
+    These are the linear weights of attention and MLPs. Routers, the gate of a shared expert, norms, biases,
+    embeddings and the output layer keep their dtype.
     """
     return _LINEAR.search(name) is not None
 
@@ -66,7 +67,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     largest = blocks.abs().amax((1, 3))
     scale = torch.where(largest == 0, 1.0, (largest / _MAX).clamp_min(_SMALLEST_SCALE))
-    # the clamp: a value that division rounds beyond 448 would become NaN
+    # clamp, because a value that division rounds beyond 448 would become NaN
     values = (blocks / scale[:, None, :, None]).clamp(-_MAX, _MAX)
     return values.flatten(2).flatten(0, 1)[:rows, :columns].to(_DTYPE), scale
 

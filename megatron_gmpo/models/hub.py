@@ -1,4 +1,4 @@
-"""Names on the hub of the tensors that transformers 5 holds in memory, from its own conversion rules.
+"""Map the tensor names of transformers 5 to names on the hub, with transformers' own conversion rules.
 
 On the hub each routed expert has its own tensors. transformers stacks them into ``experts.gate_up_proj``
 (E, 2F, H) and ``experts.down_proj`` (E, H, F), and renames the modules of some families
@@ -16,8 +16,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 def hub_names(name: str, model_type: str) -> tuple[str, ...]:
     """Return the hub's names of the tensor that transformers calls ``name``.
 
-    A name of the hub is returned unchanged. Several names, or a name with ``{e}``, stand for a fused tensor:
-    its first axis holds the experts, and its second axis equal parts in the order of the names.
+    A name that is already a hub name is returned unchanged. Several names, or a name with ``{e}``, mean a
+    fused tensor: its first axis has the experts, and its second axis has equal parts in the order of the
+    names.
 
     Example: ``model.layers.0.mlp.experts.gate_up_proj`` of a mixtral model ->
     ``model.layers.0.block_sparse_moe.experts.{e}.w1.weight`` and ``...{e}.w3.weight``.

@@ -1,4 +1,4 @@
-"""Layer specs of the decoder: Transformer Engine's on a GPU, plain torch otherwise."""
+"""Layer specs of the decoder: Transformer Engine's spec, or the plain torch spec."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def decoder_spec(
         attention.core_attention = PackedAttention
         if config.multi_latent_attention:
             attention.q_layernorm = attention.kv_layernorm = RMSNorm
-            # complete on every tensor-parallel rank: with split projections Megatron loses the contributions
-            # of other ranks' heads to the gradient of the shared rotary key
-            # (multi_latent_attention.py:get_query_key_value_tensors)
+            # Keep these projections complete on every tensor-parallel rank. With split projections,
+            # Megatron's gradient of the shared rotary key lacks the contributions of other ranks' heads
+            # (multi_latent_attention.py:get_query_key_value_tensors).
             attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
             layer.submodules.sharded_state_dict_keys_map = _latent_attention_keys(is_moe)
         elif config.qk_layernorm:

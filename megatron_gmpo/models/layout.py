@@ -1,4 +1,4 @@
-"""Checks that a parallel layout divides the world size and the model."""
+"""Check that a parallel layout divides the world size and the model."""
 
 from __future__ import annotations
 

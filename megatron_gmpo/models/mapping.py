@@ -15,7 +15,7 @@ from typing import Any
 from .operations import Operation
 
 ROUTER_BIAS = "mlp.router.expert_bias"
-"""End of the canonical name of a router's bias, which Megatron holds as an fp32 buffer in any model."""
+"""End of the canonical name of a router's bias, which is an fp32 buffer in every Megatron model."""
 
 _FUSED_NORMS = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
@@ -23,17 +23,17 @@ _FUSED_NORMS = {
     ".q_layernorm.": ".linear_q_up_proj.layer_norm_",
     ".kv_layernorm.": ".linear_kv_up_proj.layer_norm_",
 }
-"""A norm's own name -> its name where Transformer Engine fuses it into the linear layer that follows it."""
+"""Name of a norm -> its name if Transformer Engine fuses it into the linear layer that follows it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table. ``{l}`` stands for the layer number and ``{e}`` for the expert number, both global.
+    """One row of a table. ``{l}`` is the global layer number and ``{e}`` the global expert number.
 
     Attributes:
         megatron: canonical name of the Megatron parameter.
-        hf: names on the hub of the tensors that form it.
-        operation: how they form it.
+        hf: names on the hub of the tensors that form the parameter.
+        operation: operation that forms the parameter from these tensors.
         dense_keys: the parameter's keys in a torch_dist checkpoint. Megatron's layer specs may use different
             keys (gpt_layer_specs.py); Transformer Engine's comes first. Empty if the only key is the name.
         moe_keys: the keys in a layer with routed experts; empty if the only key is the name.
@@ -60,7 +60,7 @@ class Mapping:
     Args:
         rows: the table.
         tied: whether the output layer shares the embedding's weight, which Hugging Face then stores once.
-        left_out: prefixes of Hugging Face names that a folder may contain and the model does not.
+        left_out: prefixes of Hugging Face names that a folder may contain but the model does not have.
     """
 
     def __init__(self, rows: list[Row], tied: bool, left_out: tuple[str, ...] = ()) -> None:
@@ -91,7 +91,7 @@ def canonical_name(name: str) -> str:
 
 
 def fused_name(name: str) -> str:
-    """Return the name of a norm where Transformer Engine fuses it; the inverse of ``canonical_name``."""
+    """Return the name of a norm if Transformer Engine fuses it; the inverse of ``canonical_name``."""
     for norm, fused in _FUSED_NORMS.items():
         name = name.replace(norm, fused)
     return name

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Operation(Protocol):
-    """How Hugging Face tensors form a full Megatron tensor, and how tensor parallelism shards it."""
+    """Conversion between Hugging Face tensors, a full Megatron tensor, and its tensor-parallel shards."""
 
     def join(self, tensors: list[Tensor]) -> Tensor:
         """Return the full Megatron tensor made of the Hugging Face tensors."""
@@ -86,7 +86,7 @@ class Vocabulary(Split):
 class QueryKeyValue(Split):
     """Query, key and value projections, interleaved by query group.
 
-    The rows of each key/value head follow each other: its queries, its key, its value.
+    The rows of each key-value head are contiguous: first its queries, then its key, then its value.
     """
 
     groups: int

@@ -1,4 +1,4 @@
-"""Architecture, parallel layout, FP8 settings and [megatron] table -> Megatron's TransformerConfig."""
+"""Make Megatron's TransformerConfig from architecture, parallel layout, FP8 settings and [megatron] table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _FIXED_FIELDS = {
     "fp8_multi_head_attention": "packed attention in FP8 is untested",
     "tp_comm_overlap": "its buffers have a fixed length, and packed microbatches differ in length",
 }
-"""Fields that cannot be set, and why."""
+"""Field that cannot be set -> reason."""
 _LIBRARIES = {
     ("moe_grouped_gemm", True): ("transformer_engine", "Transformer Engine"),
     ("moe_router_fusion", True): ("transformer_engine", "Transformer Engine"),
@@ -51,7 +51,7 @@ _LIBRARIES = {
     ),
     ("moe_token_dispatcher_type", "flex"): ("deep_ep", "Transformer Engine and DeepEP"),
 }
-"""(field, value) -> the module that it needs, and the libraries that provide it. All need a GPU."""
+"""(field, value) -> required module, and the libraries that provide it. All of them need a GPU."""
 
 
 def transformer_config(
@@ -61,12 +61,12 @@ def transformer_config(
     world_size: int,
     use_te: bool,
 ) -> TransformerConfig:
-    """Return Megatron's config, after checking the settings that it combines.
+    """Check the settings and return Megatron's config.
 
     Args:
         architecture: fields of TransformerConfig, from ``Family.architecture``.
-        dtype: of weights and activations.
-        use_te: whether the layers are Transformer Engine's.
+        dtype: dtype of weights and activations.
+        use_te: whether Transformer Engine's layer spec is used.
 
     Raises:
         InputError: a field is unknown, contradicts another setting or needs a missing library; a setting
@@ -88,7 +88,7 @@ def transformer_config(
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": use_te,
         "moe_router_dtype": "fp32",
-        "moe_router_bias_update_rate": 0.0,  # Megatron's default would change the bias in every step
+        "moe_router_bias_update_rate": 0.0,  # with Megatron's default, every step would change the bias
         "moe_enable_routing_replay": routing_field is not None,
     }
     fp8 = fp8_fields(cfg.fp8, architecture, cfg.parallel)
@@ -198,7 +198,7 @@ def _refuse_expert_settings(cfg: Config, routing_field: str | None) -> None:
 
 
 def _check_routing_can_be_replayed(transformer: TransformerConfig, routing_field: str) -> None:
-    """Refuse fields that bypass the replay hook in Megatron's router, or change its result.
+    """Check that no field bypasses the replay hook in Megatron's router, or changes its result.
 
     Source: topk_routing_with_score_function in moe_utils.py.
     """
@@ -217,7 +217,7 @@ def _check_routing_can_be_replayed(transformer: TransformerConfig, routing_field
 
 
 def _check_balancing(transformer: TransformerConfig, max_tokens_per_microbatch: int) -> None:
-    """Refuse load balancing that Megatron would compute differently from its name, or not at all."""
+    """Check that Megatron computes the configured load balancing as its name says."""
     if "seq_aux_loss" in transformer.moe_router_load_balancing_type and max_tokens_per_microbatch > 1:
         raise InputError(
             "megatron.moe_router_load_balancing_type = 'seq_aux_loss': Megatron treats a packed microbatch "

@@ -1,13 +1,13 @@
 """Build and run one rank of any layout on any machine, on tensors without memory.
 
 The rank builds the real model, gradient buffers and optimizer, and runs a real microbatch. The process group
-is torch's fake process group of the full world size, whose collectives do nothing. Every tensor is on the meta
-device. An ``Observer`` counts the memory, FLOPs and traffic of the policy's own code. Two parts differ from a
-GPU run:
+is torch's fake process group of the full world size, whose collectives do nothing. Every tensor is on the
+meta device. An ``Observer`` counts the memory, FLOPs and traffic of the policy's own code. Two parts differ
+from a GPU run:
 
-- Fused kernels. Stand-ins replace the norms and the core attention of the plain layer spec. They save the same
-  tensors as the kernels of Transformer Engine and FlashAttention. For ``device = "cpu"`` the plain norms stay.
-  The rest of the plain spec saves slightly more than Transformer Engine does.
+- Fused kernels. Stand-ins replace the norms and the core attention of the plain layer spec. They save the
+  same tensors as the kernels of Transformer Engine and FlashAttention. For ``device = "cpu"`` the plain norms
+  stay. The rest of the plain spec saves slightly more than Transformer Engine does.
 - Routing. In training, the number of tokens per expert depends on the data. Here every expert gets the same
   number, because Megatron pads to a capacity with a factor of 1.
 """

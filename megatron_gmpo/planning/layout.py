@@ -33,7 +33,8 @@ def print_plan(
         response_tokens: mean length of responses.
 
     Raises:
-        InputError: training would refuse the config, or a rank or a server needs more memory than its GPUs have.
+        InputError: training would refuse the config, or a rank or a server needs more memory than its GPUs
+            have.
     """
     prepare_megatron(torch.device("cpu"))
     description = describe_model(cfg, world_size, torch.device("cpu"))
@@ -66,8 +67,8 @@ def print_plan(
 def full_microbatch(cfg: Config, batch: Batch) -> list[int]:
     """Return the padded lengths of a full microbatch.
 
-    It has ``train.max_tokens_per_microbatch`` slots, or the slots of one sequence of the largest length if that
-    is longer.
+    It has ``train.max_tokens_per_microbatch`` slots, or the slots of one sequence of the largest length if
+    that is longer.
     """
     multiple = math.lcm(cfg.parallel.sequence_multiple, total_multiple(cfg))
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens

@@ -58,8 +58,8 @@ class RankPlan:
             recomputation this is mostly the layer that is being recomputed.
         in_flight: number of microbatches whose activations are alive at the same time; with a virtual
             pipeline, number of passes through one chunk.
-        boundary: bytes of a microbatch's activations between two chunks, and of their gradient; 0 for the last
-            stage of a pipeline with one chunk per rank.
+        boundary: bytes of a microbatch's activations between two chunks, and of their gradient; 0 for the
+            last stage of a pipeline with one chunk per rank.
         forward: work of a forward pass with log probabilities.
         training: work of forward pass, backward pass and recomputation.
         gradient_sync: collectives of an optimizer step.

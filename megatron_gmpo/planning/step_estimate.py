@@ -258,8 +258,8 @@ class StepEstimate:
     def _sending(self, traffic: Traffic) -> float:
         """Return the time of a collective.
 
-        A ring that leaves a node runs at the speed of the network. In an all-to-all, only the part that leaves
-        the node does.
+        A ring that leaves a node runs at the speed of the network. In an all-to-all, only the part that
+        leaves the node does.
         """
         nodes = Counter(rank // GPUS_PER_NODE for rank in traffic.ranks)
         outside = 1.0 if len(nodes) > 1 else 0.0

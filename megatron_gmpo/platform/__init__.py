@@ -1,4 +1,4 @@
-"""The device, the communication backend and the seeds of a process, on CUDA or on the CPU."""
+"""Set up the device, the communication backend and the seeds of a process, on CUDA or on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .capabilities import check_apex
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for ``device = name``; ``auto`` is this process's GPU, or the CPU if there is none.
+    """Return the device for ``device = name``. ``auto`` means this process's GPU, or the CPU without a GPU.
 
     Raises:
         InputError: ``name`` is ``cuda`` and the machine has no usable GPU.
@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def start_process_group(device: torch.device, timeout_s: float) -> None:
-    """Join the process group that torchrun's environment describes, or create a group of one.
+    """Join the process group that torchrun's environment describes, or create a group of one process.
 
     gloo carries CPU tensors and NCCL carries CUDA tensors. If every rank is on this host, gloo listens on
     loopback only.
@@ -46,10 +46,11 @@ def start_process_group(device: torch.device, timeout_s: float) -> None:
 
 
 def prepare_megatron(device: torch.device) -> None:
-    """Make Megatron-Core run on ``device``. On CUDA the CPU shim is not imported.
+    """Prepare Megatron-Core to run on ``device``. On CUDA the CPU replacements are not imported.
 
     Raises:
-        InputError: see ``check_apex``; or the CPU shim was not tested with the installed megatron-core.
+        InputError: see ``check_apex``; or the CPU replacements were not tested with the installed
+            megatron-core.
     """
     check_apex()
     if device.type == "cpu":
@@ -59,7 +60,7 @@ def prepare_megatron(device: torch.device) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (all devices)."""
+    """Seed the random generators of Python, numpy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -76,10 +77,10 @@ _DETERMINISTIC = {
 def check_deterministic(wanted: bool, device: torch.device) -> None:
     """Check the environment variables that ``megatron.deterministic_mode`` needs on a GPU.
 
-    Libraries read them when they start.
+    The libraries read them at their start.
 
     Raises:
-        InputError: one of them is unset, or has a value that is not deterministic.
+        InputError: a variable is not set, or its value is not deterministic.
     """
     missing = [
         f"{name}={values[0]}" for name, values in _DETERMINISTIC.items() if os.environ.get(name) not in values

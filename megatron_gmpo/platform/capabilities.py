@@ -1,4 +1,4 @@
-"""Capabilities of this machine: the GPU, CUDA, and the libraries for FP8 and for Megatron's fused kernels."""
+"""Find the capabilities of this machine: GPU, CUDA, and libraries for FP8 and for fused kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Capabilities:
     """A GPU and the libraries installed for it.
 
     Attributes:
-        device: name of the GPU; empty without one.
+        device: name of the GPU; empty without a GPU.
         compute_capability: compute capability of the GPU, such as (9, 0) for an H100.
         cuda: CUDA version that torch was built with, such as (12, 9).
         transformer_engine: version of Transformer Engine, such as (2, 11), or None if it is not installed.
@@ -46,7 +46,7 @@ def check_apex() -> None:
     """Check that an installed ``apex``, which Megatron imports if it exists, is NVIDIA's.
 
     Raises:
-        InputError: it is another package, or was built without its CUDA extensions.
+        InputError: it is another package, or was built without CUDA extensions.
     """
     if importlib.util.find_spec("apex") and not importlib.util.find_spec("amp_C"):
         raise InputError(

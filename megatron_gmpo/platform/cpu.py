@@ -2,14 +2,15 @@
 
 Megatron-Core refers to CUDA in three ways. This module gives each of them a CPU meaning:
 
-- Calls into ``torch.cuda`` (current device, streams, events, RNG state) and the literal ``"cuda"`` as the device of a new tensor.
-  Megatron's modules, and only they, receive a copy of the ``torch`` module in which both refer to the CPU.
-- ``Tensor.cuda()`` and ``Module.cuda()`` return the object unchanged.
-- Comparisons of ``tensor.type()`` with ``"torch.cuda.FloatTensor"`` succeed, because ``type()`` reports CUDA names.
+- It calls ``torch.cuda`` (current device, streams, events, RNG state) and uses the literal ``"cuda"`` as the
+  device of new tensors. Only Megatron's modules receive a copy of the ``torch`` module in which both refer to
+  the CPU.
+- It calls ``Tensor.cuda()`` and ``Module.cuda()``, which here return the object unchanged.
+- It compares ``tensor.type()`` with ``"torch.cuda.FloatTensor"``. Here ``type()`` returns CUDA names.
 
-Three functions of Megatron assume a GPU library and are replaced: gradient clipping (clip_grads.py), the token counts that the MoE
-dispatcher passes to all-to-all (moe_utils.py), and gathers of unequal parts, which gloo does not support (mappings.py).
-The replacements were written for and tested with ``SUPPORTED_VERSIONS``.
+Three functions of Megatron assume a GPU library and are replaced: gradient clipping (clip_grads.py), the
+token counts that the MoE dispatcher passes to all-to-all (moe_utils.py), and gathers of unequal parts, which
+gloo does not support (mappings.py). The replacements were written for and tested with ``SUPPORTED_VERSIONS``.
 """
 
 from __future__ import annotations
@@ -38,16 +39,15 @@ def install() -> None:
     """Install the replacements in this process. Later calls do nothing.
 
     Raises:
-        InputError: the installed megatron-core is none of ``SUPPORTED_VERSIONS``.
+        InputError: the version of megatron-core is not in ``SUPPORTED_VERSIONS``.
     """
     global _installed
     if _installed:
         return
     import megatron.core
 
-    version = megatron.core.__version__.partition("+")[
-        0
-    ]  # 0.19 appends the commit of the enclosing repository
+    # 0.19 appends the commit of the enclosing repository after a "+"
+    version = megatron.core.__version__.partition("+")[0]
     if version not in SUPPORTED_VERSIONS:
         raise InputError(
             f"megatron-core {version} is not tested on CPUs: install one of the tested versions, "
@@ -60,7 +60,10 @@ def install() -> None:
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Let Megatron's "cuda" refer to the meta device inside the context. Its tensors have shapes but no memory (dry runs)."""
+    """Let Megatron's "cuda" refer to the meta device inside the context.
+
+    Meta tensors have shapes but no memory. Dry runs use them.
+    """
     global _device
     _device = torch.device("meta")
     try:
@@ -182,7 +185,7 @@ def _patch_megatron() -> None:
         patched.clip_grad_by_total_norm_fp32 = _clip_grad_by_total_norm_fp32
     for patched in (moe_utils, token_dispatcher):
         patched.maybe_move_tensor_to_cpu = _maybe_move_tensor_to_cpu
-    # Without Transformer Engine, 0.16 mistakes its stand-ins for the library, and 0.19 leaves ``Linear`` None.
+    # Without Transformer Engine, 0.16 wrongly sets HAVE_TE, and 0.19 leaves ``Linear`` None.
     multi_latent_attention.HAVE_TE, multi_latent_attention.Linear = HAVE_TE, Linear
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 defines the name only with Transformer Engine
         moe_utils.te_general_gemm = None  # pyright: ignore[reportAttributeAccessIssue]

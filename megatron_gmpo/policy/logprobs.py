@@ -1,7 +1,7 @@
 """Log probability and entropy under vocabulary-parallel logits, without a second copy of the logits.
 
-Forward and backward passes process the tokens in chunks, and the backward pass recomputes the softmax. Besides
-the logits and their gradient, memory holds only a few chunks in fp32.
+Forward and backward passes process the tokens in chunks, and the backward pass recomputes the softmax.
+Besides the logits and their gradient, memory holds only a few chunks in fp32.
 """
 
 from __future__ import annotations

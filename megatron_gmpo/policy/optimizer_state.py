@@ -217,7 +217,8 @@ def _set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
 def _full_state(slots: list[Slot], written: list[bool]) -> list[dict[str, Tensor]]:
     """Return each slot's tensors in the parameter's full shape, fp32 on the CPU.
 
-    They are summed over the ranks that share the slot. A slot that this rank does not write gets tensors of that shape without storage.
+    They are summed over the ranks that share the slot. A slot that this rank does not write gets tensors of
+    that shape without storage.
     """
     full: list[dict[str, Tensor]] = []
     for slot, kept in zip(slots, written, strict=True):

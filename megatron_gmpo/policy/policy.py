@@ -247,7 +247,7 @@ class Policy:
         return self.description.routing, self.groups.tp, len(batch.tokens), self.device
 
     def _reduce(self, kept: list[dict[str, Metric]]) -> dict[str, Metric]:
-        """Reduce metrics over microbatches and ranks. Tensor-parallel ranks hold copies; only rank 0's count."""
+        """Reduce metrics over microbatches and ranks, with one rank of each tensor-parallel group."""
         merged = reduce_metrics(kept if self.groups.tp.rank() == 0 else [])
         plain = {name: _on_cpu(m) for name, m in merged.items()}
         return reduce_metrics(all_gather_objects(plain))

@@ -183,8 +183,8 @@ class RoutingPass:
     def _spread(self, microbatch: Microbatch) -> Tensor:
         """Return (T', topk) int64 experts for slots without known ones: padding and last tokens.
 
-        These slots carry no loss. Consecutive slots get different experts, so that no expert is overloaded. The
-        experts depend only on the position in the sequence, so every packing gives the same experts.
+        These slots carry no loss. Consecutive slots get different experts, so that no expert is overloaded.
+        The experts depend only on the position in the sequence, so every packing gives the same experts.
         """
         shape = self.routing.shape
         start = self.routing.own(microbatch.position_ids)[:, None] * shape.topk

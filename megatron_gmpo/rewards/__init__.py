@@ -1,4 +1,4 @@
-"""Rewards: callables (Prompt, response text) -> float. ``REWARDS`` holds the built-in ones."""
+"""Rewards: callables (Prompt, response text) -> float. ``REWARDS`` has the built-in rewards."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ REWARDS: dict[str, Reward] = {
 def resolve_reward(cfg: RewardConfig) -> Reward:
     """Return the reward ``cfg.name``: one of ``REWARDS``, or ``module:function`` from the Python path.
 
-    Rewards are called from several threads at once. A reward that counts timeouts, like ``MathReward``, has
-    an int attribute ``timeouts``.
+    Several threads may call a reward at the same time. A reward that counts timeouts, like ``MathReward``,
+    has an int attribute ``timeouts``.
 
     Raises:
-        InputError: the name, module or function does not exist, or is not callable. The returned reward
-            raises it too, when a user's function returns a value that is not a finite number.
+        InputError: the name, module or function does not exist, or is not callable. The returned reward also
+            raises it if a user's function returns a value that is not a finite number.
     """
     if cfg.name == "math":
         return MathReward(timeout_s=cfg.timeout_s, workers=cfg.workers)

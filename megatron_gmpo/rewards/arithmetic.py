@@ -1,4 +1,4 @@
-"""The reward of the demo."""
+"""The reward of the arithmetic demo."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def countdown_reward(prompt: Prompt, response: str) -> float:
     executed, and evaluated in exact fractions. No response raises an error.
 
     Args:
-        prompt: its ``answer`` holds the numbers and the target, e.g. ``"3,7,12=45"``.
+        prompt: prompt whose ``answer`` has the numbers and the target, e.g. ``"3,7,12=45"``.
         response: the response text.
 
     Raises:

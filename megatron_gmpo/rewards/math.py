@@ -17,34 +17,34 @@ from pebble import CONSTS, ProcessExpired, ProcessPool
 
 from ..batch.samples import Prompt
 
-# the workers ignore SIGTERM, so a long wait before pebble kills them would be wasted
+# workers ignore SIGTERM, so pebble should not wait long before it kills them
 CONSTS.term_timeout = 0.1
 
 _JOIN_TIMEOUT_S = 5.0
-"""Time for idle workers to end before they are stopped."""
+"""Seconds within which idle workers must end before they are stopped."""
 _ORPHAN_MARGIN_S = 30
-"""Time after an answer's limit until the kernel ends a worker whose trainer is gone."""
+"""Seconds after an answer's timeout until the kernel ends a worker whose trainer has ended."""
 _STALLED_S = 3600.0
-"""Limit for one answer including the wait for a worker; reaching it means that the pool is broken."""
+"""Timeout of one answer, including the wait for a worker. Reaching it means that the pool is broken."""
 
 
 class MathReward:
-    r"""Scores 1.0 if the final answer of a response equals the reference answer mathematically, else 0.0.
+    r"""Score 1.0 if the final answer of a response equals the reference answer mathematically, else 0.0.
 
-    The final answer is the last complete ``\boxed{...}``, or the answer that math-verify extracts when there
-    is none. The reference answer is plain text or LaTeX: alone, boxed, or after ``####`` as in GSM8K. Order
+    The final answer is the last complete ``\boxed{...}``, or without one the answer that math-verify
+    extracts. The reference answer is plain text or LaTeX: alone, boxed, or after ``####`` as in GSM8K. Order
     counts in tuples and intervals, not in sets and lists; ``50\%`` equals both ``50`` and ``1/2``.
 
-    Answers are checked in worker processes, which start with the first call, because a computation that does
-    not end (``9^{9^{9^9}}``) can only be stopped by killing its process. Calls from several threads run in
+    Worker processes, which start with the first call, check the answers, because a computation that does not
+    end (``9^{9^{9^9}}``) can only be stopped by killing its process. Calls from several threads run in
     parallel.
 
     Args:
-        timeout_s: time limit for one answer; an answer that exceeds it scores 0.
+        timeout_s: timeout of one answer; an answer that exceeds it scores 0.
         workers: number of worker processes.
 
     Attributes:
-        timeouts: number of checks that exceeded the limit or whose process died.
+        timeouts: number of checks that exceeded the timeout or whose process died.
     """
 
     def __init__(self, timeout_s: float = 10.0, workers: int = 2) -> None:
@@ -109,11 +109,11 @@ def is_correct(truth: str, response: str) -> bool:
     answer = _last_boxed(response)
     if answer is not None:
         answer = _tidy(answer)
-        # for words: math-verify reads them as products of letters and would reject "True" for "true"
+        # math-verify parses words as products of letters and would reject "True" for "true"
         if answer.casefold() == truth.casefold():
             return True
         response = f"\\boxed{{{answer}}}"
-    # boxed, the whole reference answer is parsed as one expression; 0 disables math-verify's own time limit
+    # In a box, the whole reference answer is parsed as one expression. 0 disables math-verify's own timeout.
     expected, found = (parse(text, parsing_timeout=0) for text in (f"\\boxed{{{truth}}}", response))
     return verify(expected, found, timeout_seconds=0)
 
@@ -143,7 +143,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _check(truth: str, response: str, limit_s: float) -> bool:
-    # the pool enforces the limit only while the trainer lives; the alarm also ends an orphaned worker
+    # the pool enforces the timeout only while the trainer runs; the alarm also ends an orphaned worker
     signal.alarm(math.ceil(limit_s) + _ORPHAN_MARGIN_S)
     try:
         return is_correct(truth, response)
@@ -152,8 +152,8 @@ def _check(truth: str, response: str, limit_s: float) -> bool:
 
 
 def _start_worker() -> None:
-    # job-wide signals are handled by the trainer, which may need rewards until it has saved a checkpoint
+    # the trainer handles job-wide signals, and may need rewards until it has saved a checkpoint
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # math-verify warns about its disabled time limit and about every answer that it cannot parse
+    # math-verify warns about its disabled timeout and about every answer that it cannot parse
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)

@@ -116,7 +116,7 @@ class Collector:
         return Collected(chosen, metrics)
 
     def _generated_ahead(self, steps_left: int) -> tuple[list[SampleGroup], int]:
-        """Refill the queue; return the groups submitted first, and the number of groups that are too stale."""
+        """Refill the queue; return the groups submitted first and the number of groups that are too stale."""
         engine: Any = self._engine  # the config allows max_staleness only for engines with submit and wait
         while len(self._ahead) < min(1 + self.cfg.max_staleness, steps_left):
             state = self._prompts.state_dict()

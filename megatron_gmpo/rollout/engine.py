@@ -64,7 +64,8 @@ class RolloutEngine(Protocol):
             version: number of training steps taken.
 
         Raises:
-            InputError: a tensor is unknown, missing or repeated, or its shape differs from the engine's tensor.
+            InputError: a tensor is unknown, missing or repeated, or its shape differs from the engine's
+                tensor.
             NonFiniteError: a weight to be quantized is NaN or infinite.
         """
         ...

@@ -1,4 +1,4 @@
-"""Write and read rollouts on disk: the groups of a step for another training run, and readable transcripts."""
+"""Write and read the groups of a step, to replay them in another run, and write transcripts."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ from .stop import StopVote
 class Attempt:
     """One attempt at a run: ``with Attempt(cfg) as attempt: ...``, which calls ``attempt.start(...)``.
 
-    Rank 0 locks the run folder, on entry if the folder exists and otherwise in ``start``. On exit the outcome
-    is written. If another rank was lost, the block ends with ``CollectiveError``; after a stop request, with
-    ``StopRequest``.
+    Rank 0 locks the run folder, on entry if the folder exists, else in ``start``. On exit the outcome is
+    written. If another rank was lost, the block ends with ``CollectiveError``. After a stop request it ends
+    with ``StopRequest``.
 
     Raises:
         InputError: another run uses the run folder.
@@ -50,7 +50,9 @@ class Attempt:
         return self
 
     def start(self, device: torch.device, checkpoint_bytes: int) -> None:
-        """Remove the last attempt's records, start the heartbeat, check the nodes if configured. Collective.
+        """Remove the last attempt's records, start the heartbeat, and check the nodes. Collective.
+
+        ``cfg.supervision.node_check`` determines whether nodes are checked.
 
         Args:
             device: this rank's device.
@@ -83,14 +85,14 @@ class Attempt:
             self.enter("start")
 
     def enter(self, phase: str) -> None:
-        """Record that another phase begins; phases are the names of the run's ``Timer``."""
+        """Record the start of a phase. Phases are the names of the run's ``Timer``."""
         assert self._heartbeat
         if self._heartbeat.phase == "checkpoint":
             self._vote.saved(time.time() - self._heartbeat.since)
         self._heartbeat.enter(phase)
 
     def stops(self, step: int) -> bool:
-        """Return whether to save and end after ``step`` completed steps. Collective."""
+        """Return whether the run must save and end after ``step`` completed steps. Collective."""
         assert self._heartbeat
         self._heartbeat.step = step
         self._stop = self._vote.reason()
@@ -99,7 +101,7 @@ class Attempt:
         return bool(self._stop)
 
     def saved(self, step: int) -> None:
-        """Record that a stopping run has saved everything. From now on, signals are ignored."""
+        """Record that a stopping run has saved everything. Later signals are ignored."""
         signals.active = False
         self._event("saved_for_requeue", step=step, reason=self._stop)
         self._record_once(Exit.REQUEUE, self._stopped())
@@ -181,7 +183,7 @@ class Attempt:
         )
 
     def _last_line(self, code: Exit, reason: str, *, consequence: bool) -> None:
-        """Record the outcome; print the reason only if this rank was the one that wrote it."""
+        """Record the outcome, and print the reason if this rank has written it."""
         if self._record(code, reason, consequence=consequence):
             print(f"error: {reason}", file=sys.stderr, flush=True)
 
@@ -216,12 +218,12 @@ class Attempt:
 
 
 def _is_collective_error(error: BaseException) -> bool:
-    """Return whether a collective failed. gloo raises RuntimeErrors that name one of its source files."""
+    """Return whether ``error`` is a failed collective. gloo's RuntimeErrors name one of its source files."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _one_line(error: BaseException) -> str:
-    """Return ``ValueError: ...`` in one line, without the source file and the advice in gloo's messages."""
+    """Return ``ValueError: ...`` in one line, without the source file and advice of gloo's messages."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[[^]]*gloo[^]]*\] ", "", text).partition(". This is typically")[0]
     return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}"

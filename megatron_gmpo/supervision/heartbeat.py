@@ -1,4 +1,4 @@
-"""A thread in each rank that reports every few seconds what the rank is doing, and that detects a hang."""
+"""A thread in each rank that periodically writes the rank's phase to a file, and detects hangs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from .records import node_name, rank_file
 
 
 class Heartbeat:
-    """Writes ``heartbeats/rank_00003.json`` every ``interval_s``: rank, node, pid, ``step`` (completed
-    steps), ``phase``, ``since`` (Unix time at which the phase began) and ``time`` (Unix time of the write).
+    """Write a heartbeat every ``interval_s``, and detect phases that take too long.
+
+    The file is ``heartbeats/rank_00003.json``, with rank, node, pid, ``step`` (completed steps), ``phase``,
+    ``since`` (Unix time at which the phase began) and ``time`` (Unix time of the write).
 
     Args:
         run_dir: the run folder.
         rank: rank of this process.
         interval_s: seconds between two writes.
-        hang_timeout_s: seconds in one phase after which ``hung`` is called. It is called two intervals later
-            if the main thread is in a collective, so that the rank that keeps the others waiting reports
+        hang_timeout_s: seconds in one phase after which ``hung`` is called. If the main thread is in a
+            collective, it is called two intervals later, so that the rank for which the others wait reports
             first.
-        hung: receives one line that names the rank that does not make progress. Called in the heartbeat
-            thread.
+        hung: function called in the heartbeat thread with one line that names the rank without progress.
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Heartbeat:
 
     @property
     def where(self) -> str:
-        """The current phase and step, such as ``phase rollout of step 3``."""
+        """Return the current phase and step, such as ``phase rollout of step 3``."""
         return f"phase {self.phase} of step {self.step + 1}"
 
     def enter(self, phase: str) -> None:
-        """Record that another phase begins."""
+        """Record the start of a phase."""
         self.phase, self.since, self._entered = phase, time.time(), time.monotonic()
 
     def stop(self) -> None:
@@ -79,7 +80,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._interval_s):
-            with suppress(OSError):  # a file system that is briefly unavailable, or full
+            with suppress(OSError):  # the file system may be full or briefly unavailable
                 self._write()
             # Code that never releases the GIL, such as a regular expression, also stops this thread.
             # faulthandler's thread does not need the GIL: it dumps the stacks and ends the process with exit
@@ -125,7 +126,7 @@ class Heartbeat:
 
 
 def _in_collective() -> bool:
-    """Return whether the main thread is in torch.distributed. With NCCL it may instead wait for the GPU."""
+    """Return whether the main thread is in torch.distributed. With NCCL it may also wait for the GPU."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     while frame:
         if f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.f_code.co_filename:

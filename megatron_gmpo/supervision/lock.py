@@ -1,4 +1,4 @@
-"""The lock of a run folder: one attempt at a time."""
+"""The lock of a run folder, which allows one attempt at a time."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from .records import node_name
 log = logging.getLogger(__name__)
 
 _SAME_JOB_S = 120.0
-"""After a requeue, the lock of the job's last attempt stays until the file system detects that its node is
-gone."""
+"""Seconds to wait for the lock of the same job's last attempt.
+
+After a requeue it stays until the file system detects that the last attempt's node is gone."""
 _POLL_S = 1.0
 
 
 class RunLock:
-    """An exclusive ``flock`` on ``run.lock`` that ends with the process. The file's line names the holder.
+    """An exclusive ``flock`` on ``run.lock`` that ends with the process. The file names the holder.
 
     Raises:
-        InputError: another process holds the lock. For an earlier attempt of the same Slurm job, it is raised
-            after two minutes.
+        InputError: another process holds the lock. If the holder is an earlier attempt of the same Slurm job,
+            the error is raised after two minutes.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._file = (run_dir / "run.lock").open("a+")
-        # a forked child inherits the descriptor, and would hold the lock after the end of this process
+        # a forked child inherits the descriptor and would hold the lock after this process has ended
         os.register_at_fork(after_in_child=self._file.close)
         deadline = time.monotonic() + _SAME_JOB_S
         while not self._acquired():
@@ -65,8 +66,8 @@ class RunLock:
 
     def release(self) -> None:
         """Release the lock."""
-        with suppress(OSError):  # a file system without locks
-            # closing alone is not enough: a child that is being forked may still have the descriptor
+        with suppress(OSError):  # the file system may not support locks
+            # close() is not sufficient, because a child that is being forked may still have the descriptor
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 

@@ -23,9 +23,9 @@ _GB = 1e9
 _CLOCK_SKEW_S = 30.0
 _FREE_GPU_SHARE = 0.8
 _TOKEN_TIMEOUT_S = 60.0
-"""On a network file system, another node's file becomes visible with a delay."""
+"""Timeout for another node's file, which becomes visible with a delay on a network file system."""
 _ALL_REDUCE_TIMEOUT_S = 300.0
-"""Includes the setup of NCCL's connections, which the first all-reduce triggers."""
+"""Timeout of the all-reduce, including the setup of NCCL's connections in the first all-reduce."""
 _POLL_S = 0.2
 
 
@@ -39,19 +39,20 @@ def check_nodes(
 ) -> None:
     """Check GPUs, memory, the shared run folder, clocks, disk space and an all-reduce. Collective.
 
-    It takes at most a minute on good nodes.
+    The check takes at most a minute on good nodes.
 
     Args:
-        cfg: the limits.
-        run_dir: must be the same folder on all nodes.
+        cfg: the supervision section with the limits.
+        run_dir: run folder, which must be the same folder on all nodes.
         device: this rank's device.
         checkpoint_bytes: size of one checkpoint, the required free disk space unless ``cfg.min_free_disk_gb``
             is set.
-        shared_gpus: rollout servers of the run may already use the GPUs.
+        shared_gpus: whether rollout servers of the run may already use the GPUs.
 
     Raises:
-        NodeError: on every rank, naming the first bad node, the failed check, and the other bad nodes.
-        InputError: on every rank: the disk that all nodes share has too little space.
+        NodeError: a check failed. The line names the first bad node, the failed check, and the other bad
+            nodes. Raised on every rank.
+        InputError: the disk that all nodes share has too little space. Raised on every rank.
     """
     _raise_first(
         [*_gpus(device, shared_gpus), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()]
@@ -59,7 +60,7 @@ def check_nodes(
     with agreed():
         if rank() == 0:
             _check_space(cfg, run_dir, checkpoint_bytes)
-    _raise_first([*_all_reduce(device)])  # last: a bad node might never complete it
+    _raise_first([*_all_reduce(device)])  # last, because a bad node may never complete it
 
 
 def _raise_first(problems: list[str]) -> None:

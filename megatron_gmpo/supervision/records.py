@@ -1,11 +1,13 @@
 """Files of a run folder through which launcher, ranks and tools communicate.
 
-run.lock                    locked by rank 0; its line names the holder
-outcome.json                why the attempt ended, see ``Outcome``
-heartbeats/rank_00003.json  what a rank is doing, see ``heartbeat.py``
-stacks/rank_00003.txt       thread stacks of a rank that hung, or was ended because another rank failed
-errors/rank_00003.txt       last traceback of a rank
-events.jsonl                {"time", "event", ...} per line: resumes, checkpoints, stop requests, hangs, ...
+The files are::
+
+    run.lock                    lock of rank 0, with one line that names the holder
+    outcome.json                code and reason of the attempt's end, see ``Outcome``
+    heartbeats/rank_00003.json  current phase of a rank, see ``heartbeat.py``
+    stacks/rank_00003.txt       thread stacks of a rank that hung, or was ended because another rank failed
+    errors/rank_00003.txt       last traceback of a rank
+    events.jsonl {"time", "event", ...} per line: resumes, checkpoints, stop requests, hangs, ...
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ OUTCOME = "outcome.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why an attempt ended.
+    """The reason why an attempt ended.
 
     Attributes:
-        code: an ``errors.Exit``. torchrun itself exits with 1, whatever the exit codes of its ranks.
-        reason: one line.
+        code: an ``errors.Exit``. torchrun itself always exits with 1 after a failure.
+        reason: the reason in one line.
         step: completed steps.
         rank: rank of the process that wrote the outcome.
         node: node of that process, or the node that failed the node check.
@@ -50,7 +52,7 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> bool:
     """Write ``outcome.json`` unless this attempt already has one. A cause replaces a consequence.
 
     Returns:
-        Whether it was written.
+        True if the outcome was written.
     """
     path, content = run_dir / OUTCOME, json.dumps(asdict(outcome))
     if files.write_new(path, content):
@@ -63,7 +65,7 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> bool:
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:
-    """Return the outcome of the last attempt, or None if it has none: it still runs, or was killed."""
+    """Return the outcome of the last attempt, or None if the attempt still runs or was killed."""
     try:
         return Outcome(**json.loads((run_dir / OUTCOME).read_text()))
     except FileNotFoundError:
@@ -77,7 +79,7 @@ def append_event(run_dir: Path, name: str, **fields: Any) -> None:
 
 
 def rank_file(run_dir: Path, kind: str, rank: int, suffix: str = ".txt") -> Path:
-    """Return a rank's file of a kind, such as ``heartbeats/rank_00003.json``."""
+    """Return the path of a rank's file of this kind, such as ``heartbeats/rank_00003.json``."""
     return run_dir / kind / f"rank_{rank:05d}{suffix}"
 
 

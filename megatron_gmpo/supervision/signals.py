@@ -1,6 +1,6 @@
 """SIGUSR1 and SIGTERM request a stop after the current step. A second SIGTERM ends the process immediately.
 
-This module imports nothing slow: until ``listen`` is called, such a signal kills the process.
+Before ``listen`` is called, such a signal kills the process, so this module has no slow imports.
 
 Both signals are blocked, and a thread waits for them, so that a request arrives even while the main thread is
 in a collective. Child processes (reward workers, servers, checkpoint writers) inherit the mask: Slurm signals
@@ -17,25 +17,26 @@ from collections.abc import Callable
 
 _REQUESTS = {signal.SIGUSR1, signal.SIGTERM}
 _FORWARDED_S = 2.0
-"""Slurm sends SIGTERM to each process of a step, and torchrun forwards it: two within this time count as
-one."""
+"""Seconds within which two SIGTERMs count as one.
+
+Slurm sends SIGTERM to each process of a step, and torchrun forwards it."""
 
 received: signal.Signals | None = None
 """The first request, or None."""
 
 active = True
-"""Set to False once a stopping run has saved everything: further signals are ignored."""
+"""False after a stopping run has saved everything. Signals are then ignored."""
 
 
 def _ignore(reason: str) -> None: ...
 
 
 before_exit: Callable[[str], None] = _ignore
-"""Called with the reason before a signal ends the process; not in the main thread."""
+"""Function called with the reason before a signal ends the process. It does not run in the main thread."""
 
 
 def listen() -> None:
-    """Treat the signals as requests from now on. Call it before any thread is started."""
+    """Start to treat the signals as stop requests. Call it before any thread is started."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
     threading.Thread(target=_wait, name="signals", daemon=True).start()
 
@@ -57,7 +58,7 @@ def _wait() -> None:
 
 
 def _rank_has_ended() -> bool:
-    """Return whether torchrun has fewer children than it started: a rank failed, and SIGTERM follows."""
+    """Return whether torchrun has fewer children than it started. Then a rank failed, and SIGTERM follows."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     import psutil

@@ -1,7 +1,7 @@
-"""The attempts of a Slurm job at one run: whether the job may make another, and how the last one ended.
+"""Record the attempts of a Slurm job at one run, and decide whether the job may make another attempt.
 
-restarts.jsonl in the run folder has one line per attempt. Limits count the attempts of one job; a new sbatch
-of the same run starts from zero. This module does not import torch, see ``commands/slurm_attempt.py``.
+restarts.jsonl in the run folder has one line per attempt. Limits count the attempts of one job. A new job for
+the same run starts from zero. This module does not import torch, see ``commands/slurm_attempt.py``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ class AttemptRecord:
 
     Attributes:
         attempt: number within the job, from 1.
-        job: Slurm's job id, which a requeue keeps.
+        job: Slurm's job id, which does not change at a requeue.
         start: Unix time in seconds.
         checkpoint_step: steps in the newest checkpoint at ``start``; 0 without one.
-        code: an ``Exit``; None while the attempt runs, and forever if Slurm ended it before it could record a
-            reason.
-        reason: one line.
+        code: an ``Exit``; None while the attempt runs, or if Slurm ended it before it could record a reason.
+        reason: the reason in one line.
     """
 
     attempt: int
@@ -50,12 +49,13 @@ class AttemptRecord:
 
 
 def begin(cfg: Config) -> Path:
-    """Check the lock and the limits, record the attempt, draw the keys of rollout servers, and return the run
-    folder.
+    """Begin an attempt and return the run folder.
+
+    Check the lock and the limits, record the attempt, and draw the keys of rollout servers.
 
     Raises:
         InputError: another job uses the run folder, see ``RunLock``.
-        RunError: the job has used up its attempts.
+        RunError: the job has reached its limit of attempts.
     """
     run_dir = Path(cfg.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def begin(cfg: Config) -> Path:
             f"run_dir = {cfg.run_dir!r} is in use by job {attempts[-1].job}: wait for its end, or choose "
             f"another run_dir"
         )
-    if attempts and attempts[-1].code is None:  # Slurm requeued the job: a preemption or a failed node
+    if attempts and attempts[-1].code is None:  # Slurm requeued the job after a preemption or a failed node
         attempts[-1] = _concluded(run_dir, attempts[-1], "ended by Slurm: a preemption or a failed node")
     ours = [attempt for attempt in attempts if attempt.job == job]
     if reason := why_no_more(ours, step):
@@ -76,7 +76,7 @@ def begin(cfg: Config) -> Path:
     _write_attempts(run_dir, [*attempts, AttemptRecord(len(ours) + 1, job, time.time(), step)])
     if ours:
         append_event(run_dir, "restart", attempt=len(ours) + 1, step=step, reason=ours[-1].reason)
-    for name in (OUTCOME, "servers.json"):  # left by the last attempt
+    for name in (OUTCOME, "servers.json"):  # from the last attempt
         (run_dir / name).unlink(missing_ok=True)
     if cfg.rollout.engine == "sglang":
         _write_keys(run_dir / "server_keys.json")
@@ -84,15 +84,16 @@ def begin(cfg: Config) -> Path:
 
 
 def end(run_dir: Path, status: int) -> tuple[Exit, str]:
-    """Record how the attempt ended, and print on stderr what happens next.
+    """Record the end of the attempt, and print on stderr whether another attempt follows.
 
     Args:
-        status: srun's exit code: 0, or ``Exit.REQUEUE`` if the attempt was stopped before its trainers were
-            started. Other values carry no information: torchrun exits with 1 whatever its ranks exit with.
+        status: srun's exit code. It is 0 after success, and ``Exit.REQUEUE`` if the attempt was stopped
+            before its trainers were started. Other values have no meaning, because torchrun exits with 1
+            after any failure.
 
     Returns:
-        The job's exit code, ``Exit.REQUEUE`` if it is to be started again, and the name of a node that must
-        not be used again, or "".
+        The job's exit code, which is ``Exit.REQUEUE`` if the job must be started again, and the name of a
+        node that must not be used again, or "".
     """
     attempts = read_attempts(run_dir)
     this = max(index for index, attempt in enumerate(attempts) if attempt.job == os.environ["SLURM_JOB_ID"])
@@ -124,7 +125,7 @@ def end(run_dir: Path, status: int) -> tuple[Exit, str]:
 
 
 def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
-    """Return why a job that has made these attempts must not make another, or "".
+    """Return the reason why a job with these attempts must not make another attempt, or "".
 
     Args:
         step: steps in the newest checkpoint.
@@ -133,7 +134,7 @@ def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
         return ""
     last = f"; the last attempt: {attempts[-1].reason}"
     restarts, crashes = _limit("MAX_RESTARTS"), _limit("MAX_CRASHES")
-    # an attempt without a code ended by a preemption or a lost node, for which the run is not to blame
+    # an attempt without a code ended by a preemption or a lost node, not by an error of the run
     ended = [attempt for attempt in attempts if attempt.code is not None]
     if len(ended) > 1 and ended[-2].checkpoint_step == step:
         return f"two attempts in a row have left no checkpoint after step {step}{last}"
@@ -145,7 +146,7 @@ def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
 
 
 def checkpoint_step(run_dir: Path) -> int:
-    """Return the steps in the newest checkpoint, 0 without one."""
+    """Return the completed steps in the newest checkpoint, 0 without a checkpoint."""
     try:
         return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     except FileNotFoundError:
@@ -153,7 +154,7 @@ def checkpoint_step(run_dir: Path) -> int:
 
 
 def read_attempts(run_dir: Path) -> list[AttemptRecord]:
-    """Return all attempts at a run, by all jobs, oldest first."""
+    """Return all attempts at a run, from all jobs, oldest first."""
     try:
         lines = (run_dir / RESTARTS).read_text().splitlines()
     except FileNotFoundError:
@@ -162,8 +163,10 @@ def read_attempts(run_dir: Path) -> list[AttemptRecord]:
 
 
 def _concluded(run_dir: Path, attempt: AttemptRecord, default_reason: str) -> AttemptRecord:
-    """Return the attempt with code and reason of ``outcome.json``; without that file, with ``default_reason``
-    and no code."""
+    """Return the attempt with code and reason of ``outcome.json``.
+
+    Without that file, the code is None and the reason is ``default_reason``.
+    """
     outcome = read_outcome(run_dir)
     if outcome is None:
         return replace(attempt, reason=default_reason)
@@ -178,10 +181,8 @@ def _is_running(job: str) -> bool:
             text=True,
             timeout=30,
         )
-    except (
-        OSError,
-        subprocess.TimeoutExpired,
-    ):  # no squeue, or no answer from the controller: rely on the lock
+    except (OSError, subprocess.TimeoutExpired):
+        # squeue is missing, or the controller does not answer: rely on the lock
         return False
     return "RUNNING" in queue.stdout
 
@@ -191,7 +192,7 @@ def _write_attempts(run_dir: Path, attempts: list[AttemptRecord]) -> None:
 
 
 def _write_keys(path: Path) -> None:
-    """Write the keys for servers and trainers of this attempt to a file that only this user can read."""
+    """Write the keys of this attempt's servers to a file that only this user can read."""
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump({"api_key": secrets.token_hex(16), "admin_key": secrets.token_hex(16)}, file)

@@ -1,4 +1,4 @@
-"""Decide between steps whether the run stops, for a signal or the job's time limit. Ranks decide alike."""
+"""Decide between steps whether to stop the run for a signal or the job's time limit, equally on all ranks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import torch.distributed as dist
 from ..distributed import rank
 from . import signals
 
-_TIME_LIMIT = 1  # as a vote, beside the numbers of signals; signal 1 is SIGHUP, which never requests a stop
+_TIME_LIMIT = 1  # a vote; other votes are signal numbers, and signal 1, SIGHUP, never requests a stop
 _RECENT = 20
 _SQUEUE_TIMEOUT_S = 30.0
 
 
 class StopVote:
-    """
+    """The ranks' joint decision whether to stop the run.
+
     Args:
         margin_s: seconds that must be left in the job in addition to the longest of the last 20 steps and the
             longest of the last 20 saves. Until the first save has been measured, the margin must cover a
@@ -33,7 +34,7 @@ class StopVote:
         self._margin_s = margin_s
         self._end = job_end_time() if rank() == 0 else math.inf
         self._began: float | None = None
-        self._saving = 0.0  # since the step began
+        self._saving = 0.0  # seconds of saves since the step began
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._saves: deque[float] = deque(maxlen=_RECENT)
 
@@ -43,7 +44,7 @@ class StopVote:
         self._saving += seconds
 
     def reason(self) -> str:
-        """Return why to stop, or an empty string. Call it between steps. Collective: one small all-reduce."""
+        """Return the reason to stop, or "". Call it between steps. Collective: one small all-reduce."""
         now = time.monotonic()
         if self._began is not None:
             self._steps.append(now - self._began - self._saving)
@@ -63,7 +64,7 @@ class StopVote:
 
 
 def job_end_time() -> float:
-    """Return the Unix time at which Slurm ends this job; infinite if it is not known or there is no limit."""
+    """Return the Unix time at which Slurm ends this job; infinite if unknown or without a limit."""
     if stated := os.environ.get("SLURM_JOB_END_TIME"):
         return float(stated)
     if not (job := os.environ.get("SLURM_JOB_ID")):
@@ -75,6 +76,6 @@ def job_end_time() -> float:
             command, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_S, env=environment
         )
         return datetime.fromisoformat(answer.stdout.strip()).timestamp()
-    # no squeue on this node, a controller that does not answer, "N/A"
+    # squeue is missing on this node, the controller does not answer, or the time is "N/A"
     except (OSError, subprocess.TimeoutExpired, ValueError):
         return math.inf

@@ -1,9 +1,9 @@
-"""torchrun that records which rank was killed; ``RUN_DIR`` names the run folder.
+"""Run torchrun and record which rank was killed. ``RUN_DIR`` is the run folder.
 
     RUN_DIR=... python -m megatron_gmpo.supervision.torchrun TORCHRUN_OPTIONS
 
-A rank that receives SIGKILL, for example because memory ran out, cannot record its end; the other ranks only
-see that it is gone.
+A rank that receives SIGKILL, for example from the out-of-memory killer, cannot record its end. The other
+ranks only detect that it is gone.
 """
 
 from __future__ import annotations

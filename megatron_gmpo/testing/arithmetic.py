@@ -26,8 +26,7 @@ def write_addition_problems(out: Path, num_heldout: int = 200, seed: int = 0) ->
 
 
 def write_problems(out: Path, train: Sequence[Problem], heldout: Sequence[Problem]) -> dict[Path, int]:
-    """Write problems to ``out`` as train.jsonl and heldout.jsonl and return the number of problems in each
-    file."""
+    """Write problems to ``out`` as train.jsonl and heldout.jsonl, and return the number in each file."""
     out.mkdir(parents=True, exist_ok=True)
     counts: dict[Path, int] = {}
     for name, problems in (("train", train), ("heldout", heldout)):

@@ -22,7 +22,7 @@ _IN_PARENTHESES = {
     "*": (set("+-"), set("+-")),
     "/": (set("+-"), set("+-*/")),
 }
-"""Operator -> operators whose results need parentheses on its left, and on its right."""
+"""Operator -> operators whose results need parentheses as its left operand, and as its right operand."""
 _MAX_MISSES = 100_000
 """Consecutive draws without a new problem after which the search stops."""
 
@@ -42,10 +42,10 @@ class Countdown:
     max_target: int = 99
 
     def draw(self, generator: random.Random) -> tuple[str, str]:
-        """Return a problem, such as ``"12,7,3=15"``, and the random expression it was made from,
-        ``"3*(12-7)"``.
+        """Return a problem and the random expression from which it was made.
 
-        The numbers stand in falling order, so equal numbers and targets give equal texts.
+        Example: ``"12,7,3=15"`` and ``"3*(12-7)"``. The numbers are in descending order, so equal numbers and
+        targets give equal texts.
         """
         while True:
             numbers = sorted((generator.randint(1, self.max_number) for _ in range(self.count)), reverse=True)
@@ -57,7 +57,7 @@ class Countdown:
         """Return ``number`` different problems in a random order.
 
         Raises:
-            InputError: there are fewer.
+            InputError: there are fewer than ``number`` problems.
         """
         found: dict[str, None] = {}
         misses = 0
@@ -87,13 +87,14 @@ def make_countdown(
     """Write train.jsonl and heldout.jsonl, then the folder model, then warm_up.json, which holds the loss.
 
     Args:
-        warm_up_steps: batches of 64 solved problems that the model is trained on. None makes no model.
+        warm_up_steps: number of batches of 64 solved problems on which the model is trained. None makes no
+            model.
 
     Returns:
         The number of problems in each file, and the loss of the warm-up.
 
     Raises:
-        InputError: there are fewer problems of this kind.
+        InputError: there are too few problems of this kind.
     """
     generator = random.Random(seed)
     problems = kind.problems(num_train + num_heldout, generator)
@@ -120,9 +121,8 @@ def _random_expression(numbers: list[int], generator: random.Random) -> tuple[Fr
     Two random parts are joined until one is left. The larger of two summands or factors comes first, which
     leaves fewer ways to write the same expression.
     """
-    parts = [
-        (Fraction(number), str(number), "") for number in numbers
-    ]  # value, text, the operator applied last
+    # value, text, and the operator applied last
+    parts = [(Fraction(number), str(number), "") for number in numbers]
     while len(parts) > 1:
         generator.shuffle(parts)
         left, right = parts.pop(), parts.pop()

@@ -13,11 +13,11 @@ CONFIG = "examples/moe/tiny_cpu.toml"
 TINY = Path("runs/tiny")
 """Folder in which ``CONFIG`` expects the model and the problems."""
 DONE = TINY / "warm_up.json"
-"""Written last: the loss of the warm-up."""
+"""File with the loss of the warm-up, which is written last."""
 
 
 def make_demo_model() -> None:
-    """Write the addition problems and a tiny Qwen3-MoE that supervised learning has warmed up on them."""
+    """Write the addition problems, and a tiny Qwen3-MoE warmed up on them by supervised learning."""
     write_addition_problems(TINY)
     make_tiny_model(TINY / "model")
     train, _ = addition_problems()

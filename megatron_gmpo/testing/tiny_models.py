@@ -34,10 +34,10 @@ def make_tiny_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Write the folder ``out`` and return its model: 4 attention heads, 2 key-value heads, top-2 experts.
+    """Write the folder ``out`` and return its model with 4 attention heads, 2 key-value heads, top-2 experts.
 
     Args:
-        tokenizer: saved in the folder; its length is the vocabulary size. None means
+        tokenizer: tokenizer to save in the folder; its length is the vocabulary size. None means
             ``arithmetic_tokenizer()``.
         ffn_hidden_size: width of the MLP; in a MoE, width of each expert.
         head_dim: width of a head in the Qwen3 families and GLM. DeepSeek's heads have ``head_dim // 2``
@@ -45,8 +45,8 @@ def make_tiny_model(
         num_experts: experts per layer of a MoE.
         initializer_range: standard deviation of the weights. With the usual 0.02, a model of this width has
             near-uniform logits and near-equal router scores, and learns slowly.
-        randomize_norms: draw norm weights and biases too, instead of ones and zeros. A comparison of logits
-            then catches mistakes in them.
+        randomize_norms: draw norm weights and biases at random instead of ones and zeros, so that a
+            comparison of logits detects errors in them.
         seed: seed of the weights. Torch's global generator keeps its state.
     """
     tokenizer = tokenizer or arithmetic_tokenizer()

@@ -1,4 +1,4 @@
-"""Tokenizers that are small enough for tiny models."""
+"""Make tokenizers that are small enough for tiny models."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ CHATML = (
 
 
 def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer for sums: pad, eos, the ten digits and ``+-= ``; 16 tokens in all."""
+    """Return the tokenizer for sums, with 16 tokens: pad, eos, the ten digits and ``+-= ``."""
     return character_tokenizer("0123456789+-= ")
 
 
 def countdown_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer for the Countdown task: pad, eos, the ten digits and ``+-*/(),=:``; 21 tokens in
-    all."""
+    """Return the tokenizer for Countdown, with 21 tokens: pad, eos, the ten digits and ``+-*/(),=:``."""
     return character_tokenizer("0123456789+-*/(),=:")
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per character; encoding a character outside ``characters`` raises an
-    error."""
+    """Return a tokenizer with one token per character.
+
+    Encoding a character that is not in ``characters`` raises an error.
+    """
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -44,13 +45,14 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 def text_tokenizer(
     corpus: Path | None = None, column: str = "problem", vocab_size: int = 1024
 ) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE with Qwen's special tokens and the ChatML template; it encodes and round-trips
-    any text.
+    """Return a byte-level BPE with Qwen's special tokens and the ChatML template.
+
+    It encodes any text without loss.
 
     Args:
-        corpus: .parquet or .jsonl file whose ``column`` the merges are learned from; None leaves the 256
-            bytes.
-        vocab_size: number of tokens when there is a corpus, including the 3 special tokens.
+        corpus: .parquet or .jsonl file; the merges are learned from its ``column``. With None each token is
+            one of the 256 bytes.
+        vocab_size: number of tokens with a corpus, including the 3 special tokens.
 
     Raises:
         InputError: the corpus does not exist, has another suffix or lacks the column.

@@ -1,4 +1,4 @@
-"""Supervised warm-up with plain transformers, so that some samples of GMPO's first steps are right."""
+"""Warm up a model by supervised learning, so that some samples of GMPO's first steps are right."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NO_LOSS = -100
-"""Label that transformers leaves out of the cross entropy."""
+"""Label that transformers excludes from the cross entropy."""
 
 
 def warm_up(
@@ -23,8 +23,7 @@ def warm_up(
     lr: float = 2e-3,
     seed: int = 0,
 ) -> float:
-    """Train the model of a folder on ``problem + answer + end token``, save it there and return the last
-    batch's loss.
+    """Train the model of a folder in place on ``problem + answer + end token``; return the last loss.
 
     The loss is the mean cross entropy, in nats, over the tokens of the answer and the end token. The
     optimizer is AdamW at a constant ``lr``: a model whose learning rate was annealed improves far less in

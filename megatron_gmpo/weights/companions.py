@@ -11,12 +11,12 @@ import torch
 from ..errors import InputError
 from .safetensors_folder import INDEX
 
-# .py: code that comes with some tokenizers; it is not run here
+# .py files are code of some tokenizers, which is not run here
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy everything except weights from one Hugging Face folder into another, which is created if absent.
+    """Copy everything except weights from one Hugging Face folder to another, which is created if missing.
 
     Args:
         dtype: dtype of the weights in ``target``, for its config.json. None keeps the dtype of ``source``, or

@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face folders and Megatron checkpoints, tensor by tensor.
+"""Convert between Hugging Face folders and Megatron checkpoints, tensor by tensor.
 
 A converted Megatron checkpoint is a folder with Megatron-LM's names::
 
@@ -30,12 +30,12 @@ from .table import ConversionTable, Entry
 from .torch_dist import Place
 
 Advance = Callable[[int], None]
-"""Receives the number of bytes of each tensor that this rank has converted."""
+"""Function called with the number of bytes of each tensor that this rank has converted."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of a conversion, over all ranks."""
+    """The result of a conversion, over all ranks."""
 
     tensors: int
     nbytes: int
@@ -47,21 +47,21 @@ class Converted:
 
 
 class Conversion(ABC):
-    """A checked source, ready to be written in the other format.
+    """A checked source that can be written in the other format.
 
     Attributes:
-        table: every parameter of the model.
+        table: the table of every parameter of the model.
     """
 
     table: ConversionTable
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors to write."""
+        """Return the bytes of all tensors to write."""
         return sum(self._nbytes(entry) for entry in self.table.entries)
 
     def lines(self) -> Iterator[str]:
-        """Yield the table, one line per parameter: Hugging Face names, Megatron place, shape and dtype."""
+        """Yield the lines of the table: for each parameter its Hugging Face names, place, shape and dtype."""
         for entry in self.table.entries:
             place, dtype = self._place(entry), str(self._dtype(entry)).removeprefix("torch.")
             index = str(list(place.index)) if place.index else ""
@@ -71,8 +71,8 @@ class Conversion(ABC):
         """Write the target folder (collective; each rank writes its share).
 
         Args:
-            verify: whether to read everything back and compare it, bit by bit, before the folder receives its
-                name.
+            verify: whether to read everything back and compare it, bit by bit, before the folder is renamed
+                to its final name.
 
         Raises:
             InputError: the target exists; the disk is too small; a tensor is not finite; a tensor read back
@@ -105,7 +105,7 @@ class Conversion(ABC):
 
     @abstractmethod
     def _write(self, folder: Path, advance: Advance) -> list[Entry]:
-        """Write this rank's share and return its entries. Collective; every rank raises an error."""
+        """Write this rank's share and return its entries. Collective; an error is raised on every rank."""
 
     @abstractmethod
     def _read_back(self, folder: Path) -> Callable[[Entry], Iterable[list[Tensor]]]:
@@ -139,7 +139,7 @@ def finite(name: str, tensor: Tensor) -> Tensor:
     Raises:
         InputError: it holds NaN or infinite numbers.
     """
-    # the sum is not finite if an element is not, and is cheaper than a look at every element
+    # the sum is not finite if an element is not finite, and is cheaper than a check of every element
     if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not tensor.isfinite().all():
         raise InputError(
             f"tensor {name!r} holds NaN or infinite numbers: the weights are broken, use another copy or step"

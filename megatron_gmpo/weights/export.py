@@ -1,4 +1,4 @@
-"""The parameters of a parallel Megatron model -> complete tensors by Hugging Face name."""
+"""Export the parameters of a parallel Megatron model as complete tensors by Hugging Face name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Megatron checkpoint."""
+"""Convert a Hugging Face folder to a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ITERATION = "iter_0000000"
 
 
 class HFToMegatron(Conversion):
-    """A Hugging Face folder, checked and ready to be written as a Megatron checkpoint.
+    """A checked Hugging Face folder that can be written as a Megatron checkpoint.
 
     Args:
         hf: the folder.
 
     Raises:
-        InputError: the folder holds no model, an unknown family or pickle files; a tensor is missing, unknown
-            or misshapen, or its dtype differs between layers; a file is truncated or absent.
+        InputError: the folder has no model, an unknown family or pickle files; a tensor is missing, unknown
+            or misshapen, or its dtype differs between layers; a file is truncated or missing.
     """
 
     def __init__(self, hf: Path) -> None:
@@ -56,7 +56,7 @@ class HFToMegatron(Conversion):
         return mine
 
     def _share(self) -> list[Entry]:
-        """Return this rank's entries: consecutive ones, with about the same number of bytes on every rank."""
+        """Return this rank's entries, a consecutive range with about the same bytes on every rank."""
         sizes = [self._nbytes(entry) for entry in self.table.entries]
         total = max(1, sum(sizes))
         middles = (end - size / 2 for end, size in zip(accumulate(sizes), sizes, strict=True))

@@ -1,4 +1,4 @@
-"""Description of a checkpoint folder of either format."""
+"""Describe a checkpoint folder of either format."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .torch_dist import LATEST, TorchDistReader, checkpoint_folder
 
 
 def inspect_checkpoint(path: Path) -> dict[str, str]:
-    """Return a description of a folder: label -> text. The text of ``whole`` is ``yes``, or names the defect.
+    """Return the description of a folder: label -> text. ``whole`` is ``yes`` or names the defect.
 
     Raises:
-        InputError: the folder holds neither a Hugging Face model with safetensors nor a torch_dist
+        InputError: the folder contains neither a Hugging Face model with safetensors nor a torch_dist
             checkpoint.
     """
     if (path / LATEST).is_file() or (path / ".metadata").is_file():

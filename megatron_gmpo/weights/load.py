@@ -1,4 +1,4 @@
-"""Hugging Face safetensors folder -> the parameters of a parallel Megatron model."""
+"""Load a Hugging Face safetensors folder into a parallel Megatron model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .safetensors_folder import SafetensorsFolder
 def load_hf(
     chunks: list[torch.nn.Module], mapping: Mapping, path: str, groups: ProcessGroupCollection
 ) -> None:
-    """Fill the model from a Hugging Face folder (collective). Every rank reads the tensors that it holds.
+    """Fill the model from a Hugging Face folder. Collective; every rank reads the tensors that it holds.
 
     Raises:
         InputError: the folder has a tensor that no rank loads; a tensor is missing or misshapen. Raised on
@@ -64,7 +64,7 @@ def _load_parameter(
         full = match.operation.join([source.get(name) for name in names])
         shard = match.operation.shard(full, tp.rank(), tp.size())
         fits = shard.shape == parameter.tensor.shape
-    except RuntimeError:  # the parts cannot be joined
+    except RuntimeError:  # the shapes of the parts do not fit together
         fits, shard = False, parameter.tensor
     if not fits:
         shapes = ", ".join(f"{name} {source.shape(name)}" for name in names)
@@ -74,7 +74,7 @@ def _load_parameter(
         )
     tensor: Any = parameter.tensor
     tensor.copy_(shard)
-    # in an FP8 model: the initial value of the optimizer's main weights (distrib_optimizer.py)
+    # in an FP8 model, this is the initial value of the optimizer's main weights (distrib_optimizer.py)
     if hasattr(tensor, "_high_precision_init_val"):
         tensor._high_precision_init_val = shard.to(tensor.dtype)
     return names

@@ -1,4 +1,4 @@
-"""Megatron checkpoint -> Hugging Face folder."""
+"""Convert a Megatron checkpoint to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class MegatronToHF(Conversion):
-    """A Megatron checkpoint, checked and ready to be written as a Hugging Face folder.
+    """A checked Megatron checkpoint that can be written as a Hugging Face folder.
 
     Optimizer state is not read.
 
@@ -39,11 +39,11 @@ class MegatronToHF(Conversion):
         template: Hugging Face folder with the config.json and tokenizer; None uses the folder ``hf`` beside
             the checkpoint.
         dtype: ``bf16`` or ``fp32``, for all tensors except router biases; None keeps each tensor's dtype.
-        max_shard_size: bytes of tensors per file. A larger parameter gets a file of its own.
+        max_shard_size: maximum bytes of tensors per file. A larger parameter gets its own file.
 
     Raises:
         InputError: the folder has no torch_dist checkpoint or no config.json; a parameter is missing, unknown
-            or misshapen; a file is truncated or absent.
+            or misshapen; a file is truncated or missing.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class MegatronToHF(Conversion):
         return [entry for _, entries in mine for entry in entries]
 
     def _shards(self) -> dict[str, list[Entry]]:
-        """Return file name -> entries, at least as many files as ranks."""
+        """Return file name -> entries. There are at least as many files as ranks."""
         entries = {entry.name: entry for entry in self.table.entries}
         split = split_state_dict_into_shards_factory(
             entries,
@@ -104,7 +104,7 @@ class MegatronToHF(Conversion):
             max_shard_size=min(self._max_shard_size, -(-self.nbytes // world_size())),
         )
         return {
-            # the largest dtype first keeps all tensors aligned
+            # descending item size keeps all tensors aligned
             file: sorted((entries[name] for name in names), key=lambda entry: -self._dtype(entry).itemsize)
             for file, names in split.filename_to_tensors.items()
         }
@@ -150,7 +150,8 @@ class MegatronToHF(Conversion):
             known.update(place.key for place in present)
             size, depth = tuple(stored[place.key].size), len(place.index)
             fits = size[depth:] == entry.shape
-            if isinstance(entry.operation, Vocabulary):  # the padding depends on the layout that saved it
+            # the padding depends on the layout of the run that saved the checkpoint
+            if isinstance(entry.operation, Vocabulary):
                 fits = size[0] >= entry.operation.size and size[1:] == entry.shape[1:]
             if not fits or size[:depth] != place.axes:
                 raise InputError(

@@ -1,4 +1,4 @@
-"""Reads the next tensors in a thread while the caller writes the previous ones."""
+"""Read the next tensors in a thread while the caller writes the previous tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_ahead(
         nbytes: size of the result of ``read``. At most 64 MiB, or a single item, are read in advance.
 
     Raises:
-        Exception: the exception of ``read``, when its item would be yielded.
+        Exception: the exception of ``read``, raised when its item would be yielded.
     """
     waiting: deque[tuple[Item, Future[Data]]] = deque()
     ahead = 0

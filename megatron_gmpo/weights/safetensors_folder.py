@@ -1,7 +1,7 @@
-"""Hugging Face safetensors folders, one tensor in memory at a time.
+"""Read and write Hugging Face safetensors folders with one tensor in memory at a time.
 
-The safetensors library reads the files, with its ``pread`` backend. Its default maps them into memory, where
-every byte that was read counts as resident. The library writes complete dictionaries only, so
+The safetensors library reads the files with its ``pread`` backend. Its default backend maps them into memory,
+and every byte that was read counts as resident memory. The library writes only complete dictionaries, so
 ``SafetensorsFile`` writes tensor by tensor.
 """
 
@@ -59,7 +59,7 @@ class StoredTensor:
 
 
 class SafetensorsFolder:
-    """Tensors of a Hugging Face folder, in one file or sharded, by the names its family has on the hub.
+    """The tensors of a Hugging Face folder, in one file or sharded, by the hub's names of its family.
 
     Tensors stored under transformers' own names appear under the hub's names, and experts fused in one tensor
     appear one by one (see ``models.hub``). FP8 weights with block scales (``models.fp8_blocks``) appear as
@@ -70,9 +70,8 @@ class SafetensorsFolder:
         left_out: prefixes of names to skip, with a warning.
 
     Raises:
-        InputError: the folder holds no safetensors, or pickle files; the index names an absent file or
-            tensor; a file is truncated or is not a safetensors file; FP8 weights have no scales of 128 x 128
-            blocks.
+        InputError: the folder has no safetensors, or pickle files; the index names a missing file or tensor;
+            a file is truncated or is not a safetensors file; FP8 weights have no scales of 128 x 128 blocks.
     """
 
     def __init__(self, path: str | Path, left_out: tuple[str, ...] = ()) -> None:
@@ -94,7 +93,7 @@ class SafetensorsFolder:
                 "give a Hugging Face model folder with safetensors weights"
             )
         self._opened = {file: self._open(file) for file in sorted(self.files)}
-        # to return a part of a tensor, the pread backend reads the complete tensor; map one file at a time
+        # the pread backend reads the complete tensor to return a part of it, so map one file at a time here
         self._mapped = lru_cache(maxsize=1)(lambda file: safe_open(self.path / file, "pt"))
         stored = self._stored(listed)
         if skipped := [name for name in stored if name.startswith(left_out)]:
@@ -113,7 +112,7 @@ class SafetensorsFolder:
         self._check_scales(config.get("quantization_config") or {})
 
     def _stored(self, listed: dict[str, str]) -> dict[str, StoredTensor]:
-        """Return the tensors by stored name, without those that the index assigns to another file."""
+        """Return the tensors by stored name, except tensors that the index assigns to another file."""
         tensors: dict[str, StoredTensor] = {}
         for file, opened in self._opened.items():
             for name in opened.keys():  # noqa: SIM118  not a dict
@@ -158,7 +157,7 @@ class SafetensorsFolder:
         """Check a folder whose config ties the output layer to the embedding.
 
         Raises:
-            InputError: the folder holds a different output layer, which transformers would use.
+            InputError: the folder has a different output layer, which transformers would use.
         """
         if "lm_head.weight" in self.names and not torch.equal(
             self.get("lm_head.weight"), self.get("model.embed_tokens.weight")
@@ -219,7 +218,7 @@ class SafetensorsFile:
 
     Args:
         path: the file to write.
-        tensors: names, dtypes and shapes, in the order in which ``write`` receives them.
+        tensors: names, dtypes and shapes of the tensors, in the order of the calls of ``write``.
     """
 
     def __init__(self, path: Path, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
@@ -267,7 +266,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTensor]:
-    """Return the parts of a fused expert tensor by name, one per expert; any other tensor by its name."""
+    """Return the parts of a fused expert tensor by name, one per expert, or any other tensor by its name."""
     if "{e}" not in names[0] or len(tensor.shape) != 3 or tensor.shape[1] % len(names):
         return {names[0]: tensor}
     experts, rows, columns = tensor.shape

@@ -1,4 +1,4 @@
-"""Every parameter of one model: names on both sides, shapes, and places in a Megatron checkpoint."""
+"""The table of a model's parameters: names in both formats, shapes, and places in a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Entry:
 
     Attributes:
         name: canonical Megatron name, with global layer and expert numbers.
-        hf: names on the hub.
-        hf_shapes: their shapes.
+        hf: names of the tensors on the hub.
+        hf_shapes: shapes of the tensors on the hub.
         shape: shape of the complete Megatron parameter.
-        operation: how the tensors form the parameter.
+        operation: operation that forms the parameter from the tensors.
         keys: the parameter's keys in a torch_dist checkpoint, see ``models.mapping.Row``.
     """
 
@@ -50,10 +50,10 @@ class Entry:
 
 
 class ConversionTable:
-    """Every parameter of one model.
+    """The table of every parameter of a model.
 
-    transformers determines the tensors and their shapes, by building the model of config.json on the meta
-    device; the family's table gives their Megatron names.
+    transformers determines the tensors and their shapes: it builds the model of config.json on the meta
+    device. The family's table gives their Megatron names.
 
     Args:
         folder: folder with a config.json.
@@ -85,12 +85,12 @@ class ConversionTable:
 
     @property
     def numel(self) -> int:
-        """Number of parameters."""
+        """Return the number of parameters."""
         return sum(entry.numel for entry in self.entries)
 
     @property
     def active_numel(self) -> int:
-        """Number of parameters that process one token: all except the routed experts that are not chosen."""
+        """Return the number of parameters that process one token, without experts that are not chosen."""
         routed = sum(entry.numel for entry in self.entries if is_expert(entry.name))
         if not routed:
             return self.numel
@@ -100,7 +100,7 @@ class ConversionTable:
         """Return the places where Megatron's layer specs look for a parameter, Transformer Engine's first.
 
         Args:
-            stacked: whether the layers are stacked along an axis; None decides as Megatron does.
+            stacked: whether the layers are stacked along an axis; None means Megatron's choice for the model.
         """
         return tuple(
             place_of(

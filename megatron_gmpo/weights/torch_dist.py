@@ -1,4 +1,4 @@
-"""Megatron-Core's ``torch_dist`` checkpoints as named tensors, one in memory at a time.
+"""Read and write Megatron-Core's ``torch_dist`` checkpoints with one tensor in memory at a time.
 
 The keys of ``GPTModel.sharded_state_dict`` do not depend on the parallel layout: layers of one kind are
 stacked along a first axis, routed experts along a second axis, and every tensor is complete, as with tensor
@@ -51,10 +51,10 @@ _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 @dataclass(frozen=True)
 class Place:
-    """Location of a parameter in a checkpoint.
+    """The place of a parameter in a checkpoint.
 
     Attributes:
-        key: the stored tensor, which may hold many parameters.
+        key: key of the stored tensor, which may hold many parameters.
         index: position of the parameter along the leading axes: (layer,), (layer, expert), (expert,) or ().
         axes: sizes of those axes.
     """
@@ -84,10 +84,12 @@ def place_of(key: str, *, num_layers: int, num_experts: int, stacked: bool) -> P
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """Return the ``iter_*`` folder that ``path`` is, or that its latest_checkpointed_iteration.txt names.
+    """Return ``path`` if it is an ``iter_*`` folder, else the folder that its tracker file names.
+
+    The tracker file is latest_checkpointed_iteration.txt.
 
     Raises:
-        InputError: the folder does not exist, or has another format than torch_dist.
+        InputError: the folder does not exist, or its format is not torch_dist.
     """
     folder = path
     if (path / LATEST).is_file():
@@ -105,7 +107,7 @@ class TorchDistReader:
     """The tensors of an ``iter_*`` folder.
 
     Raises:
-        InputError: the metadata cannot be read, or a file is absent or truncated.
+        InputError: the metadata cannot be read, or a file is missing or truncated.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -134,19 +136,18 @@ class TorchDistReader:
                 )
         self._chunks: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
         for key, about in self.tensors.items():
-            for chunk in (
-                about.chunks
-            ):  # indexed by the first two offsets: in large tensors, the layer's and the expert's
+            # index by the first two offsets, which are the layer and the expert in large tensors
+            for chunk in about.chunks:
                 self._chunks.setdefault((key, tuple(chunk.offsets[:2])), []).append(chunk)
 
     @property
     def weights(self) -> dict[str, TensorStorageMetadata]:
-        """The tensors without the optimizer's."""
+        """Return the tensors without the optimizer's tensors."""
         return {key: about for key, about in self.tensors.items() if not _OPTIMIZER.match(key)}
 
     @property
     def layers_are_stacked(self) -> bool:
-        """Whether the layers are stacked along an axis instead of stored separately."""
+        """Return whether the layers are stacked along an axis instead of stored separately."""
         return not any(key.startswith("decoder.layers.0.") for key in self.tensors)
 
     def get(self, place: Place) -> Tensor:
@@ -184,9 +185,8 @@ class TorchDistReader:
     def _read(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info = self._storage[key, tuple(chunk.offsets)]
         with (self.folder / info.relative_path).open("rb", buffering=0) as file:
-            view: Any = _create_file_view(
-                file, info.offset, info.length
-            )  # avoids a copy between file and tensor
+            # a view avoids a copy between file and tensor
+            view: Any = _create_file_view(file, info.offset, info.length)
             try:
                 tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -200,7 +200,7 @@ class TorchDistReader:
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter to write; ``read`` returns it when the writer needs it."""
+    """A parameter to write. The writer calls ``read`` when it needs the tensor."""
 
     place: Place
     dtype: torch.dtype
@@ -213,15 +213,15 @@ class Piece:
 
 
 def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterable[Place]) -> None:
-    """Write this rank's pieces into an empty ``iter_*`` folder (collective).
+    """Write this rank's pieces into an empty ``iter_*`` folder. Collective.
 
     Args:
-        extra_states: places of the empty ``_extra_state`` entries that Megatron expects. In an FP8 model they
-            would hold scales.
+        extra_states: places of the empty ``_extra_state`` entries that Megatron expects. FP8 models store
+            scales in them.
 
     Raises:
-        InputError: a piece's ``read`` raised it on some rank; raised on every rank.
-        OSError: writing failed on some rank; raised on every rank.
+        InputError: a piece's ``read`` raised it on some rank. Raised on every rank.
+        OSError: writing failed on some rank. Raised on every rank.
     """
     # computing the checksums of torch's file format takes four times as long as writing the files
     checksums = torch.serialization.get_crc32_options()
@@ -246,7 +246,7 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
 
 
 def _disk_error(error: BaseException) -> BaseException:
-    """Return an OSError where torch's zip writer reports a full disk as a RuntimeError.
+    """Return an OSError if ``error`` is the RuntimeError of torch's zip writer for a full disk.
 
     Source: caffe2/serialize/inline_container.cc.
     """
@@ -255,7 +255,7 @@ def _disk_error(error: BaseException) -> BaseException:
 
 
 class _StreamingPlanner(SavePlanner):
-    """Plans from shapes and supplies each tensor when the writer needs it, in the order of the plan."""
+    """Plan from shapes, and read each tensor when the writer needs it, in the order of the plan."""
 
     def __init__(
         self, pieces: list[Piece], tensors: Iterator[tuple[Piece, Tensor]], extra_states: list[Place]
@@ -300,7 +300,7 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 
 
 def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    """Return the part of the stored tensor that a piece fills."""
+    """Return the metadata of the part of the stored tensor that a piece fills."""
     index = piece.place.index
     return ChunkStorageMetadata(
         torch.Size((*index, *[0] * len(piece.shape))), torch.Size((*[1] * len(index), *piece.shape))
@@ -329,7 +329,7 @@ _METADATA_RECORDS = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles ``.metadata`` and refuses every class that is not a plain record of it."""
+    """Unpickle ``.metadata`` and refuse every class that is not a plain metadata record."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _METADATA_RECORDS.get(module, ()):

@@ -2,9 +2,10 @@
 
     python -I launch.py OPTIONS of sglang.launch_server
 
-The first line on stdin is a JSON object with the keys, as additional options, so that neither the process table
-nor the log shows them. stdin is a pipe from the trainer, which the kernel closes when the trainer ends for any
-reason. Then this process kills the server's whole process group, even if the server is stopped (SIGSTOP).
+The first line on stdin is a JSON object with the keys, as additional options, so that neither the process
+table nor the log shows them. stdin is a pipe from the trainer, which the kernel closes when the trainer ends
+for any reason. Then this process kills the server's whole process group, even if the server is stopped
+(SIGSTOP).
 """
 
 from __future__ import annotations

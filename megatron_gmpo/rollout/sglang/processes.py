@@ -36,8 +36,8 @@ _OURS = {"model_path", "host", "port", "api_key", "admin_api_key"}
 class LocalServers:
     """SGLang servers on this machine, each in its own process group.
 
-    A server keeps its log file, port and keys over restarts. When this process ends for any reason, its servers
-    end too (see ``launch.py``).
+    A server keeps its log file, port and keys over restarts. When this process ends for any reason, its
+    servers end too (see ``launch.py``).
 
     Args:
         model_path: Hugging Face folder with weights and tokenizer.
@@ -54,8 +54,8 @@ class LocalServers:
         servers: addresses and keys of the servers, known before they start.
 
     Raises:
-        InputError: ``cfg.host`` is not an address of this machine, or ``cfg.args`` contains an option that this
-            class sets.
+        InputError: ``cfg.host`` is not an address of this machine, or ``cfg.args`` contains an option that
+            this class sets.
     """
 
     def __init__(
@@ -249,8 +249,8 @@ def _hold_port(host: str) -> socket.socket:
     """Return a socket that reserves a free port for a server.
 
     The first bind is exclusive. SO_REUSEADDR is set afterwards and the socket does not listen, so the kernel
-    allows a second socket with SO_REUSEADDR, uvicorn's, to bind the port. Other runs reserve their ports in the
-    same way, so their bind to this port fails.
+    allows a second socket with SO_REUSEADDR, uvicorn's, to bind the port. Other runs reserve their ports in
+    the same way, so their bind to this port fails.
     """
     taken: OSError | None = None
     for port in random.SystemRandom().sample(_PORTS, 100):

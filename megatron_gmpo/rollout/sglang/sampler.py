@@ -128,8 +128,8 @@ class Sampler:
     async def _sample(self, prompt: list[int], limit: int, parameters: dict[str, Any]) -> Response:
         """Return one response.
 
-        The next request after an abort sends the sampled tokens as the end of a longer prompt. Discarding them
-        would favor short responses, which are rarely unfinished at a sync.
+        The next request after an abort sends the sampled tokens as the end of a longer prompt. Discarding
+        them would favor short responses, which are rarely unfinished at a sync.
         """
         response = Response()
         failures = 0
@@ -192,7 +192,8 @@ class Sampler:
     async def _request(self, member: Member, body: dict[str, Any]) -> _Reply:
         """Return the server's reply to ``/generate``.
 
-        After ``request_timeout_s`` the server is asked to abort. Its reply then holds the tokens sampled so far.
+        After ``request_timeout_s`` the server is asked to abort. Its reply then holds the tokens sampled so
+        far.
         """
         server, timeout_s = member.server, self._cfg.request_timeout_s
         request = asyncio.create_task(self._post(server, body))

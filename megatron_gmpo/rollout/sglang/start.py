@@ -78,7 +78,8 @@ def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None
     """
     if gpus > trainer_gpus:
         raise InputError(
-            f"rollout.num_servers = {num_servers} needs {gpus} GPUs, and the trainer has {trainer_gpus}: start "
+            f"rollout.num_servers = {num_servers} needs {gpus} GPUs, and the trainer has {trainer_gpus}: "
+            "start "
             "fewer servers"
         )
 
@@ -94,8 +95,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         device: device of the policy.
 
     Raises:
-        InputError: see ``LocalServers`` and ``make_weight_sync``; or colocated servers need more GPUs than the
-            trainer has.
+        InputError: see ``LocalServers`` and ``make_weight_sync``; or colocated servers need more GPUs than
+            the trainer has.
         ServerError: see ``published_servers``; or colocated servers do not start.
     """
     rollout, run_dir = cfg.rollout, Path(cfg.run_dir)

@@ -135,7 +135,8 @@ class BroadcastSync(WeightSync):
     ) -> bool:
         """Wait for a joint step of this process and all servers; return whether it succeeded everywhere.
 
-        After a failure the group is closed on all members, and the servers that caused the failure are dropped.
+        After a failure the group is closed on all members, and the servers that caused the failure are
+        dropped.
         """
         everything: list[Future[Any]] = [ours, *replies.values()]
         wait(everything, return_when=FIRST_EXCEPTION)

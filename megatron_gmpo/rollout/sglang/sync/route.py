@@ -1,8 +1,8 @@
 """The steps of a weight sync that all routes share.
 
 Every rank iterates the policy's export, which is collective. Rank 0 packs the tensors into buckets and sends
-requests to the servers. It packs the next bucket while the servers load the current bucket. The requests follow
-the API of SGLang 0.5.23 (sglang/srt/entrypoints/http_server.py).
+requests to the servers. It packs the next bucket while the servers load the current bucket. The requests
+follow the API of SGLang 0.5.23 (sglang/srt/entrypoints/http_server.py).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class WeightSync(ABC):
         session.request("/begin_weight_update", {})
 
     def _payload(self, bucket: Bucket) -> Any:
-        """Return the argument of ``_send`` for a bucket. Runs in the main thread, where ranks may communicate."""
+        """Return ``_send``'s argument for a bucket. Runs in the main thread, where ranks may communicate."""
         return bucket
 
     @abstractmethod

@@ -75,7 +75,7 @@ class Session:
         }
 
     def request(self, path: str, body: Body = None) -> dict[Server, httpx.Response]:
-        """Send a request to every remaining server, drop servers that fail, and return the other responses."""
+        """Send a request to every remaining server, drop servers that fail, return the other responses."""
         replies = self.send(path, body)
         for server, reply in replies.items():
             if error := reply.exception():

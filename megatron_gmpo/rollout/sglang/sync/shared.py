@@ -103,7 +103,7 @@ class CudaIpcSync(_SharedBucketSync):
             self._payload(bucket)
 
     def _payload(self, bucket: Bucket) -> list[str]:
-        """Return the handles of all ranks. A handle without a reader would leak the bucket, so it is empty."""
+        """Return the handles of all ranks. A handle without a reader is empty, so that it leaks no bucket."""
         return all_gather_objects(_serialize(bucket) if self._is_read else "")
 
     def _handles(self, payload: list[str], server: Server) -> list[str]:
