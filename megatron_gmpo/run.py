@@ -100,8 +100,7 @@ class Run:
     def engine(self) -> RolloutEngine:
         """Return the rollout engine.
 
-        SGLang servers that the run starts on their own devices load in the background while the policy is
-        built.
+        SGLang servers on their own devices load in the background while the policy is built.
         """
         if self.cfg.rollout.engine == "sglang":
             return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device)

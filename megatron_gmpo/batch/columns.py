@@ -20,8 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 
 Alignment = Literal["predicted", "input", "sequence"]
-"""Whether a row describes a token as the model's target, a token as the model's input, or a whole
-sequence."""
+"""Whether a row describes a token as a target, a token as an input, or a whole sequence."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from ..config import Positive
 class CountdownOptions(Options):
     """Write Countdown problems and a model that supervised learning has warmed up on such problems.
 
-    The files are train.jsonl and heldout.jsonl with the columns problem and answer, the folder model, and
-    warm_up.json.
+    The output is train.jsonl and heldout.jsonl with the columns problem and answer, the folder model with the
+    model, and warm_up.json with the loss of the warm-up.
     """
 
     out: Path = Path("runs/countdown")

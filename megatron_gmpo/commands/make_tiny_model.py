@@ -24,8 +24,7 @@ class TinyModel(Options):
     """Tokenizer of the model. ``arithmetic`` and ``countdown`` have one token per character of their task.
     ``text`` is a byte-level BPE with a chat template and encodes any text."""
     tokenizer_corpus: Path | None = None
-    """.parquet or .jsonl file from which the text tokenizer learns its merges; by default each token is one
-    byte."""
+    """.parquet or .jsonl file for the merges of the text tokenizer; by default each token is one byte."""
     tokenizer_corpus_column: str = "problem"
     """Column of that file that holds the text."""
     num_layers: Positive = 4

@@ -25,8 +25,7 @@ MODEL_CONFIGS = Path("examples/moe/model_configs")
 class Plan(Options):
     """Print the memory of every pipeline stage, and the work, traffic and estimated time of a step.
 
-    A config that training would refuse, or that needs too much memory, is refused with one line and exit code
-    2.
+    The command refuses a config that training would refuse, or that needs too much memory, with exit code 2.
     """
 
     world_size: Positive

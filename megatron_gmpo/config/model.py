@@ -39,11 +39,9 @@ class Fp8Config(Section):
     num_layers_at_end_in_bf16: Annotated[int, Field(ge=0)] = 0
     """Number of layers at the end that stay in bf16; 0 with ``delayed``."""
     param: bool = False
-    """Hold the layers' weights in FP8 and gather updated weights in FP8. The optimizer keeps fp32 main
-    weights."""
+    """Hold and gather the layers' weights in FP8. The optimizer keeps fp32 main weights."""
     moe_router_padding_for_quantization: bool = True
-    """Pad each expert's tokens by routing additional tokens to it with weight 0, instead of by a copy
-    (MoE)."""
+    """Pad each expert's tokens by routing more tokens to it with weight 0, instead of by a copy (MoE)."""
 
     @model_validator(mode="after")
     def _fields_fit_the_recipe(self) -> Fp8Config:

@@ -33,8 +33,7 @@ class DataConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["embedded", "sglang"] = "embedded"
-    """``embedded`` runs transformers in the trainer's processes. ``sglang`` sends requests to SGLang
-    servers."""
+    """``embedded`` runs transformers in the trainer's processes; ``sglang`` uses SGLang servers."""
     num_servers: Positive = 1
     """Number of SGLang servers to start, each with its own copy of the weights. They run on the machine of
     rank 0, or are divided among the rollout nodes of a Slurm job."""
@@ -48,11 +47,9 @@ class RolloutConfig(Section):
     """``disaggregated`` servers have their own devices. ``colocated`` servers share the trainer's devices and
     release their memory during training."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Maximum number of steps that are generated ahead during training; 0 alternates generation and
-    training."""
+    """Maximum number of steps generated ahead during training; 0 alternates generation and training."""
     routed_experts: bool = False
-    """Record the experts of every token (MoE), to replay them in training or to compare them with the
-    policy's."""
+    """Record the experts of every token (MoE), for replay in training or for comparison with the policy."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Dtype of the embedded engine; None means ``model.dtype``. A different dtype simulates an engine with
     other kernels: log probabilities and experts differ from the policy's."""
@@ -150,8 +147,7 @@ class WeightSyncConfig(Section):
     """Transport of the weights to the servers: a folder that both see (``disk``), a broadcast over NCCL or
     gloo (``distributed``), or memory that both map (``tensor``)."""
     bucket_bytes: Positive = 512 * 2**20
-    """Memory for the tensors in transit, in bytes. Two buckets share it: one is packed while the other is
-    sent."""
+    """Memory of two buckets of tensors, in bytes. One bucket is packed while the other is sent."""
     in_flight: Literal["retract", "in_place", "abort"] = "retract"
     """Treatment of unfinished requests at a sync. With ``retract`` the server recomputes their KV cache with
     the new weights. With ``in_place`` it keeps the old cache. With ``abort`` it aborts them, and the client

@@ -31,18 +31,15 @@ class CollapseConfig(Section):
     ``rollback`` restores the newest checkpoint from before the collapse, lowers the learning rate and
     continues with new prompts. All write an event."""
     window: Annotated[int, Field(ge=2)] = 10
-    """Number of steps from which reference levels are computed. Detection starts after this number of
-    steps."""
+    """Number of steps from which reference levels are computed. Detection starts after them."""
     patience: Positive = 3
     """Number of consecutive steps beyond a limit that make a collapse."""
     entropy_share: NonNegative = 0.05
-    """Minimum entropy, as a fraction of the median entropy of the first ``window`` steps. 0 disables this
-    limit."""
+    """Minimum entropy, as a fraction of its median over the first ``window`` steps. 0 disables this limit."""
     entropy_floor: NonNegative = 0.0
     """Minimum entropy in nats per token."""
     grad_norm_factor: Annotated[float, Field(gt=1)] = 10.0
-    """Maximum gradient norm, as a multiple of the median of the last ``window`` steps. inf disables this
-    limit."""
+    """Maximum gradient norm, as a multiple of its median over ``window`` steps. inf disables this limit."""
     reward_drop: Annotated[float, Field(gt=0)] = 0.5
     """Maximum drop of the mean reward over ``window`` steps, as a fraction of its best value so far. The
     limit has a noise margin of four standard errors. inf disables this limit."""
@@ -67,8 +64,7 @@ class SupervisionConfig(Section):
     min_free_memory_gb: NonNegative = 1.0
     """Minimum available memory per node for the node check, in GB."""
     min_free_disk_gb: NonNegative | None = None
-    """Minimum free disk space in ``run_dir`` for the node check, in GB; None requires space for one
-    checkpoint."""
+    """Minimum free disk space in ``run_dir`` for the node check, in GB; None means one checkpoint's size."""
 
     @model_validator(mode="after")
     def _several_heartbeats_before_a_hang(self) -> SupervisionConfig:

@@ -24,9 +24,9 @@ class AlgorithmConfig(Section):
     """``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every step to keep
     ``clip_signal`` at ``clip_target``."""
     clip_signal: Literal["fraction", "tail"] = "fraction"
-    """Signal of the adaptive clip. ``fraction``: share of tokens (or of sequences, in a loss that clips
-    sequences) that each side clips. ``tail``: size of the 0.1 % and 99.9 % quantiles of the tokens' log
-    ratio."""
+    """Signal of the adaptive clip. ``fraction`` is the share of tokens (or of sequences, in a loss that clips
+    sequences) that each side clips. ``tail`` is the absolute value of the 0.1 % and 99.9 % quantiles of the
+    tokens' log ratio."""
     clip_target: Annotated[float, Field(gt=0)] | None = None
     """Target of ``clip_signal``. None means 0.01 for ``fraction``; ``tail`` requires a value, e.g. 0.2."""
     clip_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None

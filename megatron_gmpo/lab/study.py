@@ -34,8 +34,7 @@ EQUAL = (
 )
 """Config keys and sections that must be equal in all arms.
 
-They determine the prompts that ``PromptStream`` draws with a seed, so arms with equal seeds get equal
-prompts."""
+They determine the prompts that ``PromptStream`` draws, so arms with equal seeds get equal prompts."""
 
 _FROM_LAB = ("seed", "run_dir")
 _NAME = re.compile(r"[\w.+=]+")

@@ -37,8 +37,7 @@ def gmpo(
 
     The caller divides the loss by the number of sequences of the optimizer step. Clipped tokens count in n_i.
     A sequence without response tokens contributes exactly 0. Under context parallelism, loss and metrics are
-    equal on all ranks, except the extremes and the histogram of the log ratio, which cover this rank's
-    tokens.
+    equal on all ranks. Only the extremes and the histogram of the log ratio cover this rank's tokens.
 
     Args:
         clip_low, clip_high: half-widths of the interval of a log ratio. They bound the ratio to
@@ -51,8 +50,8 @@ def gmpo(
             ``none``, and the exponent of rho_i for ``sequence``.
 
     Returns:
-        The SUM over sequences and the metrics of this microbatch. The extremes of ``ratio`` are those of
-        rho_i.
+        The SUM over sequences and the metrics of this microbatch. ``ratio_max`` and ``ratio_min`` are the
+        extremes of rho_i.
     """
     return geometric_mean(
         tokens,

@@ -109,7 +109,7 @@ LOSSES: dict[str, Loss] = {
     "cispo": Loss(
         cispo,
         divisor="tokens",
-        # MiniMax-M1 sets no lower bound and publishes no upper one.
+        # MiniMax-M1 sets no lower bound and publishes no upper bound.
         default_clip=DefaultClip(1.0, 4.0, "ratio in [0, 5], the upper bound of ScaleRL, arXiv 2510.13786"),
         token_weights=True,
     ),

@@ -18,8 +18,7 @@ from .tokens import LossOutput, LossTokens
 def log_router_shift(scores: Tensor, old_scores: Tensor) -> Tensor:
     """Return the log router shift of each token in one layer: 0 if the scores are unchanged, else negative.
 
-    The paper's router scores are the log probabilities of a router's distribution over all experts, before
-    top-k.
+    The paper's router scores are a router's log probabilities over all experts, before top-k.
 
     Args:
         scores: (T, topk) log router scores under the current policy, of the experts that the OLD policy

@@ -51,8 +51,7 @@ class LossTokens:
         rollout_logprobs: (T,) log probabilities that the rollout engine reported, or None.
         entropy: (T,) entropy of the current policy in nats, or None. It has a gradient if ``entropy_coef`` is
             not 0 or the loss needs the column ``entropy``.
-        sequence_weights: (S,) importance weights that multiply the policy term of each sequence; None means
-            1.
+        sequence_weights: (S,) importance weights of the policy terms of the sequences; None means 1.
         token_weights: (T,) importance weights that multiply the policy term of each token, in losses whose
             entry supports them; None means 1.
         kept: (T,) bool, tokens that count in the policy term; None means all.

@@ -43,7 +43,7 @@ _FIXED_FIELDS = {
 _LIBRARIES = {
     ("moe_grouped_gemm", True): ("transformer_engine", "Transformer Engine"),
     ("moe_router_fusion", True): ("transformer_engine", "Transformer Engine"),
-    # Transformer Engine's layers do not need apex, but the output layer is Megatron's own
+    # Transformer Engine's layers do not need apex, but Megatron's output layer does
     # (tensor_parallel/layers.py)
     ("gradient_accumulation_fusion", True): (
         "fused_weight_gradient_mlp_cuda",

@@ -44,8 +44,7 @@ PREFILL_EFFICIENCY = 0.4
 DECODE_EFFICIENCY = 0.6
 """Share of the memory bandwidth that decoding reaches."""
 LINK_EFFICIENCY = 0.7
-"""Share of NVLink and network bandwidth that collectives reach. No communication overlaps with
-computation."""
+"""Share of link bandwidth that collectives reach. No communication overlaps with computation."""
 LAYER_LATENCY_S = 60e-6
 """Minimum time of one layer in decoding: the launches of about a dozen kernels."""
 TP_LATENCY_S = 20e-6

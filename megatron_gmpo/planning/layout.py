@@ -33,8 +33,7 @@ def print_plan(
         response_tokens: mean length of responses.
 
     Raises:
-        InputError: training would refuse the config, or a rank or a server needs more memory than its GPUs
-            have.
+        InputError: training would refuse the config, or a rank or a server needs too much memory.
     """
     prepare_megatron(torch.device("cpu"))
     description = describe_model(cfg, world_size, torch.device("cpu"))

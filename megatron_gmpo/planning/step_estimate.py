@@ -226,7 +226,7 @@ class StepEstimate:
         return list(most.values())
 
     def boundary(self) -> int:
-        """Return the bytes that a stage sends to its neighbours in a step, forward and backward."""
+        """Return the bytes that a stage sends to its neighbors in a step, forward and backward."""
         sent = max(plan.boundary for plan in self.plans) * (
             self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
         )

@@ -132,8 +132,8 @@ def make_trainable(
         use_distributed_optimizer=cfg.use_distributed_optimizer,
         overlap_param_gather=cfg.overlap_param_gather,
         fp8_recipe=config.fp8_recipe if config.fp8_param else None,  # the storage format of the weights
-        # this optimizer stores the main weights itself; without remainders they are whole, so a checkpoint
-        # can hold them
+        # This optimizer stores the main weights itself. A checkpoint needs complete main weights, so it must
+        # not store them as remainders.
         use_precision_aware_optimizer=cfg.moments_dtype != "fp32" or cfg.offload_fraction > 0,
         store_param_remainders=False,
         exp_avg_dtype=DTYPES[cfg.moments_dtype],
@@ -151,14 +151,14 @@ def make_trainable(
         max_lr=cfg.lr,
         min_lr=cfg.min_lr,
         lr_warmup_steps=cfg.lr_warmup_steps,
-        # + 1: the last update does not yet use min_lr
+        # + 1, because the last update does not use min_lr
         lr_decay_steps=max(total_updates, cfg.lr_warmup_steps) + 1,
         lr_decay_style=cfg.lr_schedule,
         start_wd=cfg.weight_decay,
         end_wd=cfg.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # a resumed run takes its position in the schedule from the checkpoint, the schedule from its config
+        # a resumed run has the position in the schedule from the checkpoint and the schedule from its config
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

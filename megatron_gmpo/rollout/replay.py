@@ -33,7 +33,7 @@ def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
     """Check that the folder has the groups of all ``steps``.
 
     Raises:
-        InputError: a step is missing; the message names the first such step and the existing ones.
+        InputError: a step is missing; the message names the first missing step and the existing steps.
     """
     for step in steps:
         if not _step_file(folder, step).exists():

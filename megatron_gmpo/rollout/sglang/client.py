@@ -122,7 +122,7 @@ class RolloutClient:
         """Record a sync to ``servers``; all except ``failed`` have the current weights."""
         self._call(self._watcher.synced(set(servers), set(failed)))
 
-    # figures
+    # metrics
 
     @property
     def retries(self) -> int:

@@ -30,8 +30,7 @@ from .sync import WeightSync
 _POLL_S = 0.2
 """Interval at which rank 0's client is polled for samples, servers that need a sync, and errors."""
 _NEWS_S = 20.0
-"""Maximum interval between broadcasts of rank 0, so that the collective of the waiting ranks does not time
-out."""
+"""Maximum seconds between broadcasts of rank 0, so that the waiting ranks' collective does not time out."""
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,7 @@ class Sampler:
     async def _request(self, member: Member, body: dict[str, Any]) -> _Reply:
         """Return the server's reply to ``/generate``.
 
-        After ``request_timeout_s`` the server is asked to abort. Its reply then holds the tokens sampled so
-        far.
+        After ``request_timeout_s`` the server is asked to abort and replies with the tokens sampled so far.
         """
         server, timeout_s = member.server, self._cfg.request_timeout_s
         request = asyncio.create_task(self._post(server, body))

@@ -17,8 +17,7 @@ from ...errors import Exit, InputError, ServerError
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = 2.0
-"""Seconds after which idle connections are closed. SGLang closes them after 5 s, maybe during a new
-request."""
+"""Seconds after which idle connections are closed. SGLang closes them after 5 s, even under a new request."""
 
 _REACH_TIMEOUT_S = 30.0
 _POLL_S = 0.5

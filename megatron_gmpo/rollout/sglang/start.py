@@ -79,8 +79,7 @@ def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None
     if gpus > trainer_gpus:
         raise InputError(
             f"rollout.num_servers = {num_servers} needs {gpus} GPUs, and the trainer has {trainer_gpus}: "
-            "start "
-            "fewer servers"
+            "start fewer servers"
         )
 
 

@@ -144,7 +144,7 @@ class Watcher:
     async def synced(self, servers: set[Server], failed: set[Server]) -> None:
         """Record a sync to ``servers``; all except ``failed`` have the current weights."""
         for member in self.members:
-            # a server that is no longer SYNCING was lost in the meantime, and may be back with other weights
+            # a server that is not SYNCING was lost in the meantime, and may have restarted with other weights
             if member.server not in servers or member.state is not ServerState.SYNCING:
                 continue
             if member.server in failed:

@@ -1,7 +1,7 @@
 """Weight sync: send new weights from the trainer to SGLang servers.
 
-``weight_sync.route`` selects the module: ``disk`` is disk.py, ``distributed`` is broadcast.py, ``tensor`` is
-shared.py.
+``weight_sync.route`` selects the module: disk.py for ``disk``, broadcast.py for ``distributed``, and
+shared.py for ``tensor``.
 """
 
 from __future__ import annotations

@@ -125,7 +125,8 @@ class BroadcastSync(WeightSync):
 
     def _broadcast(self, data: Tensor) -> None:
         try:
-            # no local variable for the work object: a traceback would keep it, and with it the connections
+            # without a local variable for the work object, in which a traceback would keep the connections
+            # open
             self._group.broadcast(data, 0).wait()
         except RuntimeError as error:
             raise SyncError(str(error)) from None

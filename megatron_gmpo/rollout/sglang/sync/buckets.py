@@ -62,7 +62,7 @@ class BucketPacker:
     """Pack a stream of tensors into buckets.
 
     Args:
-        capacity: bytes of a bucket. A tensor that is larger gets a bucket of its own size.
+        capacity: bytes of a bucket. A larger tensor gets a bucket of its own size.
         allocate: returns an uninitialized uint8 tensor of the given number of bytes.
         quantized: quantize linear weights to block-wise FP8 (``models.fp8_blocks``).
         reuse_buffers: alternate between two buffers that are kept across syncs; False allocates a buffer for

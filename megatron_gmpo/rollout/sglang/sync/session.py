@@ -104,8 +104,8 @@ class Session:
     def finish(self) -> None:
         """Resume generation on every server and close the session.
 
-        A failed server first ends its weight update and aborts its requests, because its weights may be
-        mixed.
+        A failed server first ends its weight update and aborts its requests, because its weights may be a mix
+        of old and new weights.
         """
         self.attempt(
             self.failed,

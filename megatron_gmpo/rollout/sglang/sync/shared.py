@@ -67,7 +67,7 @@ class SharedMemorySync(_SharedBucketSync):
             return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(nbytes))
 
     def _handles(self, payload: Bucket, server: Server) -> list[str]:
-        # a handle counts as one reader and is opened once, so every rank needs its own
+        # a handle counts as one reader and is opened once, so every rank needs its own handle
         with _sharing_by_name():
             return [_serialize(payload) for _ in range(server.tensor_parallel_size)]
 
