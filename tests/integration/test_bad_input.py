@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Case, str]] = {
             parallel__expert_model_parallel_size=2,
             parallel__sequence_parallel="false",
         ),
-        r"parallel\.sequence_parallel = false .* MoE model: Megatron needs it true",
+        r"parallel\.sequence_parallel = false .* MoE model: Megatron requires sequence parallelism; set it to true",
     ),
     "tensor parallel experts left unreduced": (
         case(world_size=2, parallel__tensor_model_parallel_size=2),
@@ -153,7 +153,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "k above samples": (case(eval__k="[1, 8]"), r"eval: k = 8 needs samples_per_prompt >= 8, not 1"),
     "checkpoint of another model": (
         case(run_dir="{tmp}/other"),
-        r"iter_0000007 is of another model \(hidden_size = 128, this run's is 64\): choose another run_dir",
+        r"iter_0000007 is of another model \(hidden_size = 128, this run has 64\): choose another run_dir",
     ),
     "resume refused": (
         case(run_dir="{tmp}/same", checkpoint__resume="false"),
