@@ -38,7 +38,9 @@ def compute(
     logits: Tensor, labels: Tensor, weights: Tensor, **options: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.clone().requires_grad_()
-    logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=VOCAB, tp_group=None, **options)  # pyright: ignore
+    logprobs, entropy = vocab_parallel_logprobs(  # pyright: ignore
+        logits, labels, vocab_size=VOCAB, tp_group=None, **options
+    )
     (gradient,) = torch.autograd.grad(
         (weights.to(logprobs.dtype) * torch.stack([logprobs, entropy])).sum(), logits
     )

@@ -98,8 +98,8 @@ def test_two_attempts_without_a_newer_checkpoint_are_enough(one: One, run_dir: P
     code, _, err = one(85, "stopped by SIGUSR1", saved=3)
     assert code == Exit.FAILED
     assert (
-        "error: two attempts in a row have left no checkpoint after step 3; the last attempt: stopped by SIGUSR1\n"
-        in err
+        "error: two attempts in a row have left no checkpoint after step 3; "
+        "the last attempt: stopped by SIGUSR1\n" in err
     )
     with pytest.raises(
         RunError, match=r"^two attempts in a row have left no checkpoint after step 3; "

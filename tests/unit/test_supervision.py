@@ -49,7 +49,8 @@ def test_a_run_folder_has_one_holder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_JOB_ID", "18")
     with pytest.raises(
         InputError,
-        match=rf"is in use by process {os.getpid()} of job 17 on node3 since 20\d\d-.*: wait for its end, or ",
+        match=rf"is in use by process {os.getpid()} of job 17 on node3 since 20\d\d-.*: "
+        r"wait for its end, or ",
     ):
         RunLock(tmp_path)
     first.release()
