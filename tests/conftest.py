@@ -52,7 +52,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny Qwen3 with a chat template and a byte-level tokenizer without merges.
+    """Return the folder of a tiny Qwen3 with a chat template and a byte-level tokenizer without merges.
 
     Most tensor parallel sizes do not divide its vocabulary of 259 (7 x 37).
     """

@@ -76,7 +76,8 @@ def test_memory_of_every_rank(
     )
     description = describe_model(cfg, world_size, torch.device("cpu"))
     stages = parallel.get(PP, 1)
-    # torch on a CPU has no fused attention under a mask or with two head sizes, and keeps more
+    # On a CPU, torch has no fused attention with a mask or with two head sizes; unfused attention saves more
+    # tensors.
     fused = CP not in parallel and family != "deepseek_v3"
     for stage in range(stages):
         plan = dry_run(

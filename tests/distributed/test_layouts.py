@@ -83,7 +83,7 @@ class Reference:
             noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
             batch.old_logprobs = torch.where(batch.response_mask, old.float() + noise, 0.0)
             known = reference.train(path, batch, STEPS, self._tmp.mktemp("reference"), **settings)
-            assert min(known["norms"]) > settings["clip_grad"]  # the clip acts
+            assert min(known["norms"]) > settings["clip_grad"]  # gradients are clipped in every step
             known |= {"path": path, "batch": batch, "before": reference.saved_tensors(path), "logprobs": old}
             self._known[key] = known
         return self._known[key]

@@ -197,7 +197,7 @@ def test_the_policys_own_experts_are_replayed(
     ranks: RankPool, expected: Reference, batch: TrainBatch, own: Tensor, layout: str
 ) -> None:
     world_size, cfg = replaying(expected.model("qwen3_moe"), layout, "policy", max_tokens=40)
-    # Another split changes the microbatches and the ranks of the sequences
+    # A split into minibatches changes the microbatches and the ranks of the sequences.
     minibatches = 1 if layout == "one rank" else 2
     results = ranks.run(world_size, cases.replay, cfg, batch, minibatches, STEPS)
     for result in results:

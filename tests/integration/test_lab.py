@@ -86,7 +86,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     third = lab(tmp_path)
     page, errors = third.communicate(timeout=TIMEOUT_S)
     assert third.returncode == 0, errors
-    # Neither the finished nor the broken trial runs again
+    # Neither the finished nor the broken trial runs again.
     assert (runs / "grpo/seed_0/trial.json").read_bytes() == finished
     assert "study: 1 of 3 trials to run" in errors
     for arm in ("grpo", "gmpo"):  # the interruption saved both

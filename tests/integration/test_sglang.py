@@ -381,7 +381,7 @@ def test_a_server_killed_during_a_sync(
 def test_servers_that_keep_dying_end_the_run(
     sglang_model: Path, tmp_path: Path, weights: list[Weights]
 ) -> None:
-    """With no restart allowed, the first death of the only server is the last."""
+    """If no restart is allowed, the run ends when its only server dies."""
     cfg = config(sglang_model, tmp_path, sglang={"max_restarts": 0})
     tokenizer = AutoTokenizer.from_pretrained(sglang_model)
     with closing(start_sglang(cfg, AutoConfig.from_pretrained(sglang_model), tokenizer, CPU)) as engine:
@@ -398,7 +398,7 @@ def test_servers_that_keep_dying_end_the_run(
 
 
 def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """A run with all main features raises the reward and leaves nothing behind.
+    """Training with real servers raises the reward and leaves no server behind.
 
     It has two trainer ranks with expert parallelism, two servers, routing replay, weight sync through
     shared memory and generation one step ahead.

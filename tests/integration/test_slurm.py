@@ -272,7 +272,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(submit: Submit) -> None:
 def test_a_job_without_time_for_a_step_ends(submit: Submit) -> None:
     """Ranks stop before the job's end time; the job ends after two attempts without progress.
 
-    Slurm tells the ranks the end time.
+    The end time comes from Slurm.
     """
     job = submit(
         "short", "examples/moe/tiny.sbatch", *options(supervision__stop_margin_s=1800), sbatch=("--time=30",)

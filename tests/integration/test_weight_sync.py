@@ -316,7 +316,7 @@ def test_memory_is_released_and_resumed(
 
 
 def test_memory_of_a_restarted_server_is_not_touched(pair: LocalServers) -> None:
-    """The sync does not resume the memory of a restarted server.
+    """Release and resume skip a server that has not been synced since its restart.
 
     SGLang dies when it resumes memory that it has not released.
     """

@@ -97,8 +97,8 @@ def replay(
     """Run ``steps`` steps of ``minibatches`` each; return results and the choices of this rank's routers.
 
     The old log probabilities are ``old_logprobs`` or else those that ``set_old_logprobs`` computes. All
-    tokens of the batch must differ, because they identify the routers' choices: ``chosen`` maps (token,
-    layer) to sets of experts.
+    tokens of the batch must differ, because they identify the routers' choices. ``chosen`` has
+    (token, layer) -> sets of experts.
     """
     with opened(cfg) as policy:
         compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(batch).items()}
@@ -126,7 +126,7 @@ def replay(
 
 
 def policy_mismatch(cfg: Config, batch: TrainBatch) -> dict[str, Any]:
-    """Return the old log probabilities, and the policy's mismatch with the rollout's figures and routing."""
+    """Return the policy's old log probabilities and the metrics of its mismatch with the rollout."""
     with opened(cfg) as policy:
         figures = policy.set_old_logprobs(batch) | rollout_mismatch(batch)
         return {"old_logprobs": batch.old_logprobs} | {

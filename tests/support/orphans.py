@@ -1,4 +1,4 @@
-"""Kill the processes that a test run started after the run itself has ended, even by SIGKILL.
+"""After a test run has ended, even by SIGKILL, kill the processes that it started.
 
 Every process inherits the run's mark in its environment. Process groups and parents do not identify all of
 them: servers, ranks and jobs have their own groups and lose their parents. Run as a module, this is the

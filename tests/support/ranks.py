@@ -32,7 +32,7 @@ _COLLECTIVE_S = 120
 
 
 class RankPool:
-    """Processes on which ``run`` calls one function at once.
+    """Pool of processes; ``run`` calls one function on several of them at once.
 
     The function and its arguments are pickled: define the function at the top of a module. A case that
     fails ends the pool, because its other ranks may wait in a collective. ``alive`` is then False.

@@ -2,9 +2,9 @@
 
 Run: python -m tests.support.refusals < CASES.json
 
-A case is ``{"argv": [...], "env": {...}}``; the answer on stdout is a JSON list of ``{"code", "stdout",
-"stderr"}``. The environment has no rendezvous address, so that a case that is not refused before the
-process group starts ends with a different error.
+A case is ``{"argv": [...], "env": {...}}``; the answer on stdout is a JSON list of objects with
+``code``, ``stdout`` and ``stderr``. The environment has no rendezvous address, so that a case that is not
+refused before the process group starts ends with a different error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kill a run that saves in a loop with SIGKILL, again and again.
+"""Repeatedly kill a run with SIGKILL while it saves in a loop.
 
 Run: python -m tests.support.saver MODEL RUN_DIR SEED
 

@@ -370,7 +370,7 @@ def test_a_silent_server_that_generates_again_is_ready(
 def test_a_server_that_dies_is_restarted_and_synced(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """Meanwhile the other server answers the requests, and a sync from before the restart does not count."""
+    """The other server answers its requests, and a sync from before the restart does not count."""
     served = client(own=True, count=2)
     sync(served, fakes, 0)
     assert served.local

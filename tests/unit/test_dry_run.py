@@ -104,7 +104,7 @@ def test_traffic_of_tensor_parallelism(plan: Plan) -> None:
     assert sent(tensor, "all_gather", "tp") == (2 * LAYERS + 1) * hidden  # before attention, MLP and head
     # The reduce-scatters follow embedding, attention and MLP.
     assert sent(tensor, "reduce_scatter", "tp") == (2 * LAYERS + 1) * hidden
-    # The all-reduces are the largest logit and three fp32 sums per token.
+    # Each token reduces its largest logit and three sums, in fp32.
     assert sent(tensor, "all_reduce", "tp") == 2 * 4 * 4 * TOKENS // 2
 
 
