@@ -40,7 +40,7 @@ def ramped(log_ratio: Tensor, advantage: Tensor) -> Tensor:
 
 
 def train(folder: Path, cfg: Config, batch: TrainBatch) -> dict[str, Any]:
-    """On a rank: train with ``folder`` on the Python path."""
+    """Train on a rank with ``folder`` on the Python path."""
     sys.path.insert(0, str(folder))
     try:
         return cases.train(cfg, batch, STEPS)
