@@ -38,7 +38,7 @@ from megatron_gmpo.testing.arithmetic import write_addition_problems
 from ..support import conversion_cases
 from ..support.commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
 from ..support.ranks import RankPool
-from ..support.sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_until_gone
+from ..support.sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_for, wait_until_gone
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -215,7 +215,14 @@ def test_a_converted_folder_is_served(
 
 def during(served: SGLangEngine, weights: Weights, version: int, ticket: Any) -> list[Sample]:
     """Sync while the responses of ``ticket`` are generated; each already has at least one token."""
-    time.sleep(0.5)
+    server = served._client._watcher.members[0].server
+    responses = len(ticket.prompts) * ticket.sampling.n
+
+    def all_run() -> bool:
+        loads = httpx.get(f"{server.url}/v1/loads", headers=server.headers, timeout=30).json()["loads"]
+        return sum(load["num_running_reqs"] for load in loads) == responses
+
+    wait_for(all_run)
     assert not ticket.future.done()
     served.update_weights(weights.items(), version)
     return [s for g in served.wait(ticket) for s in g.samples]
