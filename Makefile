@@ -1,8 +1,8 @@
 PYTHON ?= python3.11
-# A command that runs, or else the newest interpreter of that name that pyenv holds.
+# The interpreter itself if it runs, else pyenv's newest interpreter of that name.
 FOUND := $(shell $(PYTHON) -c "" 2>/dev/null && echo $(PYTHON) || \
 	ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(PYTHON:python%=%)*/bin/$(PYTHON) 2>/dev/null | sort -V | tail -n 1)
-# Python 3.12 and later run another megatron-core: see setup.py.
+# Python 3.12 and later use another version of megatron-core: see setup.py.
 CONSTRAINTS := $(if $(FOUND),$(shell $(FOUND) -c "import sys; print('constraints' + '-py312' * (sys.version_info >= (3, 12)) + '.txt')" 2>/dev/null))
 VENV := .venv$(addprefix -,$(filter-out python3.11,$(PYTHON)))
 PY := $(VENV)/bin/python
@@ -10,14 +10,15 @@ INSTALLED := $(VENV)/.installed
 SGLANG := .venv-sglang/.installed
 MODELOPT := .venv-modelopt/.installed
 export OMP_NUM_THREADS ?= 1
-# Two processes run the tests. Each takes whole files, which share fixtures, in the order of their names: the longest are not the last.
+# Two processes run the tests. A process takes whole files, because the tests of a file share fixtures. Files
+# start in the order of their names, so that the longest files do not start last.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 check-python:
-	@test -n "$(FOUND)" || { echo "error: PYTHON = $(PYTHON) is not found: install Python 3.11 or 3.12, or name one, e.g. make PYTHON=python3.12"; exit 2; }
+	@test -n "$(FOUND)" || { echo "error: PYTHON = $(PYTHON) is not found: install Python 3.11 or 3.12, or choose another interpreter, e.g. make PYTHON=python3.12"; exit 2; }
 
 $(INSTALLED): $(CONSTRAINTS) setup.py | check-python
 	test -x $(PY) || $(FOUND) -m venv $(VENV)
@@ -30,7 +31,7 @@ $(SGLANG): $(wildcard tools/install_sglang/*)
 	PYTHON=$(FOUND) tools/install_sglang/install.sh $(@D)
 	touch $@
 
-sglang: $(SGLANG)  ## Create .venv-sglang, the rollout servers' own environment
+sglang: $(SGLANG)  ## Create .venv-sglang, the environment of the rollout servers
 
 $(MODELOPT): $(wildcard tools/install_modelopt/*)
 	PYTHON=$(FOUND) tools/install_modelopt/install.sh $(@D)
@@ -41,33 +42,33 @@ modelopt: $(MODELOPT)  ## Create .venv-modelopt, the environment of export_quant
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
 	$(PY) -m megatron_gmpo demo
 
-lint: $(INSTALLED)  ## Style, types and import layers
+lint: $(INSTALLED)  ## Check style, types and import layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(VENV)/bin/lint-imports
 
 test: export HF_HUB_OFFLINE = 1
-test: lint  ## Lint, then every test that needs no GPU
+test: lint  ## Run lint, then every test that needs no GPU
 	$(PY) -m pytest $(WORKERS) -m "not gpu"
 
 test-fast: export HF_HUB_OFFLINE = 1
-test-fast: $(INSTALLED)  ## Unit tests only, under a minute
+test-fast: $(INSTALLED)  ## Run the unit tests, in less than a minute
 	$(PY) -m pytest $(WORKERS) tests/unit -m "not slow and not distributed and not gpu"
 
 test-versions: export HF_HUB_OFFLINE = 1
-test-versions: $(INSTALLED)  ## The part of the tests that CI runs on every tested pair of Python and megatron-core
+test-versions: $(INSTALLED)  ## Run the tests that CI repeats on every tested pair of Python and megatron-core
 	$(PY) -m pytest -m versions
 
 test-slurm: export HF_HUB_OFFLINE = 1
-test-slurm: $(INSTALLED)  ## Jobs on an emulated Slurm cluster; part of make test
+test-slurm: $(INSTALLED)  ## Run jobs on an emulated Slurm cluster; part of make test
 	$(PY) -m pytest -m slurm
 
 test-gpu: export HF_HUB_OFFLINE = 1
-test-gpu: $(INSTALLED)  ## Tests that need an NVIDIA GPU
+test-gpu: $(INSTALLED)  ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest tests/gpu
 
-clean:  ## Remove the environment and everything the tools left behind
+clean:  ## Remove the environments, builds and caches
 	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
 .PHONY: check-python help install sglang modelopt demo lint test test-fast test-versions test-slurm test-gpu clean

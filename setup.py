@@ -1,4 +1,4 @@
-"""Package metadata; every tool's configuration is in pyproject.toml, the tested versions in constraints.txt."""
+"""Package metadata. pyproject.toml configures the tools; constraints.txt pins the tested versions."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ from setuptools import find_packages, setup
 setup(
     name="megatron_gmpo",
     version="0.1.0",
-    description="GMPO reinforcement learning of dense and mixture-of-experts language models on Megatron-Core",
+    description=(
+        "GMPO reinforcement learning of dense and mixture-of-experts language models on Megatron-Core"
+    ),
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -24,7 +26,7 @@ setup(
         "jinja2>=3.1",
         "math-verify>=0.8",
         "matplotlib>=3.9",
-        # the loss contract of the schedules is tested for these two versions; 0.17 and later need Python 3.12
+        # the tests run with these two versions; 0.17 and later need Python 3.12
         "megatron-core==0.16.1; python_version < '3.12'",
         "megatron-core==0.19.2; python_version >= '3.12'",
         "numpy>=2.0",
@@ -32,7 +34,8 @@ setup(
         "pandas>=2.2",
         "pebble>=5.1",
         "pillow>=10",
-        "psutil>=6.0",  # without it Megatron's checkpoint writer dies and the save waits for ever
+        # without psutil Megatron's checkpoint writer dies and the save never returns
+        "psutil>=6.0",
         "pybase64>=1.4",
         "pydantic>=2.12",
         "rich>=13.9",

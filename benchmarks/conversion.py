@@ -1,12 +1,14 @@
-"""Speed and memory of both conversions of a synthetic Qwen3-MoE, compared with a plain copy and with mbridge.
+"""Measure speed and memory of both conversions against a plain copy and mbridge, on a synthetic Qwen3-MoE.
 
-python -m benchmarks.conversion --folder /data/conversion [--gigabytes 3] [--mbridge_python
-ENVIRONMENT/bin/python]
+Run: python -m benchmarks.conversion --folder /data/conversion [--gigabytes 3]
+         [--mbridge_python ENVIRONMENT/bin/python]
 
-Every measurement runs in its own process. Peak memory is the high-water mark of the process minus its memory
-after the imports; it includes pages of mapped files. mbridge converts a dense model, because its MoE models
-do not run on a CPU. It needs an environment of its own with this project's dependencies: python -m venv
-ENVIRONMENT; ENVIRONMENT/bin/pip install -c constraints.txt -e . mbridge==0.15.1 einops
+Every measurement runs in its own process. Peak memory is the high-water mark of the process minus its
+memory after the imports; it includes pages of mapped files. mbridge converts a dense model, because its MoE
+models do not run on a CPU. It needs its own environment, which also contains this project's dependencies:
+
+    python -m venv ENVIRONMENT
+    ENVIRONMENT/bin/pip install -c constraints.txt -e . mbridge==0.15.1 einops
 """
 
 from __future__ import annotations
@@ -157,15 +159,15 @@ class Benchmark(Options):
     """Measure both conversions, print tables, and remove the written folders."""
 
     folder: Path
-    """Folder to create and remove, with room for four times the model."""
+    """Folder to create and remove; its disk needs room for four times the model."""
     gigabytes: float = 3.0
-    """Size of the model."""
+    """Size of the model in GB."""
     repeats: Positive = 5
     """Number of measurements of each conversion."""
     mbridge_python: Path | None = None
-    """Interpreter of mbridge's environment; None measures this project only."""
+    """Interpreter of mbridge's environment; None skips the comparison with mbridge."""
     only: str | None = None
-    """The one measurement that this process runs."""
+    """Name of the one measurement that this process runs; the benchmark sets it for its subprocesses."""
 
 
 def main(options: Benchmark) -> None:

@@ -1,15 +1,18 @@
-"""The training step on one GPU: a Qwen3-MoE of 2.0 B parameters with random weights, in bf16 and with each FP8 recipe.
+"""Measure the training step of a Qwen3-MoE with 2.0 B random parameters on one GPU, in bf16 and FP8.
 
-Run: python -m benchmarks.gpu_step [--recipes bf16 tensorwise ...] [--out FOLDER]   (a few minutes on a GPU with Transformer Engine)
+Run: python -m benchmarks.gpu_step [--recipes bf16 tensorwise ...] [--out FOLDER]
 
-Each precision is measured in its own process. The table shows:
+The run takes a few minutes on a GPU with Transformer Engine. Each precision is measured in its own process.
+The table shows:
 
-floor      lower bound for a step: its FLOPs at the GPU's bf16 peak plus the optimizer's bytes at its memory bandwidth. The FLOPs are
-           those of three forward passes, without recomputation. A forward pass takes 2 x (parameters that multiply a token, without
-           the input embedding) x tokens, plus 2 x heads x head width x length^2 per layer and sequence (causal attention: half of
-           both products). The optimizer reads gradient, main weight and two moments (fp32) and writes the last three and the bf16
-           weight: 30 bytes per parameter.
-MFU        these FLOPs over the measured time and the bf16 peak, for every recipe. Target in bf16: at least 0.40.
+floor      lower bound for a step: its FLOPs at the GPU's bf16 peak plus the optimizer's bytes at its
+           memory bandwidth. The FLOPs are those of three forward passes, without recomputation. A forward
+           pass takes 2 x (parameters that multiply a token, without the input embedding) x tokens, plus
+           2 x heads x head width x length^2 per layer and sequence (causal attention: half of both
+           products). The optimizer reads gradient, main weight and two moments (fp32) and writes the last
+           three and the bf16 weight: 30 bytes per parameter.
+MFU        these FLOPs over the measured time and the bf16 peak, for every recipe. Target in bf16: at least
+           0.40.
 speedup    relative to bf16 in the same run. Target for FP8: at least 1.2.
 
 FOLDER/kernels_RECIPE.txt lists the kernels that take most of the time (torch.profiler).
@@ -55,7 +58,7 @@ PROMPT = 128
 
 
 class GpuStep(Options):
-    """Measure training steps of a Qwen3-MoE with random weights on one GPU, in bf16 and with each FP8 recipe."""
+    """Measure training steps of a Qwen3-MoE with random weights on one GPU, in bf16 and FP8."""
 
     recipes: tuple[Recipe, ...] = ("bf16", "delayed", "tensorwise", "blockwise")
     """Precisions to measure; mxfp8 needs a Blackwell GPU."""
@@ -76,19 +79,19 @@ class GpuStep(Options):
     steps: Positive = 5
     """Measured steps; three unmeasured steps come before them."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """``cpu`` only tests the benchmark: its times are related to the peak of an H100."""
+    """``cpu`` only tests the benchmark: it relates the times to the peak of an H100."""
     out: Path = Path("runs/gpu_step")
     """Folder that receives the figures and the profiles."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The measurement of one precision.
+    """Measurement of one precision.
 
     Attributes:
         step: seconds of a training step.
-        logprobs: seconds of the log probabilities of the same batch.
-        export: seconds of an export of all weights.
+        logprobs: seconds to compute the log probabilities of the same batch.
+        export: seconds to export all weights.
         peak_memory: bytes on the GPU.
     """
 
@@ -100,7 +103,7 @@ class Figures:
 
 
 def forward_flops(hf: Any, lengths: list[int], *, causal: bool = True) -> int:
-    """Return the FLOPs of a forward pass of a Qwen3-MoE over sequences of these lengths, with logits for every token."""
+    """Return the FLOPs of a Qwen3-MoE's forward pass over such sequences, with logits for every token."""
     heads, groups, width = hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim
     attention = hf.hidden_size * width * (2 * heads + 2 * groups)
     experts = (
@@ -207,9 +210,10 @@ def report(found: list[Figures], model: Path, options: GpuStep, console: Console
     computing, updating = flops / hardware.flops, OPTIMIZER_BYTES * parameters / hardware.bandwidth
     floor = computing + updating
     console.print(
-        f"{name}, torch {torch.__version__}: {parameters / 1e9:.2f} B parameters, {tokens} tokens and {flops / 1e12:.1f} TFLOP a step.\n"
-        f"Floor: {computing:.4f} s for the FLOPs at {hardware.flops / 1e12:.0f} TFLOP/s, {updating:.4f} s for the optimizer's bytes at "
-        f"{hardware.bandwidth / 1e12:.2f} TB/s."
+        f"{name}, torch {torch.__version__}: {parameters / 1e9:.2f} B parameters, {tokens} tokens and "
+        f"{flops / 1e12:.1f} TFLOP a step.\n"
+        f"Floor: {computing:.4f} s for the FLOPs at {hardware.flops / 1e12:.0f} TFLOP/s, "
+        f"{updating:.4f} s for the optimizer's bytes at {hardware.bandwidth / 1e12:.2f} TB/s."
     )
     table = Table(
         *(
@@ -273,7 +277,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _hardware(name: str) -> Hardware:
-    """Return the data sheet of a GPU, or that of an H100 for a CPU and for GPUs that are not in the list."""
+    """Return the data sheet of a GPU; for a CPU or an unknown GPU, return that of an H100."""
     return next(
         (hardware for key, hardware in HARDWARE.items() if key.upper() in name.upper()), HARDWARE["h100"]
     )
@@ -283,7 +287,10 @@ def _parameters(model: Path) -> int:
     total = 0
     for file in model.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
-            total += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
+            total += sum(
+                torch.Size(weights.get_slice(name).get_shape()).numel()
+                for name in weights.keys()  # noqa: SIM118
+            )
     return total
 
 

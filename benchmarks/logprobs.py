@@ -1,10 +1,12 @@
-"""How much memory do log probabilities and entropies cost beyond the logits and their gradient? One microbatch of 4,096 tokens by
-Qwen's vocabulary of 151,936 in fp32, forward and backward, on the CPU; torch.log_softmax for comparison.
+"""Measure the memory that log probabilities and entropies need beyond the logits and their gradient.
+
+The input is one microbatch of 4,096 tokens with Qwen's vocabulary of 151,936, in fp32 on the CPU, forward
+and backward. The benchmark also measures torch.log_softmax for comparison.
 
 Run: python -m benchmarks.logprobs   (11 GB of memory, about a minute)
 
-``extra_over_logits`` is the peak of resident memory minus logits and gradient, as a multiple of the logits: at most 0.3 is wanted. The
-peer, ``log_softmax`` and ``gather``, gives the log probabilities only.
+``extra_over_logits`` is the peak of resident memory minus logits and gradient, as a multiple of the logits.
+The target is at most 0.3. The peer, ``log_softmax`` and ``gather``, computes only the log probabilities.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def log_softmax(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 
 def resident(peak: bool = False) -> int:
-    """Bytes of this process in memory, now or at most since ``reset_peak``."""
+    """Return this process's resident memory in bytes, or its peak since ``reset_peak``."""
     name = "VmHWM:" if peak else "VmRSS:"
     fields = next(
         line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
@@ -47,7 +49,7 @@ def reset_peak() -> None:
 def measure(
     function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], logits: Tensor, labels: Tensor
 ) -> tuple[float, float, Tensor]:
-    """Peak beyond logits and gradient over the logits' size, seconds, and the log probabilities."""
+    """Return peak memory beyond logits and gradient over the logits' size, seconds, and logprobs."""
     logits.grad = None
     before = resident()
     reset_peak()
@@ -63,9 +65,8 @@ def main() -> None:
     torch.manual_seed(0)
     logits = torch.randn(TOKENS, VOCABULARY).requires_grad_()
     labels = torch.randint(VOCABULARY, (TOKENS,))
-    measure(
-        logprobs_and_entropy, logits[:8].detach().requires_grad_(), labels[:8]
-    )  # what the first call loads is not its cost
+    # The first call loads libraries, which must not count as the cost of the function.
+    measure(logprobs_and_entropy, logits[:8].detach().requires_grad_(), labels[:8])
     extra, seconds, logprobs = measure(logprobs_and_entropy, logits, labels)
     peer_extra, peer_seconds, expected = measure(log_softmax, logits, labels)
     result = {

@@ -1,9 +1,9 @@
-"""Both conversions of a dense model by mbridge (github.com/ISEEKYAN/mbridge), for benchmarks/conversion.py.
+"""Convert a dense model in both directions with mbridge (github.com/ISEEKYAN/mbridge).
 
-The code follows mbridge's README: mbridge builds the model and fills it, and Megatron's dist_checkpointing
-writes and reads the checkpoint. mbridge reads a config field that transformers 5 moved, and requires
-Transformer Engine's layers. On a CPU it receives the plain layers instead, and the keys of their two norms.
-Its MoE models need grouped GEMM, which only a GPU has.
+benchmarks/conversion.py runs these functions. The code follows mbridge's README: mbridge builds the model
+and fills it, and Megatron's dist_checkpointing writes and reads the checkpoint. mbridge reads a config
+field that transformers 5 moved, and requires Transformer Engine's layers. On a CPU it receives the plain
+layers instead, and the keys of their two norms. Its MoE models need grouped GEMM, which only a GPU has.
 """
 
 from __future__ import annotations

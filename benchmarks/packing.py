@@ -1,4 +1,4 @@
-"""How full and how even are the packed microbatches? Lognormal lengths, against two simpler ways in the same run.
+"""Measure how full and how balanced packed microbatches are, compared with sequential filling and padding.
 
 Run: python -m benchmarks.packing
 """
@@ -21,13 +21,16 @@ Plan = list[list[list[int]]]
 
 
 def lognormal_lengths(count: int, seed: int) -> list[int]:
-    """Response lengths as they come: median 500 tokens, sigma 1, cut off at ``MAX_TOKENS``."""
+    """Draw lognormal response lengths: median 500 tokens, sigma 1, at most ``MAX_TOKENS``."""
     lengths = np.random.default_rng(seed).lognormal(math.log(500), 1.0, count)
     return np.clip(lengths, 1, MAX_TOKENS).astype(int).tolist()
 
 
 def sequential_fill(lengths: list[int]) -> Plan:
-    """The peer: fill a microbatch in order of arrival until the next sequence overflows it, deal microbatches out in turn."""
+    """Fill microbatches in order of arrival and assign them to the ranks round-robin (the peer).
+
+    A microbatch ends when the next sequence would overflow it.
+    """
     bins: list[list[int]] = []
     room = 0
     for i, length in enumerate(lengths):
@@ -41,12 +44,16 @@ def sequential_fill(lengths: list[int]) -> Plan:
 
 
 def fill(lengths: list[int], plan: Plan) -> float:
-    """Tokens over token slots."""
+    """Return tokens over token slots."""
     return sum(lengths) / (sum(len(microbatches) for microbatches in plan) * MAX_TOKENS)
 
 
 def imbalance(lengths: list[int], plan: Plan) -> tuple[float, float]:
-    """Dearest rank over mean rank; and the same when ranks also wait for each other at every microbatch (expert parallelism)."""
+    """Return the cost of a step over the mean cost of a rank, without and with waits at every microbatch.
+
+    Without waits, the cost of a step is that of the most expensive rank. Under expert parallelism the ranks
+    also wait for each other at every microbatch.
+    """
     costs = np.array(
         [[sum(cost(lengths[i]) for i in members) for members in microbatches] for microbatches in plan]
     )
@@ -92,9 +99,11 @@ def main() -> None:
         )
     )
     print(
-        f"{SEQUENCES} sequences on {DATA_PARALLEL_SIZE} ranks, {SEEDS} seeds: fill {mean[0]:.1%} (worst {worst[0]:.1%}), "
+        f"{SEQUENCES} sequences on {DATA_PARALLEL_SIZE} ranks, {SEEDS} seeds: "
+        f"fill {mean[0]:.1%} (worst {worst[0]:.1%}), "
         f"{mean[0] / mean[3]:.2f} x sequential fill, {mean[0] / mean[6]:.1f} x padding to the longest; "
-        f"dearest rank {mean[1]:.3f} x the mean (sequential {mean[4]:.3f}), with a wait at every microbatch {mean[2]:.3f} "
+        f"dearest rank {mean[1]:.3f} x the mean (sequential {mean[4]:.3f}), "
+        f"with a wait at every microbatch {mean[2]:.3f} "
         f"({mean[5]:.3f}); {MANY_SEQUENCES} sequences planned in {seconds * 1000:.0f} ms"
     )
 

@@ -1,16 +1,19 @@
-"""SGLang on this CPU: how fast 200 MB of weights reach it, and what our client costs beside its work.
+"""Measure weight syncs of 200 MB to SGLang on this CPU, and the overhead of our client.
 
 Run: python -m benchmarks.rollout [--only sync|client]   (needs make sglang; about two minutes each)
 
-sync: each route beside a memcpy of the same bytes. A sync is the whole ``update``: pause, pack, requests, the server's own copy into its
-parameters, its version checked, continue. The memcpy is one thread's between two warm buffers. ``map_and_copy`` is the least that a
-receiver can do: another process maps the bytes from /dev/shm and copies them once. All are measured in turn, and of each the best round
-counts. The tensor route is wanted at 0.4 of the memcpy's bandwidth at least. A scheduler that is paused to ``retract`` spins on a core
-(SGLang's event_loop_normal); nothing is in flight here, so the syncs pause as for ``abort``, which costs a machine of two cores nothing.
+sync: compares each route with a memcpy of the same bytes. A sync is the whole ``update``: it pauses the
+server, packs and sends the weights, waits until the server has copied them into its parameters, checks the
+version and continues generation. The memcpy copies between two warm buffers in one thread. ``map_and_copy``
+is the minimum that a receiver can do: another process maps the bytes from /dev/shm and copies them once.
+The measurements alternate, and the best round of each counts. The tensor route should reach at least 0.4 of
+the memcpy's bandwidth. A scheduler that is paused with ``retract`` spins on a core (SGLang's
+event_loop_normal). The syncs pause with ``abort`` instead: nothing is in flight, so ``abort`` costs nothing
+on a machine with two cores.
 
-client: CPU seconds of the client's thread over wall seconds, with 64 in-flight requests to a server of a tiny
-model, which spends little time on each request. The target is below 0.05. CPU milliseconds per request depend less
-on the server's speed.
+client: CPU seconds of the client's thread over wall seconds, with 64 in-flight requests to a server of a
+tiny model, which spends little time on each request. The target is below 0.05. CPU milliseconds per request
+depend less on the server's speed.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ def map_and_copy(connection: Connection) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """200 MB in bf16."""
+    """Write a model of 200 MB in bf16."""
     make_tiny_model(
         folder, family="qwen3", num_layers=8, hidden_size=1024, ffn_hidden_size=4096, dtype=torch.bfloat16
     )
@@ -138,7 +141,8 @@ def measure_client(folder: Path) -> None:
         client.synced(servers, [])
         prompts = [[5 + i % 11, 6, 7, *range(5, 15)] for i in range(4 * CONCURRENT)]
         sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
-        client.submit(prompts[:CONCURRENT], sampling, []).result(600)  # warms up, connections too
+        # Warm up the server and the connections.
+        client.submit(prompts[:CONCURRENT], sampling, []).result(600)
         start = time.perf_counter()
         in_client = client.cpu_seconds()
         answers = client.submit(prompts, sampling, []).result(1800)
@@ -165,7 +169,7 @@ class Benchmark(Options):
     """Measure weight syncs and the client's overhead with a server on this CPU."""
 
     only: Literal["sync", "client"] | None = None
-    """Part to measure; by default both."""
+    """Part to measure; None measures both."""
     bucket_megabytes: Positive = 128
     """``weight_sync.bucket_bytes`` in MiB."""
 

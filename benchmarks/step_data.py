@@ -1,7 +1,7 @@
-"""Cost of a token from the rollout engine to a TrainBatch: memory, pickle round trip and assembly.
+"""Measure memory, pickle round trip and assembly of tokens between the rollout engine and a TrainBatch.
 
-The peer holds the same samples as Python lists with routed experts in int16. It assembles them through one flat
-list per column.
+The peer holds the same samples as Python lists with routed experts in int16. It assembles them through one
+flat list per column.
 
 Run: python -m benchmarks.step_data
 """
@@ -30,7 +30,7 @@ PROMPT, VOCABULARY, ROUNDS = 100, 151_936, 5
 
 @dataclass
 class ListSample:
-    """A sample of Python lists."""
+    """Sample that consists of Python lists."""
 
     tokens: list[int]
     response_mask: list[bool]
@@ -90,7 +90,7 @@ def assemble_arrays(samples: list[Sample], routing: RoutingShape | None) -> Any:
 
 
 def bytes_of(make: Callable[[], Any]) -> int:
-    """Return the memory of the result of ``make``."""
+    """Return the memory in bytes that the result of ``make`` takes."""
     tracemalloc.start()
     kept = make()
     size, _ = tracemalloc.get_traced_memory()

@@ -1,9 +1,11 @@
-"""What does the trainer itself cost? The share of a step outside rollout, log probabilities, training and weight sync, on the demo:
-advantages, packing the batch, transcripts, figures.
+"""Measure the trainer's own share of a step of the demo.
 
-Run: python -m benchmarks.step_overhead   (under a minute, and about another to make the demo's model where there is none)
+The share is the time outside rollout, log probabilities, training and weight sync: advantages, packing of
+the batch, transcripts and metrics. The target is at most 5 %. The first steps do not count because they
+load and compile code. The last step does not count because it evaluates.
 
-At most 5 % is wanted. The first steps are left out: they load and compile. So is the last, which evaluates.
+Run: python -m benchmarks.step_overhead   (under a minute; the first run also makes the demo's model, in
+                                          about another minute)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ LIMIT = 0.05
 
 
 def time_of_steps(run_dir: Path) -> list[dict[str, float]]:
-    """Runs the demo's training for ``STEPS`` steps; ``time/*`` of each step that counts, in seconds by phase."""
+    """Run the demo for ``STEPS`` steps; return ``time/*`` of each counted step, in seconds by phase."""
     launch = [
         sys.executable,
         "-m",

@@ -44,7 +44,7 @@ from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("megatron_gmpo.train")  # __name__ is "__main__" when this module runs as the command
 
 WORK = ("rollout", "logprobs", "train", "weight_sync")
 """Phases of a step that throughput counts; evaluation and checkpoints are excluded."""

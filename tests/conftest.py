@@ -1,4 +1,7 @@
-"""Fixtures every test may use: tiny models of every family, offline and single-threaded, and processes to be gloo ranks."""
+"""Fixtures for all tests: tiny models of every family and a pool of processes that serve as gloo ranks.
+
+This module also turns off the Hugging Face hub and limits torch to one thread.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,10 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny_model(family, **options of make_tiny_model)`` is the folder of such a model; equal calls share one folder.
+    """Return ``make(family, **options of make_tiny_model)``; equal calls return the same model folder.
 
-    Norm weights and biases are random unless the options say otherwise, so that a mistake in their names shows in the logits.
+    Norm weights and biases are random unless the options say otherwise, so that a mistake in their names
+    changes the logits.
     """
     made: dict[tuple[Any, ...], Path] = {}
 
@@ -48,7 +52,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny Qwen3 whose tokenizer has a byte a token and a chat template; its vocabulary of 259 divides by nothing."""
+    """Return the folder of a tiny Qwen3 with a chat template and a byte-level tokenizer without merges.
+
+    Most tensor parallel sizes do not divide its vocabulary of 259 (7 x 37).
+    """
     out = tmp_path_factory.mktemp("text")
     make_tiny_model(out, family="qwen3", tokenizer=text_tokenizer(), randomize_norms=True)
     return out
@@ -64,7 +71,7 @@ def _pools() -> Iterator[list[RankPool]]:
 
 @pytest.fixture
 def ranks(_pools: list[RankPool]) -> RankPool:
-    """Four processes to run cases on; a failed case ends them and the next test gets new ones."""
+    """Return four processes to run cases on; after a failed case the next test gets new ones."""
     if not (_pools and _pools[-1].alive):
         _pools.append(RankPool(4))
     return _pools[-1]

@@ -1,1 +1,1 @@
-"""The commands of ``megatron_gmpo.commands``, for people who look for them here: ``python tools/NAME.py``."""
+"""Scripts that run the commands of ``megatron_gmpo.commands``: ``python tools/NAME.py``."""

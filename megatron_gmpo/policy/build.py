@@ -118,7 +118,32 @@ def make_trainable(
     config.finalize_model_grads_func = finalize_model_grads
     if cfg.overlap_grad_reduce:  # reduce gradients only in the last microbatch
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-    optimizer_config = MegatronOptimizerConfig(
+    optimizer = get_megatron_optimizer(
+        _optimizer_config(cfg, config), wrapped, use_gloo_process_groups=False, pg_collection=None
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=cfg.lr,
+        min_lr=cfg.min_lr,
+        lr_warmup_steps=cfg.lr_warmup_steps,
+        # + 1, because the last update does not use min_lr
+        lr_decay_steps=max(total_updates, cfg.lr_warmup_steps) + 1,
+        lr_decay_style=cfg.lr_schedule,
+        start_wd=cfg.weight_decay,
+        end_wd=cfg.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # a resumed run has the position in the schedule from the checkpoint and the schedule from its config
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return TrainableModel(wrapped, optimizer, scheduler)
+
+
+def _optimizer_config(cfg: OptimizerConfig, config: Any) -> MegatronOptimizerConfig:
+    """Return Megatron's optimizer settings; ``config`` is the ``TransformerConfig`` of the model."""
+    return MegatronOptimizerConfig(
         optimizer="adam",
         lr=cfg.lr,
         min_lr=cfg.min_lr,
@@ -142,27 +167,6 @@ def make_trainable(
         optimizer_offload_fraction=cfg.offload_fraction,
         overlap_cpu_optimizer_d2h_h2d=cfg.offload_fraction > 0,
     )
-    optimizer = get_megatron_optimizer(
-        optimizer_config, wrapped, use_gloo_process_groups=False, pg_collection=None
-    )
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=cfg.lr,
-        min_lr=cfg.min_lr,
-        lr_warmup_steps=cfg.lr_warmup_steps,
-        # + 1, because the last update does not use min_lr
-        lr_decay_steps=max(total_updates, cfg.lr_warmup_steps) + 1,
-        lr_decay_style=cfg.lr_schedule,
-        start_wd=cfg.weight_decay,
-        end_wd=cfg.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # a resumed run has the position in the schedule from the checkpoint and the schedule from its config
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return TrainableModel(wrapped, optimizer, scheduler)
 
 
 def move_to_host(chunks: list[torch.nn.Module]) -> None:

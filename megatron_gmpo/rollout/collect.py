@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import fsum
 from statistics import pstdev
 from typing import Any, Protocol
 
@@ -110,7 +111,7 @@ class Collector:
             "rollout/resample_rounds": Metric(used - 1),
         }
         if cfg.overlong_buffer:
-            metrics["reward/raw_mean"] = Metric(sum(raw_rewards), len(raw_rewards))
+            metrics["reward/raw_mean"] = Metric(fsum(raw_rewards), len(raw_rewards))
         if cfg.max_staleness:
             metrics |= self._staleness(drawn) | {"rollout/stale_groups": Metric(stale)}
         return Collected(chosen, metrics)
@@ -144,9 +145,10 @@ def rollout_figures(groups: list[SampleGroup]) -> dict[str, Metric]:
     """Return rewards and lengths of scored groups; ``reward/std`` is the mean over groups."""
     samples = [s for g in groups for s in g.samples]
     lengths = [s.response_length for s in samples]
+    # fsum rounds once. The built-in sum does so since Python 3.12 only, so resumed runs would differ across versions.
     return {
-        "reward/mean": Metric(sum(s.reward for s in samples), len(samples)),
-        "reward/std": Metric(sum(pstdev(g.rewards) for g in groups), len(groups)),
+        "reward/mean": Metric(fsum(s.reward for s in samples), len(samples)),
+        "reward/std": Metric(fsum(pstdev(g.rewards) for g in groups), len(groups)),
         "response_length/mean": Metric(sum(lengths), len(samples)),
         "response_length/max": Metric(max(lengths), op="max"),
         "rollout/truncated_fraction": Metric(sum(s.finish_reason == "length" for s in samples), len(samples)),

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..batch.samples import FinishReason, Prompt, Sample, SampleGroup
-from ..distributed import all_gather_objects, rank, world_size
+from ..distributed import agreed, all_gather_objects, rank, world_size
 from ..errors import InputError, NonFiniteError
 from ..metrics.figures import Metric
 from ..models import fp8_blocks
@@ -86,22 +86,15 @@ class EmbeddedEngine:
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
         mine = [(i, s) for i in by_length for s in range(sampling.n)][rank() :: world_size()]
         drawn: dict[tuple[int, int], Sample] = {}
-        problem = None
-        try:
+        with agreed():
             for number, start in enumerate(range(0, len(mine), self.batch_size)):
                 batch = mine[start : start + self.batch_size]
                 key = np.random.SeedSequence([self.seed, self.version, self._calls, number, rank()])
                 generator = torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
                 samples = self._decode([prompts[i].input_ids for i, _ in batch], sampling, generator)
                 drawn.update(zip(batch, samples, strict=True))
-        except NonFiniteError as error:  # raised below on every rank
-            problem = error
         self._calls += 1
-        parts = all_gather_objects((problem, drawn))
-        for found, _ in parts:
-            if found:
-                raise found
-        everyone = {at: sample for _, part in parts for at, sample in part.items()}
+        everyone = {at: sample for part in all_gather_objects(drawn) for at, sample in part.items()}
         return [
             SampleGroup(prompt, [everyone[i, s] for s in range(sampling.n)])
             for i, prompt in enumerate(prompts)

@@ -1,4 +1,4 @@
-"""One rank's error is raised on every rank; a folder that all ranks write gets its name at the end."""
+"""One rank's error is raised on every rank, and a folder that all ranks write is renamed at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 
 def raised(errors: list[Exception | None]) -> tuple[str, str]:
-    """Return class and line of what ``agreed`` raises if each rank's block raises its entry of ``errors``."""
+    """Return class and message of the error from ``agreed`` if the ranks' blocks raise ``errors``."""
     error = errors[rank()] if rank() < len(errors) else None
     try:
         with agreed():

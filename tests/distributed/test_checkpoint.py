@@ -1,5 +1,4 @@
-"""Checkpoints: resuming is bit-exact in the same layout and exact up to rounding in another; a kill loses no
-older one."""
+"""Resuming is bit-exact in the same layout and exact up to rounding in another; kills lose no checkpoint."""
 
 from __future__ import annotations
 
@@ -60,7 +59,10 @@ def make_config(layout: str, path: Path, dtype: str = "fp32") -> tuple[int, Conf
 
 @pytest.fixture(scope="session")
 def model_of(tiny_model: Callable[..., Path]) -> Callable[[str], Path]:
-    """Return the folder of a model family; ``qwen3 tied`` shares embeddings and output weights."""
+    """Return a function that makes a model folder by name: a family, or a family and ``tied``.
+
+    A tied model shares embeddings and output weights.
+    """
     tokenizer = text_tokenizer()
 
     def make(name: str) -> Path:
@@ -87,8 +89,10 @@ def replayed(path: Path) -> TrainBatch:
 def straight_runs(
     model_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, dict[str, Any]]]:
-    """Run four steps in a layout, with a checkpoint after the second; return its folder and rank 0's
-    result."""
+    """Return a function that runs four steps in a layout and saves after the second.
+
+    It returns the folder of the run and rank 0's result; equal calls share one run.
+    """
     done: dict[tuple[str, str, str], tuple[Path, dict[str, Any]]] = {}
 
     def make(ranks: RankPool, *key: str) -> tuple[Path, dict[str, Any]]:
@@ -251,7 +255,8 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     assert folders() == ["iter_0000003", "iter_0000004", latest]
     assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000004"
 
-    # back to step 3, like a kill between the rename and the text file; and the leftovers of a killed save
+    # Point to step 3, like a kill between the rename and the text file, and add the leftovers of a killed
+    # save.
     (tmp_path / latest).write_text("3")
     shutil.copytree(tmp_path / "iter_0000004", tmp_path / "iter_0000006")
     (tmp_path / ".partial_iter_0000009").mkdir()

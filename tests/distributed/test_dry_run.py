@@ -1,4 +1,4 @@
-"""What the dry run says a rank holds is what the ranks of a real run hold: weights, gradients, optimizer, activations."""
+"""The dry run predicts what the ranks of a real run hold: weights, gradients, optimizer and activations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "r
 
 
 def batch_for(replicas: int) -> TrainBatch:
-    """Sequences of equal length for ``MICROBATCHES`` full microbatches on each of ``replicas`` data-parallel ranks."""
+    """Return equal sequences that fill ``MICROBATCHES`` microbatches on each of ``replicas`` ranks."""
     count = SEQUENCES * MICROBATCHES * replicas
     mask = (torch.arange(LENGTH) >= 8).repeat(count)
     tokens = torch.randint(3, 16, (count * LENGTH,), generator=torch.Generator().manual_seed(0))
@@ -76,7 +76,8 @@ def test_memory_of_every_rank(
     )
     description = describe_model(cfg, world_size, torch.device("cpu"))
     stages = parallel.get(PP, 1)
-    # torch on a CPU has no fused attention under a mask or with two head sizes, and keeps more
+    # On a CPU, torch has no fused attention with a mask or with two head sizes; unfused attention saves more
+    # tensors.
     fused = CP not in parallel and family != "deepseek_v3"
     for stage in range(stages):
         plan = dry_run(
@@ -90,13 +91,13 @@ def test_memory_of_every_rank(
         of_stage = found[stage * world_size // stages : (stage + 1) * world_size // stages]
         for name in ("weights", "gradients", "optimizer", "reference"):
             assert getattr(plan, name) == pytest.approx(of_stage[0][name], rel=0.01), name
-        # one expert's share of the tokens is not like another's: the mean over the ranks; and what schedules hold to send, of every pass
-        # but the one through the head
+        # Experts receive different shares of the tokens, so the test compares the mean over the ranks. The
+        # schedules also keep the outputs that they send, for every pass except the one through the head.
         passed_on = plan.in_flight - (stage == stages - 1)
         kept = mean(rank["saved"] for rank in of_stage) + passed_on * plan.boundary
         if fused:
             assert plan.activations == pytest.approx(kept, rel=0.1)
-        if fused and world_size == 1:  # gloo takes memory of its own
+        if fused and world_size == 1:  # gloo itself allocates memory
             assert plan.total == pytest.approx(
                 plan.resident + mean(rank["peak"] for rank in of_stage), rel=0.1
             )

@@ -1,4 +1,7 @@
-"""Loss, gradient norm and weights after three optimizer steps are those of a float64 single-process reference in every layout."""
+"""In every layout, loss, gradient norm and weights after three steps equal a float64 reference.
+
+The reference runs in a single process.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,13 @@ TP, PP, VPP = (
     "virtual_pipeline_model_parallel_size",
 )
 CP, EP, ETP = "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
-VOCAB = 259  # of the text tokenizer: prime to 128 and to every layout
+VOCAB = 259  # of the text tokenizer; coprime to 128 and to all parallel sizes
 STEPS = 3
 LR, EPS, CLIP_GRAD, CLIP = 5e-3, 1e-4, 0.3, 0.3
 
 
 def make_batch() -> TrainBatch:
-    """Eight sequences: one of a single token, one of two, one fully masked, one with advantage 0, and four others."""
+    """Return eight sequences: of one token, of two, without response, with advantage 0, and four others."""
     generator = torch.Generator().manual_seed(0)
     lengths = [13, 1, 29, 7, 40, 2, 18, 5]
     prompts = [3, 1, 5, 7, 8, 1, 3, 4]  # sequence 3 is all prompt
@@ -43,14 +46,13 @@ def make_batch() -> TrainBatch:
         [torch.arange(length) >= prompt for length, prompt in zip(lengths, prompts, strict=True)]
     )
     advantages = torch.tensor([1.0, 2.0, -1.0, 0.5, -0.5, 2.0, 0.0, -0.7])
-    tokens = torch.randint(
-        3, VOCAB, (sum(lengths),), generator=generator
-    )  # the embedding of <pad>, 0, has no gradient in transformers
+    # The embedding of <pad>, 0, has no gradient in transformers.
+    tokens = torch.randint(3, VOCAB, (sum(lengths),), generator=generator)
     return TrainBatch(tokens, torch.tensor(lengths), mask, advantages, torch.zeros(len(tokens)))
 
 
 class Reference:
-    """A model and a batch, and what three steps should do to them; computed once for each set of options."""
+    """Model, batch and the expected results of three steps, computed once for each set of options."""
 
     def __init__(self, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> None:
         self._tiny_model, self._tmp, self._known = tiny_model, tmp_path_factory, {}
@@ -61,7 +63,10 @@ class Reference:
         return self._tiny_model(family, tokenizer=self._tokenizer, seed=seed, **shape)
 
     def __call__(self, family: Family, minibatches: int = 1, **options: Any) -> dict[str, Any]:
-        """What training on the first of ``minibatches`` gives; ``options`` are those of ``reference.train``."""
+        """Train on the first of ``minibatches`` and return the results.
+
+        ``options`` are those of ``reference.train``.
+        """
         key = (family, minibatches, *sorted(options.items()))
         if key not in self._known:
             path, batch = self.model(family), make_batch().split(minibatches)[0]
@@ -78,7 +83,7 @@ class Reference:
             noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
             batch.old_logprobs = torch.where(batch.response_mask, old.float() + noise, 0.0)
             known = reference.train(path, batch, STEPS, self._tmp.mktemp("reference"), **settings)
-            assert min(known["norms"]) > settings["clip_grad"]  # the clip acts
+            assert min(known["norms"]) > settings["clip_grad"]  # gradients are clipped in every step
             known |= {"path": path, "batch": batch, "before": reference.saved_tensors(path), "logprobs": old}
             self._known[key] = known
         return self._known[key]
@@ -99,7 +104,7 @@ def config(path: Path, parallel: dict[str, int], *, max_tokens: int, **changes: 
 
 
 def distance(weights: dict[str, Tensor], expected: dict[str, Any]) -> float:
-    """|weights - expected| relative to |update|, over all weights together."""
+    """Return |weights - expected| relative to |update|, over all weights together."""
     assert weights.keys() == expected["weights"].keys()
     off = sum(
         (weights[name].double() - tensor).square().sum() for name, tensor in expected["weights"].items()
@@ -163,7 +168,7 @@ PRODUCTS = [
     "dp2 tp2 ep4",
     "dp2 tp2 ep2",
 ]
-"""Layouts of two whose parts are tested with every budget."""
+"""Combined layouts whose parts are tested with every token budget."""
 
 
 EVERY_VERSION = {
@@ -174,7 +179,7 @@ EVERY_VERSION = {
     ("qwen3_moe", "tp2 ep2 etp2", "a few"),
     ("qwen3_moe", "tp2 pp2 ep2", "all in one"),
 }
-"""Cases that run on every tested pair of Python and megatron-core: every kind of parallelism, together and in products."""
+"""Cases that run on every tested pair of Python and megatron-core, with every kind of parallelism."""
 
 
 @pytest.mark.parametrize(
@@ -219,13 +224,16 @@ def test_shared_experts_and_a_router_bias(
     check(results, known)
     biases = [name for name in known["before"] if name.endswith("e_score_correction_bias")]
     assert biases
-    for name in biases:  # no gradient and no balancing moves it
+    for name in biases:  # neither gradients nor balancing changes it
         assert torch.equal(results[0]["weights"][name], known["before"][name])
 
 
 @pytest.mark.parametrize("layout", ["one rank", "tp2 ep2", "tp2 cp2 ep2", "tp2 pp2 ep2"])
 def test_shared_expert(ranks: RankPool, expected: Reference, layout: str) -> None:
-    """It is cut over the dense part's ranks, while its gate is whole on each and sees only that rank's part of the sequence."""
+    """The expert is sharded over the ranks of the dense part.
+
+    Each rank has a complete gate, which sees only that rank's part of the sequence.
+    """
     known = expected("qwen2_moe", clip_grad=0.1)
     world_size, parallel, distributed = (LAYOUTS | MOE)[layout]
     optimizer = {"clip_grad": 0.1, "use_distributed_optimizer": distributed}
@@ -273,9 +281,8 @@ def test_activation_recomputation(ranks: RankPool, expected: Reference, layout: 
 def test_gradient_norm_is_reported_without_clipping(
     ranks: RankPool, expected: Reference, layout: str
 ) -> None:
-    known = expected(
-        "qwen3_moe", clip_grad=1e-9
-    )  # only the first step's norm is comparable, and the update is not
+    # Only the norm of the first step is comparable; the update is not.
+    known = expected("qwen3_moe", clip_grad=1e-9)
     world_size, parallel, distributed = (LAYOUTS | MOE)[layout]
     optimizer = {"clip_grad": 0.0, "use_distributed_optimizer": distributed}
     cfg = config(known["path"], parallel, max_tokens=40, optimizer=optimizer)
@@ -297,7 +304,7 @@ def test_minibatch_without_response_tokens(ranks: RankPool, expected: Reference)
     known = expected("qwen3")
     batch = replace(known["batch"], response_mask=torch.zeros_like(known["batch"].response_mask))
     for result in ranks.run(2, cases.train, config(known["path"], {CP: 2}, max_tokens=40), batch, 1):
-        assert math.isnan(result["history"][0]["loss"])  # a mean over nothing
+        assert math.isnan(result["history"][0]["loss"])  # mean over no tokens
         assert result["history"][0]["grad_norm"] == 0
         for name, tensor in (result["weights"] or {}).items():
             assert_close(tensor, known["before"][name], atol=0, rtol=0)
@@ -327,7 +334,6 @@ def test_bf16(ranks: RankPool, expected: Reference, family: Family, layout: str)
     assert results[0]["history"][0]["grad_norm"] == pytest.approx(known["norms"][0], rel=0.05)
     assert {tensor.dtype for tensor in results[0]["weights"].values()} == {torch.bfloat16}
     for name, tensor in results[0]["weights"].items():
-        may_stay = (
-            tensor.ndim == 1 or ".experts." in name
-        )  # a norm near 1 may round back, an expert may see no token
+        # A norm near 1 may round back, and an expert may receive no token.
+        may_stay = tensor.ndim == 1 or ".experts." in name
         assert may_stay or not torch.equal(tensor, known["before"][name].bfloat16()), name

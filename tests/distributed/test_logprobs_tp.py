@@ -1,4 +1,7 @@
-"""Vocabulary-parallel log probabilities: every rank has some columns, the last ones only padding, and all agree with one process."""
+"""Vocabulary-parallel log probabilities equal those of one process.
+
+Every rank has a part of the columns; the last columns are padding.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ TOKENS, PADDED, TEMPERATURE = 19, 64, 0.7
 
 
 def make(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits with huge garbage in the padding columns, labels on both sides of every border, and weights (2, T) of the outputs."""
+    """Return logits, labels and weights (2, T) of the two outputs.
+
+    The padding columns contain huge garbage. The labels lie on both sides of every shard border.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(TOKENS, PADDED, generator=generator) * 4
     logits[:, vocab_size:] = 1e6
@@ -28,7 +34,7 @@ def make(vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def outputs_and_gradient(vocab_size: int, chunk_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """On a rank: its columns in, its columns of the gradient out."""
+    """Return log probabilities, entropy and the gradient of this rank's columns."""
     logits, labels, weights = make(vocab_size)
     mine = logits.chunk(dist.get_world_size(), 1)[dist.get_rank()].clone().requires_grad_()
     logprobs, entropy = vocab_parallel_logprobs(

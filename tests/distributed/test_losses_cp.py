@@ -1,4 +1,4 @@
-"""Losses under context parallelism: gloo ranks that share the tokens of every sequence equal one process."""
+"""Under context parallelism, gloo ranks that share the tokens of every sequence equal one process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ HOLDERS = {
 
 
 class CountCollectives(TorchDispatchMode):
-    """Record the name of every collective of forward and backward. Importing CommDebugMode takes seconds."""
+    """Record the name of every collective of forward and backward.
+
+    CommDebugMode does the same, but importing it takes seconds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class CountCollectives(TorchDispatchMode):
 
 
 def tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return 40 tokens of 5 sequences, the last one fully masked; equal on every rank."""
+    """Return 40 tokens of 5 sequences, equal on every rank; the last sequence is fully masked."""
     g = torch.Generator().manual_seed(0)
     ids = torch.arange(40) % S
     random = {

@@ -1,4 +1,4 @@
-"""Model families in several layouts: log probabilities equal transformers', the export equals the source."""
+"""Log probabilities of model families equal transformers' in several layouts; exports equal the source."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
             },
-            "head_dim": 32,  # wavelengths below 2048 tokens, above 8192, and between
+            "head_dim": 32,  # some wavelengths are below 2048 tokens, some above 8192, some between
         },
     ),
     "qwen2_moe normalised, without biases": ("qwen2_moe", {"norm_topk_prob": True, "qkv_bias": False}),
@@ -72,7 +72,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "first_k_dense_replace": 2},
     ),
 }
-"""Variants: family and changes of its config.json. A family's own name is the model of ``tiny_model``."""
+"""Variant -> family and changes to its config.json. A bare family selects the model of ``tiny_model``."""
 
 LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "one rank": (1, {}),
@@ -162,7 +162,7 @@ def test_logprobs_are_transformers_and_export_is_the_source(
 
 
 def test_stages_of_unequal_length(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
-    """61 layers, as in DeepSeek-V3, do not divide evenly."""
+    """Stages of unequal length work, which the 61 layers of DeepSeek-V3 require."""
     path, batch = model_folder("deepseek_v3"), make_batch()
     cfg = config(path, {PP: 2}, max_tokens=64, megatron={"num_layers_in_first_pipeline_stage": 3})
     results = ranks.run(2, cases.train, cfg, batch, 0)

@@ -1,4 +1,7 @@
-"""Megatron's MoE settings do in training what they say: load balancing, z-loss, the router's dtype, its bias, and a frozen router."""
+"""Megatron's MoE settings have their documented effect in training.
+
+The tests cover load balancing, z-loss, the router's dtype, its bias, and a frozen router.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,15 @@ pytestmark = pytest.mark.distributed
 EXPERTS, TOPK = 4, 2
 COEFFICIENT, Z_COEFFICIENT = 2.0, 0.05
 LAYOUTS = ("one rank", "tp2 ep2", "cp2 ep2", "pp2 cp2 ep2")
-"""With one data-parallel rank each, so that one microbatch holds the whole batch."""
+"""These layouts have one data-parallel rank, so that one microbatch contains the whole batch."""
 
 
 @pytest.fixture(scope="module")
 def batch() -> TrainBatch:
-    """Four sequences, in lengths that no layout pads: padding counts in these losses. Pairs of them are of equal length."""
+    """Return four sequences in two pairs of equal length.
+
+    No layout pads these lengths, because padding counts in these losses.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([12, 20, 12, 20])
     mask = torch.cat([torch.arange(length) >= 4 for length in lengths.tolist()])
@@ -40,7 +46,10 @@ def batch() -> TrainBatch:
 
 
 def balancing(logits: list[Tensor]) -> Tensor:
-    """Of sequences taken together: transformers', which counts every one of the top k, so is k times Megatron's."""
+    """Return the load-balancing loss over all sequences together.
+
+    transformers' function counts all of the top k, so it is k times Megatron's.
+    """
     loss = load_balancing_loss_func((torch.cat(logits),), EXPERTS, TOPK)
     assert isinstance(loss, Tensor)
     return loss / TOPK
@@ -64,7 +73,7 @@ def z_loss(logits: list[list[Tensor]]) -> Tensor:
 def known(
     expected: Reference, batch: TrainBatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
-    """``known(**options of reference.train)``: three steps of GMPO."""
+    """Return ``train(**options of reference.train)``, which runs three steps of GMPO with the reference."""
     path = expected.model("qwen3_moe")
     old = reference.batch_logprobs(path, batch)
     noise = torch.randn(len(old), generator=torch.Generator().manual_seed(1)) * 0.4
@@ -79,7 +88,8 @@ def known(
         found = reference.train(
             path, noisy, STEPS, folder, lr=LR, eps=EPS, clip_grad=CLIP_GRAD, **settings, **options
         )
-        assert found["losses"][-1] != pytest.approx(plain["losses"][-1], rel=5e-4)  # it makes a difference
+        # The options must change the result.
+        assert found["losses"][-1] != pytest.approx(plain["losses"][-1], rel=5e-4)
         return found | {
             "path": path,
             "batch": noisy,
@@ -132,7 +142,7 @@ def test_sequence_load_balancing(ranks: RankPool, known: Callable[..., dict[str,
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2 ep2"])
 def test_global_load_balancing(ranks: RankPool, known: Callable[..., dict[str, Any]], layout: str) -> None:
-    """The first has two data-parallel ranks, with half of the tokens each."""
+    """The first layout has two data-parallel ranks with half of the tokens each."""
     values: list[float] = []
 
     def auxiliary(logits: list[list[Tensor]]) -> Tensor:
@@ -178,7 +188,7 @@ def test_a_resumed_run_may_freeze_its_routers(
 
 @torch.no_grad()
 def loads(path: Path, batch: TrainBatch) -> dict[str, Tensor]:
-    """Tokens of each expert in each layer, by the name of its bias, as transformers routes them."""
+    """Return the tokens per expert as transformers routes them, by the name of the layer's bias."""
     model = reference.load_float64(path)
     chosen: dict[str, list[Tensor]] = {}
     for name, gate in model.named_modules():
@@ -196,7 +206,10 @@ def loads(path: Path, batch: TrainBatch) -> dict[str, Tensor]:
 def test_a_router_bias_moves_when_asked(
     ranks: RankPool, expected: Reference, batch: TrainBatch, layout: str
 ) -> None:
-    """By the rate, towards the experts that had fewer tokens than the mean; that it stays by default test_layouts tells."""
+    """The bias moves by the rate, towards the experts that had fewer tokens than the mean.
+
+    test_layouts checks that it does not move by default.
+    """
     path = expected.model("glm4_moe")
     before, counts = reference.saved_tensors(path), loads(path, batch)
     noisy = replace(batch, old_logprobs=reference.batch_logprobs(path, batch).float())

@@ -1,4 +1,4 @@
-"""Communication behind computation, and weights kept elsewhere, change nothing in the figures."""
+"""Overlapped communication and weights in host memory do not change the results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_overlap_of_gradients_alone(ranks: RankPool, expected: Reference) -> Non
 def test_weights_are_whole_wherever_they_are_read(
     ranks: RankPool, expected: Reference, tmp_path: Path
 ) -> None:
-    """After an update: in log probabilities, in an export, in a checkpoint, and again after it was loaded."""
+    """Log probabilities, exports and checkpoints use whole weights after an update and after a load."""
     known = expected("qwen3_moe")
     plain = config(known["path"], {}, max_tokens=40, optimizer={"use_distributed_optimizer": True})
     overlapped = config(known["path"], {}, max_tokens=40, optimizer=OVERLAP)
@@ -50,7 +50,7 @@ def test_weights_are_whole_wherever_they_are_read(
     ):
         for name in ("logprobs", "exported", "loaded", "logprobs_after_load"):
             assert_close(result[name], other[name], atol=1e-6, rtol=1e-5)
-        assert result["updates"] == other["updates"] == 3  # not those since, too
+        assert result["updates"] == other["updates"] == 3  # loading also restored the number of updates
 
 
 def test_a_reference_in_host_memory(ranks: RankPool, expected: Reference) -> None:

@@ -1,4 +1,4 @@
-"""What the config promises of an optimizer step, beyond the layouts of test_layouts.py."""
+"""Properties of an optimizer step that the config promises and test_layouts.py does not cover."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def test_an_auxiliary_loss_needs_only_its_coefficient(ranks: RankPool, expected:
     known = expected("qwen3_moe")
     balanced = config(known["path"], {}, max_tokens=64, megatron={"moe_aux_loss_coeff": 1.0})
     (result,) = ranks.run(1, cases.train, balanced, known["batch"], 3)
-    assert result["history"][0]["loss"] == pytest.approx(
-        known["losses"][0], rel=1e-4
-    )  # not part of what is logged
+    # The logged loss does not include the balancing loss.
+    assert result["history"][0]["loss"] == pytest.approx(known["losses"][0], rel=1e-4)
     assert distance(result["weights"], known) > 1e-2

@@ -1,4 +1,4 @@
-"""Ranks share the rollout work: every rank gets all groups and rewards, and each is computed once."""
+"""Ranks share the rollout work: each response and reward is computed once, and every rank receives all."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_ranks_without_a_response_take_part(ranks: RankPool, tiny_model: Callabl
 
 
 class ScoredBy:
-    """A reward that encodes rank and sample, and counts every third response as a timeout."""
+    """Reward that encodes rank and sample, and counts every third response as a timeout."""
 
     timeouts = 100
 

@@ -1,4 +1,4 @@
-"""In every layout RSPO's gamma and the routers' figures equal those of a float64 model."""
+"""In every layout, RSPO's gamma and the routers' metrics equal those of a float64 model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .test_routing import LAYOUTS, RECOMPUTE, batch, replaying, train_forced
 
 pytestmark = pytest.mark.distributed
 
-__all__ = ["batch"]  # the fixture
+__all__ = ["batch"]  # fixture
 
 FLOOR = 0.85
 
@@ -88,7 +88,7 @@ def test_rspo_under_replay_compares_the_replayed_experts(
 
 @pytest.fixture(scope="session")
 def figures(expected: Reference, batch: TrainBatch) -> dict[str, float]:
-    """Compute the figures of the routers layer by layer."""
+    """Compute the metrics of the routers layer by layer."""
     log_probs = reference.router_log_probs(reference.load_float64(expected.model("qwen3_moe")), batch)
     loads = [
         [sum(e in chosen for chosen in layer) for e in range(4)]

@@ -1,4 +1,4 @@
-"""Routing replay: every layout trains on the recorded experts like a float64 model forced to them."""
+"""Routing replay: every layout trains on the recorded experts like a float64 model forced to use them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def batch() -> TrainBatch:
 
 @pytest.fixture(scope="session")
 def own(expected: Reference, batch: TrainBatch) -> Tensor:
-    """Return (L, layers, topk), the model's own choice."""
+    """Return the model's own choice of experts, (L, layers, topk)."""
     return reference.own_routing(expected.model("qwen3_moe"), batch)
 
 
@@ -115,7 +115,10 @@ def replaying(path: Any, layout: str, kind: str, *, max_tokens: int, **sections:
 
 
 def routings(results: list[dict[str, Any]], batch: TrainBatch) -> Tensor:
-    """Return (L, layers, topk), the choice of all ranks' routers, equal in all passes; -2 if none."""
+    """Return the experts that the routers of all ranks chose, (L, layers, topk), with -2 for none.
+
+    All passes must choose the same experts.
+    """
     place = {token: i for i, token in enumerate(batch.tokens.tolist())}
     found = torch.full((len(batch.tokens), 4, 2), -2)
     for (token, layer), chosen in (
@@ -194,7 +197,8 @@ def test_the_policys_own_experts_are_replayed(
     ranks: RankPool, expected: Reference, batch: TrainBatch, own: Tensor, layout: str
 ) -> None:
     world_size, cfg = replaying(expected.model("qwen3_moe"), layout, "policy", max_tokens=40)
-    minibatches = 1 if layout == "one rank" else 2  # changes microbatches and ranks of the sequences
+    # A split into minibatches changes the microbatches and the ranks of the sequences.
+    minibatches = 1 if layout == "one rank" else 2
     results = ranks.run(world_size, cases.replay, cfg, batch, minibatches, STEPS)
     for result in results:
         assert result["routed_experts"].dtype == torch.int16
@@ -214,7 +218,7 @@ def test_share_of_routings_that_differ(
     ranks: RankPool, expected: Reference, batch: TrainBatch, own: Tensor, layout: str, kind: str
 ) -> None:
     ends = batch.lengths.cumsum(0) - 1
-    record = own.flip(-1).short()  # order has no meaning
+    record = own.flip(-1).short()  # the order of the experts has no meaning
     changed = [(0, 0), (0, 3), (20, 1), (60, 2), (int(ends[0]), 1)]
     for token, layer in changed:
         record[token, layer] = torch.tensor([e for e in range(4) if e not in own[token, layer]])
@@ -227,10 +231,11 @@ def test_share_of_routings_that_differ(
         assert result["compared"]["moe/routing_differs"] == 4 / (4 * known)
         assert result["compared"]["moe/routing_differs_tokens"] == 3 / known
         first = result["history"][0]
+        # The weights still equal those of the old policy.
         assert (first["moe/routing_drift"], first["moe/routing_drift_tokens"]) == (
             0,
             0,
-        )  # the weights are still the old policy's
+        )
 
 
 def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: Any) -> None:
@@ -256,9 +261,8 @@ def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: 
     undisturbed, free, replayed = found.values()
     assert undisturbed["moe/routing_differs"] == 0
     assert undisturbed["rollout/logprob_diff_mean"] < 1e-5
-    assert (
-        min(free["moe/routing_differs"], replayed["moe/routing_differs"]) > 0.3
-    )  # under replay: the policy's own choice
+    # Under replay, the routing is compared with the policy's own choice.
+    assert min(free["moe/routing_differs"], replayed["moe/routing_differs"]) > 0.3
     assert min(free["rollout/logprob_diff_mean"], replayed["rollout/logprob_diff_mean"]) > 0.05
 
     experts = recorded.routed_experts.long()

@@ -1,4 +1,4 @@
-"""All ranks stop together, whichever rank received the signal; every rank names a bad node."""
+"""All ranks stop together, whichever rank received the signal, and every rank names a bad node."""
 
 from __future__ import annotations
 
@@ -52,13 +52,15 @@ def votes_towards_a_deadline() -> list[str]:
     reasons: list[str] = []
     try:
         vote = stop.StopVote(margin_s=5)
+        # Steps take 12, 30, 7 and 1 s and a save takes 8 s. A stop needs 43 s: the longest step, a save and
+        # the margin.
         for now, save in [
             (0, 0),
             (20, 8),
             (50, 0),
             (57, 0),
             (58, 0),
-        ]:  # steps of 12, 30, 7 and 1, one save of 8: 43 are needed
+        ]:
             clock.now = now
             if save:
                 vote.saved(save)

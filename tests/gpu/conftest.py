@@ -1,4 +1,7 @@
-"""Policies on this machine's GPU, one after the other. Without a GPU, or without what a setting needs, a test is skipped and says why."""
+"""Policies on this machine's GPU, one after the other.
+
+A test is skipped, with a reason, if there is no GPU or if a setting lacks a requirement.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def process_group() -> Iterator[None]:
 
 @pytest.fixture
 def policy_of(tiny_model: Callable[..., Path]) -> Open:
-    """``with policy_of(family, **sections of the config) as policy``: of a tiny model, in bf16; its memory is free again afterwards."""
+    """Return a context manager that opens the bf16 policy of a tiny model and frees its memory at the end.
+
+    Usage: ``with policy_of(family, **sections of the config) as policy``.
+    """
 
     @contextmanager
     def opened(family: str, *, transformer_engine: bool = True, **sections: Any) -> Iterator[Policy]:
@@ -67,7 +73,7 @@ def policy_of(tiny_model: Callable[..., Path]) -> Open:
 
 @pytest.fixture
 def batch() -> TrainBatch:
-    """Three sequences; their experts get unlike numbers of tokens."""
+    """Return three sequences whose experts receive different numbers of tokens."""
     return make_batch(LENGTHS)
 
 

@@ -1,6 +1,7 @@
-"""FP8 against bf16 on one NVIDIA GPU, forward and backward. Not yet run: written on a machine without a GPU.
+"""FP8 against bf16 on one NVIDIA GPU, forward and backward.
 
-The bounds are what 3 bits of mantissa suggest for tiny random models, not what was measured.
+These tests have not run yet: they were written on a machine without a GPU. The bounds follow from 3 bits of
+mantissa for tiny random models; they are not measured.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ pytestmark = pytest.mark.gpu
 
 RECIPES = ["delayed", "tensorwise", "blockwise", "mxfp8"]
 LOGPROBS = 0.1
-"""Most that log probabilities may differ, on average over response tokens, in nats."""
+"""Maximum mean difference of log probabilities over response tokens, in nats."""
 GRADIENTS = {"qwen3": 0.95, "qwen3_moe": 0.85}
-"""Least cosine between the gradients; in a MoE, FP8 sends some tokens to other experts."""
+"""Minimum cosine between the gradients. In a MoE, FP8 routes some tokens to other experts."""
 
 
 def forward_and_backward(policy: Policy, batch: TrainBatch) -> tuple[Tensor, Tensor]:
-    """Log probabilities and all gradients in one row, once delayed scaling has a history; the learning rate moves nothing."""
+    """Return log probabilities and all gradients in one row, after steps that fill the amax history.
+
+    Delayed scaling needs this history. The learning rate of the tests is too small to change the weights.
+    """
     for count in (2, 1):
         batch.old_logprobs = policy.logprobs(batch)
         steps(policy, batch, count)
@@ -47,16 +51,16 @@ def test_a_recipe_is_close_to_bf16(policy_of: Open, batch: TrainBatch, family: s
         logprobs, gradients = forward_and_backward(policy, batch)
     with policy_of(family, optimizer=STILL) as policy:
         expected, expected_gradients = forward_and_backward(policy, batch)
-    assert 0 < difference(logprobs, expected, batch) < LOGPROBS  # it did run in FP8
+    assert 0 < difference(logprobs, expected, batch) < LOGPROBS  # a difference of 0 would mean bf16
     assert torch.cosine_similarity(gradients, expected_gradients, dim=0) > GRADIENTS[family]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("lengths", [[3], [130, 17]])
 def test_experts_with_few_tokens_or_none(policy_of: Open, recipe: str, lengths: list[int]) -> None:
-    """Padding by the router and by a copy give the same, and what bf16 gives.
+    """Padding by the router and padding by a copy agree with each other and with bf16.
 
-    The tokens that the router pads with are among the values that an expert's one scale is chosen for, where it has only one.
+    If an expert has only one scale, the scale also depends on the tokens with which the router pads.
     """
     one_scale = recipe in ("delayed", "tensorwise")
     batch = make_batch(lengths)
@@ -71,9 +75,8 @@ def test_experts_with_few_tokens_or_none(policy_of: Open, recipe: str, lengths: 
         GRADIENTS["qwen3_moe"] if one_scale else 0.99
     )
     with policy_of("qwen3_moe", optimizer=STILL) as policy:
-        assert (
-            difference(logprobs, policy.logprobs(batch), batch) < 3 * LOGPROBS
-        )  # few tokens: one that changes its expert counts
+        # There are few tokens, so one token that changes its expert counts.
+        assert difference(logprobs, policy.logprobs(batch), batch) < 3 * LOGPROBS
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -83,7 +86,7 @@ def test_layers_that_stay_in_bf16(policy_of: Open, batch: TrainBatch, recipe: st
     with policy_of("qwen3") as policy:
         expected = policy.logprobs(batch)
     off = []
-    for count in (4, 2, 0):  # of the four at the start
+    for count in (4, 2, 0):  # number of bf16 layers among the four, counted from the start
         with policy_of("qwen3", fp8={"recipe": recipe, "num_layers_at_start_in_bf16": count}) as policy:
             off.append(difference(policy.logprobs(batch), expected, batch))
     assert off[0] < off[2] / 2
@@ -101,7 +104,7 @@ def test_a_step_learns_in_fp8(policy_of: Open, batch: TrainBatch, family: str, r
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
 def test_weights_in_fp8(policy_of: Open, batch: TrainBatch, recipe: str) -> None:
-    """They start from the weights of the folder, take steps, and are exported with the values that the products see."""
+    """FP8 weights start from the folder's weights, train, and are exported with the values that GEMMs use."""
     with policy_of("qwen3", optimizer={"lr": 1e-3}) as policy:
         start = policy.logprobs(batch)
         batch.old_logprobs = start

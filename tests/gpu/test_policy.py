@@ -1,4 +1,7 @@
-"""The policy on one NVIDIA GPU, in bf16, with Transformer Engine's layers. Not yet run: written on a machine without a GPU."""
+"""The policy on one NVIDIA GPU, in bf16, with Transformer Engine's layers.
+
+These tests have not run yet: they were written on a machine without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,13 @@ FAMILIES = ["qwen3", "qwen3_moe"]
 
 
 def steps(policy: Policy, batch: TrainBatch, count: int) -> list[float]:
-    """Losses of so many optimizer steps on the batch, whose ``old_logprobs`` are known."""
+    """Run ``count`` optimizer steps on the batch, which has ``old_logprobs``, and return their losses."""
     objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
     return [value_of(policy.train_step(batch, objective)["loss"]) for _ in range(count)]
 
 
 def difference(a: torch.Tensor, b: torch.Tensor, batch: TrainBatch) -> float:
-    """Mean over response tokens."""
+    """Return the mean absolute difference over response tokens."""
     return float((a - b)[batch.response_mask].abs().mean())
 
 
@@ -108,7 +111,7 @@ def test_a_checkpoint_brings_the_optimizer_back(
     optimizer = {"lr": 1e-3} | sections.get("optimizer", {})
     with policy_of("qwen3_moe", **(sections | {"optimizer": optimizer})) as policy:
         batch.old_logprobs = policy.logprobs(batch)
-        start = policy.save(tmp_path, 0, {}, 9)  # before there is any state
+        start = policy.save(tmp_path, 0, {}, 9)  # before any optimizer state exists
         losses = steps(policy, batch, 2)
         saved = policy.save(tmp_path, 2, {}, 9)
         before, logprobs = optimizer_state(policy), policy.logprobs(batch)
@@ -138,7 +141,8 @@ def test_an_optimizer_of_another_kind_takes_the_same_steps(
             return policy.logprobs(batch)
 
     plain = learned()
-    assert difference(plain, batch.old_logprobs, batch) > 0.05  # it moved  # pyright: ignore[reportArgumentType]
+    # The policy has moved.
+    assert difference(plain, batch.old_logprobs, batch) > 0.05  # pyright: ignore[reportArgumentType]
     assert difference(learned(**optimizer), plain, batch) < 0.02
 
 
@@ -166,7 +170,7 @@ def test_memory_is_free_after_each_phase(policy_of: Open, fp8: dict[str, Any]) -
 
         assert policy.reference
         assert all(not parameter.is_cuda for chunk in policy.reference for parameter in chunk.parameters())
-        phases()  # the first makes optimizer state and workspaces
+        phases()  # the first call creates optimizer state and workspaces
         first, second = phases(), phases()
         assert second == pytest.approx(first, abs=2**20)
-        assert max(second) - min(second) < 2**22  # nothing of a phase is kept into the next one
+        assert max(second) - min(second) < 2**22  # no phase keeps memory for the next one

@@ -1,7 +1,6 @@
-"""An SGLang server on the policy's GPU: weights by CUDA IPC, and memory that it releases. Not run on a GPU
-yet.
+"""An SGLang server on the policy's GPU: weight sync by CUDA IPC and released memory.
 
-Needs SGLang for CUDA in .venv-sglang (docs/install_gpu.md).
+These tests have not run on a GPU yet. They need SGLang for CUDA in .venv-sglang (docs/install_gpu.md).
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ TIMEOUT_S = 60.0
 
 
 def disagreement(policy: Policy, server: Server) -> float:
-    """Return the mean difference in nats between the server's log probabilities of its response and the
-    policy's."""
+    """Return the mean difference in nats between the server's and the policy's logprobs of a response."""
     answer = generate(server, PROMPT, max_new_tokens=32).json()
     tokens = torch.tensor(PROMPT + answer["output_ids"])
     response = torch.arange(len(tokens)) >= len(PROMPT)

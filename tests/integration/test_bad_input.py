@@ -1,4 +1,7 @@
-"""Bad input is refused before any work starts: exit code 2 and one line that names the field and the remedy."""
+"""Bad input is refused before any work starts, with exit code 2 and one error line.
+
+The line names the field and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def case(world_size: int = 1, **values: object) -> Case:
     return {"argv": options(**values), "env": {"WORLD_SIZE": str(world_size)}}
 
 
-# what is wrong -> (options, what the line must say); {tmp} is the folder of the fixture ``folder``
+# description -> (options, pattern of the error line); {tmp} is the folder of the fixture ``folder``
 CASES: dict[str, tuple[Case, str]] = {
     "unknown key": (
         case(optimizer__learning_rat=1),
@@ -73,11 +76,12 @@ CASES: dict[str, tuple[Case, str]] = {
             parallel__expert_model_parallel_size=2,
             parallel__sequence_parallel="false",
         ),
-        r"parallel\.sequence_parallel = false .* MoE model: Megatron needs it true",
+        r"parallel\.sequence_parallel = false .* MoE model: Megatron requires sequence parallelism; set it to true",
     ),
     "tensor parallel experts left unreduced": (
         case(world_size=2, parallel__tensor_model_parallel_size=2),
-        r"expert_tensor_parallel_size = 1 with tensor_model_parallel_size = 2 .*: set expert_tensor_parallel_size = 2",
+        r"expert_tensor_parallel_size = 1 with tensor_model_parallel_size = 2 .*: "
+        r"set expert_tensor_parallel_size = 2",
     ),
     "no config file": (
         {"argv": [], "env": {}},
@@ -136,7 +140,8 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "loss without a column": (
         case(algorithm__loss="tests.support.losses:unmade"),
-        r"needs the column 'temperature', which nothing makes: choose one that the trainer makes, .*NewColumn",
+        r"needs the column 'temperature', which nothing makes: "
+        r"choose one that the trainer makes, .*NewColumn",
     ),
     "unknown advantage": (
         case(algorithm__advantage="normalised"),
@@ -153,15 +158,17 @@ CASES: dict[str, tuple[Case, str]] = {
     "k above samples": (case(eval__k="[1, 8]"), r"eval: k = 8 needs samples_per_prompt >= 8, not 1"),
     "checkpoint of another model": (
         case(run_dir="{tmp}/other"),
-        r"iter_0000007 is of another model \(hidden_size = 128, this run's is 64\): choose another run_dir",
+        r"iter_0000007 is of another model \(hidden_size = 128, this run has 64\): choose another run_dir",
     ),
     "resume refused": (
         case(run_dir="{tmp}/same", checkpoint__resume="false"),
-        r"run_dir = '.*same' already holds iter_0000007: set checkpoint\.resume = true or choose another run_dir",
+        r"run_dir = '.*same' already holds iter_0000007: "
+        r"set checkpoint\.resume = true or choose another run_dir",
     ),
     "no replay": (
         case(rollout__replay_path="nowhere"),
-        r"rollout\.replay_path = 'nowhere' has no groups for step 0, it has no steps at all: save them with rollout\.save_path",
+        r"rollout\.replay_path = 'nowhere' has no groups for step 0, it has no steps at all: "
+        r"save them with rollout\.save_path",
     ),
     "replay too short": (
         case(rollout__replay_path="{tmp}/rollouts", train__num_steps=3),
@@ -175,7 +182,7 @@ if os.path.exists("/dev/nvidia0"):
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, problems, and everything the cases name that is there but wrong."""
+    """Return a folder with a model, problems, and all invalid files that the cases name."""
     folder = tmp_path_factory.mktemp("bad")
     write_addition_problems(folder)
     model = tiny_model("qwen3_moe", num_layers=2)
@@ -211,7 +218,7 @@ def arguments(name: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def refusals(folder: Path) -> dict[str, dict[str, Any]]:
-    """What came of each case, all run in one process."""
+    """Run all cases in one process and return their results."""
     cases = [{"argv": arguments(name, folder), "env": CASES[name][0]["env"]} for name in CASES]
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.refusals"],

@@ -1,4 +1,4 @@
-"""Conversions are exact in any number of processes and leave nothing that looks complete when they fail."""
+"""Conversions are exact in any number of processes and leave no complete-looking output when they fail."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_training_checkpoint_of_any_layout(
     ranks.run(2, conversion_cases.to_hf, tmp_path / "run", tmp_path / "out")
     assert_same(tmp_path / "out", trained)
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    # the dtype of the trained model, not of the model it started from
+    # config.json states the dtype of the trained model, not that of the source.
     told = {"dtype": "float32" if dtype == "fp32" else "bfloat16"}
     assert (
         json.loads((tmp_path / "out/config.json").read_text())
@@ -240,7 +240,7 @@ def test_checkpoint_of_megatron_lm(
     dtype: str,
     optimizer_format: str,
 ) -> None:
-    """Keys of the optimizer and the random states are not weights, and pickles are not loaded."""
+    """Optimizer keys and random states are not taken for weights, and pickles are not loaded."""
     world_size, cfg = make_config(layout, model(name), dtype)
     batch, run, evil = replayed(model(name)), tmp_path / "run", tmp_path / "run/evil"
     weights = ranks.run(world_size, conversion_cases.save_as_megatron_lm, cfg, batch, run, optimizer_format)[
@@ -281,7 +281,7 @@ def test_reads_no_optimizer_state(ranks: RankPool, model: Callable[..., Path], t
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
 def test_fused_experts(ranks: RankPool, model: Callable[..., Path], tmp_path: Path, name: str) -> None:
-    """transformers holds all experts of a layer in one tensor in memory."""
+    """Convert folders with all experts of a layer in one tensor, the layout of transformers in memory."""
     source = model(name)
     fused = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
     assert fused["model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 64, 32)
@@ -325,7 +325,7 @@ def test_layers_for_multi_token_prediction_are_left_out(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """DeepSeek-V3 and GLM-4.5 have one such layer on the hub."""
+    """Hub checkpoints of DeepSeek-V3 and GLM-4.5 have one such layer."""
     source = model("deepseek_v3")
     folder, further = copied(source, tmp_path), "model.layers.4.mlp.experts.0.up_proj.weight"
     added = {
@@ -367,7 +367,7 @@ def test_has_what_the_plain_layer_spec_of_megatron_looks_for(
 
 
 def test_norms_of_latents_have_the_names_of_either_layer_spec(model: Callable[..., Path]) -> None:
-    """Transformer Engine's fused names (gpt_layer_specs.py) come first. Layer 0 is dense, layer 1 is MoE."""
+    """Transformer Engine's fused names (gpt_layer_specs.py) come first. Layer 0 is dense; layer 1 is MoE."""
     table = ConversionTable(model("deepseek_v3"))
     keys = {
         entry.name: [place.key.removeprefix("decoder.layers.") for place in table.places(entry)]

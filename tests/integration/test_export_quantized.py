@@ -1,4 +1,7 @@
-"""Models quantised with ModelOpt: what SGLang expects of them, and what they compute, dequantised by the formats' definitions."""
+"""Models quantised with ModelOpt match SGLang's expectations and compute the right values.
+
+The values are dequantised by the formats' definitions.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,8 @@ LINEAR = {
     "qwen3": [f"mlp.{x}" for x in MLP],
     "qwen3_moe": [f"mlp.experts.{e}.{x}" for e in range(8) for x in MLP],
 }
-E2M1 = torch.tensor(
-    [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
-)  # OCP microscaling formats, by their four bits
+# Values of the four bits (OCP microscaling formats).
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 METHOD = {"fp8": "modelopt_fp8", "nvfp4": "modelopt_fp4"}
 ERROR = {
     ("qwen3", "fp8"): 0.1,
@@ -42,19 +44,20 @@ ERROR = {
     ("qwen3_moe", "fp8"): 0.2,
     ("qwen3_moe", "nvfp4"): 0.5,
 }
-"""Bounds of the root mean square of the logits' change over that of the logits, of random weights, where some tokens change experts.
-Measured: 0.064, 0.208, 0.129 and 0.356."""
+"""Maximum RMS change of the logits relative to their RMS, for random weights.
+
+In a MoE, some tokens change experts. Measured: 0.064, 0.208, 0.129 and 0.356.
+"""
 
 
 def dequantize(tensors: dict[str, Tensor], name: str, kind: str) -> tuple[Tensor, Tensor]:
-    """The weight that is stood for, and how far from it the original may have been."""
+    """Return the dequantised weight and the maximum distance of the original from it."""
     weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float()
     if kind == "fp8":
         back = weight.float() * scale
         return back, torch.maximum(back.abs() / 15, scale * 2**-10)  # 3 bits of mantissa; subnormal numbers
-    values = E2M1[
-        torch.stack([weight & 15, weight >> 4], -1).flatten(1).long()
-    ]  # the first of two in the lower bits
+    # The lower bits contain the first of two values.
+    values = E2M1[torch.stack([weight & 15, weight >> 4], -1).flatten(1).long()]
     scales = scale.repeat_interleave(16, 1) * tensors[f"{name}.weight_scale_2"]
     return values * scales, scales  # half of the step from 4 to 6
 
@@ -82,7 +85,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exports(
     prompts: Path, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], tuple[Path, str]]:
-    """Each family in each format: the exported folder and the line that the command printed."""
+    """Export each family in each format; return the exported folder and the line that the command printed."""
     made = {}
     for family, kind in itertools.product(LINEAR, METHOD):
         out = tmp_path_factory.mktemp("export") / "out"
@@ -98,7 +101,7 @@ def exports(
 def read_by_sglang(
     exports: dict[tuple[str, str], tuple[Path, str]],
 ) -> dict[tuple[str, str], dict[str, Any]] | None:
-    """What SGLang makes of each export, all read by one process."""
+    """Return how SGLang reads each export; one process reads all of them."""
     if not SGLANG_PYTHON.exists():
         return None
     script = ROOT / "tests/support/sglang_modelopt.py"

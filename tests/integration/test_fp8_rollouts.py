@@ -1,8 +1,7 @@
-"""Block-wise FP8 weights in real SGLang servers, by every route, compared with transformers on the
-dequantised weights.
+"""Block-wise FP8 weights in real SGLang servers, by every route, compared with transformers.
 
-The servers load and store the weights as on a GPU. Two matrix multiplications are replaced by torch code (see
-``tests/support/sglang_fp8_launcher.py``).
+transformers computes with the dequantised weights. The servers load and store the weights as on a GPU.
+Torch code replaces two matrix multiplications (see ``tests/support/sglang_fp8_launcher.py``).
 """
 
 from __future__ import annotations
@@ -177,7 +176,7 @@ def test_a_model_in_fp8_needs_fp8_rollouts(tiny_model: Callable[..., Path], tmp_
 
 
 def test_transformers_reads_the_fp8_folder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """With whole blocks only: transformers derives the block size from the number of scales."""
+    """transformers derives the block size from the number of scales, so this test uses whole blocks only."""
     model = tiny_model("qwen3_moe", hidden_size=128, **SHAPE)
     folder = fp8_start_folder(model, tmp_path / "fp8")
     save_file(

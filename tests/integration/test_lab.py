@@ -1,4 +1,4 @@
-"""A study from its command line: interrupted, continued, with an arm that stops by itself, and reported on."""
+"""A study on its command line is interrupted, continued and reported; one of its arms stops with an error."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     while min(steps(runs, "grpo"), steps(runs, "gmpo")) < 1:
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline, "the first two trials took no step"
-        time.sleep(0.1)  # until both run
+        time.sleep(0.1)  # wait until both run
     first.send_signal(signal.SIGTERM)
     _, errors = first.communicate(timeout=TIMEOUT_S)
     assert first.returncode == 130
@@ -86,9 +86,10 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     third = lab(tmp_path)
     page, errors = third.communicate(timeout=TIMEOUT_S)
     assert third.returncode == 0, errors
-    assert (runs / "grpo/seed_0/trial.json").read_bytes() == finished  # not run again, nor is the broken one
+    # Neither the finished nor the broken trial runs again.
+    assert (runs / "grpo/seed_0/trial.json").read_bytes() == finished
     assert "study: 1 of 3 trials to run" in errors
-    for arm in ("grpo", "gmpo"):  # each was saved when it was interrupted
+    for arm in ("grpo", "gmpo"):  # the interruption saved both
         assert "resume" in [
             json.loads(line)["event"]
             for line in (runs / arm / "seed_0/events.jsonl").read_text().splitlines()

@@ -22,7 +22,7 @@ from ..support.commands import error_lines, run_module
 from ..support.sglang_servers import PYTHON, needs_sglang
 
 OFFSET = 0.5
-"""What the rollout engine is said to have reported too much."""
+"""Amount that is added to the log probabilities of the saved rollouts."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def model(tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def groups(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two prompts with two responses of different lengths each."""
+    """Write two prompts with two responses of different lengths each, and return their folder."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
 
@@ -78,7 +78,7 @@ def run(model: Path, groups: Path, out: Path, sides: str, *options: str) -> Any:
 
 
 def rows(stdout: str) -> dict[str, list[float]]:
-    """Side -> mean, median, 99 %, largest, k3."""
+    """Return side -> mean, median, 99 %, largest, k3."""
     cells = [
         [cell.strip() for cell in line.strip("│ ").split("│")]
         for line in stdout.splitlines()

@@ -12,7 +12,7 @@ from .test_train import argv
 
 pytestmark = pytest.mark.distributed
 
-__all__ = ["argv"]  # the fixture
+__all__ = ["argv"]  # fixture
 
 ADVANTAGE = """
 
@@ -22,7 +22,7 @@ def centered(rewards):
 
 
 def test_the_documented_loss_trains_in_two_layouts(argv: list[str], tmp_path: Path) -> None:
-    """With context parallelism, and on one rank with the same responses: figures are equal."""
+    """Metrics of a run with context parallelism equal those of one rank with the same responses."""
     (tmp_path / "outside.py").write_text(documented_losses()[0] + ADVANTAGE)
     chosen = options(
         algorithm__loss="outside:harmonic",

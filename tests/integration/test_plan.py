@@ -1,4 +1,4 @@
-"""tools/plan.py on the example configs of big models: sizes, memory, time of the run itself, and what it refuses."""
+"""tools/plan.py on the example configs of big models: sizes, memory, its own run time, and refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..support.commands import CONFIG, ROOT, error_lines, options, run_module
 pytestmark = pytest.mark.distributed
 
 BIG = "examples/moe/qwen3_30b_a3b.toml"
-PUBLISHED = [  # billions of parameters on the model cards; those met by a token have two digits there
+# Billions of parameters on the model cards; the active ones have two digits there.
+PUBLISHED = [
     ("qwen3_30b_a3b", 32, 30.5, 3.3),
     ("qwen3_235b_a22b", 80, 235, 22),
     ("deepseek_r1_distill_qwen_7b", 8, 7.6, None),
@@ -118,7 +119,11 @@ def test_a_run_on_a_cpu_with_the_embedded_engine(tiny_model: Callable[..., Path]
 
 
 def test_a_server_of_more_gpus_than_heads_repeats_the_heads() -> None:
-    """Qwen3-30B-A3B: keys and values of 4 heads of 128 in 48 layers, bf16. DeepSeek-V3: one latent of 576 in 61 layers."""
+    """A server with more GPUs than heads stores copies of heads.
+
+    Qwen3-30B-A3B has keys and values of 4 heads of 128 in 48 layers, in bf16. DeepSeek-V3 has one latent of
+    576 in 61 layers.
+    """
     qwen = Model(
         0,
         0,

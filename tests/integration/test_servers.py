@@ -1,4 +1,4 @@
-"""Real SGLang servers: their life, their death, and who may ask them."""
+"""Real SGLang servers: start, restart, death, and the keys that requests need."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_external_servers(sglang_server: LocalServers, monkeypatch: pytest.Monke
     version = httpx.get(f"{server.url}/model_info", headers=server.headers, timeout=60).json()[
         "weight_version"
     ]
-    assert version == "default"  # asking changed nothing
+    assert version == "default"  # the check changed nothing
 
     for name in ("SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"):
         with monkeypatch.context() as patch:
@@ -109,7 +109,7 @@ def test_external_servers_that_are_none() -> None:
 
 @needs_sglang
 def test_a_stopped_and_a_killed_server_come_back(sglang_server: LocalServers) -> None:
-    """Stopped, it does not answer; killed, it is known as dead; after a restart it serves on the same URL."""
+    """A stopped server does not answer, a killed one is known to be dead, and a restart reuses the URL."""
     servers, before = sglang_server, list(sglang_server.servers)
     assert servers.servers[0].answers(20)
     stopped = process_group(servers)
@@ -168,7 +168,7 @@ def test_start_timeout_and_stop(tmp_path: Path) -> None:
 
 @needs_sglang
 def test_no_server_outlives_a_killed_trainer(tmp_path: Path) -> None:
-    """Neither one that runs nor one that is stopped, and although a fork of the trainer lives on."""
+    """Running and stopped servers both end, although a fork of the trainer survives."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.support.sglang_servers", str(tmp_path)],
         cwd=ROOT,
@@ -192,7 +192,7 @@ def test_no_server_outlives_a_killed_trainer(tmp_path: Path) -> None:
 
 
 def test_ports_are_held(tmp_path: Path) -> None:
-    """Nobody else gets a port between its choice and the server's bind, and a server is not kept from it."""
+    """Only the server can bind a port that was chosen for it."""
     servers = LocalServers("no model", 3, SGLangConfig(), tmp_path, dtype="fp32", seed=1, device=CPU)
     ports = [httpx.URL(server.url).port for server in servers.servers]
     assert len(set(ports)) == 3

@@ -1,4 +1,4 @@
-"""The SGLang rollout engine on real servers: what it samples, which weights made it, and what it survives."""
+"""The SGLang rollout engine on real servers: samples, the weights that made them, and fault tolerance."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from megatron_gmpo.testing.arithmetic import write_addition_problems
 from ..support import conversion_cases
 from ..support.commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
 from ..support.ranks import RankPool
-from ..support.sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_until_gone
+from ..support.sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_for, wait_until_gone
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -48,7 +48,7 @@ Weights = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def weights(sglang_model: Path) -> list[Weights]:
-    """Three sets of weights of the served model: the folder's, and two that answer differently."""
+    """Return three sets of weights for the served model: the folder's, and two with different answers."""
     first = load_file(sglang_model / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     return [first] + [
@@ -59,7 +59,7 @@ def weights(sglang_model: Path) -> list[Weights]:
 
 @pytest.fixture(scope="module")
 def models(sglang_model: Path, weights: list[Weights], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """The same in transformers, each with the ``folder`` it was read from."""
+    """Return a transformers model for each set of weights, with its source in the attribute ``folder``."""
     made = []
     for each in weights:
         folder = tmp_path_factory.mktemp("weights")
@@ -85,7 +85,7 @@ def config(model: Path, run_dir: Path, **sections: dict[str, Any]) -> Config:
 def engine(
     sglang_server: LocalServers, sglang_model: Path, tmp_path: Path
 ) -> Iterator[Callable[..., SGLangEngine]]:
-    """Makes an engine on the running server, as on a foreign one."""
+    """Return a function that makes an engine on the running server, which the engine treats as external."""
     made: list[SGLangEngine] = []
 
     def make(routed_experts: tuple[int, int] | None = None, **sections: dict[str, Any]) -> SGLangEngine:
@@ -107,7 +107,7 @@ def samples(engine: SGLangEngine, prompts: list[Prompt] = PROMPTS, **sampling: A
 
 
 def assert_made_by(sample: Sample, models: list[Any], prompt_length: int = 4) -> None:
-    """The log probability of each token is that of the model whose version it carries."""
+    """Check that each token's log probability is that of the model whose version the token carries."""
     assert sample.version_spans is not None
     assert sample.token_versions[:prompt_length].tolist() == [-1] * prompt_length
     assert sample.response_mask.tolist() == [False] * prompt_length + [True] * (
@@ -137,7 +137,7 @@ def test_samples_are_what_transformers_says(
             "stop" if sample.tokens[-1] == served._tokenizer.eos_token_id else "length",
         )
         assert sample.response_length <= 9
-    assert len({tuple(s.tokens) for s in drawn}) > 12  # sampled, not all alike
+    assert len({tuple(s.tokens) for s in drawn}) > 12  # the samples differ
     greedy = samples(served, PROMPTS[:1], n=1, max_new_tokens=5, temperature=0)[0]
     for t in range(4, len(greedy.tokens)):
         assert greedy.tokens[t] == int(
@@ -169,7 +169,7 @@ def test_temperature_is_in_the_logprobs_and_a_stop_string_ends(
 def test_routed_experts_are_aligned_with_the_tokens(
     engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any], sglang_model: Path
 ) -> None:
-    """Also where a prompt is found in the prefix cache."""
+    """Records are also aligned when a prompt is found in the prefix cache."""
     hf = AutoConfig.from_pretrained(sglang_model)
     served = engine(routed_experts=(hf.num_hidden_layers, hf.num_experts_per_tok))
     served.update_weights(weights[0].items(), 0)
@@ -196,7 +196,7 @@ def test_a_converted_folder_is_served(
     models: list[Any],
     tmp_path: Path,
 ) -> None:
-    """Hugging Face -> Megatron -> Hugging Face, and then a server reads it."""
+    """A server reads a folder that was converted from Hugging Face to Megatron and back."""
     source = tmp_path / "source"
     shutil.copytree(models[1].folder, source)
     ranks.run(2, conversion_cases.to_megatron, source, tmp_path / "megatron")
@@ -214,8 +214,15 @@ def test_a_converted_folder_is_served(
 
 
 def during(served: SGLangEngine, weights: Weights, version: int, ticket: Any) -> list[Sample]:
-    """Syncs while the responses of ``ticket`` are being made, each at least one token long."""
-    time.sleep(0.5)
+    """Sync while the responses of ``ticket`` are generated; each already has at least one token."""
+    server = served._client._watcher.members[0].server
+    responses = len(ticket.prompts) * ticket.sampling.n
+
+    def all_run() -> bool:
+        loads = httpx.get(f"{server.url}/v1/loads", headers=server.headers, timeout=30).json()["loads"]
+        return sum(load["num_running_reqs"] for load in loads) == responses
+
+    wait_for(all_run)
     assert not ticket.future.done()
     served.update_weights(weights.items(), version)
     return [s for g in served.wait(ticket) for s in g.samples]
@@ -226,7 +233,7 @@ def test_a_sync_lets_unfinished_responses_go_on_with_the_new_weights(
     engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any], in_flight: str
 ) -> None:
     served = engine(weight_sync={"in_flight": in_flight})
-    served._end_ids = set()  # long responses
+    served._end_ids = set()  # makes the responses long
     served.update_weights(weights[0].items(), 0)
     ticket = served.submit(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=300))
     drawn = during(served, weights[1], 1, ticket)
@@ -248,7 +255,7 @@ def test_a_sync_in_place_keeps_the_cache(engine: Callable[..., SGLangEngine], we
     ):
         assert {0, 1} <= set(sample.token_versions[4:].tolist())
         assert sample.response_length == 300
-    served.update_weights(weights[0].items(), 2)  # leaves no cache of other weights behind for later tests
+    served.update_weights(weights[0].items(), 2)  # later tests must not find a cache of other weights
 
 
 def test_weights_of_somebody_else_are_never_sampled_from(
@@ -257,8 +264,7 @@ def test_weights_of_somebody_else_are_never_sampled_from(
     weights: list[Weights],
     models: list[Any],
 ) -> None:
-    """Another run takes the server over; the answers that come from its weights are thrown away, and the
-    server synced again."""
+    """Answers from the weights of another run are discarded, and the server is synced again."""
     served, other = engine(), engine()
     served.update_weights(weights[0].items(), 0)
     assert_made_by(samples(served, PROMPTS[:1], max_new_tokens=3)[0], models)
@@ -302,7 +308,10 @@ def groups_of(pair: SGLangEngine) -> list[int]:
 
 
 def wait_for_both(pair: SGLangEngine) -> None:
-    """Until both servers are up and have the weights: whoever waits for samples syncs what has come back."""
+    """Wait until both servers run with current weights.
+
+    A server that comes back is synced when samples are requested.
+    """
     assert pair._client
     members, deadline = pair._client._watcher.members, time.monotonic() + 300
     while not all(member.state is ServerState.READY for member in members):
@@ -324,7 +333,7 @@ def test_a_full_queue_only_delays(pair: SGLangEngine, weights: list[Weights], mo
 def test_one_server_killed_and_one_hung_during_a_rollout(
     pair: SGLangEngine, weights: list[Weights], models: list[Any]
 ) -> None:
-    """No sample is lost or doubled, and both servers are started again and synced before they answer."""
+    """No sample is lost or duplicated; both servers are restarted and synced before they answer."""
     pair.update_weights(weights[1].items(), 1)
     killed, hung = groups_of(pair)
     ticket = pair.submit(PROMPTS, SamplingParams(n=8, max_new_tokens=120))
@@ -352,7 +361,7 @@ def test_a_server_killed_during_a_sync(
     iterations = []
 
     class Export:
-        """Weights whose first iteration kills a server half-way."""
+        """Weights that kill a server half-way through their first iteration."""
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             iterations.append(victim)
@@ -379,7 +388,7 @@ def test_a_server_killed_during_a_sync(
 def test_servers_that_keep_dying_end_the_run(
     sglang_model: Path, tmp_path: Path, weights: list[Weights]
 ) -> None:
-    """With no restart allowed, the first death of the only server is the last."""
+    """If no restart is allowed, the run ends when its only server dies."""
     cfg = config(sglang_model, tmp_path, sglang={"max_restarts": 0})
     tokenizer = AutoTokenizer.from_pretrained(sglang_model)
     with closing(start_sglang(cfg, AutoConfig.from_pretrained(sglang_model), tokenizer, CPU)) as engine:
@@ -396,8 +405,11 @@ def test_servers_that_keep_dying_end_the_run(
 
 
 def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Two trainer ranks that share experts, two servers whose routing they replay, weights in shared memory,
-    generation one step ahead; and nothing is left."""
+    """Training with real servers raises the reward and leaves no server behind.
+
+    It has two trainer ranks with expert parallelism, two servers, routing replay, weight sync through
+    shared memory and generation one step ahead.
+    """
     problems = tmp_path / "problems"
     write_addition_problems(problems)
     run_dir = tmp_path / "run"
@@ -430,13 +442,11 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
     figures = json_lines(run_dir / "metrics.jsonl")[1:]
     rewards = [line["reward/mean"] for line in figures]
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.1
-    assert (
-        max(line["rollout/logprob_diff_mean"] for line in figures[:1]) < 1e-4
-    )  # the first rollout has the policy's weights
+    # The first rollout has the policy's weights.
+    assert max(line["rollout/logprob_diff_mean"] for line in figures[:1]) < 1e-4
     assert [line["rollout/staleness_max"] for line in figures] == [0] + [1] * 7
-    assert (
-        figures[0]["moe/routing_differs"] < 0.01
-    )  # equal weights, so only rounding can choose another expert
+    # The weights are equal, so only rounding can choose another expert.
+    assert figures[0]["moe/routing_differs"] < 0.01
     for line in figures:
         assert line["weight_sync/gigabytes_per_second"] > 0
         assert line["rollout/weight_mean"] == pytest.approx(1, abs=0.2)
@@ -445,7 +455,7 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
 
 
 def servers_of(run_dir: Path) -> list[int]:
-    """Process groups that servers of the run left behind."""
+    """Return the process groups that servers of the run left behind."""
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
@@ -456,7 +466,8 @@ def servers_of(run_dir: Path) -> list[int]:
 def test_a_killed_trainer_leaves_no_server(sglang_model: Path, tmp_path: Path) -> None:
     problems = tmp_path / "problems"
     write_addition_problems(problems)
-    model = shutil.copytree(sglang_model, tmp_path / "model")  # its path marks the processes of this run
+    # The path of the model marks the processes of this run.
+    model = shutil.copytree(sglang_model, tmp_path / "model")
     config = options(
         run_dir=tmp_path / "run",
         model__path=model,

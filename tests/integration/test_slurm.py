@@ -1,4 +1,7 @@
-"""Jobs on a real Slurm cluster of two emulated nodes: they train, are interrupted in every way, go on, and say why they end."""
+"""Jobs on a real Slurm cluster of two emulated nodes.
+
+They train, are interrupted in every way, continue, and report why they end.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ _LIMIT_S = 900.0
 
 @dataclass
 class Job:
-    """A submitted job, its main log and its run folder."""
+    """Submitted job with its main log and its run folder."""
 
     cluster: SlurmCluster
     id: int
@@ -48,12 +51,12 @@ class Job:
         return self._or_log(lambda: self.cluster.wait(self.id, states, _LIMIT_S))
 
     def end(self) -> tuple[int, str]:
-        """Waits for it; exit code and main log."""
+        """Wait for the job to end; return exit code and main log."""
         job = self.wait(*ENDED)
         return int(job["ExitCode"].split(":")[0]), self.log.read_text()
 
     def wait_for_progress(self) -> None:
-        """Until the attempt that runs has saved a checkpoint of its own."""
+        """Wait until the running attempt has saved a checkpoint."""
 
         def progress() -> bool:
             assert self.cluster.state(self.id) not in ENDED, "the job has ended"
@@ -69,7 +72,7 @@ class Job:
         self._or_log(lambda: self.cluster.until(lambda: len(self.attempts) >= number, _LIMIT_S))
 
     def wait_for_log(self, words: str, times: int) -> None:
-        """Until so many lines of the main log begin with these words, after the time."""
+        """Wait until ``times`` lines of the main log begin with ``words`` after their time stamp."""
         line = re.compile(rf"^\[[^]]*] {words}", re.MULTILINE)
         self._or_log(
             lambda: self.cluster.until(lambda: len(line.findall(self.log.read_text())) >= times, _LIMIT_S)
@@ -85,7 +88,8 @@ class Job:
         except Exception:
             for file in (self.log, *sorted((self.run_dir / "logs").glob("*")), self.run_dir / "outcome.json"):
                 print(
-                    f"--- {file.name}\n{file.read_text(errors='replace')[-6000:] if file.exists() else 'is not there'}"
+                    f"--- {file.name}\n"
+                    f"{file.read_text(errors='replace')[-6000:] if file.exists() else 'is not there'}"
                 )
             print(self.cluster.run("squeue", "--all", check=False))
             raise
@@ -98,7 +102,10 @@ Submit = Callable[..., Job]
 def jobs(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[SlurmCluster], Submit]:
-    """``jobs(cluster)(name, script, *arguments, sbatch=[...])`` submits a script of examples/moe, or a command line, on a tiny random model."""
+    """Return ``submit(name, script, *arguments, sbatch=[...])`` for a cluster.
+
+    ``submit`` runs a script of examples/moe, or a command line, on a tiny random model.
+    """
     folder = tmp_path_factory.mktemp("jobs")
     write_addition_problems(folder)
     small = options(
@@ -131,7 +138,7 @@ def jobs(
                 *sbatch,
                 *what,
                 *argv,
-                # without torch's compiler, which no job here uses, a rank needs a fifth less to start
+                # Without torch's compiler, which no job here uses, a rank needs a fifth less to start.
                 env={"PYTHON": sys.executable, "TORCHDYNAMO_DISABLE": "1", **chosen},
             )
             return Job(cluster, int(answer.splitlines()[-1]), log, run_dir)
@@ -154,7 +161,10 @@ def submit(
 def disturbed(
     jobs: Callable[[SlurmCluster], Submit], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Future[Job]]:
-    """A job that is interrupted in every way, on a cluster of its own beside the other tests: it mostly waits for Slurm."""
+    """Run a job that is interrupted in every way, on a separate cluster in parallel with the other tests.
+
+    The job mostly waits for Slurm.
+    """
     folder = tmp_path_factory.mktemp("slurm")
     cluster = SlurmCluster(folder / "c")
     with ThreadPoolExecutor(1) as executor:
@@ -164,7 +174,7 @@ def disturbed(
 
 @pytest.fixture(scope="module")
 def undisturbed(submit: Submit) -> Job:
-    """A finished run on two nodes; a second submission to its run folder came while it ran."""
+    """Return a finished run on two nodes; a second submission to its run folder was refused while it ran."""
     job = submit("undisturbed", "examples/moe/tiny.sbatch")
     job.wait_for_progress()
     second = submit("undisturbed", "examples/moe/tiny.sbatch", sbatch=(f"--output={job.log}.second",))
@@ -193,7 +203,7 @@ def disturb(submit: Submit, hold: Path) -> Job:
     hold.touch()
     minutes = int(cluster.job(job.id)["RunTime"].split(":")[1])
     cluster.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes + 3}")
-    job.wait_for_log("SIGUSR1", times=2)  # Slurm looks at time limits twice a minute
+    job.wait_for_log("SIGUSR1", times=2)  # Slurm checks time limits twice a minute
     hold.unlink()
     job.wait("PENDING")
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
@@ -216,13 +226,12 @@ def disturb(submit: Submit, hold: Path) -> Job:
     job.wait_for_progress()
     cluster.run("scontrol", "update", "NodeName=node2", "State=down", "Reason=test")
     job.wait("PENDING")
-    cluster.run(
-        "scontrol", "update", "NodeName=node2", "State=resume", check=False
-    )  # it may be back by itself
+    # The node may already have returned by itself.
+    cluster.run("scontrol", "update", "NodeName=node2", "State=resume", check=False)
     job.wait_for_attempt(6)
 
     job.wait_for_progress()
-    cluster.kill_node("node1")  # with the batch script
+    cluster.kill_node("node1")  # the node that runs the batch script
     cluster.start_node("node1")
     job.wait_for_attempt(7)
     job.wait(*ENDED)
@@ -239,10 +248,11 @@ def test_trains_on_two_nodes(disturbed: Future[Job], undisturbed: Job) -> None:
     beats = [
         json.loads(file.read_text()) for file in sorted((undisturbed.run_dir / "heartbeats").glob("*.json"))
     ]
+    # Ranks follow the order of the nodes.
     assert [(beat["rank"], beat["node"]) for beat in beats] == [
         (0, "node1"),
         (1, "node2"),
-    ]  # ranks follow the nodes
+    ]
     (attempt,) = undisturbed.attempts
     assert (attempt.attempt, attempt.checkpoint_step, attempt.code) == (1, 0, 0)
 
@@ -260,7 +270,10 @@ def test_a_cancelled_job_saves_and_does_not_come_back(submit: Submit) -> None:
 
 
 def test_a_job_without_time_for_a_step_ends(submit: Submit) -> None:
-    """The ranks ask Slurm when the job ends, and stop before it; the second time without progress is the last."""
+    """Ranks stop before the job's end time; the job ends after two attempts without progress.
+
+    The end time comes from Slurm.
+    """
     job = submit(
         "short", "examples/moe/tiny.sbatch", *options(supervision__stop_margin_s=1800), sbatch=("--time=30",)
     )
@@ -268,14 +281,15 @@ def test_a_job_without_time_for_a_step_ends(submit: Submit) -> None:
     assert code == 1, log
     (error,) = _errors(log)
     assert re.search(
-        r"error: two attempts in a row have left no checkpoint after step 0; .* stopped by the job's time limit",
+        r"error: two attempts in a row have left no checkpoint after step 0; "
+        r".* stopped by the job's time limit",
         error,
     ), error
     assert [attempt.code for attempt in job.attempts] == [85, 85]
 
 
 def test_a_job_that_gets_nowhere_ends(submit: Submit) -> None:
-    """Each node it gets is found unfit: it is tried without the first, and then given up."""
+    """Each node of the job fails the node check: the job retries without the first node and then ends."""
     unfit = options(
         supervision__node_check="true",
         supervision__min_free_memory_gb=1e9,
@@ -286,7 +300,8 @@ def test_a_job_that_gets_nowhere_ends(submit: Submit) -> None:
     assert code == 87
     (error,) = _errors(log)
     assert re.search(
-        r"error: two attempts in a row have left no checkpoint after step 0; the last attempt: .*node2.* memory",
+        r"error: two attempts in a row have left no checkpoint after step 0; "
+        r"the last attempt: .*node2.* memory",
         error,
     ), error
     assert [attempt.code for attempt in job.attempts] == [87, 87]
@@ -299,7 +314,8 @@ CASES: dict[str, tuple[str, list[str], int, str]] = {
         "examples/moe/tiny.sbatch",
         options(supervision__min_free_disk_gb=1e9),
         2,
-        r"run_dir = .* GB of disk space left, and supervision\.min_free_disk_gb = 1e\+09: make room, or choose another run_dir",
+        r"run_dir = .* GB of disk space left, and supervision\.min_free_disk_gb = 1e\+09: "
+        r"make room, or choose another run_dir",
     ),
     "missing config": (
         "examples/moe/launch.sh nowhere.toml",
@@ -360,7 +376,7 @@ def test_trainers_and_sglang_servers_apart(place: str, submit: Submit) -> None:
     if interrupted := place == "other component":
         job.wait_for_progress()
         job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
-        job.wait_for_attempt(2)  # with servers and keys of its own
+        job.wait_for_attempt(2)  # the new attempt has other servers and keys
     code, log = job.end()
     assert code == 0, log
     assert [attempt.code for attempt in job.attempts] == ([85, 0] if interrupted else [0])
@@ -370,9 +386,8 @@ def test_trainers_and_sglang_servers_apart(place: str, submit: Submit) -> None:
     assert {server["node"], beat["node"]} == {"node1", "node2"}
     figures = json_lines(job.run_dir / "metrics.jsonl")
     assert [line["step"] for line in figures] == [1, 2, 3]
-    assert all(
-        line["rollout/logprob_diff_mean"] < 0.02 for line in figures
-    )  # the servers have the policy's weights
+    # The servers have the policy's weights.
+    assert all(line["rollout/logprob_diff_mean"] < 0.02 for line in figures)
     keys = job.run_dir / "server_keys.json"
     assert stat.S_IMODE(keys.stat().st_mode) == 0o600
     logs = [file.read_text(errors="replace") for file in (job.log, *job.run_dir.rglob("*.log"))]
@@ -388,14 +403,14 @@ def test_whatever_interrupts_a_run_it_ends_like_an_undisturbed_one(
     assert code == 0, log
     codes = [attempt.code for attempt in job.attempts]
     assert codes[:4] == [85, 85, 1, 85]
-    assert codes[4] in (85, None)  # the ranks were asked to stop, or Slurm was faster
-    assert codes[5] in (1, None)  # the ranks of the other node may have said that they lost it
+    assert codes[4] in (85, None)  # the ranks stopped on request, or Slurm killed them first
+    assert codes[5] in (1, None)  # the ranks of the other node may have reported the loss
     assert codes[6:] == [0]
     reasons = [attempt.reason for attempt in job.attempts]
     assert "SIGUSR1" in reasons[0]
     assert "rank 1 on node2 was killed by SIGKILL" in reasons[2]
     steps = [attempt.checkpoint_step for attempt in job.attempts]
-    assert steps == sorted(set(steps))  # each went on from a newer checkpoint
+    assert steps == sorted(set(steps))  # each attempt continued from a newer checkpoint
     expected, found = (
         [_untimed(line) for line in json_lines(each.run_dir / "metrics.jsonl")] for each in (undisturbed, job)
     )

@@ -1,4 +1,4 @@
-"""Whole runs that collapse, and whole runs of what is there against it."""
+"""Whole runs that collapse, and whole runs with all stability features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .test_train import EP2, argv
 
 pytestmark = pytest.mark.distributed
 
-__all__ = ["argv"]  # the fixture
+__all__ = ["argv"]  # fixture
 
 WATCHED = {
     "collapse__window": 2,
@@ -24,12 +24,12 @@ WATCHED = {
     "eval__sets": "{}",
 }
 ABSURD = {"train__num_steps": 8, "optimizer__lr": 0.3, "optimizer__adam_eps": 1e-3}
-"""All numbers stay finite, but the policy soon says the same whatever it is asked."""
+"""With these settings all numbers stay finite, but the policy soon gives the same answer to every prompt."""
 
 
 @pytest.fixture(scope="module")
 def four_steps(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A healthy run, as far as it got."""
+    """Run four healthy steps and return the run folder."""
     run_dir = tmp_path_factory.mktemp("run") / "four_steps"
     done = run_module(
         "megatron_gmpo.train", *argv, *options(run_dir=run_dir, train__num_steps=4, **WATCHED, **EP2), ranks=2
@@ -56,7 +56,7 @@ def test_a_collapsed_run_stops(argv: list[str], run_dir: Path) -> None:
     (line,) = error_lines(done.stderr)
     assert line.startswith("error: step 6: the policy collapsed: policy/entropy 0.")
     assert "the newest checkpoint from before the collapse is" in line
-    assert "iter_0000004" in line  # that of step 5 was written before anybody knew
+    assert "iter_0000004" in line  # the checkpoint of step 5 was written before the collapse was detected
     assert "Traceback" not in done.stderr
     event = json_lines(run_dir / "events.jsonl")[-1]
     assert (event["event"], event["step"], event["began"], event["action"]) == ("collapse", 6, 6, "stop")
@@ -64,7 +64,7 @@ def test_a_collapsed_run_stops(argv: list[str], run_dir: Path) -> None:
 
 
 def test_a_collapsed_run_goes_back_and_on(argv: list[str], run_dir: Path) -> None:
-    """Back to step 4 with a sane learning rate, on two ranks; then it is resumed."""
+    """On two ranks, the run goes back to step 4 with a smaller learning rate; then it is resumed."""
     chosen = options(
         run_dir=run_dir,
         collapse__action="rollback",
@@ -89,7 +89,7 @@ def test_a_collapsed_run_goes_back_and_on(argv: list[str], run_dir: Path) -> Non
     assert checkpoints == [f"iter_000000{step}" for step in (5, 6, 7, 8)]
     state = json.loads((run_dir / "checkpoints" / "iter_0000008" / "state.json").read_text())
     assert state["collapse"]["rollbacks"] == 1
-    # the two steps that were taken back used up their prompts: ten steps drew six of 40 each
+    # The two discarded steps used up their prompts: ten steps drew six of 40 each.
     assert 40 * state["prompts"]["epoch"] + state["prompts"]["position"] == 60
 
     resumed = run_module("megatron_gmpo.train", *argv, *chosen, "--train.num_steps", 9, ranks=2)
@@ -156,7 +156,7 @@ def test_rspo_with_every_figure(argv: list[str], tmp_path: Path, replay: str) ->
     assert [line["step"] for line in figures] == [1, 2, 3]
     for line in figures:
         assert [name for name in STEP_FIGURES if line.get(name) is None] == []
-        assert 0.8 < line["policy/router_shift"] < 1  # of the first of three updates it is 1
+        assert 0.8 < line["policy/router_shift"] < 1  # it is 1 in the first of three updates
         assert (
             line["policy/token_ratio_min"]
             <= line["policy/sequence_ratio_min"]

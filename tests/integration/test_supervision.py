@@ -1,5 +1,4 @@
-"""Runs that are stopped, hang, crash or are refused: the records in the run folder, and that no work is
-lost."""
+"""Runs that are stopped, hang, crash or are refused leave correct records and lose no work."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The example config with a tiny random model, small steps and no evaluation."""
+    """Return the example config with a tiny random model, small steps and no evaluation."""
     problems = tmp_path_factory.mktemp("problems")
     write_addition_problems(problems)
     return [
@@ -55,7 +54,7 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def started(argv: list[str], **env: str) -> Fork:
-    """Start two ranks under torchrun; all processes are killed at the end of the context."""
+    """Start two ranks under torchrun; the end of the context kills all processes."""
     return start_module(TRAIN, *argv, ranks=2, **env)
 
 
@@ -141,8 +140,8 @@ def test_a_reward_that_never_returns_is_named(argv: list[str], tmp_path: Path) -
     assert "in phase rollout of step 1" in end["reason"]
     assert error_lines(done.stderr) == [f"error: {end['reason']}"]
     assert "in sleeps_on_rank_1" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
-    # the other rank shows where it waited in its traceback or, if SIGTERM from torchrun came first, in its
-    # stacks
+    # The other rank shows where it waited: in its traceback, or in its stacks if SIGTERM from torchrun came
+    # first.
     assert any(
         "all_gather_object" in (tmp_path / folder / "rank_00000.txt").read_text()
         for folder in ("errors", "stacks")
@@ -151,7 +150,7 @@ def test_a_reward_that_never_returns_is_named(argv: list[str], tmp_path: Path) -
 
 
 def test_a_stopped_rank_is_named_by_the_others(argv: list[str], tmp_path: Path) -> None:
-    """Meanwhile, a second run on the same folder is refused."""
+    """A second run on the same folder is refused while the first is active."""
     with started(
         [*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3"
     ) as torchrun:
@@ -188,7 +187,9 @@ def test_a_collective_that_times_out_names_the_place(argv: list[str], tmp_path: 
     assert "Timed out waiting" in line
     assert "[rank" not in done.stderr  # the prefix that torchrun adds to a rank's traceback
     assert "all_gather_object" in (tmp_path / "errors" / "rank_00000.txt").read_text()
-    assert "in sleeps_on_rank_1" in (tmp_path / "stacks" / "rank_00001.txt").read_text()  # torchrun ended it
+    assert (
+        "in sleeps_on_rank_1" in (tmp_path / "stacks" / "rank_00001.txt").read_text()
+    )  # torchrun ended this rank
 
 
 def test_a_crash_is_recorded_by_the_rank_that_crashed(argv: list[str], tmp_path: Path) -> None:

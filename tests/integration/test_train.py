@@ -61,7 +61,10 @@ ADAPTIVE = {"algorithm__clip": "adaptive"}
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The example config on a tiny random model, small steps, and a reward in which its responses differ."""
+    """Return the example config with a tiny random model and small steps.
+
+    The reward differs between the responses of such a model.
+    """
     problems = tmp_path_factory.mktemp("problems")
     write_addition_problems(problems)
     return [
@@ -87,7 +90,7 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def two_steps(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps with expert parallelism, evaluation before, between and after, and its rollouts saved."""
+    """Run two steps with expert parallelism; return the run folder, with evaluations and saved rollouts."""
     run_dir = tmp_path_factory.mktemp("run") / "two_steps"
     config = [
         *argv,
@@ -216,10 +219,10 @@ def test_the_rollouts_routing_is_replayed_in_another_layout(
     expected, found = (json_lines(tmp_path / name / "metrics.jsonl") for name in ("ep2", "pp2"))
     for a, b in zip((line for line in expected if line["step"]), found, strict=True):
         assert max(a["moe/routing_differs"], b["moe/routing_differs"]) < 0.01
-        assert b["loss"] == pytest.approx(a["loss"], abs=1e-7)  # a sum of terms near 1 and -1
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-7)  # the loss is a sum of terms near 1 and -1
         for name in ("grad_norm", "policy/log_ratio_max", "policy/entropy"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
-    assert found[-1]["moe/routing_drift"] > 0  # so the replay did something
+    assert found[-1]["moe/routing_drift"] > 0  # the replay has an effect
     without = options(run_dir=tmp_path / "none", rollout__replay_path=two_steps / "rollouts")
     done = run_module("megatron_gmpo.train", *argv, *replay, *without)
     assert done.returncode == 2
@@ -231,9 +234,8 @@ def test_the_rollouts_routing_is_replayed_in_another_layout(
 def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     shutil.copytree(two_steps, broken)
-    with (broken / "transcripts.jsonl").open(
-        "a"
-    ) as file:  # what a kill between two checkpoints leaves behind
+    # A kill between two checkpoints leaves such a line.
+    with (broken / "transcripts.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, "prompt_id": "lost"}) + "\n")
     shared = options(
         train__num_steps=4,
@@ -252,9 +254,8 @@ def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, 
     )
     assert [line["step"] for line in first] == [0, 1, 2, 3, 4]
     assert first == second
-    assert (
-        first[3]["policy/clip_low"] != first[1]["policy/clip_low"]
-    )  # the adapted clip went through the checkpoint
+    # The checkpoint includes the adapted clip.
+    assert first[3]["policy/clip_low"] != first[1]["policy/clip_low"]
     assert (broken / "transcripts.jsonl").read_text() == (unbroken / "transcripts.jsonl").read_text()
 
 
@@ -283,7 +284,7 @@ def test_dynamic_sampling_with_a_reference_policy(mode: str, argv: list[str], tm
         run_dir=tmp_path,
         train__num_steps=2,
         train__minibatches_per_step=1,
-        rollout__max_new_tokens=1,  # a digit or not: some groups of two agree
+        rollout__max_new_tokens=1,  # a response is one token, so the rewards of some groups of two agree
         rollout__samples_per_prompt=2,
         rollout__dynamic_sampling=mode,
         algorithm__kl_coef=0.05,
@@ -317,7 +318,7 @@ def test_a_diverged_run_stops_and_says_where(
     done = run_module("megatron_gmpo.train", *argv, *diverging, ranks=2)
     assert done.returncode == 1
     (line,) = error_lines(done.stderr)
-    assert "[rank" not in done.stderr  # how torchrun marks a rank's traceback
+    assert "[rank" not in done.stderr  # torchrun marks a rank's traceback with this prefix
     assert (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert (run_dir / "checkpoints" / "iter_0000002" / "state.json").is_file()
     if minibatches == 1:

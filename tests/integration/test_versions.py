@@ -1,4 +1,4 @@
-"""A checkpoint of the older tested megatron-core goes on under the newer one, bit for bit."""
+"""A run resumes from a checkpoint of the older megatron-core under the newer one, bit for bit."""
 
 from __future__ import annotations
 

@@ -37,20 +37,22 @@ pytestmark = needs_sglang
 ROUTES = ("disk", "distributed", "tensor")
 CPU = torch.device("cpu")
 PROMPT = [5, 6, 7, 8, 9, 10]
-BUCKET_BYTES = 40_000  # gives many buckets, and some tensors that are larger than a bucket
+BUCKET_BYTES = 40_000  # makes many buckets, and some tensors are larger than a bucket
 NamedTensors = list[tuple[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
 def dense(tiny_model: Callable[..., Path]) -> tuple[Path, Path]:
-    """Two models of the same shape; the servers start with the first."""
+    """Return two models of the same shape; the servers start with the first."""
     return tiny_model("qwen3", num_layers=2), tiny_model("qwen3", num_layers=2, seed=1)
 
 
 @pytest.fixture(scope="module")
 def pair(dense: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServers]:
-    """Two bf16 servers. A test that kills one restarts it. Weights and versions are those of the previous
-    test."""
+    """Yield two bf16 servers with the weights and versions of the previous test.
+
+    A test that kills a server restarts it.
+    """
     with local_servers(dense[0], tmp_path_factory.mktemp("pair"), num_servers=2, dtype="bf16") as servers:
         servers.start()
         servers.wait_ready()
@@ -225,11 +227,12 @@ def test_an_unfinished_response(
         first, second = about["weight_versions"]
         assert (first["version"], second["version"]) == ("flight-0", "flight-1")
         assert first["start"] == 0 < first["end"] == second["start"] < second["end"] == 300
-    if in_flight == "retract":  # the remaining tokens are sampled from the new weights, with a new cache
+    if in_flight == "retract":
+        # The remaining tokens are sampled from the new weights, with a new cache.
         cut, tokens = about["weight_versions"][1]["start"], answer["output_ids"]
         logprobs = [logprob for logprob, *_ in about["output_token_logprobs"]]
         assert logprob_error(dense[1], PROMPT + tokens[:cut], tokens[cut:], logprobs[cut:]) < 0.05
-    # in_place keeps the old cache, which later prompts with the same prefix use too
+    # in_place keeps the old cache, which later prompts with the same prefix also use.
     assert_serves(server, dense[1], dense[0], "flight-1", PROMPT[::-1] if in_flight == "in_place" else PROMPT)
 
 
@@ -237,7 +240,7 @@ def test_an_unfinished_response(
 def test_a_server_that_refuses_a_bucket(
     route: str, pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync]
 ) -> None:
-    """The other server, which waits in the same broadcast, gets the weights."""
+    """The other server, which takes part in the same broadcast, gets the weights."""
     sync = weight_sync(route)
     good, bad = pair.servers
     assert sync.update(pair.servers, tensors_of(dense[0]), "refusal-0").failed == ()
@@ -313,7 +316,10 @@ def test_memory_is_released_and_resumed(
 
 
 def test_memory_of_a_restarted_server_is_not_touched(pair: LocalServers) -> None:
-    """SGLang dies when it resumes memory that it has not released."""
+    """Release and resume skip a server that has not been synced since its restart.
+
+    SGLang dies when it resumes memory that it has not released.
+    """
     pair.restart(1)
     pair.wait_ready(1)
     release_memory(pair.servers[1:], 60)
@@ -322,7 +328,7 @@ def test_memory_of_a_restarted_server_is_not_touched(pair: LocalServers) -> None
 
 
 def sync_on_a_rank(server: Server, model: Path, folder: Path) -> list[Any]:
-    """Sync by every route on one of two ranks that each hold half of every tensor, first with a wrong key."""
+    """Sync by every route on one of two ranks that hold half of every tensor each, first with a wrong key."""
     tensors = tensors_of(model)
     done = 0
 

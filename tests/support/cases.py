@@ -1,4 +1,7 @@
-"""What the ranks of a layout test run: the real policy on replayed rollouts. Imported by the worker processes."""
+"""Functions that the ranks of a layout test run: the real policy on replayed rollouts.
+
+The worker processes import this module.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +56,10 @@ def opened(cfg: Config) -> Iterator[Policy]:
 
 
 def _let_go(policy: Policy) -> None:
-    """Drops what would keep the policy, and with it the threads of its process groups, alive in this process.
+    """Drop the references that would keep the policy and its process groups' threads alive in this process.
 
-    The dispatcher's graph leads to the gradient hooks and so back to the model, a cycle the garbage collector does not see.
+    The dispatcher's graph leads to the gradient hooks and through them back to the model. The garbage
+    collector cannot find this cycle.
     """
     for module in (module for chunk in policy.chunks for module in chunk.modules()):
         if hasattr(module, "token_dispatcher"):
@@ -65,7 +69,11 @@ def _let_go(policy: Policy) -> None:
 
 
 def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
-    """``steps`` optimizer steps on one batch: logprobs before, metrics of each step, and the weights after."""
+    """Run ``steps`` optimizer steps on one batch.
+
+    Returns the log probabilities before the steps, the metrics of each step, and the weights after the
+    steps.
+    """
     with opened(cfg) as policy:
         logprobs = policy.logprobs(batch)
         if policy.reference:
@@ -86,9 +94,11 @@ def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, floa
 def replay(
     cfg: Config, batch: TrainBatch, minibatches: int, steps: int, old_logprobs: Tensor | None = None
 ) -> dict[str, Any]:
-    """``steps`` steps of ``minibatches`` each after ``set_old_logprobs``, or those given; and what each router of this rank chose in them.
+    """Run ``steps`` steps of ``minibatches`` each; return results and the choices of this rank's routers.
 
-    Every token of the batch is another one, by which the routers' choices are told apart: ``chosen`` has (token, layer) -> sets of experts.
+    The old log probabilities are ``old_logprobs`` or else those that ``set_old_logprobs`` computes. All
+    tokens of the batch must differ, because they identify the routers' choices. ``chosen`` has
+    (token, layer) -> sets of experts.
     """
     with opened(cfg) as policy:
         compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(batch).items()}
@@ -116,7 +126,7 @@ def replay(
 
 
 def policy_mismatch(cfg: Config, batch: TrainBatch) -> dict[str, Any]:
-    """The policy's old log probabilities and how far they, and its routing, are from the rollout's."""
+    """Return the policy's old log probabilities and the metrics of its mismatch with the rollout."""
     with opened(cfg) as policy:
         figures = policy.set_old_logprobs(batch) | rollout_mismatch(batch)
         return {"old_logprobs": batch.old_logprobs} | {
@@ -125,11 +135,11 @@ def policy_mismatch(cfg: Config, batch: TrainBatch) -> dict[str, Any]:
 
 
 def watch_routers(policy: Policy) -> dict[tuple[int, int], set[tuple[int, ...]]]:
-    """Fills as the model runs forward: (token, layer) -> the sets of experts it went to, from the routers' output."""
+    """Return a dict that forward passes fill: (token, layer) -> sets of experts in the router's output."""
     chosen: dict[tuple[int, int], set[tuple[int, ...]]] = {}
     tp = policy.groups.tp
     for chunk in policy.chunks:
-        running: list[list[int]] = []  # tokens of the microbatch; none while a backward pass recomputes
+        running: list[list[int]] = []  # tokens of the microbatch; empty while a backward pass recomputes
 
         def start(_: Any, args: Any, running: list[list[int]] = running) -> None:
             running.append(args[0][0].chunk(tp.size())[tp.rank()].tolist())
@@ -153,7 +163,7 @@ def watch_routers(policy: Policy) -> dict[tuple[int, int], set[tuple[int, ...]]]
 
 
 def router_gradients(cfg: Config, batch: TrainBatch) -> list[Tensor]:
-    """Of each layer, after one step without gradient clipping, on one rank."""
+    """Return the gradient of each layer's router after one step without gradient clipping, on one rank."""
     with opened(cfg) as policy:
         _steps(policy, batch, 1)
         return [
@@ -164,7 +174,7 @@ def router_gradients(cfg: Config, batch: TrainBatch) -> list[Tensor]:
 
 
 def router_logits_dtype(cfg: Config, batch: TrainBatch) -> set[torch.dtype]:
-    """Of all layers."""
+    """Return the dtypes of the router logits of all layers."""
     with opened(cfg) as policy:
         policy.logprobs(batch)
         routers = [module for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
@@ -177,7 +187,10 @@ def router_logits_dtype(cfg: Config, batch: TrainBatch) -> set[torch.dtype]:
 def run_on(
     cfg: Config, batch: TrainBatch, run_dir: Path, first: int, last: int, saves: list[int], keep_last: int = 9
 ) -> dict[str, Any]:
-    """Steps ``first`` to ``last`` of a run, from the latest checkpoint when ``first`` is not 0, saving after the steps ``saves``."""
+    """Run steps ``first`` + 1 to ``last`` of a run and save after the steps in ``saves``.
+
+    If ``first`` is not 0, the run resumes from the latest checkpoint, which must be that of step ``first``.
+    """
     with opened(cfg) as policy:
         if first:
             assert resume(policy, run_dir) == {"step": first, "note": {"of step": first}}
@@ -190,8 +203,11 @@ def run_on(
 
 
 def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any]:
-    """What this rank finds directly after updates, of unlike numbers of microbatches: log probabilities, exported weights, and both when a
-    checkpoint has been loaded."""
+    """Return log probabilities and exported weights that this rank reads directly after updates.
+
+    The updates have different numbers of microbatches. The results also include both values after a
+    checkpoint was loaded.
+    """
     with opened(cfg) as policy:
 
         def exported() -> dict[str, Tensor]:
@@ -213,7 +229,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
 
 
 def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
-    """Loads the latest checkpoint; of its state the step and the note."""
+    """Load the latest checkpoint; return the step and the note of its state."""
     checkpoint = latest_checkpoint(run_dir)
     assert checkpoint is not None
     state = policy.load(checkpoint)
@@ -221,14 +237,14 @@ def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
 
 
 def refused_resume(cfg: Config, run_dir: Path) -> str:
-    """The message with which the latest checkpoint is refused."""
+    """Return the error message when the latest checkpoint is refused."""
     with opened(cfg) as policy, pytest.raises(InputError) as error:
         resume(policy, run_dir)
     return str(error.value)
 
 
 def random_numbers(cfg: Config, run_dir: Path) -> tuple[list[float], list[float]]:
-    """What every generator gives after a save, and again after loading it."""
+    """Return numbers from every generator after a save, and again after the checkpoint is loaded."""
 
     def draw() -> list[float]:
         with get_cuda_rng_tracker().fork():
@@ -248,7 +264,7 @@ def random_numbers(cfg: Config, run_dir: Path) -> tuple[list[float], list[float]
 
 
 def load_with_megatron_alone(cfg: Config, checkpoint: Path) -> tuple[set[str], set[str], dict[str, Tensor]]:
-    """The checkpoint's names, those of GPTModel.sharded_state_dict, and the weights of a fresh GPTModel filled from it."""
+    """Return the checkpoint's keys, those of GPTModel.sharded_state_dict, and the weights Megatron loads."""
     description = describe_model(cfg, world_size(), CPU)
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
@@ -269,14 +285,14 @@ def weights_on_rank_0(policy: Policy) -> dict[str, Tensor] | None:
 
 
 def failure(cfg: Config, batch: TrainBatch) -> str:
-    """The message with which a training step stops."""
+    """Return the error message with which a training step stops."""
     with opened(cfg) as policy, pytest.raises(NonFiniteError) as error:
         _steps(policy, batch, 1)
     return str(error.value)
 
 
 def refusal(cfg: Config) -> str:
-    """The message with which opening the policy is refused."""
+    """Return the error message when opening the policy is refused, or an empty string."""
     try:
         with opened(cfg):
             return ""
@@ -285,7 +301,7 @@ def refusal(cfg: Config) -> str:
 
 
 def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool) -> list[dict[str, float]]:
-    """Two steps of a fresh policy, saved before them or not."""
+    """Run two steps of a new policy and return their metrics; ``save`` adds a save before them."""
     with opened(cfg) as policy:
         if save:
             policy.save(run_dir, 0, {"note": ""}, 1)
@@ -293,11 +309,15 @@ def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool
 
 
 def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
-    """Bytes on this rank: weights, gradients, optimizer and reference after a step; in the next step ``saved``, the most that autograd kept
-    at the end of a forward pass, and ``peak``, the most that was allocated."""
+    """Return the bytes on this rank after a step, and the peaks of the next step.
+
+    ``weights``, ``gradients``, ``optimizer`` and ``reference`` are sizes after the first step. In the next
+    step, ``saved`` is the maximum that autograd keeps at the end of a forward pass, and ``peak`` is the
+    maximum of allocated memory.
+    """
     with opened(cfg) as policy:
         weights = _storages(_weights(policy.chunks))
-        _steps(policy, batch, 1)  # makes the optimizer's moments
+        _steps(policy, batch, 1)  # creates the optimizer's moments
         saved = _SavedTensors(weights)
         for chunk in policy.chunks:
             chunk.register_forward_hook(saved.note)
@@ -352,7 +372,10 @@ class _Saved:
 
 
 class _SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for backward passes, each storage once; ``most`` is the maximum over the calls of ``note``."""
+    """Count the bytes that autograd keeps for backward passes, each storage once.
+
+    ``most`` is the maximum over the calls of ``note``.
+    """
 
     def __init__(self, known: dict[int, int]) -> None:
         self._known, self._users, self._nbytes, self.most = known, Counter[int](), 0, 0

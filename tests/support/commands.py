@@ -1,4 +1,4 @@
-"""The command lines as a user starts them, in processes of their own."""
+"""Start the command lines as a user does, in separate processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TIMEOUT_S = 240
 
 
 def command_line(module: str, *argv: object, ranks: int | None = None) -> list[str]:
-    """``python -m module argv...``, under torchrun when ``ranks`` are given, for an interpreter of its own."""
+    """Return ``python -m module argv...`` for a new interpreter, under torchrun if ``ranks`` are given."""
     module, arguments = _under_torchrun(module, argv, ranks)
     return [sys.executable, "-m", module, *arguments]
 
@@ -30,7 +30,7 @@ def start_module(module: str, *argv: object, ranks: int | None = None, **env: st
 def run_module(
     module: str, *argv: object, ranks: int | None = None, fresh: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the ``command_line`` to its end in a fork, or in an interpreter of its own when ``fresh``."""
+    """Run the ``command_line`` until it ends, in a fork or, if ``fresh``, in a new interpreter."""
     if fresh:
         return subprocess.run(
             command_line(module, *argv, ranks=ranks),
@@ -59,7 +59,7 @@ def _environment(added: dict[str, str]) -> dict[str, str]:
 
 
 def options(**values: object) -> list[str]:
-    """``options(rollout__save_path=p)`` is ``["--rollout.save_path", p]``."""
+    """Return ``["--rollout.save_path", p]`` for ``options(rollout__save_path=p)``."""
     return [part for key, value in values.items() for part in (f"--{key.replace('__', '.')}", str(value))]
 
 

@@ -1,6 +1,6 @@
 """Functions that the ranks of the conversion tests run.
 
-``python -m tests.support.conversion_cases HF MEGATRON TENSORS`` is a conversion that kills itself after
+``python -m tests.support.conversion_cases HF MEGATRON TENSORS`` runs a conversion that kills itself after
 TENSORS tensors.
 """
 
@@ -66,7 +66,7 @@ def to_hf(
 
 
 def refusal(conversion: Callable[..., Any], *arguments: Any) -> str:
-    """Return the message with which one of the functions above stops, or an empty string."""
+    """Return the error message with which one of the functions above stops, or an empty string."""
     try:
         conversion(*arguments)
     except InputError as error:
@@ -97,7 +97,7 @@ def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tenso
 def save_as_megatron_lm(
     cfg: Config, batch: TrainBatch, folder: Path, optimizer_format: str
 ) -> dict[str, Tensor]:
-    """Write a checkpoint as Megatron-LM and slime do, and return its weights on rank 0.
+    """Write a checkpoint in the format of Megatron-LM and slime, and return its weights on rank 0.
 
     Source: generate_state_dict in training/checkpointing.py of Megatron-LM.
     """
@@ -134,7 +134,7 @@ def save_as_megatron_lm(
 
 @dataclass
 class Evil:
-    """Touches a file when it is unpickled."""
+    """Object that touches a file when it is unpickled."""
 
     file: Path
 
@@ -151,7 +151,8 @@ def keys_of_the_plain_spec(cfg: Config) -> set[str]:
         spec: Any = get_gpt_decoder_block_spec(
             transformer, use_transformer_engine=False, normalization="RMSNorm"
         )
-        for layer in spec.layer_specs:  # Megatron's cannot be built with latent attention
+        # Megatron's own core attention cannot be built with latent attention.
+        for layer in spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
         gpt = GPTModel(
             transformer,

@@ -1,6 +1,7 @@
-"""A test that never ends, with processes of every kind that tests start. pytest collects it only by its name.
+"""A test that never ends and starts every kind of process that tests start.
 
-Each rank writes a file with its process id as its name into the folder ``SPINNING``. As a module this is a rank.
+pytest collects this file only if its name is given. Run as a module, it is one rank. Each rank creates a
+file in the folder ``SPINNING``, named after its process id.
 """
 
 from __future__ import annotations

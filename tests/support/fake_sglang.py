@@ -1,4 +1,4 @@
-"""A scripted SGLang server, and server processes that are none, for tests of the client without a model."""
+"""Scripted SGLang servers and simulated server processes, for tests of the client without a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = web.StreamResponse | dict[str, Any]
 def answer_of(
     body: dict[str, Any], version: str, count: int | None = None, finish: str = "length"
 ) -> dict[str, Any]:
-    """Return an answer of /generate with ``count`` tokens: 100 plus their place in the whole sequence."""
+    """Return an answer of /generate with ``count`` tokens; a token is 100 plus its index in the sequence."""
     start = len(body["input_ids"])
     count = body["sampling_params"]["max_new_tokens"] if count is None else count
     tokens = [100 + start + i for i in range(count)]
@@ -35,16 +35,16 @@ def answer_of(
 
 
 class FakeServer:
-    """A server in a thread, with the endpoints that the client uses.
+    """SGLang server in a thread, with the endpoints that the client uses.
 
     Attributes:
-        weight_version: reported by /model_info, and in the answers of /generate.
+        weight_version: version that /model_info and the answers of /generate report.
         generates: whether /health_generate answers 200.
-        generate: makes the reply to a request; replaced by tests.
-        bodies: requests to /generate so far.
-        aborted: ids that /abort_request named.
-        in_flight, peak: requests at a time, now and at most.
-        connections: TCP connections to /generate so far.
+        generate: function that makes the reply to a request; tests replace it.
+        bodies: bodies of the requests to /generate so far.
+        aborted: request ids sent to /abort_request.
+        in_flight, peak: current and highest number of concurrent requests.
+        connections: client ports of the TCP connections to /generate so far.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class FakeServer:
         asyncio.run_coroutine_threadsafe(stop(), self._loop).result(10)
 
     def close(self) -> None:
-        """Stop, and end the thread."""
+        """Stop the server and end its thread."""
 
         async def end_handlers() -> None:
             handlers = asyncio.all_tasks() - {asyncio.current_task()}
@@ -131,7 +131,7 @@ class FakeServer:
 
 
 class FakeProcesses:
-    """Stands in for ``LocalServers``: its processes are the fake servers."""
+    """Replacement for ``LocalServers`` whose processes are the fake servers."""
 
     def __init__(self, fakes: list[FakeServer]) -> None:
         self.fakes, self.servers = fakes, [fake.server for fake in fakes]

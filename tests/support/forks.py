@@ -1,10 +1,12 @@
-"""Commands that start with their imports done: forks of one process that has imported torch, Megatron and the package.
+"""Run commands in forks of one process that has already imported torch, Megatron and the package.
 
-A new interpreter spends about 7 s of CPU time on these imports, a fork 0.1 s. A fork has the arguments, environment, streams, signals, exit
-code and children of the command ``python -m MODULE``. It differs in its hash seed, which all forks share, and in the command line that a list
-of processes shows. A test that depends on either starts ``commands.command_line`` with subprocess.
+A new interpreter spends about 7 s of CPU time on these imports, a fork 0.1 s. A fork has the arguments,
+environment, streams, signals, exit code and children of the command ``python -m MODULE``. It differs in its
+hash seed, which all forks share, and in the command line that a process list shows. A test that depends on
+either starts ``commands.command_line`` with subprocess.
 
-As a module this is the process that forks: ``python -m tests.support.forks FD``, where FD is the socket on which ``Fork`` sends commands.
+Run as a module, this is the process that forks: ``python -m tests.support.forks FD``. FD is the socket on
+which ``Fork`` sends commands.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ class Command:
 
 
 class Fork:
-    """A command in a fork, with the methods of ``subprocess.Popen``. As a context it ends with all its descendants."""
+    """Command in a fork, with the methods of ``subprocess.Popen``.
+
+    When its context ends, it is killed with all its descendants.
+    """
 
     def __init__(self, command: Command) -> None:
         self._stdout, self._stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
@@ -72,7 +77,7 @@ class Fork:
         return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for the end of the process; return what it and its descendants have written to stdout and stderr."""
+        """Wait for the process to end; return what it and its descendants wrote to stdout and stderr."""
         self.wait(timeout)
         return _content(self._stdout.fileno()), _content(self._stderr.fileno())
 
@@ -98,7 +103,10 @@ def _content(file: int) -> str:
 
 @functools.cache
 def _forking_process() -> socket.socket:
-    """Start the process that forks, which ends with this one; return the socket on which it receives commands."""
+    """Start the process that forks and return the socket on which it receives commands.
+
+    It ends together with this process.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", __name__, str(theirs.fileno())]
@@ -107,9 +115,9 @@ def _forking_process() -> socket.socket:
 
 
 def _serve(commands: socket.socket) -> Command | None:
-    """Fork for every command that arrives; return it in its fork, and None when there will be no more.
+    """Fork for every command that arrives; return the command in its fork, and None after the last one.
 
-    The parent of the fork is another fork: it sends the process id and the exit code.
+    The parent of each fork is another fork, which reports the process id and the exit code.
     """
     for module in _IMPORTED:
         importlib.import_module(module)
@@ -126,7 +134,7 @@ def _serve(commands: socket.socket) -> Command | None:
             os.close(file)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
-                pass  # one of the parents below has ended
+                pass  # one of the intermediate parents below has ended
     commands.close()
     stdout, stderr, status = files
     with Connection(status, readable=False) as sender:
@@ -143,7 +151,7 @@ def _serve(commands: socket.socket) -> Command | None:
 
 
 class _Rank:
-    """A fork that waits for the command of its rank, with the methods of ``subprocess.Popen`` that torchrun uses."""
+    """Fork that waits for its rank's command, with the methods of ``subprocess.Popen`` that torchrun uses."""
 
     def __init__(self, pid: int, pipe: int) -> None:
         self.pid, self.pipe = pid, pipe
@@ -170,9 +178,10 @@ class _Rank:
 
 
 def _fork_ranks(count: int) -> Command | None:
-    """Fork the ranks of torchrun, which this process will run, and return None; in a rank return its command.
+    """Fork the ranks of torchrun and return None; in a rank return the rank's command.
 
-    It is too late when torchrun wants to start them: it has other threads by then.
+    This process runs torchrun afterwards. The forks must exist before torchrun starts, because a process
+    with threads must not fork.
     """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
@@ -191,7 +200,7 @@ def _fork_ranks(count: int) -> Command | None:
             os._exit(0)
         os.setsid()
         output: Any = sys.stdout
-        output.reconfigure(write_through=True)  # python -u
+        output.reconfigure(write_through=True)  # the equivalent of python -u
         return Command(**json.loads(command))
 
     def start(_: Any, args: tuple[str, ...], env: dict[str, str]) -> _Rank:

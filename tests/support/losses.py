@@ -1,4 +1,4 @@
-"""Losses for tests: some given as ``module:name``, and those that docs/losses.md shows."""
+"""Losses for tests: some that configs name as ``module:name``, and those in docs/losses.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .commands import ROOT
 
 
 def documented_losses() -> list[str]:
-    """Return the Python blocks of docs/losses.md that define a loss: the short one, and the one with a column."""
+    """Return the two Python blocks of docs/losses.md that define a loss: short, and with a column."""
     page = (ROOT / "docs/losses.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     short, with_column = (block for block in blocks if "-> LossOutput" in block)

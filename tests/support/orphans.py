@@ -1,7 +1,8 @@
-"""Ends the processes that a test run has started once the run itself has ended, even by SIGKILL.
+"""After a test run has ended, even by SIGKILL, kill the processes that it started.
 
-Every process inherits the run's mark in its environment. Process groups and parents do not lead to all of them: servers, ranks and jobs have
-groups of their own and lose their parents. As a module this is the process that waits: ``python -m tests.support.orphans PID MARK``.
+Every process inherits the run's mark in its environment. Process groups and parents do not identify all of
+them: servers, ranks and jobs have their own groups and lose their parents. Run as a module, this is the
+process that waits for the run's end: ``python -m tests.support.orphans PID MARK``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _POLL_S = 0.1
 
 
 def mark_this_run() -> None:
-    """Mark the processes that this process starts from now on, and start the process that waits for its end."""
+    """Mark the processes that this process starts from now on, and start the one that waits for its end."""
     mark = os.environ[VARIABLE] = secrets.token_hex()
     subprocess.Popen(
         [sys.executable, "-m", __name__, str(os.getpid()), mark],

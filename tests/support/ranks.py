@@ -1,6 +1,6 @@
-"""A pool of processes that become gloo ranks, used for many cases of many world sizes.
+"""A pool of processes that serve as gloo ranks for many cases of different world sizes.
 
-As a module this is one of the processes: ``python -m tests.support.ranks RANK ADDRESS``.
+Run as a module, this is one of the processes: ``python -m tests.support.ranks RANK ADDRESS``.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _COLLECTIVE_S = 120
 
 
 class RankPool:
-    """``run`` calls one function on several ranks at once and returns their results.
+    """Pool of processes; ``run`` calls one function on several of them at once.
 
-    The function and its arguments are pickled: define it at the top of a module. A case that fails ends the pool, because its other ranks
-    may wait in a collective; ``alive`` is then False.
+    The function and its arguments are pickled: define the function at the top of a module. A case that
+    fails ends the pool, because its other ranks may wait in a collective. ``alive`` is then False.
     """
 
     def __init__(self, size: int) -> None:
@@ -51,7 +51,7 @@ class RankPool:
         self._cases = 0
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return the results in rank order. An exception on a rank fails the case with its traceback."""
+        """Return the results in rank order; raise AssertionError with the traceback of a rank that failed."""
         connections = self._connections[:world_size]
         assert len(connections) == world_size
         self._cases += 1
@@ -89,7 +89,8 @@ class RankPool:
         for process, connection in zip(self._processes, self._connections, strict=True):
             connection.close()
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also Megatron's checkpoint writer
+                # Megatron's checkpoint writer is in the same process group.
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._folder.cleanup()
 
@@ -98,7 +99,8 @@ def main(rank: int, address: str) -> None:
     os.setpgrp()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     this: Any = sys.modules["__main__"]
-    this.__spec__ = this.__file__ = None  # Megatron's checkpoint writer, which is spawned, must not import it
+    # Megatron's checkpoint writer is spawned and must not import this module.
+    this.__spec__ = this.__file__ = None
     torch.set_num_threads(1)
     prepare_megatron(torch.device("cpu"))
     with Client(address) as pool, suppress(EOFError):
@@ -123,7 +125,8 @@ def _answer(rank: int, case: bytes) -> bytes:
     except BaseException:
         return pickle.dumps((None, traceback.format_exc()))
     finally:
-        gc.collect()  # a process group ends with its last reference
+        # A process group ends with its last reference.
+        gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,4 +1,7 @@
-"""The independent reference: transformers in float64, the papers' formulas, torch's AdamW. Shares no code with the project."""
+"""Independent reference: transformers in float64, the papers' formulas, torch's AdamW.
+
+This module shares no code with the project.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ def load_float64(path: Path) -> Any:
 
 
 def saved_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a Hugging Face folder, under its name there."""
+    """Return every tensor of a Hugging Face folder by its name in the folder."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def sequence_logprobs(model: Any, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(L,) log probability of each token given those before it, and the entropy it was drawn under; both 0 for the first."""
+    """Return (L,) log probabilities of the tokens and entropies of their distributions; the first are 0."""
     logps = torch.log_softmax(model(tokens[None]).logits[0] / temperature, -1)[:-1]
     zero = logps.new_zeros(1)
     return torch.cat([zero, logps.gather(1, tokens[1:, None])[:, 0]]), torch.cat(
@@ -39,9 +42,10 @@ def spans(batch: Any) -> list[slice]:
 
 
 def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
-    """Sends each of the (L,) tokens, all different, to its row of ``experts`` (L, layers, topk), weighted by the softmax over them.
+    """Route each token to its row of ``experts`` (L, layers, topk).
 
-    ``layers`` are all of the model's; those without experts stay as they are.
+    The weights are the softmax over these experts. The (L,) tokens must all differ. ``layers`` counts all
+    layers of the model; layers without experts do not change.
     """
     place = {token: i for i, token in enumerate(tokens.tolist())}
     rows: list[list[int]] = []
@@ -53,7 +57,10 @@ def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
 
 
 def force_experts(model: Any, experts_of: Callable[[int], Tensor]) -> None:
-    """Sends the (T,) tokens of each forward pass to ``experts_of(layer)``, (T, topk) int64, weighted by the softmax over them."""
+    """Route the (T,) tokens of each forward pass to ``experts_of(layer)``, (T, topk) int64.
+
+    The weights are the softmax over the chosen experts.
+    """
 
     def replace(layer: int, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         chosen = experts_of(layer)
@@ -66,7 +73,7 @@ def force_experts(model: Any, experts_of: Callable[[int], Tensor]) -> None:
 
 @torch.no_grad()
 def own_routing(path: Path, batch: Any) -> Tensor:
-    """(L, layers, topk) experts of every token."""
+    """Return the (L, layers, topk) experts of every token."""
     model = load_float64(path)
     routed: list[list[Tensor]] = [[] for _ in model.model.layers]
     for layer, module in enumerate(model.model.layers):
@@ -80,7 +87,10 @@ def own_routing(path: Path, batch: Any) -> Tensor:
 
 @torch.no_grad()
 def router_log_probs(model: Any, batch: Any) -> Tensor:
-    """(L, MoE layers, experts): log of each router's distribution for every input token; of DeepSeek's kind, sigmoids over their sum."""
+    """Return (L, MoE layers, experts): the log of each router's distribution for every input token.
+
+    For routers of DeepSeek's kind, the distribution is the sigmoids divided by their sum.
+    """
     gates = [module.mlp.gate for module in model.model.layers if hasattr(module.mlp, "gate")]
     found: list[list[Tensor]] = [[] for _ in gates]
 
@@ -98,13 +108,18 @@ def router_log_probs(model: Any, batch: Any) -> Tensor:
 
 
 def router_shift(model: Any, batch: Any, old: Tensor, experts: Tensor) -> Tensor:
-    """(L,) RSPO's gamma of every input token. Under the old policy, ``router_log_probs`` was ``old``, and its experts (L, layers, topk)."""
+    """Return RSPO's gamma of every input token, (L,).
+
+    Args:
+        old: ``router_log_probs`` under the old policy.
+        experts: (L, layers, topk) experts that the old policy chose.
+    """
     return torch.exp(-(router_log_probs(model, batch) - old).gather(2, experts).abs().mean((1, 2)))
 
 
 @torch.no_grad()
 def batch_logprobs(path: Path, batch: Any, temperature: float = 1.0, experts: Tensor | None = None) -> Tensor:
-    """(L,) float64 log probabilities, 0 outside the response mask."""
+    """Return (L,) float64 log probabilities, which are 0 outside the response mask."""
     model = load_float64(path)
     if experts is not None:
         force_routing(model, batch.tokens, experts)
@@ -128,13 +143,18 @@ def batch_loss(
     shift: Tensor | None = None,
     per_token: bool = False,
 ) -> Tensor:
-    """One sequence after another, as the papers read.
+    """Return the loss, computed one sequence after another as the papers define it.
 
-    ``gmpo``: -1/N sum_i A_i exp(1/n_i sum_t clip(log pi/pi_old)), and penalties averaged over each sequence's tokens, then over sequences.
-    ``rspo``: the same, each ratio first multiplied by ``shift`` (L,) of the token before.
-    A function: (log ratios of the n response tokens, advantage) -> the sequence's term, divided by sequences, or by tokens if
-    ``per_token``.
-    ``dapo``: -1/sum_i n_i sum_i sum_t min(r A, clip(r, 1 - low, 1 + high) A), and penalties averaged over all tokens.
+    Args:
+        loss: ``gmpo``: -1/N sum_i A_i exp(1/n_i sum_t clip(log pi/pi_old)), with penalties averaged over
+            each sequence's tokens, then over sequences.
+            ``rspo``: like ``gmpo``, but each ratio is first multiplied by ``shift`` (L,) of the previous
+                token.
+            ``dapo``: -1/sum_i n_i sum_i sum_t min(r A, clip(r, 1 - low, 1 + high) A), with penalties
+                averaged over all tokens.
+            A function: (log ratios of the n response tokens, advantage) -> the sequence's term.
+        per_token: divide the terms of a function by the number of tokens instead of the number of
+            sequences.
     """
     totals: list[Tensor] = []
     tokens = 0
@@ -179,11 +199,14 @@ def train(
     freeze_router: bool = False,
     **loss: Any,
 ) -> dict[str, Any]:
-    """Losses and unclipped gradient norms of ``steps`` AdamW steps, and the weights after them, by way of ``folder``.
+    """Run ``steps`` AdamW steps; return losses, unclipped gradient norms and the weights.
 
-    For rspo also the routers' shift before each step and after the last, from what they were before the first. ``auxiliary`` makes of
-    the routers' logits, a (tokens, experts) tensor for each sequence in a list for each MoE layer, what is added to the loss; ``losses``
-    are without it.
+    The weights are saved in ``folder`` and read back. For rspo, the results also contain the routers' shift
+    before each step and after the last, relative to the routers before the first step.
+
+    Args:
+        auxiliary: makes a term that is added to the loss from the routers' logits, a (tokens, experts)
+            tensor for each sequence in a list for each MoE layer. ``losses`` do not contain this term.
     """
     ref_logprobs = batch_logprobs(ref_path or path, batch, temperature)
     model = load_float64(path)

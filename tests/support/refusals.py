@@ -1,7 +1,10 @@
-"""Runs the train command on many argument lists in one process: ``python -m tests.support.refusals < CASES.json``.
+"""Run the train command on many argument lists in one process.
 
-A case is ``{"argv": [...], "env": {...}}``; the answer on stdout is a JSON list of ``{"code", "stdout", "stderr"}``. The rendezvous of a
-process group has no address here, so that a case that is not refused before it would end in another error.
+Run: python -m tests.support.refusals < CASES.json
+
+A case is ``{"argv": [...], "env": {...}}``; the answer on stdout is a JSON list of objects with
+``code``, ``stdout`` and ``stderr``. The environment has no rendezvous address, so that a case that is not
+refused before the process group starts ends with a different error.
 """
 
 from __future__ import annotations

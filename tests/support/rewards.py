@@ -1,4 +1,7 @@
-"""Rewards for tests, given as ``module:function``. A random model's responses differ in the first."""
+"""Rewards for tests, which configs name as ``module:function``.
+
+``share_of_digits`` differs between the responses of a random model.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ def share_of_digits(prompt: Prompt, response: str) -> float:
 
 
 def unhurried_share_of_digits(prompt: Prompt, response: str) -> float:
-    """So that a run lasts long enough to be interrupted. It stands still as long as there is a file that HOLD names."""
+    """Return the share of digits slowly, so that a run can be interrupted.
+
+    The function also waits while the file named by the environment variable HOLD exists.
+    """
     time.sleep(0.2)
     while os.path.exists(os.environ.get("HOLD", "")):
         time.sleep(0.1)

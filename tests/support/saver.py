@@ -1,9 +1,10 @@
-"""A run that saves in a loop and is repeatedly killed with SIGKILL: ``python -m tests.support.saver MODEL
-RUN_DIR SEED``.
+"""Repeatedly kill a run with SIGKILL while it saves in a loop.
+
+Run: python -m tests.support.saver MODEL RUN_DIR SEED
 
 Each life of the run is a fork of this process, which has imported everything. A life loads the latest
 checkpoint, checks that weights and moments belong to its step, and then saves one step after another. All
-weights and moments of a step are equal to the step. Prints one line per life.
+weights and moments of a step are equal to the step. The command prints one line per life.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ RANDOM_MOMENTS = 3
 def live(
     model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[Any, str, int] | None
 ) -> None:
-    """Load, check, and save until killed. With a ``place``, the process kills itself there, in the save after
-    those that it has reported."""
+    """Load, check, and save until killed.
+
+    With a ``place``, the process kills itself there, during the save after those that it has reported.
+    """
     start_process_group(cases.CPU, 60)
     with cases.opened(config(model, {}, max_tokens=64)) as policy:
         for state in states(policy):
@@ -80,9 +83,8 @@ def states(policy: Policy) -> list[torch.Tensor]:
 
 def main(model: Path, run_dir: Path, seed: int) -> None:
     this: Any = sys.modules["__main__"]
-    this.__spec__ = this.__file__ = (
-        None  # Megatron's checkpoint writer, which a life spawns, then does not import this module
-    )
+    # A life spawns Megatron's checkpoint writer, which then does not import this module.
+    this.__spec__ = this.__file__ = None
     prepare_megatron(cases.CPU)
     torch.set_num_threads(1)
     choose = random.Random(seed)
@@ -118,7 +120,8 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
             found, status = os.waitpid(pid, os.WNOHANG)
             dead = status if found else None
             time.sleep(0.005)
-        os.killpg(pid, signal.SIGKILL)  # its checkpoint writers, which would outlive it
+        # Its checkpoint writers would otherwise outlive it.
+        os.killpg(pid, signal.SIGKILL)
         assert dead == signal.SIGKILL, f"{place}: status {dead}"
         print(" ".join(told.read_text().split()), flush=True)
 

@@ -12,11 +12,13 @@ from megatron_gmpo.rollout.engine import SamplingParams
 
 
 class ScriptedEngine:
-    """A ``RolloutEngine`` without a model: the responses of a prompt come from a script, a token a character, in turns.
+    """``RolloutEngine`` without a model, which takes the responses of a prompt from a script.
+
+    Each character of a response is a token.
 
     Args:
-        script: prompt id -> responses; the next ``n`` are taken at each call, from the start again after the last. A response longer
-            than ``max_new_tokens`` is cut and finishes with ``length``.
+        script: prompt id -> responses. Each call takes the next ``n`` and starts again after the last. A
+            response longer than ``max_new_tokens`` is cut and finishes with ``length``.
 
     Attributes:
         calls: the prompts' ids and the sampling of every call.

@@ -1,7 +1,8 @@
-"""``launch_sglang.py`` for servers with block-wise FP8 weights on a CPU, where SGLang 0.5.23 has kernels only for AMX.
+"""``launch.py`` for servers with block-wise FP8 weights on a CPU.
 
-Everything is SGLang's own, parameters, loaders and weight updates, but for the two multiplications: torch's, with the weights that the
-parameters stand for. Activations are not quantised, as they are on a GPU.
+On CPUs, SGLang 0.5.23 has kernels for these weights only with AMX. This launcher replaces the two matrix
+multiplications with torch's, on the dequantised weights. Parameters, loaders and weight updates remain
+SGLang's own. Activations are not quantised, unlike on a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def multiply_with_torch() -> None:
             )
         )
 
-    fp8._is_cpu = False  # the way of GPUs, not of AMX
+    fp8._is_cpu = False  # take the path for GPUs, not the one for AMX
     fp8.dispatch_w8a8_block_fp8_linear = lambda **_: multiply
     fp8.Fp8MoEMethod.apply = run_experts
 
@@ -57,5 +58,7 @@ if __name__ == "__main__":
     watch = runpy.run_path(str(LAUNCHER))["main"]
     runpy.run_module = launch  # pyright: ignore[reportAttributeAccessIssue]
     watch()
-else:  # in the processes that SGLang starts, which import this file as their parent's main module
+# This branch runs in the processes that SGLang starts, which import this file as their parent's main
+# module.
+else:
     multiply_with_torch()

@@ -1,7 +1,10 @@
-"""What SGLang makes of a folder that ModelOpt has quantised; runs in SGLang's environment: python -I sglang_modelopt.py FOLDER...
+"""Print how SGLang reads a folder that ModelOpt has quantised.
 
-Prints a JSON object a line, one for each folder: the ``method`` it takes without being told, the ``parameters`` it loads for a matrix of 128 rows and 256 columns, each
-with dtype and shape, and of all modules of Qwen3 models those it ``skipped``: what keeps its dtype.
+Run in SGLang's environment: python -I sglang_modelopt.py FOLDER...
+
+The output has one JSON object per line and folder: the ``method`` that SGLang detects, the ``parameters``
+that it creates for a matrix of 128 rows and 256 columns, each with dtype and shape, and those modules of
+Qwen3 models that it ``skipped``, i.e. does not quantise.
 """
 
 from __future__ import annotations

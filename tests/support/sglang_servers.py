@@ -1,5 +1,7 @@
-"""What the tests on real SGLang servers share. As a module: a trainer that starts two of them and waits to be
-killed."""
+"""Fixtures and functions for tests on real SGLang servers.
+
+Run as a module, this is a trainer that starts two servers and waits to be killed.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,10 @@ def local_servers(
     device: torch.device = CPU,
     **settings: Any,
 ) -> Iterator[LocalServers]:
-    """Servers that are stopped at the end; ``settings`` are fields of SGLangConfig. They are not started
-    here."""
+    """Yield servers that have not been started and stop them at the end.
+
+    ``settings`` are fields of SGLangConfig.
+    """
     cfg = SGLangConfig(
         **{"python": str(PYTHON), "start_timeout_s": 300.0, "health_interval_s": 20.0} | settings
     )
@@ -67,7 +71,7 @@ def generate(
 
 
 def process_group(servers: LocalServers, index: int = 0) -> int:
-    """The group of a server's processes; its leader is the only child of the process that watches over it."""
+    """Return the process group of a server; its leader is the only child of the server's watcher process."""
     watcher = psutil.Process(servers._processes[index].pid)
     while not (children := watcher.children()):
         time.sleep(0.01)
@@ -75,7 +79,7 @@ def process_group(servers: LocalServers, index: int = 0) -> int:
 
 
 def members(group: int) -> list[psutil.Process]:
-    """The processes of a group that are neither dead nor zombies."""
+    """Return the processes of a group that are neither dead nor zombies."""
     alive = []
     for process in psutil.process_iter():
         try:
@@ -87,7 +91,7 @@ def members(group: int) -> list[psutil.Process]:
 
 
 def wait_until_gone(group: int, timeout_s: float = 20.0) -> list[psutil.Process]:
-    """What is left of a group when nothing is, or the time is over."""
+    """Wait until a group has no processes; return those that are left after the timeout."""
     deadline = time.monotonic() + timeout_s
     while (left := members(group)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -95,7 +99,7 @@ def wait_until_gone(group: int, timeout_s: float = 20.0) -> list[psutil.Process]
 
 
 def wait_for(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    """Until it holds; fails after the limit."""
+    """Wait until ``holds()`` is true; fail after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
@@ -103,7 +107,7 @@ def wait_for(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
 
 
 def main(log_dir: Path) -> None:
-    """Prints the process groups of two servers, and that of a fork of its own; never ends by itself."""
+    """Print the process groups of two servers and the process id of a fork of this process, then sleep."""
     with local_servers("no model", log_dir, num_servers=2) as servers:
         servers.start()
         groups = [process_group(servers, i) for i in range(2)]

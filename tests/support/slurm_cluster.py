@@ -1,7 +1,8 @@
-"""A real Slurm cluster of emulated nodes on this machine: munged, slurmctld and a slurmd for every node, none of which needs root.
+"""A real Slurm cluster of emulated nodes on this machine, without root.
 
-All of it (key, sockets, configuration, state, logs) lives in one folder; nothing under /etc or /var is read or written. As a command it
-brings one up to play with, until Ctrl-C: ``python -m tests.support.slurm_cluster FOLDER [NODES]``.
+munged, slurmctld and one slurmd per node run as the current user. Key, sockets, configuration, state and
+logs are in one folder; nothing under /etc or /var is read or written. To start a cluster interactively
+until Ctrl-C: ``python -m tests.support.slurm_cluster FOLDER [NODES]``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import pytest
 from .commands import ROOT
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # where the daemons are
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"  # folders of the daemons
 needs_slurm = pytest.mark.skipif(
     not all(shutil.which(name, path=PATH) for name in DAEMONS),
     reason="no slurmctld, slurmd or munged: install Slurm (docs/slurm.md)",
@@ -34,9 +35,10 @@ needs_slurm = pytest.mark.skipif(
 _COMMAND_TIMEOUT_S = 60
 _POLL_S = 0.5
 
-# A preempted job has GraceTime to save: preempt_send_user_signal gives its batch script the signal of sbatch --signal at once.
-# Jobs choose ports by their ids, which two clusters on one machine should not share. cred_expire is also how long a requeued job has to
-# wait. Nodes pretend to have GPUs, which are any device files.
+# preempt_send_user_signal sends the signal of sbatch --signal to the batch script of a preempted job at
+# once. The job then has GraceTime to save. Jobs choose ports by their ids, so two clusters on one machine
+# must not use the same ids. cred_expire is also the time that a requeued job has to wait. The GPUs of the
+# nodes are arbitrary device files.
 _SLURM_CONF = """
 ClusterName=emulated
 SlurmctldHost={host}(127.0.0.1)
@@ -74,7 +76,8 @@ MinJobAge=3600
 SlurmctldTimeout=30
 SlurmdTimeout=30
 MessageTimeout=30
-NodeName=DEFAULT CPUs=4 Boards=1 SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4096 Gres=gpu:8
+NodeName=DEFAULT CPUs=4 Boards=1 SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=4096 \
+Gres=gpu:8
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
@@ -82,14 +85,16 @@ PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
 
 
 class SlurmCluster:
-    """A running cluster. ``stop`` ends it with all its jobs; should this process die without it, the daemons die too.
+    """Running cluster; ``stop`` ends it with all its jobs.
+
+    If this process dies without calling ``stop``, the daemons die too.
 
     Args:
-        folder: a new one, with a short name (sockets are in it).
-        num_nodes: they are called node1, node2, ...
+        folder: new folder with a short name, because it contains sockets.
+        num_nodes: number of nodes, which are called node1, node2, ...
 
     Raises:
-        RuntimeError: it did not come up; with the daemons' last words.
+        RuntimeError: the cluster did not start; the message contains the end of the daemons' logs.
     """
 
     def __init__(self, folder: Path, num_nodes: int = 2) -> None:
@@ -120,7 +125,7 @@ class SlurmCluster:
             raise
 
     def run(self, *command: object, check: bool = True, **options: Any) -> str:
-        """What a Slurm command prints, to stdout and stderr, without the last line feed."""
+        """Run a Slurm command; return its stdout and stderr without the last line feed."""
         done = subprocess.run(
             list(map(str, command)),
             env=self.env | options.pop("env", {}),
@@ -136,7 +141,7 @@ class SlurmCluster:
         return done.stdout.rstrip("\n")
 
     def job(self, job: int) -> dict[str, str]:
-        """The fields of ``scontrol show job``, e.g. JobState, Restarts, ExitCode, Reason."""
+        """Return the fields of ``scontrol show job``, e.g. JobState, Restarts, ExitCode, Reason."""
         return dict(
             re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", job).splitlines()[0])
         )
@@ -145,10 +150,10 @@ class SlurmCluster:
         return self.job(job)["JobState"]
 
     def wait(self, job: int, states: Collection[str], timeout_s: float) -> dict[str, str]:
-        """Waits for the job to be in one of the states.
+        """Wait until the job is in one of the states and return its fields.
 
         Raises:
-            RuntimeError: it is not, within the limit.
+            RuntimeError: the job did not reach one of the states within the timeout.
         """
         self.until(
             lambda: self.state(job) in states,
@@ -158,25 +163,27 @@ class SlurmCluster:
         return self.job(job)
 
     def start_node(self, node: str) -> None:
-        """As after a power failure, if it has run before: Slurm then knows that no job survived there."""
+        """Start the node's slurmd; if it ran before, Slurm then knows that no job survived on the node."""
         self._start_daemon(node, "slurmd", "-D", "-b", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """What a power failure does: every process of the node dies at once, its slurmd first."""
+        """Simulate a power failure: kill all processes of the node at once, its slurmd first."""
         self._daemons[node].kill()
         self._daemons[node].wait()
-        while tasks := self.processes(node):  # again, for what was just being forked
+        # Repeat for processes that were just being forked.
+        while tasks := self.processes(node):
             keepers = {
                 parent
                 for task in tasks
                 for parent in task.parents()
                 if parent.name().startswith("slurmstepd")
             }
-            for process in [*keepers, *tasks]:  # in this order, so that no stepd reports the end of its tasks
+            # In this order, no stepd reports the end of its tasks.
+            for process in [*keepers, *tasks]:
                 _kill(process)
 
     def processes(self, node: str | None = None, job: int | None = None) -> list[psutil.Process]:
-        """Those that jobs have started, on one node or on all, of one job or of all."""
+        """Return the processes that jobs have started, optionally only those of one node or of one job."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -200,7 +207,8 @@ class SlurmCluster:
 
     def _start_daemon(self, key: str, *command: str) -> None:
         with (self.folder / f"{key}.out").open("ab") as out:
-            # SLURM_CONF in the environment of a slurmd is also what marks its steps as ours
+            # processes() recognises the steps of this cluster by SLURM_CONF in the environment of their
+            # slurmd
             self._daemons[key] = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *command],
                 env=self.env,
@@ -212,10 +220,11 @@ class SlurmCluster:
     def until(
         self, holds: Callable[[], bool], timeout_s: float, problem: Callable[[], str] | None = None
     ) -> None:
-        """Looks now and then, for at most so long.
+        """Poll until ``holds()`` is true.
 
         Raises:
-            RuntimeError: it does not hold; with ``problem()``, or the daemons' last words.
+            RuntimeError: the timeout has passed. The message is ``problem()`` or the end of the daemons'
+                logs.
         """
         deadline = time.monotonic() + timeout_s
         while not holds():
@@ -267,7 +276,7 @@ def _kill(process: psutil.Process) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on just now, below those the kernel gives to outgoing connections."""
+    """Return ports on which nobody listens now, below the range for outgoing connections."""
     ports: list[int] = []
     while len(ports) < count:
         port = 6000 + secrets.randbelow(4000)

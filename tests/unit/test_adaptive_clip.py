@@ -1,4 +1,4 @@
-"""The adaptive clip on simulated policies whose log ratios drift, measured by the real losses."""
+"""The adaptive clip on simulated policies with drifting log ratios, measured by the real losses."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ def controller(**fields) -> AdaptiveClip:
 
 
 def step(loss: str, clip: AdaptiveClip, scale: float, g: torch.Generator) -> dict[str, Metric]:
-    """Return the metrics of the loss over two minibatches: log ratios of 0, then heavy-tailed of this scale."""
+    """Return the metrics of the loss over two minibatches.
+
+    The log ratios are 0 in the first minibatch and heavy-tailed with standard deviation proportional to
+    ``scale`` in the second.
+    """
     ids = torch.repeat_interleave(torch.arange(SEQUENCES), TOKENS)
     advantages = torch.where(torch.arange(SEQUENCES) % 2 == 0, 1.0, -1.0)
 
     def minibatch(scale: float) -> dict[str, Metric]:
-        tails = torch.empty(len(ids)).exponential_(generator=g) * torch.randn(
-            len(ids), generator=g
-        )  # kurtosis 18
+        # The kurtosis of this distribution is 18.
+        tails = torch.empty(len(ids)).exponential_(generator=g) * torch.randn(len(ids), generator=g)
         new = torch.full((len(ids),), -2.0)
         mask = torch.ones(len(ids), dtype=torch.bool)
         tokens = LossTokens(

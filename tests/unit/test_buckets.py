@@ -20,7 +20,7 @@ def packer(capacity: int, *, quantized: bool = False) -> BucketPacker:
 
 def test_buckets_are_bounded_and_aligned() -> None:
     generator = torch.Generator().manual_seed(0)
-    # like an embedding, the first is too large for a bucket
+    # Like an embedding, the first tensor is too large for a bucket.
     shapes = [(2, 1024), (7,), (3, 5), (1,), (33, 3), (2, 1024), (5,), (100, 2)]
     dtypes = [torch.bfloat16, torch.float32, torch.bfloat16]
     tensors = [

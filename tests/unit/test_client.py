@@ -1,5 +1,7 @@
-"""The client of SGLang servers, against scripted servers: retries, continued responses, restarts, and weights
-that are current."""
+"""The client of SGLang servers against scripted servers.
+
+The tests cover retries, continued responses, restarts, and the version of the weights.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fakes() -> Iterator[list[FakeServer]]:
-    """Two servers, not started."""
+    """Yield two servers that have not been started."""
     made = [FakeServer(), FakeServer()]
     yield made
     for fake in made:
@@ -47,8 +49,10 @@ def fakes() -> Iterator[list[FakeServer]]:
 
 @pytest.fixture
 def client(fakes: list[FakeServer]) -> Iterator[Callable[..., RolloutClient]]:
-    """``client(own=False, count=1, experts=False, **fields of SGLangConfig)``: external servers are started
-    here."""
+    """Return ``make(own=False, count=1, experts=False, **fields of SGLangConfig)``.
+
+    ``make`` starts the servers if they are external, i.e. not ``own``.
+    """
     made: list[RolloutClient] = []
 
     def make(own: bool = False, count: int = 1, experts: bool = False, **fields: Any) -> RolloutClient:
@@ -78,7 +82,7 @@ def states(client: RolloutClient) -> list[ServerState]:
 
 
 def sync(client: RolloutClient, fakes: list[FakeServer], version: int, failed: tuple[int, ...] = ()) -> None:
-    """Wait until every server of the client needs weights, and give them ``version``."""
+    """Wait until every server of the client needs weights, then give them ``version``."""
     client.expect(version)
     count = len(client._watcher.members)
     wait_for(lambda: states(client) == [ServerState.STALE] * count)
@@ -141,7 +145,7 @@ def test_responses_come_in_order_from_the_least_loaded_server(
 def test_connections_are_kept_and_survive_a_restart_of_the_server(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """A request never meets a connection that the server closed in the meantime."""
+    """No request uses a connection that the server has closed in the meantime."""
     served = client(own=True, max_concurrent_requests=4, health_interval_s=30)
     sync(served, fakes, 0)
     for _ in range(5):
@@ -231,7 +235,7 @@ def test_aborts_outside_a_sync_are_failures(
 def test_answers_from_other_weights_are_discarded(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """Weights of another run, of an older step and of an incomplete sync; the server is synced again."""
+    """Weights of another run, an older step or an incomplete sync cause a new sync of the server."""
     served = client()
     sync(served, fakes, 3)
     for retries, version in enumerate(("other-3", f"{NONCE}-2", "incomplete"), start=1):
@@ -325,7 +329,7 @@ def test_a_late_response_is_aborted_and_continued(
 def test_a_server_whose_scheduler_hangs_is_restarted(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """Its front answers /model_info all the time."""
+    """The server's HTTP process answers /model_info all the time."""
     served = client(own=True, request_timeout_s=0.2, hang_timeout_s=0.5)
     sync(served, fakes, 0)
 
@@ -366,8 +370,7 @@ def test_a_silent_server_that_generates_again_is_ready(
 def test_a_server_that_dies_is_restarted_and_synced(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """Its requests go to the other one meanwhile, and a sync that was on its way does not count for its new
-    life."""
+    """The other server answers its requests, and a sync from before the restart does not count."""
     served = client(own=True, count=2)
     sync(served, fakes, 0)
     assert served.local
@@ -399,7 +402,7 @@ def test_a_server_that_dies_is_restarted_and_synced(
 def test_the_version_of_a_failed_sync_is_not_trusted(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """An external server that failed a sync reports the new version all the same: it is synced again."""
+    """An external server that failed a sync is synced again, although it reports the new version."""
     served = client(max_restarts=1)
     sync(served, fakes, 0, failed=(0,))
     wait_for(lambda: states(served) == [ServerState.STALE])
@@ -420,7 +423,7 @@ def test_the_version_of_a_failed_sync_is_not_trusted(
 def test_servers_that_keep_dying_are_given_up(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
-    """The run goes on while one is left."""
+    """The run continues while one server is left."""
     served = client(own=True, count=2, max_restarts=1)
     sync(served, fakes, 0)
     local: Any = served.local
@@ -475,7 +478,7 @@ def test_no_sync_before_all_of_our_own_servers_are_up(
 def test_external_servers_that_do_not_answer_end_the_run(
     client: Callable[..., RolloutClient], fakes: list[FakeServer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After ``start_timeout_s``; a server that comes back before is used again."""
+    """The run ends after ``start_timeout_s``; a server that comes back earlier is used again."""
     served = client(start_timeout_s=2.0, hang_timeout_s=0.2)
     sync(served, fakes, 0)
     fakes[0].stop()
@@ -525,11 +528,11 @@ def test_closing_aborts_the_requests_on_external_servers(
     assert future.cancelled()
     assert sorted(fakes[0].aborted) == sorted(body["rid"] for body in fakes[0].bodies)
     assert not served._thread.is_alive()
-    served.close = lambda: None  # the fixture's
+    served.close = lambda: None  # the fixture must not close it again
 
 
 def test_routed_experts_are_decoded(client: Callable[..., RolloutClient], fakes: list[FakeServer]) -> None:
-    """Two layers of top 2; a record that does not fit the tokens is retried."""
+    """The model has two layers with top 2. A record that does not fit the tokens causes a retry."""
     served = client(experts=True)
     sync(served, fakes, 0)
     record = np.arange(7 * 4, dtype="<i4")  # 4 prompt tokens and 4 of the response, the last without experts
@@ -573,7 +576,7 @@ def test_as_many_files_may_be_open_as_there_are_requests() -> None:
     try:
         _allow_open_files(500)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
-        _allow_open_files(16)  # lowers nothing
+        _allow_open_files(16)  # the limit is not lowered
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(500 + 1024, most), hard)
         if hard != resource.RLIM_INFINITY:
             with pytest.raises(

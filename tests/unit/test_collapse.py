@@ -24,7 +24,7 @@ from megatron_gmpo.weights.torch_dist import LATEST
 
 Curve = Callable[[int], dict[str, float]]
 STEPS, AT = 120, 61
-"""Length of a run, and the first step of its collapse."""
+"""Number of steps in a run, and the first step of its collapse."""
 
 
 def healthy(seed: int, *, answers: int = 256, final_entropy: float = 0.2, final_reward: float = 0.7) -> Curve:
@@ -238,6 +238,6 @@ def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: p
     assert latest_checkpoint(tmp_path) == good
     assert read_state(good) == {"step": 4, "collapse": {"rollbacks": 1}, "scheduler": {"lr": 4}}
     later = [folder for folder in (tmp_path / "iter_0000005", tmp_path / "iter_0000006") if folder.exists()]
-    assert len(later) == (1 if killed else 0)  # the folder that is being removed no longer has its name
+    assert len(later) == (1 if killed else 0)  # the folder is renamed before it is removed
     if killed:
         assert checkpoint_before(tmp_path, 7) == later[0]

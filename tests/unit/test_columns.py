@@ -1,4 +1,4 @@
-"""Every column, a user's own included, is checked, split, packed, cut, moved and saved as stated."""
+"""Every column, including a user's, is checked, split, packed, sharded, moved and saved as documented."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIZES = {"layers": 3, "topk": 2, "k": 5}
 
 
 def content(column: Column, rows: int, generator: torch.Generator) -> Tensor:
-    """Values from 1 to 99, so that padding shows, or either bool."""
+    """Return integers from 1 to 99, which differ from padding, or random bools."""
     shape = (rows, *(SIZES[name] for name in column.dims))
     if column.dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.5
@@ -47,7 +47,7 @@ def content(column: Column, rows: int, generator: torch.Generator) -> Tensor:
 
 
 def batch_of(lengths: list[int]) -> TrainBatch:
-    """A batch with every column there is."""
+    """Return a batch with every column."""
     generator = torch.Generator().manual_seed(0)
     rows = {"sequence": len(lengths), "input": sum(lengths), "predicted": sum(lengths)}
     values = {name: content(column, rows[column.aligned_to], generator) for name, column in ALL.items()}

@@ -1,4 +1,4 @@
-"""The command line: files, options and values, help that parses back, one line for every mistake."""
+"""The command line: files, options and values; help that parses back; one-line errors for all mistakes."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_a_run_error_is_one_line_with_its_exit_code(capsys: pytest.CaptureFixtur
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, tuple[str, str]]:
-    """What ``python -m megatron_gmpo.train --help`` prints: option -> (form of its value, default)."""
+    """Return what ``python -m megatron_gmpo.train --help`` prints: option -> (form of its value, default)."""
     done = subprocess.run(
         [sys.executable, "-m", "megatron_gmpo.train", "--help"],
         capture_output=True,
@@ -271,7 +271,7 @@ def test_printed_defaults_are_the_defaults(printed: dict[str, tuple[str, str]]) 
 
 
 WORDS = {"INT": ["3"], "FLOAT": ["0.5"], "TEXT": ["some/text"], "VALUE": ["7"]}
-"""Form in the help -> values."""
+"""Form in the help -> values that match it."""
 IN_RANGE = {
     "collapse.grad_norm_factor": "2.5",
     "sglang.hang_timeout_s": "60",
@@ -298,11 +298,11 @@ COMPANIONS: dict[str, list[str]] = {
     "rollout.server_urls": SGLANG,
     "rollout.servers_file": SGLANG,
 }
-"""Options that a value needs beside it."""
+"""Other options that an option needs."""
 
 
 def cases(name: str, form: str) -> Iterator[list[str]]:
-    """The values that a form stands for, as words."""
+    """Yield values that match a form, each as a list of words."""
     form, several, _ = form.partition(" [")
     words: list[str] = []
     for part in form.split("|"):
@@ -318,7 +318,7 @@ def test_every_option_that_help_prints_parses(printed: dict[str, tuple[str, str]
     for name, (form, _) in printed.items():
         for words in cases(name, form):
             if name == "algorithm.clip_bounds" and len(words) == 1 and words != ["None"]:
-                continue  # two numbers
+                continue  # this option takes two numbers
             argv = [*COMPANIONS.get(name, []), f"--{name}", *words]
             found: Any = load_config(argv)
             for part in name.split("."):

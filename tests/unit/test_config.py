@@ -1,4 +1,4 @@
-"""The schema of a run: defaults, fields that contradict each other, derived values, and every example."""
+"""The schema of a run: defaults, contradictory fields, derived values, and all example configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The dry run of a rank against what the sizes of model and layout say on paper. tests/distributed/test_dry_run.py has real runs."""
+"""The dry run of a rank equals sizes computed by hand from model and layout.
+
+tests/distributed/test_dry_run.py compares it with real runs.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,13 @@ HIDDEN, LAYERS, HEADS, GROUPS, HEAD, FFN, EXPERTS, TOPK, VOCAB = (
     4,
     4,
     2,
+    # Sizes of the tiny models, in bf16.
     32,
     64,
     8,
     2,
     128,
-)  # of the tiny models, in bf16
+)
 LENGTHS = [256, 768]
 TOKENS = sum(LENGTHS)
 Plan = Callable[..., RankPlan]
@@ -60,9 +64,8 @@ def sent(traffic: tuple[Traffic, ...], operation: str, group: str) -> int:
 def test_flops_of_a_dense_model(plan: Plan) -> None:
     qkv, out, mlp = HIDDEN * (HEADS + 2 * GROUPS) * HEAD, HEADS * HEAD * HIDDEN, 3 * HIDDEN * FFN
     products = 2 * TOKENS * (LAYERS * (qkv + out + mlp) + VOCAB * HIDDEN)
-    attention = LAYERS * sum(
-        2 * length**2 * HEADS * HEAD for length in LENGTHS
-    )  # two products, half of them masked
+    # Each of the two products has half of its elements masked.
+    attention = LAYERS * sum(2 * length**2 * HEADS * HEAD for length in LENGTHS)
     whole = plan()
     assert whole.forward.flops == products + attention
     assert whole.training.flops == 3 * products + attention * 7 // 2
@@ -77,7 +80,7 @@ def test_flops_of_a_dense_model(plan: Plan) -> None:
 
 
 def test_experts_meet_their_share_of_tokens(plan: Plan) -> None:
-    layer = TOPK * 3 * HIDDEN * FFN + EXPERTS * HIDDEN  # the experts of a token, and the router
+    layer = TOPK * 3 * HIDDEN * FFN + EXPERTS * HIDDEN  # the experts of a token and the router
     dense = 3 * HIDDEN * FFN
     assert plan("qwen3_moe").forward.flops == plan("qwen3").forward.flops + 2 * TOKENS * LAYERS * (
         layer - dense
@@ -85,8 +88,8 @@ def test_experts_meet_their_share_of_tokens(plan: Plan) -> None:
 
 
 def test_traffic_of_expert_and_context_parallelism(plan: Plan) -> None:
-    tokens = 2 * TOKENS * TOPK * HIDDEN // 2  # bytes in bf16; one half stays
-    weights = 4 * TOKENS * TOPK // 2  # each token's fp32 weight goes with it, but does not come back
+    tokens = 2 * TOKENS * TOPK * HIDDEN // 2  # bytes in bf16; one half stays on the rank
+    weights = 4 * TOKENS * TOPK // 2  # each token is sent with its fp32 weight, which is not sent back
     experts = plan("qwen3_moe", 2, parallel={EP: 2})
     assert sent(experts.forward.traffic, "all_to_all", "ep") == LAYERS * (2 * tokens + weights)
     context = plan("qwen3", 2, parallel={CP: 2})
@@ -99,12 +102,10 @@ def test_traffic_of_tensor_parallelism(plan: Plan) -> None:
     hidden = 2 * TOKENS * HIDDEN // 2
     tensor = plan("qwen3", 2, parallel={TP: 2}).forward.traffic
     assert sent(tensor, "all_gather", "tp") == (2 * LAYERS + 1) * hidden  # before attention, MLP and head
-    assert (
-        sent(tensor, "reduce_scatter", "tp") == (2 * LAYERS + 1) * hidden
-    )  # after embedding, attention and MLP
-    assert (
-        sent(tensor, "all_reduce", "tp") == 2 * 4 * 4 * TOKENS // 2
-    )  # highest logit, and three fp32 sums a token
+    # The reduce-scatters follow embedding, attention and MLP.
+    assert sent(tensor, "reduce_scatter", "tp") == (2 * LAYERS + 1) * hidden
+    # Each token reduces its largest logit and three sums, in fp32.
+    assert sent(tensor, "all_reduce", "tp") == 2 * 4 * 4 * TOKENS // 2
 
 
 def test_the_optimizer_is_shared_by_the_replicas(plan: Plan) -> None:
@@ -120,7 +121,7 @@ def test_the_optimizer_is_shared_by_the_replicas(plan: Plan) -> None:
 
 
 def test_a_layout_of_many_ranks(plan: Plan) -> None:
-    """Parameters of all stages together are the model's, in a world that no machine of ours has."""
+    """The parameters of all stages add up to the model's, for a layout larger than any available machine."""
     parallel = {TP: 2, PP: 4, CP: 2, EP: 4}
     stages = [plan("qwen3_moe", 256, stage, parallel=parallel) for stage in range(4)]
     whole = plan("qwen3_moe")
@@ -134,7 +135,10 @@ def test_a_layout_of_many_ranks(plan: Plan) -> None:
 
 
 def test_an_optimizer_of_fewer_bytes(plan: Plan) -> None:
-    """Of a parameter, 4 bytes of main weight and twice 4 of moments; moments in bf16 keep the main weight whole."""
+    """A parameter takes 4 bytes of main weight and two moments of 4 bytes each.
+
+    Moments in bf16 do not change the size of the main weight.
+    """
     whole = plan().optimizer
     assert plan(optimizer={"moments_dtype": "bf16"}).optimizer * 12 == whole * 8
     assert plan(optimizer={"offload_fraction": 0.75}).optimizer * 4 == whole

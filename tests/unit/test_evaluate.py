@@ -1,4 +1,4 @@
-"""pass@k against counting, and what an evaluation reports."""
+"""pass@k compared with counting, and the metrics that an evaluation reports."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def test_pass_at_k_of_impossible_counts(n: int, c: int, k: int) -> None:
 
 
 def benchmarks() -> tuple[ScriptedEngine, dict[str, list[Prompt]]]:
-    """Of four samples: 4, 1 and 0 right in the first set, 2 in the second; "7" is right."""
+    """Return an engine and two prompt sets; "7" is correct.
+
+    Of the four samples per prompt, 4, 1 and 0 are correct in the first set, and 2 in the second.
+    """
     script = {
         "a": ["7"] * 4,
         "b": ["8", "7", "88", "99"],

@@ -1,4 +1,4 @@
-"""Files and folders get their name once they are whole; a kill at any moment leaves the old content."""
+"""Files and folders get their name when they are complete; a kill at any moment keeps the old content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def names(folder: Path) -> list[str]:
 
 
 def killed_at(owner: object, name: str, action: Callable[[], object]) -> None:
-    """Run ``action`` in a fork that dies, with SIGKILL, when it calls ``owner.name``."""
+    """Run ``action`` in a fork that kills itself with SIGKILL when it calls ``owner.name``."""
     pid = os.fork()
     if pid == 0:
         setattr(owner, name, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
@@ -75,7 +75,7 @@ def test_a_folder_gets_its_name_once_it_is_whole(tmp_path: Path) -> None:
 
     killed_at(Path, "rename", fill)
     assert names(tmp_path) == [".partial_out"]
-    final.mkdir()  # an empty folder is replaced
+    final.mkdir()  # an empty folder may be replaced
     fill()
     assert names(tmp_path) == ["out"]
     assert names(final) == ["file"]

@@ -1,4 +1,4 @@
-"""FP8 as far as a CPU can tell: what is refused, and that every kernel would get the token counts it takes."""
+"""The parts of FP8 that a CPU can test: refusals, and token counts that suit every kernel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ H100 = Capabilities("NVIDIA H100 80GB HBM3", (9, 0), (12, 9), (2, 11))
 B200 = Capabilities("NVIDIA B200", (10, 0), (12, 9), (2, 11))
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 ALIGNED = {None: 1, "delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
-"""Tokens of a rank that Transformer Engine's kernels take a multiple of."""
+"""The number of tokens of a rank must be a multiple of this for Transformer Engine's kernels."""
 
 
 def config(recipe: str | None, **sections: Any) -> Config:
@@ -100,7 +100,10 @@ def test_machines_without_a_recipe(recipe: str, machine: Capabilities, words: li
 
 
 def test_transformer_engine_has_the_upper_bound_of_the_installed_megatron() -> None:
-    """The extra ``te`` of megatron-core 0.16.1 ends below 2.12, that of 0.19.2 has no end (their package metadata)."""
+    """megatron-core 0.16.1 requires Transformer Engine below 2.12; 0.19.2 has no upper bound.
+
+    Source: the extra ``te`` in their package metadata.
+    """
     newer = Capabilities("H100", (9, 0), (12, 9), (2, 12))
     if version("megatron-core").startswith("0.16."):
         message = refusal(lambda: check_fp8(config("tensorwise"), transformer(), newer))
@@ -278,7 +281,10 @@ def test_the_optimizers_needs() -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``installed("apex", amp_C=False)``: these modules can be found, and those that are False cannot."""
+    """Return a function that simulates which modules can be found.
+
+    Usage: ``installed("apex", amp_C=False)``. Modules that are False cannot be found.
+    """
     find = importlib.util.find_spec
 
     def pretend(*there: str, **others: bool) -> None:
@@ -342,7 +348,10 @@ def test_any_lengths(recipe: str | None, cp: int, tp: int, sp: bool, lengths: li
 def check_packing(
     recipe: str | None, cp: int, tp: int, sp: bool, lengths: list[int], dummy: bool = False
 ) -> None:
-    """Ranks have equal stretches of a length the kernels take, sequences are cut into equal chunks, and no token is lost or added."""
+    """Check that packing keeps every token once and gives every rank a length that the kernels accept.
+
+    All ranks have the same length, and sequences are cut into equal chunks.
+    """
     parallel = {"context_parallel_size": cp, "tensor_model_parallel_size": tp, "sequence_parallel": sp}
     cfg = config(recipe, parallel=parallel)
     total, scattered = sum(lengths), sp and tp > 1
@@ -372,13 +381,14 @@ def check_packing(
             assert end > start
             assert cp == 1 or (end - start) % (2 * cp) == 0
         seen += [token for token in packed.tokens.tolist() if token]
-        assert not packed.mask[packed.flat_index < 0].any()  # padding carries no loss
+        assert not packed.mask[packed.flat_index < 0].any()  # padding must not carry loss
     assert sorted(seen) == list(range(1, sum(lengths) + 1))
     (width,) = widths
     stretch, rest = divmod(width, tp if scattered else 1)
     assert rest == 0
     assert stretch % ALIGNED[recipe] == 0
-    # no more than needed: the next smaller total would be too short, or would break one of the rules above
+    # The total is no larger than needed: the next smaller one is too short or breaks one of the rules
+    # above.
     smallest = sum(-(-length // (2 * cp)) * 2 * cp if cp > 1 else length for length in lengths)
     step = 2 * cp if cp > 1 else 1
     rank_multiple = ALIGNED[recipe] * (tp if scattered else 1)

@@ -1,4 +1,4 @@
-"""The FLOPs that benchmarks/gpu_step.py assumes equal the count of torch on transformers' model."""
+"""The FLOPs that benchmarks/gpu_step.py assumes equal torch's count for transformers' model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lab's studies and statistics; the t quantiles are those of printed tables."""
+"""Studies and statistics of the lab, with t quantiles from printed tables."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_paired_difference_drops_what_the_seeds_share() -> None:
     assert found
     assert found.n == 3
     assert found.mean == pytest.approx(0.31 / 3)
-    assert found.sign == 1  # though the values themselves scatter far more
+    # The values themselves vary far more than their differences.
+    assert found.sign == 1
 
 
 def test_curve_is_the_mean_over_seeds_in_each_share_of_the_steps() -> None:

@@ -1,4 +1,4 @@
-"""Log probability and entropy against float64 autograd through torch's own log_softmax."""
+"""Log probability and entropy, compared with float64 autograd through torch's own log_softmax."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOCAB, PADDED = 50, 64
 
 
 def make(tokens: int = 23, dtype: torch.dtype = torch.float32, garbage: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Logits whose columns beyond VOCAB are garbage, and labels that reach both ends of the vocabulary."""
+    """Return logits with garbage in the columns beyond VOCAB, and labels at both ends of the vocabulary."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(tokens, PADDED, generator=generator) * 4
     logits[:, VOCAB:] = torch.randn(tokens, PADDED - VOCAB, generator=generator) + garbage
@@ -26,7 +26,11 @@ def make(tokens: int = 23, dtype: torch.dtype = torch.float32, garbage: float = 
 def reference(
     logits: Tensor, labels: Tensor, temperature: float, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log probabilities, entropy, and the gradient of their sum weighted by ``weights`` (2, T), in float64."""
+    """Return log probabilities, entropy and the gradient of their weighted sum, in float64.
+
+    Args:
+        weights: (2, T) weights of both outputs.
+    """
     logits = logits.double().requires_grad_()
     logp = torch.log_softmax(logits[:, :VOCAB] / temperature, -1)
     logprobs, entropy = logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
@@ -38,7 +42,9 @@ def compute(
     logits: Tensor, labels: Tensor, weights: Tensor, **options: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.clone().requires_grad_()
-    logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=VOCAB, tp_group=None, **options)  # pyright: ignore
+    logprobs, entropy = vocab_parallel_logprobs(  # pyright: ignore
+        logits, labels, vocab_size=VOCAB, tp_group=None, **options
+    )
     (gradient,) = torch.autograd.grad(
         (weights.to(logprobs.dtype) * torch.stack([logprobs, entropy])).sum(), logits
     )
@@ -46,7 +52,7 @@ def compute(
 
 
 def mixture(tokens: int) -> Tensor:
-    """Weights of both outputs; some tokens use one of them only, one uses none, as outside the loss mask."""
+    """Return weights of both outputs. Some tokens use only one output; one uses none, like masked tokens."""
     weights = torch.randn(2, tokens, generator=torch.Generator().manual_seed(1))
     if tokens > 3:
         weights[0, 1] = weights[1, 2] = 0
@@ -97,7 +103,7 @@ def test_large_logits_do_not_overflow(offset: float) -> None:
 
 
 def test_certain_tokens() -> None:
-    """A one-hot distribution: log probabilities 0 and far below, entropy 0, and a finite gradient."""
+    """The distribution is one-hot: log probabilities of 0 and far below, entropy 0, and a finite gradient."""
     logits = torch.zeros(2, PADDED)
     logits[:, 3] = 200.0
     logprobs, entropy, gradient = compute(logits, torch.tensor([3, 4]), torch.ones(2, 2))
@@ -115,7 +121,7 @@ def test_bf16_logits_are_computed_in_fp32() -> None:
     assert gradient.dtype == torch.bfloat16
     assert_close(logprobs.double(), wanted[0], atol=1e-5, rtol=1e-5)
     assert_close(entropy.double(), wanted[1], atol=1e-5, rtol=1e-5)
-    assert_close(gradient.double(), wanted[2], atol=1e-6, rtol=2**-8)  # rounded once, at the end
+    assert_close(gradient.double(), wanted[2], atol=1e-6, rtol=2**-8)  # rounded only once, at the end
 
 
 def test_logits_are_left_as_they_were() -> None:
@@ -133,7 +139,7 @@ def test_no_tokens() -> None:
 
 
 def test_only_a_few_chunks_live_beside_the_logits() -> None:
-    """No tensor made on the way, but the gradient, is larger than a chunk."""
+    """No intermediate tensor except the gradient is larger than a chunk."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

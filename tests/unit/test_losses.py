@@ -87,7 +87,7 @@ def router_shift(old_logprobs: Tensor) -> Tensor:
 
 @st.composite
 def packed(draw, min_response: int = 0) -> Packed:
-    """Draw 1-4 sequences of 1-6 slots with deltas far beyond every clip, and advantages of both signs and 0."""
+    """Draw 1-4 sequences of 1-6 slots, with deltas beyond every clip and advantages of both signs and 0."""
     rows = []
     for i in range(draw(st.integers(1, 4))):
         advantage = draw(st.sampled_from([0.0, 1.0, -1.0]) | st.floats(-2, 2))
@@ -125,11 +125,14 @@ def random_packed(seed: int, lengths: list[int], prompt: int = 2) -> Packed:
     return Packed(logprobs.requires_grad_(), old, mask, ids, advantages, ref, entropy.requires_grad_())
 
 
-# --- the papers' formulas for one sequence: new and old are the (n,) log probabilities of its response tokens ---
+# --- the papers' formulas for one sequence; new and old are the (n,) log probabilities of its response ---
 
 
 def gmpo_paper(new, old, A, low=0.4, high=0.4, mode="token", normalize=True):
-    """The paper's form in ratio space: prod_t min(rho^s, clip(rho, e^-low, e^high)^s)^s, s = sgn(A)."""
+    """Return the paper's loss of a sequence in ratio space.
+
+    With s = sgn(A), the product over the tokens is prod_t min(rho^s, clip(rho, e^-low, e^high)^s)^s.
+    """
     s = 1.0 if A > 0 else -1.0
     power = 1 / len(new) if normalize else 1.0
     rho = torch.exp(new - old)
@@ -141,7 +144,7 @@ def gmpo_paper(new, old, A, low=0.4, high=0.4, mode="token", normalize=True):
 
 
 def rspo_paper(new, old, A, low=0.2, high=0.2, floor=0.8):
-    """Ratio space: GMPO of the ratios gamma_t rho_t."""
+    """Return GMPO of the ratios gamma_t rho_t, in ratio space."""
     gamma = router_shift(old).clamp(min=floor)
     return gmpo_paper(new, old - gamma.log(), A, low, high)
 
@@ -220,7 +223,7 @@ FORMULAS = {
     ),
 }
 
-# Derandomized: a value that lands exactly on a kink of a clip would have several right gradients.
+# Derandomized, because a value exactly on a kink of a clip has several correct gradients.
 quick = settings(
     deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -265,7 +268,7 @@ def test_gmpo_gradient_is_the_analytic_one(batch: Packed):
     assert_close(batch.logprobs.grad, expected, **EXACT)
 
 
-# --- TRL's code, with given log probabilities in place of its model's forward pass ---
+# --- TRL's code, with given log probabilities instead of its model's forward pass ---
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +296,10 @@ TRL_SETTINGS = {
 
 
 def trl_loss(trainer_class, batch: Packed, beta: float, **attributes) -> tuple[Tensor, Tensor, dict]:
-    """Return (loss, gradient in packed order, metrics) of TRL's ``_compute_loss`` on the batch padded to (B, T)."""
+    """Return (loss, gradient in packed order, metrics) of TRL's ``_compute_loss``.
+
+    The batch is padded to (B, T).
+    """
     S, width = len(batch.advantages), int(torch.bincount(batch.sequence_ids).max())
     column = torch.cat([torch.arange(n) for n in torch.bincount(batch.sequence_ids)])
     place = batch.sequence_ids, column  # ids ascend, so this is each slot's (row, column)
@@ -359,7 +365,7 @@ def test_matches_trl(trl, name: str, beta: float, batch: Packed):
             )
 
 
-# --- properties every loss has ---
+# --- properties of all losses ---
 
 all_losses = pytest.mark.parametrize("name", LOSSES)
 
@@ -521,11 +527,11 @@ def example(deltas: list[list[float]], advantages: list[float]) -> Packed:
     )
 
 
-# --- tokens and sequences that a mask leaves out of the policy term ---
+# --- tokens and sequences that a mask excludes from the policy term ---
 
 
 def left_out(batch: Packed, kept: Tensor, drifted: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return (loss, gradient) by the definition.
+    """Return (loss, gradient) according to the definition.
 
     The formula applies to the kept tokens; the divisor counts all tokens of the sequence.
     """
@@ -537,7 +543,7 @@ def left_out(batch: Packed, kept: Tensor, drifted: Tensor, name: str) -> tuple[T
         stays = rows & kept
         if drifted[i] or not stays.any():
             continue
-        if name in ("gmpo", "rspo", "gspo"):  # a token left out has the ratio 1
+        if name in ("gmpo", "rspo", "gspo"):  # an excluded token has the ratio 1
             old = torch.where(stays, batch.old_logprobs, leaf.detach())
             new = torch.where(stays, leaf, leaf.detach())
             if name == "rspo":

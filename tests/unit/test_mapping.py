@@ -79,7 +79,8 @@ def test_query_key_value(groups_a_rank: int, queries: int, dim: int, rest: tuple
     parts = [distinct(count * dim, *rest) + 1000 * i for i, count in enumerate(heads)]
     operation = QueryKeyValue(0, groups, queries, dim)
     full = assert_inverts(operation, parts, tp)
-    # group g: its queries, its key, its value (attention.py:get_query_key_value_tensors of megatron-core)
+    # Group g has its queries, its key and its value (get_query_key_value_tensors in attention.py of
+    # megatron-core).
     query, key, value = (part.view(count, dim, *rest) for part, count in zip(parts, heads, strict=True))
     layout = full.view(groups, queries + 2, dim, *rest)
     for g in range(groups):

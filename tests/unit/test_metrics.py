@@ -55,7 +55,7 @@ def test_means_are_weighted_and_extremes_stay() -> None:
         "low": -2.0,
         "here": 3.0,
     }
-    assert isinstance(merged["loss"].total, torch.Tensor)  # the host did not wait for the device
+    assert isinstance(merged["loss"].total, torch.Tensor)  # no synchronisation with the device
     assert reduce_metrics([]) == {}
 
 
@@ -344,7 +344,7 @@ EVERYTHING = [
 def size_of(png: Path) -> tuple[int, int]:
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
     image = imread(png)
-    assert 0.01 < (image[..., 0] < 1).mean() < 0.5  # something is drawn on a white background
+    assert 0.01 < (image[..., 0] < 1).mean() < 0.5  # the image has content on a white background
     return image.shape[1], image.shape[0]
 
 

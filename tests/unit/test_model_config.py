@@ -139,7 +139,7 @@ def test_a_router_with_a_bias(describe: Describe, family: str) -> None:
     assert transformer.moe_router_score_function == "sigmoid"
     assert transformer.moe_router_enable_expert_bias
     assert transformer.moe_router_bias_update_rate == 0
-    # every group is chosen
+    # With every group chosen, group routing is off.
     assert describe(family, hf={"topk_group": 2}).transformer.moe_router_num_groups is None
 
 

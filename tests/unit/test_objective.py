@@ -1,4 +1,4 @@
-"""The objective of a config equals the losses called directly; metrics of rollout against training."""
+"""The objective of a config equals direct calls of the losses; rollout and training metrics are correct."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def direct_call(
     max_response_tokens: int = 64,
     **options,
 ):
-    """Call the loss with every argument spelled out; its clips are the defaults for a dense model."""
+    """Call the loss with all arguments; its clips are the defaults for a dense model."""
     clips, _ = default_clips(name, LOSSES[name], is_moe=False)
 
     def call(logprobs: Tensor, entropy: Tensor, _: Microbatch) -> LossOutput:
@@ -174,7 +174,7 @@ def test_penalties(loss: str, kl_coef: float, entropy_coef: float) -> None:
     found = ours(objective_of(loss=loss, kl_coef=kl_coef, entropy_coef=entropy_coef), batch)
     assert_same(found, direct_call(loss, batch, kl_coef, entropy_coef))
     bare = ours(objective_of(loss=loss), batch)
-    # gmpo takes each sequence's mean over its four tokens, dapo the sum
+    # gmpo takes the mean over a sequence's four tokens, dapo the sum.
     per = 4 if loss == "gmpo" else 1
     logprobs, entropy = (x.detach()[batch.mask] for x in predicted())
     log_ratio = batch.ref_logprobs[batch.mask] - logprobs
@@ -185,9 +185,8 @@ def test_penalties(loss: str, kl_coef: float, entropy_coef: float) -> None:
         assert_close(found[1][1], gradient)
     else:
         assert found[1][1] is None
-    assert {"policy/kl_ref", "policy/entropy"} <= bare[
-        0
-    ].metrics.keys()  # logged without being part of the loss
+    # The metrics are logged even if they are not part of the loss.
+    assert {"policy/kl_ref", "policy/entropy"} <= bare[0].metrics.keys()
 
 
 def test_off_policy_masking_reaches_the_loss() -> None:
@@ -272,7 +271,7 @@ def test_engines_that_agree_to_rounding_have_no_negative_divergence() -> None:
     assert 0 < value_of(found["rollout/logprob_diff_mean"]) < 1e-6
 
 
-# --- one process alone ---
+# --- collectives of a single process ---
 
 
 def test_collectives_of_one_process_are_the_identity() -> None:
@@ -334,7 +333,7 @@ def test_importance_weights_are_the_formulas_in_float64() -> None:
 
 
 def test_token_weights_multiply_each_tokens_term() -> None:
-    """The loss equals the sum of weighted losses of single tokens."""
+    """The loss equals the sum of the weighted losses of single tokens."""
     generator = torch.Generator().manual_seed(1)
     new, old, weights = (torch.randn(6, generator=generator) for _ in range(3))
     tokens = LossTokens(
@@ -365,11 +364,10 @@ def test_icepop_keeps_tokens_and_geometric_keeps_sequences_within_the_band() -> 
     low, high = 0.8, 1.2
     tokens = kept_tokens(batch, "icepop", low, high).tolist()
     assert tokens == [low <= math.exp(d) <= high for row in rows for d in row]
-    assert (
-        len({t for t, m in zip(tokens, batch.response_mask.tolist(), strict=True) if m}) == 2
-    )  # some of both
+    # Both values occur.
+    assert len({t for t, m in zip(tokens, batch.response_mask.tolist(), strict=True) if m}) == 2
     means = [math.exp(math.fsum(row) / n) for row, n in zip(rows, (3, 1, 4), strict=True)]
-    between = math.sqrt(means[0] * means[2])  # of the two with a response, one is kept
+    between = math.sqrt(means[0] * means[2])  # only one of the two sequences with a response is kept
     low, high = (between, 9.0) if means[0] > means[2] else (0.1, between)
     sequences = kept_tokens(batch, "geometric", low, high).tolist()
     assert sequences == [low <= mean <= high for mean, row in zip(means, rows, strict=True) for _ in row]
@@ -380,7 +378,7 @@ def test_the_mask_of_the_config_reaches_the_minibatches() -> None:
     batch, _ = three_sequences()
     assert correct(batch, AlgorithmConfig()) == {}
     assert batch.kept_tokens is None
-    correct(batch, AlgorithmConfig(mask="off_policy"))  # the loss does that
+    correct(batch, AlgorithmConfig(mask="off_policy"))  # the loss applies this mask
     assert batch.kept_tokens is None
     correct(batch, AlgorithmConfig(mask="icepop", mask_low=0.8, mask_high=1.2))
     assert_close(batch.split(3)[2].kept_tokens, kept_tokens(batch, "icepop", 0.8, 1.2)[5:])

@@ -1,4 +1,4 @@
-"""Losses, columns and advantages of a user's own, given as ``module:attribute``."""
+"""Losses, columns and advantages that users define, given as ``module:attribute``."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def not_finite(rewards): return rewards / 0
 
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module ``own`` outside the repository, and one that cannot be parsed."""
+    """Write a module ``own`` outside the repository, and one that cannot be parsed."""
     (tmp_path / "own.py").write_text(MODULE)
     (tmp_path / "unparsable.py").write_text("def loss(:\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -127,7 +127,8 @@ def test_a_plain_function_takes_the_defaults_of_an_entry_and_of_its_signature() 
     assert needed_columns(AlgorithmConfig(loss="own:plain")) == frozenset()
     assert objective.count(torch.tensor([3, 0, 2])) == 2
 
-    logprobs = torch.tensor([-0.9, -2.5, 0, 0, -1, -1, 0], requires_grad=True)  # of the predicted tokens
+    # Log probabilities of the predicted tokens.
+    logprobs = torch.tensor([-0.9, -2.5, 0, 0, -1, -1, 0], requires_grad=True)
     microbatch = pack(two_sequences(), [0, 1])
     output = objective_of("own:plain", options={"power": 2.0})(logprobs, torch.zeros(7), microbatch, None)
     assert_close(output.loss, torch.tensor(-1.0 * 2 * (0.1 - 0.1) + 2.0 * 2 * (0.0 + 0.3)))
@@ -144,7 +145,7 @@ def test_an_entry_says_the_rest() -> None:
 
 @pytest.mark.parametrize("cp_size", [1, 2])
 def test_columns_of_the_users_own_reach_the_loss(cp_size: int) -> None:
-    """Through split and pack, on the slots of each context-parallel rank."""
+    """Columns go through split and pack to the slots of each context-parallel rank."""
     batch, objective = two_sequences(), objective_of("own:LATE")
     objective.add_columns(batch)
     for sequence, minibatch in enumerate(batch.split(2)):
@@ -152,9 +153,8 @@ def test_columns_of_the_users_own_reach_the_loss(cp_size: int) -> None:
         for rank in range(cp_size):
             microbatch = pack(minibatch, [0], cp_size=cp_size, cp_rank=rank, sequence_multiple=2 * cp_size)
             logprobs = torch.full(microbatch.labels.shape, -0.5, requires_grad=True)
-            total += float(
-                objective(logprobs, logprobs.detach(), microbatch, None).loss.detach()
-            )  # a sum over tokens adds up over ranks
+            # A loss that sums over tokens adds up over ranks.
+            total += float(objective(logprobs, logprobs.detach(), microbatch, None).loss.detach())
         places = {0: [1, 2], 1: [2, 3]}[sequence]
         ratios = {0: [0.5, 1.5], 1: [0.5, 1.0]}[sequence]
         scale = [3, 4][sequence] * [1.0, -2.0][sequence]
@@ -162,10 +162,12 @@ def test_columns_of_the_users_own_reach_the_loss(cp_size: int) -> None:
 
 
 def test_the_documented_losses_are_their_formulas(tmp_path: Path) -> None:
-    """On one process; tests/distributed/test_own_losses.py trains them in two layouts."""
+    """Test on one process; tests/distributed/test_own_losses.py trains with these losses in two layouts."""
     batch = two_sequences()
-    logprobs = torch.tensor([-0.9, -2.5, 0, 0, -0.8, -1.8, 0], requires_grad=True)  # of the predicted tokens
-    clipped = {0: [0.1, -0.5], 1: [0.2, -0.3]}  # log ratios, then clipped by the sign of A = 1, -2
+    # Log probabilities of the predicted tokens.
+    logprobs = torch.tensor([-0.9, -2.5, 0, 0, -0.8, -1.8, 0], requires_grad=True)
+    # Log ratios, then clipped by the sign of A = 1, -2.
+    clipped = {0: [0.1, -0.5], 1: [0.2, -0.3]}
     ratios = [[min(math.exp(x), 1.2) for x in clipped[0]], [max(math.exp(x), 0.8) for x in clipped[1]]]
     expected = {
         "harmonic": -1.0 * 2 / sum(1 / r for r in ratios[0]) + 2.0 * 2 / sum(1 / r for r in ratios[1]),

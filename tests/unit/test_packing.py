@@ -46,7 +46,7 @@ def test_plan(arguments: dict[str, Any]) -> None:
     assert sorted(i for members in everything for i in members) == list(range(len(lengths)))
     for members in everything:
         assert sum(math.ceil(lengths[i] / multiple) * multiple for i in members) <= limit or len(members) == 1
-    # Rounding alone adds microbatches: before it, no two microbatches of a packing fit into one.
+    # Only rounding adds microbatches: before it, no two microbatches of a packing fit into one.
     tokens = sum(math.ceil(length / multiple) * multiple for length in lengths)
     most_needed = max(1, 2 * tokens // limit + 1)
     unit = arguments["data_parallel_size"] * arguments["count_multiple"]
@@ -61,7 +61,7 @@ def test_ranks_meet_with_microbatches_of_like_cost(arguments: dict[str, Any]) ->
     costs = np.array(
         [[sum(cost(padded[i]) for i in members) for members in row] for row in plan_microbatches(**arguments)]
     )
-    # Costs descend over the places: no microbatch is cheaper than one in the next place.
+    # Costs decrease from place to place: no microbatch is cheaper than one in the next place.
     assert (costs.min(axis=0)[:-1] >= costs.max(axis=0)[1:] - 1e-9).all()
     # The least loaded rank takes the most expensive microbatch of a place, so loads differ by at most
     # the largest spread within a place.
@@ -92,7 +92,8 @@ def test_fill_and_balance_on_lognormal_lengths(seed: int) -> None:
 
 
 def test_best_fit_takes_over_where_even_fill_overflows() -> None:
-    # Two microbatches of exactly 10 exist; filling the emptiest first gives 6 3 | 5 4, no room for 2.
+    # Two microbatches of exactly 10 exist. Filling the emptiest first gives 6 3 | 5 4 and leaves no room
+    # for 2.
     lengths = [6, 5, 3, 2, 4]
     plan = plan_microbatches(lengths, max_tokens=10, data_parallel_size=2)
     assert sorted(sum(lengths[i] for i in members) for microbatches in plan for members in microbatches) == [
@@ -137,7 +138,7 @@ def reference_slots(
     sequence_multiple: int,
     total_multiple: int,
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Build what the docstring of ``pack`` promises, slot by slot."""
+    """Build slot by slot what the docstring of ``pack`` promises."""
     lengths = [int(batch.lengths[i]) for i in sequences]
     padded = [math.ceil(length / sequence_multiple) * sequence_multiple for length in lengths]
     while sum(padded) % total_multiple or padded[-1] % sequence_multiple:

@@ -1,4 +1,4 @@
-"""Loading prompts from every file format, and resuming the stream of prompts."""
+"""Prompts are loaded from every file format, and the stream of prompts resumes."""
 
 from __future__ import annotations
 

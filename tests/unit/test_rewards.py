@@ -1,4 +1,4 @@
-"""Rewards for answers as models write them, the time limit, and user-defined functions."""
+"""Rewards for typical answers of models, the time limit, and user-defined functions."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def math_reward() -> Iterator[MathReward]:
 
 
 def score(reward: MathReward, pairs: list[tuple[str, str]]) -> list[float]:
-    """Score from several threads at once, like the collector."""
+    """Score from several threads at once, as the collector does."""
     with ThreadPoolExecutor(8) as threads:
         return list(threads.map(lambda pair: reward(Prompt("t/0", answer=pair[0]), pair[1]), pairs))
 

@@ -134,7 +134,7 @@ def test_the_end_token_stays_and_ends_the_response(folder_of: Callable[..., Path
 
 
 def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Apply temperature, then top-k, then top-p (the smallest set with that mass); renormalise."""
+    """Apply temperature, then top-k, then top-p (the smallest set with that mass), and renormalise."""
     p, order = (logits.double() / temperature).softmax(-1).sort(descending=True)
     p[:, top_k:] = 0
     p /= p.sum(-1, keepdim=True)
@@ -177,9 +177,8 @@ def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None
         expected = n * (logits[0].double() / temperature).softmax(-1)
         assert expected.min() > 5
         chi_square = ((counts - expected) ** 2 / expected).sum()
-        return float(
-            torch.special.gammaincc(torch.tensor(15 / 2).double(), chi_square / 2)
-        )  # survival function of chi-square
+        # This is the survival function of chi-square.
+        return float(torch.special.gammaincc(torch.tensor(15 / 2).double(), chi_square / 2))
 
     assert p_value(1.5) > 0.001
     assert p_value(1.3) < 1e-6  # the test detects a wrong temperature
@@ -233,9 +232,8 @@ def test_greedy_decoding_is_that_of_generate(early_stops: Path) -> None:
         logits, response = response_logits(early_stops, sample)
         spoken = response[:-1] if sample.finish_reason == "stop" else response
         assert sample.text == engine.tokenizer.decode(spoken)  # 7 and 12 are not special tokens
-        expected = logits.log_softmax(-1).gather(1, response[:, None])[
-            :, 0
-        ]  # of the model itself, at temperature 1
+        # The logprobs are those of the model itself, at temperature 1.
+        expected = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
         assert_close(torch.tensor(sample.rollout_logprobs)[-len(response) :], expected, atol=2e-5, rtol=0)
     assert {len(r) for r in responses(groups)} > {12}
     assert {g.samples[0].finish_reason for g in groups} == {"stop", "length"}
@@ -267,9 +265,8 @@ def test_stop_strings_end_responses_and_leave_the_text(
     stopped = engine_of(folder, batch_size=1).generate(prompts, replace(free, stop=stop))[0].samples
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cuts = 0
-    for before, after in zip(
-        unstopped, stopped, strict=True
-    ):  # a batch of one draws the same tokens until it stops
+    # A batch of one draws the same tokens until it stops.
+    for before, after in zip(unstopped, stopped, strict=True):
         at = min((before.text.find(s) for s in stop if s in before.text), default=None)
         if at is None:
             assert after == before
@@ -374,9 +371,8 @@ def test_router_noise_is_drawn_as_the_samples_are_and_0_is_none(folder_of: Calla
 
     def draw(engine: EmbeddedEngine, sampling: SamplingParams) -> list[str]:
         engine.update_weights(load_file(folder / "model.safetensors").items(), 5)
-        return [
-            str(sample) for group in engine.generate(prompts, sampling) for sample in group.samples
-        ]  # its floats exactly
+        # str() shows the exact floats.
+        return [str(sample) for group in engine.generate(prompts, sampling) for sample in group.samples]
 
     engine, untouched = engine_of(folder), engine_of(folder)
     for layer in untouched.model.model.layers:
@@ -668,13 +664,12 @@ def test_timeouts_are_counted_a_step() -> None:
     cfg = RolloutConfig(
         prompts_per_step=1, samples_per_prompt=2, dynamic_sampling="resample", max_resample_rounds=2
     )
-    assert (
-        values(Collector(engine, prompts, Impatient(), cfg).collect())["reward/timeouts"] == 3
-    )  # "aa", "bb", "ab"
+    # The responses are "aa", "bb" and "ab".
+    assert values(Collector(engine, prompts, Impatient(), cfg).collect())["reward/timeouts"] == 3
 
 
 class AheadEngine(ScriptedEngine):
-    """An engine whose samples have the version at ``submit``, minus ``late`` steps."""
+    """Engine whose samples have the version at ``submit``, minus ``late`` steps."""
 
     def __init__(self, script: dict[str, str], late: dict[str, int] | None = None) -> None:
         super().__init__(script)
@@ -779,6 +774,7 @@ def test_an_error_in_the_reward_is_not_swallowed() -> None:
 # --- rollouts on disk ---
 
 COLUMNS = {"tokens", "response_mask", "rollout_logprobs", "routed_experts", "version_spans"}
+# As float32, the values include the smallest and the largest.
 FLOATS = [
     0.1,
     -1 / 3,
@@ -787,7 +783,7 @@ FLOATS = [
     -0.0,
     math.pi * 1e-9,
     -2.7182817,
-]  # as float32, includes its smallest and largest
+]
 
 
 def groups_to_save() -> list[SampleGroup]:

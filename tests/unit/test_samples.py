@@ -1,4 +1,4 @@
-"""A sample's columns are arrays of the stated types; values that do not fit are refused."""
+"""A sample's columns are arrays of the documented types; values that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_samples_that_differ_are_not_equal(change: dict[str, Any]) -> None:
 
 
 def test_a_pickle_has_no_object_per_token() -> None:
-    """9 bytes per token: 4 of tokens, 1 of the mask, 4 of log probabilities."""
+    """A token takes 9 bytes: 4 of tokens, 1 of the mask, 4 of log probabilities."""
     sizes = []
     for length in (1000, 3000):
         sample = Sample.from_response(

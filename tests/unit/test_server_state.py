@@ -1,4 +1,4 @@
-"""Every event in every state of a server, against the table of docs/rollouts.md."""
+"""Every event in every state of a server, compared with the table in docs/rollouts.md."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ DOCS = Path(__file__).parents[2] / "docs/rollouts.md"
 
 
 def documented() -> dict[tuple[ServerEvent, ServerState], ServerState | None]:
-    """The state that follows each pair; None for an illegal one. A cell is a state, ``=`` (no change) or
-    ``-`` (illegal)."""
+    """Return the state that follows each pair, or None for an illegal pair.
+
+    A cell contains a state, ``=`` (no change) or ``-`` (illegal).
+    """
     rows = [
         [cell.strip().strip("`") for cell in line.strip("|\n").split("|")]
         for line in DOCS.read_text().splitlines()
@@ -71,8 +73,10 @@ def test_every_state_can_be_reached_and_only_given_up_is_final() -> None:
 
 
 def test_requests_in_a_life_of_a_server() -> None:
-    """First start, sync, a request that fails, a process that dies, a restart, and a sync that resets the
-    losses."""
+    """Events from start to a second sync, which resets the losses.
+
+    In between, a request fails, the process dies twice, and it is restarted.
+    """
     life = Lifecycle(ServerState.STARTING)
     for event, state, losses in (
         (ServerEvent.NEW_VERSION, ServerState.STARTING, 0),

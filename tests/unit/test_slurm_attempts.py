@@ -1,4 +1,4 @@
-"""After an attempt, a Slurm job restarts, or ends with a reason."""
+"""After an attempt, a Slurm job restarts or ends with a reason."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Exit, str, str]]:
-    """``one(code, reason, saved=step)`` makes one attempt and returns exit code, stdout and stderr of
-    ``end``."""
+    """Return ``one(code, reason, saved=step)``, which runs one attempt.
+
+    It returns exit code, stdout and stderr of ``end``.
+    """
 
     def one(
         code: int | None,
@@ -98,12 +100,11 @@ def test_two_attempts_without_a_newer_checkpoint_are_enough(one: One, run_dir: P
     code, _, err = one(85, "stopped by SIGUSR1", saved=3)
     assert code == Exit.FAILED
     assert (
-        "error: two attempts in a row have left no checkpoint after step 3; the last attempt: stopped by SIGUSR1\n"
-        in err
+        "error: two attempts in a row have left no checkpoint after step 3; "
+        "the last attempt: stopped by SIGUSR1\n" in err
     )
-    with pytest.raises(
-        RunError, match=r"^two attempts in a row have left no checkpoint after step 3; "
-    ):  # as if Slurm had requeued it
+    # Slurm could have requeued the job.
+    with pytest.raises(RunError, match=r"^two attempts in a row have left no checkpoint after step 3; "):
         begin(run_dir)
 
 
@@ -178,10 +179,11 @@ def test_a_run_folder_of_a_running_job_is_refused(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(SystemExit):
         slurm_attempt.main(["end", str(run_dir), "0"])
+    # Each job records its own attempt.
     assert [(a.job, a.code) for a in read_attempts(run_dir)] == [
         ("7", 0),
         ("8", None),
-    ]  # each job records its own attempt
+    ]
 
 
 def test_keys_are_drawn_for_each_attempt_and_private(run_dir: Path) -> None:

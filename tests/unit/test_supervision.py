@@ -49,7 +49,8 @@ def test_a_run_folder_has_one_holder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_JOB_ID", "18")
     with pytest.raises(
         InputError,
-        match=rf"is in use by process {os.getpid()} of job 17 on node3 since 20\d\d-.*: wait for its end, or ",
+        match=rf"is in use by process {os.getpid()} of job 17 on node3 since 20\d\d-.*: "
+        r"wait for its end, or ",
     ):
         RunLock(tmp_path)
     first.release()
@@ -76,7 +77,7 @@ def test_a_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
     child.start()
     try:
         assert is_up.wait(60)
-        lock._file.close()  # the end of this process would close the file without unlocking it
+        lock._file.close()  # like the end of this process, this closes the file without unlocking it
         RunLock(tmp_path).release()
     finally:
         child.kill()
@@ -86,10 +87,10 @@ def test_a_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
 def test_the_end_of_the_job_comes_from_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert job_end_time() == math.inf  # no job
+    assert job_end_time() == math.inf  # there is no job
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert job_end_time() == math.inf  # no squeue
+    assert job_end_time() == math.inf  # squeue does not exist
     squeue = tmp_path / "squeue"
     for answer, end in (
         ("2026-11-21T17:00:00", datetime(2026, 11, 21, 17).timestamp()),

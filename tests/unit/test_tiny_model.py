@@ -1,4 +1,4 @@
-"""Tiny models, their tokenizers, the demo's problems and the supervised warm-up."""
+"""Tiny models, their tokenizers, the problems of the demo, and the supervised warm-up."""
 
 from __future__ import annotations
 

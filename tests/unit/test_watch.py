@@ -1,4 +1,4 @@
-"""The watch command on a run folder as the logger and the supervision write it."""
+"""The watch command on a run folder, with the files that the logger and the supervision write."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def shown(run_dir: Path, now: float = NOW) -> str:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Four of ten steps, one restart, a rank at work and one that is silent."""
+    """Return a run folder after four of ten steps and one restart.
+
+    One rank is alive; the other is silent.
+    """
     logger = MetricLogger(tmp_path, tensorboard=False)
     for step in range(1, 5):
         figures = {
@@ -83,7 +86,7 @@ def test_a_crash(run_dir: Path) -> None:
         "Traceback (most recent call last):\n  File ...\nValueError: [bold] went wrong\n"
     )
     (run_dir / "stacks").mkdir()
-    for folder in ("errors", "stacks"):  # of ranks to which nothing has happened
+    for folder in ("errors", "stacks"):  # ranks without an error have empty files
         (run_dir / folder / "rank_00000.txt").touch()
     (run_dir / "outcome.json").write_text(json.dumps({"code": 1, "reason": "rank 1 crashed", "step": 5}))
     text = shown(run_dir)
@@ -91,7 +94,7 @@ def test_a_crash(run_dir: Path) -> None:
     assert "rank_00001: ValueError: [bold] went wrong" in text
     assert "rank_00000" not in text
     assert "eta" not in text
-    assert not watch.read(run_dir).finished  # its job may make another attempt
+    assert not watch.read(run_dir).finished  # the job may start another attempt
     (run_dir / "restarts.jsonl").unlink()
     assert watch.read(run_dir).finished
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes an environment of its own for the SGLang servers: SGLang pins a torch and a transformers that the trainer must not have.
-# usage: install.sh VENV [cpu|gpu]      without the second word: gpu where nvidia-smi finds one
+# Create a separate environment for the SGLang servers, because SGLang pins versions of torch and transformers
+# that differ from the trainer's.
+# usage: install.sh VENV [cpu|gpu]      default: gpu if nvidia-smi finds a GPU, else cpu
 set -euo pipefail
 
 venv=${1:?"usage: install.sh VENV [cpu|gpu]"}
@@ -16,7 +17,8 @@ gpu)
   pip "sglang[all]==$version"
   ;;
 cpu)
-  pip --no-deps -r "$here/constraints_cpu.txt" # every dependency is pinned there; some that only CUDA needs are left out
+  # the file pins every dependency, except some that only CUDA needs
+  pip --no-deps -r "$here/constraints_cpu.txt"
   site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
   mkdir -p "$site/sgl_kernel"
   cp "$here/sgl_kernel/__init__.py" "$site/sgl_kernel/"

@@ -1,4 +1,7 @@
-"""What SGLang's wheel needs to be importable beside a CPU build of torch. A .pth file loads this in every process of its environment."""
+"""Changes that make SGLang's wheel importable next to a CPU build of torch.
+
+A .pth file loads this module in every process of SGLang's environment.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from typing import Any
 
 
 def _declare_torchvision_operators() -> None:
-    """torchvision's own binary links CUDA; its Python part registers fakes for two operators that must exist."""
+    """Declare the two operators for which torchvision's Python part registers fakes.
+
+    The wheel's binary, which would declare them, links CUDA.
+    """
     from torch import library as operators
 
     for name in ("nms", "qnms"):
@@ -21,7 +27,7 @@ def _declare_torchvision_operators() -> None:
 
 
 def _leave_host_memory_unpinned(module: Any) -> None:
-    """--enable-return-routed-experts pins its buffer through the CUDA runtime."""
+    """Disable the pinning through the CUDA runtime that --enable-return-routed-experts does."""
     import torch
 
     if not torch.cuda.is_available():
@@ -29,7 +35,7 @@ def _leave_host_memory_unpinned(module: Any) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Runs one fix before torchvision is imported, and one after the module that pins memory."""
+    """Import hook that applies one fix before torchvision and one after the module that pins memory."""
 
     def __init__(self) -> None:
         self._before = {"torchvision": _declare_torchvision_operators}
@@ -47,7 +53,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Then(importlib.abc.Loader):
-    """A loader that calls ``after`` on the module once it is executed."""
+    """Loader that calls ``after`` on the module after executing it."""
 
     def __init__(self, loader: Any, after: Callable[[Any], None]) -> None:
         self._loader, self._do_after = loader, after

@@ -12,8 +12,8 @@ import torch
 import torch.cuda.nccl as nccl
 
 from ...config import Config
-from ...distributed import broadcast_object, rank, world_size
-from ...errors import InputError, ServerError
+from ...distributed import agreed, rank, world_size
+from ...errors import InputError, RunError
 from ...models import fp8_blocks
 from ...weights.companions import copy_companions
 from .engine import SGLangEngine
@@ -103,7 +103,11 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     gpus = rollout.num_servers * cfg.sglang.tensor_parallel_size
     if colocated_on_gpus:
         check_colocated_gpus(rollout.num_servers, gpus, world_size())
-    servers, local = _servers(cfg, device) if rank() == 0 else ([], None)
+    servers: list[Server] = []
+    local: LocalServers | None = None
+    with agreed():
+        if rank() == 0:
+            servers, local = _servers(cfg, device)
     weight_sync = cfg.weight_sync
     # no request is in flight at a sync, and a server paused to retract uses a full CPU core
     if not rollout.max_staleness:
@@ -134,15 +138,13 @@ def _wait_ready(engine: SGLangEngine, local: LocalServers | None) -> None:
 
     SGLang sizes its cache by the free memory, so the trainer must allocate memory after that.
     """
-    problem = None
     try:
-        if local:
-            local.wait_ready()
-    except ServerError as error:
-        problem = error
-    if problem := broadcast_object(problem):
+        with agreed():
+            if local:
+                local.wait_ready()
+    except RunError:
         engine.close()
-        raise problem
+        raise
 
 
 def local_servers(

@@ -1,6 +1,7 @@
-"""Import-time stand-in for SGLang's CPU kernels, which are on no package index.
+"""Import-time stand-in for SGLang's CPU kernels, which no package index provides.
 
-SGLang 0.5.23 imports some ``*_cpu`` names when it starts; the torch_native attention path calls none of them. One that is called says so.
+SGLang 0.5.23 imports some ``*_cpu`` names when it starts. The torch_native attention path calls none of
+them. A kernel that is called raises NotImplementedError.
 """
 
 from typing import Any
@@ -13,9 +14,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
 
     def kernel(*_: Any, **__: Any) -> Any:
-        # loud: what a GPU's kernels would compute must never be guessed
+        # Raise an error rather than guess the results of the GPU kernels.
         raise NotImplementedError(
-            f"sgl_kernel.{name} is not part of the CPU installation: start the server with --attention-backend torch_native"
+            f"sgl_kernel.{name} is not part of the CPU installation: "
+            "start the server with --attention-backend torch_native"
         )
 
     return kernel
