@@ -14,7 +14,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass
 class Prompt:
-    """One problem.
+    """A problem and its tokenized prompt.
 
     Attributes:
         id: stable name, unique in its data set, e.g. ``"gsm8k_train/17"``.

@@ -29,7 +29,7 @@ class ConvertMegatronToHF(Options):
     hf: Path
     """Folder to write."""
     template: Path | None = None
-    """Hugging Face folder with the config.json and the tokenizer; needed when the checkpoint has none."""
+    """Hugging Face folder with the config.json and the tokenizer; needed if the checkpoint has neither."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Precision of the weights to write; by default each tensor keeps its precision."""
     max_shard_size: str = "5GB"

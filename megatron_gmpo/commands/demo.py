@@ -20,7 +20,7 @@ class Demo(Options):
     """Run the demo. The last line of the output is one JSON object."""
 
     prepare_only: bool = False
-    """Only make the model and the problems that examples/moe/tiny_cpu.toml reads."""
+    """Make only the model and the problems that examples/moe/tiny_cpu.toml reads."""
 
 
 def main(argv: list[str]) -> None:

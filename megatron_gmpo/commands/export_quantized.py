@@ -39,8 +39,8 @@ class ExportQuantized(Options):
     out: Path
     """Folder to write."""
     format: Format
-    """``fp8`` has one scale per tensor and runs on Ada and Hopper GPUs or newer; ``nvfp4`` has one scale per
-    16 values and runs on Blackwell GPUs or newer."""
+    """Format of the weights. ``fp8`` has one scale per tensor and runs on Ada and Hopper GPUs or newer;
+    ``nvfp4`` has one scale per 16 values and runs on Blackwell GPUs or newer."""
     calibration: str
     """Data set in any form that data.path accepts. The activation scales are measured on its prompts."""
     num_prompts: Positive = 512

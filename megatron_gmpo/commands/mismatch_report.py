@@ -1,4 +1,4 @@
-"""Table and picture of a comparison of log probabilities."""
+"""Make the table and the picture of a comparison of log probabilities."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class DataConfig(Section):
     system_prompt: str = ""
     """System message put before the prompt; needs a chat template."""
     use_chat_template: bool | None = None
-    """Apply the tokenizer's chat template; None applies it if the tokenizer has one."""
+    """Whether to apply the tokenizer's chat template; None applies it if the tokenizer has one."""
     max_prompt_tokens: Positive = 1024
     """Maximum tokens in a prompt. Longer prompts are dropped, and their number is printed."""
     max_prompts: Positive | None = None
@@ -68,7 +68,7 @@ class RolloutConfig(Section):
     top_k: Annotated[int, Field(ge=0)] = 0
     """Number of most likely tokens to sample from; 0 means all."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response, besides the end-of-sequence token."""
+    """Strings that end a response, in addition to the end-of-sequence token."""
     batch_size: Positive = 64
     """Number of responses that the embedded engine decodes together on a rank."""
     dynamic_sampling: Literal["off", "drop", "resample"] = "off"
@@ -81,7 +81,7 @@ class RolloutConfig(Section):
     """Number of tokens before max_new_tokens over which the reward falls linearly by overlong_penalty (DAPO's
     soft overlong punishment). 0 disables it."""
     overlong_penalty: NonNegative = 1.0
-    """Penalty of a response of max_new_tokens tokens; used if overlong_buffer is set."""
+    """Penalty of a response with max_new_tokens tokens; used if overlong_buffer is set."""
     save_path: str = ""
     """Folder to which the groups of every step are written; empty disables it."""
     replay_path: str = ""

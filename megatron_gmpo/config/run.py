@@ -11,11 +11,11 @@ from .section import NonNegative, Positive, Section
 
 class CheckpointConfig(Section):
     save_interval: Annotated[int, Field(ge=0)] = 0
-    """Steps between two checkpoints; 0 saves only at the end."""
+    """Number of steps between two checkpoints; 0 saves only at the end."""
     keep_last: Positive = 2
     """Number of checkpoints to keep; older ones are removed."""
     resume: bool = True
-    """Resume from the newest checkpoint in the run folder; false refuses a folder that has one."""
+    """Resume from the newest checkpoint in the run folder; false refuses a folder that has a checkpoint."""
     save_final: bool = True
     """Write a checkpoint after the last step."""
 

@@ -21,8 +21,8 @@ class AlgorithmConfig(Section):
     clip_high: NonNegative | None = None
     """Upper half-width of the clip interval. None means the loss's default."""
     clip: Literal["fixed", "adaptive"] = "fixed"
-    """``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every step to keep
-    ``clip_signal`` at ``clip_target``."""
+    """Mode of the clip. ``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every
+    step to keep ``clip_signal`` at ``clip_target``."""
     clip_signal: Literal["fraction", "tail"] = "fraction"
     """Signal of the adaptive clip. ``fraction`` is the share of tokens (or of sequences, in a loss that clips
     sequences) that each side clips. ``tail`` is the absolute value of the 0.1 % and 99.9 % quantiles of the
@@ -30,10 +30,9 @@ class AlgorithmConfig(Section):
     clip_target: Annotated[float, Field(gt=0)] | None = None
     """Target of ``clip_signal``. None means 0.01 for ``fraction``; ``tail`` requires a value, e.g. 0.2."""
     clip_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
-    """Smallest and largest adaptive clip. None means an eighth of the initial clip and eight times the
-    initial clip."""
+    """Smallest and largest adaptive clip. None means 1/8 and 8 times the initial clip."""
     clip_gain: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Gain of the adaptive clip: a step changes the logarithm of a clip by the gain times the relative
+    """Gain of the adaptive clip. A step changes the logarithm of a clip by the gain times the relative
     distance of the signal from its target, and at most by the gain."""
     options: dict[str, Any] = {}
     """Additional keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
@@ -93,7 +92,7 @@ class OptimizerConfig(Section):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay from ``lr`` to ``min_lr`` over the run's optimizer steps, after the warmup."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps of the linear warmup from 0 to ``lr``."""
+    """Number of optimizer steps of the linear warmup from 0 to ``lr``."""
     weight_decay: NonNegative = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

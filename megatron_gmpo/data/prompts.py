@@ -49,7 +49,7 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
 
     Returns:
         Prompts in the order of the data set, with ``id`` = ``"{name}/{row}"`` and ``input_ids``. With a chat
-        template ``messages`` is set, without one ``text``.
+        template ``messages`` is set, without a chat template ``text``.
 
     Raises:
         InputError: the data set, split or column does not exist; there are no rows; a prompt or answer is
@@ -119,7 +119,7 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue exactly at the position of ``state``, with its seed.
+        """Restore the position and the seed of ``state``.
 
         Raises:
             InputError: the state belongs to a data set of another length.

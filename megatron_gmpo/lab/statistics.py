@@ -14,7 +14,7 @@ T_975 = (
     *(2.20099, 2.17881, 2.16037, 2.14479, 2.13145, 2.11991, 2.10982, 2.10092, 2.09302, 2.08596),
     *(2.07961, 2.07387, 2.06866, 2.06390, 2.05954, 2.05553, 2.05183, 2.04841, 2.04523, 2.04227),
 )
-"""Student's t at 97.5 %, for 1 to 30 degrees of freedom: the interval [-t, t] holds 95 %."""
+"""Student's t for 1 to 30 degrees of freedom. The interval [-t, t] contains 95 % of the distribution."""
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class StudyFile(_Section):
 
 @dataclass(frozen=True)
 class Arm:
-    """One cell of the grid.
+    """A cell of the grid.
 
     Attributes:
         name: name of the arm and of its values on the other axes, joined by ``-``.
@@ -124,7 +124,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run.
+    """A training run.
 
     Attributes:
         argv: arguments of ``python -m megatron_gmpo.train``.

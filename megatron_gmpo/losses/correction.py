@@ -13,14 +13,15 @@ from ..metrics.figures import Metric
 from .tokens import k3
 
 FAR = 0.1
-"""Difference of log probabilities above which a token counts as far off. Rounding in a bf16 engine causes
-much smaller differences."""
+"""Difference of log probabilities above which a token counts as far off.
+
+Rounding in a bf16 engine causes much smaller differences."""
 
 
 def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
     """Compare the log probabilities of the policy and of the rollout engine over response tokens.
 
-    The policy's values are ``old_logprobs``, the engine's are ``rollout_logprobs``.
+    The policy's values are ``old_logprobs``, and the engine's values are ``rollout_logprobs``.
 
     Returns:
         ``rollout/logprob_diff_mean`` and ``rollout/logprob_diff_max``: absolute differences;

@@ -1,4 +1,4 @@
-"""GRPO, Dr. GRPO, DAPO, GSPO and CISPO: the policy losses that GMPO is compared with.
+"""GRPO, Dr. GRPO, DAPO, GSPO and CISPO, the policy losses with which GMPO is compared.
 
 Their clip intervals are in ratio space: a ratio is clipped to ``[1 - clip_low, 1 + clip_high]``.
 """

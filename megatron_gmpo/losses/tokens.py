@@ -153,7 +153,7 @@ class LossTokens:
         zeros = stacked.new_zeros(len(self.advantages), len(columns), dtype=torch.float64)
         sums = zeros.index_add(0, self.sequence_ids, stacked.double()).to(self.dtype)  # (S, C)
         sums = sum_over_group(sums, self.cp_group).unbind(1)
-        # Stacking gave every column a gradient. Detach the columns that had none.
+        # Stacking gave every column a gradient, so detach the columns that had none.
         return {
             name: x if columns[name].requires_grad else x.detach()
             for name, x in zip(columns, sums, strict=True)

@@ -145,7 +145,8 @@ def rollout_figures(groups: list[SampleGroup]) -> dict[str, Metric]:
     """Return rewards and lengths of scored groups; ``reward/std`` is the mean over groups."""
     samples = [s for g in groups for s in g.samples]
     lengths = [s.response_length for s in samples]
-    # fsum rounds once. The built-in sum does so since Python 3.12 only, so resumed runs would differ across versions.
+    # fsum rounds once. The built-in sum does so since Python 3.12 only, so resumed runs would differ across
+    # versions.
     return {
         "reward/mean": Metric(fsum(s.reward for s in samples), len(samples)),
         "reward/std": Metric(fsum(pstdev(g.rewards) for g in groups), len(groups)),
