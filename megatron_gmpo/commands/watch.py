@@ -295,7 +295,7 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
 def _object(text: str) -> dict[str, Any] | None:
     try:
         found = json.loads(text)
-    except ValueError:  # half written, or cut at the start of the tail
+    except ValueError:  # incomplete, or cut at the start of the tail
         return None
     return found if isinstance(found, dict) else None
 

@@ -133,7 +133,7 @@ def sigmoid_routing(hf: HFConfig) -> dict[str, Any]:
         InputError: the config requires a computation that Megatron's router does not implement.
     """
     dense, layers, topk = hf.first_k_dense_replace, hf.num_hidden_layers, hf.num_experts_per_tok
-    in_groups = (hf.n_group or 1) > (hf.topk_group or 1)  # if not, every group is chosen
+    in_groups = (hf.n_group or 1) > (hf.topk_group or 1)  # if false, every group is chosen
     refuse(hf, "first_k_dense_replace", dense >= layers, "a model without experts is not supported")
     refuse(hf, "n_shared_experts", not hf.n_shared_experts, "a model without shared experts is not supported")
     refuse(

@@ -64,7 +64,7 @@ def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
         return f"logits: not compared, because {error}"
     try:
         ours = _megatron_logits(cfg, description, megatron, tokens, dtype)[:, : theirs.shape[1]]
-    except pickle.UnpicklingError:  # in its common.pt
+    except pickle.UnpicklingError:  # raised for its common.pt
         return "logits: not compared, because the checkpoint holds objects that Megatron does not load"
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     line = f"logits: {len(tokens)} tokens, largest difference {difference:.1e} of the largest logit"

@@ -7,7 +7,7 @@ The files are::
     heartbeats/rank_00003.json  current phase of a rank, see ``heartbeat.py``
     stacks/rank_00003.txt       thread stacks of a rank that hung, or was ended because another rank failed
     errors/rank_00003.txt       last traceback of a rank
-    events.jsonl {"time", "event", ...} per line: resumes, checkpoints, stop requests, hangs, ...
+    events.jsonl                {"time", "event", ...} per line: resumes, checkpoints, stop requests, hangs
 """
 
 from __future__ import annotations

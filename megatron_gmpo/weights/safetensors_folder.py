@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DERIVED = ".rotary_emb.inv_freq"  # a buffer in folders of Llama 2's time; config.json determines it
+_DERIVED = ".rotary_emb.inv_freq"  # a buffer in old Llama folders; config.json determines it
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _DTYPES = {
     "F64": torch.float64,

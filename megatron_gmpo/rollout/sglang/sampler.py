@@ -167,7 +167,7 @@ class Sampler:
             finally:
                 await self._watcher.release()
             if reply.status == 200:
-                answer = orjson.loads(reply.content)  # a record of routed experts makes it megabytes
+                answer = orjson.loads(reply.content)  # routed experts make the answer several megabytes
                 if min(versions_of(answer, self._nonce)) >= version:
                     return answer
                 self._watcher.report(member, ServerEvent.REQUEST_FAILED)
@@ -205,7 +205,7 @@ class Sampler:
             if not request.done():
                 self._watcher.report(member, ServerEvent.REQUEST_TIMED_OUT)
                 raise _RetryError(f"{server.url} did not answer within {timeout_s:g} s")
-            if request.cancelled():  # by the watcher
+            if request.cancelled():  # the watcher cancels it
                 raise _RetryError(f"{server.url} was lost")
             return request.result()
         except aiohttp.ClientError as error:

@@ -125,8 +125,7 @@ class BroadcastSync(WeightSync):
 
     def _broadcast(self, data: Tensor) -> None:
         try:
-            # without a local variable for the work object, in which a traceback would keep the connections
-            # open
+            # no local variable for the work object: a traceback would keep it and its connections
             self._group.broadcast(data, 0).wait()
         except RuntimeError as error:
             raise SyncError(str(error)) from None

@@ -22,7 +22,7 @@ class Verification:
     def __init__(self) -> None:
         self._noise: dict[Server, Checksums] = {}
         self._version = ""
-        self._agreed: dict[int, Checksums] = {}  # by tensor-parallel size, for the weights of ``_version``
+        self._agreed: dict[int, Checksums] = {}  # tensor-parallel size -> checksums for ``_version``
 
     def scramble(self, session: Session) -> None:
         """Overwrite the servers' weights with noise."""
