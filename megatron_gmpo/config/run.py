@@ -39,7 +39,7 @@ class CollapseConfig(Section):
     entropy_floor: NonNegative = 0.0
     """Minimum entropy in nats per token."""
     grad_norm_factor: Annotated[float, Field(gt=1)] = 10.0
-    """Maximum gradient norm, as a multiple of its median over ``window`` steps. inf disables this limit."""
+    """Maximum gradient norm, as a multiple of its median over the last ``window`` steps; inf disables it."""
     reward_drop: Annotated[float, Field(gt=0)] = 0.5
     """Maximum drop of the mean reward over ``window`` steps, as a fraction of its best value so far. The
     limit has a noise margin of four standard errors. inf disables this limit."""
