@@ -76,7 +76,8 @@ CASES: dict[str, tuple[Case, str]] = {
             parallel__expert_model_parallel_size=2,
             parallel__sequence_parallel="false",
         ),
-        r"parallel\.sequence_parallel = false .* MoE model: Megatron requires sequence parallelism; set it to true",
+        r"parallel\.sequence_parallel = false .* MoE model: "
+        r"Megatron requires sequence parallelism; set it to true",
     ),
     "tensor parallel experts left unreduced": (
         case(world_size=2, parallel__tensor_model_parallel_size=2),
