@@ -4,7 +4,7 @@ FOUND := $(shell $(PYTHON) -c "" 2>/dev/null && echo $(PYTHON) || \
 	ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(PYTHON:python%=%)*/bin/$(PYTHON) 2>/dev/null | sort -V | tail -n 1)
 # Python 3.12 and later use another version of megatron-core: see setup.py.
 CONSTRAINTS := $(if $(FOUND),$(shell $(FOUND) -c "import sys; print('constraints' + '-py312' * (sys.version_info >= (3, 12)) + '.txt')" 2>/dev/null))
-VENV := .venv$(addprefix -,$(filter-out python3.11,$(PYTHON)))
+VENV := .venv$(addprefix -,$(filter-out python3.11,$(notdir $(PYTHON))))
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SGLANG := .venv-sglang/.installed

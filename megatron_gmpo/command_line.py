@@ -254,9 +254,9 @@ def _add_option(add: Callable[..., object], key: str, field: FieldInfo, *, is_fl
 def _normalized(
     argv: Sequence[str], kinds: Mapping[str, Any], schemas: Sequence[type[BaseModel]]
 ) -> Iterator[str]:
-    """Yield ``argv`` with dashes in option names as underscores, and ``--key -1e-3`` as ``--key=-1e-3``.
+    """Yield ``argv`` with dashes in option names as underscores, and ``--key -x`` as ``--key=-x``.
 
-    Before Python 3.14 argparse parses a negative number with an exponent as an option.
+    argparse would parse a value that begins with a dash as an option.
 
     Raises:
         InputError: an option is not in ``kinds``.
@@ -270,7 +270,7 @@ def _normalized(
                 if (name := name.replace("-", "_")) not in kinds:
                     raise InputError(_unknown(option[1], schemas))
                 word = f"--{name}{value}"
-            if not value and words and re.fullmatch(r"-[\d.]+e[+-]?\d+", words[0], re.IGNORECASE):
+            if not value and words and re.match(r"-[^-]", words[0]) and words[0] != "-h":
                 word += f"={words.popleft()}"
         yield word
 
@@ -355,9 +355,6 @@ def _unwrapped(kind: Any) -> tuple[Any, bool]:
 def _text(docstring: str | None) -> str:
     """Return a docstring for argparse, with ``%`` escaped and single backticks."""
     return inspect.cleandoc(docstring or "").replace("%", "%%").replace("``", "`")
-
-
-# --- unknown keys -------------------------------------------------------------------------------------------
 
 
 def _unknown(where: str, roots: Sequence[type[BaseModel]]) -> str:

@@ -99,6 +99,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _delayed_scales_have_no_reference(self) -> Config:
+        # Transformer Engine updates the scales of all modules together. policy.fp8 checks losses of the user.
+        if self.fp8.recipe == "delayed" and self.algorithm.kl_coef > 0:
+            raise ValueError(
+                "fp8.recipe = 'delayed' with algorithm.kl_coef > 0: training would change the reference "
+                "policy's scales; choose 'tensorwise', or set kl_coef to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _adaptive_clip_has_something_to_clip(self) -> Config:
         if self.algorithm.clip == "adaptive" and self.train.minibatches_per_step == 1:
             raise ValueError(

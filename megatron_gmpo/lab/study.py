@@ -5,7 +5,6 @@ All trials are checked before the first trial starts.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -20,6 +19,7 @@ from ..command_line import as_argument, explain, load_config, read_toml
 from ..config import Config
 from ..errors import InputError
 from ..losses.objective import make_objective
+from ..plugins import nearest
 
 RUNS = Path("runs/studies")
 
@@ -165,8 +165,9 @@ class Study:
         """
         for name in arms:
             if name not in (known := [arm.name for arm in self.arms]):
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise InputError(f"--only {name}: the study has no such arm, did you mean {nearest!r}?")
+                raise InputError(
+                    f"--only {name}: the study has no such arm, did you mean {nearest(name, known)!r}?"
+                )
         if unknown := set(seeds) - set(self.file.seeds):
             raise InputError(
                 f"--seeds {min(unknown)}: the study's seeds are {list(self.file.seeds)}, add it to the study"

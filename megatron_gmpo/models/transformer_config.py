@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 from typing import Any
 
@@ -13,6 +12,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from ..config import Config, Fp8Config, ParallelConfig
 from ..errors import InputError
 from ..losses.objective import needed_columns
+from ..plugins import nearest
 
 _LAYOUT_FIELDS = set(ParallelConfig.model_fields)
 _OUR_FIELDS = {
@@ -37,6 +37,7 @@ _FIXED_FIELDS = {
     "fp4": "packed microbatches are not padded to the multiple that FP4 kernels require",
     "fp8_dot_product_attention": "packed attention in FP8 is untested",
     "fp8_multi_head_attention": "packed attention in FP8 is untested",
+    "mla_down_proj_fusion": "latent attention and its checkpoint keys need the unfused down projections",
     "tp_comm_overlap": "its buffers have a fixed length, and packed microbatches differ in length",
 }
 """Field that cannot be set -> reason."""
@@ -161,8 +162,9 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
     known = {field.name for field in dataclasses.fields(_config_class(architecture))}
     for name, value in table.items():
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise InputError(f"unknown config key 'megatron.{name}': did you mean 'megatron.{nearest[0]}'?")
+            raise InputError(
+                f"unknown config key 'megatron.{name}': did you mean 'megatron.{nearest(name, known)}'?"
+            )
         if name in _LAYOUT_FIELDS or name in _OUR_FIELDS:
             ours = _OUR_FIELDS.get(name, f"parallel.{name}")
             raise InputError(f"megatron.{name} = {value!r}: set {ours} instead")
@@ -205,9 +207,11 @@ def _check_routing_can_be_replayed(transformer: TransformerConfig, routing_field
     for name, harmless, why in (
         ("moe_router_fusion", False, "the fused router neither records nor replays"),
         ("moe_expert_capacity_factor", None, "tokens would be dropped from their experts"),
+        ("moe_expert_rank_capacity_factor", None, "tokens would be dropped from their experts"),
         ("cuda_graph_impl", "none", "a captured graph does not compute the routing again"),
     ):
-        if (value := getattr(transformer, name)) != harmless:
+        # Megatron-Core 0.16 has no moe_expert_rank_capacity_factor.
+        if (value := getattr(transformer, name, harmless)) != harmless:
             raise InputError(f"megatron.{name} = {value!r} with {routing_field}: {why}; remove one of them")
     if transformer.moe_router_load_balancing_type == "sinkhorn":
         raise InputError(

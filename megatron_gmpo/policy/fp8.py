@@ -40,10 +40,10 @@ def check_fp8(cfg: Config, transformer: TransformerConfig, machine: Capabilities
         return
     setting = f"fp8.recipe = {recipe!r}"
     if recipe == "delayed" and "ref_logprobs" in needed_columns(cfg.algorithm):
-        # Transformer Engine updates the scales of all modules together.
+        # The config refuses algorithm.kl_coef > 0 in the same way.
         raise InputError(
-            f"{setting} with algorithm.kl_coef > 0 or a loss that needs ref_logprobs: training would change "
-            "the reference policy's scales; choose 'tensorwise', or train without a reference"
+            f"{setting} with algorithm.loss = {cfg.algorithm.loss!r}, which needs ref_logprobs: training "
+            "would change the reference policy's scales; choose 'tensorwise', or another loss"
         )
     if not machine.device:
         raise InputError(f"{setting} needs an NVIDIA GPU, and this run is on a CPU: remove it")

@@ -27,3 +27,4 @@ def with_many_parameters(logprobs, old_logprobs, *, clip_low, clip_high): ...
 
 
 unmade = Loss(scaled, needs=("temperature",))
+needs_reference = Loss(scaled, needs=("ref_logprobs",))

@@ -491,7 +491,7 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem 
 
 
 def test_tools_are_commands() -> None:
-    assert len(TOOLS) == 14
+    assert len(TOOLS) == 18
     assert set(TOOLS) <= set(commands.NAMES)
     entry = re.search(r'"megatron-gmpo = (\S+):(\w+)"', (ROOT / "setup.py").read_text())
     assert entry
@@ -505,3 +505,8 @@ def test_a_tool_runs_by_its_path_and_as_a_module(name: str) -> None:
         done = run(*start, "--help")
         assert done.returncode == 0, done.stderr
         assert f"megatron-gmpo {name}" in done.stdout
+
+
+def test_a_value_may_begin_with_a_dash() -> None:
+    cfg = load_config(["--data.template", "-{prompt}", "--optimizer.weight_decay", "1e-3", "--seed", "-7"])
+    assert (cfg.data.template, cfg.optimizer.weight_decay, cfg.seed) == ("-{prompt}", 1e-3, -7)

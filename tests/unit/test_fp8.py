@@ -114,10 +114,12 @@ def test_transformer_engine_has_the_upper_bound_of_the_installed_megatron() -> N
 
 
 def test_delayed_scales_without_a_reference_policy() -> None:
-    message = refusal(
-        lambda: check_fp8(config("delayed", algorithm={"kl_coef": 0.1}), transformer(), Capabilities())
-    )
+    message = refusal(lambda: load_config(["--fp8.recipe", "delayed", "--algorithm.kl_coef", "0.1"]))
     assert "fp8.recipe = 'delayed' with algorithm.kl_coef" in message
+    assert "choose 'tensorwise'" in message
+    needs_reference = config("delayed", algorithm={"loss": "tests.support.losses:needs_reference"})
+    message = refusal(lambda: check_fp8(needs_reference, transformer(), Capabilities()))
+    assert "fp8.recipe = 'delayed' with algorithm.loss = " in message
     assert "choose 'tensorwise'" in message
     check_fp8(config("tensorwise", algorithm={"kl_coef": 0.1}), transformer(), H100)
 

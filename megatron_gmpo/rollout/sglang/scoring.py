@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 from ...errors import ServerError
-from .servers import Server
+from .servers import Server, certificates
 
 
 def sequence_logprobs(server: Server, tokens: list[int], timeout_s: float) -> list[float | None]:
@@ -24,7 +24,12 @@ def sequence_logprobs(server: Server, tokens: list[int], timeout_s: float) -> li
     }
     try:
         reply = httpx.post(
-            f"{server.url}/generate", json=body, headers=server.headers, timeout=timeout_s, trust_env=False
+            f"{server.url}/generate",
+            json=body,
+            headers=server.headers,
+            timeout=timeout_s,
+            trust_env=False,
+            verify=certificates(),
         )
         reply.raise_for_status()
     except httpx.HTTPError as error:

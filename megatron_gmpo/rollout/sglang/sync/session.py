@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import ssl
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
 from typing import Any
 
 import httpx
 
 from ....errors import InputError
-from ..servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server
+from ..servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server, certificates
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ class Session:
         self._http = httpx.Client(
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
             trust_env=False,  # requests to the servers must not go through a proxy
-            verify=_certificates(),
+            verify=certificates(),
         )
         # one thread per server, one for a broadcast, and one that waits for both
         self._threads = ThreadPoolExecutor(len(servers) + 2)
@@ -153,8 +151,3 @@ class Session:
                 return
             except (SyncError, InputError):
                 continue
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    return httpx.create_ssl_context()  # loading the certificates takes as long as a small sync
