@@ -125,6 +125,7 @@ def expressions(draw: st.DrawFn) -> tuple[str, list[int], Fraction]:
     return f"({a}{op}{b})", left + right, value
 
 
+@pytest.mark.slow
 @given(expressions(), st.randoms(use_true_random=False), st.integers(-50, 50))
 def test_values_are_exact_and_numbers_are_counted(
     expression: tuple[str, list[int], Fraction], order: random.Random, off: int
@@ -172,6 +173,7 @@ def test_drawn_expressions_solve_their_problems(count: int, max_number: int, max
     assert not any(f"({n})" in solution for _, solution in drawn for n in range(max_number + 1))
 
 
+@pytest.mark.slow
 def test_every_solvable_problem_is_found_and_no_other() -> None:
     expected = set()
     for a, b, c in product(range(1, 4), repeat=3):

@@ -348,6 +348,7 @@ def size_of(png: Path) -> tuple[int, int]:
     return image.shape[1], image.shape[0]
 
 
+@pytest.mark.slow
 def test_one_run_and_several_with_every_metric(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", 60, EVERYTHING)
     other = write_run(tmp_path / "b", 3, EVERYTHING, seed=1)

@@ -314,6 +314,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow
 def test_importing_the_losses_starts_nothing_and_gmpo_is_the_function_in_every_order() -> None:
     program = f"""
         import sys, threading

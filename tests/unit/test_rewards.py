@@ -103,6 +103,7 @@ def test_right_and_wrong_answers(math_reward: MathReward) -> None:
     assert math_reward.timeouts == 0
 
 
+@pytest.mark.slow
 def test_a_check_that_does_not_end_times_out_and_is_counted() -> None:
     with MathReward(timeout_s=2, workers=2) as reward:
         pairs = [
@@ -124,6 +125,7 @@ def test_a_reward_starts_again_after_close(math_reward: MathReward) -> None:
     assert math_reward(prompt, "\\boxed{72}") == 1.0
 
 
+@pytest.mark.slow
 def test_the_registry_works_without_config_and_lets_the_interpreter_end(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

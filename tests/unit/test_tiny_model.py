@@ -160,6 +160,7 @@ def test_merges_learned_on_a_corpus_shorten_its_text(tmp_path: Path) -> None:
         text_tokenizer(tmp_path / "corpus.txt")
 
 
+@pytest.mark.slow
 def test_command_line_writes_a_model_and_names_a_mistake(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.make_tiny_model", "--out", str(tmp_path / "m")]
     root = Path(__file__).parents[2]
