@@ -102,7 +102,7 @@ def main() -> None:
         f"{SEQUENCES} sequences on {DATA_PARALLEL_SIZE} ranks, {SEEDS} seeds: "
         f"fill {mean[0]:.1%} (worst {worst[0]:.1%}), "
         f"{mean[0] / mean[3]:.2f} x sequential fill, {mean[0] / mean[6]:.1f} x padding to the longest; "
-        f"dearest rank {mean[1]:.3f} x the mean (sequential {mean[4]:.3f}), "
+        f"most expensive rank {mean[1]:.3f} x the mean (sequential {mean[4]:.3f}), "
         f"with a wait at every microbatch {mean[2]:.3f} "
         f"({mean[5]:.3f}); {MANY_SEQUENCES} sequences planned in {seconds * 1000:.0f} ms"
     )
