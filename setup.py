@@ -24,7 +24,6 @@ setup(
         "httpx>=0.28,<1",
         "huggingface_hub>=1.0",
         "jinja2>=3.1",
-        "math-verify>=0.8",
         "matplotlib>=3.9",
         # the tests run with these two versions; 0.17 and later need Python 3.12
         "megatron-core==0.16.1; python_version < '3.12'",
@@ -32,7 +31,6 @@ setup(
         "numpy>=2.0",
         "orjson>=3.10",
         "pandas>=2.2",
-        "pebble>=5.1",
         "pillow>=10",
         # without psutil Megatron's checkpoint writer dies and the save never returns
         "psutil>=6.0",
@@ -40,6 +38,7 @@ setup(
         "pydantic>=2.12",
         "rich>=13.9",
         "safetensors>=0.8",
+        "sympy>=1.13",
         "tensorboard>=2.18",
         "tomli-w>=1.0",
         "torch>=2.9",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -10,12 +9,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import RewardConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rewards import REWARDS, MathReward, resolve_reward
+from megatron_gmpo.rewards.math.worker import MEMORY_BYTES
 
 RIGHT = [
     ("72", "so it is \\boxed{72}"),
@@ -82,6 +83,10 @@ WRONG = [
 ]
 
 
+ENDLESS = "\\boxed{\\pi^{\\pi^{\\pi^{\\pi^{\\pi}}}}}"
+"""An answer of more digits than a computer can hold."""
+
+
 @pytest.fixture(scope="module")
 def math_reward() -> Iterator[MathReward]:
     with MathReward(timeout_s=20) as reward:
@@ -107,14 +112,54 @@ def test_right_and_wrong_answers(math_reward: MathReward) -> None:
 def test_a_check_that_does_not_end_times_out_and_is_counted() -> None:
     with MathReward(timeout_s=2, workers=2) as reward:
         pairs = [
-            ("72", "\\boxed{9^{9^{9^9}}}"),
+            ("72", ENDLESS),
             ("72", "\\boxed{72}"),
-            ("3", "\\boxed{10^{10^{10}}}"),
+            ("3", ENDLESS),
             ("72", "\\boxed{73}"),
         ]
         assert score(reward, pairs[1:2]) == [1.0]
         assert score(reward, pairs) == [0.0, 1.0, 0.0, 0.0]
         assert reward.timeouts == 2
+
+
+@pytest.mark.slow
+def test_the_answer_after_an_endless_one_does_not_wait_for_a_new_worker() -> None:
+    others = children()
+    with MathReward(timeout_s=2, workers=1) as reward:
+        assert score(reward, [("72", "\\boxed{72}")]) == [1.0]
+        before = children()
+        assert score(reward, [("72", ENDLESS)]) == [0.0]
+        for worker in children() - before:
+            worker.suspend()  # as if it took for ever to start
+        assert score(reward, [("72", "\\boxed{72}")]) == [1.0]
+        assert reward.timeouts == 1
+    assert children() == others
+
+
+@pytest.mark.slow
+def test_a_worker_has_a_limit_of_memory_and_is_replaced_at_the_limit() -> None:
+    others = children()
+    with MathReward(timeout_s=60, workers=1) as reward:
+        assert score(reward, [("72", "\\boxed{72}")]) == [1.0]
+        workers = children() - others
+        limits = {worker: worker.rlimit(psutil.RLIMIT_AS)[0] for worker in workers}
+        limited = [worker for worker in workers if limits[worker] != psutil.RLIM_INFINITY]
+        assert limited  # the spare worker may still be starting
+        for worker in limited:
+            assert limits[worker] <= worker.memory_info().vms + MEMORY_BYTES
+            worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms + (16 << 20), -1))
+        assert score(reward, [("72", "x" * (64 << 20))]) == [0.0]
+        assert reward.timeouts == 1
+        assert len(workers - children()) == 1
+        assert score(reward, [("72", "\\boxed{72}")]) == [1.0]
+
+
+def children() -> set[psutil.Process]:
+    return {
+        child
+        for child in psutil.Process().children()
+        if "megatron_gmpo.rewards.math.worker" in child.cmdline()
+    }
 
 
 def test_a_reward_starts_again_after_close(math_reward: MathReward) -> None:
@@ -131,8 +176,7 @@ def test_the_registry_works_without_config_and_lets_the_interpreter_end(tmp_path
     script.write_text(
         "from megatron_gmpo.rewards import REWARDS\n"
         "from megatron_gmpo.batch.samples import Prompt\n"
-        "if __name__ == '__main__':\n"
-        "    print(REWARDS['math'](Prompt('t/0', answer='1/2'), '\\\\boxed{0.5}'))\n"
+        "print(REWARDS['math'](Prompt('t/0', answer='1/2'), '\\\\boxed{0.5}'))\n"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -203,18 +247,3 @@ def test_bad_names(name: str, parts: list[str]) -> None:
         resolve_reward(RewardConfig(name=name))
     assert all(part in str(caught.value) for part in ["reward.name", *parts]), caught.value
     assert "\n" not in str(caught.value)
-
-
-def test_real_answers_equal_themselves_and_not_their_neighbours(math_reward: MathReward) -> None:
-    folder = os.environ.get("MEGATRON_GMPO_DATA")
-    if not folder:
-        pytest.skip("MEGATRON_GMPO_DATA names no folder with math500.parquet and aime24.parquet")
-    import datasets
-
-    for name in ("math500", "aime24"):
-        answers = datasets.Dataset.from_parquet(f"{folder}/{name}.parquet")["answer"][:]
-        spaced = [(answer, f"Hence $\\boxed{{ {answer} }}$.") for answer in answers]
-        assert math.fsum(score(math_reward, spaced)) == len(answers)
-        neighbours = list(zip(answers, (f"\\boxed{{{answer}}}" for answer in answers[1:]), strict=False))
-        different = [pair for pair in neighbours if pair[1] != f"\\boxed{{{pair[0]}}}"]
-        assert math.fsum(score(math_reward, different)) < 0.02 * len(different)
