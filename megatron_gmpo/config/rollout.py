@@ -166,6 +166,6 @@ class RewardConfig(Section):
     """Reward: ``math``, ``arithmetic``, ``countdown``, or ``module:function``, a callable
     (Prompt, response_text) -> float."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """Time limit of the check of one math answer. A check that exceeds it or 512 MiB scores 0 and is counted."""
+    """Time limit for one math answer. A check over it, or over 512 MiB, scores 0 and is counted."""
     workers: Positive = 2
     """Number of processes per rank that check math answers at the same time. One more waits as a spare."""

@@ -143,16 +143,22 @@ def _matrix(text: str) -> Answer:
 
 
 def _relation(parts: tuple[str, ...], operators: tuple[str, ...]) -> Answer:
-    if r"\approx" in operators:  # the exact value counts, if there is one
-        place = operators.index(r"\approx")
-        if place == 0 and is_label(parts[0]):
-            operators = ("=",)
-            parts = parts[:2]
-        else:
-            parts, operators = parts[: place + 1], operators[:place]
-            if not operators:
-                return read(parts[0])
+    if operators[-1] == r"\approx" and not is_label(parts[-2]):  # the value before a rounding counts
+        if not _is_near(read(parts[-2]), read(parts[-1])):
+            return Words(key(" ".join(parts)))
+        parts, operators = parts[:-1], operators[:-1]
+    operators = tuple("=" if operator == r"\approx" else operator for operator in operators)
+    if not operators:
+        return read(parts[0])
     return _interval(parts, operators) or Relation(parts, operators)
+
+
+def _is_near(value: Answer, rounded: Answer) -> bool:
+    """Return whether two numbers differ by less than one percent."""
+    if not isinstance(value, Value) or not isinstance(rounded, Value):
+        return False
+    exact, other = value.expression, rounded.expression
+    return bool(exact.is_real and other.is_real and abs(exact - other) <= abs(exact) / 100)
 
 
 def _interval(parts: tuple[str, ...], operators: tuple[str, ...]) -> Group | None:

@@ -24,7 +24,7 @@ ROUNDED_DIGITS = 6
 """Significant digits from which a decimal may stand for a value that has no finite decimal."""
 
 _CHOICE = re.compile(
-    r"(?:option|choice)?\s*(?:\\text\s*\{\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])[).:](?=\s|\}|$))\.?\s*\}?[\s:.]*(.*)",
+    r"(?:option|choice)?\s*(?:\\text\s*\{\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])[).:](?=\s|\}|$))(?:[\s:.}]+(.*))?",
     re.I,
 )
 _BASE = re.compile(r"(\d+)_\{?(\d+)\}?")
@@ -73,7 +73,7 @@ def _choice(text: str) -> tuple[str, str]:
     if re.fullmatch("[A-Za-z]", text):
         return text.upper(), text
     found = _CHOICE.fullmatch(text)
-    return ((found[1] or found[2]).upper(), found[3]) if found else ("", text)
+    return ((found[1] or found[2]).upper(), found[3] or "") if found else ("", text)
 
 
 def same(truth: Answer, answer: Answer) -> bool:
@@ -88,6 +88,10 @@ def same(truth: Answer, answer: Answer) -> bool:
             return is_label(name) and same(read(value), answer)
         case Value(), Value():
             return _same_value(truth, answer)
+        case (Items(items=(only,)), _) if not isinstance(answer, Items):
+            return same(only, answer)
+        case (_, Items(items=(only,))) if not isinstance(truth, Items):
+            return same(truth, only)
         case Words(), Words():
             return truth.key == answer.key
         case Items(), Items():

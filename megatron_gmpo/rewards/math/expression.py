@@ -216,6 +216,8 @@ class _Parser:
             return self._function(name)
         if name not in _CONSTANTS and name not in _SYMBOLS and name not in ("frac", "binom", "sqrt"):
             raise NotUnderstoodError(token)
+        if name == "infty" and not re.fullmatch(r"[-+]? ?\\infty", self.text.strip()):
+            raise NotUnderstoodError("arithmetic with infinity")
         self.take(token)
         if name == "frac":
             return quotient(self.argument(), self.argument())

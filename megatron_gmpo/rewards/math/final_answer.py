@@ -6,6 +6,7 @@ import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}\\$.,;]+)")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 _PLACEHOLDER = re.compile(
     r"(?:\\text\s*\{)?(?:the |your |final )*answer(?: here)?\}?|\\?[lc]?dots|\.\.\.|…", re.I
 )
@@ -76,7 +77,7 @@ def _boxes(text: str) -> list[tuple[int, int]]:
     opened: list[int] = []  # the position after each unclosed brace
     if not starts:
         return boxes
-    for brace in re.finditer(r"(?<!\\)[{}]", text):
+    for brace in _BRACE.finditer(text, min(starts) - 1):
         if brace[0] == "{":
             opened.append(brace.end())
         elif opened and (start := opened.pop()) in starts and (not boxes or start > boxes[-1][0]):
