@@ -78,7 +78,10 @@ Answer = Value | Words | Items | Group | Relation
 _OPENING = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\langle": r"\rangle"}
 _BRACKET = re.compile(r"\\[{}]|\\[lr]angle|[()\[\]{}]")
 _RELATION = re.compile(r"\\(?:leq|geq|neq|approx)(?![A-Za-z])|[=<>]")
-_MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
+_MATRIX = re.compile(
+    r"[\[(]?\s*\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}\s*[\])]?", re.DOTALL
+)
+_SET_BUILDER = re.compile(r"([A-Za-z])\s*(?:\\in\s*\(-\\infty,\\infty\)\s*)?[:|](.*)")
 _SAME_DIRECTION = ({"<", r"\leq"}, {">", r"\geq"})
 _FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 
@@ -125,6 +128,9 @@ def _bracketed(text: str) -> Answer | None:
     opening, closing = brackets[0][0], brackets[-1][0]
     inside = text[len(opening) : -len(closing)].strip()
     if opening == r"\{":
+        if builder := _SET_BUILDER.fullmatch(inside):
+            solutions = read(builder[2].strip())
+            return solutions if isinstance(solutions, Group) and solutions.variable == builder[1] else None
         return None if re.search(r"[:|]", inside) else Items(_members(inside), "set")
     if opening == "{" or len(_split(inside, r"[,;]")) == 1:
         return None

@@ -24,7 +24,8 @@ ROUNDED_DIGITS = 6
 """Significant digits from which a decimal may stand for a value that has no finite decimal."""
 
 _CHOICE = re.compile(
-    r"(?:option|choice)?\s*(?:\\text\s*\{\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])[).:](?=\s|\}|$))(?:[\s:.}]+(.*))?",
+    r"(?:(?:option|choice) )?(?:\\text\s*\{\s*)?"
+    r"(?:\(\s*([A-Z])\s*\)|([A-Z])[).:](?=\s|\}|$))(?:[\s:.}]+(.*))?",
     re.I,
 )
 _BASE = re.compile(r"(\d+)_\{?(\d+)\}?")
@@ -70,6 +71,7 @@ def _same_choice(truth: str, answer: str) -> bool:
 
 def _choice(text: str) -> tuple[str, str]:
     """Return the letter and the value of a multiple choice answer; either may be empty."""
+    text = re.sub(r"(?i)^(?:option|choice) ", "", text)
     if re.fullmatch("[A-Za-z]", text):
         return text.upper(), text
     found = _CHOICE.fullmatch(text)

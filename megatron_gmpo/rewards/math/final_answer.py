@@ -6,7 +6,7 @@ import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s{}\\$.,;]+)")
-_BRACE = re.compile(r"(?<!\\)[{}]")
+_BRACE = re.compile(r"(?<!\\)(?:\\\\)*([{}])")
 _PLACEHOLDER = re.compile(
     r"(?:\\text\s*\{)?(?:the |your |final )*answer(?: here)?\}?|\\?[lc]?dots|\.\.\.|…", re.I
 )
@@ -28,7 +28,8 @@ _MATH = re.compile(
 )
 """TeX's delimiters of mathematics. As in Pandoc, a dollar sign beside a space or before a digit is money."""
 _NUMBER = re.compile(
-    r"(?<![\w.])-?(?:\\\$|[$€£])?(?:\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?!\d)|\d[\d,]*(?:\.\d+)?|\.\d+)"
+    r"(?<![\w.])-?(?:\\\$|[$€£])?(?:\d{1,3}(?:[ \u00a0\u202f]\d{3})+(?!\d)|\d[\d,]*(?:\.\d+)?|\.\d+"
+    r"|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
     r"(?:\s*/\s*\d+)?(?:\s?\\?%)?"
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n|,?\s(?:because|since|so|as|which|where)\s")
@@ -78,10 +79,10 @@ def _boxes(text: str) -> list[tuple[int, int]]:
     if not starts:
         return boxes
     for brace in _BRACE.finditer(text, min(starts) - 1):
-        if brace[0] == "{":
+        if brace[1] == "{":
             opened.append(brace.end())
         elif opened and (start := opened.pop()) in starts and (not boxes or start > boxes[-1][0]):
-            boxes.append((start, brace.start()))
+            boxes.append((start, brace.start(1)))
     return boxes
 
 

@@ -21,10 +21,10 @@ _SYMBOLS = str.maketrans(
     | dict.fromkeys("≥⩾", r"\geq ")
     | dict.fromkeys("°º", r"^\circ ")
     | dict.fromkeys("’′", "'")
-    | dict.fromkeys("\u200b\u2061€£₹", "")
+    | dict.fromkeys('\u200b\u2061€£₹"“”', "")
     | {"≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset "}
     | {"∞": r"\infty ", "±": r"\pm ", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "…": r"\ldots "}
-    | {"⟨": r"\langle ", "⟩": r"\rangle ", "∨": r"\lor "}
+    | {"⟨": r"\langle ", "⟩": r"\rangle ", "∨": r"\lor ", "¢": " cents"}
 )
 _SYNONYMS = {
     name: standard
@@ -56,6 +56,13 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _BRACES = re.compile(r"\{((?:[^{}]|(?<=\\)[{}]|(?<!\\)\{[^{}]*\})*)(?<!\\)\}")
 _REALS = r"(-\\infty,\\infty)"
+_MULTIPLES = [
+    ("dozen", "12"),
+    ("hundred", "100"),
+    ("thousand", "10^3"),
+    ("million", "10^6"),
+    ("billion", "10^9"),
+]
 _RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -76,6 +83,15 @@ _RULES = [
         (r"<=", r"\\leq "),
         (r">=", r"\\geq "),
         (r"!=", r"\\neq "),
+        (
+            r"\{([^{}]+)\\over(?![A-Za-z])([^{}]+)\}|^([^{}]+)\\over(?![A-Za-z])([^{}]+)$",
+            r"\\frac{\1\3}{\2\4}",
+        ),
+        (r"\s*\\text\s*\{\s*\(?base (\d+)\)?\s*\}", r"_\1"),
+        (r"(?i)^(\\text\s*\{\s*)?(?:the )?(?:final )?answer(?: is)?\s*:?\s*(?(1)\})", ""),
+        *((rf"(?<=\d)\s*\\text\s*\{{\s*{word}s?\b", rf" * {factor} \\text{{") for word, factor in _MULTIPLES),
+        *((rf"(?<=\d)\s*{word}s?\b", rf" * {factor}") for word, factor in _MULTIPLES),
+        (r"\\\\\s*$", ""),  # an end of line
         (r"\s+", " "),
     ]
 ]
@@ -86,7 +102,7 @@ _GROUPED = re.compile(r"(?<![\d.,])(?<!\d )\d{1,3}(?:(?:, ?\d{3})+|(?: \d{3})+)(
 
 def tidy(text: str) -> str:
     """Return an answer in one spelling. Answers that differ in more than their spelling stay different."""
-    text = text.strip().strip("*")
+    text = text.strip().strip('*"')
     if not text.isascii():
         text = _ascii(text)
     if r"\begin" not in text:

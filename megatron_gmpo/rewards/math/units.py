@@ -34,7 +34,7 @@ _NAMES = {
 }
 _KNOWN = {name: unit for unit, names in _NAMES.items() for name in [unit, *names.split()]}
 _SHORT_WORDS = """
-mm cm km in ft yd mi mg kg lb lbs oz sec min hr hrs day wk yr mph sq men cup cups egg eggs bag bags box pen
+m mm cm km in ft yd mi mg kg lb lbs oz sec min hr hrs day wk yr mph sq men cup cups egg eggs bag bags box pen
 pens car cars cat cats dog dogs boy boys kid kids toy toys pie pies pts usd of per the
 """
 _SHORT = frozenset(_SHORT_WORDS.split())
@@ -42,7 +42,7 @@ _CHANGES_MEANING = frozenset(("not", "or", "wrong", "except", "if", "unless", "l
 _POWER = r"(?:\s*\^\s*\{?\s*[23]\s*\}?)?"
 _TEXT = rf"(?:\s*\\text\s*\{{[^{{}}]*\}}{_POWER})+"
 _DEGREE = r"\^\\circ(?:\s*[CF])?"
-_ATTACHED = rf"(?:mm|cm|km|ft|yd|kg|mg|lbs?|oz|min|hrs?|mph){_POWER}"
+_ATTACHED = rf"(?:m/s|km/h|mm|cm|km|ft|yd|kg|mg|lbs?|oz|min|hrs?|mph){_POWER}"
 _PLAIN = rf"\s[A-Za-z]{{2,}}(?:[ /-][A-Za-z]+)*{_POWER}"
 _UNIT = re.compile(rf"(?<=[\d)}}\].%a-z])({_TEXT}|\s*{_DEGREE}|\s?{_ATTACHED}|{_PLAIN})\s*$")
 
