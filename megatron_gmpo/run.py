@@ -25,6 +25,7 @@ from .checkpoint import check_model, checkpoint_size, latest_checkpoint, model_i
 from .command_line import load_config, one_line_errors
 from .config import Config
 from .data.prompts import load_prompts, load_tokenizer
+from .data.stream import PromptStream
 from .distributed import rank
 from .errors import Exit, InputError, StopRequest
 from .metrics.logger import check_wandb
@@ -48,6 +49,8 @@ from .rollout.replay import check_groups
 from .rollout.sglang.start import check_servers, start_sglang
 from .weights.safetensors_folder import SafetensorsFolder
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Run:
@@ -57,7 +60,8 @@ class Run:
 
     Attributes:
         eval_sets: benchmarks by name.
-        prompts: training problems; empty when saved rollouts are replayed.
+        prompts: stream of training problems, where ``checkpoint`` left it; None when saved rollouts are
+            replayed.
         checkpoint: newest checkpoint in the run folder, from which the run resumes, or None.
         step: completed steps in ``checkpoint``; 0 without a checkpoint.
         checkpoint_bytes: estimated size of one checkpoint on disk.
@@ -69,7 +73,7 @@ class Run:
     tokenizer: Any
     reward: Reward
     eval_sets: dict[str, list[Prompt]]
-    prompts: list[Prompt]
+    prompts: PromptStream | None
     checkpoint: Path | None
     step: int
     checkpoint_bytes: int
@@ -160,11 +164,11 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()
     }
     step: int = read_state(checkpoint)["step"] if checkpoint else 0
-    prompts: list[Prompt] = []
+    prompts: PromptStream | None = None
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
     elif train:
-        prompts = load_prompts(cfg.data, tokenizer)
+        prompts = _stream(cfg, tokenizer, checkpoint)
     return Run(
         cfg=cfg,
         device=device,
@@ -179,6 +183,15 @@ def prepare(cfg: Config, *, train: bool) -> Run:
             sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype]
         ),
     )
+
+
+def _stream(cfg: Config, tokenizer: Any, checkpoint: Path | None) -> PromptStream:
+    """Return the stream of training prompts, at the position in ``checkpoint``, if any."""
+    stream = PromptStream(load_prompts(cfg.data, tokenizer), cfg.seed, cfg.data.shuffle)
+    saved = read_state(checkpoint)["prompts"] if checkpoint else None  # None after a replay
+    if saved and (changed := stream.load_state_dict(saved, allow_changed=cfg.data.allow_changed)):
+        logger.info("%s; data.allow_changed = true accepts it", changed)
+    return stream
 
 
 def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import checkpoint_before, go_back
-from .data.prompts import PromptStream
 from .distributed import broadcast_object, rank
 from .errors import CollapseError
 from .losses.adaptive_clip import AdaptiveClip
@@ -40,12 +39,11 @@ class TrainingState:
         self.policy = run.policy()
         self._clip = clip
         self._detector = CollapseDetector(run.cfg.collapse)
-        stream = PromptStream(run.prompts, run.cfg.seed, run.cfg.data.shuffle) if run.prompts else None
         if run.checkpoint:
-            saved = self._restore(run.checkpoint)
-            if stream and saved["prompts"]:
-                stream.load_state_dict(saved["prompts"])
-        self.collector = Collector(engine, stream, run.reward, run.cfg.rollout) if engine and stream else None
+            self._restore(run.checkpoint)
+        self.collector = (
+            Collector(engine, run.prompts, run.reward, run.cfg.rollout) if engine and run.prompts else None
+        )
         self._scale_lr()
         self._cut_transcripts()
 
@@ -121,8 +119,8 @@ class TrainingState:
         self._cut_transcripts()
         logger.event("rollback", step=self.step, from_step=came_from, rollbacks=rollbacks)
 
-    def _restore(self, checkpoint: Path) -> dict[str, Any]:
-        """Load a checkpoint, except for the position in the prompts, and return its JSON state."""
+    def _restore(self, checkpoint: Path) -> None:
+        """Load a checkpoint, except for the position in the prompts."""
         saved = self.policy.load(checkpoint)
         self.step = self.saved_step = saved["step"]
         if self._clip and saved.get("clip"):
@@ -130,7 +128,6 @@ class TrainingState:
             self.objective = self._clip.applied_to(self.objective)
         if saved.get("collapse"):
             self._detector.load_state_dict(saved["collapse"])
-        return saved
 
     def _scale_lr(self) -> None:
         self.policy.scale_lr(self._cfg.collapse.rollback_lr_scale**self._detector.rollbacks)

@@ -13,10 +13,15 @@ class DataConfig(Section):
     path: str = ""
     """A .jsonl, .json, .csv or .parquet file, a ``save_to_disk`` folder, or a Hugging Face hub name, with the
     name of a subset if the data set has subsets (``openai/gsm8k:main``)."""
+    files: tuple[str, ...] = ()
+    """Several files to read one after another, instead of ``path``. Wildcards are not expanded."""
     split: str = "train"
     prompt_column: str = "problem"
-    """Column with the prompt: text, or a list of chat messages."""
+    """Column with the prompt: text, or a list of chat messages. ``a.b`` is field ``b`` of the objects in
+    column ``a``."""
     answer_column: str = "answer"
+    """Column with the answer, text or a number, which the reward receives as text; e.g.
+    ``reward_model.ground_truth``."""
     template: str = ""
     """Format string around a text prompt, e.g. "{prompt}\\nAnswer in \\\\boxed{{}}."; applied before the chat
     template."""
@@ -24,11 +29,28 @@ class DataConfig(Section):
     """System message put before the prompt; needs a chat template."""
     use_chat_template: bool | None = None
     """Whether to apply the tokenizer's chat template; None applies it if the tokenizer has one."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, e.g. ``enable_thinking = false``; ``chat_template`` names one of several
+    templates."""
+    special_tokens: Literal["text", "token"] = "text"
+    """Meaning of a special token's text, such as ``<|im_end|>``, inside the data set: ``text`` encodes it like
+    any other text, so that a problem cannot end its turn, and ``token`` encodes it as the special token."""
     max_prompt_tokens: Positive = 1024
     """Maximum tokens in a prompt. Longer prompts are dropped, and their number is printed."""
     max_prompts: Positive | None = None
     """Number of problems to use, from the first, after the length filter and before the shuffle."""
     shuffle: bool = True
+    allow_changed: bool = False
+    """Whether a run may resume although its prompts, their order or their answers have changed. With another
+    number of prompts it continues with the next epoch."""
+
+    @model_validator(mode="after")
+    def _files_or_path(self) -> DataConfig:
+        if self.path and self.files:
+            raise ValueError(f"path = {self.path!r} and files both name a data set: leave one out")
+        if len(set(self.files)) < len(self.files):
+            raise ValueError(f"files = {list(self.files)} names a file twice")
+        return self
 
 
 class RolloutConfig(Section):

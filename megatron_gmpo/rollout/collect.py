@@ -24,7 +24,7 @@ class Prompts(Protocol):
 
     def next(self, n: int) -> list[Prompt]: ...
 
-    def state_dict(self) -> dict[str, int]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Collector:
             router_noise=cfg.router_noise,
         )
         # for each step generated ahead: state of the prompt stream before its draw, and its ticket
-        self._ahead: deque[tuple[dict[str, int], Any]] = deque()
+        self._ahead: deque[tuple[dict[str, Any], Any]] = deque()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the position in the prompt stream of the first prompt that was not trained on yet."""
         return self._ahead[0][0] if self._ahead else self._prompts.state_dict()
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 from megatron_gmpo.config import RolloutConfig
-from megatron_gmpo.data.prompts import PromptStream
+from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward

@@ -1,0 +1,280 @@
+"""Turn problems into prompts: template, chat template and tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
+
+from ..batch.samples import Prompt
+from ..config import DataConfig
+from ..errors import InputError
+from .rows import Row
+
+logger = logging.getLogger(__name__)
+
+RENDER_LIMIT_S = 10.0
+"""CPU time that a chat template may take for one prompt."""
+
+_ANSWERING_ROLES = ("assistant", "model", "gpt", "bot")
+_OWN_VARIABLES = ("chat_template", "tools", "documents")
+"""Parameters of ``apply_chat_template`` that are variables of the template or choose it."""
+
+
+@dataclass
+class _Draft:
+    """A prompt before the tokenizer, with its row's error line and whether special tokens are marked in it."""
+
+    prompt: Prompt
+    where: str
+    rendered: str
+    marked: bool
+
+
+class PromptEncoder:
+    """Encodes rows with the templates of a config and a tokenizer.
+
+    Args:
+        cfg: the templates. ``use_chat_template = None`` uses the tokenizer's chat template if it has one.
+        tokenizer: the policy's tokenizer.
+        section: section of ``cfg`` in the config, for error lines.
+
+    Attributes:
+        marked: number of prompts in which the text of special tokens was encoded as text.
+
+    Raises:
+        InputError: a template is invalid, or a setting needs a chat template that the tokenizer does not have.
+    """
+
+    def __init__(self, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> None:
+        self._cfg, self._tokenizer, self._section = cfg, tokenizer, section
+        self._chat_template = _chat_template(cfg, tokenizer, section)
+        _check_template(cfg.template, section)
+        self._special = _special_tokens(tokenizer, self._chat_template or cfg.template)
+        self._prefix: list[int] | None = None
+        self.marked = 0
+
+    def encode(self, rows: Sequence[Row]) -> list[Prompt]:
+        """Return the prompts of ``rows`` with ``input_ids``.
+
+        With a chat template ``messages`` is set, without a chat template ``text``. The tokenizer's own end of
+        sequence is left out, because the response follows.
+
+        Raises:
+            InputError: a problem has the wrong type; a template or the tokenizer refuses it, or leaves it out.
+        """
+        with _cpu_time_limit() as restart:
+            drafts = []
+            for row in rows:
+                restart()
+                drafts.append(self._draft(row))
+        self.marked += sum(draft.marked for draft in drafts)
+        plain = iter(self._token_ids([draft for draft in drafts if not draft.marked]))
+        prefix = [] if self._chat_template else self._start_of_sequence(drafts[0])
+        for draft in drafts:
+            ids = self._marked_ids(draft) if draft.marked else next(plain)
+            if not ids:
+                raise InputError(f"{draft.where}: the tokenizer gives no tokens: leave the row out")
+            draft.prompt.input_ids = prefix + ids
+        return [draft.prompt for draft in drafts]
+
+    def _draft(self, row: Row) -> _Draft:
+        problem = row.problem
+        marked = mark_control_tokens(problem, self._special) if self._cfg.special_tokens == "text" else problem
+        prompt = Prompt(id=row.id, answer=row.answer)
+        if self._chat_template:
+            prompt.messages = self._messages(problem, row.where)
+            rendered = self._render(self._messages(marked, row.where), row.where)
+        elif isinstance(problem, str) and problem.strip():
+            prompt.text, rendered = self._fill(problem), self._fill(marked)
+        else:
+            raise InputError(
+                f"{row.where}: column {self._cfg.prompt_column!r} is not text, "
+                "and only a chat template takes messages"
+            )
+        return _Draft(prompt, row.where, rendered, marked != problem)
+
+    def _fill(self, problem: str) -> str:
+        return self._cfg.template.format(prompt=problem) if self._cfg.template else problem
+
+    def _messages(self, problem: Any, where: str) -> list[dict[str, str]]:
+        cfg = self._cfg
+        if isinstance(problem, str) and problem.strip():
+            messages = [{"role": "user", "content": self._fill(problem)}]
+        elif isinstance(problem, list) and problem and all(map(_is_message, problem)):
+            if cfg.template:
+                raise InputError(
+                    f"{where}: column {cfg.prompt_column!r} holds messages: "
+                    "leave template out, it applies to text"
+                )
+            messages = [{"role": message["role"], "content": message["content"]} for message in problem]
+        else:
+            raise InputError(
+                f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages: "
+                "give messages with role and content, both text"
+            )
+        if messages[-1]["role"].lower() in _ANSWERING_ROLES:
+            raise InputError(
+                f"{where}: the messages end with a turn of {messages[-1]['role']!r}, which would be part of "
+                "the prompt: end them before the answer"
+            )
+        if cfg.system_prompt:
+            if messages[0]["role"] == "system":
+                raise InputError(
+                    f"{where}: the messages have a system message already: leave system_prompt out"
+                )
+            messages.insert(0, {"role": "system", "content": cfg.system_prompt})
+        return messages
+
+    def _render(self, messages: list[dict[str, str]], where: str) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._cfg.chat_template_kwargs
+            )
+        except Exception as error:  # a template can raise any error
+            raise InputError(f"{where}: the tokenizer's chat template fails: {_one_line(error)}") from None
+        assert isinstance(text, str)
+        if messages[-1]["content"].strip() not in text:
+            raise InputError(
+                f"{where}: the tokenizer's chat template leaves out the text of the last message: "
+                f"set {self._section}.use_chat_template = false and give {self._section}.template"
+            )
+        return text
+
+    def _token_ids(self, drafts: Sequence[_Draft]) -> list[list[int]]:
+        """Return the token ids of rendered texts, without a start or end of the sequence."""
+        if not drafts:
+            return []
+        texts = [draft.rendered for draft in drafts]
+        try:
+            ids: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        except Exception as error:
+            if len(drafts) > 1:  # find the row
+                return [ids for draft in drafts for ids in self._token_ids([draft])]
+            raise InputError(f"{drafts[0].where}: the tokenizer fails: {_one_line(error)}") from None
+        return ids
+
+    def _marked_ids(self, draft: _Draft) -> list[int]:
+        try:
+            return encode_marked_chat(self._tokenizer, draft.rendered)
+        except Exception as error:
+            raise InputError(
+                f"{draft.where}: the tokenizer cannot encode its special tokens as text "
+                f"({_one_line(error)}): leave the row out, or set {self._section}.special_tokens = 'token'"
+            ) from None
+
+    def _start_of_sequence(self, draft: _Draft) -> list[int]:
+        """Return the token ids that the tokenizer puts before a text. What it puts after it is left out."""
+        if self._prefix is None:
+            text = draft.prompt.text or ""
+            bare: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            whole: Any = self._tokenizer(text)["input_ids"]
+            added = range(len(whole) - len(bare) + 1)
+            start = next((i for i in added if whole[i : i + len(bare)] == bare), 0)
+            self._prefix = whole[:start]
+        return self._prefix
+
+
+def _check_template(template: str, section: str) -> None:
+    if not template:
+        return
+    field = f"{section}.template = {template!r}"
+    try:
+        fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise InputError(
+            f"{field} is not a format string ({error}): write literal braces as {{{{ and }}}}"
+        ) from None
+    names = {name for name, _, _ in fields}
+    if names != {"prompt"}:
+        raise InputError(
+            f"{field} must have the field {{prompt}} and no other, has {sorted(names)}: "
+            "write literal braces as {{ and }}"
+        )
+    if any(spec or conversion for _, spec, conversion in fields):
+        raise InputError(f"{field} formats its field: write {{prompt}} without ':' and '!'")
+
+
+def _chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> str:
+    """Return the source of the chat template to apply; empty means none."""
+    has_one = tokenizer.chat_template is not None
+    chat = has_one if cfg.use_chat_template is None else cfg.use_chat_template
+    if chat and not has_one:
+        raise InputError(
+            f"{section}.use_chat_template = true: the tokenizer has no chat template, "
+            "leave the field out or set it to false"
+        )
+    if not chat:
+        for field, value in (
+            ("system_prompt", cfg.system_prompt),
+            ("chat_template_kwargs", cfg.chat_template_kwargs),
+        ):
+            if value:
+                raise InputError(
+                    f"{section}.{field} = {value!r} needs a chat template: put it into {section}.template"
+                )
+        return ""
+    field, variables = f"{section}.chat_template_kwargs", cfg.chat_template_kwargs
+    try:
+        source = tokenizer.get_chat_template(variables.get("chat_template"), variables.get("tools"))
+    except ValueError as error:
+        raise InputError(
+            f"{field}: {_one_line(error)} Set {field}.chat_template to one of these names"
+        ) from None
+    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in variables:
+        if name in _OWN_VARIABLES:
+            continue
+        if name in taken or not re.search(rf"\b{re.escape(name)}\b", source):
+            raise InputError(f"{field}.{name} is no variable of the tokenizer's chat template: leave it out")
+    return source
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
+    """Return a pattern of the tokens with which text could forge a turn, the longest first.
+
+    These are the tokenizer's special tokens, and the added tokens that the template writes, as in
+    transformers' ``sanitize_control_tokens``. DeepSeek does not mark ``<|User|>`` as special, for example.
+    """
+    tokens = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or (token.content in template and not token.content.isspace())
+    ]
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@contextmanager
+def _cpu_time_limit() -> Iterator[Any]:
+    """Give a function that raises TimeoutError ``RENDER_LIMIT_S`` of CPU time after its last call.
+
+    A loop in a template is Python code, which a signal interrupts. CPU time does not run while a loaded
+    machine keeps the process waiting.
+    """
+
+    def expired(*_: object) -> None:
+        raise TimeoutError(f"it took more than {RENDER_LIMIT_S:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, expired)
+    try:
+        yield lambda: signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_LIMIT_S)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

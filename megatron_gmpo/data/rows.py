@@ -1,0 +1,246 @@
+"""Read the rows of a data set one after another, without changing a value."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from ..config import DataConfig
+from ..errors import InputError
+
+_BATCH = 1000
+"""Rows of a Parquet file or an Arrow table that are in memory at a time."""
+_LONGEST_NUMBER = 400
+"""Digits before or after the point that a number may have; a 64-bit float has at most 324."""
+_NO_CHARACTER = re.compile("[\ud800-\udfff]")
+"""Halves of UTF-16 pairs. JSON can hold them alone, but no file can."""
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_REMEDY = "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or a name on the hub"
+
+Columns = tuple[str, str]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A problem of a data set.
+
+    Attributes:
+        id: name of the data set and number of the row, e.g. ``"gsm8k_train/17"``.
+        where: start of an error line about the row.
+        problem: text or a list of chat messages; not checked yet.
+        answer: the answer as text.
+    """
+
+    id: str
+    where: str
+    problem: Any
+    answer: str
+
+
+def read_rows(cfg: DataConfig, section: str) -> Iterator[Row]:
+    """Yield the rows of ``cfg.path``, or of ``cfg.files`` one after another.
+
+    The rows are read while the caller takes them. A name is the exact name of a file: ``*``, ``[0-9]`` and
+    ``$HOME`` are ordinary characters.
+
+    A number becomes its exact decimal text: the text of a JSON number without an exponent, and the shortest
+    text of a binary float that has the same value at the column's width. So JSON 1e-05 is "0.00001", and
+    Parquet's float32 33.3 is "33.3".
+
+    Raises:
+        InputError: the data set, split or column does not exist or cannot be read; there are no rows; an
+            answer is neither text nor a finite number.
+    """
+    for source in cfg.files or (cfg.path,):
+        field = f"{section}.files: {source!r}" if cfg.files else f"{section}.path = {source!r}"
+        # the names of several files may differ in the folder only
+        name = str(Path(source).with_suffix("")) if cfg.files else Path(source.partition(":")[0]).stem
+        count = 0
+        for problem, answer in _selected(_records(source, cfg, section, field), cfg, section, source):
+            where = f"{field}, row {count}"
+            yield Row(f"{name}/{count}", where, problem, _answer(answer, cfg.answer_column, where))
+            count += 1
+        if count == 0:
+            raise InputError(f"{field} has no rows: give a data set with problems")
+
+
+def _selected(
+    records: Iterator[Record], cfg: DataConfig, section: str, source: str
+) -> Iterator[tuple[Any, Any]]:
+    """Yield problem and answer of every record; None stands for a value missing after the first record."""
+    fields = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column}
+    for number, record in enumerate(records):
+        values = []
+        for field, column in fields.items():
+            try:
+                values.append(_value(record, column))
+            except KeyError:
+                if number == 0:
+                    raise InputError(
+                        f"{section}.{field} = {column!r} is not a column of {source}: "
+                        f"choose one of {list(_names(record))}"
+                    ) from None
+                values.append(None)
+        yield values[0], values[1]
+
+
+def _value(record: Record, column: str) -> Any:
+    """Return a column's value. ``a.b`` is field ``b`` of column ``a`` if no column has that name."""
+    outer, _, inner = column.partition(".")
+    if column not in record and inner and isinstance(record.get(outer), dict):
+        return _value(record[outer], inner)
+    return record[column]
+
+
+def _names(record: Record) -> Iterator[str]:
+    """Yield the names of all columns, dotted for the fields of objects."""
+    for key, value in record.items():
+        yield from (f"{key}.{name}" for name in _names(value)) if isinstance(value, dict) else [key]
+
+
+def _answer(value: Any, column: str, where: str) -> str:
+    """Return an answer as text."""
+    text = value if isinstance(value, str) else ""
+    if isinstance(value, int):
+        text = str(value)
+    elif isinstance(value, float | np.floating | Decimal):
+        number = Decimal(str(value))  # str gives the shortest text of the value's own width
+        if number.is_finite() and abs(number.adjusted()) < _LONGEST_NUMBER:
+            text = format(number, "f")
+    if not text.strip() or _NO_CHARACTER.search(text):
+        raise InputError(
+            f"{where}: column {column!r} is {value!r:.200}: "
+            f"give every problem an answer, text or a finite number of at most {_LONGEST_NUMBER} digits"
+        )
+    return text
+
+
+def _records(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Record]:
+    """Yield the records of a file, a folder or a hub data set; turn any failure into one line."""
+    try:
+        yield from _open(source, cfg, section, field)
+    except InputError:
+        raise
+    except Exception as error:  # readers of many formats raise errors of many kinds
+        reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{field} cannot be loaded ({reason}): {_REMEDY}") from None
+
+
+def _open(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Record]:
+    path = Path(source)
+    columns = cfg.prompt_column, cfg.answer_column
+    hub, _, subset = source.partition(":")
+    if not source:
+        raise InputError(f"{section}.path is empty: {_REMEDY}")
+    if path.is_file() and path.suffix in _READERS:
+        _check_split(cfg, section, source, ["train"])
+        return _READERS[path.suffix](path, columns)
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        try:
+            splits = datasets.load_from_disk(source)
+        except IndexError:  # raised for a data set without rows
+            return iter(())
+    elif path.is_dir():
+        raise InputError(f"{field} is a folder that save_to_disk did not write: name its files in files")
+    elif path.exists():
+        raise InputError(f"{field} has an unknown format: {_REMEDY}")
+    elif cfg.files or path.suffix in _READERS or not _HUB_NAME.fullmatch(hub):
+        raise InputError(f"{field} does not exist: {_REMEDY}")
+    else:
+        splits = datasets.load_dataset(hub, subset or None)
+    if isinstance(splits, datasets.Dataset):
+        return _dataset_records(splits, columns)
+    _check_split(cfg, section, source, list(splits))
+    return _dataset_records(splits[cfg.split], columns)
+
+
+def _check_split(cfg: DataConfig, section: str, source: str, splits: list[str]) -> None:
+    if cfg.split not in splits:
+        raise InputError(
+            f"{section}.split = {cfg.split!r} is not a split of {source}: choose one of {splits}"
+        )
+
+
+def _json_records(path: Path, columns: Columns) -> Iterator[Record]:
+    """Read a list of objects, or one object per line. Decimals keep their digits."""
+    with path.open(encoding="utf-8-sig") as file:
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        if first.lstrip().startswith("["):
+            lines: Iterable[tuple[str, Any]] = (
+                (f"element {i}", record) for i, record in enumerate(json.load(file, parse_float=Decimal))
+            )
+        else:
+            lines = ((f"line {i}", line) for i, line in enumerate(file, 1) if line.strip())
+        for where, line in lines:
+            try:
+                record = json.loads(line, parse_float=Decimal) if isinstance(line, str) else line
+            except (ValueError, ArithmeticError, RecursionError) as error:
+                raise ValueError(f"{where}: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{where} is no object with columns")
+            yield record
+
+
+def _csv_records(path: Path, columns: Columns) -> Iterator[Record]:
+    """Read every value as text, because "052" and "NA" are answers too."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        for record in reader:
+            if None in record:
+                raise ValueError(f"line {reader.line_num} has more values than the first line has columns")
+            yield record
+
+
+def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        wanted = _outer_columns(columns, file.schema_arrow.names)
+        for batch in file.iter_batches(_BATCH, columns=wanted):
+            yield from _arrow_records(pa.Table.from_batches([batch]))
+
+
+def _dataset_records(rows: datasets.Dataset, columns: Columns) -> Iterator[Record]:
+    wanted = _outer_columns(columns, rows.column_names) or rows.column_names
+    for table in rows.select_columns(wanted).with_format("arrow").iter(_BATCH):
+        assert isinstance(table, pa.Table)
+        yield from _arrow_records(table)
+
+
+def _outer_columns(columns: Columns, names: list[str]) -> list[str] | None:
+    """Return the columns to read; None if one does not exist, so that the error line can list all of them."""
+    outer = {column if column in names else column.partition(".")[0] for column in columns}
+    return sorted(outer) if outer <= set(names) else None
+
+
+def _arrow_records(table: pa.Table) -> Iterator[Record]:
+    """Yield the rows of a table; the fields of a struct become columns with dotted names."""
+    while any(pa.types.is_struct(column.type) for column in table.columns):
+        table = table.flatten()
+    # numpy's scalars keep the width of a float, Python's have 64 bits
+    values = [
+        column.to_numpy() if pa.types.is_floating(column.type) else column.to_pylist()
+        for column in table.columns
+    ]
+    for row in zip(*values, strict=True):
+        yield dict(zip(table.column_names, row, strict=True))
+
+
+_READERS = {
+    ".jsonl": _json_records,
+    ".json": _json_records,
+    ".csv": _csv_records,
+    ".parquet": _parquet_records,
+}
