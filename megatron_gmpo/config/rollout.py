@@ -30,11 +30,11 @@ class DataConfig(Section):
     use_chat_template: bool | None = None
     """Whether to apply the tokenizer's chat template; None applies it if the tokenizer has one."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Variables of the chat template, e.g. ``enable_thinking = false``; ``chat_template`` names one of several
-    templates."""
+    """Variables of the chat template, e.g. ``enable_thinking = false``. ``chat_template`` names one of
+    several templates."""
     special_tokens: Literal["text", "token"] = "text"
-    """Meaning of a special token's text, such as ``<|im_end|>``, inside the data set: ``text`` encodes it like
-    any other text, so that a problem cannot end its turn, and ``token`` encodes it as the special token."""
+    """Meaning of a special token's text, such as ``<|im_end|>``, inside the data set. ``text`` encodes it
+    like any other text, so that a problem cannot end its turn. ``token`` encodes it as the special token."""
     max_prompt_tokens: Positive = 1024
     """Maximum tokens in a prompt. Longer prompts are dropped, and their number is printed."""
     max_prompts: Positive | None = None

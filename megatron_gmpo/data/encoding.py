@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 from ..batch.samples import Prompt
 from ..config import DataConfig
 from ..errors import InputError
-from .rows import Row
+from .rows import LONE_SURROGATE, Row
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,14 @@ RENDER_LIMIT_S = 10.0
 """CPU time that a chat template may take for one prompt."""
 
 _ANSWERING_ROLES = ("assistant", "model", "gpt", "bot")
-_OWN_VARIABLES = ("chat_template", "tools", "documents")
-"""Parameters of ``apply_chat_template`` that are variables of the template or choose it."""
+_PARAMETERS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+_TAKEN = set(_PARAMETERS) - {"tools", "documents"}
+"""Parameters of ``apply_chat_template`` that are no variables of a template."""
 
 
 @dataclass
 class _Draft:
-    """A prompt before the tokenizer, with its row's error line and whether special tokens are marked in it."""
+    """A prompt before the tokenizer, and whether the text of special tokens is marked in ``rendered``."""
 
     prompt: Prompt
     where: str
@@ -52,7 +53,7 @@ class PromptEncoder:
         marked: number of prompts in which the text of special tokens was encoded as text.
 
     Raises:
-        InputError: a template is invalid, or a setting needs a chat template that the tokenizer does not have.
+        InputError: a template is invalid, or the tokenizer lacks the chat template that a setting needs.
     """
 
     def __init__(self, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> None:
@@ -70,7 +71,7 @@ class PromptEncoder:
         sequence is left out, because the response follows.
 
         Raises:
-            InputError: a problem has the wrong type; a template or the tokenizer refuses it, or leaves it out.
+            InputError: a problem has the wrong type; a template or the tokenizer refuses it or leaves it out.
         """
         with _cpu_time_limit() as restart:
             drafts = []
@@ -89,7 +90,8 @@ class PromptEncoder:
 
     def _draft(self, row: Row) -> _Draft:
         problem = row.problem
-        marked = mark_control_tokens(problem, self._special) if self._cfg.special_tokens == "text" else problem
+        marks = self._cfg.special_tokens == "text"
+        marked = mark_control_tokens(problem, self._special) if marks else problem
         prompt = Prompt(id=row.id, answer=row.answer)
         if self._chat_template:
             prompt.messages = self._messages(problem, row.where)
@@ -101,6 +103,8 @@ class PromptEncoder:
                 f"{row.where}: column {self._cfg.prompt_column!r} is not text, "
                 "and only a chat template takes messages"
             )
+        if LONE_SURROGATE.search(rendered):
+            raise InputError(f"{row.where}: the text has a lone surrogate, half of a character: correct it")
         return _Draft(prompt, row.where, rendered, marked != problem)
 
     def _fill(self, problem: str) -> str:
@@ -138,7 +142,10 @@ class PromptEncoder:
     def _render(self, messages: list[dict[str, str]], where: str) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self._cfg.chat_template_kwargs
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self._cfg.chat_template_kwargs | {"chat_template": self._chat_template},
             )
         except Exception as error:  # a template can raise any error
             raise InputError(f"{where}: the tokenizer's chat template fails: {_one_line(error)}") from None
@@ -206,7 +213,7 @@ def _check_template(template: str, section: str) -> None:
 
 def _chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> str:
     """Return the source of the chat template to apply; empty means none."""
-    has_one = tokenizer.chat_template is not None
+    has_one = bool(tokenizer.chat_template)
     chat = has_one if cfg.use_chat_template is None else cfg.use_chat_template
     if chat and not has_one:
         raise InputError(
@@ -224,19 +231,20 @@ def _chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section:
                 )
         return ""
     field, variables = f"{section}.chat_template_kwargs", cfg.chat_template_kwargs
-    try:
-        source = tokenizer.get_chat_template(variables.get("chat_template"), variables.get("tools"))
-    except ValueError as error:
+    templates: Any = tokenizer.chat_template
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    name = variables.get("chat_template", "default")
+    if name not in templates:
         raise InputError(
-            f"{field}: {_one_line(error)} Set {field}.chat_template to one of these names"
-        ) from None
-    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    for name in variables:
-        if name in _OWN_VARIABLES:
-            continue
-        if name in taken or not re.search(rf"\b{re.escape(name)}\b", source):
-            raise InputError(f"{field}.{name} is no variable of the tokenizer's chat template: leave it out")
-    return source
+            f"{field}.chat_template = {name!r} is not one of the tokenizer's chat templates "
+            f"{sorted(templates)}: choose one of them"
+        )
+    for variable in variables:
+        used = re.search(rf"\b{re.escape(variable)}\b", templates[name])
+        if variable != "chat_template" and (variable in _TAKEN or not used):
+            raise InputError(f"{field}.{variable} is no variable of the chat template: leave it out")
+    return templates[name]
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
@@ -270,7 +278,7 @@ def _cpu_time_limit() -> Iterator[Any]:
     """
 
     def expired(*_: object) -> None:
-        raise TimeoutError(f"it took more than {RENDER_LIMIT_S:g} s")
+        raise TimeoutError(f"it took more than {RENDER_LIMIT_S:g} s of CPU time")
 
     before = signal.signal(signal.SIGVTALRM, expired)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,10 +24,10 @@ _BATCH = 1000
 """Rows of a Parquet file or an Arrow table that are in memory at a time."""
 _LONGEST_NUMBER = 400
 """Digits before or after the point that a number may have; a 64-bit float has at most 324."""
-_NO_CHARACTER = re.compile("[\ud800-\udfff]")
-"""Halves of UTF-16 pairs. JSON can hold them alone, but no file can."""
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_REMEDY = "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or a name on the hub"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_REMEDY = "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or owner/name of the hub"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character beyond U+FFFF. JSON can hold one, but no text file and no tokenizer."""
 
 Columns = tuple[str, str]
 Record = dict[str, Any]
@@ -119,9 +120,10 @@ def _answer(value: Any, column: str, where: str) -> str:
         number = Decimal(str(value))  # str gives the shortest text of the value's own width
         if number.is_finite() and abs(number.adjusted()) < _LONGEST_NUMBER:
             text = format(number, "f")
-    if not text.strip() or _NO_CHARACTER.search(text):
+    if not text.strip() or LONE_SURROGATE.search(text):
+        shown = str(value) if isinstance(value, np.floating | Decimal) else repr(value)
         raise InputError(
-            f"{where}: column {column!r} is {value!r:.200}: "
+            f"{where}: column {column!r} is {shown:.200}: "
             f"give every problem an answer, text or a finite number of at most {_LONGEST_NUMBER} digits"
         )
     return text
@@ -135,7 +137,8 @@ def _records(source: str, cfg: DataConfig, section: str, field: str) -> Iterator
         raise
     except Exception as error:  # readers of many formats raise errors of many kinds
         reason = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"{field} cannot be loaded ({reason}): {_REMEDY}") from None
+        remedy = "correct it" if os.path.exists(source) else _REMEDY
+        raise InputError(f"{field} cannot be loaded ({reason}): {remedy}") from None
 
 
 def _open(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Record]:
@@ -187,8 +190,10 @@ def _json_records(path: Path, columns: Columns) -> Iterator[Record]:
         for where, line in lines:
             try:
                 record = json.loads(line, parse_float=Decimal) if isinstance(line, str) else line
-            except (ValueError, ArithmeticError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: {error}") from None
+            except ArithmeticError:
+                raise ValueError(f"{where}: the exponent of a number is too large") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{where} is no object with columns")
             yield record
@@ -206,7 +211,8 @@ def _csv_records(path: Path, columns: Columns) -> Iterator[Record]:
 
 
 def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
-    with pyarrow.parquet.ParquetFile(path) as file:
+    # given a path, ParquetFile would read "file:x.parquet" as a URI
+    with pa.OSFile(str(path)) as source, pyarrow.parquet.ParquetFile(source) as file:
         wanted = _outer_columns(columns, file.schema_arrow.names)
         for batch in file.iter_batches(_BATCH, columns=wanted):
             yield from _arrow_records(pa.Table.from_batches([batch]))

@@ -35,12 +35,10 @@ CHAT_TEMPLATE = (
 
 def character_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per character."""
-    vocab = {"?": 0} | {
-        character: i + 1 for i, character in enumerate(c for c in string.printable if c != "?")
-    }
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="?"))
+    vocab = {token: i for i, token in enumerate(["<unk>", *string.printable])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", chat_template=chat_template)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", chat_template=chat_template)
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> str:

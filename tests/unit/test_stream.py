@@ -46,5 +46,3 @@ def test_stream_refuses_the_state_of_another_data_set() -> None:
     state = PromptStream(prompts_of(10), seed=5, shuffle=True).state_dict()
     with pytest.raises(InputError, match="data has 9 prompts, the checkpoint's data had 10"):
         PromptStream(prompts_of(9), seed=5, shuffle=True).load_state_dict(state)
-
-
