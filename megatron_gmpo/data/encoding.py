@@ -253,11 +253,10 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pat
     These are the tokenizer's special tokens, and the added tokens that the template writes, as in
     transformers' ``sanitize_control_tokens``. DeepSeek does not mark ``<|User|>`` as special, for example.
     """
-    tokens = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in template and not token.content.isspace())
-    ]
+    named = tokenizer.all_special_tokens  # slow tokenizers do not mark all of them as special
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special or token.content in template}
+    tokens = [token for token in tokens.union(named) if not token.isspace()]
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 

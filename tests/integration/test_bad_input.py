@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.checkpoint import model_identity
+from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.models.description import read_hf_config
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
@@ -166,6 +168,15 @@ CASES: dict[str, tuple[Case, str]] = {
         r"run_dir = '.*same' already holds iter_0000007: "
         r"set checkpoint\.resume = true or choose another run_dir",
     ),
+    "resume with other data": (
+        case(run_dir="{tmp}/trained"),
+        r"error: data has other prompts and other answers than the checkpoint's data: "
+        r"resume with .*, or set data\.allow_changed = true",
+    ),
+    "position beyond the data": (
+        case(run_dir="{tmp}/damaged"),
+        r"error: the checkpoint's state is damaged: prompts: position = 5 is beyond the 4 prompts",
+    ),
     "no replay": (
         case(rollout__replay_path="nowhere"),
         r"rollout\.replay_path = 'nowhere' has no groups for step 0, it has no steps at all: "
@@ -196,10 +207,18 @@ def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     for step in range(2):
         (folder / "rollouts" / f"step_{step:06d}.jsonl").touch()
     identity = model_identity(read_hf_config(str(model)), "fp32")
-    for name, saved in (("same", identity), ("other", identity | {"hidden_size": 128})):
+    prompts = [Prompt(str(i), answer=str(i), input_ids=[i]) for i in range(4)]
+    stream = PromptStream(prompts, seed=1234, shuffle=True).state_dict()
+    state = {"step": 7, "model": identity, "config": {"train": {}}, "prompts": stream}
+    for name, changes in {
+        "same": {},
+        "other": {"model": identity | {"hidden_size": 128}},
+        "trained": {},
+        "damaged": {"prompts": stream | {"position": 5}},
+    }.items():
         checkpoint = folder / name / "checkpoints" / "iter_0000007"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "state.json").write_text(json.dumps({"step": 7, "model": saved}))
+        (checkpoint / "state.json").write_text(json.dumps(state | changes))
         (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("7")
     return folder
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -42,7 +44,107 @@ def test_stream_resumes_exactly(taken: int, shuffle: bool) -> None:
     assert resumed.state_dict() == stream.state_dict()
 
 
-def test_stream_refuses_the_state_of_another_data_set() -> None:
-    state = PromptStream(prompts_of(10), seed=5, shuffle=True).state_dict()
-    with pytest.raises(InputError, match="data has 9 prompts, the checkpoint's data had 10"):
-        PromptStream(prompts_of(9), seed=5, shuffle=True).load_state_dict(state)
+SUMS = [Prompt(f"p/{i}", answer=str(i), input_ids=[i, i + 1, 300_000]) for i in range(10)]
+
+
+def changed(**edits: Any) -> list[Prompt]:
+    """Return the sums with the fourth one edited."""
+    return [replace(prompt, **edits) if prompt.id == "p/3" else prompt for prompt in SUMS]
+
+
+def swapped(prompts: list[Prompt], field: str) -> list[Prompt]:
+    """Exchange a field of the first two prompts."""
+    first, second = (getattr(prompt, field) for prompt in prompts[:2])
+    return [replace(prompts[0], **{field: second}), replace(prompts[1], **{field: first}), *prompts[2:]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (SUMS[:-1], "data has 9 prompts, the checkpoint's data had 10"),
+        ([*SUMS, SUMS[0]], "data has 11 prompts, the checkpoint's data had 10"),
+        (SUMS[::-1], "data has the checkpoint's prompts and answers in another order"),
+        ([SUMS[1], SUMS[0], *SUMS[2:]], "data has the checkpoint's prompts and answers in another order"),
+        (changed(answer="4"), "data has the checkpoint's prompts with other answers"),
+        (changed(answer="03"), "data has the checkpoint's prompts with other answers"),
+        (changed(answer="3 "), "data has the checkpoint's prompts with other answers"),
+        (swapped(SUMS, "answer"), "data has the checkpoint's prompts with other answers"),
+        (changed(input_ids=[3, 4, 300_001]), "data has the checkpoint's answers, but other prompts"),
+        (changed(input_ids=[3, 4, 300_000, 0]), "data has the checkpoint's answers, but other prompts"),
+        (swapped(SUMS, "input_ids"), "data has the checkpoint's answers, but other prompts"),
+        (changed(input_ids=[1], answer="1"), "data has other prompts and other answers than the"),
+    ],
+)
+def test_a_changed_data_set_is_refused_or_accepted(prompts: list[Prompt], message: str) -> None:
+    stream = PromptStream(SUMS, seed=5, shuffle=True)
+    stream.next(13)
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = PromptStream(prompts, seed=5, shuffle=True)
+    with pytest.raises(InputError, match=f"^{message}.*: .*data.allow_changed = true$"):
+        resumed.load_state_dict(state)
+    assert resumed.load_state_dict(state, allow_changed=True).startswith(message)
+    # the position stays if it can; otherwise the next epoch begins
+    position = (1, 3) if len(prompts) == len(SUMS) else (2, 0)
+    assert (resumed.epoch, resumed.position) == position
+    again = PromptStream(prompts, seed=5, shuffle=True)
+    assert again.load_state_dict(resumed.state_dict()) == ""
+
+
+def test_ids_are_not_part_of_the_data() -> None:
+    # so that a file can move
+    moved = [replace(prompt, id=f"q/{i}") for i, prompt in enumerate(SUMS)]
+    state = PromptStream(SUMS, seed=5, shuffle=True).state_dict()
+    assert PromptStream(moved, seed=5, shuffle=True).load_state_dict(state) == ""
+
+
+def test_another_order_of_the_stream_is_refused() -> None:
+    state = PromptStream(SUMS, seed=5, shuffle=True).state_dict()
+    with pytest.raises(
+        InputError, match=r"data\.shuffle = false, the checkpoint was written with the opposite"
+    ):
+        PromptStream(SUMS, seed=5, shuffle=False).load_state_dict(state)
+
+
+def test_a_state_without_a_fingerprint_is_accepted() -> None:
+    state = {"seed": 5, "epoch": 1, "position": 3, "num_prompts": 10}
+    stream = PromptStream(SUMS, seed=0, shuffle=True)
+    assert stream.load_state_dict(state) == ""
+    assert (stream.seed, stream.epoch, stream.position) == (5, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "field"),
+    [
+        ({"position": 11}, "prompts: position = 11 is beyond the 10 prompts"),
+        ({"position": 10**30}, "prompts: position = 1000"),
+        ({"position": -1}, "prompts.position: "),
+        ({"position": "3"}, "prompts.position: "),
+        ({"position": 3.5}, "prompts.position: "),
+        ({"position": None}, "prompts.position: "),
+        ({"epoch": -1}, "prompts.epoch: "),
+        ({"epoch": True}, "prompts.epoch: "),
+        ({"num_prompts": 0}, "prompts.num_prompts: "),
+        ({"seed": []}, "prompts.seed: "),
+        ({"fingerprint": {}}, "prompts.fingerprint.prompts: "),
+    ],
+)
+def test_a_damaged_state_is_refused(damage: dict[str, Any], field: str) -> None:
+    state = PromptStream(SUMS, seed=5, shuffle=True).state_dict() | damage
+    with pytest.raises(
+        InputError, match=rf"^the checkpoint's state is damaged: {field}.*: resume from an older"
+    ):
+        PromptStream(SUMS, seed=5, shuffle=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("field", ["seed", "epoch", "position", "num_prompts"])
+def test_a_state_without_a_field_is_refused(field: str) -> None:
+    state = PromptStream(SUMS, seed=5, shuffle=True).state_dict()
+    del state[field]
+    with pytest.raises(InputError, match=rf"damaged: prompts\.{field}: Field required"):
+        PromptStream(SUMS, seed=5, shuffle=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", [[], "x", 7])
+def test_a_state_that_is_no_object_is_refused(state: Any) -> None:
+    with pytest.raises(InputError, match="the checkpoint's state is damaged: prompts"):
+        PromptStream(SUMS, seed=5, shuffle=True).load_state_dict(state)
