@@ -259,6 +259,33 @@ def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, 
     assert (broken / "transcripts.jsonl").read_text() == (unbroken / "transcripts.jsonl").read_text()
 
 
+def test_a_run_resumes_with_changed_data_only_if_told_to(
+    argv: list[str], two_steps: Path, tmp_path: Path
+) -> None:
+    run_dir, problems = tmp_path / "run", tmp_path / "problems.jsonl"
+    shutil.copytree(two_steps, run_dir)
+    rows = json_lines(Path(argv[argv.index("--data.path") + 1]))
+    problems.write_text("".join(json.dumps(row | {"answer": "9" + row["answer"]}) + "\n" for row in rows))
+    edited = [*argv, *options(run_dir=run_dir, data__path=problems, train__num_steps=3, **ADAPTIVE)]
+    change = "data has the checkpoint's prompts with other answers"
+    metrics = (run_dir / "metrics.jsonl").read_text()
+    done = run_module("megatron_gmpo.train", *edited)
+    assert done.returncode == 2
+    (line,) = error_lines(done.stderr)
+    assert line.startswith(f"error: {change}: ")
+    assert (run_dir / "metrics.jsonl").read_text() == metrics
+    done = run_module("megatron_gmpo.train", *edited, *options(data__allow_changed="true"))
+    assert done.returncode == 0, done.stderr
+    assert f"{change}; data.allow_changed = true accepts it" in done.stderr
+    before, after = (
+        json.loads((run_dir / "checkpoints" / f"iter_000000{step}" / "state.json").read_text())["prompts"]
+        for step in (2, 3)
+    )
+    assert after["position"] == before["position"] + 6
+    assert after["fingerprint"]["prompts"] == before["fingerprint"]["prompts"]
+    assert after["fingerprint"]["answers"] != before["fingerprint"]["answers"]
+
+
 def _untimed(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if not name.startswith(("time/", "throughput/"))}
 
