@@ -42,7 +42,7 @@ setup(
         "tensorboard>=2.18",
         "tomli-w>=1.0",
         "torch>=2.9",
-        "transformers>=5.0",
+        "transformers>=5.22",
     ],
     extras_require={
         "gpu": [  # the versions that megatron-core 0.16.1 and 0.19.2 accept

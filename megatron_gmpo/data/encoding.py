@@ -56,7 +56,7 @@ class PromptEncoder:
         InputError: a template is invalid, or the tokenizer lacks the chat template that a setting needs.
     """
 
-    def __init__(self, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> None:
+    def __init__(self, cfg: DataConfig, tokenizer: Any, section: str) -> None:
         self._cfg, self._tokenizer, self._section = cfg, tokenizer, section
         self._chat_template = _chat_template(cfg, tokenizer, section)
         _check_template(cfg.template, section)
@@ -163,7 +163,7 @@ class PromptEncoder:
             return []
         texts = [draft.rendered for draft in drafts]
         try:
-            ids: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+            ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         except Exception as error:
             if len(drafts) > 1:  # find the row
                 return [ids for draft in drafts for ids in self._token_ids([draft])]
@@ -183,11 +183,11 @@ class PromptEncoder:
         """Return the token ids that the tokenizer puts before a text. What it puts after it is left out."""
         if self._prefix is None:
             text = draft.prompt.text or ""
-            bare: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            whole: Any = self._tokenizer(text)["input_ids"]
+            bare = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            whole = self._tokenizer(text)["input_ids"]
             added = range(len(whole) - len(bare) + 1)
             start = next((i for i in added if whole[i : i + len(bare)] == bare), 0)
-            self._prefix = whole[:start]
+            self._prefix = list(whole[:start])
         return self._prefix
 
 
@@ -201,7 +201,7 @@ def _check_template(template: str, section: str) -> None:
         raise InputError(
             f"{field} is not a format string ({error}): write literal braces as {{{{ and }}}}"
         ) from None
-    names = {name for name, _, _ in fields}
+    names = {str(name) for name, _, _ in fields}
     if names != {"prompt"}:
         raise InputError(
             f"{field} must have the field {{prompt}} and no other, has {sorted(names)}: "
@@ -211,7 +211,7 @@ def _check_template(template: str, section: str) -> None:
         raise InputError(f"{field} formats its field: write {{prompt}} without ':' and '!'")
 
 
-def _chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> str:
+def _chat_template(cfg: DataConfig, tokenizer: Any, section: str) -> str:
     """Return the source of the chat template to apply; empty means none."""
     has_one = bool(tokenizer.chat_template)
     chat = has_one if cfg.use_chat_template is None else cfg.use_chat_template
@@ -231,7 +231,7 @@ def _chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section:
                 )
         return ""
     field, variables = f"{section}.chat_template_kwargs", cfg.chat_template_kwargs
-    templates: Any = tokenizer.chat_template
+    templates = tokenizer.chat_template
     if isinstance(templates, str):
         templates = {"default": templates}
     name = variables.get("chat_template", "default")
@@ -247,7 +247,7 @@ def _chat_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section:
     return templates[name]
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
+def _special_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
     """Return a pattern of the tokens with which text could forge a turn, the longest first.
 
     These are the tokenizer's special tokens, and the added tokens that the template writes, as in

@@ -156,7 +156,9 @@ def _open(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Re
         except IndexError:  # raised for a data set without rows
             return iter(())
     elif path.is_dir():
-        raise InputError(f"{field} is a folder that save_to_disk did not write: name its files in files")
+        raise InputError(
+            f"{field} is a folder that save_to_disk did not write: name its files in {section}.files"
+        )
     elif path.exists():
         raise InputError(f"{field} has an unknown format: {_REMEDY}")
     elif cfg.files or path.suffix in _READERS or not _HUB_NAME.fullmatch(hub):
@@ -169,7 +171,7 @@ def _open(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Re
     return _dataset_records(splits[cfg.split], columns)
 
 
-def _check_split(cfg: DataConfig, section: str, source: str, splits: list[str]) -> None:
+def _check_split(cfg: DataConfig, section: str, source: str, splits: list[Any]) -> None:
     if cfg.split not in splits:
         raise InputError(
             f"{section}.split = {cfg.split!r} is not a split of {source}: choose one of {splits}"

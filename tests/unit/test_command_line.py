@@ -255,12 +255,13 @@ def test_help_prints_every_field(printed: dict[str, tuple[str, str]]) -> None:
         for section, info in Config.model_fields.items()
         for name in getattr(info.annotation, "model_fields", [section])
     }
-    tables = {"megatron", "algorithm.options", "sglang.args", "eval.sets"}
+    tables = {"megatron", "algorithm.options", "sglang.args", "eval.sets", "data.chat_template_kwargs"}
     assert {"optimizer.lr", "run_dir"} <= fields
     assert fields - tables <= printed.keys()
     assert printed.keys() - fields == {
         *(f"{table}.NAME" for table in tables - {"eval.sets"}),
-        *(f"eval.sets.NAME.{name}" for name in DataConfig.model_fields),
+        *(f"eval.sets.NAME.{name}" for name in DataConfig.model_fields if f"data.{name}" not in tables),
+        "eval.sets.NAME.chat_template_kwargs.NAME",
     }
 
 
