@@ -12,12 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from ..batch.samples import FinishReason, Prompt, Sample, SampleGroup
 from ..distributed import agreed, all_gather_objects, rank, world_size
@@ -75,9 +70,10 @@ class EmbeddedEngine:
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
 
-        ``rollout_logprobs`` refer to the sampled distribution, after temperature, top-k and top-p. For greedy
-        decoding they refer to the model's distribution at temperature 1. With ``router_noise``, log
-        probabilities and recorded experts include the effect of the noise.
+        ``rollout_logprobs`` refer to the distribution after temperature and before top-k and top-p, like
+        those of the policy and of SGLang. For greedy decoding they refer to the model's distribution at
+        temperature 1. With ``router_noise``, log probabilities and recorded experts include the effect of the
+        noise.
 
         Raises:
             NonFiniteError: the weights give logits that are NaN or infinite.
@@ -154,10 +150,10 @@ class EmbeddedEngine:
             experts = prompt_experts[0].new_zeros(*tokens.shape, *prompt_experts[0].shape[1:])
         lengths = torch.zeros_like(rows)  # 0 for unfinished responses
         end_tokens = torch.tensor(sorted(self._end_ids), dtype=torch.int64, device=self.device)
-        warpers = _warpers(sampling)
+        truncation = _truncation(sampling)
         for step in range(sampling.max_new_tokens):
             # (b,) each
-            token, logprob = _sample(logits, warpers, generator, greedy=sampling.temperature == 0)
+            token, logprob = _sample(logits, sampling.temperature, truncation, generator)
             tokens[rows, step], logprobs[rows, step] = token, logprob
             ends = torch.isin(token, end_tokens)
             if sampling.stop:
@@ -321,30 +317,30 @@ class _RouterNoise(TorchFunctionMode):
         )
 
 
-def _warpers(sampling: SamplingParams) -> LogitsProcessorList:
-    """Return the logits processors in the order of transformers' ``generate``."""
-    warpers = LogitsProcessorList()
-    if sampling.temperature not in (0, 1):
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+def _truncation(sampling: SamplingParams) -> LogitsProcessorList:
+    """Return the logits processors that remove tokens, in the order of transformers' ``generate``."""
+    truncation = LogitsProcessorList()
     if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
+        truncation.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers
+        truncation.append(TopPLogitsWarper(sampling.top_p))
+    return truncation
 
 
 def _sample(
-    logits: Tensor, warpers: LogitsProcessorList, generator: torch.Generator, *, greedy: bool
+    logits: Tensor, temperature: float, truncation: LogitsProcessorList, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Sample from (B, V) fp32 logits; return (B,) tokens and their (B,) log probabilities."""
-    if not greedy:
-        logits = warpers(None, logits)  # pyright: ignore[reportArgumentType]
-    logprobs = logits.log_softmax(-1)
-    token = (
-        logprobs.argmax(-1, keepdim=True)
-        if greedy
-        else torch.multinomial(logprobs.exp(), 1, generator=generator)
-    )
+    """Sample from (B, V) fp32 logits; return (B,) tokens and their (B,) log probabilities.
+
+    ``truncation`` limits the tokens to sample from and does not change the log probabilities.
+    """
+    if temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        token = logprobs.argmax(-1, keepdim=True)
+    else:
+        logprobs = (logits / temperature).log_softmax(-1)
+        weights = truncation(None, logprobs).exp()  # pyright: ignore[reportArgumentType]
+        token = torch.multinomial(weights, 1, generator=generator)
     return token[:, 0], logprobs.gather(1, token)[:, 0]
 
 

@@ -144,41 +144,51 @@ def truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> T
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (16, 0.6), (6, 0.8)])
-def test_truncated_sampling_reports_the_truncated_distribution(
+def test_truncated_sampling_reports_the_whole_distribution(
     top_k: int, top_p: float, folder_of: Callable[..., Path]
 ) -> None:
+    """No token outside the truncated distribution is drawn.
+
+    The log probabilities are those of the whole distribution, as SGLang's sampler.py takes them: from the
+    softmax at the temperature, before top-k and top-p.
+    """
     folder = folder_of("qwen3_moe")
     sampling = SamplingParams(
         n=4, max_new_tokens=8, temperature=1.3, top_k=0 if top_k == 16 else top_k, top_p=top_p
     )
     groups = engine_of(folder).generate(prompts_of(folder, TEXTS), sampling)
-    whole = []
+    cut = []
     for sample in (s for g in groups for s in g.samples):
         logits, response = response_logits(folder, sample)
-        expected = truncated(logits, 1.3, top_k, top_p).gather(1, response[:, None])[:, 0]
-        assert (expected > 0).all()
+        drawn_from = truncated(logits, 1.3, top_k, top_p).gather(1, response[:, None])[:, 0]
+        assert (drawn_from > 0).all()
+        whole = (logits.double() / 1.3).log_softmax(-1).gather(1, response[:, None])[:, 0]
         found = torch.tensor(sample.rollout_logprobs, dtype=torch.float64)[-len(response) :]
-        assert_close(found, expected.log(), atol=2e-5, rtol=0)
-        whole.append((logits / 1.3).double().log_softmax(-1).gather(1, response[:, None])[:, 0] - found)
-    assert torch.cat(whole).max() < -0.05  # differs from the untruncated distribution
+        assert_close(found, whole, atol=2e-5, rtol=0)
+        cut.append(drawn_from.log() - whole)
+    assert torch.cat(cut).min() > 0.05  # every step removed tokens
 
 
-def test_samples_follow_the_distribution(folder_of: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (6, 0.8)])
+def test_samples_follow_the_distribution(top_k: int, top_p: float, folder_of: Callable[..., Path]) -> None:
     folder = folder_of("qwen3")
     (prompt,) = prompts_of(folder, ["12+1="])
     n = 10_000
     (group,) = engine_of(folder, batch_size=n).generate(
-        [prompt], SamplingParams(n=n, max_new_tokens=1, temperature=1.5)
+        [prompt], SamplingParams(n=n, max_new_tokens=1, temperature=1.5, top_k=top_k, top_p=top_p)
     )
     counts = torch.bincount(torch.tensor([s.tokens[-1] for s in group.samples]), minlength=16).double()
     logits, _ = response_logits(folder, group.samples[0])
 
     def p_value(temperature: float) -> float:
-        expected = n * (logits[0].double() / temperature).softmax(-1)
-        assert expected.min() > 5
-        chi_square = ((counts - expected) ** 2 / expected).sum()
+        expected = n * truncated(logits, temperature, top_k or 16, top_p)[0]
+        kept = expected > 0
+        if counts[~kept].any():
+            return 0.0
+        assert expected[kept].min() > 5
+        chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
         # This is the survival function of chi-square.
-        return float(torch.special.gammaincc(torch.tensor(15 / 2).double(), chi_square / 2))
+        return float(torch.special.gammaincc((kept.sum() - 1).double() / 2, chi_square / 2))
 
     assert p_value(1.5) > 0.001
     assert p_value(1.3) < 1e-6  # the test detects a wrong temperature
