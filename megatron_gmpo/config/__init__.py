@@ -42,7 +42,7 @@ __all__ = [
 class Config(Section):
     run_dir: str = "runs/gmpo"
     """Run folder, which receives the metrics, records and checkpoints of the run."""
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=0)] = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
     distributed_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Timeout of one collective."""

@@ -87,8 +87,10 @@ class RolloutConfig(Section):
     max_new_tokens: Positive = 1024
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability mass of the most likely tokens to sample from; 1 means all. Values below 1 bias training:
+    the loss's ratio does not know that tokens were left out."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Number of most likely tokens to sample from; 0 means all."""
+    """Number of most likely tokens to sample from; 0 means all. Other values bias training, like top_p."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, in addition to the end-of-sequence token."""
     batch_size: Positive = 64

@@ -25,6 +25,7 @@ class SamplingParams:
         stop: strings that end a response, in addition to the end tokens.
         router_noise: standard deviation of Gaussian noise on a MoE's router logits; only the embedded engine
             adds it.
+        seed: numbers from which every sample's own seed is drawn; the SGLang engine sets them.
     """
 
     n: int = 1
@@ -34,6 +35,7 @@ class SamplingParams:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     router_noise: float = 0.0
+    seed: tuple[int, ...] = (0,)
 
 
 class RolloutEngine(Protocol):

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import random
 import resource
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from aiohttp import web
+from transformers import AutoTokenizer
 
-from megatron_gmpo.config import SGLangConfig
+from megatron_gmpo.batch.samples import Prompt
+from megatron_gmpo.config import Config, SGLangConfig
 from megatron_gmpo.errors import InputError, ServerError
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang import sampler
 from megatron_gmpo.rollout.sglang.client import RolloutClient, _allow_open_files
+from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.sampler import Response, versions_of
 from megatron_gmpo.rollout.sglang.server_state import ServerState
+from megatron_gmpo.rollout.sglang.sync import SyncReport
 
 from ..support.fake_sglang import Answer, FakeProcesses, FakeServer, answer_of
 
@@ -132,10 +138,13 @@ def test_responses_come_in_order_from_the_least_loaded_server(
     assert all(len(fake.bodies) >= 5 for fake in fakes)
     assert sum(len(fake.bodies) for fake in fakes) == 20
     body = fakes[0].bodies[0]
+    seeds = [body["sampling_params"].pop("sampling_seed") for fake in fakes for body in fake.bodies]
     assert body["sampling_params"] == {
         "temperature": 1.0, "top_p": 1.0, "top_k": -1, "stop": [], "stop_token_ids": [2], "ignore_eos": False,
         "no_stop_trim": True, "skip_special_tokens": False, "max_new_tokens": 4,
     }  # fmt: skip
+    assert len(set(seeds)) == 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
     assert body["return_logprob"]
     assert not body["return_routed_experts"]
     assert len({body["rid"] for fake in fakes for body in fake.bodies}) == 20
@@ -196,6 +205,7 @@ def test_a_response_aborted_by_a_sync_continues_with_the_new_weights(
     first, second = fakes[0].bodies
     assert second["input_ids"] == PROMPT + tokens_from(3, 3)
     assert (first["sampling_params"]["max_new_tokens"], second["sampling_params"]["max_new_tokens"]) == (8, 5)
+    assert first["sampling_params"]["sampling_seed"] == second["sampling_params"]["sampling_seed"]
     assert first["sampling_params"]["ignore_eos"]
     assert served.retries == 0
 
@@ -529,6 +539,67 @@ def test_closing_aborts_the_requests_on_external_servers(
     assert sorted(fakes[0].aborted) == sorted(body["rid"] for body in fakes[0].bodies)
     assert not served._thread.is_alive()
     served.close = lambda: None  # the fixture must not close it again
+
+
+@pytest.fixture
+def engine(fakes: list[FakeServer], text_model: Path, tmp_path: Path) -> Iterator[Callable[[], SGLangEngine]]:
+    """Return a function that makes an engine on the first server. A weight sync changes only the version."""
+    made: list[SGLangEngine] = []
+    rollout = {"engine": "sglang", "server_urls": [fakes[0].server.url]}
+    sections = {"rollout": rollout, "sglang": {"health_interval_s": 0.05}, "model": {"path": str(text_model)}}
+
+    class Sync:
+        def update(self, servers: Any, tensors: Any, version: str) -> SyncReport:
+            fakes[0].weight_version = version
+            return SyncReport(0, 1.0, ())
+
+        def close(self) -> None: ...
+
+    def make() -> SGLangEngine:
+        cfg = Config.model_validate({"run_dir": str(tmp_path), **sections})
+        sync: Any = Sync()
+        made.append(
+            SGLangEngine(cfg, [fakes[0].server], None, sync, AutoTokenizer.from_pretrained(text_model))
+        )
+        return made[-1]
+
+    fakes[0].start()
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_samples_of_deterministic_servers_differ_and_are_drawn_again_after_a_resume(
+    engine: Callable[[], SGLangEngine], fakes: list[FakeServer]
+) -> None:
+    """The server draws as SGLang does if it infers deterministically, which no real server does on a CPU.
+
+    The noise of a token depends on its seed and position only (sampler.py:multinomial_with_seed). Requests
+    without a seed have seed 42 (sampling_batch_info.py), so all samples of a group would be equal.
+    """
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        answer = answer_of(body, fakes[0].weight_version)
+        seed, start = body["sampling_params"].get("sampling_seed", 42), len(body["input_ids"])
+        answer["output_ids"] = [random.Random(f"{seed}/{start + i}").randrange(20, 120) for i in range(8)]
+        return answer
+
+    fakes[0].generate = generate
+    prompts = [Prompt("p", "", input_ids=PROMPT)] * 2
+
+    def draw(engine: SGLangEngine) -> list[tuple[int, ...]]:
+        groups = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=8))
+        return [tuple(s.tokens) for group in groups for s in group.samples]
+
+    def at(engine: SGLangEngine, version: int) -> list[list[tuple[int, ...]]]:
+        engine.update_weights([], version)
+        return [draw(engine), draw(engine)]
+
+    first = engine()
+    steps = [at(first, 5), at(first, 6)]
+    assert len({sample for step in steps for drawn in step for sample in drawn}) == 32
+    assert at(first, 6) == steps[1]  # samples drawn since, e.g. by an evaluation, have no effect
+    assert at(engine(), 6) == steps[1]
 
 
 def test_routed_experts_are_decoded(client: Callable[..., RolloutClient], fakes: list[FakeServer]) -> None:

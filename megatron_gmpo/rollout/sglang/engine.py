@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,7 @@ class SGLangEngine:
         if rank() == 0:
             self._client = RolloutClient(servers, local, cfg.sglang, self._nonce, bool(routed_experts))
         self._asleep = False
+        self._submits = 0
         self._figures: dict[str, Metric] = {}
         self._counted = (0, 0)
 
@@ -91,7 +92,13 @@ class SGLangEngine:
         return self.wait(self.submit(prompts, sampling))
 
     def submit(self, prompts: list[Prompt], sampling: SamplingParams) -> Ticket:
-        """Start sampling and return at once."""
+        """Start sampling and return at once.
+
+        Seeds depend on ``cfg.seed``, the step of the weights and the number of ``submit`` calls since
+        ``update_weights``, so a resumed run sends the same seeds as an uninterrupted run.
+        """
+        sampling = replace(sampling, seed=(self._cfg.seed, max(0, self.version), self._submits))
+        self._submits += 1
         future = self._client and self._client.submit(
             [p.input_ids for p in prompts], sampling, sorted(self._end_ids)
         )
@@ -119,6 +126,7 @@ class SGLangEngine:
         ``weight_sync.in_flight`` determines how unfinished responses continue. Does nothing if the servers
         already have ``version``.
         """
+        self._submits = 0
         if version == self.version and not self._asleep:
             return
         self.version, self._named_tensors = version, named_tensors

@@ -92,6 +92,11 @@ class Sampler:
     ) -> list[list[Response]]:
         """Return ``sampling.n`` responses for each prompt, in order. Tokens in ``end_ids`` end a response.
 
+        Every sample has its own seed, drawn from ``sampling.seed``. SGLang reads it if
+        ``enable_deterministic_inference`` or ``rl_on_policy_target`` is set, and uses 42 where it is missing
+        (sampling_batch_info.py). It adds noise to each token that depends on seed and position only, so a
+        continued response keeps its seed.
+
         Raises:
             InputError: a server refuses a request or the API key.
             ServerError: a sample failed ``ATTEMPTS`` times, or a server refused requests for
@@ -109,8 +114,12 @@ class Sampler:
         }
         self._watcher.expect_answers()
         n, limit = sampling.n, sampling.max_new_tokens
+        bits = np.random.SeedSequence(sampling.seed).generate_state(len(prompts) * n, np.uint64)
         responses = await asyncio.gather(
-            *(self._sample(prompt, limit, parameters) for prompt in prompts for _ in range(n))
+            *(
+                self._sample(prompts[i // n], limit, parameters | {"sampling_seed": seed})
+                for i, seed in enumerate((bits >> np.uint64(1)).tolist())  # SGLang takes int64
+            )
         )
         return [responses[at : at + n] for at in range(0, len(responses), n)]
 
