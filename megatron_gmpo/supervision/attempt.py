@@ -22,8 +22,11 @@ from . import signals
 from .heartbeat import Heartbeat
 from .lock import RunLock
 from .node_check import check_nodes
-from .records import OUTCOME, Outcome, append_event, node_name, rank_file, read_outcome, write_outcome
+from .records import OUTCOME, Outcome, append_event, node_name, outcome_after, rank_file, write_outcome
 from .stop import StopVote
+
+_CAUSE_S = 10.0
+"""Seconds that a rank which lost another one waits for the cause, before it ends."""
 
 
 class Attempt:
@@ -40,6 +43,7 @@ class Attempt:
     def __init__(self, cfg: Config) -> None:
         self._cfg, self._run_dir = cfg, Path(cfg.run_dir)
         self._first = os.environ.get("RANK", "0") == "0"  # needed before the process group exists
+        self._several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
         self._lock: RunLock | None = None
         self._heartbeat: Heartbeat | None = None
         self._stop = ""
@@ -73,8 +77,7 @@ class Attempt:
         )
         signals.before_exit = self._terminated
         self._vote = StopVote(supervision.stop_margin_s)
-        several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
-        if several_nodes if supervision.node_check is None else supervision.node_check:
+        if self._several_nodes if supervision.node_check is None else supervision.node_check:
             self.enter("node_check")
             rollout = self._cfg.rollout
             shared_gpus = rollout.placement == "colocated" and bool(
@@ -156,12 +159,13 @@ class Attempt:
         )
         if "timed out" in str(error).lower():
             lost.exit = Exit.HUNG
-        if not self._record(lost.exit, str(lost), consequence=True) and (
-            cause := read_outcome(self._run_dir)
-        ):
-            if cause.node == node_name():  # a rank of this node has already printed it
-                raise SystemExit(cause.code) from None
-            lost = CollectiveError(cause.reason)
+        first = self._record(lost.exit, str(lost), consequence=True)
+        # If this rank ends first, Slurm may kill the torchrun of another node before it records the cause.
+        outcome = outcome_after(self._run_dir, _CAUSE_S if self._several_nodes else 0)
+        if outcome and not (first and outcome.consequence):
+            if outcome.node == node_name():  # a process of this node has already printed it
+                raise SystemExit(outcome.code) from None
+            lost = CollectiveError(outcome.reason)
         raise lost from None
 
     def _hung(self, reason: str) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from .. import files
 
 OUTCOME = "outcome.json"
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ def write_outcome(run_dir: Path, outcome: Outcome) -> bool:
         return False
     files.write(path, content)
     return True
+
+
+def outcome_after(run_dir: Path, timeout_s: float) -> Outcome | None:
+    """Return the outcome of this attempt. Wait up to ``timeout_s`` for a cause while it is a consequence."""
+    deadline = time.monotonic() + timeout_s
+    while (found := read_outcome(run_dir)) and found.consequence and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return found
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:

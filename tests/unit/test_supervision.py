@@ -13,8 +13,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_gmpo.errors import Exit, InputError
+from megatron_gmpo.config import Config
+from megatron_gmpo.errors import CollectiveError, Exit, InputError
+from megatron_gmpo.supervision import attempt
+from megatron_gmpo.supervision.attempt import Attempt
 from megatron_gmpo.supervision.lock import RunLock
 from megatron_gmpo.supervision.records import Outcome, read_outcome, write_outcome
 from megatron_gmpo.supervision.stop import job_end_time
@@ -32,6 +36,40 @@ def test_a_cause_replaces_a_consequence_and_nothing_else(tmp_path: Path) -> None
     assert not write_outcome(tmp_path, replace(CAUSE, rank=2))
     assert read_outcome(tmp_path) == CAUSE
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outcome.json"]
+
+
+RESET = "[../gloo/transport/tcp/pair.cc:538] Read error [10.0.0.7]:1: Connection reset by peer"
+
+
+@pytest.mark.parametrize("recorded", ["in time", "never"])
+def test_a_rank_that_lost_another_reports_the_kill_and_not_the_reset(
+    recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks are on nodes of their own. torchrun on the other node records the kill a little later."""
+    for name, value in {"RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(attempt, "_CAUSE_S", 20.0 if recorded == "in time" else 0.3)
+    kill = Outcome(Exit.FAILED, "rank 1 on node2 was killed by SIGKILL", 3, 1, "node2", 2.0)
+    cfg = Config.model_validate({"run_dir": str(tmp_path), "supervision": {"node_check": False}})
+    later = threading.Timer(0.5, write_outcome, (tmp_path, kill))
+
+    def lose_the_other() -> None:
+        with Attempt(cfg) as one:
+            one.start(torch.device("cpu"), 0)
+            if recorded == "in time":
+                later.start()
+            raise RuntimeError(RESET)
+
+    with pytest.raises(CollectiveError) as error:
+        lose_the_other()
+    outcome = read_outcome(tmp_path)
+    assert outcome
+    assert outcome.reason == str(error.value)
+    if recorded == "in time":
+        assert outcome == kill
+    else:
+        assert outcome.consequence
+        assert "a collective with other ranks failed (RuntimeError: Read error" in outcome.reason
 
 
 def test_one_of_the_ranks_that_end_together_writes(tmp_path: Path) -> None:
