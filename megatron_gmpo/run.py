@@ -24,7 +24,7 @@ from .batch.samples import Prompt
 from .checkpoint import check_model, checkpoint_size, latest_checkpoint, model_identity, read_state
 from .command_line import load_config, one_line_errors
 from .config import Config
-from .data.prompts import load_prompts, load_tokenizer
+from .data.prompts import check_lengths, load_prompts, load_tokenizer
 from .data.stream import PromptStream
 from .distributed import rank
 from .errors import Exit, InputError, StopRequest
@@ -45,7 +45,7 @@ from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
-from .rollout.replay import check_groups
+from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
 from .weights.safetensors_folder import SafetensorsFolder
 
@@ -135,8 +135,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
 
     Raises:
         InputError: the run folder contains another run; or see ``describe_model``, ``check_fp8``,
-            ``check_optimizer``, ``check_deterministic``, ``load_prompts``, ``check_groups``,
-            ``resolve_reward``.
+            ``check_optimizer``, ``check_deterministic``, ``load_prompts``, ``check_lengths``,
+            ``check_groups``, ``load_groups``, ``resolve_reward``.
     """
     device = choose_device(cfg.device)
     prepare_megatron(device)
@@ -160,15 +160,25 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     if cfg.rollout.engine == "sglang" and generates and on_rank_0:
         check_servers(cfg, description.hf, device)
     tokenizer = load_tokenizer(cfg.model.path)
-    eval_sets = {
-        name: load_prompts(data, tokenizer, f"eval.sets.{name}") for name, data in cfg.eval.sets.items()
-    }
+    positions: int = description.hf.max_position_embeddings
+    if cfg.rollout.engine == "sglang":
+        positions -= 2  # of context_length, which a server leaves free (scheduler.py, tp_worker.py)
+    eval_sets: dict[str, list[Prompt]] = {}
+    for name, data in cfg.eval.sets.items():
+        eval_sets[name] = load_prompts(data, tokenizer, f"eval.sets.{name}")
+        field = "eval.max_new_tokens" if cfg.eval.max_new_tokens else "rollout.max_new_tokens"
+        limit = cfg.eval.max_new_tokens or cfg.rollout.max_new_tokens
+        check_lengths(eval_sets[name], limit, positions, f"eval.sets.{name}", field)
     step: int = read_state(checkpoint)["step"] if checkpoint else 0
     prompts: PromptStream | None = None
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
+        if on_rank_0 and step < cfg.train.num_steps:
+            load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size)
     elif train:
         prompts = _stream(cfg, tokenizer, checkpoint)
+        limit = cfg.rollout.max_new_tokens
+        check_lengths(prompts.prompts, limit, positions, "data", "rollout.max_new_tokens")
     return Run(
         cfg=cfg,
         device=device,

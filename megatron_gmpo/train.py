@@ -157,7 +157,7 @@ class Loop:
         """Return the step's scored groups, sampled now or read from ``rollout.replay_path``."""
         state, replay_path = self.state, self.cfg.rollout.replay_path
         if replay_path:
-            groups = load_groups(replay_path, state.step)
+            groups = load_groups(replay_path, state.step, self.run.description.hf.vocab_size)
             return Collected(groups, rollout_figures(groups))
         assert self.engine
         assert state.collector

@@ -76,7 +76,7 @@ class Sample:
         if self.version_spans is not None:
             self.version_spans = _column("version_spans", self.version_spans, np.int32, (None, 2))
         if self.routed_experts is not None:
-            experts = narrow_experts(self.routed_experts)
+            experts = narrow_experts(np.asarray(self.routed_experts))
             self.routed_experts = _column("routed_experts", experts, experts.dtype, (None, None, None))
 
     @classmethod
@@ -136,8 +136,10 @@ def narrow_experts(ids: np.ndarray) -> np.ndarray:
     """Return expert ids as uint8 if all of them fit, else as int16."""
     if ids.dtype.kind not in "iu":
         raise ValueError(f"expert ids have dtype {ids.dtype}, not an integer type")
-    fits = ids.size == 0 or 0 <= ids.min() <= ids.max() <= np.iinfo(np.uint8).max
-    return ids.astype(np.uint8 if fits else np.int16, copy=False)
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if not -(2**15) <= low <= high < 2**15:
+        raise ValueError(f"expert ids from {low} to {high} do not fit 16 bits")
+    return ids.astype(np.uint8 if 0 <= low <= high < 2**8 else np.int16, copy=False)
 
 
 def version_spans_of(versions: Sequence[int] | np.ndarray, start: int = 0) -> np.ndarray:
@@ -157,4 +159,7 @@ def _column(name: str, values: Any, dtype: DTypeLike, shape: tuple[int | None, .
     if not fits or (array.size and not np.can_cast(array.dtype, dtype, "same_kind")):
         found = f"dtype {array.dtype} and shape {array.shape}"
         raise ValueError(f"Sample.{name} has {found}, not {np.dtype(dtype)} and {shape}")
-    return np.ascontiguousarray(array, dtype)
+    column = np.ascontiguousarray(array, dtype)
+    if array.dtype.kind in "iu" and array.dtype != column.dtype and (column != array).any():
+        raise ValueError(f"Sample.{name} has {array[column != array][0]}, which does not fit {column.dtype}")
+    return column

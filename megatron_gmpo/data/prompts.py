@@ -86,6 +86,29 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
     return kept
 
 
+def check_lengths(
+    prompts: list[Prompt], max_new_tokens: int, positions: int, section: str, limit_field: str
+) -> None:
+    """Check that every prompt leaves room for a response of ``max_new_tokens`` in the model's positions.
+
+    Args:
+        positions: maximum tokens of prompt and response together.
+        section: section of the prompts' config, ``data`` or ``eval.sets.NAME``.
+        limit_field: config field of ``max_new_tokens``.
+
+    Raises:
+        InputError: a prompt is too long; the message names the longest.
+    """
+    longest = max(prompts, key=lambda prompt: len(prompt.input_ids))
+    length, room = len(longest.input_ids), positions - max_new_tokens
+    if length > room:
+        remedy = f"set {section}.max_prompt_tokens = {room} or lower it" if room > 0 else "lower it"
+        raise InputError(
+            f"{limit_field} = {max_new_tokens}: prompt {longest.id} of {section} has {length} tokens, and a "
+            f"prompt and its response can have {positions} together (max_position_embeddings): {remedy}"
+        )
+
+
 def _still_needed(cfg: DataConfig, kept: list[Prompt]) -> int:
     """Return the number of rows to read next: never more than the prompts that are still missing."""
     return _BATCH if cfg.max_prompts is None else min(_BATCH, cfg.max_prompts - len(kept))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from .. import files
-from ..batch.samples import Prompt, Sample, SampleGroup, version_spans_of
+from ..batch.samples import FinishReason, Prompt, Sample, SampleGroup, version_spans_of
 from ..distributed import rank
 from ..errors import InputError
+
+_PROMPT = TypeAdapter(Prompt)
 
 
 def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> None:
@@ -45,25 +49,45 @@ def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
             )
 
 
-def load_groups(folder: str | Path, step: int) -> list[SampleGroup]:
+def load_groups(folder: str | Path, step: int, vocab_size: int) -> list[SampleGroup]:
     """Read the groups of a step, written by ``save_groups``.
 
+    Args:
+        vocab_size: number of token ids of the model that is trained on the groups.
+
     Raises:
-        InputError: the folder has no such step, or a line of its file is broken.
+        InputError: the folder has no such step, its file has no groups, or a line or sample of the file is
+            broken or does not fit the model.
     """
     check_groups(folder, [step])
     path = _step_file(folder, step)
-    groups = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            groups.append(
-                SampleGroup(Prompt(**record["prompt"]), [_decode_sample(s) for s in record["samples"]])
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"rollout.replay_path: line {number} of {path} is broken ({error}): save the step again"
-            ) from None
+    groups: list[SampleGroup] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"line {number}"
+            try:
+                record = json.loads(line)
+                group = SampleGroup(_PROMPT.validate_python(record["prompt"]), [])
+                for i, fields in enumerate(record["samples"]):
+                    place = f"line {number}, sample {i}"
+                    group.samples.append(_decode_sample(fields))
+                    _check_sample(group.samples[-1], vocab_size)
+                groups.append(group)
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                ArithmeticError,
+                RecursionError,
+            ) as error:
+                reason = " ".join(str(error).split())
+                raise InputError(
+                    f"rollout.replay_path: {place} of {path} is broken ({reason}): "
+                    "save the step again, with the model of model.path"
+                ) from None
+    if not all(group.samples for group in groups) or not groups:
+        raise InputError(f"rollout.replay_path: {path} has no groups, or one without samples: save it again")
     return groups
 
 
@@ -117,3 +141,27 @@ def _decode_sample(record: dict[str, Any]) -> Sample:
         versions = fields.pop("token_versions")
         fields["version_spans"] = None if versions is None else version_spans_of(versions)
     return Sample(**fields)
+
+
+def _check_sample(sample: Sample, vocab_size: int) -> None:
+    """Raise a ValueError if training cannot use the sample. ``Sample`` has checked types and shapes."""
+    tokens, length = sample.tokens, len(sample.tokens)
+    if length == 0 or sample.response_mask[0]:
+        raise ValueError("it does not start with a prompt token")
+    if not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {vocab_size}")
+    if not np.isfinite(sample.rollout_logprobs).all():
+        raise ValueError("a log probability is not finite")
+    if sample.version_spans is not None:
+        starts = sample.version_spans[:, 0]
+        if not (len(starts) and starts[0] >= 0 and (np.diff(starts) > 0).all() and starts[-1] < length):
+            raise ValueError(f"version_spans start at {starts.tolist()} of {length} tokens")
+    if not isinstance(sample.text, str):
+        raise ValueError(f"text = {sample.text!r} is not text")
+    if sample.finish_reason not in get_args(FinishReason):
+        raise ValueError(f"finish_reason = {sample.finish_reason!r} is not one of {get_args(FinishReason)}")
+    if type(sample.policy_version) is not int or not -1 <= sample.policy_version < 2**31:
+        raise ValueError(f"policy_version = {sample.policy_version!r} is not a training step")
+    if type(sample.reward) not in (int, float) or not math.isfinite(sample.reward):
+        raise ValueError(f"reward = {sample.reward!r} is not a finite number")

@@ -177,6 +177,21 @@ CASES: dict[str, tuple[Case, str]] = {
         case(run_dir="{tmp}/damaged"),
         r"error: the checkpoint's state is damaged: prompts: position = 5 is beyond the 4 prompts",
     ),
+    "prompts beyond the positions": (
+        case(rollout__max_new_tokens=2048, eval__max_new_tokens=8),
+        r"rollout\.max_new_tokens = 2048: prompt train/\d+ of data has \d tokens, and a prompt and its "
+        r"response can have 2048 together \(max_position_embeddings\): lower it",
+    ),
+    "benchmark beyond the positions": (
+        case(eval__max_new_tokens=2047),
+        r"eval\.max_new_tokens = 2047: prompt heldout/\d+ of eval\.sets\.heldout has \d tokens, and .* 2048 "
+        r"together \(max_position_embeddings\): set eval\.sets\.heldout\.max_prompt_tokens = 1 or lower it",
+    ),
+    "broken replay": (
+        case(rollout__replay_path="{tmp}/rollouts", train__num_steps=2),
+        r"rollout\.replay_path: .*step_000000\.jsonl has no groups",
+    ),
+    "negative seed": (case(seed=-7), r"seed = '-7': .*greater than or equal to 0"),
     "no replay": (
         case(rollout__replay_path="nowhere"),
         r"rollout\.replay_path = 'nowhere' has no groups for step 0, it has no steps at all: "

@@ -23,7 +23,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import DataConfig
 from megatron_gmpo.data import encoding
-from megatron_gmpo.data.prompts import load_prompts, load_tokenizer
+from megatron_gmpo.data.prompts import check_lengths, load_prompts, load_tokenizer
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.testing.tiny_tokenizers import arithmetic_tokenizer, text_tokenizer
 
@@ -89,6 +89,18 @@ def test_every_format_gives_the_same_prompts(tmp_path: Path, kind: str) -> None:
         (f"sums/{i}", row["problem"], row["answer"], None) for i, row in enumerate(ROWS)
     ]
     assert [text_of(tokenizer, p) for p in prompts] == [row["problem"] for row in ROWS]
+
+
+def test_a_prompt_that_leaves_no_room_for_its_response_is_named() -> None:
+    prompts = [Prompt(f"set/{i}", "", input_ids=[1] * length) for i, length in enumerate((3, 9, 5))]
+    check_lengths(prompts, 7, 16, "data", "rollout.max_new_tokens")
+    for limit, remedy in ((8, "set data.max_prompt_tokens = 8 or lower it"), (16, "lower it")):
+        with pytest.raises(InputError) as error:
+            check_lengths(prompts, limit, 16, "data", "rollout.max_new_tokens")
+        assert str(error.value) == (
+            f"rollout.max_new_tokens = {limit}: prompt set/1 of data has 9 tokens, and a prompt and its "
+            f"response can have 16 together (max_position_embeddings): {remedy}"
+        )
 
 
 @pytest.mark.parametrize(("answer", "text"), [(72, "72"), (0.5, "0.5"), (True, "True"), (-3, "-3")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_
 
 from ..support.scripted import ScriptedEngine
 
+Record = dict[str, Any]
 TEXTS = ["1", "07+45=", "3 - 2 + 10 = 8 + 8 - 5", "12+1=", "12+1=", "99"]
 EOS = 1
 families = pytest.mark.parametrize(
@@ -796,6 +799,9 @@ FLOATS = [
 ]
 
 
+VOCAB = 10
+
+
 def groups_to_save() -> list[SampleGroup]:
     experts = np.random.default_rng(0).integers(-1, 128, (7, 3, 2), dtype=np.int16)
     chat = Prompt(
@@ -825,7 +831,7 @@ def groups_to_save() -> list[SampleGroup]:
 def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
     groups = groups_to_save()
     save_groups(tmp_path / "new" / "folder", 12, groups)
-    loaded = load_groups(tmp_path / "new" / "folder", 12)
+    loaded = load_groups(tmp_path / "new" / "folder", 12, VOCAB)
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["step_000012.jsonl"]
     for a, b in zip(
         (s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True
@@ -857,7 +863,7 @@ def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
                     text = base64.b64encode(experts.astype("<i2").tobytes()).decode()
                     fields["routed_experts"] = {"shape": experts.shape, "int16": text}
             file.write(json.dumps(record) + "\n")
-    loaded = load_groups(tmp_path, 3)
+    loaded = load_groups(tmp_path, 3, VOCAB)
     for a, b in zip(
         (s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True
     ):
@@ -871,7 +877,7 @@ def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_groups(tmp_path, 0, groups_to_save())
     save_groups(tmp_path, 0, groups_to_save()[1:])
-    assert names(load_groups(tmp_path, 0)) == ["set/2"]
+    assert names(load_groups(tmp_path, 0, VOCAB)) == ["set/2"]
 
 
 def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
@@ -879,7 +885,7 @@ def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
         InputError,
         match=r"rollout\.replay_path = '.*' has no groups for step 3, it has no steps at all: save them",
     ):
-        load_groups(tmp_path / "nowhere", 3)
+        load_groups(tmp_path / "nowhere", 3, VOCAB)
     for step in (2, 3, 10):
         save_groups(tmp_path, step, groups_to_save())
     check_groups(tmp_path, [2, 3, 10])
@@ -919,9 +925,105 @@ def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) ->
     file.write_text(f"{first}\n{broken(second)}\n")
     with pytest.raises(
         InputError,
-        match=r"rollout\.replay_path: line 2 of .*step_000001\.jsonl is broken \(.*\): save the step again",
+        match=r"rollout\.replay_path: line 2(, sample 0)? of .*step_000001\.jsonl is broken \(.*\): save ",
     ) as error:
-        load_groups(tmp_path, 1)
+        load_groups(tmp_path, 1, VOCAB)
+    assert "\n" not in str(error.value)
+
+
+def with_token(value: int) -> Callable[[Record], None]:
+    def change(sample: Record) -> None:
+        sample["tokens"] = [3, 2, value, 1]
+
+    return change
+
+
+def with_field(name: str, value: Any) -> Callable[[Record], None]:
+    return lambda sample: sample.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_token(VOCAB), "token id 10 is outside the vocabulary of 10"),
+        (with_token(-1), "token id -1 is outside the vocabulary of 10"),
+        (with_token(2**31), "Sample.tokens has 2147483648, which does not fit int32"),
+        (with_token(2**32 + 5), "Sample.tokens has 4294967301, which does not fit int32"),
+        (with_token(2**70), "int"),
+        (
+            lambda sample: sample.update(tokens=[], response_mask=[], rollout_logprobs=[]),
+            "does not start with a prompt token",
+        ),
+        (
+            with_field("tokens", [3, 2, 1]),
+            r"response_mask has dtype bool and shape \(4,\), not bool and \(3,\)",
+        ),
+        (with_field("tokens", "3 2 1 0"), "tokens has dtype <U7"),
+        (with_field("tokens", None), "tokens has dtype object"),
+        (with_field("tokens", [[3, 2, 1, 0]]), "tokens has dtype"),
+        (with_field("tokens", [3.5, 2, 1, 0]), "tokens has dtype float64"),
+        (with_field("tokens", {"dtype": "object", "shape": [1], "base64": "AAAAAAAAAAA="}), "OBJECT"),
+        (with_field("tokens", {"dtype": "int32", "shape": [10**9, 10**9], "base64": ""}), "reshape|size"),
+        (with_field("response_mask", [True] * 4), "does not start with a prompt token"),
+        (with_field("rollout_logprobs", [0, 0, 0, math.nan]), "a log probability is not finite"),
+        (with_field("rollout_logprobs", [0, 0, 0, -math.inf]), "a log probability is not finite"),
+        (with_field("rollout_logprobs", [math.nan, 0, 0, -1]), "a log probability is not finite"),
+        (with_field("rollout_logprobs", [0, 0, -1]), r"rollout_logprobs has dtype int64 and shape \(3,\)"),
+        (with_field("version_spans", [[3, 5], [3, 6]]), r"version_spans start at \[3, 3\] of 4 tokens"),
+        (with_field("version_spans", [[3, 5], [4, 6]]), r"version_spans start at \[3, 4\] of 4 tokens"),
+        (with_field("version_spans", [[-1, 5]]), r"version_spans start at \[-1\] of 4 tokens"),
+        (with_field("routed_experts", [[[0.5]]]), "expert ids have dtype float64"),
+        (with_field("routed_experts", [[[70_000]]]), "expert ids from 70000 to 70000 do not fit 16 bits"),
+        (with_field("text", None), "text = None is not text"),
+        (with_field("finish_reason", "done"), "finish_reason = 'done' is not one of"),
+        (with_field("finish_reason", ["stop"]), "finish_reason = .* is not one of"),
+        (with_field("policy_version", 2.5), "policy_version = 2.5 is not a training step"),
+        (with_field("policy_version", 10**12), "policy_version = 10{12} is not a training step"),
+        (with_field("reward", math.nan), "reward = nan is not a finite number"),
+        (with_field("reward", 10**400), "int too large|reward"),
+        (with_field("reward", "1"), "reward = '1' is not a finite number"),
+        (with_field("odd", 1), "unexpected keyword argument 'odd'"),
+        (lambda sample: sample.pop("text"), "missing .* 'text'"),
+        (dict.clear, "missing"),
+    ],
+)
+def test_a_sample_that_cannot_be_trained_on_is_named(
+    change: Callable[[Record], Any], reason: str, tmp_path: Path
+) -> None:
+    """The sample is the second of the first group. The reasons follow from the docstring of ``Sample``."""
+    save_groups(tmp_path, 1, groups_to_save())
+    file = tmp_path / "step_000001.jsonl"
+    first, second = map(json.loads, file.read_text().splitlines())
+    change(first["samples"][1])
+    file.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    with pytest.raises(InputError) as error:
+        load_groups(tmp_path, 1, VOCAB)
+    line = rf"rollout\.replay_path: line 1, sample 1 of .*step_000001\.jsonl is broken \(.*({reason}).*\): "
+    assert re.match(line, str(error.value)), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "has no groups"),
+        (b"\xff\xfe\n", "line 1 of .* is broken"),
+        (b"[" * 100_000 + b"\n", "line 1 of .* is broken"),
+        (b'{"prompt": {"id": "p", "answer": ""}, "samples": []}\n', "one without samples"),
+        (b'{"prompt": {"id": "p", "answer": ""}, "samples": 3}\n', "line 1 of .* is broken"),
+        (b'{"prompt": {"id": "p", "answer": ""}, "samples": {"a": 1}}\n', "line 1, sample 0 of .* is broken"),
+        (b'{"prompt": {"id": 7, "answer": ""}, "samples": []}\n', "line 1 of .* is broken .*id"),
+        (
+            b'{"prompt": {"id": "p", "answer": "", "input_ids": ["x"]}, "samples": []}\n',
+            "line 1 of .* is broken",
+        ),
+        (b'{"prompt": null, "samples": []}\n', "line 1 of .* is broken"),
+    ],
+)
+def test_a_file_that_holds_no_groups_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "step_000001.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=rf"^rollout\.replay_path: .*{reason}") as error:
+        load_groups(tmp_path, 1, VOCAB)
     assert "\n" not in str(error.value)
 
 
