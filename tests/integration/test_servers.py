@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +28,8 @@ from ..support.commands import CONFIG, ROOT, command_line, error_lines, options
 from ..support.sglang_servers import (
     CPU,
     PYTHON,
+    files_of,
+    folder_of,
     generate,
     local_servers,
     members,
@@ -109,18 +112,29 @@ def test_external_servers_that_are_none() -> None:
 
 @needs_sglang
 def test_a_stopped_and_a_killed_server_come_back(sglang_server: LocalServers) -> None:
-    """A stopped server does not answer, a killed one is known to be dead, and a restart reuses the URL."""
+    """A stopped server does not answer, a killed one is known to be dead, and a restart reuses the URL.
+
+    No life of a server leaves a file behind.
+    """
     servers, before = sglang_server, list(sglang_server.servers)
     assert servers.servers[0].answers(20)
     stopped = process_group(servers)
+    folder = folder_of(stopped)
+    names = [re.sub(r"-\w+$", "", file.name.replace(folder.name, "NAME")) for file in files_of(folder)]
+    assert {"sem.NAME", "NAME"} < set(names)
+    assert [name for name in names if re.fullmatch(r"sglang_loads_NAME_\w+\.shm", name)]
     os.killpg(stopped, signal.SIGSTOP)
     assert not before[0].answers(timeout_s=2.0)
     assert servers.is_alive(0)
 
     servers.restart(0)
     assert not wait_until_gone(stopped)
+    assert files_of(folder) == []
     os.kill(process_group(servers), signal.SIGKILL)
-    with pytest.raises(ServerError, match=r"^SGLang server 0 died before it was ready: .*server_0.log\)$"):
+    with pytest.raises(
+        ServerError,
+        match=r"^SGLang server 0 was killed by SIGKILL before it was ready \(see .*server_0.log\)$",
+    ):
         servers.wait_ready(0)
     assert not servers.is_alive(0)
     assert not servers.servers[0].answers(20)
@@ -134,19 +148,79 @@ def test_a_stopped_and_a_killed_server_come_back(sglang_server: LocalServers) ->
 
 
 @needs_sglang
+def test_the_next_start_removes_what_a_kill_left(sglang_server: LocalServers) -> None:
+    """A server dies with its launcher, which then cannot remove its files. Those of a living server stay."""
+    servers = sglang_server
+    running = process_group(servers)
+    folder = folder_of(running)
+    foreign = Path("/dev/shm", f"sem.{folder.name}x-1")
+    foreign.touch()
+    try:
+        with local_servers("no model", Path(servers._log_dir, "other")) as other:
+            other.start()
+            process_group(other)  # exists once the launcher has removed files
+        assert len(files_of(folder)) > 6
+        servers._processes[0].kill()
+        assert not wait_until_gone(running)
+        assert servers.end_of(0) == "was killed by SIGKILL"
+        assert len(files_of(folder)) > 6
+        servers.restart(0)
+        wait_for(lambda: files_of(folder) == [foreign])
+        servers.wait_ready(0)
+    finally:
+        foreign.unlink()
+
+
+@needs_sglang
 def test_the_reason_of_a_start_that_fails(tmp_path: Path) -> None:
-    cases: dict[str, tuple[str, dict[str, Any], str]] = {
-        "option": ("no model", {"no_such_option": 3}, "error: unrecognized arguments: --no-such-option 3"),
-        "model": (str(tmp_path / "no_model"), {}, "OSError: .*no_model"),
+    cases: dict[str, tuple[str, dict[str, Any], int, str]] = {
+        "option": ("no model", {"no_such_option": 3}, 2, "error: unrecognized arguments: --no-such-option 3"),
+        "model": (str(tmp_path / "no_model"), {}, 1, "OSError: .*no_model"),
     }
-    for name, (model, args, reason) in cases.items():
+    for name, (model, args, code, reason) in cases.items():
         with local_servers(model, tmp_path / name, args=args) as servers:
             servers.start()
             with pytest.raises(
                 ServerError,
-                match=rf"^SGLang server 0 died before it was ready: .*{reason}.*\(see .*server_0.log\)$",
+                match=rf"^SGLang server 0 ended with exit code {code} before it was ready: "
+                rf".*{reason}.*\(see .*server_0.log\)$",
             ):
                 servers.wait_ready()
+
+
+DIED = "RuntimeError: Rank 0 scheduler died during initialization (exit code: {}). If exit code is -9"
+LIBCUDA = "python: error while loading shared libraries: libcuda.so.1: cannot open shared object file"
+CRASHED = "[2026-01-02 03:04:05] Subprocess scheduler_0 (pid=7) crashed with exit code -9. Triggering SIGQUIT"
+
+
+@pytest.mark.parametrize(
+    ("log", "exit_command", "end", "error"),
+    [
+        (["[2026-01-02 03:04:05] Load weight begin."], "kill -SEGV $$", "was killed by SIGSEGV", ""),
+        (["[2026-01-02 03:04:05] Load weight end."], "exit 137", "was killed by SIGKILL", ""),
+        ([], "exit 0", "ended with exit code 0", ""),
+        (["ValueError: odd", "[2026-01-02] bye"], "exit 1", "ended with exit code 1", "ValueError: odd"),
+        ([LIBCUDA, DIED.format(127)], "exit 137", "was killed by SIGKILL", LIBCUDA),
+        ([DIED.format(-9)], "exit 1", "ended with exit code 1", DIED.format(-9)),
+        ([CRASHED, "[2026-01-02] SIGQUIT received."], "exit 137", "was killed by SIGKILL", CRASHED),
+    ],
+)
+def test_the_end_of_a_server_and_the_error_in_its_log(
+    log: list[str], exit_command: str, end: str, error: str, tmp_path: Path
+) -> None:
+    """The launcher exits with 128 + n after signal n, as a shell does."""
+    (tmp_path / "log").write_text("".join(line + "\n" for line in log))
+    stub = tmp_path / "python"
+    stub.write_text(f"#!/bin/sh\nread keys\ncat {tmp_path}/log\n{exit_command}\n")
+    stub.chmod(0o700)
+    with local_servers("no model", tmp_path, python=str(stub)) as servers:
+        servers.start()
+        servers._processes[0].wait(20)
+        with pytest.raises(ServerError) as raised:
+            servers.wait_ready()
+    quoted = f": {error}" if error else ""
+    line = f"SGLang server 0 {end} before it was ready{quoted} (see {tmp_path}/server_0.log)"
+    assert str(raised.value) == line
 
 
 @needs_sglang
@@ -156,7 +230,7 @@ def test_start_timeout_and_stop(tmp_path: Path) -> None:
         groups = [process_group(servers, i) for i in range(2)]
         with pytest.raises(
             ServerError,
-            match=r"^SGLang server 0 was not ready within sglang.start_timeout_s = 0.1; .*server_0.log\)$",
+            match=r"^SGLang server 0 was not ready within sglang.start_timeout_s = 0.1 \(see .*_0.log\)$",
         ):
             servers.wait_ready()
         assert all(servers.is_alive(i) for i in range(2))

@@ -145,15 +145,16 @@ def test_samples_are_what_transformers_says(
         )
 
 
-def test_temperature_is_in_the_logprobs_and_a_stop_string_ends(
+def test_temperature_but_no_truncation_is_in_the_logprobs_and_a_stop_string_ends(
     engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any]
 ) -> None:
     served = engine()
     served.update_weights(weights[0].items(), 0)
-    (hot,) = samples(served, PROMPTS[:1], max_new_tokens=20, temperature=2.0)
-    logprobs = (models[0](torch.from_numpy(hot.tokens).long()[None]).logits[0] / 2).log_softmax(-1)
-    wanted = [float(logprobs[t - 1, hot.tokens[t]]) for t in range(4, len(hot.tokens))]
-    assert_close(torch.tensor(hot.rollout_logprobs[4:]), torch.tensor(wanted), atol=1e-4, rtol=0)
+    for truncation in ({}, {"top_p": 0.6}, {"top_k": 3}):  # which does not renormalise them
+        (hot,) = samples(served, PROMPTS[:1], max_new_tokens=20, temperature=2.0, **truncation)
+        logprobs = (models[0](torch.from_numpy(hot.tokens).long()[None]).logits[0] / 2).log_softmax(-1)
+        wanted = [float(logprobs[t - 1, hot.tokens[t]]) for t in range(4, len(hot.tokens))]
+        assert_close(torch.tensor(hot.rollout_logprobs[4:]), torch.tensor(wanted), atol=1e-4, rtol=0)
     stopped = [
         s
         for s in samples(served, n=8, max_new_tokens=60, stop=("7",))
@@ -293,7 +294,7 @@ def pair(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     cfg = config(
         sglang_model,
         tmp_path_factory.mktemp("pair"),
-        rollout={"num_servers": 2},
+        rollout={"num_servers": 2, "placement": "colocated"},
         sglang={"hang_timeout_s": 15.0, "args": {"max_running_requests": 2, "max_queued_requests": 2}},
     )
     tokenizer = AutoTokenizer.from_pretrained(sglang_model)
@@ -321,8 +322,22 @@ def wait_for_both(pair: SGLangEngine) -> None:
         time.sleep(0.1)
 
 
+def test_colocated_servers_wake_with_new_weights(
+    pair: SGLangEngine, weights: list[Weights], models: list[Any]
+) -> None:
+    """On a CPU they keep their memory (no ``enable_memory_saver``, which needs libcuda)."""
+    for version in (0, 1):
+        pair.update_weights(weights[version].items(), version)
+        pair.sleep()
+    pair.update_weights(weights[1].items(), 1)
+    for sample in samples(pair, n=2, max_new_tokens=5):
+        assert set(sample.token_versions[4:]) == {1}
+        assert_made_by(sample, models)
+
+
 def test_a_full_queue_only_delays(pair: SGLangEngine, weights: list[Weights], models: list[Any]) -> None:
     pair.update_weights(weights[0].items(), 0)
+    pair.take_metrics()
     drawn = samples(pair, n=8, max_new_tokens=16)
     assert len(drawn) == 32
     for sample in drawn:

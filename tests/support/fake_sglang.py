@@ -154,6 +154,9 @@ class FakeProcesses:
     def is_alive(self, index: int) -> bool:
         return self.alive[index]
 
+    def end_of(self, index: int) -> str:
+        return "was killed by SIGKILL"
+
     def kill(self, index: int) -> None:
         self.alive[index] = False
         self.fakes[index].stop()

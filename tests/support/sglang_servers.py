@@ -78,6 +78,17 @@ def process_group(servers: LocalServers, index: int = 0) -> int:
     return children[0].pid
 
 
+def folder_of(group: int) -> Path:
+    """Return the folder of a server's temporary files, in which its leader holds a lock."""
+    (lock,) = [Path(file.path) for file in psutil.Process(group).open_files() if file.path.endswith("/lock")]
+    return lock.parent
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the files of a server: its folder, what is in it, and its shared memory."""
+    return [*Path("/dev/shm").glob(f"*{folder.name}*"), *folder.parent.glob(folder.name), *folder.glob("*")]
+
+
 def members(group: int) -> list[psutil.Process]:
     """Return the processes of a group that are neither dead nor zombies."""
     alive = []

@@ -509,5 +509,7 @@ def test_a_tool_runs_by_its_path_and_as_a_module(name: str) -> None:
 
 
 def test_a_value_may_begin_with_a_dash() -> None:
-    cfg = load_config(["--data.template", "-{prompt}", "--optimizer.weight_decay", "1e-3", "--seed", "-7"])
-    assert (cfg.data.template, cfg.optimizer.weight_decay, cfg.seed) == ("-{prompt}", 1e-3, -7)
+    cfg = load_config(
+        ["--data.template", "-{prompt}", "--eval.pass_reward", "-1e-3", "--sglang.args.x", "-7"]
+    )
+    assert (cfg.data.template, cfg.eval.pass_reward, cfg.sglang.args) == ("-{prompt}", -1e-3, {"x": -7})

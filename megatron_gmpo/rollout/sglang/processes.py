@@ -8,6 +8,7 @@ import random
 import re
 import secrets
 import shlex
+import signal
 import socket
 import subprocess
 import threading
@@ -28,7 +29,12 @@ _KILL_TIMEOUT_S = 30.0
 _PROBE_TIMEOUT_S = 30.0
 _POLL_S = 0.5
 _HEADER = "=== started"
-_ERROR_LINE = re.compile(r"[\w.]*(Error|Exception)\b|[\w. ]+: error:")
+_ERROR_LINE = re.compile(
+    r"[\w.]*(Error|Exception)\b|[\w. ]+: error:|.*: error while loading shared libraries:"
+    r"|\[[^]]*\] Subprocess \S+ \(pid=\d+\) crashed"
+)
+_CONSEQUENCE = re.compile(r"RuntimeError: Rank \d+ scheduler died during initialization")
+"""SGLang's guess at why a process ended. The process itself may have written the cause before."""
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _OURS = {"model_path", "host", "port", "api_key", "admin_api_key"}
 
@@ -126,20 +132,23 @@ class LocalServers:
             deadline = self._started[i] + self._cfg.start_timeout_s
             while not self.servers[i].answers(min(_PROBE_TIMEOUT_S, max(1.0, deadline - time.monotonic()))):
                 if not self.is_alive(i):
-                    raise ServerError(
-                        f"SGLang server {i} died before it was ready: {self._reason(i)} (see {self._log(i)})"
-                    )
+                    raise ServerError(f"SGLang server {i} {self.end_of(i)} before it was ready{self._why(i)}")
                 if time.monotonic() > deadline:
                     limit = f"sglang.start_timeout_s = {self._cfg.start_timeout_s:g}"
-                    raise ServerError(
-                        f"SGLang server {i} was not ready within {limit}; the last line of its log: "
-                        f"{self._reason(i)} (see {self._log(i)})"
-                    )
+                    raise ServerError(f"SGLang server {i} was not ready within {limit}{self._why(i)}")
                 time.sleep(_POLL_S)
 
     def is_alive(self, index: int) -> bool:
         """Return whether the server's process exists; it may be stopped or hung."""
         return self._processes[index].poll() is None
+
+    def end_of(self, index: int) -> str:
+        """Return how a server ended that is not alive, e.g. ``was killed by SIGKILL``."""
+        code = self._processes[index].wait()
+        number = -code if code < 0 else code - 128  # the launcher itself was killed, or reports the server's
+        return (
+            f"was killed by {signal.Signals(number).name}" if number > 0 else f"ended with exit code {code}"
+        )
 
     def restart(self, index: int) -> None:
         """Kill the server's process group, start it again from ``model_path``, and return at once.
@@ -202,11 +211,12 @@ class LocalServers:
     def _log(self, index: int) -> Path:
         return self._log_dir / f"server_{index}.log"
 
-    def _reason(self, index: int) -> str:
-        """Return the last line of the log since the last start that names an error, else the last line."""
-        lines = self._log(index).read_text(errors="replace").rpartition(_HEADER)[2].splitlines()[1:]
-        lines = [line.strip() for line in lines if line.strip()] or ["none"]
-        return next((line for line in reversed(lines) if _ERROR_LINE.match(line)), lines[-1])
+    def _why(self, index: int) -> str:
+        """Return ``: ERROR (see LOG)`` with the last error in the log since the last start, if any."""
+        lines = self._log(index).read_text(errors="replace").rpartition(_HEADER)[2].splitlines()
+        errors = [line.strip() for line in lines if _ERROR_LINE.match(line.strip())]
+        causes = [line for line in errors if not _CONSEQUENCE.match(line)] or errors
+        return f": {causes[-1]} (see {self._log(index)})" if causes else f" (see {self._log(index)})"
 
 
 def _device_options(device: torch.device, first_gpu: int) -> dict[str, Any]:

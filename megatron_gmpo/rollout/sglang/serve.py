@@ -126,7 +126,7 @@ def _restart_lost_servers(cfg: Config, servers: LocalServers) -> None:
 def _loss(cfg: Config, servers: LocalServers, index: int, health: _Health) -> str:
     """Probe a server. Return the reason to restart it, or an empty string."""
     if not servers.is_alive(index):
-        return "died"
+        return servers.end_of(index)
     # The probe does not generate a token, because a sync may have paused the server, or it sleeps during
     # training. SGLang ends a server whose scheduler hangs.
     if version := servers.servers[index].weight_version(_PROBE_TIMEOUT_S):

@@ -170,8 +170,8 @@ def local_servers(
         options["load_format"] = "dummy"
     if cfg.rollout.routed_experts:
         options["enable_return_routed_experts"] = True
-    if cfg.rollout.placement == "colocated":
-        options["enable_memory_saver"] = True
+    if cfg.rollout.placement == "colocated" and device.type == "cuda":
+        options["enable_memory_saver"] = True  # preloads a library that needs libcuda
     return LocalServers(
         model_path,
         cfg.rollout.num_servers,

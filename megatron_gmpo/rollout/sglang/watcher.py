@@ -208,7 +208,7 @@ class Watcher:
                 last_answer, unreachable = time.monotonic(), False
                 await self._found(member, version)
             elif self._local and not self._local.is_alive(member.index):
-                return self._remove(member, ServerEvent.DIED, "died")
+                return self._remove(member, ServerEvent.DIED, self._local.end_of(member.index))
             elif silence > self._cfg.hang_timeout_s and not unreachable:
                 unreachable = True
                 event = ServerEvent.DIED if self._local else ServerEvent.UNREACHABLE
