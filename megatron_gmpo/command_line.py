@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from .config import Config
-from .errors import Exit, InputError, RunError
+from .errors import Exit, InputError, RunError, printable
 
 ALONE_S = 10.0
 """Seconds that another rank waits for rank 0 to report an error before it prints its own error."""
@@ -132,7 +132,7 @@ def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(ALONE_S)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {printable(error)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -8,6 +8,15 @@ from __future__ import annotations
 from enum import IntEnum
 
 
+def printable(text: object) -> str:
+    """Return ``text`` for a terminal, with control characters as escapes such as ``\\x1b``.
+
+    Text of others (a server's reply, a file's name, a prompt) could otherwise move the cursor, hide a line or
+    set the terminal's title. Marks that reverse the direction of text, and line breaks, are escaped too.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class Exit(IntEnum):
     """Exit codes of the commands, and the ``code`` of a run folder's ``outcome.json``."""
 

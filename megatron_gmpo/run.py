@@ -27,7 +27,7 @@ from .config import Config
 from .data.prompts import check_lengths, load_prompts, load_tokenizer
 from .data.stream import PromptStream
 from .distributed import rank
-from .errors import Exit, InputError, StopRequest
+from .errors import Exit, InputError, StopRequest, printable
 from .metrics.logger import check_wandb
 from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
 from .platform import (
@@ -248,7 +248,7 @@ def start_command(command: Callable[[Config], None]) -> None:
         except StopRequest as stop:  # raised on every rank, after each has saved its part
             code = stop.exit
             if rank() == 0:
-                print(stop, file=sys.stderr, flush=True)
+                print(printable(stop), file=sys.stderr, flush=True)
     # not after an error, because other ranks may be in a collective, and NCCL would wait for them
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -263,13 +263,22 @@ def closing_reward(reward: Reward) -> Any:
 def _set_up_messages() -> None:
     """Show log lines of this package and progress bars of the libraries on rank 0 only."""
     first = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableLines("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger(__package__).setLevel(logging.INFO if first else logging.WARNING)
     # Megatron uses deprecated names of torch.distributed.checkpoint
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
     if not first:
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
+
+
+class _PrintableLines(logging.Formatter):
+    """Format log records without control characters; the lines of a traceback stay apart."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def _skip_main_in_children() -> None:

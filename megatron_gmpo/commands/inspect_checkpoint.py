@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..command_line import Options, Positional, parse_options
+from ..errors import printable
 
 
 class InspectCheckpoint(Options):
@@ -30,4 +31,4 @@ def main(argv: list[str]) -> None:
     about = inspect_checkpoint(options.folder)
     width = max(map(len, about))
     for label, value in about.items():
-        print(f"{label:<{width}}  {value}")
+        print(f"{label:<{width}}  {printable(value)}")

@@ -19,12 +19,12 @@ from typing import Annotated, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
+from rich.markup import escape as escaped
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from ..command_line import Options, Positional, parse_options
-from ..errors import Exit, InputError
+from ..errors import Exit, InputError, printable
 
 REFRESH_S = 2.0
 SILENT_S = 60.0
@@ -195,8 +195,9 @@ def _headline(snapshot: Snapshot, now: float) -> RenderableType:
 def _state(snapshot: Snapshot, now: float) -> str:
     if snapshot.outcome is not None:
         code, reason = snapshot.outcome.get("code"), escape(str(snapshot.outcome.get("reason", "")))
+        shown = escape(str(code))
         colour = "green" if code == Exit.DONE else "yellow" if code == Exit.REQUEUE else "red"
-        return f"[{colour}]exit {code}: {reason}[/{colour}]"
+        return f"[{colour}]exit {shown}: {reason}[/{colour}]"
     if not snapshot.heartbeats:
         return ""
     age = now - max(beat.get("time", 0.0) for beat in snapshot.heartbeats)
@@ -215,7 +216,7 @@ def _figures(snapshot: Snapshot) -> Table:
                     if key.startswith("eval/") and "/pass@" in key
                 }
             ):
-                _add_figure(table, snapshot, key, key.removeprefix("eval/"), ".3f")
+                _add_figure(table, snapshot, key, escape(key.removeprefix("eval/")), ".3f")
         else:
             _add_figure(table, snapshot, name, label, form)
     return table
@@ -235,9 +236,9 @@ def _ranks(snapshot: Snapshot, now: float) -> Table:
         age = now - beat.get("time", now)
         silent = age > SILENT_S and not snapshot.outcome
         table.add_row(
-            str(beat.get("rank", "?")),
+            escape(str(beat.get("rank", "?"))),
             escape(str(beat.get("node", "?"))),
-            str(beat.get("step", "?")),
+            escape(str(beat.get("step", "?"))),
             escape(str(beat.get("phase", "?"))),
             _duration(beat.get("time", now) - beat.get("since", now)),
             f"{_duration(age)} ago",
@@ -256,6 +257,11 @@ def _events(snapshot: Snapshot, now: float) -> Table:
             escape(details),
         )
     return table
+
+
+def escape(text: str) -> str:
+    """Return ``text`` without control characters and markup."""
+    return escaped(printable(text))
 
 
 def _trend(values: list[float]) -> str:

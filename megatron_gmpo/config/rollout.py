@@ -181,8 +181,9 @@ class WeightSyncConfig(Section):
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Timeout of one request of a sync."""
     folder: str = ""
-    """Folder that the ``disk`` route writes to; each run uses a subfolder of its own. Empty means weight_sync
-    in ``run_dir``. The servers must see the folder under the same path."""
+    """Folder that the ``disk`` route writes to; each run uses a subfolder of its own, which only its user can
+    read. Empty means weight_sync in ``run_dir``. The servers must see the folder under the same path, and run
+    as the same user."""
 
 
 class RewardConfig(Section):

@@ -77,7 +77,7 @@ def _run(options: Lab) -> None:
                 f"{processes}"
             )
         line = f"{study.name}: {len(waiting)} of {len(trials)} trials to run, {at_once} at a time"
-        console.print(line, highlight=False)
+        console.out(line, highlight=False)
         _prepare(study.file.prepare.command, study.file.prepare.output)
         records = run_trials(
             waiting,
@@ -87,7 +87,7 @@ def _run(options: Lab) -> None:
             console=console,
         )
         ends = Counter(record.outcome for record in records)
-        console.print(", ".join(f"{count} {outcome}" for outcome, count in ends.items()), highlight=False)
+        console.out(", ".join(f"{count} {outcome}" for outcome, count in ends.items()), highlight=False)
     out = options.out or RUNS / study.name / "report"
     print(write_report(study, f"python -m megatron_gmpo.lab {options.study}", out))
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from ..metrics.plots import COLORS, INK, MUTED, Series, set_up_axes
+from ..metrics.plots import COLORS, INK, MUTED, Series, set_up_axes, verbatim
 from .results import Curve, curve
 
 
@@ -122,11 +122,11 @@ def draw(
     names = [panel.metrics.get(metric, metric.removeprefix("eval/")) for metric in curves]
     if len(names) > 1:
         styled = [
-            Line2D([], [], color=MUTED, lw=1.6, ls=style, label=name)
+            Line2D([], [], color=MUTED, lw=1.6, ls=style, label=verbatim(name))
             for style, name in zip(cycle(_STYLES), names, strict=False)
         ]
         ax.legend(handles=styled, frameon=False, fontsize=7.5, labelcolor=MUTED, loc="best")
-    arms = [Line2D([], [], color=colors[arm], lw=2.2, label=label) for arm, label in labels.items()]
+    arms = [Line2D([], [], color=colors[arm], lw=2.2, label=verbatim(label)) for arm, label in labels.items()]
     figure.legend(
         handles=arms, loc="outside lower center", ncols=4, frameon=False, fontsize=8, labelcolor=INK
     )

@@ -37,7 +37,7 @@ EQUAL = (
 They determine the prompts that ``PromptStream`` draws, so arms with equal seeds get equal prompts."""
 
 _FROM_LAB = ("seed", "run_dir")
-_NAME = re.compile(r"[\w.+=]+")
+_NAME = re.compile(r"[\w+=][\w.+=]*")
 
 
 class _Section(BaseModel):
@@ -99,7 +99,8 @@ class StudyFile(_Section):
         for name in (name for axis in (self.arms, *self.grid.values()) for name in axis):
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name!r} becomes part of a folder's name: use only letters, digits and _ . + ="
+                    f"{name!r} becomes part of a folder's name: use only letters, digits and _ . + =, "
+                    "and no dot at its beginning"
                 )
         if self.baseline not in self.arms:
             raise ValueError(f"baseline = {self.baseline!r} is not an arm: choose one of {list(self.arms)}")
@@ -181,14 +182,19 @@ def load_study(path: Path) -> Study:
     """Read a study and resolve the config of every trial.
 
     Raises:
-        InputError: the file does not exist; a key is unknown (the message names the nearest key) or a value
-            is bad; training would refuse the config of an arm, or its prompts or budget differ from the first
-            arm's.
+        InputError: the file does not exist, or its name cannot be a folder's; a key is unknown (the message
+            names the nearest key) or a value is bad; training would refuse the config of an arm, or its
+            prompts or budget differ from the first arm's.
     """
     try:
         file = StudyFile.model_validate(read_toml(path))
     except ValidationError as error:
         raise InputError(f"{path}: {explain(error, StudyFile)}") from None
+    if not _NAME.fullmatch(path.stem.replace("-", "_")):
+        raise InputError(
+            f"{path}: the name {path.stem!r} becomes a folder's name: use only letters, digits and "
+            "_ . + = -, and no dot at its beginning"
+        )
     base = Path(os.path.relpath(path.parent / file.base))
     arms = tuple(_expand(file))
     folder = RUNS / path.stem

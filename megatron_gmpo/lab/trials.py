@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from .. import files
 from ..command_line import load_config
-from ..errors import InputError
+from ..errors import InputError, printable
 from .study import Trial, flatten
 
 POLL_S = 0.5
@@ -202,7 +202,7 @@ def _lock(trial: Trial) -> IO[str]:
     The trial's process inherits the lock, so it holds the lock even after the lab is killed.
     """
     trial.folder.mkdir(parents=True, exist_ok=True)
-    file = (trial.folder / ".lock").open("w")
+    file = open(os.open(trial.folder / ".lock", os.O_WRONLY | os.O_CREAT, 0o600), "w")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -302,7 +302,7 @@ class _Board:
         reason = f": {record.reason}" if record.reason else ""
         place, name = f"{self._ended}/{self._total}", _name(process.trial)
         line = f"{place} {name} {record.outcome} after {record.seconds:.0f} s{reason}"
-        self._console.out(line, highlight=False)
+        self._console.out(printable(line), highlight=False)
 
 
 def _name(trial: Trial) -> str:

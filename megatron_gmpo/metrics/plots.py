@@ -120,7 +120,8 @@ def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> li
     for ax in axes[len(drawn) :]:
         ax.set_axis_off()
     handles = [
-        Line2D([], [], color=COLORS[i % len(COLORS)], lw=2.2, label=label) for i, label in enumerate(runs)
+        Line2D([], [], color=COLORS[i % len(COLORS)], lw=2.2, label=verbatim(label))
+        for i, label in enumerate(runs)
     ]
     figure.legend(
         handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=10, labelcolor=INK
@@ -167,6 +168,11 @@ def _choose(panel: Panel, runs: Mapping[str, Series]) -> dict[str, str]:
         matches = sorted(fnmatch.filter(present, pattern), key=lambda name: (name == "time/other", name))
         chosen |= {name: label or (name.removeprefix(head) if star else "") for name in matches}
     return chosen
+
+
+def verbatim(label: str) -> str:
+    """Return a label in which matplotlib shows ``$`` instead of reading it as mathematics."""
+    return label.replace("$", r"\$")
 
 
 def set_up_axes(ax: Axes, title: str, *, log: bool) -> None:
@@ -225,7 +231,7 @@ def _draw_lines(
             ls="-" if alone else styles[i % len(styles)],
             marker="o" if len(values) < 20 else None,
             ms=3.5,
-            label=label if label and number == 0 else None,
+            label=verbatim(label) if label and number == 0 else None,
         )
 
 

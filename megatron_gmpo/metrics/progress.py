@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from ..distributed import rank
+from ..errors import printable
 
 SHOWN = {  # metric -> (label, format)
     "reward/mean": ("reward", ".3f"),
@@ -82,4 +83,4 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line above the bar, without interpreting brackets as markup."""
         if self._enabled:
-            self._console.out(text, highlight=False)
+            self._console.out(printable(text), highlight=False)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..config import Config
 from ..distributed import agreed, rank
-from ..errors import CollectiveError, Exit, NodeError, RunError, StopRequest
+from ..errors import CollectiveError, Exit, NodeError, RunError, StopRequest, printable
 from . import signals
 from .heartbeat import Heartbeat
 from .lock import RunLock
@@ -189,7 +189,7 @@ class Attempt:
     def _last_line(self, code: Exit, reason: str, *, consequence: bool) -> None:
         """Record the outcome, and print the reason if this rank has written it."""
         if self._record(code, reason, consequence=consequence):
-            print(f"error: {reason}", file=sys.stderr, flush=True)
+            print(f"error: {printable(reason)}", file=sys.stderr, flush=True)
 
     def _record_once(self, code: Exit, reason: str, node: str = "") -> None:
         """Record an outcome that all ranks share; rank 0 writes it."""

@@ -9,7 +9,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import InputError
 from .records import node_name
@@ -26,13 +26,15 @@ _POLL_S = 1.0
 class RunLock:
     """An exclusive ``flock`` on ``run.lock`` that ends with the process. The file names the holder.
 
+    Only the owner can read the file, because everyone who can open a file can lock it.
+
     Raises:
-        InputError: another process holds the lock. If the holder is an earlier attempt of the same Slurm job,
-            the error is raised after two minutes.
+        InputError: the file belongs to another user, or another process holds the lock. If the holder is an
+            earlier attempt of the same Slurm job, the error is raised after two minutes.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / "run.lock").open("a+")
+        self._file = _private(run_dir / "run.lock")
         # a forked child inherits the descriptor and would hold the lock after this process has ended
         os.register_at_fork(after_in_child=self._file.close)
         deadline = time.monotonic() + _SAME_JOB_S
@@ -87,3 +89,13 @@ class RunLock:
         self._file.seek(0)
         line = self._file.readline()
         return json.loads(line) if line.endswith("\n") else {}
+
+
+def _private(path: Path) -> TextIO:
+    """Open a file that only this user can read, and create it if it does not exist."""
+    try:
+        file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+")  # noqa: SIM115
+        os.fchmod(file.fileno(), 0o600)  # an older version created it for everyone
+    except PermissionError:
+        raise InputError(f"{path} belongs to another user: choose another run_dir") from None
+    return file

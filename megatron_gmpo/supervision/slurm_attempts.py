@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .. import files
 from ..config import Config
-from ..errors import Exit, InputError, RunError
+from ..errors import Exit, InputError, RunError, printable
 from .lock import RunLock
 from .records import OUTCOME, append_event, read_outcome
 
@@ -206,4 +206,4 @@ def _limit(name: str) -> int:
 
 
 def _say(line: str) -> None:
-    print(time.strftime("[%Y-%m-%d %H:%M:%S]"), line, file=sys.stderr, flush=True)
+    print(time.strftime("[%Y-%m-%d %H:%M:%S]"), printable(line), file=sys.stderr, flush=True)

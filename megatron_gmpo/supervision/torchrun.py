@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from ..errors import Exit
+from ..errors import Exit, printable
 from .records import Outcome, node_name, rank_file, write_outcome
 
 
@@ -39,7 +39,7 @@ def _record(run_dir: Path, rank: int, number: signal.Signals) -> None:
     guess = ", which the kernel also sends when memory runs out" if number is signal.SIGKILL else ""
     reason = f"rank {rank} on {node_name()} was killed by {number.name}{guess}"
     write_outcome(run_dir, Outcome(Exit.FAILED, reason, step, rank, node_name(), time.time()))
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    print(f"error: {printable(reason)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -284,9 +285,7 @@ def test_folders_of_a_killed_run_are_removed(
     pair: LocalServers, dense: tuple[Path, Path], weight_sync: Callable[..., WeightSync], tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
-    ours, others = (
-        shared.joinpath(*run.parts[1:], "weight_sync") for run in (tmp_path, tmp_path / "another")
-    )
+    ours, others = (shared / str(run)[1:].replace("/", "%2F") for run in (tmp_path, tmp_path / "another"))
     for folder in (ours / "killed-3", ours / "killed-4.incomplete", others / "alive-5"):
         folder.mkdir(parents=True)
     assert (
@@ -295,6 +294,7 @@ def test_folders_of_a_killed_run_are_removed(
         .failed
     )
     assert [path.name for path in ours.iterdir()] == ["left-0"]
+    assert stat.S_IMODE(ours.stat().st_mode) == 0o700
     assert [path.name for path in others.iterdir()] == ["alive-5"]
 
 

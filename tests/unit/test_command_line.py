@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -29,6 +30,7 @@ from megatron_gmpo.command_line import (
 )
 from megatron_gmpo.config import Config, DataConfig
 from megatron_gmpo.errors import InputError, NonFiniteError
+from megatron_gmpo.run import _PrintableLines
 
 ROOT = Path(__file__).parents[2]
 
@@ -513,3 +515,28 @@ def test_a_value_may_begin_with_a_dash() -> None:
         ["--data.template", "-{prompt}", "--eval.pass_reward", "-1e-3", "--sglang.args.x", "-7"]
     )
     assert (cfg.data.template, cfg.eval.pass_reward, cfg.sglang.args) == ("-{prompt}", -1e-3, {"x": -7})
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 🍎 = 3", "plain é 🍎 = 3"),
+        ("\x1b[2Jerror", "\\x1b[2Jerror"),
+        ("a\x9b2J\x07\x00\x7f", "a\\x9b2J\\x07\\x00\\x7f"),
+        ("one\r\ntwo\tthree\u2028four", "one\\r\\ntwo\\tthree\\u2028four"),
+        ("\u202etxt.exe", "\\u202etxt.exe"),
+        ("caf\udce9", "caf\\udce9"),
+    ],
+)
+def test_an_error_line_cannot_control_the_terminal(
+    text: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        exit_with_one_line(InputError(text))
+    assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+def test_log_lines_cannot_control_the_terminal() -> None:
+    """The lines of a traceback stay apart."""
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "server %s\n\x1b[2J", ("a\rb",), None)
+    assert _PrintableLines("%(message)s").format(record) == "server a\\rb\n\\x1b[2J"

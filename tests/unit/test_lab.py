@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
+from matplotlib.text import Text
 
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.lab import trials
-from megatron_gmpo.lab.results import POINTS, Measure, curve
+from megatron_gmpo.lab.figures import Panel, draw
+from megatron_gmpo.lab.results import POINTS, Curve, Measure, curve
 from megatron_gmpo.lab.statistics import estimate, paired_difference, t_quantile
 from megatron_gmpo.lab.study import Study, load_study
 from megatron_gmpo.lab.trials import Record, check_folders, unfinished
+from megatron_gmpo.metrics.plots import verbatim
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "examples/moe/stability").glob("*.toml"))
@@ -143,6 +146,33 @@ def test_a_wrong_study_is_refused(changes: dict[str, object], line: str, tmp_pat
         study(tmp_path, **changes)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a b", "$HOME", "[red]", "..", ".hidden", "a;b", "a\nb", "a'b"])
+def test_a_study_whose_name_cannot_be_a_folder_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.toml"
+    path.write_text(tomli_w.dumps(FILE))
+    with pytest.raises(
+        InputError, match=r"becomes a folder's name: use only letters, digits and _ \. \+ = -"
+    ):
+        load_study(path)
+
+
+def test_names_that_leave_the_folder_are_refused(tmp_path: Path) -> None:
+    for arm in ("..", ".", ".x"):
+        with pytest.raises(InputError, match="becomes part of a folder's name"):
+            study(tmp_path, arms={"grpo": {}, arm: {}})
+
+
+def test_dollars_and_brackets_in_a_label_are_drawn(tmp_path: Path) -> None:
+    """matplotlib reads text between two dollars as mathematics, and fails on ``\\frac``."""
+    labels = {"a": r"$5 and \frac $", "b": "$x_1$ [red] <b>", "c": "100 % $"}
+    curves = {"reward/mean": {arm: Curve(*np.ones((4, 3))) for arm in labels}}
+    panel = Panel("Reward", {"reward/mean": ""})
+    draw(panel, curves, labels, tmp_path / "a.png")
+    draw(panel, curves, {arm: label.replace("$", "S") for arm, label in labels.items()}, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    assert Text(text=verbatim(labels["b"]))._preprocess_math(verbatim(labels["b"])) == (labels["b"], False)
 
 
 def test_unknown_arms_and_seeds_are_refused(tmp_path: Path) -> None:

@@ -99,6 +99,23 @@ def test_a_crash(run_dir: Path) -> None:
     assert watch.read(run_dir).finished
 
 
+def test_text_of_others_cannot_control_the_terminal(run_dir: Path) -> None:
+    """ESC ] 0 ; x BEL sets a terminal's title, ESC [ 2 J clears it, U+202E reverses the rest of the line."""
+    evil = "\x1b]0;x\x07\x1b[2J\x9b2J\r\u202e[red]x"
+    (run_dir / "outcome.json").write_text(json.dumps({"code": evil, "reason": evil}))
+    beat = {"rank": evil, "node": evil, "step": evil, "phase": evil, "since": NOW, "time": NOW}
+    (run_dir / "heartbeats" / "rank_00000.json").write_text(json.dumps(beat | {"rank": 0}))
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": NOW, "event": evil, evil: evil}) + "\n")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, f"eval/{evil}/pass@1": 0.5}) + "\n")
+    (run_dir / "errors").mkdir()
+    (run_dir / "errors" / "rank_00001.txt").write_text(f"Traceback\nValueError: {evil}\n")
+    text = shown(run_dir)
+    assert not [c for c in text if not c.isprintable() and c != "\n"]
+    assert text.count("\\x1b]0;x") >= 5
+
+
 def test_a_job_to_be_started_again_is_not_finished(run_dir: Path) -> None:
     (run_dir / "outcome.json").write_text(json.dumps({"code": 85, "reason": "time limit"}))
     assert "exit 85: time limit" in shown(run_dir)

@@ -86,7 +86,7 @@ def _remove_files_of_killed_servers() -> None:
         # OSError: another user's folder, or in use, or another start removes it
         with suppress(OSError), lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_uid == os.getuid():
+            if lock.parent.lstat().st_uid == os.getuid():
                 _remove_files(lock.parent)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import torch
 
@@ -54,8 +55,10 @@ def make_weight_sync(
         )
     match cfg.route:
         case "disk":
-            base = Path(cfg.folder, *run_dir.absolute().parts[1:]) if cfg.folder else run_dir
-            return DiskSync(cfg, base / "weight_sync", quantized)
+            # one level, so that runs of several users can share cfg.folder
+            name = quote(str(run_dir.absolute())[1:], safe="")
+            folder = Path(cfg.folder, name) if cfg.folder else run_dir / "weight_sync"
+            return DiskSync(cfg, folder, quantized)
         case "distributed":
             return BroadcastSync(cfg, device, quantized)
         case "tensor":

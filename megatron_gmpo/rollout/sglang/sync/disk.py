@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +41,12 @@ class DiskSync(WeightSync):
 
     def _begin(self, session: Session, version: str) -> None:
         with self._writing():
+            self._make_private()
             # remove folders left by an interrupted sync or a killed run
             for leftover in set(self._folder.glob("*")) - {self._current}:
                 shutil.rmtree(leftover, ignore_errors=True)
             self._draft, self._files = self._folder / f"{version}.incomplete", 0
-            self._draft.mkdir(parents=True)
+            self._draft.mkdir()
 
     def _send(self, session: Session, payload: Bucket, fields: dict[str, Any], last: bool) -> None:
         with self._writing():
@@ -65,6 +68,22 @@ class DiskSync(WeightSync):
         previous, self._current = self._current, self._folder / version
         if previous != self._current:
             shutil.rmtree(previous, ignore_errors=True)
+
+    def _make_private(self) -> None:
+        """Make the folder for this user alone: servers load whatever is in it.
+
+        Raises:
+            InputError: another user has made it, or it is a link.
+        """
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        found = self._folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise InputError(
+                f"weight_sync.folder: {str(self._folder)!r} is a link or belongs to another user: "
+                "choose another folder"
+            )
+        self._folder.chmod(0o700)  # an older version made it with the umask
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
