@@ -602,6 +602,21 @@ def test_samples_of_deterministic_servers_differ_and_are_drawn_again_after_a_res
     assert at(engine(), 6) == steps[1]
 
 
+def test_a_server_that_shortens_responses_is_an_error(
+    engine: Callable[[], SGLangEngine], fakes: list[FakeServer]
+) -> None:
+    """A real server returns 2036 tokens for prompt 10 and limit 2037 if its context_length is 2048."""
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        return answer_of(body, fakes[0].weight_version, count=3)
+
+    fakes[0].generate = generate
+    one = engine()
+    one.update_weights([], 0)
+    with pytest.raises(InputError, match=r"end responses after 3 of 4 tokens: raise context_length or "):
+        one.generate([Prompt("p", "", input_ids=PROMPT)], SamplingParams(max_new_tokens=4))
+
+
 def test_routed_experts_are_decoded(client: Callable[..., RolloutClient], fakes: list[FakeServer]) -> None:
     """The model has two layers with top 2. A record that does not fit the tokens causes a retry."""
     served = client(experts=True)

@@ -204,6 +204,12 @@ class SGLangEngine:
             self._client.synced(servers, report.failed)
 
     def _sample_of(self, prompt: list[int], response: Response, sampling: SamplingParams) -> Sample:
+        if response.finish_reason == "length" and len(response.tokens) < sampling.max_new_tokens:
+            # SGLang lowers the limit without a word (scheduler.py)
+            raise InputError(
+                f"the SGLang servers end responses after {len(response.tokens)} of {sampling.max_new_tokens} "
+                f"tokens: raise context_length or max_total_tokens in [sglang.args], or lower max_new_tokens"
+            )
         return Sample.from_response(
             prompt,
             response.tokens,

@@ -7,10 +7,10 @@ table nor the log shows them. stdin is a pipe from the trainer, which the kernel
 for any reason. Then this process kills the server's whole process group, even if the server is stopped
 (SIGSTOP), and removes the server's files.
 
-SGLang leaves a file and a semaphore in /dev/shm and five sockets in the folder for temporary files, even
-after SIGTERM. So each server gets a folder of its own there, whose name is part of the names in /dev/shm. The
-server and this process hold a lock in the folder. If both were killed, the next start finds the lock free and
-removes the files.
+SGLang leaves a file and a semaphore in /dev/shm and five sockets in the folder for temporary files (after
+SIGTERM, which takes it up to 17 s, all but the semaphore). So each server gets a folder of its own there. The
+folder's name is part of the names in /dev/shm. The server and this process hold a lock in the folder. If both
+were killed, the next start finds the lock free and removes the files.
 """
 
 from __future__ import annotations

@@ -212,11 +212,16 @@ class LocalServers:
         return self._log_dir / f"server_{index}.log"
 
     def _why(self, index: int) -> str:
-        """Return ``: ERROR (see LOG)`` with the last error in the log since the last start, if any."""
-        lines = self._log(index).read_text(errors="replace").rpartition(_HEADER)[2].splitlines()
-        errors = [line.strip() for line in lines if _ERROR_LINE.match(line.strip())]
+        """Return ``: LINE (see LOG)`` with the last error in the log since the last start, if any.
+
+        Without an error, the line of a server that is alive is the last one, which shows how far it got.
+        """
+        lines = self._log(index).read_text(errors="replace").rpartition(_HEADER)[2].splitlines()[1:]
+        lines = [line.strip() for line in lines if line.strip()]
+        errors = [line for line in lines if _ERROR_LINE.match(line)]
         causes = [line for line in errors if not _CONSEQUENCE.match(line)] or errors
-        return f": {causes[-1]} (see {self._log(index)})" if causes else f" (see {self._log(index)})"
+        quoted = causes[-1:] or (lines[-1:] if self.is_alive(index) else [])
+        return f"{''.join(f': {line}' for line in quoted)} (see {self._log(index)})"
 
 
 def _device_options(device: torch.device, first_gpu: int) -> dict[str, Any]:
