@@ -10,7 +10,17 @@ from .gmpo import gmpo
 from .ppo_family import cispo, dapo, dr_grpo, grpo, gspo
 from .registry import DefaultClip, Loss, NewColumn
 from .rspo import rspo
-from .tokens import LossOutput, LossTokens, clip_events, clip_one_sided, extremes, k3, means
+from .tokens import (
+    LossOutput,
+    LossTokens,
+    clip_events,
+    clip_one_sided,
+    exp,
+    extremes,
+    k3,
+    log_interval,
+    means,
+)
 
 __all__ = [
     "Column",
@@ -25,11 +35,13 @@ __all__ = [
     "clip_one_sided",
     "dapo",
     "dr_grpo",
+    "exp",
     "extremes",
     "gmpo",
     "grpo",
     "gspo",
     "k3",
+    "log_interval",
     "means",
     "rspo",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..batch.columns import TrainBatch
 from ..config import AlgorithmConfig
 from ..metrics.figures import Metric
-from .tokens import k3
+from .tokens import K3_BOUND, k3
 
 FAR = 0.1
 """Difference of log probabilities above which a token counts as far off.
@@ -27,18 +27,22 @@ def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
         ``rollout/logprob_diff_mean`` and ``rollout/logprob_diff_max``: absolute differences;
         ``rollout/logprob_diff_far``: share of tokens whose difference exceeds FAR;
         ``rollout/k3_kl``: k3 estimate of KL(rollout || policy);
+        ``rollout/k3_kl_bounded``: share of tokens whose log ratio exceeds the bound of ``k3``;
         ``rollout/effective_sample_size``: effective sample size of the tokens' ratios old / rollout, as a
         share of their number.
     """
     log_ratio = _log_ratio(batch)[batch.response_mask]
     difference = log_ratio.abs()
     count = log_ratio.numel()
+    largest = log_ratio.max() if count else 0.0
     return {
         "rollout/logprob_diff_mean": Metric(float(difference.sum()), count),
         "rollout/logprob_diff_max": Metric(float(difference.max()) if count else 0.0, op="max"),
         "rollout/logprob_diff_far": Metric(float((difference > FAR).sum()), count),
         "rollout/k3_kl": Metric(float(k3(log_ratio).sum()), count),
-        "rollout/effective_sample_size": _effective_sample_size(log_ratio.double().exp()),
+        "rollout/k3_kl_bounded": Metric(float((log_ratio > K3_BOUND).sum()), count),
+        # the effective sample size does not depend on the scale of the weights; this scale cannot overflow
+        "rollout/effective_sample_size": _effective_sample_size((log_ratio - largest).double().exp()),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .tokens import LossOutput, LossTokens, clip_events, clip_one_sided, extremes, means
+from .tokens import LossOutput, LossTokens, clip_events, clip_one_sided, exp, extremes, means
 
 
 def gmpo(
@@ -110,9 +110,5 @@ def geometric_mean(
     ratio = torch.exp(exponent.detach())  # (S,)
     metrics |= extremes("ratio", ratio, nonempty) | extremes("sequence_ratio", ratio, nonempty)
     metrics |= extremes("token_ratio", torch.exp(log_ratio.detach()), tokens.policy_mask)
-    weighs = tokens.kept_sequences(sums) & (tokens.advantages != 0)
-    if tokens.sequence_weights is not None:
-        weighs &= tokens.sequence_weights != 0
-    # Without 1/n_i the ratio may overflow, and 0 * inf is nan.
-    objective = tokens.advantages * torch.exp(exponent.where(weighs, 0)).where(weighs, 0)
-    return tokens.output(objective, sums, metrics)
+    objective = tokens.advantages * exp(exponent)
+    return tokens.output(objective.where(tokens.advantages != 0, 0), sums, metrics)  # 0 * inf is nan

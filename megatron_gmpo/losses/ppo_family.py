@@ -1,6 +1,7 @@
 """GRPO, Dr. GRPO, DAPO, GSPO and CISPO, the policy losses with which GMPO is compared.
 
-Their clip intervals are in ratio space: a ratio is clipped to ``[1 - clip_low, 1 + clip_high]``.
+Their clips bound a ratio to ``[1 - clip_low, 1 + clip_high]``, computed in log space (``log_interval``).
+Where the advantage is 0, a loss is exactly 0.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .tokens import LossOutput, LossTokens, clip_events, clip_one_sided, extremes, means
+from .tokens import (
+    LossOutput,
+    LossTokens,
+    clip_events,
+    clip_one_sided,
+    exp,
+    extremes,
+    log_interval,
+    means,
+)
 
 
 def grpo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
@@ -63,13 +73,14 @@ def gspo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput
     """
     sums = tokens.sum_per_sequence({"log_ratio": tokens.log_ratio})
     nonempty = sums["tokens"] > 0
-    ratio = torch.exp(sums["log_ratio"] / sums["tokens"].clamp(min=1))  # (S,)
-    interval = 1 - clip_low, 1 + clip_high
-    clipped = clip_one_sided(ratio, tokens.advantages, *interval)
-    metrics = means(clip_events(ratio, tokens.advantages, *interval), nonempty.sum())
-    metrics |= extremes("ratio", ratio, nonempty) | extremes("sequence_ratio", clipped, nonempty)
-    metrics |= extremes("token_ratio", torch.exp(tokens.log_ratio), tokens.policy_mask)
-    return tokens.output(tokens.advantages * clipped, sums, metrics)
+    log_ratio = sums["log_ratio"] / sums["tokens"].clamp(min=1)  # (S,)
+    interval = log_interval(clip_low, clip_high)
+    clipped = exp(clip_one_sided(log_ratio, tokens.advantages, *interval))
+    metrics = means(clip_events(log_ratio, tokens.advantages, *interval), nonempty.sum())
+    metrics |= extremes("ratio", log_ratio.exp(), nonempty) | extremes("sequence_ratio", clipped, nonempty)
+    metrics |= extremes("token_ratio", tokens.log_ratio.exp(), tokens.policy_mask)
+    objective = tokens.advantages * clipped
+    return tokens.output(objective.where(tokens.advantages != 0, 0), sums, metrics)  # 0 * inf is nan
 
 
 def cispo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutput:
@@ -88,10 +99,10 @@ def cispo(tokens: LossTokens, *, clip_low: float, clip_high: float) -> LossOutpu
 
 
 def _ppo(tokens: LossTokens, clip_low: float, clip_high: float, divisor: float | None) -> LossOutput:
-    ratio = torch.exp(tokens.log_ratio)  # (T,)
-    interval = 1 - clip_low, 1 + clip_high
-    clipped = clip_one_sided(ratio, tokens.token_advantages, *interval)
-    events = clip_events(ratio, tokens.token_advantages, *interval)
+    interval = log_interval(clip_low, clip_high)
+    clipped = exp(clip_one_sided(tokens.log_ratio, tokens.token_advantages, *interval))  # (T,)
+    events = clip_events(tokens.log_ratio, tokens.token_advantages, *interval)
+    ratio = tokens.log_ratio.detach().exp()
     return _token_loss(tokens, tokens.token_advantages * clipped, ratio, clipped, events, divisor)
 
 
@@ -105,12 +116,15 @@ def _token_loss(
 ) -> LossOutput:
     """Return the loss of a (T,) objective, summed over each sequence and divided by ``divisor``.
 
-    A divisor of None means the sequence's number of tokens. ``clipped`` holds the clipped ratios and is used
-    for metrics only.
+    A divisor of None means the sequence's number of tokens. ``ratio`` and ``clipped`` hold the ratios before
+    and after the clip and are used for metrics only.
     """
-    objective = torch.where(tokens.policy_mask, objective, 0)
-    if tokens.token_weights is not None:
-        objective = objective * tokens.token_weights
+    weighs = tokens.policy_mask & (tokens.token_advantages != 0)
+    if tokens.token_weights is None:
+        objective = torch.where(weighs, objective, 0)  # 0 * inf is nan
+    else:
+        weights = tokens.token_weights
+        objective = torch.where(weighs & (weights != 0), objective, 0) * weights
     sums = tokens.sum_per_sequence({"objective": objective, "clipped": clipped.detach(), **events})
     length = sums["tokens"].clamp(min=1)
     per = length if divisor is None else divisor

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,9 @@ from torch import Tensor
 from ..distributed import sum_over_group
 from ..metrics.figures import Metric
 from ..metrics.histogram import histogram
+
+K3_BOUND = 20.0
+"""Largest log ratio whose ``k3`` is exact, the bound of verl (trainer/ppo/core_algos.py)."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,15 @@ class LossTokens:
             ``policy_mask``) and the sums that ``output`` needs.
         """
         shared = {"tokens": self.mask, "kept": self.policy_mask, "kl_old": k3(self.drift)}
+        bounded = self.drift > K3_BOUND
         if self.max_kl is not None:
             assert self.rollout_logprobs is not None
             shared["kl_rollout"] = self.rollout_logprobs - self.logprobs.detach()
         if self.ref_logprobs is not None:
-            shared["kl_ref"] = k3(self.ref_logprobs - self.logprobs)
+            log_ratio = self.ref_logprobs - self.logprobs
+            shared["kl_ref"] = k3(log_ratio)
+            bounded = bounded | (log_ratio.detach() > K3_BOUND)
+        shared["kl_bounded"] = bounded
         if self.entropy is not None:
             shared["entropy"] = self.entropy
         assert not columns.keys() & shared.keys(), f"names in use: {sorted(columns.keys() & shared.keys())}"
@@ -180,8 +189,9 @@ class LossTokens:
     ) -> LossOutput:
         """Return minus the sum of ``objective``, plus the penalties, with the metrics of every loss.
 
-        ``sequence_weights`` multiply the objective. Excluded sequences and tokens lose only their policy
-        term. Divisors and penalties include them, so the other terms keep their weight.
+        ``sequence_weights`` multiply the objective; a weight of 0 gives exactly 0, also where the objective
+        overflows. Excluded sequences and tokens lose only their policy term. Divisors and penalties include
+        them, so the other terms keep their weight.
 
         Args:
             objective: (S,) with gradient, the value to maximize; ignored for sequences that do not count.
@@ -192,9 +202,11 @@ class LossTokens:
                 passes the same divisor here.
         """
         kept = self.kept_sequences(sums)
-        objective = torch.where(kept, objective, 0)
-        if self.sequence_weights is not None:
-            objective = objective * self.sequence_weights
+        if self.sequence_weights is None:
+            objective = torch.where(kept, objective, 0)
+        else:
+            weights = self.sequence_weights
+            objective = torch.where(kept & (weights != 0), objective, 0) * weights
         loss = -objective.sum()
         divisor = sums["tokens"].clamp(min=1) if penalty_divisor is None else penalty_divisor
         if self.kl_coef != 0:
@@ -205,7 +217,8 @@ class LossTokens:
 
     def _shared_metrics(self, sums: Mapping[str, Tensor], kept: Tensor) -> dict[str, Metric]:
         count = sums["tokens"].sum()
-        metrics = means({name: sums[name] for name in ("kl_old", "kl_ref", "entropy") if name in sums}, count)
+        names = ("kl_old", "kl_ref", "kl_bounded", "entropy")
+        metrics = means({name: sums[name] for name in names if name in sums}, count)
         metrics |= extremes("log_ratio", self.drift, self.mask)
         metrics["policy/log_ratio"] = Metric(histogram(self.drift, self.mask), op="histogram")
         if self.kept is not None or self.max_kl is not None:
@@ -218,9 +231,43 @@ class LossTokens:
 def k3(log_ratio: Tensor) -> Tensor:
     """Return the k3 estimate ``exp(x) - x - 1`` of KL(q || p) from samples of q, with ``x = log p - log q``.
 
-    Source: Schulman, Approximating KL divergence.
+    Source: Schulman, Approximating KL divergence. Where x exceeds ``K3_BOUND``, the value is that of
+    ``K3_BOUND``, 4.9e8, and the gradient is 0; exp would overflow fp32 at 88.7. The metrics
+    ``policy/kl_bounded`` and ``rollout/k3_kl_bounded`` count such tokens.
     """
-    return torch.expm1(log_ratio) - log_ratio
+    x = log_ratio.clamp(max=K3_BOUND)
+    return torch.expm1(x) - x
+
+
+class _Exp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result = x.exp()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return torch.where(grads[0] == 0, 0, grads[0] * result)
+
+
+def exp(x: Tensor) -> Tensor:
+    """Return ``x.exp()``, whose gradient is exactly 0 where the incoming gradient is 0.
+
+    torch returns 0 * inf = nan there if the exponential overflows: for a token or sequence that a mask, an
+    advantage of 0 or a weight of 0 removes from the loss after the exponential.
+    """
+    return _Exp.apply(x)  # pyright: ignore[reportReturnType]
+
+
+def log_interval(clip_low: float, clip_high: float) -> tuple[float, float]:
+    """Return the bounds of a log ratio whose ratio is clipped to [1 - clip_low, 1 + clip_high].
+
+    Clip the log ratio instead of the ratio, which overflows fp32 where the log ratio exceeds 88.7: the
+    gradient of a clipped infinite ratio is 0 * inf = nan. The lower bound is -inf from ``clip_low`` = 1 on.
+    """
+    return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
 
 def clip_one_sided(x: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:

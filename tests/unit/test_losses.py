@@ -787,7 +787,13 @@ def test_a_coefficient_needs_its_column(attribute: str, needs: str):
 
 def test_sums_have_names_of_their_own():
     tokens = LossTokens(*[torch.ones(1)] * 2, torch.ones(1) > 0, torch.zeros(1).long(), torch.ones(1))
-    assert tokens.sum_per_sequence({"mine": torch.ones(1)}).keys() == {"mine", "tokens", "kept", "kl_old"}
+    assert tokens.sum_per_sequence({"mine": torch.ones(1)}).keys() == {
+        "mine",
+        "tokens",
+        "kept",
+        "kl_old",
+        "kl_bounded",
+    }
     with pytest.raises(AssertionError, match=r"names in use: \['tokens'\]"):
         tokens.sum_per_sequence({"tokens": torch.ones(1)})
 

@@ -242,6 +242,7 @@ def test_mismatch_is_over_response_tokens_only() -> None:
             "rollout/logprob_diff_max": 1.0,
             "rollout/logprob_diff_far": 2 / 3,
             "rollout/k3_kl": ((math.exp(0.5) - 1.5) + (math.exp(-1.0) - 0.0) + 0.0) / 3,
+            "rollout/k3_kl_bounded": 0.0,
             "rollout/effective_sample_size": (math.exp(0.5) + math.exp(-1) + 1) ** 2
             / (3 * (math.exp(1) + math.exp(-2) + 1)),
         }
