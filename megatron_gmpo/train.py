@@ -171,7 +171,7 @@ class Loop:
     def make_batch(self, groups: list[SampleGroup]) -> TrainBatch:
         """Return the step's batch with advantages, log probabilities, corrections and own columns."""
         cfg, policy, objective = self.cfg, self.state.policy, self.state.objective
-        advantages = group_advantages(groups, cfg.algorithm.advantage)
+        advantages = group_advantages(groups, objective.advantage)
         routing = self.run.description.routing if cfg.needs_rollout_routing else None
         batch = make_train_batch(groups, advantages, routing)
         with self.timer("logprobs"):

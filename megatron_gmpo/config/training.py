@@ -36,9 +36,11 @@ class AlgorithmConfig(Section):
     distance of the signal from its target, and at most by the gain."""
     options: dict[str, Any] = {}
     """Additional keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
-    advantage: str = "normalized"
+    advantage: str | None = None
     """Function from the rewards of a group to its advantages: ``normalized``, ``mean``, ``leave_one_out``, or
-    ``module:function``, your own function from a tensor (n,) to a tensor (n,) (docs/losses.md)."""
+    ``module:function``, your own function from a tensor (n,) to a tensor (n,) (docs/losses.md). None means
+    the loss's default, ``mean`` for dr_grpo and ``normalized`` for the other built-in losses; the run prints
+    it."""
     correction: Literal["none", "token", "sequence", "geometric"] = "none"
     """Importance weights that correct the difference between the policy's and the rollout engine's
     probabilities: per ``token``, per ``sequence`` (the product over its tokens), or ``geometric`` (the

@@ -35,7 +35,8 @@ class Objective:
         kl_coef: weight of the KL to the reference policy.
         entropy_coef: weight of the entropy bonus.
         max_response_tokens: token limit of a response.
-        description: one line for the user: the loss, its clips, and where they come from.
+        advantage: name of the function from rewards to advantages, see ``resolve_advantage``.
+        description: one line for the user: the loss, its clips and its advantage, and where they come from.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Objective:
     kl_coef: float
     entropy_coef: float
     max_response_tokens: int
+    advantage: str
     description: str
 
     def __call__(
@@ -108,7 +110,7 @@ class Objective:
 
 
 def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -> Objective:
-    """Return the objective of ``cfg``; clips that are not set take the loss's defaults.
+    """Return the objective of ``cfg``; clips and advantage that are not set take the loss's defaults.
 
     Raises:
         InputError: see ``resolve_loss``, ``check_options`` and ``resolve_advantage``; or the loss has no
@@ -116,7 +118,8 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
     """
     loss = resolve_loss(cfg.loss)
     check_options(cfg.loss, loss.function, cfg.options)
-    resolve_advantage(cfg.advantage)
+    advantage = cfg.advantage or loss.default_advantage
+    resolve_advantage(advantage)
     if cfg.correction == "token" and not loss.token_weights:
         raise InputError(
             f"algorithm.correction = 'token': {cfg.loss} weighs whole sequences; choose 'geometric'"
@@ -128,6 +131,7 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
         raise InputError(f"algorithm.{name} is not set, and {cfg.loss} has no default for it: set it")
     if None not in chosen.values():
         source = "from the config"
+    advantage_source = "from the config" if cfg.advantage else f"default of {cfg.loss}"
     return Objective(
         name=cfg.loss,
         loss=loss,
@@ -138,8 +142,10 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
         kl_coef=cfg.kl_coef,
         entropy_coef=cfg.entropy_coef,
         max_response_tokens=max_new_tokens,
+        advantage=advantage,
         description=(
-            f"{cfg.loss}, clip_low {clips['clip_low']:g}, clip_high {clips['clip_high']:g} ({source})"
+            f"{cfg.loss}, clip_low {clips['clip_low']:g}, clip_high {clips['clip_high']:g} ({source}), "
+            f"advantage {advantage} ({advantage_source})"
         ),
     )
 

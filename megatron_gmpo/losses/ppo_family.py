@@ -43,8 +43,8 @@ def dr_grpo(
     """Return the loss of Dr. GRPO (arXiv 2503.20783), a SUM over sequences.
 
     The loss of a sequence is PPO's clipped objective, summed over its tokens and divided by a constant. The
-    caller divides by the number of sequences of the optimizer step. The paper does not divide advantages by
-    the group's standard deviation (``algorithm.advantage = "mean"``).
+    caller divides by the number of sequences of the optimizer step. As in the paper, advantages are not
+    divided by the group's standard deviation: the registry sets ``default_advantage`` to ``mean``.
 
     Args:
         length_normalizer: the constant, in tokens. None means ``tokens.max_response_tokens``, as in the

@@ -15,6 +15,7 @@ from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.distributed import all_gather_objects, barrier, rank, sum_over_group, world_size
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.losses import LossOutput, LossTokens, dr_grpo
+from megatron_gmpo.losses.advantages import ADVANTAGES
 from megatron_gmpo.losses.correction import correct, importance_weights, kept_tokens, rollout_mismatch
 from megatron_gmpo.losses.objective import Objective, make_objective
 from megatron_gmpo.losses.registry import LOSSES, default_clips
@@ -134,10 +135,34 @@ def test_clips_of_the_config_come_first() -> None:
     batch = microbatch()
     objective = objective_of(clip_low=0.1, clip_high=0.0, is_moe=True)
     assert_same(ours(objective, batch), direct_call("gmpo", batch, clip_low=0.1, clip_high=0.0))
-    assert objective.description == "gmpo, clip_low 0.1, clip_high 0 (from the config)"
+    assert objective.description.startswith("gmpo, clip_low 0.1, clip_high 0 (from the config), advantage ")
     half = objective_of(clip_low=0.1, is_moe=True)
     assert_same(ours(half, batch), direct_call("gmpo", batch, clip_low=0.1, clip_high=0.2))
     assert "MoE" in half.description
+
+
+@pytest.mark.parametrize(
+    ("loss", "advantage"),
+    [
+        ("gmpo", "normalized"),  # arXiv 2507.20673, equation 2 and the official code
+        ("rspo", "normalized"),  # arXiv 2510.23027
+        ("grpo", "normalized"),  # arXiv 2402.03300, section 4.1.2
+        ("dr_grpo", "mean"),  # arXiv 2503.20783, section 3.2: without the division by std
+        ("dapo", "normalized"),  # arXiv 2503.14476, equation 9
+        ("gspo", "normalized"),  # arXiv 2507.18071, equation 3
+        ("cispo", "normalized"),  # arXiv 2506.13585, section 3.1
+    ],
+)
+def test_a_loss_brings_the_advantage_of_its_paper_unless_the_config_sets_one(
+    loss: str, advantage: str
+) -> None:
+    alone = objective_of(loss=loss, is_moe=loss == "rspo")
+    assert alone.advantage == advantage
+    assert alone.description.endswith(f", advantage {advantage} (default of {loss})")
+    for chosen in ADVANTAGES:
+        objective = objective_of(loss=loss, advantage=chosen, is_moe=loss == "rspo")
+        assert objective.advantage == chosen
+        assert objective.description.endswith(f", advantage {chosen} (from the config)")
 
 
 def test_options_reach_the_loss() -> None:
