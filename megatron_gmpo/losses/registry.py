@@ -72,20 +72,20 @@ class Loss:
         clip_space: quantity that the clips bound: a ``log_ratio`` to [-clip_low, clip_high], or a ``ratio``
             to [1 - clip_low, 1 + clip_high].
         default_clip: clips if the config sets none; None means the defaults of the function's parameters.
-        default_advantage: ``algorithm.advantage`` if the config sets none.
         needs: columns that the function reads besides the required attributes of ``LossTokens``: names in
             ``TRAINER_COLUMNS``, and ``NewColumn``s.
         token_weights: whether the function multiplies each token's term by ``tokens.token_weights``.
             ``algorithm.correction = "token"`` requires it.
+        default_advantage: ``algorithm.advantage`` if the config sets none.
     """
 
     function: Callable[..., LossOutput]
     divisor: Divisor = "sequences"
     clip_space: ClipSpace = "ratio"
     default_clip: DefaultClip | None = None
-    default_advantage: str = "normalized"
     needs: tuple[str | NewColumn, ...] = ()
     token_weights: bool = False
+    default_advantage: str = "normalized"
 
 
 _MOE_CLIP = DefaultClip(
@@ -106,8 +106,8 @@ LOSSES: dict[str, Loss] = {
     "dr_grpo": Loss(
         dr_grpo,
         default_clip=DefaultClip(0.2, 0.2, "usual for PPO"),
-        default_advantage="mean",  # the paper removes the division by the standard deviation
         token_weights=True,
+        default_advantage="mean",  # the paper removes the division by the standard deviation
     ),
     "dapo": Loss(
         dapo, divisor="tokens", default_clip=DefaultClip(0.2, 0.28, "DAPO paper"), token_weights=True

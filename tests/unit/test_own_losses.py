@@ -123,7 +123,10 @@ def test_a_plain_function_takes_the_defaults_of_an_entry_and_of_its_signature() 
     objective = objective_of("own:plain")
     assert objective.loss == Loss(objective.loss.function)
     assert (objective.loss.divisor, objective.loss.clip_space) == ("sequences", "ratio")
-    assert objective.description == "own:plain, clip_low 0.1, clip_high 0.3 (default of own:plain)"
+    assert objective.description == (
+        "own:plain, clip_low 0.1, clip_high 0.3 (default of own:plain), "
+        "advantage normalized (default of own:plain)"
+    )
     assert needed_columns(AlgorithmConfig(loss="own:plain")) == frozenset()
     assert objective.count(torch.tensor([3, 0, 2])) == 2
 
