@@ -173,7 +173,7 @@ class Loop:
         cfg, policy, objective = self.cfg, self.state.policy, self.state.objective
         advantages = group_advantages(groups, objective.advantage)
         routing = self.run.description.routing if cfg.needs_rollout_routing else None
-        batch = make_train_batch(groups, advantages, routing)
+        batch = make_train_batch(groups, advantages, routing, mask_truncated=cfg.algorithm.mask_truncated)
         with self.timer("logprobs"):
             self.logger.add(policy.set_old_logprobs(batch))
             self.logger.add(correct(batch, cfg.algorithm))

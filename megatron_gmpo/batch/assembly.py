@@ -14,7 +14,11 @@ from .samples import Sample, SampleGroup
 
 
 def make_train_batch(
-    groups: list[SampleGroup], advantages: Tensor, routing: RoutingShape | None = None
+    groups: list[SampleGroup],
+    advantages: Tensor,
+    routing: RoutingShape | None = None,
+    *,
+    mask_truncated: bool = False,
 ) -> TrainBatch:
     """Concatenate the samples of all groups.
 
@@ -22,6 +26,8 @@ def make_train_batch(
         groups: groups in order; every sample starts with at least one prompt token.
         advantages: (S,), one per sample, group by group.
         routing: the shape that recorded experts must have; None omits them.
+        mask_truncated: give samples that reached the token limit an empty response mask. Like every sequence
+            without response tokens, they then contribute exactly 0 and count in no divisor.
 
     Raises:
         InputError: see ``stack_routed_experts``.
@@ -34,6 +40,9 @@ def make_train_batch(
         return torch.from_numpy(np.concatenate(columns))
 
     mask = joined([sample.response_mask for sample in samples])
+    if mask_truncated:
+        truncated = np.array([sample.finish_reason == "length" for sample in samples])
+        mask &= torch.from_numpy(truncated.repeat([len(sample.tokens) for sample in samples])).logical_not()
     return TrainBatch(
         tokens=joined([sample.tokens for sample in samples]).long(),
         lengths=torch.tensor([len(sample.tokens) for sample in samples]),

@@ -96,20 +96,29 @@ class RolloutConfig(Section):
     batch_size: Positive = 64
     """Number of responses that the embedded engine decodes together on a rank."""
     dynamic_sampling: Literal["off", "drop", "resample"] = "off"
-    """Treatment of groups without reward variance (DAPO): ``off`` keeps them, ``drop`` drops them, and
-    ``resample`` replaces them with groups of new prompts."""
+    """Treatment of groups whose rewards, without the overlong penalty, are all equal (DAPO): ``off`` keeps
+    them, ``drop`` drops them, and ``resample`` replaces them with groups of new prompts."""
     max_resample_rounds: Positive = 4
     """Maximum number of draws after the first one for ``resample``. After them the step continues with the
     groups it has."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
     """Number of tokens before max_new_tokens over which the reward falls linearly by overlong_penalty (DAPO's
-    soft overlong punishment). 0 disables it."""
+    soft overlong punishment), at most max_new_tokens. 0 disables it."""
     overlong_penalty: NonNegative = 1.0
     """Penalty of a response with max_new_tokens tokens; used if overlong_buffer is set."""
     save_path: str = ""
     """Folder to which the groups of every step are written; empty disables it."""
     replay_path: str = ""
     """Folder that an earlier run wrote with ``save_path``; train on its groups instead of generating."""
+
+    @model_validator(mode="after")
+    def _overlong_buffer_within_the_response(self) -> RolloutConfig:
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer = {self.overlong_buffer} is above max_new_tokens = {self.max_new_tokens}: "
+                "choose a smaller one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fields_fit_the_engine(self) -> RolloutConfig:

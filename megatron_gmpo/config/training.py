@@ -58,6 +58,9 @@ class AlgorithmConfig(Section):
     """Upper bound of the ratio. None means 5 for ``icepop`` and 1.01 for ``geometric``."""
     mask_kl: NonNegative = 0.1
     """Bound of ``off_policy``, in nats per token. DeepSeek-V3.2 publishes no value."""
+    mask_truncated: bool = False
+    """Leave samples that reached the token limit out of the loss and of its divisors (DAPO's overlong
+    filtering). Their rewards still count in the advantages of their group."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
     """Replay of recorded experts (MoE). With ``policy``, training passes route every token to the experts
     that the old-logprob pass chose. With ``rollout``, old-logprob and training passes route every token to

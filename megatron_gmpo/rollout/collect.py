@@ -75,10 +75,10 @@ class Collector:
         """Generate and score ``cfg.prompts_per_step`` groups. Collective; all ranks get equal results.
 
         A sample's reward is the reward function's value plus ``overlong_penalty``. Dynamic sampling (DAPO,
-        arXiv 2503.14476, section 3.2) filters groups by this reward: a group whose rewards are all equal has
-        zero advantages and no gradient. ``drop`` leaves such groups out. ``resample`` also draws new prompts
-        to replace them, at most ``max_resample_rounds`` times. If the rewards of every group are equal, the
-        first draw is kept, and the step has a zero gradient.
+        arXiv 2503.14476, equation 11) filters groups by the reward function's value alone: a group in which
+        all responses are equally good would be trained on its lengths only. ``drop`` leaves such groups out.
+        ``resample`` also draws new prompts to replace them, at most ``max_resample_rounds`` times. If no
+        group is left, the first draw is kept without its penalties, and the step has a zero gradient.
 
         Args:
             steps_left: remaining steps, including this one; limits the generation ahead.
@@ -97,11 +97,11 @@ class Collector:
                     self._prompts.next(cfg.prompts_per_step - len(kept)), self._sampling
                 )
             timeouts += score(groups, self._reward)
+            kept += [g for g in groups if cfg.dynamic_sampling == "off" or len(set(g.rewards)) > 1]
             for sample in (s for g in groups for s in g.samples):
                 raw_rewards.append(sample.reward)
                 sample.reward += overlong_penalty(sample.response_length, cfg)
             drawn += groups
-            kept += [g for g in groups if cfg.dynamic_sampling == "off" or len(set(g.rewards)) > 1]
             used += 1
 
         chosen = kept or drawn[: cfg.prompts_per_step]
@@ -114,6 +114,9 @@ class Collector:
             metrics["reward/raw_mean"] = Metric(fsum(raw_rewards), len(raw_rewards))
         if cfg.max_staleness:
             metrics |= self._staleness(drawn) | {"rollout/stale_groups": Metric(stale)}
+        if not kept:
+            for sample, raw in zip((s for g in drawn for s in g.samples), raw_rewards, strict=True):
+                sample.reward = raw
         return Collected(chosen, metrics)
 
     def _generated_ahead(self, steps_left: int) -> tuple[list[SampleGroup], int]:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import Microbatch, TrainBatch
+from megatron_gmpo.batch.packing import pack
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.distributed import all_gather_objects, barrier, rank, sum_over_group, world_size
 from megatron_gmpo.errors import InputError
@@ -356,6 +359,54 @@ def test_importance_weights_are_the_formulas_in_float64() -> None:
     assert_close(batch.sequence_weights, torch.tensor(expected["geometric"]))
     correct(batch, AlgorithmConfig(correction="token", correction_cap=cap))
     assert_close(batch.split(3)[2].token_weights, torch.tensor(expected["token"][5:]))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("truncated", [(1,), (0, 3), (0, 1, 2, 3)], ids=str)
+def test_truncated_samples_leave_the_step_as_if_they_were_not_in_it(loss: str, truncated: tuple) -> None:
+    generator = torch.Generator().manual_seed(2)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -2.0])
+    samples = [
+        Sample.from_response(
+            [7, 7],
+            [5] * n,
+            (-torch.rand(n, generator=generator)).tolist(),
+            text="",
+            finish_reason="length" if i in truncated else "stop",
+            policy_version=0,
+        )
+        for i, n in enumerate([3, 4, 1, 2])
+    ]
+
+    def step(kept: list[int], *, mask_truncated: bool) -> tuple[float, Tensor]:
+        """Return the loss of the step and the gradient of the log probabilities of samples not truncated."""
+        group = SampleGroup(Prompt("p", ""), [samples[i] for i in kept])
+        batch = make_train_batch([group], advantages[kept], mask_truncated=mask_truncated)
+        batch.old_logprobs = 2 * batch.rollout_logprobs
+        batch.ref_logprobs = 3 * batch.rollout_logprobs
+        packed = pack(batch, list(range(len(kept))))
+        objective = objective_of(loss=loss, kl_coef=0.1, entropy_coef=0.2, is_moe=loss == "rspo")
+        logprobs = (1.5 * packed.rollout_logprobs - 0.1).requires_grad_()
+        entropy = torch.ones_like(logprobs, requires_grad=True)
+        packed.router_shift = torch.full_like(logprobs, 0.9)
+        value = objective(logprobs, entropy, packed, None).loss / max(
+            1, objective.count(batch.response_lengths)
+        )
+        value.backward()
+        owners = torch.tensor(kept)[packed.sequence_ids]
+        here = packed.mask & ~torch.isin(owners, torch.tensor(truncated))
+        assert (logprobs.grad[~here] == 0).all()
+        assert (entropy.grad[~here] == 0).all()
+        return value.item(), logprobs.grad[here]
+
+    found, gradient = step([0, 1, 2, 3], mask_truncated=True)
+    if others := [i for i in range(4) if i not in truncated]:
+        expected, expected_gradient = step(others, mask_truncated=False)
+        assert expected != 0
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert_close(gradient, expected_gradient)
+    else:
+        assert (found, len(gradient)) == (0.0, 0)
 
 
 def test_token_weights_multiply_each_tokens_term() -> None:

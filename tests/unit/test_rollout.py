@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -606,19 +608,60 @@ def test_overlong_penalty_falls_linearly_over_the_buffer() -> None:
     assert overlong_penalty(10, RolloutConfig(max_new_tokens=10)) == 0
 
 
-def test_penalised_lengths_count_as_variance_and_the_raw_mean_is_kept() -> None:
-    engine = ScriptedEngine({"p": ["bbb", "bbbb", "bbbbbb"], "q": ["b", "bb", "a"]})
-    prompts = PromptStream([Prompt(name, answer="a") for name in "pq"], seed=0, shuffle=False)
+def penalized(script: dict[str, list[str]], mode: str) -> Collected:
+    """Collect groups of three; responses of four and five tokens are penalized by 0.25 and 0.5."""
+    engine = ScriptedEngine(script)
+    prompts = PromptStream([Prompt(name, answer="a") for name in script], seed=0, shuffle=False)
     cfg = RolloutConfig(
-        prompts_per_step=2,
+        prompts_per_step=len(script),
         samples_per_prompt=3,
         max_new_tokens=5,
         overlong_buffer=2,
         overlong_penalty=0.5,
-        dynamic_sampling="drop",
+        dynamic_sampling=mode,
     )
-    result = Collector(engine, prompts, arithmetic_reward, cfg).collect()
-    assert [g.rewards for g in result.groups] == [[0.0, -0.25, -0.5], [0.0, 0.0, 1.0]]
+    return Collector(engine, prompts, arithmetic_reward, cfg).collect()
+
+
+@pytest.mark.parametrize("mode", ["off", "drop", "resample"])
+def test_the_filter_judges_the_reward_before_the_penalty(mode: str) -> None:
+    """DAPO's equation 11: a group stays if some of its responses, but not all, are right."""
+    wrong, mixed = ["bbb", "bbbb", "bbbbbb"], ["b", "bb", "a"]
+    result = penalized({"wrong": wrong, "mixed": mixed}, mode)
+    assert names(result.groups[:1]) == (["wrong"] if mode == "off" else ["mixed"])
+    rewards = {g.prompt.id: g.rewards for g in result.groups}
+    assert rewards["mixed"] == [0.0, 0.0, 1.0]
+    assert mode != "off" or rewards["wrong"] == [0.0, -0.25, -0.5]
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    groups=st.lists(
+        st.lists(st.sampled_from(["a", "b", "bbb", "bbbb", "bbbbb"]), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_a_filtered_step_never_trains_on_length_alone(groups: list[list[str]]) -> None:
+    script = {str(number): texts for number, texts in enumerate(groups)}
+    result = penalized(script, "drop")
+    both = [name for name, texts in script.items() if 0 < texts.count("a") < 3]
+    assert names(result.groups) == (both or list(script))
+    if not both:  # kept without their penalties: the advantages are 0
+        assert all(len(set(group.rewards)) == 1 for group in result.groups)
+
+
+@pytest.mark.parametrize(("buffer", "fits"), [(0, True), (9, True), (10, True), (11, False), (2**40, False)])
+def test_the_buffer_is_not_longer_than_a_response(buffer: int, fits: bool) -> None:
+    if fits:
+        RolloutConfig(max_new_tokens=10, overlong_buffer=buffer)
+        return
+    with pytest.raises(ValueError, match=f"overlong_buffer = {buffer} is above max_new_tokens = 10: choose"):
+        RolloutConfig(max_new_tokens=10, overlong_buffer=buffer)
+
+
+def test_the_raw_mean_is_kept() -> None:
+    result = penalized({"p": ["bbb", "bbbb", "bbbbbb"], "q": ["b", "bb", "a"]}, "drop")
     found = values(result)
     assert found["reward/raw_mean"] == pytest.approx(1 / 6)
     assert found["reward/mean"] == pytest.approx((1 - 0.75) / 6)
