@@ -66,7 +66,7 @@ def entropy_weighted(tokens, *, clip_low, clip_high):
 PLACE = NewColumn("place", Column(torch.float32, "predicted"), place_in_sequence)
 SCALE = NewColumn("scale", Column(torch.float32, "sequence"), lambda batch: batch.lengths.float())
 CLIP = DefaultClip(0.5, 0.6, "mine", moe=DefaultClip(0.1, 0.2, "experts"))
-LATE = Loss(late, "tokens", "log_ratio", CLIP, (PLACE, SCALE))
+LATE = Loss(late, "tokens", "log_ratio", CLIP, (PLACE, SCALE), default_advantage="leave_one_out")
 ENTROPY = Loss(entropy_weighted, needs=("entropy", "ref_logprobs"), default_clip=CLIP)
 
 number = 3
@@ -142,7 +142,9 @@ def test_an_entry_says_the_rest() -> None:
     objective = objective_of("own:LATE")
     assert (objective.clip_low, objective.clip_high, objective.loss.clip_space) == (0.5, 0.6, "log_ratio")
     cfg = AlgorithmConfig(loss="own:LATE")
-    assert make_objective(cfg, is_moe=True, max_new_tokens=8).description.endswith("0.2 (experts)")
+    assert make_objective(cfg, is_moe=True, max_new_tokens=8).description.endswith(
+        "0.2 (experts), advantage leave_one_out (default of own:LATE)"
+    )
     assert objective.count(torch.tensor([3, 0, 2])) == 5
 
 
