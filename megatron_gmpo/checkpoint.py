@@ -7,7 +7,7 @@ A run's checkpoint folder has Megatron-LM's names::
     iter_0000010/
       common.pt, metadata.json, .metadata, *.distcp    tensors: weights under GPTModel's keys, optimizer state
                                                        under "optimizer.*" (no common.pt from Megatron 0.19)
-      state.json                                       step, prompt cursor, schedule, config, model identity
+      state.json                                       step, prompt cursor, updates, config, model identity
       random/rank_00000.safetensors                    random-number states of one rank
 
 A checkpoint is written to ``.partial_iter_0000010``, flushed, and renamed. The text file is updated last. A

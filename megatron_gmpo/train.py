@@ -185,6 +185,7 @@ class Loop:
     def learn(self, batch: TrainBatch) -> dict[str, Metric]:
         """Make one optimizer step per minibatch and return the metrics of all minibatches."""
         updates: list[dict[str, Metric]] = []
+        self.state.policy.begin_step(self.state.step)
         with self.timer("train"):
             for minibatch in batch.split(self.cfg.train.minibatches_per_step):
                 self.minibatch = minibatch

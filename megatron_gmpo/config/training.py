@@ -95,7 +95,8 @@ class OptimizerConfig(Section):
     min_lr: NonNegative = 0.0
     """Learning rate at the end of the decay."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay from ``lr`` to ``min_lr`` over the run's optimizer steps, after the warmup."""
+    """Decay from ``lr`` to ``min_lr`` over ``train.num_steps`` times ``train.minibatches_per_step`` optimizer
+    steps, after the warmup."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Number of optimizer steps of the linear warmup from 0 to ``lr``."""
     weight_decay: NonNegative = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +39,7 @@ class AdaptiveClip:
     every step and widen them at its end.
 
     Args:
+        loss: name of the loss that the clips belong to.
         clip_low, clip_high: initial values, within the bounds.
         signal: ``fraction`` or ``tail``, see ``AlgorithmConfig.clip_signal``.
         target: target of the signal.
@@ -48,6 +49,7 @@ class AdaptiveClip:
 
     def __init__(
         self,
+        loss: str,
         clip_low: float,
         clip_high: float,
         *,
@@ -57,7 +59,8 @@ class AdaptiveClip:
         bounds_high: tuple[float, float],
         gain: float,
     ) -> None:
-        self.clips = {"low": clip_low, "high": clip_high}
+        self._loss, self._start = loss, {"low": clip_low, "high": clip_high}
+        self.clips = dict(self._start)
         self._bounds = {"low": bounds_low, "high": bounds_high}
         self._signal, self._target, self._gain = signal, target, gain
 
@@ -99,16 +102,22 @@ class AdaptiveClip:
         """Return the objective with these clips."""
         return replace(objective, clip_low=self.clips["low"], clip_high=self.clips["high"])
 
-    def state_dict(self) -> dict[str, float]:
-        """Return the clips, as JSON values."""
-        return dict(self.clips)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the clips, their initial values and the loss, as JSON values."""
+        return {**self.clips, "loss": self._loss, "start": self._start}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the clips, clamped to the bounds."""
-        self.clips = {
-            side: min(max(float(state[side]), smallest), largest)
-            for side, (smallest, largest) in self._bounds.items()
-        }
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the clips, clamped to the bounds.
+
+        A clip starts again if the loss or the clip's initial value differs from that of ``state``, as the
+        config then asks for another clip. States of earlier versions lack both.
+        """
+        same_loss, start = state.get("loss", self._loss) == self._loss, state.get("start", self._start)
+        for side, (smallest, largest) in self._bounds.items():
+            goes_on = same_loss and start[side] == self._start[side]
+            self.clips[side] = (
+                min(max(float(state[side]), smallest), largest) if goes_on else self._start[side]
+            )
 
 
 def make_adaptive_clip(cfg: AlgorithmConfig, objective: Objective) -> AdaptiveClip | None:
@@ -142,6 +151,7 @@ def make_adaptive_clip(cfg: AlgorithmConfig, objective: Objective) -> AdaptiveCl
             )
         bounds[side] = smallest, largest
     return AdaptiveClip(
+        objective.name,
         objective.clip_low,
         objective.clip_high,
         signal=cfg.clip_signal,

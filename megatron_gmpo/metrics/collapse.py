@@ -133,11 +133,7 @@ class CollapseDetector:
     def __init__(self, cfg: CollapseConfig) -> None:
         self.rollbacks = 0
         self._cfg = cfg
-        self._signals: dict[str, _Signal] = {
-            "policy/entropy": _Entropy(),
-            "grad_norm": _GradNorm(),
-            "reward/mean": _Reward(),
-        }
+        self._signals = _new_signals()
 
     def update(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
         """Check the figures of a step and return the collapse that they complete, or None.
@@ -155,11 +151,21 @@ class CollapseDetector:
         """Return the state as JSON-serializable values."""
         return {
             "rollbacks": self.rollbacks,
+            "window": self._cfg.window,
             "signals": {name: dict(vars(signal)) for name, signal in self._signals.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state from ``state_dict``."""
+        """Restore a state from ``state_dict``.
+
+        Reference levels of another ``window`` are not comparable: detection then starts again.
+        """
         self.rollbacks = state["rollbacks"]
-        for name, signal in self._signals.items():
-            vars(signal).update(state["signals"][name])
+        self._signals = _new_signals()
+        if state.get("window", self._cfg.window) == self._cfg.window:  # earlier versions did not save it
+            for name, signal in self._signals.items():
+                vars(signal).update(state["signals"][name])
+
+
+def _new_signals() -> dict[str, _Signal]:
+    return {"policy/entropy": _Entropy(), "grad_norm": _GradNorm(), "reward/mean": _Reward()}

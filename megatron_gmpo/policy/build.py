@@ -134,9 +134,6 @@ def make_trainable(
         end_wd=cfg.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # a resumed run has the position in the schedule from the checkpoint and the schedule from its config
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
     )
     return TrainableModel(wrapped, optimizer, scheduler)
 

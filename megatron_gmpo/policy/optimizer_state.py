@@ -32,27 +32,29 @@ from ..weights.parameters import unwrapped
 from .build import TrainableModel
 
 
-def tensors_to_save(model: TrainableModel, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return the sharded state dict of weights (on their device) and optimizer (fp32, CPU). Collective."""
+def tensors_to_save(model: TrainableModel, groups: ProcessGroupCollection, updates: int) -> dict[str, Any]:
+    """Return the sharded state dict of weights (on their device) and optimizer (fp32, CPU). Collective.
+
+    Args:
+        updates: number of updates so far.
+    """
     tensors = _sharded_weights(model.chunks, groups)
     slots = list(optimizer_slots(model.optimizer))
     # before the first update, the line above has created the moments, without a count
-    _set_update_count(model.optimizer, model.scheduler.num_steps)
+    _set_update_count(model.optimizer, updates)
     by_parameter = _by_parameter(tensors)
     written = [is_main_replica(by_parameter[id(slot.parameter)].replica_id) for slot in slots]
     return {**tensors, "optimizer": _sharded_optimizer(slots, by_parameter, _full_state(slots, written))}
 
 
 def load_training_state(
-    checkpoint: Path, model: TrainableModel, groups: ProcessGroupCollection, scheduler: dict[str, Any]
+    checkpoint: Path, model: TrainableModel, groups: ProcessGroupCollection, updates: int
 ) -> None:
-    """Load weights, optimizer and schedule from a checkpoint of any layout (collective).
+    """Load weights and optimizer from a checkpoint of any layout (collective).
 
     Args:
-        scheduler: the state dict of the saved learning-rate schedule.
+        updates: number of updates that the checkpoint contains.
     """
-    model.scheduler.num_steps = 0  # load_state_dict adds to it
-    model.scheduler.load_state_dict(scheduler)
     slots = list(optimizer_slots(model.optimizer))
     buffers = [{name: torch.empty(slot.parameter.shape) for name in slot.names} for slot in slots]
     tensors = _sharded_weights(model.chunks, groups)
@@ -68,7 +70,7 @@ def load_training_state(
             part._copy_main_params_to_model_params()
         for chunk in model.chunks:
             chunk.start_param_sync()  # pyright: ignore[reportCallIssue]
-    _set_update_count(model.optimizer, model.scheduler.num_steps)
+    _set_update_count(model.optimizer, updates)
 
 
 def load_weights(checkpoint: Path, chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> None:

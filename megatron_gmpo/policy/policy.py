@@ -43,6 +43,9 @@ class Policy:
         device: device of the model.
         trainable: False builds no gradient buffers, optimizer and reference policy. Such a policy computes
             log probabilities, and loads and exports weights.
+
+    Attributes:
+        updates: number of optimizer steps that the weights contain, for Adam's bias correction.
     """
 
     def __init__(
@@ -65,8 +68,9 @@ class Policy:
         if trainable:
             if cfg.train.freeze_router:
                 freeze_routers(self.chunks)
-            updates = cfg.train.num_steps * cfg.train.minibatches_per_step
-            self.model = make_trainable(self.chunks, cfg.optimizer, updates, groups)
+            total = cfg.train.num_steps * cfg.train.minibatches_per_step
+            self.model = make_trainable(self.chunks, cfg.optimizer, total, groups)
+            self.updates = 0
             self.chunks = self.model.chunks
             self.reference = (
                 self._load(cfg.model.reference_path or cfg.model.path)
@@ -145,6 +149,15 @@ class Policy:
         with on_device(self.reference, self.device) if self.cfg.model.reference_offload else nullcontext():
             return self.schedule.logprobs(self.reference, batch)
 
+    def begin_step(self, step: int) -> None:
+        """Put the learning-rate schedule at the first optimizer step after ``step`` steps of the run.
+
+        The position follows from the run's step alone, so a resumed run has the learning rate that a run with
+        its settings has at this step, whatever ``minibatches_per_step`` and ``num_steps`` were before. A step
+        with fewer minibatches does not delay the schedule.
+        """
+        self.model.scheduler.num_steps = step * self.cfg.train.minibatches_per_step
+
     def train_step(self, minibatch: TrainBatch, objective: Objective) -> dict[str, Metric]:
         """Make one optimizer step on the minibatch, which must have ``old_logprobs``.
 
@@ -185,6 +198,7 @@ class Policy:
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
         _, grad_norm, _ = optimizer.step()
+        self.updates += 1
         self._weights_are_old = False
         metrics["grad_norm"] = Metric(float(grad_norm))
         metrics["learning_rate"] = Metric(optimizer.param_groups[0]["lr"])
@@ -206,19 +220,21 @@ class Policy:
     def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
         """Write the checkpoint of ``step`` and keep the newest ``keep_last``, see ``save_checkpoint``."""
         self.model.finish_update()
-        tensors = tensors_to_save(self.model, self.groups)
-        state = {"model": self._identity, "scheduler": self.model.scheduler.state_dict(), **state}
+        tensors = tensors_to_save(self.model, self.groups, self.updates)
+        state = {"model": self._identity, "updates": self.updates, **state}
         return save_checkpoint(run_dir, step, tensors, state, keep_last, Path(self.cfg.model.path))
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Load weights, optimizer, schedule and random states; return the ``state`` given to ``save``.
+        """Load weights, optimizer and random states; return the ``state`` given to ``save``.
 
         Raises:
             InputError: the checkpoint belongs to another model, or to this model in another precision.
         """
         check_model(checkpoint, self._identity)
         state = read_state(checkpoint)
-        load_training_state(checkpoint, self.model, self.groups, state["scheduler"])
+        # checkpoints of earlier versions count the updates in the state of the schedule
+        self.updates = state["updates"] if "updates" in state else state["scheduler"]["num_steps"]
+        load_training_state(checkpoint, self.model, self.groups, self.updates)
         restore_random_states(checkpoint)
         return state
 

@@ -196,6 +196,7 @@ def run_on(
             assert resume(policy, run_dir) == {"step": first, "note": {"of step": first}}
         history: list[dict[str, float]] = []
         for step in range(first + 1, last + 1):
+            policy.begin_step(step - 1)
             history += _steps(policy, batch, 1)
             if step in saves:
                 policy.save(run_dir, step, {"note": {"of step": step}}, keep_last)
@@ -224,7 +225,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
         return found | {
             "loaded": exported(),
             "logprobs_after_load": policy.logprobs(batch),
-            "updates": policy.model.scheduler.num_steps,
+            "updates": policy.updates,
         }
 
 

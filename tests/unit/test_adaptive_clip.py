@@ -160,6 +160,27 @@ def test_it_moves_each_side_by_the_rule_and_goes_on_from_its_state() -> None:
     assert narrow.clips == {"low": pytest.approx(min(max(clip.clips["low"], 0.29), 0.41)), "high": 0.29}
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, {"low": 0.33, "high": 0.37}),
+        ({"clip_gain": 0.5, "clip_target": 0.02}, {"low": 0.33, "high": 0.37}),
+        ({"clip_low": 0.25}, {"low": 0.25, "high": 0.37}),  # the config asks for another clip
+        ({"clip_high": 0.5}, {"low": 0.33, "high": 0.5}),
+        ({"clip_low": 0.25, "clip_high": 0.5}, {"low": 0.25, "high": 0.5}),
+        ({"loss": "grpo"}, {"low": 0.3, "high": 0.4}),  # equal numbers, in another space
+        ({"loss": "gspo", "clip_low": None, "clip_high": None}, {"low": 3e-4, "high": 4e-4}),
+    ],
+)
+def test_a_clip_that_the_config_changes_starts_again(changed: dict, expected: dict[str, float]) -> None:
+    fields = {"clip_low": 0.3, "clip_high": 0.4}
+    state = {**controller(**fields).state_dict(), "low": 0.33, "high": 0.37}
+    resumed = controller(**fields | changed)
+    resumed.update({f"policy/clip_fraction_{side}": Metric(1.0, 2) for side in ("low", "high")})
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert resumed.clips == expected
+
+
 def test_the_objective_takes_the_clips() -> None:
     cfg = AlgorithmConfig(clip="adaptive")
     objective = make_objective(cfg, is_moe=False, max_new_tokens=8)

@@ -207,6 +207,25 @@ def test_a_resumed_detector_finds_the_same_collapses(at: int) -> None:
     assert any(expected)
 
 
+@pytest.mark.parametrize("window", [5, 20])
+def test_another_window_starts_the_detection_again(window: int) -> None:
+    """Levels of another number of steps are no reference for this one."""
+    state = CollapseDetector(CollapseConfig(window=10))
+    level = {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 1.0}
+    for step in range(1, 16):
+        assert state.update(step, level) is None
+    state.rollbacks = 2
+    cfg = CollapseConfig(window=window)
+    resumed, fresh = CollapseDetector(cfg), CollapseDetector(cfg)
+    resumed.update(1, level)  # a rollback loads the state into a detector that is in use
+    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert resumed.rollbacks == 2
+    lower = {"policy/entropy": 0.02, "grad_norm": 1.0, "reward/mean": 0.1}
+    found = [resumed.update(step, lower) for step in range(16, 16 + 2 * window)]
+    assert found == [fresh.update(step, lower) for step in range(16, 16 + 2 * window)]
+    assert not any(found)
+
+
 def test_a_rollback_needs_checkpoints() -> None:
     def tree(**checkpoint: int) -> dict:
         return {"collapse": {"action": "rollback", "window": 10, "patience": 3}, "checkpoint": checkpoint}

@@ -1,0 +1,144 @@
+"""A run that resumes with changed settings: no counter refers to the settings with which the run started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from megatron_gmpo.testing.arithmetic import write_addition_problems
+
+from ..support.commands import CONFIG, json_lines, options, run_module
+
+pytestmark = pytest.mark.distributed
+
+LR, MIN_LR = 1e-3, 1e-4
+SAVED, SEQUENCES = 2, 8
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    problems = tmp_path_factory.mktemp("problems")
+    write_addition_problems(problems)
+    return [
+        CONFIG,
+        *options(
+            model__path=tiny_model("qwen3_moe", num_layers=2),
+            data__path=problems / "train.jsonl",
+            data__max_prompts=40,
+            eval__before="false",
+            eval__sets="{}",
+            reward__name="tests.support.rewards:share_of_digits",
+            rollout__prompts_per_step=4,
+            rollout__samples_per_prompt=2,
+            algorithm__clip="adaptive",
+            optimizer__lr=LR,
+            optimizer__min_lr=MIN_LR,
+            optimizer__lr_warmup_steps=3,
+            train__num_steps=4,
+            train__minibatches_per_step=4,
+            checkpoint__save_interval=SAVED,
+            log__tensorboard="false",
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of four steps, with a checkpoint after the second."""
+    run_dir = tmp_path_factory.mktemp("run") / "unbroken"
+    done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture
+def resumed(argv: list[str], unbroken: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that resumes the run after its second step, and returns its folder."""
+
+    def resume(*, earlier_version: bool = False, **changed: object) -> Path:
+        run_dir = tmp_path / "resumed"
+        shutil.copytree(unbroken, run_dir)
+        shutil.rmtree(run_dir / "checkpoints" / "iter_0000004")
+        (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
+        if earlier_version:
+            file = run_dir / "checkpoints" / "iter_0000002" / "state.json"
+            state = json.loads(file.read_text())
+            state["scheduler"] = {"num_steps": state.pop("updates")}
+            state["clip"] = {side: state["clip"][side] for side in ("low", "high")}
+            del state["collapse"]["window"], state["prompts"]["shuffle"], state["prompts"]["fingerprint"]
+            file.write_text(json.dumps(state))
+        done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir, **changed))
+        assert done.returncode == 0, done.stderr
+        return run_dir
+
+    return resume
+
+
+def learning_rate(step: int, *, minibatches: int, num_steps: int, warmup: int) -> float:
+    """Return the mean over the updates of a step of the linear schedule that docs/running.md describes."""
+    total = num_steps * minibatches
+    found = []
+    for update in range(1, min(minibatches, SEQUENCES) + 1):
+        position = (step - 1) * minibatches + update
+        if position <= warmup:
+            found.append(LR * position / warmup)
+        else:
+            left = 1 - (position - warmup) / (total + 1 - warmup)
+            found.append(MIN_LR + (LR - MIN_LR) * left)
+    return fmean(found)
+
+
+SCHEDULE = {"minibatches": 4, "num_steps": 4, "warmup": 3}
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "nothing": ({}, {}),
+    "the version of the program": ({"earlier_version": True}, {}),
+    "fewer minibatches": ({"train__minibatches_per_step": 2}, {"minibatches": 2}),
+    "more minibatches": ({"train__minibatches_per_step": 8}, {"minibatches": 8}),
+    "more minibatches than sequences": ({"train__minibatches_per_step": 16}, {"minibatches": 16}),
+    "more steps": ({"train__num_steps": 7}, {"num_steps": 7}),
+    "a longer warmup": ({"optimizer__lr_warmup_steps": 11}, {"warmup": 11}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_learning_rate_is_that_of_a_run_with_these_settings(
+    change: str, resumed: Callable[..., Path], unbroken: Path
+) -> None:
+    changed, schedule = CHANGES[change]
+    run_dir = resumed(**changed)
+    lines = json_lines(run_dir / "metrics.jsonl")
+    known = json_lines(unbroken / "metrics.jsonl")
+    assert lines[:SAVED] == known[:SAVED]
+    assert [line["step"] for line in lines] == list(range(1, 1 + schedule.get("num_steps", 4)))
+    for line in lines:
+        settings = SCHEDULE if line["step"] <= SAVED else SCHEDULE | schedule
+        assert line["learning_rate"] == pytest.approx(learning_rate(line["step"], **settings), rel=1e-6)
+    if not schedule:
+        assert [line["loss"] for line in lines] == [line["loss"] for line in known]
+    # Adam's bias correction counts the updates that were made
+    (newest,) = (run_dir / "checkpoints").glob(f"iter_{lines[-1]['step']:07d}")
+    updates = json.loads((newest / "state.json").read_text())["updates"]
+    made = min(schedule.get("minibatches", 4), SEQUENCES)
+    assert updates == SAVED * 4 + (len(lines) - SAVED) * made
+
+
+def test_prompts_and_clip_go_on_where_they_were(resumed: Callable[..., Path], unbroken: Path) -> None:
+    run_dir = resumed(rollout__prompts_per_step=2, algorithm__clip_high=0.3, seed=7)
+
+    def prompts(folder: Path) -> list[tuple[int, str]]:
+        return [(line["step"], line["prompt_id"]) for line in json_lines(folder / "transcripts.jsonl")]
+
+    known = [name for _, name in prompts(unbroken)]
+    assert len(set(known)) == 4 * 4
+    assert prompts(run_dir) == list(zip([1] * 4 + [2] * 4 + [3] * 2 + [4] * 2, known[:12], strict=True))
+    before, after = (json_lines(folder / "metrics.jsonl")[SAVED] for folder in (unbroken, run_dir))
+    assert before["policy/clip_low"] != 0.2  # it has adapted, and goes on from there
+    assert after["policy/clip_low"] == before["policy/clip_low"]
+    assert before["policy/clip_high"] != 0.2
+    assert after["policy/clip_high"] == 0.3  # the config asks for another clip
