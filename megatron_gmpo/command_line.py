@@ -116,11 +116,14 @@ def as_argument(value: Any) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a ``RunError`` into one line on stderr and the error's exit code."""
+    """Turn a ``RunError`` or SIGINT into one line on stderr and an exit code."""
     try:
         yield
     except RunError as error:
         exit_with_one_line(error, error.exit)
+    except KeyboardInterrupt:
+        print("error: interrupted by SIGINT", file=sys.stderr, flush=True)
+        sys.exit(Exit.INTERRUPTED)
 
 
 def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn:

@@ -34,6 +34,8 @@ class Exit(IntEnum):
     """A rank hung; its stacks are in ``stacks/``."""
     BAD_NODE = 87
     """The node check failed; the error line names the node and the check."""
+    INTERRUPTED = 130
+    """SIGINT ended the command; nothing was saved. Shells give this code to commands that SIGINT kills."""
 
 
 class RunError(Exception):

@@ -8,9 +8,12 @@ Usage::
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, which take seconds
+    import signal
     import sys
 
     from .command_line import load_config, one_line_errors
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run starts: no traceback of the imports
 
     with one_line_errors():
         load_config(sys.argv[1:], "megatron-gmpo evaluate")

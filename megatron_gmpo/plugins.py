@@ -30,9 +30,12 @@ def resolve(field: str, name: str, builtin: Mapping[str, Any]) -> Any:
     try:
         return pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise InputError(
-            f"{field} = {name!r} cannot be imported ({error}): give module:function on the Python path"
-        ) from None
+        reason = str(error)
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise InputError(
+        f"{field} = {name!r} cannot be imported ({reason}): give module:function on the Python path"
+    )
 
 
 def check_callable(field: str, name: str, found: Any, remedy: str) -> None:

@@ -47,6 +47,7 @@ from .rollout.embedded import EmbeddedEngine
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
+from .supervision import signals
 from .weights.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
@@ -134,10 +135,11 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         train: whether to load the training prompts and check that the run folder can be written.
 
     Raises:
-        InputError: the run folder contains another run; or see ``describe_model``, ``check_fp8``,
-            ``check_optimizer``, ``check_deterministic``, ``load_prompts``, ``check_lengths``,
-            ``check_groups``, ``load_groups``, ``resolve_reward``.
+        InputError: the run folder contains another run, is not a folder or cannot be written; or see
+            ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_deterministic``, ``load_prompts``,
+            ``check_lengths``, ``check_groups``, ``load_groups``, ``resolve_reward``.
     """
+    _check_run_dir(cfg.run_dir)
     device = choose_device(cfg.device)
     prepare_megatron(device)
     description = describe_model(cfg, int(os.environ.get("WORLD_SIZE", "1")), device)
@@ -204,6 +206,16 @@ def _stream(cfg: Config, tokenizer: Any, checkpoint: Path | None) -> PromptStrea
     return stream
 
 
+def _check_run_dir(run_dir: str) -> None:
+    """Check that the run folder, or the folder in which it will be created, is a folder to write into."""
+    path = Path(run_dir).absolute()
+    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        raise InputError(f"run_dir = {run_dir!r}: {existing} is not a folder: choose another run_dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"run_dir = {run_dir!r}: {existing} cannot be written: choose another run_dir")
+
+
 def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:
     """Check that the reference policy's folder is complete and that its shape equals the policy's."""
     if not cfg.model.reference_path:
@@ -237,8 +249,9 @@ def _check_resume(cfg: Config, checkpoint: Path) -> None:
 def start_command(command: Callable[[Config], None]) -> None:
     """Run ``command`` on the config of ``sys.argv`` and exit.
 
-    A ``RunError`` ends the process with one line and its exit code.
+    A ``RunError`` or SIGINT ends the process with one line and its exit code.
     """
+    signals.interrupt_with_one_line()
     _skip_main_in_children()
     _set_up_messages()
     code = Exit.DONE
@@ -249,6 +262,10 @@ def start_command(command: Callable[[Config], None]) -> None:
             code = stop.exit
             if rank() == 0:
                 print(printable(stop), file=sys.stderr, flush=True)
+        except KeyboardInterrupt as interrupt:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {interrupt or 'interrupted by SIGINT'}", file=sys.stderr, flush=True)
+            os._exit(Exit.INTERRUPTED)  # sys.exit would wait for responses that are being scored
     # not after an error, because other ranks may be in a collective, and NCCL would wait for them
     if dist.is_initialized():
         dist.destroy_process_group()

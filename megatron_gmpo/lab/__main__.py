@@ -19,7 +19,7 @@ from ..command_line import (
     parse_options,
 )
 from ..config import Positive
-from ..errors import InputError
+from ..errors import Exit, InputError
 
 
 class Lab(Options):
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     try:
         _run(options)
     except KeyboardInterrupt:
-        exit_with_one_line(InputError("interrupted; the same command continues"), code=130)
+        exit_with_one_line(InputError("interrupted; the same command continues"), code=Exit.INTERRUPTED)
 
 
 def _run(options: Lab) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
+import reprlib
+import sys
+import traceback
 from collections.abc import Callable
 from math import isfinite, nan
 from typing import Any
 
 from ..batch.samples import Prompt
 from ..config import RewardConfig
-from ..errors import InputError
+from ..errors import InputError, RunError
 from ..plugins import check_callable, resolve
 from .arithmetic import arithmetic_reward
 from .countdown import countdown_reward
@@ -32,7 +36,8 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
 
     Raises:
         InputError: the name, module or function does not exist, or is not callable. The returned reward also
-            raises it if a user's function returns a value that is not a finite number.
+            raises it if a user's function returns a value that is not a finite number, or closes stdout or
+            stderr, and raises ``RunError`` if the function raises an exception. Both name the prompt.
     """
     if cfg.name == "math":
         return MathReward(timeout_s=cfg.timeout_s, workers=cfg.workers)
@@ -46,15 +51,45 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
 def _checked(function: Callable[[Prompt, str], Any], name: str) -> Reward:
     @functools.wraps(function)
     def reward(prompt: Prompt, response: str) -> float:
-        value = function(prompt, response)
+        streams = _open_streams()
+        try:
+            value = function(prompt, response)
+        except BaseException as error:  # also SystemExit, which would end the run with the code it names
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raised = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(
+                f"reward.name = {name!r} raised {raised} for {prompt.id} ({where.filename}:{where.lineno}): "
+                "return a number for every response"
+            ) from error
+        for stream in sorted(streams - _open_streams()):
+            raise InputError(f"reward.name = {name!r} closed {stream} for {prompt.id}: leave it open")
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except Exception:  # of the value's own __float__, or OverflowError
             number = nan
         if not isfinite(number):
             raise InputError(
-                f"reward.name = {name!r} returned {value!r} for {prompt.id}: return a finite number"
+                f"reward.name = {name!r} returned {_shown(value)} for {prompt.id}: return a finite number"
             )
         return number
 
     return reward
+
+
+def _open_streams() -> set[str]:
+    return {name for name in ("stdout", "stderr") if _is_open(getattr(sys, name))}
+
+
+def _is_open(stream: Any) -> bool:
+    try:
+        os.fstat(stream.fileno())
+    except (AttributeError, OSError, ValueError):  # None, a closed descriptor, a closed file
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except Exception:  # a number with too many digits for Python, or the value's own __repr__
+        return f"a {type(value).__name__}"

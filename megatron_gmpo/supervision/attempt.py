@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from ..config import Config
 from ..distributed import agreed, rank
-from ..errors import CollectiveError, Exit, NodeError, RunError, StopRequest, printable
+from ..errors import CollectiveError, Exit, InputError, NodeError, RunError, StopRequest, printable
 from . import signals
 from .heartbeat import Heartbeat
-from .lock import RunLock
+from .lock import LOCK, RunLock
 from .node_check import check_nodes
 from .records import OUTCOME, Outcome, append_event, node_name, outcome_after, rank_file, write_outcome
 from .stop import StopVote
@@ -95,8 +95,14 @@ class Attempt:
         self._heartbeat.enter(phase)
 
     def stops(self, step: int) -> bool:
-        """Return whether the run must save and end after ``step`` completed steps. Collective."""
+        """Return whether the run must save and end after ``step`` completed steps. Collective.
+
+        Raises:
+            InputError: the run folder was removed.
+        """
         assert self._heartbeat
+        if self._first and not (self._run_dir / LOCK).exists():
+            raise self._removed()
         self._heartbeat.step = step
         self._stop = self._vote.reason()
         if self._stop:
@@ -131,7 +137,9 @@ class Attempt:
         if self._heartbeat is None:
             if error and self._lock:  # an existing outcome is from an earlier attempt
                 (self._run_dir / OUTCOME).unlink(missing_ok=True)
-                self._record(error.exit if isinstance(error, RunError) else Exit.FAILED, _one_line(error))
+                self._record(_exit_code(error), _one_line(error))
+        elif not self._run_dir.is_dir():
+            raise self._removed() from None
         elif error is None:
             self._heartbeat.step = self._heartbeat.step if self._stop else self._cfg.train.num_steps
             self._heartbeat.stop()
@@ -139,9 +147,17 @@ class Attempt:
             if self._stop:
                 raise StopRequest(self._stopped())
             self._record_once(Exit.DONE, "all steps are done")
+        elif isinstance(error, KeyboardInterrupt):
+            where = self._heartbeat.where
+            reason = f"interrupted by SIGINT in {where}; the steps after the last checkpoint are lost"
+            self._record(Exit.INTERRUPTED, reason)
+            raise KeyboardInterrupt(reason) from None
         elif isinstance(error, NodeError):
             self._record_once(error.exit, str(error), error.node)
         elif isinstance(error, RunError):
+            if error.__cause__:  # of a user's function
+                self._errors.writelines(traceback.format_exception(error.__cause__))
+                self._errors.flush()
             self._record(error.exit, str(error))
         else:
             self._crashed(error)
@@ -214,11 +230,22 @@ class Attempt:
             f"stopped by {self._stop} after {steps}, with everything saved: start the same command to go on"
         )
 
+    def _removed(self) -> InputError:
+        return InputError(
+            f"run_dir = {str(self._run_dir)!r} was removed while the run used it: start the run again"
+        )
+
     def _close_errors(self) -> None:
         faulthandler.disable()
         self._errors.close()
         if Path(self._errors.name).stat().st_size == 0:
             Path(self._errors.name).unlink()
+
+
+def _exit_code(error: BaseException) -> Exit:
+    if isinstance(error, RunError):
+        return error.exit
+    return Exit.INTERRUPTED if isinstance(error, KeyboardInterrupt) else Exit.FAILED
 
 
 def _is_collective_error(error: BaseException) -> bool:

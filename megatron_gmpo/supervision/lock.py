@@ -16,6 +16,8 @@ from .records import node_name
 
 log = logging.getLogger(__name__)
 
+LOCK = "run.lock"
+
 _SAME_JOB_S = 120.0
 """Seconds to wait for the lock of the same job's last attempt.
 
@@ -34,7 +36,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = _private(run_dir / "run.lock")
+        self._file = _private(run_dir / LOCK)
         # a forked child inherits the descriptor and would hold the lock after this process has ended
         os.register_at_fork(after_in_child=self._file.close)
         deadline = time.monotonic() + _SAME_JOB_S

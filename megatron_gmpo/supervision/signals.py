@@ -2,9 +2,12 @@
 
 Before ``listen`` is called, such a signal kills the process, so this module has no slow imports.
 
-Both signals are blocked, and a thread waits for them, so that a request arrives even while the main thread is
-in a collective. Child processes (reward workers, servers, checkpoint writers) inherit the mask: Slurm signals
-every process of a job step, and a save still needs its writers.
+SIGINT ends the process immediately: silently until ``interrupt_with_one_line`` is called, then by Python's
+KeyboardInterrupt, which ``run.start_command`` reports.
+
+SIGUSR1 and SIGTERM are blocked, and a thread waits for them, so that a request arrives even while the main
+thread is in a collective. Child processes (reward workers, servers, checkpoint writers) inherit the mask:
+Slurm signals every process of a job step, and a save still needs its writers.
 """
 
 from __future__ import annotations
@@ -37,8 +40,14 @@ before_exit: Callable[[str], None] = _ignore
 
 def listen() -> None:
     """Start to treat the signals as stop requests. Call it before any thread is started."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
     threading.Thread(target=_wait, name="signals", daemon=True).start()
+
+
+def interrupt_with_one_line() -> None:
+    """Let SIGINT raise KeyboardInterrupt from now on. Before, it would show a traceback of the imports."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait() -> None:

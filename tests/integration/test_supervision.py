@@ -193,12 +193,12 @@ def test_a_collective_that_times_out_names_the_place(argv: list[str], tmp_path: 
 
 
 def test_a_crash_is_recorded_by_the_rank_that_crashed(argv: list[str], tmp_path: Path) -> None:
-    crashing = options(run_dir=tmp_path, reward__name="tests.support.rewards:crashes_on_rank_1")
+    crashing = options(run_dir=tmp_path, algorithm__loss="tests.support.losses:crashes_on_rank_1")
     done = run_module(TRAIN, *argv, *crashing, ranks=2)
     assert done.returncode != 0
     end = outcome(tmp_path)
     assert (end["code"], end["rank"]) == (Exit.FAILED, 1), done.stderr
-    assert end["reason"].endswith("in phase rollout of step 1: ZeroDivisionError: division by zero")
+    assert end["reason"].endswith("in phase train of step 1: ZeroDivisionError: division by zero")
     assert "crashes_on_rank_1" in (tmp_path / "errors" / "rank_00001.txt").read_text()
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas
@@ -16,6 +17,7 @@ import torch
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.command_line import load_config
 from megatron_gmpo.rewards.countdown import countdown_reward
+from megatron_gmpo.rollout.replay import load_groups
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import CONFIG, error_lines, json_lines, options, run_module
@@ -190,6 +192,37 @@ def test_replayed_rollouts_train_the_same_in_another_layout(
         assert abs(a["loss"]) > 1e-4
         for name in ("loss", "grad_norm", "policy/log_ratio_max", "policy/entropy", "reward/mean"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
+
+
+def test_dr_grpo_alone_is_the_papers_loss_without_truncated_samples(
+    argv: list[str], two_steps: Path, tmp_path: Path
+) -> None:
+    """With one update a step all ratios are 1. The loss is then minus the mean over sequences of A n / L."""
+    chosen = options(
+        run_dir=tmp_path,
+        algorithm__loss="dr_grpo",
+        algorithm__mask_truncated="true",
+        train__num_steps=1,
+        train__minibatches_per_step=1,
+        rollout__replay_path=two_steps / "rollouts",
+        eval__before="false",
+        checkpoint__save_final="false",
+    )
+    done = run_module("megatron_gmpo.train", *argv, *chosen)
+    assert done.returncode == 0, done.stderr
+    assert "(usual for PPO), advantage mean (default of dr_grpo); run_dir" in done.stderr
+    terms = []
+    for group in load_groups(str(two_steps / "rollouts"), 0):
+        mean_reward = fmean(group.rewards)
+        terms += [
+            (sample.reward - mean_reward) * sample.response_length / 8
+            for sample in group.samples
+            if sample.finish_reason == "stop"
+        ]
+    (line,) = json_lines(tmp_path / "metrics.jsonl")
+    assert 0 < len(terms) < 24
+    assert line["rollout/truncated_fraction"] == pytest.approx(1 - len(terms) / 24)
+    assert line["loss"] == pytest.approx(-fmean(terms), rel=1e-5)
 
 
 def test_the_rollouts_routing_is_replayed_in_another_layout(

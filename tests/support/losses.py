@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from megatron_gmpo.losses import Loss, LossOutput, LossTokens, gmpo
@@ -21,6 +22,10 @@ def documented_losses() -> list[str]:
 def scaled(tokens: LossTokens, *, clip_low: float, clip_high: float, scale: float = 1.0) -> LossOutput:
     output = gmpo(tokens, clip_low=clip_low, clip_high=clip_high)
     return LossOutput(scale * output.loss, output.metrics)
+
+
+def crashes_on_rank_1(tokens: LossTokens, *, clip_low: float = 0.4, clip_high: float = 0.4) -> LossOutput:
+    return scaled(tokens, clip_low=clip_low, clip_high=clip_high, scale=1 / (1 - int(os.environ["RANK"])))
 
 
 def with_many_parameters(logprobs, old_logprobs, *, clip_low, clip_high): ...

@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
+from contextlib import suppress
 
 from megatron_gmpo.batch.samples import Prompt
 
@@ -30,8 +33,42 @@ def broken_on_rank_1(prompt: Prompt, response: str) -> float | None:
     return None if os.environ["RANK"] == "1" else 0.0
 
 
-def crashes_on_rank_1(prompt: Prompt, response: str) -> float:
-    return 1 / (1 - int(os.environ["RANK"]))
+def raises_on_rank_1(prompt: Prompt, response: str) -> float:
+    if os.environ["RANK"] == "1":
+        raise ValueError("no\nverdict")
+    return 0.0
+
+
+def exits(prompt: Prompt, response: str) -> float:
+    sys.exit(0)
+
+
+def huge(prompt: Prompt, response: str) -> int:
+    return 10**400
+
+
+def closes_stdout(prompt: Prompt, response: str) -> float:
+    sys.stdout.close()
+    return 0.0
+
+
+def closes_the_descriptor_of_stdout(prompt: Prompt, response: str) -> float:
+    with suppress(OSError):  # another thread has closed it
+        os.close(1)
+    return 0.0
+
+
+def removes_the_run_folder(prompt: Prompt, response: str) -> float:
+    """Remove the folder named by the environment variable REMOVED."""
+    shutil.rmtree(os.environ["REMOVED"], ignore_errors=True)
+    return share_of_digits(prompt, response)
+
+
+def sleeps(prompt: Prompt, response: str) -> float:
+    """Say in the file named by the environment variable ASLEEP that it sleeps, and sleep for ten minutes."""
+    with open(os.environ["ASLEEP"], "a"):
+        time.sleep(600)
+    return 0.0
 
 
 def sleeps_on_rank_1(prompt: Prompt, response: str) -> float:

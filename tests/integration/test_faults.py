@@ -1,0 +1,199 @@
+"""Faults injected into real runs: what the user sees, with which exit code, and what is kept.
+
+docs/supervision.md has the table of all faults; each of its rows names a test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gmpo.errors import Exit
+from megatron_gmpo.testing.arithmetic import write_addition_problems
+
+from ..support.commands import CONFIG, error_lines, options, run_module, start_module
+from ..support.forks import Fork
+
+pytestmark = pytest.mark.distributed
+
+TRAIN = "megatron_gmpo.train"
+_TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the example config with a tiny random model, small steps and no evaluation."""
+    problems = tmp_path_factory.mktemp("problems")
+    write_addition_problems(problems)
+    return [
+        CONFIG,
+        *options(
+            model__path=tiny_model("qwen3_moe", num_layers=2),
+            data__path=problems / "train.jsonl",
+            data__max_prompts=40,
+            eval__sets="{}",
+            reward__name="tests.support.rewards:share_of_digits",
+            rollout__prompts_per_step=6,
+            rollout__samples_per_prompt=4,
+            train__minibatches_per_step=2,
+            train__num_steps=2,
+            log__tensorboard="false",
+        ),
+    ]
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "outcome.json").read_text())
+
+
+def wait_until_held(run_dir: Path) -> None:
+    """Wait until the rewards of a step wait for the file HOLD to disappear; without it they take 1 s."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    beat: dict[str, Any] = {"phase": ""}
+    while beat["phase"] != "rollout" or beat["time"] - beat["since"] < 4:
+        assert time.monotonic() < deadline, beat
+        time.sleep(0.1)
+        beat = json.loads((run_dir / "heartbeats" / "rank_00000.json").read_text())
+
+
+def wait_for(file: Path, process: Fork) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no {file} in time"
+        time.sleep(0.05)
+
+
+# --- the user's reward --------------------------------------------------------------------------------------
+
+REWARDS = {  # function -> (exit code, what the line says of it)
+    "huge": (Exit.BAD_INPUT, "returned 1000000"),
+    "exits": (Exit.FAILED, "raised SystemExit: 0"),
+    "closes_stdout": (Exit.BAD_INPUT, "closed stdout"),
+    "closes_the_descriptor_of_stdout": (Exit.BAD_INPUT, "closed stdout"),
+}
+
+
+@pytest.mark.parametrize("function", REWARDS)
+def test_a_bad_reward_ends_the_run_with_the_prompt_s_id(
+    function: str, argv: list[str], tmp_path: Path
+) -> None:
+    code, says = REWARDS[function]
+    name = f"tests.support.rewards:{function}"
+    done = run_module(TRAIN, *argv, *options(run_dir=tmp_path, reward__name=name))
+    assert done.returncode == code, done.stderr
+    (line,) = error_lines(done.stderr)
+    assert done.stderr.splitlines()[-1] == line
+    assert line.startswith(f"error: reward.name = '{name}' {says}")
+    assert " for train/" in line
+    assert "Traceback" not in done.stderr
+    end = outcome(tmp_path)
+    assert (end["code"], f"error: {end['reason']}", end["step"]) == (code, line, 0)
+
+
+def test_a_reward_that_raises_on_one_rank_ends_all_with_its_line(argv: list[str], tmp_path: Path) -> None:
+    raising = options(run_dir=tmp_path, reward__name="tests.support.rewards:raises_on_rank_1")
+    done = run_module(TRAIN, *argv, *raising, ranks=2)
+    (line,) = error_lines(done.stderr)  # of rank 0, which received the error of rank 1
+    assert "rewards:raises_on_rank_1' raised ValueError: no verdict for train/" in line
+    assert "support/rewards.py:" in line
+    assert "[rank" not in done.stderr  # the prefix that torchrun adds to a rank's traceback
+    end = outcome(tmp_path)
+    assert (end["code"], f"error: {end['reason']}") == (Exit.FAILED, line)
+    assert 'raise ValueError("no' in (tmp_path / "errors" / "rank_00001.txt").read_text()
+
+
+# --- SIGINT -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_sigint_ends_a_run_at_once_with_one_line(ranks: int | None, argv: list[str], tmp_path: Path) -> None:
+    """The reward sleeps for ten minutes, which the end does not wait for."""
+    run_dir, asleep = tmp_path / "run", tmp_path / "asleep"
+    sleeping = options(run_dir=run_dir, reward__name="tests.support.rewards:sleeps")
+    with start_module(TRAIN, *argv, *sleeping, ranks=ranks, ASLEEP=str(asleep)) as process:
+        wait_for(asleep, process)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.wait() == (1 if ranks else Exit.INTERRUPTED)  # torchrun ends with 1
+    (line,) = error_lines(said)
+    assert "interrupted by SIGINT in phase rollout of step 1; the steps after the last checkpoint are" in line
+    assert "[rank" not in said
+    assert ranks or said.splitlines()[-1] == line
+    end = outcome(run_dir)
+    assert (end["code"], f"error: {end['reason']}") == (Exit.INTERRUPTED, line)
+
+
+# --- the run folder -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [TRAIN, "megatron_gmpo.evaluate"])
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link"])
+def test_a_run_dir_that_is_no_folder_is_refused(
+    kind: str, module: str, argv: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    run_dir = {"file": file, "below a file": file / "a" / "b", "dangling link": tmp_path / "link"}[kind]
+    blamed = tmp_path / "link" if kind == "dangling link" else file
+    data = argv[argv.index("--data.path") + 1]
+    done = run_module(module, *argv, *options(run_dir=run_dir, eval__sets__a__path=data))
+    assert done.returncode == Exit.BAD_INPUT, done.stderr
+    assert error_lines(done.stderr) == [
+        f"error: run_dir = '{run_dir}': {blamed} is not a folder: choose another run_dir"
+    ]
+    assert "Traceback" not in done.stderr
+    assert file.read_text() == "precious"
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into every folder")
+def test_a_run_dir_without_permission_is_refused(argv: list[str], tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    done = run_module(TRAIN, *argv, *options(run_dir=tmp_path / "run"))
+    tmp_path.chmod(0o700)
+    assert done.returncode == Exit.BAD_INPUT, done.stderr
+    (line,) = error_lines(done.stderr)
+    assert line.endswith(f"{tmp_path} cannot be written: choose another run_dir")
+
+
+@pytest.mark.parametrize("step", ["in a step", "between two steps"])
+def test_a_run_folder_that_disappears_ends_the_run(step: str, argv: list[str], tmp_path: Path) -> None:
+    run_dir, hold = tmp_path / "run", tmp_path / "hold"
+    if step == "in a step":
+        reward, env = "removes_the_run_folder", {"REMOVED": str(run_dir)}
+        done = run_module(
+            TRAIN, *argv, *options(run_dir=run_dir, reward__name=f"tests.support.rewards:{reward}"), **env
+        )
+        code, said = done.returncode, done.stderr
+    else:
+        waiting = options(
+            run_dir=run_dir,
+            reward__name="tests.support.rewards:unhurried_share_of_digits",
+            train__num_steps=10_000,
+            checkpoint__save_interval=1,
+            supervision__heartbeat_interval_s=0.2,
+        )
+        with start_module(TRAIN, *argv, *waiting, HOLD=str(hold)) as process:
+            wait_for(run_dir / "checkpoints" / "latest_checkpointed_iteration.txt", process)
+            hold.touch()
+            wait_until_held(run_dir)
+            shutil.rmtree(run_dir)
+            run_dir.mkdir()  # another folder with its name
+            hold.unlink()
+            _, said = process.communicate(timeout=_TIMEOUT_S)
+            code = process.wait()
+    assert code == Exit.BAD_INPUT, said
+    (line,) = error_lines(said)
+    assert line == f"error: run_dir = '{run_dir}' was removed while the run used it: start the run again"
+    assert said.splitlines()[-1] == line
+    assert "Traceback" not in said
