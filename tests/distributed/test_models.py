@@ -161,6 +161,18 @@ def test_logprobs_are_transformers_and_export_is_the_source(
     assert_same_tensors(results[0]["weights"], reference.saved_tensors(path))
 
 
+@pytest.mark.parametrize("layout", ["tp2 pp2", "pp2 vpp2 ep2", "tp2 ep2 etp2"])
+def test_every_rank_gets_the_export_in_batches_of_any_size(
+    ranks: RankPool, model_folder: Callable[[str], Path], layout: str
+) -> None:
+    """One parameter a batch, several, and all; the last is what the test above compares on rank 0."""
+    path = model_folder("qwen3 tied" if layout == "tp2 pp2" else "qwen3_moe")
+    world_size, parallel = LAYOUTS[layout]
+    results = ranks.run(world_size, cases.exports, config(path, parallel, max_tokens=64), (1, 50_000, 2**30))
+    for weights in (weights for result in results for weights in result):
+        assert_same_tensors(weights, reference.saved_tensors(path))
+
+
 def test_stages_of_unequal_length(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
     """Stages of unequal length work, which the 61 layers of DeepSeek-V3 require."""
     path, batch = model_folder("deepseek_v3"), make_batch()

@@ -285,6 +285,16 @@ def weights_on_rank_0(policy: Policy) -> dict[str, Tensor] | None:
     return weights if rank() == 0 else None
 
 
+def exports(cfg: Config, batch_bytes: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    """Return the weights that every rank gets from exports with these sizes of a gathered batch."""
+    with opened(cfg) as policy:
+        model, mapping, groups = policy.chunks, policy.description.mapping, policy.groups
+        return [
+            {name: tensor.clone() for name, tensor in export_hf(model, mapping, groups, nbytes)}
+            for nbytes in batch_bytes
+        ]
+
+
 def failure(cfg: Config, batch: TrainBatch) -> str:
     """Return the error message with which a training step stops."""
     with opened(cfg) as policy, pytest.raises(NonFiniteError) as error:
