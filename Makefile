@@ -9,6 +9,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SGLANG := .venv-sglang/.installed
 MODELOPT := .venv-modelopt/.installed
+TRITON := .venv-triton/.installed
 export OMP_NUM_THREADS ?= 1
 # Two processes run the tests. A process takes whole files, because the tests of a file share fixtures. Files
 # start in the order of their names, so that the longest files do not start last.
@@ -38,6 +39,12 @@ $(MODELOPT): $(wildcard tools/install_modelopt/*)
 	touch $@
 
 modelopt: $(MODELOPT)  ## Create .venv-modelopt, the environment of export_quantized
+
+$(TRITON): $(INSTALLED) Makefile
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(@D) triton==3.9.0
+	touch $@
+
+triton: $(TRITON)  ## Create .venv-triton, whose interpreter runs the GPU kernels on a CPU in the tests
 
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
 	$(PY) -m megatron_gmpo demo
@@ -69,6 +76,6 @@ test-gpu: $(INSTALLED)  ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest tests/gpu
 
 clean:  ## Remove the environments, builds and caches
-	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt demo lint test test-fast test-versions test-slurm test-gpu clean
+.PHONY: check-python help install sglang modelopt triton demo lint test test-fast test-versions test-slurm test-gpu clean

@@ -263,6 +263,7 @@ class Microbatch(OptionalColumns):
         cu_seqlens: (S + 1,) int32 padded boundaries of the sequences over all context-parallel ranks (THD
             layout).
         mask: (T,) bool, True if the predicted token carries loss.
+        loss_slots: (P,) int64 slots whose predicted token carries loss, in ascending order.
         sequence_ids: (T,) int64 in 0..S-1, the slot's sequence; padding belongs to a sequence too.
         flat_index: (T,) int64, index of the predicted token in the TrainBatch's flat columns, -1 on slots
             without one.
@@ -276,6 +277,7 @@ class Microbatch(OptionalColumns):
     position_ids: Tensor
     cu_seqlens: Tensor
     mask: Tensor
+    loss_slots: Tensor
     sequence_ids: Tensor
     flat_index: Tensor
     input_index: Tensor

@@ -151,11 +151,13 @@ def pack(
     index = {"input": input_index, "predicted": flat_index, "sequence": chosen}
     packed = batch.mapped(lambda column, values: _take(values, index[column.aligned_to], column.padding))
     del packed["lengths"]  # cu_seqlens and position_ids replace it
+    mask = packed.pop("response_mask")
     return Microbatch(
         labels=_take(batch.tokens, flat_index),
         position_ids=position,
         cu_seqlens=cu_seqlens.int(),
-        mask=packed.pop("response_mask"),
+        mask=mask,
+        loss_slots=mask.nonzero()[:, 0],  # on the host, where a size needs no wait for the device
         sequence_ids=owner,
         flat_index=flat_index,
         input_index=input_index,

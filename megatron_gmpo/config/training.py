@@ -149,7 +149,7 @@ class TrainConfig(Section):
     """Maximum tokens in one packed microbatch, counted over all context-parallel ranks; a longer sequence
     forms a microbatch by itself."""
     logprob_chunk_tokens: Positive = 128
-    """Number of tokens whose logits are converted to log probabilities at a time."""
+    """Number of tokens whose logits are computed at a time, to be converted to log probabilities."""
     freeze_router: bool = False
     """Do not train the router weights of a MoE."""
 

@@ -19,7 +19,7 @@ def check_trainer(plans: list[RankPlan], hardware: Hardware) -> None:
     plan = max(plans, key=lambda plan: plan.total)
     over = plan.total + RESERVED - hardware.memory
     if over > 0:
-        passing = plan.activations + plan.logits + plan.temporaries
+        passing = plan.activations + plan.temporaries
         remedy = (
             "lower train.max_tokens_per_microbatch, or set megatron.recompute_granularity = 'full'"
             if passing > plan.resident

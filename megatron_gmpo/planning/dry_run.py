@@ -33,7 +33,7 @@ from ..models.attention import PackedAttention, RMSNorm, packing_of
 from ..models.description import DTYPES, ModelDescription
 from ..platform import prepare_megatron
 from ..platform.cpu import on_meta
-from ..policy.build import build_chunks, make_trainable
+from ..policy.build import build_chunks, make_trainable, output_weight, without_logits
 from ..policy.logprobs import vocab_parallel_logprobs
 from ..policy.parallel import start_model_parallel, stop_model_parallel
 from .fused import FusedAttention, FusedNorm
@@ -83,7 +83,6 @@ def dry_run(
         observer.resident = {*_storages(_tensors(chunks)), *_storages(gradients)}
         passes = [_microbatch(cfg, description, groups, chunk, lengths, observer) for chunk in chunks]
         counts = _in_flight(len(chunks), groups, num_microbatches)
-        logits = max(one.logits for one in passes)
         in_backward = max(one.peak - one.kept for one in passes)
         has_reference = "ref_logprobs" in needed_columns(cfg.algorithm) and not cfg.model.reference_offload
         reference = _build(cfg, description, groups, observer) if has_reference else []
@@ -99,8 +98,7 @@ def dry_run(
             optimizer=_optimizer_nbytes(trainable.optimizer, chunks, cfg.optimizer),
             reference=_nbytes(_tensors(reference)),
             activations=sum(count * one.kept for count, one in zip(counts, passes, strict=True)),
-            logits=logits,
-            temporaries=max(0, in_backward - logits),
+            temporaries=max(0, in_backward),
             in_flight=sum(counts),
             boundary=max(one.boundary for one in passes),
             forward=total_work(one.forward for one in passes),
@@ -134,7 +132,7 @@ def _build(
     cfg: Config, description: ModelDescription, groups: ProcessGroupCollection, observer: Observer
 ) -> list[torch.nn.Module]:
     with _META:
-        chunks = build_chunks(description, groups, _META)
+        chunks = without_logits(build_chunks(description, groups, _META))
     for parent in [module for chunk in chunks for module in chunk.modules()]:
         for name, module in parent.named_children():
             if isinstance(module, PackedAttention):
@@ -151,7 +149,6 @@ class _Pass:
     Attributes:
         kept: bytes that autograd keeps until the backward pass.
         peak: bytes at the peak of forward and backward pass.
-        logits: bytes of the logits and their gradient.
         boundary: bytes sent to the next chunk.
         forward: work of the forward pass.
         training: work of forward and backward pass.
@@ -159,7 +156,6 @@ class _Pass:
 
     kept: int
     peak: int
-    logits: int
     boundary: int
     forward: Work
     training: Work
@@ -180,7 +176,7 @@ def _microbatch(
     dtype = description.transformer.params_dtype
     packing = packing_of(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
     chunk.train()
-    logits = boundary = 0
+    boundary = 0
     observer.start()
     with observer:
         if not model.pre_process:
@@ -190,9 +186,9 @@ def _microbatch(
             output = chunk(inputs[0], inputs[1], None, packed_seq_params=packing)
         kept = observer.saved
         if model.post_process:
-            logits = 2 * output.nbytes
             logprobs, entropy = vocab_parallel_logprobs(
                 output[0],
+                output_weight(chunk),
                 inputs[0, 0],
                 vocab_size=description.hf.vocab_size,
                 tp_group=groups.tp,
@@ -204,7 +200,7 @@ def _microbatch(
             kept += (boundary := output.nbytes)  # until it is sent and its gradient arrives
         forward = observer.work()
         output.backward(torch.empty_like(output))
-    return _Pass(kept, observer.peak, logits, boundary, forward, observer.work())
+    return _Pass(kept, observer.peak, boundary, forward, observer.work())
 
 
 def _in_flight(chunks: int, groups: ProcessGroupCollection, num_microbatches: int) -> list[int]:

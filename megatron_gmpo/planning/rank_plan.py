@@ -52,8 +52,7 @@ class RankPlan:
         gradients: fp32 gradient buffers.
         optimizer: this rank's share of fp32 main weights and moments.
         reference: weights of the reference policy.
-        activations: tensors that in-flight microbatches keep for their backward passes, without logits.
-        logits: logits of a microbatch and their gradient.
+        activations: tensors that in-flight microbatches keep for their backward passes.
         temporaries: all other memory that is allocated at the peak of a microbatch's passes. With
             recomputation this is mostly the layer that is being recomputed.
         in_flight: number of microbatches whose activations are alive at the same time; with a virtual
@@ -75,7 +74,6 @@ class RankPlan:
     optimizer: int
     reference: int
     activations: int
-    logits: int
     temporaries: int
     in_flight: int
     boundary: int
@@ -91,7 +89,7 @@ class RankPlan:
     @property
     def total(self) -> int:
         """Return the bytes at the peak of a training step."""
-        return self.resident + self.activations + self.logits + self.temporaries
+        return self.resident + self.activations + self.temporaries
 
 
 def total_work(parts: Iterable[Work]) -> Work:

@@ -44,7 +44,6 @@ def memory_table(plans: list[RankPlan], hardware: Hardware) -> Table:
         "optimizer",
         "reference",
         "activations",
-        "logits",
         "temporaries",
         "total",
     )

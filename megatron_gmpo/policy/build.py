@@ -19,12 +19,19 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
 
 from ..config import OptimizerConfig
 from ..errors import InputError
 from ..models.description import DTYPES, ModelDescription
 from ..models.layer_spec import decoder_spec
 from ..platform.capabilities import Capabilities
+from ..weights.parameters import unwrapped
 
 
 def check_optimizer(cfg: OptimizerConfig, machine: Capabilities) -> None:
@@ -63,6 +70,35 @@ class TrainableModel:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:  # pyright: ignore[reportAttributeAccessIssue]
                 chunk.start_param_sync(force_sync=True)  # pyright: ignore[reportCallIssue]
+
+
+class HiddenStatesLayer(ColumnParallelLinear):
+    """An output layer that returns its inputs, complete on every tensor-parallel rank, instead of logits.
+
+    ``policy.logprobs`` computes log probabilities from them. Their gradients are summed over these ranks.
+    """
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(input_, group=self.tp_group), None
+        return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
+
+
+def without_logits(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Let the chunk with the output layer return (1, T, H) hidden states instead of logits."""
+    for chunk in chunks:
+        if chunk.post_process:
+            # GPTModel builds its output layer itself; parameters and their names stay as they are
+            chunk.output_layer.__class__ = HiddenStatesLayer  # pyright: ignore[reportAttributeAccessIssue]
+    return chunks
+
+
+def output_weight(chunk: Any) -> Tensor:
+    """Return this rank's rows of the output matrix, (V_local, H), of a chunk with the output layer."""
+    model = unwrapped(chunk)
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
 
 
 def build_chunks(

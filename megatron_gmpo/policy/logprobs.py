@@ -1,7 +1,7 @@
-"""Log probability and entropy under vocabulary-parallel logits, without a second copy of the logits.
+"""Log probability and entropy of tokens from hidden states and the output matrix, without the logits.
 
-Forward and backward passes process the tokens in chunks, and the backward pass recomputes the softmax.
-Besides the logits and their gradient, memory holds only a few chunks in fp32.
+Forward and backward passes process the tokens in chunks, and the backward pass computes the logits of a chunk
+again. Memory holds the logits of one chunk, and never those of all tokens or their gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 
 def vocab_parallel_logprobs(
-    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
     labels: Tensor,
     *,
     vocab_size: int,
@@ -23,22 +24,27 @@ def vocab_parallel_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """Return log softmax(logits / temperature)[label] and the entropy of that softmax, both differentiable.
+    """Return log softmax(hidden @ weight.T / temperature)[label] and the entropy of that softmax.
+
+    Both are differentiable. The gradient of ``hidden`` is this rank's summand: the caller sums it over the
+    ranks of ``tp_group``.
 
     Args:
-        logits: (T, V_local) columns of this tensor-parallel rank, any float dtype.
+        hidden: (T, H) inputs of the output layer, any float dtype.
+        weight: (V_local, H) rows of the output matrix on this tensor-parallel rank, in the dtype of
+            ``hidden``.
         labels: (T,) int64 global token ids.
-        vocab_size: size of the vocabulary without padding; columns beyond it get no probability.
+        vocab_size: size of the vocabulary without padding; rows beyond it get no probability.
         tp_group: ranks that share the vocabulary, in order; None if this rank has all of it.
         temperature: divides the logits.
         chunk_tokens: number of tokens per chunk.
 
     Returns:
-        logprobs and entropy in nats, each (T,), fp32 (fp64 for fp64 logits), equal on every rank of the
+        logprobs and entropy in nats, each (T,), fp32 (fp64 for fp64 inputs), equal on every rank of the
         group.
     """
     logprobs, entropy = _VocabParallelLogprobs.apply(
-        logits, labels, vocab_size, tp_group, temperature, chunk_tokens
+        hidden, weight, labels, vocab_size, tp_group, temperature, chunk_tokens
     )  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs, entropy
 
@@ -47,73 +53,146 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
         labels: Tensor,
         vocab_size: int,
         tp_group: dist.ProcessGroup | None,
         temperature: float,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        tokens, columns = logits.shape
+        tokens, rows = len(hidden), len(weight)
         tp_group = None if tp_group is None or tp_group.size() == 1 else tp_group
-        first = 0 if tp_group is None else tp_group.rank() * columns
-        valid = max(0, min(columns, vocab_size - first))  # columns of this rank without padding
-        dtype = torch.promote_types(logits.dtype, torch.float32)
+        first = 0 if tp_group is None else tp_group.rank() * rows
+        valid = max(0, min(rows, vocab_size - first))  # rows of this rank without padding
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
         local = labels - first
         mine = (local >= 0) & (local < valid)
-        local = local.clamp(0, columns - 1)
+        local = local.clamp(0, max(0, valid - 1))
 
-        highest = torch.full((tokens,), -torch.inf, dtype=dtype, device=logits.device)
-        if valid:
-            highest.copy_(logits[:, :valid].amax(-1)).div_(temperature)
-        _reduce(highest, dist.ReduceOp.MAX, tp_group)
-
-        # sum of e^y, sum of e^y * y, and y at the label, with y = logits / temperature - highest
-        sums = torch.zeros(3, tokens, dtype=dtype, device=logits.device)
-        for chunk in _chunks(tokens, chunk_tokens):
-            y = logits[chunk, :valid].to(dtype, copy=True).div_(temperature).sub_(highest[chunk, None])
-            if valid:
-                sums[2, chunk] = y.gather(1, local[chunk, None].clamp(max=valid - 1))[:, 0] * mine[chunk]
-            e = y.exp()
-            sums[0, chunk] = e.sum(-1)
-            sums[1, chunk] = e.mul_(y).sum(-1)
-        _reduce(sums, dist.ReduceOp.SUM, tp_group)
+        arithmetic = _arithmetic(hidden.device)
+        found = torch.zeros(4, tokens, dtype=dtype, device=hidden.device)
+        for chunk in _chunks(tokens, chunk_tokens) if valid else ():
+            logits = hidden[chunk] @ weight[:valid].T
+            found[:, chunk] = arithmetic.statistics(logits, local[chunk], temperature)
+        highest, sums = found[0], found[1:]
+        sums[2].mul_(mine)
+        if valid == 0:
+            highest.fill_(-torch.inf)
+        if tp_group is not None:
+            highest = _relative_to_highest(sums, highest, mine, tp_group)
 
         log_z = sums[0].log()
         entropy = log_z - sums[1] / sums[0]
-        ctx.save_for_backward(logits, local, mine, highest, log_z, entropy)
+        ctx.save_for_backward(hidden, weight, local, mine, highest, log_z, entropy)
         ctx.valid, ctx.temperature, ctx.chunk_tokens = valid, temperature, chunk_tokens
+        ctx.set_materialize_grads(False)
         return sums[2] - log_z, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grads
-        logits, local, mine, highest, log_z, entropy = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        grad[:, ctx.valid :] = 0
-        for chunk in _chunks(len(logits), ctx.chunk_tokens):
-            # with p = softmax: d logprob / d y = onehot - p,  d entropy / d y = -p (log p + entropy)
-            logp = logits[chunk, : ctx.valid].to(entropy.dtype, copy=True).div_(ctx.temperature)
-            # two subtractions, because the sum of log_z and a large ``highest`` would be rounded
-            logp.sub_(highest[chunk, None]).sub_(log_z[chunk, None])
-            p = logp.exp()
-            factor = (
-                logp.add_(entropy[chunk, None])
-                .mul_(-grad_entropy[chunk, None])
-                .sub_(grad_logprobs[chunk, None])
+        hidden, weight, local, mine, highest, log_z, entropy = ctx.saved_tensors
+        valid, arithmetic = weight[: ctx.valid], _arithmetic(hidden.device)
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(log_z)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
+        for chunk in _chunks(len(hidden), ctx.chunk_tokens) if ctx.valid else ():
+            logits = hidden[chunk] @ valid.T
+            grad = arithmetic.gradient_(
+                logits,
+                local[chunk],
+                mine[chunk],
+                highest[chunk],
+                log_z[chunk],
+                entropy[chunk],
+                grad_logprobs[chunk],
+                None if grad_entropy is None else grad_entropy[chunk],
+                ctx.temperature,
             )
-            p.mul_(factor)
-            if ctx.valid:
-                onehot = (grad_logprobs[chunk] * mine[chunk])[:, None]
-                p.scatter_add_(1, local[chunk, None].clamp(max=ctx.valid - 1), onehot)
-            grad[chunk, : ctx.valid] = p.div_(ctx.temperature)
-        return grad, None, None, None, None, None
+            grad_hidden[chunk] = grad @ valid
+            if grad_weight is not None:
+                _add_product(grad_weight[: ctx.valid], grad.T, hidden[chunk])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 5
+
+
+class TorchArithmetic:
+    """The arithmetic on the logits of a chunk in plain torch; ``logprob_kernels`` has it for CUDA tensors."""
+
+    @staticmethod
+    def statistics(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """See ``logprob_kernels.statistics``."""
+        y = _scaled(logits, temperature)
+        highest = y.amax(-1)
+        y.sub_(highest[:, None])
+        at_label = y.gather(1, labels[:, None])[:, 0]
+        e = y.exp()
+        return torch.stack([highest, e.sum(-1), y.mul_(e).sum(-1), at_label])
+
+    @staticmethod
+    def gradient_(
+        logits: Tensor,
+        labels: Tensor,
+        mine: Tensor,
+        highest: Tensor,
+        log_z: Tensor,
+        entropy: Tensor,
+        grad_logprobs: Tensor,
+        grad_entropy: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        """See ``logprob_kernels.gradient_``."""
+        # with p = softmax: d logprob / d y = onehot - p,  d entropy / d y = -p (log p + entropy)
+        logp = _scaled(logits, temperature)
+        # two subtractions, because the sum of log_z and a large ``highest`` would be rounded
+        logp.sub_(highest[:, None]).sub_(log_z[:, None])
+        if grad_entropy is None:
+            grad = logp.exp_().mul_(-grad_logprobs[:, None])
+        else:
+            grad = logp.exp()
+            logp.add_(entropy[:, None]).mul_(-grad_entropy[:, None])
+            grad.mul_(logp.sub_(grad_logprobs[:, None]))
+        grad.scatter_add_(1, labels[:, None], (grad_logprobs * mine)[:, None])
+        if temperature != 1:
+            grad.div_(temperature)
+        return grad.to(logits.dtype)
+
+
+def _arithmetic(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return TorchArithmetic
+    from . import logprob_kernels  # CPU builds of torch come without Triton
+
+    return logprob_kernels
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return the logits divided by the temperature, at least fp32; may change them in place."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to ``total`` in the dtype of ``total``, which is fp32 for bf16 factors."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # not run on a GPU yet
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _relative_to_highest(sums: Tensor, highest: Tensor, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the ranks of the group in place, relative to the largest y of all ranks, which is returned."""
+    overall = highest.clone()
+    dist.all_reduce(overall, op=dist.ReduceOp.MAX, group=group)
+    shift = (highest - overall).nan_to_num(neginf=0.0)  # -inf on a rank without valid rows, whose sums are 0
+    scale = shift.exp()
+    sums[1].addcmul_(sums[0], shift).mul_(scale)
+    sums[0].mul_(scale)
+    sums[2].add_(shift * mine)
+    dist.all_reduce(sums, group=group)
+    return overall
 
 
 def _chunks(tokens: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, tokens, size))
-
-
-def _reduce(x: Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        dist.all_reduce(x, op=op, group=group)

@@ -25,7 +25,7 @@ from ..models.description import ModelDescription
 from ..weights.export import export_hf
 from ..weights.load import load_hf
 from .auxiliary_losses import AuxiliaryLosses
-from .build import build_chunks, make_trainable, move_to_host, on_device
+from .build import build_chunks, make_trainable, move_to_host, on_device, without_logits
 from .fp8 import drop_initial_values
 from .optimizer_state import load_training_state, load_weights, tensors_to_save
 from .routers import OldRouters, RouterShift, freeze_routers
@@ -89,7 +89,7 @@ class Policy:
             drop_initial_values(self.chunks)
 
     def _load(self, path: str) -> list[torch.nn.Module]:
-        chunks = build_chunks(self.description, self.groups, self.device)
+        chunks = without_logits(build_chunks(self.description, self.groups, self.device))
         load_hf(chunks, self.description.mapping, path, self.groups)
         return chunks
 

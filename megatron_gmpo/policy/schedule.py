@@ -18,6 +18,7 @@ from ..batch.packing import pack, plan_microbatches
 from ..config import Config
 from ..models.attention import packing_of
 from ..models.description import ModelDescription
+from .build import output_weight
 from .fp8 import total_multiple
 from .logprobs import vocab_parallel_logprobs
 from .routers import RouterPass
@@ -26,7 +27,7 @@ from .routing import RoutingPass
 MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
 """(logprobs (T,), entropy (T,), microbatch, its place in the plan) -> (scaled loss, anything to keep).
 
-Runs on the last pipeline stage."""
+Both are 0 on slots without loss. Runs on the last pipeline stage."""
 
 
 class Schedule:
@@ -155,15 +156,20 @@ class Schedule:
                 packed_seq_params=packing_of(microbatch.cu_seqlens),
             )
 
-        def loss_of_logits(logits: Tensor) -> tuple[Tensor, dict[str, Any]]:
-            logprobs, entropy = vocab_parallel_logprobs(
-                logits[0],
-                microbatch.labels,
+        def loss_of_hidden(hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+            slots = microbatch.loss_slots
+            found = vocab_parallel_logprobs(
+                hidden[0, slots],
+                output_weight(model),
+                microbatch.labels[slots],
                 vocab_size=self.description.hf.vocab_size,
                 tp_group=self.groups.tp,
                 temperature=self.cfg.rollout.temperature,
                 chunk_tokens=self.cfg.train.logprob_chunk_tokens,
             )
+            logprobs, entropy = (
+                values.new_zeros(len(microbatch.tokens)).index_copy(0, slots, values) for values in found
+            )
             return loss(logprobs, entropy, microbatch, place)
 
-        return output, loss_of_logits
+        return output, loss_of_hidden

@@ -30,7 +30,7 @@ HIDDEN, LAYERS, HEADS, GROUPS, HEAD, FFN, EXPERTS, TOPK, VOCAB = (
     64,
     8,
     2,
-    128,
+    16,
 )
 LENGTHS = [256, 768]
 TOKENS = sum(LENGTHS)
@@ -63,19 +63,19 @@ def sent(traffic: tuple[Traffic, ...], operation: str, group: str) -> int:
 
 def test_flops_of_a_dense_model(plan: Plan) -> None:
     qkv, out, mlp = HIDDEN * (HEADS + 2 * GROUPS) * HEAD, HEADS * HEAD * HIDDEN, 3 * HIDDEN * FFN
-    products = 2 * TOKENS * (LAYERS * (qkv + out + mlp) + VOCAB * HIDDEN)
+    head = 2 * TOKENS * VOCAB * HIDDEN  # without the padding of the vocabulary
+    products = 2 * TOKENS * LAYERS * (qkv + out + mlp) + head
     # Each of the two products has half of its elements masked.
     attention = LAYERS * sum(2 * length**2 * HEADS * HEAD for length in LENGTHS)
     whole = plan()
     assert whole.forward.flops == products + attention
-    assert whole.training.flops == 3 * products + attention * 7 // 2
+    # the backward pass computes the logits again
+    assert whole.training.flops == 3 * products + head + attention * 7 // 2
     assert whole.forward.traffic == whole.training.traffic == ()
     recomputed = plan(
         megatron={"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     )
-    assert (
-        recomputed.training.flops == whole.training.flops + whole.forward.flops - 2 * TOKENS * VOCAB * HIDDEN
-    )
+    assert recomputed.training.flops == whole.training.flops + whole.forward.flops - head
     assert recomputed.activations < whole.activations / 5
 
 
@@ -129,7 +129,6 @@ def test_a_layout_of_many_ranks(plan: Plan) -> None:
     assert whole.stage_expert_parameters == LAYERS * EXPERTS * 3 * HIDDEN * FFN
     assert [stage.rank for stage in stages] == [0, 64, 128, 192]
     assert [stage.in_flight for stage in stages] == [4, 3, 2, 1]
-    assert [bool(stage.logits) for stage in stages] == [False, False, False, True]
     assert plan("qwen3_moe", 256, num_microbatches=2, parallel=parallel).in_flight == 2
     assert not dist.is_initialized()
 
