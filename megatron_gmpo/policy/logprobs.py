@@ -178,7 +178,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # not run on a GPU yet
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
 
 
 def _relative_to_highest(sums: Tensor, highest: Tensor, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
