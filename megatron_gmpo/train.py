@@ -22,6 +22,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import logging
 from contextlib import closing, nullcontext
 
+import torch
+
 from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
 from .batch.samples import SampleGroup
@@ -175,7 +177,7 @@ class Loop:
         routing = self.run.description.routing if cfg.needs_rollout_routing else None
         batch = make_train_batch(groups, advantages, routing, mask_truncated=cfg.algorithm.mask_truncated)
         with self.timer("logprobs"):
-            self.logger.add(policy.set_old_logprobs(batch))
+            self.logger.add(policy.prepare(batch, objective))
             self.logger.add(correct(batch, cfg.algorithm))
             if "ref_logprobs" in objective.needs:
                 batch.ref_logprobs = policy.reference_logprobs(batch)
@@ -184,12 +186,17 @@ class Loop:
 
     def learn(self, batch: TrainBatch) -> dict[str, Metric]:
         """Make one optimizer step per minibatch and return the metrics of all minibatches."""
+        policy, objective = self.state.policy, self.state.objective
         updates: list[dict[str, Metric]] = []
-        self.state.policy.begin_step(self.state.step)
+        policy.begin_step(self.state.step)
+        minibatches = policy.minibatches(batch, objective)
         with self.timer("train"):
-            for minibatch in batch.split(self.cfg.train.minibatches_per_step):
+            for minibatch in minibatches:
                 self.minibatch = minibatch
-                updates.append(self.state.policy.train_step(minibatch, self.state.objective))
+                updates.append(policy.train_step(minibatch, objective))
+        # the first minibatch may have got them only now
+        old = [m.old_logprobs for m in minibatches if m.old_logprobs is not None]
+        batch.old_logprobs = torch.cat(old)
         return reduce_metrics(updates)
 
     def evaluate(self) -> dict[str, float]:

@@ -150,6 +150,8 @@ class TrainBatch(OptionalColumns):
         advantages: (S,) advantage of each sequence.
         rollout_logprobs: (L,) log probabilities that the rollout engine reported, 0 outside
             ``response_mask``.
+        has_gradient: (S,) sequences that forward and backward passes compute; None means all. The others
+            have a zero gradient, and count in the loss's divisor.
         extra_columns: the declaration of each column in ``extra``.
 
     Raises:
@@ -161,6 +163,7 @@ class TrainBatch(OptionalColumns):
     response_mask: Tensor = field(metadata=column(torch.bool, "predicted"))
     advantages: Tensor = field(metadata=column(torch.float32, "sequence"))
     rollout_logprobs: Tensor = field(metadata=column(torch.float32, "predicted"))
+    has_gradient: Tensor | None = field(default=None, kw_only=True, metadata=column(torch.bool, "sequence"))
     extra_columns: dict[str, Column] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -196,6 +199,18 @@ class TrainBatch(OptionalColumns):
         """Return (S,) int64: number of tokens of each sequence in ``response_mask``."""
         owners = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
         return torch.zeros_like(self.lengths).index_add(0, owners, self.response_mask.long())
+
+    @property
+    def computed(self) -> Tensor:
+        """Return (L,) bool: the tokens of the sequences of ``has_gradient``."""
+        if self.has_gradient is None:
+            return torch.ones_like(self.response_mask)
+        return torch.repeat_interleave(self.has_gradient, self.lengths)
+
+    @property
+    def trained_mask(self) -> Tensor:
+        """Return (L,) bool: the tokens of ``response_mask`` in the sequences of ``has_gradient``."""
+        return self.response_mask & self.computed
 
     def add_extra(self, name: str, column: Column, values: Tensor) -> None:
         """Add a column of a user's loss. ``split`` and ``pack`` then process it too.

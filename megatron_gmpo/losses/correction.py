@@ -19,7 +19,7 @@ Rounding in a bf16 engine causes much smaller differences."""
 
 
 def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
-    """Compare the log probabilities of the policy and of the rollout engine over response tokens.
+    """Compare the log probabilities of the policy and of the rollout engine over trained response tokens.
 
     The policy's values are ``old_logprobs``, and the engine's values are ``rollout_logprobs``.
 
@@ -31,7 +31,7 @@ def rollout_mismatch(batch: TrainBatch) -> dict[str, Metric]:
         ``rollout/effective_sample_size``: effective sample size of the tokens' ratios old / rollout, as a
         share of their number.
     """
-    log_ratio = _log_ratio(batch)[batch.response_mask]
+    log_ratio = _log_ratio(batch)[batch.trained_mask]
     difference = log_ratio.abs()
     count = log_ratio.numel()
     largest = log_ratio.max() if count else 0.0
@@ -60,9 +60,11 @@ def importance_weights(
         without response tokens. The metrics are the share of truncated weights, the mean, and the effective
         sample size as a share of the number of weights.
     """
-    log_ratio, counted = _log_ratio(batch), batch.response_mask
+    log_ratio, counted = _log_ratio(batch), batch.trained_mask
     if level != "token":
         log_ratio, counted = _sequence_log_ratio(batch, mean=level == "geometric"), batch.response_lengths > 0
+        if batch.has_gradient is not None:
+            counted &= batch.has_gradient
     weights = log_ratio.exp().clamp(max=cap).float()
     count = int(counted.sum())
     return weights, {
@@ -109,9 +111,9 @@ def _effective_sample_size(weights: Tensor) -> Metric:
 
 
 def _log_ratio(batch: TrainBatch) -> Tensor:
-    """Return (L,) fp32 log pi_old - log pi_rollout, 0 outside the mask."""
+    """Return (L,) fp32 log pi_old - log pi_rollout, 0 outside ``trained_mask``."""
     assert batch.old_logprobs is not None
-    return torch.where(batch.response_mask, batch.old_logprobs - batch.rollout_logprobs, 0)
+    return torch.where(batch.trained_mask, batch.old_logprobs - batch.rollout_logprobs, 0)
 
 
 def _sequence_log_ratio(batch: TrainBatch, mean: bool) -> Tensor:

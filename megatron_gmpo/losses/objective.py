@@ -93,6 +93,16 @@ class Objective:
             )
         return output
 
+    @property
+    def needs_advantage(self) -> bool:
+        """Return whether a sequence with advantage 0 has no loss and no gradient."""
+        return self.loss.needs_advantage and self.kl_coef == 0 and self.entropy_coef == 0
+
+    @property
+    def has_own_columns(self) -> bool:
+        """Return whether ``add_columns`` adds any."""
+        return any(isinstance(need, NewColumn) for need in self.loss.needs)
+
     def add_columns(self, batch: TrainBatch) -> None:
         """Add the loss's own columns to the batch, which must have all other columns.
 

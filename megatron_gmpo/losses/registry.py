@@ -77,6 +77,8 @@ class Loss:
         token_weights: whether the function multiplies each token's term by ``tokens.token_weights``.
             ``algorithm.correction = "token"`` requires it.
         default_advantage: ``algorithm.advantage`` if the config sets none.
+        needs_advantage: whether a sequence with advantage 0 has no loss and no gradient, apart from the terms
+            of ``kl_coef`` and ``entropy_coef``. The trainer then does not compute such sequences.
     """
 
     function: Callable[..., LossOutput]
@@ -86,6 +88,7 @@ class Loss:
     needs: tuple[str | NewColumn, ...] = ()
     token_weights: bool = False
     default_advantage: str = "normalized"
+    needs_advantage: bool = False
 
 
 _MOE_CLIP = DefaultClip(
@@ -100,25 +103,43 @@ LOSSES: dict[str, Loss] = {
         gmpo,
         clip_space="log_ratio",
         default_clip=DefaultClip(0.4, 0.4, "GMPO paper, dense models", moe=_MOE_CLIP),
+        needs_advantage=True,
     ),
-    "rspo": Loss(rspo, clip_space="log_ratio", default_clip=_MOE_CLIP, needs=("router_shift",)),
-    "grpo": Loss(grpo, default_clip=DefaultClip(0.2, 0.2, "usual for PPO"), token_weights=True),
+    "rspo": Loss(
+        rspo,
+        clip_space="log_ratio",
+        default_clip=_MOE_CLIP,
+        needs=("router_shift",),
+        needs_advantage=True,
+    ),
+    "grpo": Loss(
+        grpo,
+        default_clip=DefaultClip(0.2, 0.2, "usual for PPO"),
+        token_weights=True,
+        needs_advantage=True,
+    ),
     "dr_grpo": Loss(
         dr_grpo,
         default_clip=DefaultClip(0.2, 0.2, "usual for PPO"),
         token_weights=True,
         default_advantage="mean",  # the paper removes the division by the standard deviation
+        needs_advantage=True,
     ),
     "dapo": Loss(
-        dapo, divisor="tokens", default_clip=DefaultClip(0.2, 0.28, "DAPO paper"), token_weights=True
+        dapo,
+        divisor="tokens",
+        default_clip=DefaultClip(0.2, 0.28, "DAPO paper"),
+        token_weights=True,
+        needs_advantage=True,
     ),
-    "gspo": Loss(gspo, default_clip=DefaultClip(3e-4, 4e-4, "GSPO paper")),
+    "gspo": Loss(gspo, default_clip=DefaultClip(3e-4, 4e-4, "GSPO paper"), needs_advantage=True),
     "cispo": Loss(
         cispo,
         divisor="tokens",
         # MiniMax-M1 sets no lower bound and publishes no upper bound.
         default_clip=DefaultClip(1.0, 4.0, "ratio in [0, 5], the upper bound of ScaleRL, arXiv 2510.13786"),
         token_weights=True,
+        needs_advantage=True,
     ),
 }
 

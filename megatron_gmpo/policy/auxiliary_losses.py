@@ -46,6 +46,11 @@ class AuxiliaryLosses:
         }
         self._divisors = {name: divisor for name, (used, divisor) in named.items() if used}
 
+    @property
+    def used(self) -> bool:
+        """Return whether there is an auxiliary loss."""
+        return bool(self._divisors)
+
     def metrics(self, microbatches: int) -> dict[str, Metric]:
         """Return the losses in use, without their coefficients, and clear Megatron's tracker. Collective.
 

@@ -26,7 +26,7 @@ def statistics(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
         labels: (T,) int64 columns.
     """
     found = torch.empty(4, len(logits), dtype=torch.float32, device=logits.device)
-    _statistics[(len(logits),)](
+    _statistics[(len(logits),)](  # pyright: ignore[reportIndexIssue]
         logits, labels, found, *logits.shape, logits.stride(0), temperature, BLOCK=_BLOCK, num_warps=_WARPS
     )
     return found
@@ -54,7 +54,7 @@ def gradient_(
         grad_logprobs: (T,) gradients of the log probabilities, ``grad_entropy`` those of the entropies.
     """
     tokens, columns = logits.shape
-    _gradient[(tokens, triton.cdiv(columns, _BLOCK))](
+    _gradient[(tokens, triton.cdiv(columns, _BLOCK))](  # pyright: ignore[reportIndexIssue]
         logits,
         labels,
         mine,

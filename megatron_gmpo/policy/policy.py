@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..batch.columns import Microbatch, RoutingShape, TrainBatch, minibatch_bounds
 from ..checkpoint import check_model, model_identity, read_state, restore_random_states, save_checkpoint
 from ..config import Config
 from ..distributed import all_gather_objects
@@ -30,7 +30,7 @@ from .fp8 import drop_initial_values
 from .optimizer_state import load_training_state, load_weights, tensors_to_save
 from .routers import OldRouters, RouterShift, freeze_routers
 from .routing import Routing, RoutingPass
-from .schedule import Schedule
+from .schedule import Schedule, response_logprobs
 
 
 class Policy:
@@ -103,8 +103,57 @@ class Policy:
             self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None)
         )
 
-    def set_old_logprobs(self, batch: TrainBatch) -> dict[str, Metric]:
+    def prepare(self, batch: TrainBatch, objective: Objective) -> dict[str, Metric]:
+        """Set the ``has_gradient`` and ``old_logprobs`` of a step's batch; leave out what changes nothing.
+
+        A sequence without response tokens or with advantage 0 has no gradient. It is computed only if a term
+        of the loss, an auxiliary loss or the routers' bias uses every token, or if no sequence has a
+        gradient, so that figures of the policy exist.
+
+        The policy that the first minibatch updates is the old policy, so ``train_step`` gives the first
+        minibatch its old log probabilities, unless something reads them before.
+
+        Returns:
+            The metrics of ``set_old_logprobs``, and ``train/computed_tokens``: the share of the tokens that
+            are computed.
+        """
+        transformer = self.description.transformer
+        every_token = self.auxiliary.used or transformer.moe_router_enable_expert_bias
+        chosen = (batch.advantages != 0) & (batch.response_lengths > 0)
+        if objective.needs_advantage and not every_token and chosen.any():
+            batch.has_gradient = chosen
+        metrics = {"train/computed_tokens": Metric(int(batch.computed.sum()), len(batch.tokens))}
+        first = minibatch_bounds(len(batch), self.cfg.train.minibatches_per_step)[0][1]
+        if not self._defers_old_logprobs(objective):
+            first = 0
+        return metrics | (self.set_old_logprobs(batch, first) if first < len(batch) else {})
+
+    def minibatches(self, batch: TrainBatch, objective: Objective) -> list[TrainBatch]:
+        """Split a batch of ``prepare`` into the minibatches of the step's updates."""
+        minibatches = batch.split(self.cfg.train.minibatches_per_step)
+        if self._defers_old_logprobs(objective):
+            minibatches[0].old_logprobs = None
+        return minibatches
+
+    def _defers_old_logprobs(self, objective: Objective) -> bool:
+        """Return whether nothing reads the first minibatch's old log probabilities before its update.
+
+        Corrections, masks and the loss's own columns read them. RSPO and R2 use what their pass records.
+        """
+        cfg = self.cfg.algorithm
+        return not (
+            cfg.correction != "none"
+            or cfg.mask in ("icepop", "geometric")
+            or "router_shift" in self._needs
+            or objective.has_own_columns
+            or (cfg.moe_routing_replay == "policy" and self.cfg.train.minibatches_per_step > 1)
+        )
+
+    def set_old_logprobs(self, batch: TrainBatch, first: int = 0) -> dict[str, Metric]:
         """Set the batch's ``old_logprobs`` and, if routing is recorded here, its ``routed_experts``.
+
+        Args:
+            first: leave out the sequences before this number.
 
         Returns:
             For a MoE, load and entropy of the routers, see ``OldRouters.metrics``. If the rollout engine
@@ -114,14 +163,10 @@ class Policy:
         """
         kind, shifts = self.cfg.algorithm.moe_routing_replay, "router_shift" in self._needs
         routing = self._routing_pass(batch, replay=kind == "rollout", record=kind != "rollout")
-        routers = (
-            OldRouters(*self._routers_of(batch), keep_scores=shifts) if self.description.is_moe else None
-        )
-        batch.old_logprobs = self.schedule.logprobs(self.chunks, batch, routing, routers)
+        routers = self._old_routers(batch, keep_scores=shifts)
+        batch.old_logprobs = self.schedule.logprobs(self.chunks, batch, routing, routers, first)
         self._weights_are_old = True
-        metrics = (
-            routers.metrics(per_layer=self.description.transformer.moe_per_layer_logging) if routers else {}
-        )
+        metrics = self._router_metrics(routers)
         if routing:
             metrics |= routing.metrics("moe/routing_differs")
             if routing.record:
@@ -159,7 +204,9 @@ class Policy:
         self.model.scheduler.num_steps = step * self.cfg.train.minibatches_per_step
 
     def train_step(self, minibatch: TrainBatch, objective: Objective) -> dict[str, Metric]:
-        """Make one optimizer step on the minibatch, which must have ``old_logprobs``.
+        """Make one optimizer step on the minibatch.
+
+        Without ``old_logprobs`` the current policy is the old one: every ratio is 1, and this pass sets them.
 
         In every layout the loss is the objective's sum over the minibatch divided by its count. Megatron
         multiplies a microbatch's loss by cp / microbatches (schedules.py) and averages gradients over dp * cp
@@ -167,8 +214,9 @@ class Policy:
 
         Returns:
             Over all ranks: ``loss``, ``grad_norm``, ``learning_rate``, the objective's metrics and those of
-            ``AuxiliaryLosses``. If the minibatch has ``routed_experts``, also ``moe/routing_drift`` and
-            ``moe/routing_drift_tokens``: the difference between them and the current weights' own routing.
+            ``AuxiliaryLosses``; for a MoE without ``old_logprobs``, also those of ``OldRouters``. If the
+            minibatch has ``routed_experts``, also ``moe/routing_drift`` and ``moe/routing_drift_tokens``: the
+            difference between them and the current weights' own routing.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
@@ -176,25 +224,38 @@ class Policy:
         if "router_shift" in self._needs:
             minibatch = replace(minibatch, router_shift=self.router_shift(minibatch), router_scores=None)
         plan = self.schedule.plan(minibatch)
-        response_lengths = minibatch.response_lengths
-        scale = self.groups.dp.size() * len(plan) / max(1, objective.count(response_lengths))
+        count = objective.count(minibatch.response_lengths)
+        scale = self.groups.dp.size() * len(plan) / max(1, count)
+        is_old = minibatch.old_logprobs is None
+        routers = self._old_routers(minibatch) if is_old else None
+        found: list[tuple[Tensor, Tensor]] = []
 
         def loss(
             logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, place: int
         ) -> tuple[Tensor, dict[str, Any]]:
+            if is_old:
+                microbatch = replace(microbatch, old_logprobs=logprobs.detach())
+                found.append(response_logprobs(logprobs, microbatch))
             output = objective(logprobs, entropy, microbatch, self.groups.cp)
-            count = objective.count(response_lengths[plan[place]])
-            return output.loss * scale, {"loss": Metric(output.loss.detach(), count), **output.metrics}
+            return output.loss * scale, {"loss": Metric(output.loss.detach()), **output.metrics}
 
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer: Any = self.model.optimizer
         optimizer.zero_grad()
-        routing = self._routing_pass(minibatch, replay=True)
-        metrics = self._reduce(self.schedule.run(self.chunks, minibatch, plan, loss, routing))
+        # without recorded experts, R2 would replay the routing of this pass itself
+        recorded = minibatch.routed_experts is not None
+        routing = self._routing_pass(minibatch, replay=True) if recorded else None
+        metrics = self._reduce(self.schedule.run(self.chunks, minibatch, plan, loss, routing, routers))
+        metrics["loss"] = Metric(metrics["loss"].total, count)
+        metrics |= self._router_metrics(routers)
         metrics |= self.auxiliary.metrics(len(plan))
-        metrics |= routing.metrics("moe/routing_drift") if routing else {}
+        drift = routing.metrics("moe/routing_drift") if routing else {}
+        metrics |= drift
+        if is_old:
+            minibatch.old_logprobs = self.schedule.gather(found, len(minibatch.tokens))
+            metrics |= {name.replace("drift", "differs"): metric for name, metric in drift.items()}
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
         _, grad_norm, _ = optimizer.step()
@@ -257,6 +318,15 @@ class Policy:
             return None
         replay = replay and self.cfg.algorithm.moe_routing_replay != "none"
         return RoutingPass(self.routing, batch, self.device, replay, record)
+
+    def _old_routers(self, batch: TrainBatch, *, keep_scores: bool = False) -> OldRouters | None:
+        return (
+            OldRouters(*self._routers_of(batch), keep_scores=keep_scores) if self.description.is_moe else None
+        )
+
+    def _router_metrics(self, routers: OldRouters | None) -> dict[str, Metric]:
+        per_layer = self.description.transformer.moe_per_layer_logging
+        return routers.metrics(per_layer=per_layer) if routers else {}
 
     def _routers_of(self, batch: TrainBatch) -> tuple[RoutingShape, dist.ProcessGroup, int, torch.device]:
         """Return the arguments of a ``RouterPass`` over the batch."""

@@ -1,4 +1,4 @@
-"""Observe the routers during a pass without gradients: load, entropy and the shift of their scores (RSPO).
+"""Observe the routers during a pass: load, entropy and the shift of their scores (RSPO).
 
 A ``RouterPass`` wraps each microbatch's forward pass through each model chunk. In every layout exactly one
 rank sees a (token, MoE layer) pair, so sums over all ranks count it once.
@@ -59,7 +59,7 @@ def sum_pieces(
 
 
 class RouterPass(ABC):
-    """One pass of a batch of L tokens, without gradients, that observes every router.
+    """One pass of a batch of L tokens that observes every router. Recomputation is not observed.
 
     Args:
         shape: dimensions of the model's routing.
@@ -76,7 +76,6 @@ class RouterPass(ABC):
     @contextmanager
     def of(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Iterator[None]:
         """Wrap the forward pass of one microbatch through one chunk."""
-        assert not torch.is_grad_enabled()
         index = own_slots(microbatch.input_index, self._tp_group)
         with ExitStack() as hooks:
             for place, (layer, router) in enumerate(routers_of(chunk).items()):
@@ -88,7 +87,8 @@ class RouterPass(ABC):
                     place: int = place,
                     layer: int = layer,
                 ) -> None:
-                    self._note(microbatch, index, place, layer, _log_scores(router, args[0]), output[1])
+                    with torch.no_grad():
+                        self._note(microbatch, index, place, layer, _log_scores(router, args[0]), output[1])
 
                 hooks.callback(router.register_forward_hook(note).remove)
             yield
@@ -127,16 +127,16 @@ def _log_scores(router: TopKRouter, hidden: Tensor) -> Tensor:
 
 
 class OldRouters(RouterPass):
-    """Observe the old-logprob pass: load and entropy and, if ``keep_scores``, scores for ``RouterShift``."""
+    """Observe the pass of the old log probabilities: load, entropy and, if ``keep_scores``, scores."""
 
     def __init__(self, *arguments, keep_scores: bool) -> None:
         super().__init__(*arguments)
         self._keep_scores = keep_scores
         # layer -> (index, (T', topk)) of each microbatch
         self._scores: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        # by layer: number of tokens of each expert, then the sum of the tokens' entropies
+        # by layer: number of tokens of each expert, the sum of the tokens' entropies, number of tokens
         self._sums = torch.zeros(
-            self.shape.num_layers, self.shape.num_experts + 1, dtype=torch.float64, device=self.device
+            self.shape.num_layers, self.shape.num_experts + 2, dtype=torch.float64, device=self.device
         )
 
     def _note(
@@ -149,14 +149,15 @@ class OldRouters(RouterPass):
         routed: Tensor,
     ) -> None:
         real = (index >= 0)[:, None]
-        self._sums[layer, :-1] += (routed & real).sum(0)
-        self._sums[layer, -1] -= (log_scores.exp() * log_scores * real).sum(dtype=torch.float64)
+        self._sums[layer, :-2] += (routed & real).sum(0)
+        self._sums[layer, -2] -= (log_scores.exp() * log_scores * real).sum(dtype=torch.float64)
+        self._sums[layer, -1] += real.sum()
         if self._keep_scores:
             experts = routed.nonzero()[:, 1].view(-1, self.shape.topk)  # in ascending order
             self._scores[layer].append((index, log_scores.gather(1, experts)))
 
     def metrics(self, *, per_layer: bool) -> dict[str, Metric]:
-        """Return figures over the batch's tokens, without padding. Collective; all ranks get equal metrics.
+        """Return figures over the observed tokens, without padding. Collective; all ranks get equal metrics.
 
         - ``moe/load_max``: tokens of the expert with the most tokens divided by the mean over experts, in the
           layer where this is largest;
@@ -171,13 +172,15 @@ class OldRouters(RouterPass):
         """
         dist.all_reduce(self._sums)
         sums = self._sums[list(self.shape.moe_layers)].cpu()
-        load, entropy = sums[:, :-1], sums[:, -1]
+        if not sums[:, -1].all():
+            return {}
+        load, entropy, tokens = sums[:, :-2], sums[:, -2], sums[:, -1]
         mean = load.mean(1)
         by_layer = {
             "load_max": load.amax(1) / mean,
             "load_cv": load.std(1, correction=0) / mean,
             "dead_experts": (load == 0).sum(1),
-            "router_entropy": entropy / self.length,
+            "router_entropy": entropy / tokens,
         }
         worst = int(by_layer["load_max"].argmax())
         metrics = {

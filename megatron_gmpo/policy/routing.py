@@ -149,14 +149,15 @@ class RoutingPass:
         One all-reduce per layer combines the ranks' shares, so the device holds one whole layer at a time.
 
         Returns:
-            (L, layers, topk) int16, -1 in layers without experts.
+            (L, layers, topk) int16, -1 in layers without experts and for tokens that were not computed.
         """
         shape, length = self.routing.shape, len(self.batch.tokens)
         everything = torch.full((length, shape.num_layers, shape.topk), -1, dtype=torch.int16)
         for layer in shape.moe_layers:
             pieces = [(index, chosen + 1) for index, chosen in self._recorded[layer]]
             everything[:, layer] = sum_pieces(pieces, length, shape.topk, torch.int16, self.device) - 1
-        assert (everything[:, list(shape.moe_layers)] >= 0).all(), "a token was not routed"
+        routed = (everything[:, list(shape.moe_layers)] >= 0).all(-1).all(-1)
+        assert routed[self.batch.computed].all(), "a token was not routed"
         return everything
 
     def metrics(self, name: str) -> dict[str, Metric]:
@@ -170,7 +171,7 @@ class RoutingPass:
             return {}
         dist.all_reduce(self._differs)
         layers = self.routing.shape.moe_layers
-        known = int((self.batch.routed_experts[:, layers[0], 0] >= 0).sum())
+        known = int(((self.batch.routed_experts[:, layers[0], 0] >= 0) & self.batch.computed).sum())
         return {
             name: Metric(int(self._differs.sum()), known * len(layers)),
             f"{name}_tokens": Metric(int((self._differs > 0).sum()), known),

@@ -30,6 +30,12 @@ MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[
 Both are 0 on slots without loss. Runs on the last pipeline stage."""
 
 
+def response_logprobs(logprobs: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    """Return index in the batch and log probability of the response tokens of a microbatch."""
+    slots = microbatch.loss_slots
+    return microbatch.flat_index[slots], logprobs.detach()[slots]
+
+
 class Schedule:
     """Run batches through the model chunks of this rank. Every method is collective.
 
@@ -45,16 +51,25 @@ class Schedule:
     ) -> None:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
 
-    def plan(self, batch: TrainBatch) -> list[list[int]]:
-        """Return the microbatches of this data-parallel rank, each as numbers of sequences."""
+    def plan(self, batch: TrainBatch, first: int = 0) -> list[list[int]]:
+        """Return the microbatches of this data-parallel rank, each as numbers of sequences.
+
+        Args:
+            first: leave out the sequences before this number.
+        """
+        computed = torch.ones(len(batch), dtype=torch.bool)
+        if batch.has_gradient is not None:
+            computed = batch.has_gradient.clone()
+        computed[:first] = False
+        numbers: list[int] = computed.nonzero()[:, 0].tolist()
         plan = plan_microbatches(
-            batch.lengths.tolist(),
+            batch.lengths[computed].tolist(),
             max_tokens=self.cfg.train.max_tokens_per_microbatch,
             data_parallel_size=self.groups.dp.size(),
             sequence_multiple=self.cfg.parallel.sequence_multiple,
             count_multiple=self.cfg.parallel.microbatch_multiple,
         )
-        return plan[self.groups.dp.rank()]
+        return [[numbers[i] for i in members] for members in plan[self.groups.dp.rank()]]
 
     def run(
         self,
@@ -94,22 +109,37 @@ class Schedule:
         batch: TrainBatch,
         routing: RoutingPass | None = None,
         routers: RouterPass | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """Return (L,) fp32 on every rank's host: log probability of every response token, 0 elsewhere."""
+        """Return (L,) fp32 on every rank's host: log probability of every token of ``trained_mask``.
+
+        Other tokens have 0.
+
+        Args:
+            first: leave out the sequences before this number.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
 
         def keep(
             logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int
         ) -> tuple[Tensor, dict[str, Any]]:
-            return logprobs.new_zeros(()), {
-                "at": microbatch.flat_index[microbatch.mask],
-                "logprobs": logprobs[microbatch.mask],
-            }
+            found.append(response_logprobs(logprobs, microbatch))
+            return logprobs.new_zeros(()), {}
 
         for chunk in chunks:
             chunk.eval()
-        flat = torch.zeros(len(batch.tokens), device=self.device)
-        for found in self.run(chunks, batch, self.plan(batch), keep, routing, routers, forward_only=True):
-            flat[found["at"]] = found["logprobs"].float()
+        self.run(chunks, batch, self.plan(batch, first), keep, routing, routers, forward_only=True)
+        return self.gather(found, len(batch.tokens))
+
+    def gather(self, found: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
+        """Combine the ``response_logprobs`` of all ranks' microbatches. Collective.
+
+        Returns:
+            (L,) fp32 on every rank's host, 0 for tokens that no rank has.
+        """
+        flat = torch.zeros(length, device=self.device)
+        for index, logprobs in found:
+            flat[index] = logprobs.float()
         pp = self.groups.pp
         if pp.rank() == pp.size() - 1:
             dist.all_reduce(flat, group=self.groups.dp_cp)

@@ -31,7 +31,7 @@ from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.losses.correction import rollout_mismatch
-from megatron_gmpo.losses.objective import make_objective
+from megatron_gmpo.losses.objective import Objective, make_objective
 from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.platform import seed_everything
@@ -82,13 +82,48 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
         return {"logprobs": logprobs, "history": history, "weights": weights_on_rank_0(policy)}
 
 
+def _objective(policy: Policy) -> Objective:
+    return make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
+
+
 def _steps(policy: Policy, batch: TrainBatch, steps: int) -> list[dict[str, float]]:
-    objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
+    objective = _objective(policy)
     objective.add_columns(batch)
     return [
         {name: value_of(metric) for name, metric in policy.train_step(batch, objective).items()}
         for _ in range(steps)
     ]
+
+
+def learn(cfg: Config, batch: TrainBatch, steps: int, everything: bool) -> dict[str, Any]:
+    """Run ``steps`` steps of ``train.minibatches_per_step`` updates each on one batch.
+
+    Args:
+        everything: compute every sequence, and all old log probabilities in a pass of their own.
+
+    Returns:
+        The metrics of every update, the share of computed tokens, the old log probabilities and the weights.
+    """
+    with opened(cfg) as policy:
+        objective = _objective(policy)
+        history: list[dict[str, float]] = []
+        for _ in range(steps):
+            batch.old_logprobs = batch.has_gradient = None
+            if everything:
+                figures = policy.set_old_logprobs(batch)
+                minibatches = batch.split(cfg.train.minibatches_per_step)
+            else:
+                figures = policy.prepare(batch, objective)
+                minibatches = policy.minibatches(batch, objective)
+            for minibatch in minibatches:
+                metrics = policy.train_step(minibatch, objective)
+                history.append({name: value_of(metric) for name, metric in metrics.items()})
+        return {
+            "history": history,
+            "figures": {name: value_of(metric) for name, metric in figures.items()},
+            "old_logprobs": torch.cat([minibatch.old_logprobs for minibatch in minibatches]),
+            "weights": weights_on_rank_0(policy),
+        }
 
 
 def replay(
