@@ -44,7 +44,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, int]]] = {
     "qwen3_moe, tp2 ep2": ("qwen3_moe", 2, {TP: 2, EP: 2}),
     "qwen3_moe, cp2 ep2": ("qwen3_moe", 2, {CP: 2, EP: 2}),
 }
-COMPUTED = 13 + 29 + 40 + 5
+COMPUTED = 13 + 29 + 40 + 2 + 5
 """Tokens of the sequences with response tokens and an advantage."""
 
 
