@@ -109,6 +109,8 @@ def learn(cfg: Config, batch: TrainBatch, steps: int, everything: bool) -> dict[
         history: list[dict[str, float]] = []
         for _ in range(steps):
             batch.old_logprobs = batch.has_gradient = None
+            if policy.reference:
+                batch.ref_logprobs = policy.reference_logprobs(batch)
             if everything:
                 figures = policy.set_old_logprobs(batch)
                 minibatches = batch.split(cfg.train.minibatches_per_step)
