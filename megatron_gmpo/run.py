@@ -160,6 +160,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     if cfg.rollout.engine == "sglang" and generates and on_rank_0:
         check_servers(cfg, description.hf, device)
     tokenizer = load_tokenizer(cfg.model.path)
+    _check_vocabulary(cfg.model.path, tokenizer, description.hf.vocab_size)
     positions: int = description.hf.max_position_embeddings
     if cfg.rollout.engine == "sglang":
         positions -= 2  # of context_length, which a server leaves free (scheduler.py, tp_worker.py)
@@ -202,6 +203,16 @@ def _stream(cfg: Config, tokenizer: Any, checkpoint: Path | None) -> PromptStrea
     if saved and (changed := stream.load_state_dict(saved, allow_changed=cfg.data.allow_changed)):
         logger.info("%s; data.allow_changed = true accepts it", changed)
     return stream
+
+
+def _check_vocabulary(path: str, tokenizer: Any, vocab_size: int) -> None:
+    """Check that the embedding has a row for every token, also for those added to the tokenizer."""
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= vocab_size:
+        raise InputError(
+            f"model.path = {path!r}: the tokenizer has the token {token!r} with number {number}, and vocab_size "
+            f"in config.json is {vocab_size}: use the tokenizer of these weights, or resize the embedding"
+        )
 
 
 def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:
