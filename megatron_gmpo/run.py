@@ -210,8 +210,8 @@ def _check_vocabulary(path: str, tokenizer: Any, vocab_size: int) -> None:
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if number >= vocab_size:
         raise InputError(
-            f"model.path = {path!r}: the tokenizer has the token {token!r} with number {number}, and vocab_size "
-            f"in config.json is {vocab_size}: use the tokenizer of these weights, or resize the embedding"
+            f"model.path = {path!r}: the tokenizer gives {token!r} the number {number}, and vocab_size in "
+            f"config.json is {vocab_size}: use the tokenizer of these weights, or resize the embedding"
         )
 
 

@@ -87,10 +87,10 @@ def check_folder(folder: Path, name: str, code: frozenset[str] = frozenset()) ->
         )
     for field, (smallest, largest) in _BOUNDS.items():
         value = config.get(field)
-        if isinstance(value, int) and not smallest <= value <= largest:
+        if value is not None and not (isinstance(value, int) and smallest <= value <= largest):
             raise InputError(
-                f"{name}: config.json has {field} = {value}, which is not between {smallest} and {largest}: "
-                "correct it"
+                f"{name}: config.json has {field} = {value!r}, which is no number from {smallest} to "
+                f"{largest}: correct it"
             )
 
 

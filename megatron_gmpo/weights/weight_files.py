@@ -72,6 +72,7 @@ def _read_index(index: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed:
         raise InputError(f"{str(index)!r} has no weight_map: download the model again")
     for file in listed.values():
-        if not isinstance(file, str) or Path(file).name != file or not file.isprintable():
-            raise InputError(f"{str(index)!r} names {file!r}, which is no plain file name: correct it")
+        if not (isinstance(file, str) and Path(file).name == file and file.isprintable() and len(file) < 256):
+            shown = repr(file)[:100]
+            raise InputError(f"{str(index)!r} names {shown}, which is no plain file name: correct it")
     return listed

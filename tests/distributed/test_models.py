@@ -288,6 +288,16 @@ def test_megatron_fields_that_add_parameters_are_refused(
         assert "shared_experts" in message
 
 
+def test_a_tied_model_that_stores_the_head_only(ranks: RankPool, broken_folder: Callable[..., Path]) -> None:
+    """transformers loads the head into the embedding (tests/unit/test_hostile_folders.py)."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    path = broken_folder("qwen3 tied", lambda tensors: tensors.update({head: tensors.pop(embedding)}))
+    expected = reference.saved_tensors(path)
+    expected[embedding] = expected.pop(head)
+    weights = ranks.run(2, cases.train, config(path, {PP: 2}, max_tokens=64), make_batch(), 0)[0]["weights"]
+    assert_same_tensors(weights, expected)
+
+
 def test_weights_that_are_no_safetensors(ranks: RankPool, broken_folder: Callable[..., Path]) -> None:
     path = broken_folder("qwen3", lambda tensors: None)
     file = path / "model.safetensors"
