@@ -104,7 +104,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "tokenizer beyond the vocabulary": (
         case(model__path="{tmp}/larger_tokenizer"),
-        r"the tokenizer gives '<pad2>' the number \d+, and vocab_size in config\.json is \d+: use the tokenizer",
+        r"the tokenizer gives '<pad2>' the number \d+, and vocab_size in config\.json is \d+: use the",
     ),
     "code in the model folder": (
         case(model__path="{tmp}/code"),

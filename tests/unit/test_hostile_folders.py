@@ -444,7 +444,11 @@ json_values = st.recursive(
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=10_000, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=500,
+    deadline=10_000,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.sampled_from(sorted(FAMILIES)), st.data())
 def test_any_config_is_described_or_refused(
     tiny_model: Callable[..., Path],
