@@ -207,7 +207,7 @@ def _stream(cfg: Config, tokenizer: Any, checkpoint: Path | None) -> PromptStrea
 
 def _check_vocabulary(path: str, tokenizer: Any, vocab_size: int) -> None:
     """Check that the embedding has a row for every token, also for those added to the tokenizer."""
-    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if number >= vocab_size:
         raise InputError(
             f"model.path = {path!r}: the tokenizer gives {token!r} the number {number}, and vocab_size in "
