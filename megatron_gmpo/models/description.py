@@ -19,7 +19,7 @@ from ..errors import InputError
 from . import FAMILIES
 from .decoder import prediction_layers
 from .family import HFConfig
-from .folder import check_folder, read_json
+from .folder import check_folder
 from .layout import check_layout
 from .mapping import Mapping
 from .operations import padded_vocab_size
@@ -130,9 +130,8 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
         raise InputError(f"{field} is empty: give a Hugging Face model folder")
     if not (Path(path) / "config.json").is_file():
         raise InputError(f"{field} = {path!r} has no config.json: give a Hugging Face model folder")
-    named = read_json(Path(path) / "config.json").get("model_type")
-    family = FAMILIES.get(named) if isinstance(named, str) else None
-    check_folder(Path(path), f"{field} = {path!r}", family.code if family else frozenset())
+    code = {model_type: family.code for model_type, family in FAMILIES.items()}
+    check_folder(Path(path), f"{field} = {path!r}", code)
     try:
         hf = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # an odd type or value raises anything

@@ -56,21 +56,21 @@ _IMPLEMENTATIONS = {
 """Field of config.json -> values that do not make transformers fetch a kernel."""
 
 
-def check_folder(folder: Path, name: str, code: frozenset[str] = frozenset()) -> None:
+def check_folder(folder: Path, name: str, code: dict[str, frozenset[str]]) -> None:
     """Check what transformers would read from the folder without being asked to.
 
     Args:
         folder: folder with a config.json.
         name: setting and value of the path, for error messages.
-        code: modules named by config.json that may be ignored, see ``Family.code``.
+        code: ``model_type`` -> modules named by config.json that are ignored, see ``Family.code``.
 
     Raises:
         InputError: a file is a link to a file outside the folder and outside the hub's cache; a JSON file
             names code, a kernel, other weights or an adapter; config.json describes too large a model.
     """
     _check_links(folder, name)
-    config = read_json(folder / "config.json")
-    _check_code(folder, name, config, code)
+    config = read_json(folder / "config.json", name)
+    _check_code(folder, name, config, code.get(str(config.get("model_type")), frozenset()))
     for field, allowed in _IMPLEMENTATIONS.items():
         for key in (field, f"_{field}"):
             value = config.get(key)
@@ -94,8 +94,11 @@ def check_folder(folder: Path, name: str, code: frozenset[str] = frozenset()) ->
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, name: str = "") -> dict[str, Any]:
     """Return the JSON object in a file.
+
+    Args:
+        name: setting and value that lead to the file, for error messages.
 
     Raises:
         InputError: the file cannot be read, is larger than 100 MB, or contains no JSON object.
@@ -108,7 +111,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(found).__name__} instead of an object")
     except (OSError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())
-        raise InputError(f"{str(path)!r} cannot be read ({line}): download the model again") from None
+        where = f"{name}: {path.name}" if name else repr(str(path))
+        raise InputError(f"{where} cannot be read ({line}): download the model again") from None
     return found
 
 
@@ -133,7 +137,7 @@ def _check_code(folder: Path, name: str, config: dict[str, Any], ignored: frozen
     for file in ("config.json", "tokenizer_config.json"):
         if not (folder / file).exists():
             continue
-        named = (config if file == "config.json" else read_json(folder / file)).get("auto_map")
+        named = (config if file == "config.json" else read_json(folder / file, name)).get("auto_map")
         code = list(named.values()) if isinstance(named, dict) else [named] if named else []
         for reference in code:
             if file != "config.json" or str(reference).partition(".")[0] not in ignored:

@@ -412,8 +412,8 @@ def test_refused_models(describe: Describe, family: str, hf: dict[str, Any], wor
     [
         ("", None, ["model.path is empty"]),
         ("nowhere", None, ["nowhere", "no config.json"]),
-        ("empty", "", ["config.json' cannot be read"]),
-        ("broken", "{", ["config.json' cannot be read"]),
+        ("empty", "", ["config.json cannot be read"]),
+        ("broken", "{", ["config.json cannot be read"]),
         ("untyped", "{}", ["config.json"]),
         ("gpt2", '{"model_type": "gpt2"}', ["'gpt2'", "qwen3_moe"]),
         ("new", '{"model_type": "of_tomorrow"}', ["of_tomorrow"]),
