@@ -162,6 +162,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     if cfg.rollout.engine == "sglang" and generates and on_rank_0:
         check_servers(cfg, description.hf, device)
     tokenizer = load_tokenizer(cfg.model.path)
+    _check_vocabulary(cfg.model.path, tokenizer, description.hf.vocab_size)
     positions: int = description.hf.max_position_embeddings
     if cfg.rollout.engine == "sglang":
         positions -= 2  # of context_length, which a server leaves free (scheduler.py, tp_worker.py)
@@ -214,6 +215,16 @@ def _check_run_dir(run_dir: str) -> None:
         raise InputError(f"run_dir = {run_dir!r}: {existing} is not a folder: choose another run_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"run_dir = {run_dir!r}: {existing} cannot be written: choose another run_dir")
+
+
+def _check_vocabulary(path: str, tokenizer: Any, vocab_size: int) -> None:
+    """Check that the embedding has a row for every token, also for those added to the tokenizer."""
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if number >= vocab_size:
+        raise InputError(
+            f"model.path = {path!r}: the tokenizer gives {token!r} the number {number}, and vocab_size in "
+            f"config.json is {vocab_size}: use the tokenizer of these weights, or resize the embedding"
+        )
 
 
 def _check_reference(cfg: Config, identity: dict[str, Any]) -> None:

@@ -31,7 +31,9 @@ def main() -> None:
     task = json.load(sys.stdin)
     warnings.simplefilter("ignore")
     placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    model = AutoModelForCausalLM.from_pretrained(task["hf"], dtype=torch.bfloat16, **placed).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        task["hf"], dtype=torch.bfloat16, trust_remote_code=False, attn_implementation="sdpa", **placed
+    ).eval()
 
     def calibrate(model: Any) -> None:
         for prompt in tqdm(task["prompts"], "calibrating", unit=" prompts", disable=None):

@@ -27,7 +27,7 @@ def load_tokenizer(path: str, field: str = "model.path") -> Any:
         InputError: transformers cannot load a tokenizer from the folder.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the readers of tokenizer files raise errors of many kinds
         raise InputError(
             f"{field} = {path!r} has no tokenizer that can be loaded ({' '.join(str(error).split())})"

@@ -102,11 +102,15 @@ def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
         InputError: the config requires a computation that the model code does not implement.
     """
     refuse(hf, "hidden_act", hf.hidden_act != "silu", "only silu is supported")
-    windows = getattr(hf, "use_sliding_window", False) or "sliding_attention" in (
-        getattr(hf, "layer_types", None) or []
-    )
-    refuse(hf, "use_sliding_window", windows, "sliding-window attention is not supported")
-    refuse(hf, "mlp_bias", getattr(hf, "mlp_bias", False), "biases in the MLP are not supported")
+    # these fields also decide what transformers' cache keeps (cache_utils.py:get_layer_types_and_kwargs)
+    for field in ("sliding_window", "attention_chunk_size", "kv_sharing_modes"):
+        refuse(hf, field, getattr(hf, field, None), "attention to a part of the sequence is not supported")
+    other_layers = set(getattr(hf, "layer_types", None) or []) - {"full_attention"}
+    refuse(hf, "layer_types", other_layers, "only full_attention is supported")
+    refuse(hf, "is_causal", not getattr(hf, "is_causal", True), "only causal attention is supported")
+    refuse(hf, "per_layer_config", hf.is_heterogeneous, "all layers must have the same shape")
+    outside = (hf.pad_token_id or 0) >= hf.vocab_size
+    refuse(hf, "pad_token_id", outside, f"the vocabulary has {hf.vocab_size} tokens")
     return {
         "num_layers": hf.num_hidden_layers,
         "hidden_size": hf.hidden_size,

@@ -59,6 +59,10 @@ def _architecture(hf: HFConfig) -> dict[str, Any]:
     no_attention_bias(hf)
     halves = not hf.rope_interleave
     refuse(hf, "rope_interleave", halves, "latent attention supports interleaved rotary channels only")
+    rotary = hf.qk_rope_head_dim
+    refuse(hf, "head_dim", hf.head_dim != rotary, f"it must equal qk_rope_head_dim = {rotary}")
+    grouped = hf.num_key_value_heads != hf.num_attention_heads
+    refuse(hf, "num_key_value_heads", grouped, f"every one of the {hf.num_attention_heads} heads has its own")
     return {
         **decoder_architecture(hf),
         **sigmoid_routing(hf),
@@ -114,4 +118,5 @@ DEEPSEEK_V3 = Family(
         *shared_experts(),
     ],
     _architecture,
+    code=frozenset({"configuration_deepseek", "modeling_deepseek"}),
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from megatron.core.transformer import TransformerConfig
 from transformers import AutoConfig
 
@@ -18,6 +19,7 @@ from ..errors import InputError
 from . import FAMILIES
 from .decoder import prediction_layers
 from .family import HFConfig
+from .folder import check_folder
 from .layout import check_layout
 from .mapping import Mapping
 from .operations import padded_vocab_size
@@ -77,14 +79,41 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     """
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]
-    architecture = family.architecture(hf)
+    architecture = architecture_of(hf)
     check_layout(cfg, architecture, world_size)
     use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     transformer = transformer_config(cfg, architecture, DTYPES[cfg.model.dtype], world_size, use_te)
     vocab_size = padded_vocab_size(hf.vocab_size, cfg.parallel.tensor_model_parallel_size)
     rows = family.rows(hf, vocab_size)
     mapping = Mapping(rows, tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
-    return ModelDescription(hf, transformer, mapping, vocab_size, _rope(hf, architecture), use_te)
+    with _readable(hf):
+        rope = _rope(hf, architecture)
+    return ModelDescription(hf, transformer, mapping, vocab_size, rope, use_te)
+
+
+def architecture_of(hf: HFConfig) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig that config.json determines.
+
+    Raises:
+        InputError: the model needs a computation that Megatron or this code does not implement, or a field
+            is missing or has a wrong type.
+    """
+    with _readable(hf):
+        return FAMILIES[hf.model_type].architecture(hf)
+
+
+@contextmanager
+def _readable(hf: HFConfig) -> Iterator[None]:
+    """Report a field of config.json that is missing, or has a type or value that its use does not allow."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        raise InputError(
+            f"config.json of this {hf.model_type} model cannot be used "
+            f"({type(error).__name__}: {one_line(error)}): correct it"
+        ) from None
 
 
 def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
@@ -94,15 +123,18 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
         field: the setting that contains ``path``, for error messages.
 
     Raises:
-        InputError: the folder has no config.json, or the model's family has no table.
+        InputError: the folder has no config.json, or the model's family has no table; or see
+            ``check_folder``.
     """
     if not path:
         raise InputError(f"{field} is empty: give a Hugging Face model folder")
     if not (Path(path) / "config.json").is_file():
         raise InputError(f"{field} = {path!r} has no config.json: give a Hugging Face model folder")
+    code = {model_type: family.code for model_type, family in FAMILIES.items()}
+    check_folder(Path(path), f"{field} = {path!r}", code)
     try:
-        hf = AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+        hf = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # an odd type or value raises anything
         raise InputError(
             f"{field} = {path!r}: config.json cannot be read ({one_line(error)}): correct it"
         ) from None
@@ -115,10 +147,16 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
 
 
 def _rope(hf: HFConfig, architecture: dict[str, Any]) -> dict[str, Any]:
+    rope = hf.rope_parameters
+    fraction = rope.get("partial_rotary_factor", 1.0)
+    if fraction != 1 and not FAMILIES[hf.model_type].partial_rotary:
+        raise InputError(
+            f"config.json of this {hf.model_type} model has partial_rotary_factor = {fraction!r}, "
+            "which this family does not have: remove it"
+        )
     if architecture.get("multi_latent_attention"):  # these layers read the rotary fields of TransformerConfig
         return {}
-    rope = hf.rope_parameters
-    base = {"rotary_base": rope["rope_theta"], "rotary_percent": rope.get("partial_rotary_factor", 1.0)}
+    base = {"rotary_base": rope["rope_theta"], "rotary_percent": fraction}
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return base

@@ -19,10 +19,15 @@ class Family:
     Attributes:
         rows: (Hugging Face config, padded vocabulary size) -> the name table.
         architecture: Hugging Face config -> fields of Megatron's TransformerConfig.
+        partial_rotary: whether ``partial_rotary_factor`` applies; the other families' code ignores it.
+        code: modules that folders on the hub name in ``auto_map``, and that transformers' own classes
+            replace. They are never run.
     """
 
     rows: Callable[[HFConfig, int], list[Row]]
     architecture: Callable[[HFConfig], dict[str, Any]]
+    partial_rotary: bool = False
+    code: frozenset[str] = frozenset()
 
 
 def refuse(hf: HFConfig, field: str, wrong: Any, why: str) -> None:

@@ -38,4 +38,5 @@ GLM4_MOE = Family(
         *shared_experts(),
     ],
     _architecture,
+    partial_rotary=True,
 )

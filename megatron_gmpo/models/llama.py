@@ -12,11 +12,12 @@ from .decoder import (
     mlp_norm,
     no_attention_bias,
 )
-from .family import Family, HFConfig
+from .family import Family, HFConfig, refuse
 
 
 def _architecture(hf: HFConfig) -> dict[str, Any]:
     no_attention_bias(hf)
+    refuse(hf, "mlp_bias", getattr(hf, "mlp_bias", False), "biases in the MLP are not supported")
     return decoder_architecture(hf)
 
 

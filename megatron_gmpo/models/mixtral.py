@@ -12,7 +12,7 @@ from .decoder import (
     embedding_and_head,
     mlp_norm,
 )
-from .family import Family, HFConfig, refuse
+from .family import Family, HFConfig
 from .mapping import Row
 from .operations import GateUp, Replicated, Split
 
@@ -32,7 +32,6 @@ def _rows(hf: HFConfig, padded_vocab_size: int) -> list[Row]:
 
 
 def _architecture(hf: HFConfig) -> dict[str, Any]:
-    refuse(hf, "sliding_window", hf.sliding_window is not None, "sliding-window attention is not supported")
     return {
         **decoder_architecture(hf),
         "num_moe_experts": hf.num_local_experts,

@@ -49,12 +49,14 @@ def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
     if psutil.virtual_memory().available < 8 * weights:  # both models in fp32, twice the bytes of bf16
         return "logits: not compared, because both models in fp32 do not fit into memory"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf)
+        tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False)
     except (ValueError, OSError, KeyError):
         return "logits: not compared, because there is no tokenizer"
     tokens = torch.tensor(_encode(tokenizer))
     transformers.logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).float()  # FP8 weights come as bf16
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa"
+    ).float()  # FP8 weights come as bf16
     theirs = model(tokens[None]).logits[0]
     prepare_megatron(_CPU)
     cfg = Config.model_validate({"model": {"path": str(hf), "dtype": "fp32"}, "device": "cpu"})

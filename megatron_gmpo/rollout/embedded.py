@@ -53,7 +53,9 @@ class EmbeddedEngine:
         routed_experts: bool = False,
         quantized: bool = False,
     ) -> None:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
+        )
         self.model: Any = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.tokenizer = tokenizer
         self.device = torch.device(device)

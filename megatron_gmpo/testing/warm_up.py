@@ -29,9 +29,13 @@ def warm_up(
     optimizer is AdamW at a constant ``lr``: a model whose learning rate was annealed improves far less in
     reinforcement learning. Problems are drawn with replacement.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, experts_implementation="grouped_mm"
+        model_dir,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        attn_implementation="sdpa",
+        experts_implementation="grouped_mm",
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)

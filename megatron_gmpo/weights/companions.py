@@ -9,24 +9,39 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError
-from .safetensors_folder import INDEX
+from ..models.folder import read_json
 
-# .py files are code of some tokenizers, which is not run here
-_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+_COMPANIONS = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+}
+"""Every file that transformers or SGLang read beside the weights of a supported family."""
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy everything except weights from one Hugging Face folder to another, which is created if missing.
+    """Copy config, generation config, tokenizer and chat template to another folder, created if missing.
 
     Args:
         dtype: dtype of the weights in ``target``, for its config.json. None keeps the dtype of ``source``, or
             bf16 if the weights of ``source`` are FP8.
     """
     target.mkdir(exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in _SUFFIXES and file.name != INDEX:
-            shutil.copyfile(file, target / file.name)
-    config = json.loads((source / "config.json").read_text())
+    for name in sorted(_COMPANIONS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    config = read_json(source / "config.json")
     if config.pop("quantization_config", None):
         dtype = dtype or torch.bfloat16
     if dtype:

@@ -21,9 +21,10 @@ from ..models.operations import Vocabulary
 from .companions import companion_folder, copy_companions
 from .conversion import Advance, Conversion, finite
 from .read_ahead import read_ahead
-from .safetensors_folder import INDEX, SafetensorsFile, SafetensorsFolder
+from .safetensors_folder import SafetensorsFile, SafetensorsFolder
 from .table import ConversionTable, Entry
 from .torch_dist import Place, TorchDistReader, checkpoint_folder
+from .weight_files import INDEX
 
 log = logging.getLogger(__name__)
 

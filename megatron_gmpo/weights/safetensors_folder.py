@@ -23,15 +23,16 @@ from torch import Tensor
 
 from ..distributed import rank
 from ..errors import InputError
+from ..models.folder import MAX_EXPERTS, read_json
 from ..models.fp8_blocks import BLOCK, SCALE, dequantize, scale_shape
 from ..models.hub import hub_names
+from .weight_files import INDEX, weight_files
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DERIVED = ".rotary_emb.inv_freq"  # a buffer in old Llama folders; config.json determines it
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_MAX_TENSORS, _MAX_NAME = 400_000, 1_000  # Kimi-K2 has 140,000 tensors
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -70,28 +71,14 @@ class SafetensorsFolder:
         left_out: prefixes of names to skip, with a warning.
 
     Raises:
-        InputError: the folder has no safetensors, or pickle files; the index names a missing file or tensor;
-            a file is truncated or is not a safetensors file; FP8 weights have no scales of 128 x 128 blocks.
+        InputError: the folder has no safetensors, or two sets of them; the index names a missing file or
+            tensor; a file is truncated or is not a safetensors file; two files hold the same tensor; FP8
+            weights have no scales of 128 x 128 blocks.
     """
 
     def __init__(self, path: str | Path, left_out: tuple[str, ...] = ()) -> None:
         self.path = Path(path)
-        if pickles := sorted(file.name for file in self.path.glob("*") if file.suffix in _PICKLES):
-            raise InputError(
-                f"{str(path)!r} holds {pickles[0]!r}, a pickle, which can run code when it is read: "
-                "keep safetensors only"
-            )
-        self.files: set[str]
-        if (self.path / INDEX).is_file():
-            listed = _read_index(self.path / INDEX)
-            self.files = set(listed.values())
-        elif (self.path / _SINGLE).is_file():
-            listed, self.files = {}, {_SINGLE}
-        else:
-            raise InputError(
-                f"{str(path)!r} holds no model.safetensors: "
-                "give a Hugging Face model folder with safetensors weights"
-            )
+        self.files, listed = weight_files(self.path)
         self._opened = {file: self._open(file) for file in sorted(self.files)}
         # the pread backend reads the complete tensor to return a part of it, so map one file at a time here
         self._mapped = lru_cache(maxsize=1)(lambda file: safe_open(self.path / file, "pt"))
@@ -105,21 +92,33 @@ class SafetensorsFolder:
                 )
         self._scales = {name: tensor for name, tensor in stored.items() if name.endswith(SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
-        config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+        config = read_json(self.path / "config.json")
         for name, tensor in stored.items():
             if name not in self._scales:
                 self._tensors.update(_unfused(hub_names(name, config["model_type"]), tensor))
+        if config.get("tie_word_embeddings") and _EMBEDDING not in self._tensors and _HEAD in self._tensors:
+            self._tensors[_EMBEDDING] = self._tensors.pop(_HEAD)  # as transformers does (tie_weights)
         self._check_scales(config.get("quantization_config") or {})
 
     def _stored(self, listed: dict[str, str]) -> dict[str, StoredTensor]:
-        """Return the tensors by stored name, except tensors that the index assigns to another file."""
+        """Return the tensors by stored name."""
         tensors: dict[str, StoredTensor] = {}
         for file, opened in self._opened.items():
-            for name in opened.keys():  # noqa: SIM118  not a dict
-                if listed.get(name, file) == file:
-                    tensors[name] = self._stored_tensor(file, name)
+            names = opened.keys()
+            if len(tensors) + len(names) > _MAX_TENSORS or max(map(len, names), default=0) > _MAX_NAME:
+                raise InputError(
+                    f"{self.path / file} holds {len(names)} tensors, which is beyond the limit of "
+                    f"{_MAX_TENSORS} a model or {_MAX_NAME} characters a name: use another model"
+                )
+            for name in names:
+                if name in tensors:
+                    raise InputError(
+                        f"{str(self.path)!r}: {tensors[name].file} and {file} both hold {name!r}: "
+                        "remove the older file, or save the model again"
+                    )
+                tensors[name] = self._stored_tensor(file, name)
         for name, file in listed.items():
-            if name not in tensors:
+            if name not in tensors or tensors[name].file != file:
                 raise InputError(
                     f"{self.path / INDEX} says that {file} holds {name!r}, but it does not: "
                     "download the model again"
@@ -159,9 +158,7 @@ class SafetensorsFolder:
         Raises:
             InputError: the folder has a different output layer, which transformers would use.
         """
-        if "lm_head.weight" in self.names and not torch.equal(
-            self.get("lm_head.weight"), self.get("model.embed_tokens.weight")
-        ):
+        if _HEAD in self.names and not torch.equal(self.get(_HEAD), self.get(_EMBEDDING)):
             raise InputError(
                 f"{str(self.path)!r}: 'lm_head.weight' differs from the embedding: "
                 "set tie_word_embeddings = false in config.json"
@@ -197,15 +194,12 @@ class SafetensorsFolder:
 
     def _open(self, name: str) -> Any:
         path = self.path / name
-        if not path.is_file():
-            raise InputError(
-                f"{self.path / INDEX} names {name!r}, which is not there: download the model again"
-            )
         try:
             return safe_open(path, "pt", backend="pread")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
+            line = " ".join(str(error).split())
             raise InputError(
-                f"{path}, {path.stat().st_size} bytes, cannot be read as safetensors ({error}): "
+                f"{path}, {path.stat().st_size} bytes, cannot be read as safetensors ({line}): "
                 "download the model again"
             ) from None
 
@@ -256,23 +250,16 @@ class SafetensorsFile:
         assert kind or not self._todo
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{index} cannot be read ({type(error).__name__}): download the model again"
-        ) from None
-
-
 def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTensor]:
     """Return the parts of a fused expert tensor by name, one per expert, or any other tensor by its name."""
     if "{e}" not in names[0] or len(tensor.shape) != 3 or tensor.shape[1] % len(names):
         return {names[0]: tensor}
     experts, rows, columns = tensor.shape
+    if experts > MAX_EXPERTS:
+        return {names[0]: tensor}  # an unknown name
     height = rows // len(names)
     return {
-        part.format(e=expert): StoredTensor(
+        part.replace("{e}", str(expert)): StoredTensor(
             tensor.file,
             tensor.key,
             tensor.dtype,

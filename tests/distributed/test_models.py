@@ -28,6 +28,14 @@ ROOT = Path(__file__).parents[2]
 VOCAB = 259  # needs padding in every layout
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 WIDE = {"qk_rope_head_dim": 32, "head_dim": 32}  # wavelengths that YaRN keeps, mixes and stretches
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,14 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 rope": (
         "llama",
         {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
+            "rope_parameters": LLAMA3,
             "head_dim": 32,  # some wavelengths are below 2048 tokens, some above 8192, some between
         },
     ),
@@ -67,6 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, **WIDE},
     ),
     "deepseek_v3 yarn rope without mscale": ("deepseek_v3", {"rope_parameters": YARN, **WIDE}),
+    "glm4_moe llama3 rope": ("glm4_moe", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "glm4_moe plain attention": (
         "glm4_moe",
         {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "first_k_dense_replace": 2},
@@ -112,6 +114,7 @@ COVERED = {
     "deepseek_v3 yarn rope without mscale": ["one rank"],
     "glm4_moe": ["one rank", "tp2 ep2", "tp2 etp2", "cp2", "pp2 vpp2 ep2"],
     "glm4_moe plain attention": ["one rank", "tp2 ep2"],
+    "glm4_moe llama3 rope": ["one rank"],
 }
 
 
@@ -195,7 +198,7 @@ def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
         assert torch.equal(ours[name], tensor), name
 
 
-@pytest.mark.parametrize("name", ["llama3 rope", "deepseek_v3 yarn rope"])
+@pytest.mark.parametrize("name", ["llama3 rope", "glm4_moe llama3 rope", "deepseek_v3 yarn rope"])
 def test_rope_scaling_shows_in_the_logprobs(model_folder: Callable[[str], Path], name: str) -> None:
     """RoPE scaling changes the log probabilities, so that the comparison above covers it."""
     path, tokens = model_folder(name), long_batch().tokens
@@ -295,6 +298,16 @@ def test_megatron_fields_that_add_parameters_are_refused(
     for message in ranks.run(2, cases.refusal, cfg):
         assert "no conversion rule for Megatron parameter" in message
         assert "shared_experts" in message
+
+
+def test_a_tied_model_that_stores_the_head_only(ranks: RankPool, broken_folder: Callable[..., Path]) -> None:
+    """transformers loads the head into the embedding (tests/unit/test_hostile_folders.py)."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    path = broken_folder("qwen3 tied", lambda tensors: tensors.update({head: tensors.pop(embedding)}))
+    expected = reference.saved_tensors(path)
+    expected[embedding] = expected.pop(head)
+    weights = ranks.run(2, cases.train, config(path, {PP: 2}, max_tokens=64), make_batch(), 0)[0]["weights"]
+    assert_same_tensors(weights, expected)
 
 
 def test_weights_that_are_no_safetensors(ranks: RankPool, broken_folder: Callable[..., Path]) -> None:

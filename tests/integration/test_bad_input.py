@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.checkpoint import model_identity
+from megatron_gmpo.data.prompts import load_tokenizer
 from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.models.description import read_hf_config
 from megatron_gmpo.testing.arithmetic import write_addition_problems
@@ -99,6 +101,22 @@ CASES: dict[str, tuple[Case, str]] = {
     "model family": (
         case(model__path="{tmp}/gpt2"),
         r"is a 'gpt2' model, a family without a table: use one of .*qwen3_moe",
+    ),
+    "tokenizer beyond the vocabulary": (
+        case(model__path="{tmp}/larger_tokenizer"),
+        r"the tokenizer gives '<pad2>' the number \d+, and vocab_size in config\.json is \d+: use the",
+    ),
+    "code in the model folder": (
+        case(model__path="{tmp}/code"),
+        r"config\.json names code of the folder to run \(auto_map: 'evil\.Config'\)",
+    ),
+    "link out of the model folder": (
+        case(model__path="{tmp}/linked"),
+        r"linked': 'vocab\.txt' is a link to '.*/broken\.toml', outside the folder: replace it by a copy",
+    ),
+    "two sets of weights": (
+        case(model__path="{tmp}/two_sets"),
+        r"two sets of weights, model\.safetensors and the files of .*: remove the older set",
     ),
     "no data file": (
         case(data__path="nowhere.jsonl"),
@@ -216,6 +234,17 @@ def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     (folder / "model").symlink_to(model)
     (folder / "empty.jsonl").touch()
     (folder / "broken.toml").write_text("seed = 1\nrun_dir = runs/x\n")
+    for name in ("larger_tokenizer", "code", "linked", "two_sets"):
+        shutil.copytree(model, folder / name)
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.add_tokens(["<pad2>"])
+    tokenizer.save_pretrained(folder / "larger_tokenizer")
+    config = json.loads((model / "config.json").read_text()) | {"auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "code" / "config.json").write_text(json.dumps(config))
+    (folder / "linked" / "vocab.txt").symlink_to(folder / "broken.toml")
+    shutil.copy(model / "model.safetensors", folder / "two_sets" / "model-1.safetensors")
+    index = {"weight_map": {"model.norm.weight": "model-1.safetensors"}}
+    (folder / "two_sets" / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "gpt2").mkdir()
     (folder / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     (folder / "rollouts").mkdir()

@@ -420,8 +420,8 @@ def truncated(folder: Path) -> None:
 
 def indexed(**files: str) -> Spoil:
     def spoil(folder: Path) -> None:
-        names = load_file(folder / "model.safetensors")
-        weight_map = dict.fromkeys(names, "model.safetensors") | {GATE: files["file"]}
+        single = (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        weight_map = dict.fromkeys(load_file(single), single.name) | {GATE: files["file"]}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
     return spoil
@@ -464,7 +464,22 @@ HF_PROBLEMS: dict[str, tuple[Spoil, str]] = {
         "cannot be read as safetensors",
     ),
     "absent file": (indexed(file="model-7.safetensors"), "names 'model-7.safetensors', which is not there"),
-    "pickle": (lambda folder: (folder / "pytorch_model.bin").touch(), "holds 'pytorch_model.bin', a pickle"),
+    "pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None,
+        "holds no model.safetensors, only 'pytorch_model.bin', a pickle",
+    ),
+    "path in the index": (indexed(file="../copy/model-1.safetensors"), "is no plain file name"),
+    "1e12 layers": (
+        lambda folder: (
+            (folder / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": 1000000000000}')
+            and None
+        ),
+        "num_hidden_layers = 1000000000000, which is no number from 1 to 1000",
+    ),
+    "link to another folder": (
+        lambda folder: (folder / "vocab.txt").symlink_to(__file__),
+        "'vocab.txt' is a link to",
+    ),
     "unknown family": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}') and None,
         "is a 'gpt2' model, a family without a table",

@@ -239,7 +239,7 @@ def _generation_config(model: str) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(model)
     except OSError:  # as transformers does for a model without a generation config
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
 
 
 def _empty_cache() -> None:

@@ -1,0 +1,147 @@
+"""Checks of a Hugging Face folder that run before transformers reads it.
+
+A folder from elsewhere may hold links to other files, name code to run, or have a config.json that describes
+a model of absurd size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+_MAX_JSON_BYTES = 100_000_000
+MAX_EXPERTS = 10**4
+_MAX_WIDTH, _MAX_LAYERS = 10**7, 10**3
+_BOUNDS: dict[str, tuple[int, int]] = {
+    "num_hidden_layers": (1, _MAX_LAYERS),
+    "num_nextn_predict_layers": (0, _MAX_LAYERS),
+    "num_mtp_layers": (0, _MAX_LAYERS),
+    "first_k_dense_replace": (0, _MAX_LAYERS),
+    "decoder_sparse_step": (1, _MAX_LAYERS),
+    "num_experts": (1, MAX_EXPERTS),
+    "num_local_experts": (1, MAX_EXPERTS),
+    "n_routed_experts": (1, MAX_EXPERTS),
+    "num_experts_per_tok": (1, MAX_EXPERTS),
+    "n_group": (1, MAX_EXPERTS),
+    "topk_group": (1, MAX_EXPERTS),
+    "n_shared_experts": (0, MAX_EXPERTS),
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+        ),
+        (1, _MAX_WIDTH),
+    ),
+}
+"""Field of config.json -> smallest and largest value. Every published model is far below the largest."""
+_IMPLEMENTATIONS = {
+    "attn_implementation": {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3"},
+    "experts_implementation": {None, "eager", "batched_mm", "grouped_mm"},
+}
+"""Field of config.json -> values that do not make transformers fetch a kernel."""
+
+
+def check_folder(folder: Path, name: str, code: dict[str, frozenset[str]]) -> None:
+    """Check what transformers would read from the folder without being asked to.
+
+    Args:
+        folder: folder with a config.json.
+        name: setting and value of the path, for error messages.
+        code: ``model_type`` -> modules named by config.json that are ignored, see ``Family.code``.
+
+    Raises:
+        InputError: a file is a link to a file outside the folder and outside the hub's cache; a JSON file
+            names code, a kernel, other weights or an adapter; config.json describes too large a model.
+    """
+    _check_links(folder, name)
+    config = read_json(folder / "config.json", name)
+    _check_code(folder, name, config, code.get(str(config.get("model_type")), frozenset()))
+    for field, allowed in _IMPLEMENTATIONS.items():
+        for key in (field, f"_{field}"):
+            value = config.get(key)
+            if not isinstance(value, str | None) or value not in allowed:
+                raise InputError(f"{name}: config.json names the kernel {key} = {value!r}: remove the field")
+    if config.get("transformers_weights") is not None:
+        raise InputError(
+            f"{name}: config.json has transformers_weights = {config['transformers_weights']!r}: "
+            "rename that file to model.safetensors and remove the field"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{name} holds both a model and an adapter (adapter_config.json): merge the adapter, or remove it"
+        )
+    for field, (smallest, largest) in _BOUNDS.items():
+        value = config.get(field)
+        if value is not None and not (isinstance(value, int) and smallest <= value <= largest):
+            raise InputError(
+                f"{name}: config.json has {field} = {value!r}, which is no number from {smallest} to "
+                f"{largest}: correct it"
+            )
+
+
+def read_json(path: Path, name: str = "") -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        name: setting and value that lead to the file, for error messages.
+
+    Raises:
+        InputError: the file cannot be read, is larger than 100 MB, or contains no JSON object.
+    """
+    try:
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise ValueError(f"it has {size} bytes")
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__} instead of an object")
+    except (OSError, ValueError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        where = f"{name}: {path.name}" if name else repr(str(path))
+        raise InputError(f"{where} cannot be read ({line}): download the model again") from None
+    return found
+
+
+def _check_links(folder: Path, name: str) -> None:
+    """Check that every link points into the folder or into the blobs of the hub's cache.
+
+    In that cache a folder is ``models--NAME/snapshots/REVISION``, with links to ``models--NAME/blobs``
+    (huggingface_hub/file_download.py).
+    """
+    real = folder.resolve()
+    blobs = [at.parents[1] / "blobs" for at in (real, *real.parents) if at.parent.name == "snapshots"]
+    for file in folder.iterdir():
+        target = os.path.realpath(file)
+        if not any(Path(target).is_relative_to(place) for place in (real, *blobs)):
+            raise InputError(
+                f"{name}: {file.name!r} is a link to {target!r}, outside the folder: "
+                "replace it by a copy of that file, if you trust it"
+            )
+
+
+def _check_code(folder: Path, name: str, config: dict[str, Any], ignored: frozenset[str]) -> None:
+    for file in ("config.json", "tokenizer_config.json"):
+        if not (folder / file).exists():
+            continue
+        named = (config if file == "config.json" else read_json(folder / file, name)).get("auto_map")
+        code = list(named.values()) if isinstance(named, dict) else [named] if named else []
+        for reference in code:
+            if file != "config.json" or str(reference).partition(".")[0] not in ignored:
+                raise InputError(
+                    f"{name}: {file} names code of the folder to run (auto_map: {reference!r}), which is "
+                    "never run: use a model and tokenizer of transformers' own classes"
+                )
