@@ -248,7 +248,8 @@ class Policy:
         recorded = minibatch.routed_experts is not None
         routing = self._routing_pass(minibatch, replay=True) if recorded else None
         metrics = self._reduce(self.schedule.run(self.chunks, minibatch, plan, loss, routing, routers))
-        metrics["loss"] = Metric(metrics["loss"].total, count)
+        # every context-parallel rank has the whole loss of its sequences
+        metrics["loss"] = Metric(metrics["loss"].total / self.groups.cp.size(), count)
         metrics |= self._router_metrics(routers)
         metrics |= self.auxiliary.metrics(len(plan))
         drift = routing.metrics("moe/routing_drift") if routing else {}

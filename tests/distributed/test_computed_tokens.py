@@ -68,7 +68,7 @@ def test_it_changes_nothing(ranks: RankPool, expected: Reference, layout: str, m
     assert distance(lean[0]["weights"], before | {"weights": doubled(whole[0]["weights"])}) < 1e-4
 
 
-@pytest.mark.parametrize("layout", ["qwen3, one rank", "qwen3_moe, tp2 ep2"])
+@pytest.mark.parametrize("layout", ["qwen3, one rank", "qwen3_moe, tp2 ep2", "qwen3_moe, cp2 ep2"])
 def test_a_step_equals_float64(ranks: RankPool, expected: Reference, tmp_path: Path, layout: str) -> None:
     family, world_size, parallel = LAYOUTS[layout]
     path, batch = expected.model(family), make_batch()
