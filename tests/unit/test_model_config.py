@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from megatron.core.transformer import MLATransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.config import Config
@@ -233,6 +237,90 @@ def test_megatron_fields_pass_through(describe: Describe) -> None:
     assert {name: getattr(transformer, name) for name in table} == table
 
 
+def settable(describe: Describe) -> dict[str, Any]:
+    """Return the fields of Megatron's config that the [megatron] table may set, with their annotations."""
+    kinds = get_type_hints(TransformerConfig)
+    names = [field.name for field in dataclasses.fields(TransformerConfig)]
+    refusals = {name: mistake(describe, megatron={name: {}}) for name in names}  # no field holds a table
+    return {name: kinds[name] for name, line in refusals.items() if "Input should be" in line}
+
+
+def test_text_has_the_type_of_its_field(describe: Describe) -> None:
+    """The text of each value in Megatron's config gives this value again, and not a text."""
+    kinds, transformer = settable(describe), describe().transformer
+    values = {name: getattr(transformer, name) for name in kinds}
+    plain = {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
+    assert {"moe_router_force_load_balancing", "moe_aux_loss_coeff", "moe_token_drop_policy"} <= plain.keys()
+    assert len(plain) > 120
+    found = describe(megatron={name: str(value) for name, value in plain.items()}).transformer
+    for name, value in plain.items():
+        kind = float if kinds[name] is float else type(value)
+        assert (type(getattr(found, name)), getattr(found, name)) == (kind, value), name
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "value"),
+    [
+        ("moe_router_force_load_balancing", "False", False),
+        ("moe_router_force_load_balancing", "false", False),
+        ("moe_router_force_load_balancing", "True", True),
+        ("moe_aux_loss_coeff", ".001", 0.001),
+        ("moe_aux_loss_coeff", "1.e-3", 0.001),
+        ("moe_aux_loss_coeff", 1, 1.0),
+        ("moe_z_loss_coeff", "1e-3", 0.001),
+        ("moe_z_loss_coeff", None, None),
+        ("cuda_graph_warmup_steps", "4", 4),
+        ("moe_router_load_balancing_type", "none", "none"),
+        ("moe_router_load_balancing_type", ["aux_loss"], ["aux_loss"]),
+        ("mrope_section", [1, 2], [1, 2]),
+        ("window_size", [4, 0], (4, 0)),
+        ("attention_backend", "flash", AttnBackend.flash),
+        ("config_logger_dir", "True", "True"),
+    ],
+)
+def test_values_of_megatron_fields(describe: Describe, name: str, written: Any, value: Any) -> None:
+    """What a value means follows from the annotation of the field in Megatron's transformer_config.py."""
+    table = {name: written} | (
+        {"moe_aux_loss_coeff": [0.1]} if written == ["aux_loss"] else {}
+    )  # Megatron wants a coefficient for each kind
+    found = getattr(describe(megatron=table).transformer, name)
+    assert (type(found), found) == (type(value), value)
+
+
+WRONG = {
+    bool: [1, 0, "maybe", 0.5, "", []],
+    int: [True, 1.5, "1.5", "x", "nan", [1]],
+    float: [True, "x", math.nan, math.inf, "inf", "-inf", [0.5]],
+    str: [True, 3, 0.5, ["x"]],
+    list: [True, 3, "x"],
+    tuple: [True, 3, "x", ["x", 1]],
+    Literal: ["no such choice", True, 3, []],
+}
+"""Type -> values that do not have it. Text has the type that it can be parsed as."""
+
+
+def test_values_of_a_wrong_type_are_refused(describe: Describe) -> None:
+    one_of_each = {str(kind): (name, kind) for name, kind in settable(describe).items()}
+    refused = set()
+    for name, kind in one_of_each.values():
+        parts = (
+            [part for part in get_args(kind) if part is not NoneType] if get_origin(kind) is Union else [kind]
+        )
+        if len(parts) == 1 and (origin := get_origin(parts[0]) or parts[0]) in WRONG:
+            refused.add(origin)
+            for value in WRONG[origin]:
+                line = mistake(describe, megatron={name: value})
+                assert line.startswith(f"megatron.{name} = {value!r}: Input should be "), line
+    assert refused == WRONG.keys()
+
+
+@pytest.mark.parametrize("name", ["init_method", "timers", "autocast_dtype", "quant_recipe"])
+@pytest.mark.parametrize("value", ["torch.nn.init:zeros_", "bf16", 3, {"a": 1}])
+def test_fields_that_hold_python_objects_are_refused(describe: Describe, name: str, value: Any) -> None:
+    line = mistake(describe, megatron={name: value})
+    assert line == f"megatron.{name} = {value!r}: a config cannot set this field; remove it"
+
+
 @pytest.mark.parametrize(
     ("family", "world_size", "parallel", "words"),
     [
@@ -325,7 +413,13 @@ def test_the_shared_experts_size_is_divided(describe: Describe) -> None:
             {"moe_token_dispatcher_type": "flex"},
             ["megatron.moe_token_dispatcher_type = 'flex'", "and DeepEP"],
         ),
-        ({"recompute_granularity": "ful"}, ["TransformerConfig refuses", "recompute"]),
+        (
+            {"recompute_granularity": "ful"},
+            ["megatron.recompute_granularity = 'ful'", "'full' or 'selective'"],
+        ),
+        ({"moe_router_load_balancing_type": 3}, ["= 3: Input should be a valid string or ", "array"]),
+        ({"moe_aux_loss_coeff": [0.1, True]}, ["= [0.1, True]: Input should be a valid number"]),
+        ({"attention_backend": 1}, ["= 1: Input should be 'flash', 'fused', 'unfused', 'local' or 'auto'"]),
     ],
 )
 def test_refused_megatron_fields(describe: Describe, table: dict[str, Any], words: list[str]) -> None:
