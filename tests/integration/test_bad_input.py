@@ -59,7 +59,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "heads": (
         case(world_size=3, parallel__tensor_model_parallel_size=3),
-        r"tensor_model_parallel_size = 3 does not divide num_attention_heads = 4: choose a divisor of 4",
+        r"tensor_model_parallel_size = 3 does not divide num_attention_heads = 4: choose a divisor of 2",
     ),
     "key-value heads": (
         case(world_size=4, parallel__tensor_model_parallel_size=4),

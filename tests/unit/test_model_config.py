@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
@@ -20,6 +23,7 @@ from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import ModelDescription, describe_model
+from megatron_gmpo.models.layout import check_layout
 
 CPU = torch.device("cpu")
 TP, PP, VPP = (
@@ -335,8 +339,20 @@ def test_fields_that_hold_python_objects_are_refused(describe: Describe, name: s
         ("qwen3", 4, {EP: 2, ETP: 4}, [f"parallel.{EP} = 2", "no experts"]),
         ("qwen3_moe", 3, {EP: 3}, [f"parallel.{EP} = 3", "num_experts = 8"]),
         ("qwen3_moe", 3, {ETP: 3, EP: 1}, [f"parallel.{ETP} = 3", "moe_intermediate_size = 64"]),
-        ("qwen3_moe", 4, {EP: 8}, ["expert 8 x expert tensor 1 x pipeline 1 = 8", "world size 4"]),
-        ("qwen3_moe", 4, {PP: 2, EP: 4}, ["expert 4 x expert tensor 1 x pipeline 2 = 8", "world size 4"]),
+        (
+            "qwen3_moe",
+            4,
+            {EP: 8},
+            ["expert 8 x expert tensor 1 x pipeline 1 = 8", "world size 4", f"set {EP} to a divisor of 4"],
+        ),
+        (
+            "qwen3_moe",
+            4,
+            {PP: 2, EP: 4},
+            ["expert 4 x expert tensor 1 x pipeline 2 = 8", "world size 4", f"set {EP} to a divisor of 2"],
+        ),
+        ("qwen3_moe", 12, {TP: 2, EP: 8, ETP: 2}, ["= 16", f"world size 12: set {EP} to a divisor of 2"]),
+        ("qwen3_moe", 2, {EP: 2, ETP: 4}, ["= 8", f"world size 2: set {ETP} to a divisor of 2"]),
         (
             "qwen3_moe",
             2,
@@ -354,6 +370,36 @@ def test_refused_layouts(
     assert message.startswith("parallel")
     for word in words:
         assert word in message
+
+
+def tensor_parallel(size: int, dimensions: dict[str, int]) -> str:
+    """Return the error of a dense model's layout on ``size`` ranks, or an empty text."""
+    try:
+        check_layout(Config.model_validate({"parallel": {TP: size}}), {"num_layers": 1} | dimensions, size)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@given(
+    groups=st.integers(1, 12), per_group=st.integers(1, 8), ffn=st.integers(1, 400), size=st.integers(2, 24)
+)
+@example(groups=3, per_group=3, ffn=1536, size=2)  # SmolLM2-135M: 9 heads, 3 key-value heads
+def test_the_remedy_holds_for_every_dimension(groups: int, per_group: int, ffn: int, size: int) -> None:
+    """The remedy names exactly the sizes that work: those that divide the heads, the groups and the MLP."""
+    dimensions = {
+        "num_attention_heads": groups * per_group,
+        "num_query_groups": groups,
+        "ffn_hidden_size": ffn,
+    }
+    works = [n for n in range(1, groups + 1) if all(number % n == 0 for number in dimensions.values())]
+    line = tensor_parallel(size, dimensions)
+    assert bool(line) is (size not in works)
+    if line:
+        remedy = re.search(r"choose a divisor of (\d+)$|set it to 1$", line)
+        assert remedy, line
+        named = int(remedy[1] or 1)
+        assert [n for n in range(1, named + 1) if named % n == 0] == works
 
 
 def test_the_intermediate_size_is_divided(describe: Describe) -> None:
