@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import json
 import os
 import re
 import sys
@@ -131,10 +132,16 @@ def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn
     When one rank exits, torchrun kills the other ranks. Usually all ranks find the same error, so the other
     ranks wait until rank 0 has printed it. A rank that is still alive after ``ALONE_S`` has an error that
     rank 0 does not have, such as a file missing on one node, and prints it.
+
+    torchrun prints a report of many lines after this line. The report ends with the text in the error file.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(ALONE_S)
-    print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+    line = f"error: {printable(error)}"
+    print(line, file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
+        Path(report).write_text(json.dumps({"message": message}))
     sys.exit(code)
 
 
