@@ -195,7 +195,8 @@ def _megatron_table(table: dict[str, Any], architecture: dict[str, Any], use_te:
 def _field_value(field: str, kind: Any, value: Any) -> Any:
     """Return ``value`` as the type of a field; the members of an enum have their names, as in Megatron."""
     if isinstance(kind, EnumType):
-        return kind[parse_value(field, TypeAdapter(Literal[*kind.__members__]), value)]
+        names: Any = Literal[*kind.__members__]
+        return kind[parse_value(field, TypeAdapter(names), value)]
     finite = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
     return parse_value(field, TypeAdapter(kind, config=finite), value)
 
