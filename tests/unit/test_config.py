@@ -93,7 +93,7 @@ MAY_BE_EMPTY = {
 """Text that may be empty -> what that means."""
 NO_PATHS = {
     *("data.split", "data.prompt_column", "data.answer_column", "data.template", "data.system_prompt"),
-    *("sglang.host", "reward.name", "algorithm.loss", "algorithm.advantage", "log.wandb_project"),
+    *("sglang.host", "reward.name", "algorithm.loss", "log.wandb_project"),
 }
 
 
@@ -153,6 +153,8 @@ def test_empty_paths_and_names_are_refused() -> None:
         assert refusal(key, " ") == "Input should not be empty"
     assert refusal("rollout.stop", [""])
     assert refusal("rollout.server_urls", [""])
+    assert refusal("algorithm.advantage", "")
+    assert refusal("data.files", [""])
     assert Config.model_validate(tree("rollout.stop", ["\n"])).rollout.stop == ("\n",)
 
 
