@@ -36,7 +36,8 @@ class Ending:
         """Return how many of (T,) ``tokens`` make the response; None if they do not end it."""
         ends = np.flatnonzero(np.isin(tokens, list(self.end_ids)))
         length = int(ends[0]) + 1 if len(ends) else None
-        return (self.stop and self._stops_at(tokens[:length].tolist())) or length
+        stopped = self._stops_at(tokens[:length].tolist()) if self.stop else None
+        return length if stopped is None else stopped
 
     def text(self, response: Sequence[int]) -> str:
         """Return the text for the reward: no end token, no special tokens, up to the first stop string."""

@@ -318,8 +318,7 @@ def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
             assert_ends_where_it_should(sample, served, stop)
         if temperature == 0:
             assert [(s.text, s.finish_reason) for s in drawn] == expected
-        interrupted += sum(len(s.version_spans) > 1 for s in drawn)
-    print(interruption, interrupted, served.take_metrics())
+        interrupted += sum(len(np.unique(s.token_versions[4:])) > 1 for s in drawn)
     assert interrupted > 20
 
 
@@ -341,6 +340,7 @@ def test_a_new_request_after_a_sync_in_place_computes_its_own_cache(
     for sample in samples(served, prompts, n=4, max_new_tokens=8):
         assert sample.policy_version == 1
         assert_made_by(sample, models, prompt_length=64)
+    assert before.future
     assert not before.future.done()
     old = [s for g in served.wait(before) for s in g.samples]
     for sample in old:

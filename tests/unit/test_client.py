@@ -713,6 +713,7 @@ def test_routed_experts_of_a_response_that_ends_in_an_aborted_answer(
     ((response,),) = served.submit([PROMPT], sampling, Ending(None, {EOS})).result(20)
     assert len(response.tokens) == kept
     assert response.finish_reason == ("stop" if limit == 20 else "length")
+    assert response.routed_experts is not None
     assert np.array_equal(response.routed_experts, record.reshape(-1, 4)[: 3 + kept - 1])
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from megatron_gmpo.rollout.ending import Ending, end_token_ids
 from megatron_gmpo.testing.tiny_tokenizers import character_tokenizer, text_tokenizer
@@ -48,7 +48,7 @@ def test_a_response_ends_at_its_first_end_token_or_stop_string(
     if not response:
         return
     content = response[:-1] if response[-1] in end_ids else response
-    pieces = [(WORDS.convert_ids_to_tokens(token), token in (PAD, EOS)) for token in content]
+    pieces = [(str(WORDS.convert_ids_to_tokens(token)), token in (PAD, EOS)) for token in content]
     whole = "".join(piece for piece, _ in pieces)
     special = [hidden for piece, hidden in pieces for _ in piece]
     start = min((whole.index(string) for string in stop if string in whole), default=len(whole))
@@ -118,7 +118,5 @@ def test_end_tokens_are_those_of_both_configs_and_the_tokenizer(
     config: Any, generation: Any, expected: set[int]
 ) -> None:
     """As SGLang 0.5.23: ``ModelConfig._get_hf_eos_token_id`` and ``Req._check_token_based_finish``."""
-    found = end_token_ids(
-        PreTrainedConfig(eos_token_id=config), GenerationConfig(eos_token_id=generation), WORDS
-    )
-    assert found == expected
+    model = Qwen3Config(eos_token_id=config)
+    assert end_token_ids(model, GenerationConfig(eos_token_id=generation), WORDS) == expected
