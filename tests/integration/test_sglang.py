@@ -281,12 +281,14 @@ def assert_ends_where_it_should(sample: Sample, served: SGLangEngine, stop: tupl
 def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
     engine: Callable[..., SGLangEngine],
     weights: list[Weights],
+    sglang_model: Path,
     monkeypatch: pytest.MonkeyPatch,
     interruption: str,
 ) -> None:
     """The weights stay the same, so that greedy responses are those of a server without interruptions.
 
-    The sampled responses have 8 tokens on average, so that many are interrupted at their end.
+    The sampled responses have 8 tokens on average, so that many are interrupted at their end. Every response
+    has a complete record of its experts, or the engine raises an error.
     """
     monkeypatch.setattr("megatron_gmpo.rollout.sglang.engine._POLL_S", 0.005)
     prompts = [Prompt(str(i), "", input_ids=[2 + i // 8, 2 + i % 8, 5, 6]) for i in range(64)]
@@ -299,7 +301,9 @@ def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
     assert {reason for _, reason in expected} == {"stop", "length"}
 
     timeout = interruption == "request_timeout_s"
+    hf = AutoConfig.from_pretrained(sglang_model)
     served = engine(
+        routed_experts=(hf.num_hidden_layers, hf.num_experts_per_tok),
         weight_sync={"route": "tensor", "in_flight": "retract" if timeout else interruption},
         sglang={"request_timeout_s": 0.05} if timeout else {},
     )
@@ -320,6 +324,8 @@ def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
             assert [(s.text, s.finish_reason) for s in drawn] == expected
         interrupted += sum(len(np.unique(s.token_versions[4:])) > 1 for s in drawn)
     assert interrupted > 20
+    retries = value_of(served.take_metrics()["rollout/retries"])
+    assert retries > 64 if timeout else retries == 0  # a sync needs none
 
 
 def test_a_new_request_after_a_sync_in_place_computes_its_own_cache(
