@@ -213,17 +213,17 @@ def test_a_converted_folder_is_served(
         assert_made_by(sample, models)
 
 
-def wait_for_running(served: SGLangEngine, ticket: Any) -> None:
-    """Wait until the server generates all responses of ``ticket``."""
+def running(served: SGLangEngine) -> int:
+    """Return the number of requests for which the server has sampled tokens and samples more."""
     assert served._client
     server = served._client._watcher.members[0].server
-    responses = len(ticket.prompts) * ticket.sampling.n
+    loads = httpx.get(f"{server.url}/v1/loads", headers=server.headers, timeout=30).json()["loads"]
+    return sum(load["num_running_reqs"] for load in loads)
 
-    def all_run() -> bool:
-        loads = httpx.get(f"{server.url}/v1/loads", headers=server.headers, timeout=30).json()["loads"]
-        return sum(load["num_running_reqs"] for load in loads) == responses
 
-    wait_for(all_run)
+def wait_for_running(served: SGLangEngine, ticket: Any) -> None:
+    """Wait until the server generates all responses of ``ticket``."""
+    wait_for(lambda: running(served) == len(ticket.prompts) * ticket.sampling.n)
 
 
 def during(served: SGLangEngine, weights: Weights, version: int, ticket: Any) -> list[Sample]:
@@ -291,6 +291,8 @@ def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
     has a complete record of its experts, or the engine raises an error.
     """
     monkeypatch.setattr("megatron_gmpo.rollout.sglang.engine._POLL_S", 0.005)
+    # a loaded machine may not sample a token within the short timeout
+    monkeypatch.setattr("megatron_gmpo.rollout.sglang.sampler.ATTEMPTS", 1000)
     prompts = [Prompt(str(i), "", input_ids=[2 + i // 8, 2 + i % 8, 5, 6]) for i in range(64)]
     stop = ("15+", "<pad>", "66")
     sampling = {"n": 1, "max_new_tokens": 40, "stop": stop}
@@ -305,7 +307,7 @@ def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
     served = engine(
         routed_experts=(hf.num_hidden_layers, hf.num_experts_per_tok),
         weight_sync={"route": "tensor", "in_flight": "retract" if timeout else interruption},
-        sglang={"request_timeout_s": 0.05} if timeout else {},
+        sglang={"request_timeout_s": 0.02} if timeout else {},
     )
     served._end_ids = calm._end_ids
     served.update_weights(weights[0].items(), 0)
@@ -316,16 +318,17 @@ def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
         ticket = served.submit(prompts, SamplingParams(temperature=temperature, **sampling))
         assert ticket.future
         while not ticket.future.done() and served.version < 40:
-            served.update_weights(weights[0].items(), served.version + 1)
+            if running(served):
+                served.update_weights(weights[0].items(), served.version + 1)
         drawn = [s for g in served.wait(ticket) for s in g.samples]
         for sample in drawn:
             assert_ends_where_it_should(sample, served, stop)
         if temperature == 0:
             assert [(s.text, s.finish_reason) for s in drawn] == expected
         interrupted += sum(len(np.unique(s.token_versions[4:])) > 1 for s in drawn)
-    assert interrupted > 20
     retries = value_of(served.take_metrics()["rollout/retries"])
-    assert retries > 64 if timeout else retries == 0  # a sync needs none
+    assert interrupted > 20
+    assert retries > 20 if timeout else retries == 0  # a sync needs none
 
 
 def test_a_new_request_after_a_sync_in_place_computes_its_own_cache(
