@@ -92,7 +92,8 @@ class RolloutConfig(Section):
     top_k: Annotated[int, Field(ge=0)] = 0
     """Number of most likely tokens to sample from; 0 means all. Other values bias training, like top_p."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a response, in addition to the end-of-sequence token."""
+    """Strings that end a response, in addition to the end-of-sequence token. A special token's text is
+    allowed. The token that completes a string is the last one; the reward gets the text before the string."""
     batch_size: Positive = 64
     """Number of responses that the embedded engine decodes together on a rank."""
     dynamic_sampling: Literal["off", "drop", "resample"] = "off"
@@ -134,6 +135,10 @@ class RolloutConfig(Section):
             )
         elif self.router_noise:
             raise ValueError(f"router_noise = {self.router_noise:g} needs engine = 'embedded': set it to 0")
+        if "" in self.stop:
+            raise ValueError(
+                f"stop = {list(self.stop)} has an empty string, which every text contains: leave it out"
+            )
         if self.server_urls and self.servers_file:
             raise ValueError(
                 f"servers_file = {self.servers_file!r} and server_urls both name servers: leave one out"
@@ -168,8 +173,10 @@ class SGLangConfig(Section):
     max_concurrent_requests: Positive = 256
     """Maximum number of in-flight requests per server; additional requests wait in the client."""
     request_timeout_s: Seconds = 1200.0
-    """Timeout of one response. The sum of this timeout and ``hang_timeout_s`` must be below
-    ``supervision.hang_timeout_s``. If it is not, a hung server ends the run before it is detected."""
+    """Timeout of one request. After it the server returns the tokens that it has sampled, and a new request
+    continues the response. Five consecutive requests of a response without a token end the run. The sum of
+    this timeout and ``hang_timeout_s`` must be below ``supervision.hang_timeout_s``. If it is not, a hung
+    server ends the run before it is detected."""
     start_timeout_s: Seconds = 600.0
     """Maximum time from the start of a server to its first answer."""
     health_interval_s: Seconds = 10.0
@@ -189,8 +196,8 @@ class WeightSyncConfig(Section):
     """Memory of two buckets of tensors, in bytes. One bucket is packed while the other is sent."""
     in_flight: Literal["retract", "in_place", "abort"] = "retract"
     """Treatment of unfinished requests at a sync. With ``retract`` the server recomputes their KV cache with
-    the new weights. With ``in_place`` it keeps the old cache. With ``abort`` it aborts them, and the client
-    sends them again as longer prompts."""
+    the new weights. With ``in_place`` they keep the old cache, which later requests do not use. With
+    ``abort`` the server aborts them, and the client sends them again as longer prompts."""
     verify: bool = False
     """Overwrite the servers' weights with noise before each sync, and compare their checksums after it."""
     timeout_s: Seconds = 600.0

@@ -57,6 +57,10 @@ def mistake(*argv: str) -> str:
             ["router_noise = 0.5 needs engine = 'embedded'"],
         ),
         (
+            ["--rollout.stop", '["###", ""]'],
+            ["rollout", "stop = ['###', ''] has an empty string", "leave it out"],
+        ),
+        (
             ["--algorithm.moe_routing_replay", "rollout"],
             ["algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true"],
         ),
