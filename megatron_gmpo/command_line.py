@@ -20,13 +20,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeGuard, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from .config import Config
+from .config.section import expanded_path
+from .config.values import as_argument, parse_words, unwrapped
 from .errors import Exit, InputError, RunError, printable
 
 ALONE_S = 10.0
@@ -40,7 +41,17 @@ class Positional:
 class Options(BaseModel):
     """Base class of a command's options. ``--help`` shows the class docstring; a bool field is a flag."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_paths(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if Path not in (kind, *get_args(kind)):
+            return value
+        if isinstance(value, list):
+            return [expanded_path(path) for path in value]
+        return expanded_path(value) if isinstance(value, str) else value
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -51,7 +62,8 @@ def load_config(argv: Sequence[str], prog: str = "megatron-gmpo train") -> Confi
     """Read ``CONFIG.toml --section.key value ...``; ``--help`` prints every option and exits.
 
     Values are written as in TOML (``3``, ``0.5``, ``true``, ``["a", "b"]``); strings need no quotes, and a
-    list may also be several values (``--eval.k 1 4``).
+    list may also be several values (``--eval.k 1 4``). Open tables, such as ``megatron``, also accept
+    Python's values (``False``, ``.001``).
 
     Raises:
         InputError: the file is missing or is not TOML; a key is unknown (the message names the nearest key);
@@ -102,18 +114,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
 
 
-def as_argument(value: Any) -> str:
-    """Return ``value`` as a command-line argument: a plain word without quotes, any other value as TOML."""
-    if value is None:
-        return "None"
-    if isinstance(value, Path):
-        value = str(value)
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value)
-    if plain and value not in ("true", "false", "nan", "inf", "None", "True", "False"):
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a ``RunError`` or SIGINT into one line on stderr and an exit code."""
@@ -132,17 +132,23 @@ def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn
     When one rank exits, torchrun kills the other ranks. Usually all ranks find the same error, so the other
     ranks wait until rank 0 has printed it. A rank that is still alive after ``ALONE_S`` has an error that
     rank 0 does not have, such as a file missing on one node, and prints it.
+
+    torchrun prints a report of many lines after this line. The report ends with the text in the error file.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(ALONE_S)
-    print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+    line = f"error: {printable(error)}"
+    print(line, file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
+        Path(report).write_text(json.dumps({"message": message}))
     sys.exit(code)
 
 
 def explain(error: ValidationError, *roots: type[BaseModel]) -> str:
     """Return one line about the first error. For an unknown key it names the nearest key of ``roots``."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "extra_forbidden":
         return _unknown(where, roots)
     message = first["msg"].removeprefix("Value error, ")
@@ -169,7 +175,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 _CONFIG_DESCRIPTION = """A TOML file, if given, is read first; options override it. Values are written as in
-TOML, strings need no quotes. A list is one TOML value or several values: --eval.k [1, 4] or --eval.k 1 4. A
+TOML, strings need no quotes. A list is one TOML value or several values: --eval.k '[1, 4]' or --eval.k 1 4. A
 whole section or table can be given as an inline table: --algorithm.options '{dual_clip = 3.0}'. NAME stands
 for a name of your choice in a table."""
 
@@ -198,9 +204,9 @@ def _parse(argv: Sequence[str], prog: str, *schemas: type[BaseModel]) -> dict[st
     if rest:
         raise InputError(f"argument {rest[0]!r} is not an option: write --NAME VALUE, --help lists the names")
     given = vars(found)
-    tree = read_toml(Path(given.pop("config_file"))) if "config_file" in given else {}
+    tree = read_toml(Path(os.path.expanduser(given.pop("config_file")))) if "config_file" in given else {}
     for key, words in given.items():
-        _set(tree, key, _value(kinds[key], words))
+        _set(tree, key, parse_words(kinds[key], words))
     return tree
 
 
@@ -245,7 +251,7 @@ def _add_option(add: Callable[..., object], key: str, field: FieldInfo, *, is_fl
     kind, about = field.annotation, _text(field.description)
     if not field.is_required():
         about = f"{about} (default: {_text(as_argument(field.default))})".lstrip()
-    several = {"nargs": "+"} if get_origin(_unwrapped(kind)[0]) is tuple else {}
+    several = {"nargs": "+"} if get_origin(unwrapped(kind)[0]) is tuple else {}
     if Positional in field.metadata:
         add(key, metavar=key.upper(), help=about, **several)
     elif is_flag:
@@ -294,39 +300,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[name] = value
 
 
-# --- values and their forms ---------------------------------------------------------------------------------
-
-
-def _value(kind: Any, words: str | list[str] | bool) -> Any:
-    """Convert the result of argparse for an option of type ``kind``.
-
-    ``words`` is one word, several words, or True for a flag.
-    """
-    if isinstance(words, bool):
-        return words
-    if isinstance(words, str):
-        return _scalar(kind, words)
-    values = [_scalar(kind, word) for word in words]
-    return values[0] if len(values) == 1 and not isinstance(values[0], str) else values
-
-
-def _scalar(kind: Any, text: str) -> Any:
-    """Parse quoted strings, lists, inline tables and values of free tables as TOML; return other text as is.
-
-    pydantic converts such text to the field's type. For example, a path ``2025-08-01`` stays text. Free
-    tables also accept Python's True, False and None, and optional fields accept None.
-    """
-    inner, optional = _unwrapped(kind)
-    if text == "None" and optional:
-        return None
-    if inner is Any and text in ("True", "False"):
-        return text == "True"
-    if inner is Any or text.startswith(('"', "'", "[", "{")):
-        try:
-            return tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            return text
-    return text
+# --- help -------------------------------------------------------------------------------------------------
 
 
 _FORMS = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
@@ -334,7 +308,7 @@ _FORMS = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", Path: "
 
 def _form(kind: Any) -> str:
     """Return the placeholder of type ``kind`` in ``--help``, e.g. ``INT`` or ``{None,hybrid,e4m3}``."""
-    inner, optional = _unwrapped(kind)
+    inner, optional = unwrapped(kind)
     if get_origin(inner) is tuple:
         return _form(get_args(inner)[0])
     form = (
@@ -343,16 +317,6 @@ def _form(kind: Any) -> str:
     if not optional or inner is Any:
         return form
     return form.replace("{", "{None,") if form.startswith("{") else f"{form}|None"
-
-
-def _unwrapped(kind: Any) -> tuple[Any, bool]:
-    """Return a type without ``Annotated`` and ``None``, and whether it allows None."""
-    if get_origin(kind) is Annotated:
-        return _unwrapped(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
-        (inner,) = (arg for arg in get_args(kind) if arg is not NoneType)
-        return _unwrapped(inner)[0], True
-    return kind, kind is Any
 
 
 def _text(docstring: str | None) -> str:

@@ -30,8 +30,9 @@ class Plan(Options):
 
     world_size: Positive
     """Number of ranks of the trainer, one per GPU."""
-    hardware: Literal["h100", "h200", "b200"] = "h100"
-    """Kind of GPU."""
+    hardware: Literal["h100", "h200", "b200"] | None = None
+    """Kind of GPU. None means ``h100``, or no GPU if the config has device = "cpu": the plan then has no
+    limits of memory and no times."""
     config_folder: Annotated[Path | None, Field(alias="model_config")] = None
     """Folder with the model's config.json, needed only if model.path does not exist yet. The default is the
     folder with the same name in examples/moe/model_configs."""
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
     print_plan(
         _with_model_config(cfg, options.config_folder),
         options.world_size,
-        options.hardware,
+        options.hardware or (None if cfg.device == "cpu" else "h100"),
         prompt_tokens=options.prompt_tokens or max(1, cfg.data.max_prompt_tokens // 4),
         response_tokens=options.response_tokens or max(1, cfg.rollout.max_new_tokens // 2),
         console=Console(width=None if sys.stdout.isatty() else 150),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import time
 import tomllib
 from contextlib import suppress
@@ -21,7 +22,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape as escaped
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..command_line import Options, Positional, parse_options
 from ..errors import Exit, InputError, printable
@@ -48,6 +49,8 @@ SHOWN = {
     "rollout/server_restarts": ("server restarts", ".0f"),
 }
 """Figure -> (label, format)."""
+PIPE_WIDTH = 1000
+"""Number of columns if the output is not a terminal, so that no line is broken."""
 TICKS = "▁▂▃▄▅▆▇█"
 
 
@@ -66,7 +69,7 @@ class Watch(Options):
 
 def main(argv: list[str]) -> None:
     options = parse_options(Watch, argv, "megatron-gmpo watch")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     snapshot = read(options.run_dir)
     if options.once:
         console.print(render(snapshot, time.time()))
@@ -161,7 +164,9 @@ def read(run_dir: Path) -> Snapshot:
 
 def render(snapshot: Snapshot, now: float) -> RenderableType:
     """Return the whole view. Ages are relative to the Unix time ``now``."""
-    parts: list[RenderableType] = [_headline(snapshot, now)]
+    parts: list[RenderableType] = [f"[bold]{escape(str(snapshot.run_dir))}[/bold]", _progress(snapshot, now)]
+    if snapshot.outcome is not None:
+        parts.append(_outcome(snapshot.outcome))
     if snapshot.steps:
         parts.append(_figures(snapshot))
     if snapshot.heartbeats:
@@ -176,28 +181,29 @@ def render(snapshot: Snapshot, now: float) -> RenderableType:
     return Group(*parts)
 
 
-def _headline(snapshot: Snapshot, now: float) -> RenderableType:
+def _progress(snapshot: Snapshot, now: float) -> RenderableType:
     done, total = snapshot.done, snapshot.num_steps
     line = Table.grid(padding=(0, 2))
     left = snapshot.seconds_left
     eta = f"eta {_duration(left)}" if left else ""
     line.add_row(
-        f"[bold]{escape(str(snapshot.run_dir))}[/bold]",
         f"step {done}/{total if total is not None else '?'}",
         ProgressBar(total or 1, done, width=30),
         "" if snapshot.outcome else eta,
-        _state(snapshot, now),
+        "" if snapshot.outcome else _liveness(snapshot, now),
         f"{_count(len(snapshot.restarts) - 1, 'restart')}" if len(snapshot.restarts) > 1 else "",
     )
     return line
 
 
-def _state(snapshot: Snapshot, now: float) -> str:
-    if snapshot.outcome is not None:
-        code, reason = snapshot.outcome.get("code"), escape(str(snapshot.outcome.get("reason", "")))
-        shown = escape(str(code))
-        colour = "green" if code == Exit.DONE else "yellow" if code == Exit.REQUEUE else "red"
-        return f"[{colour}]exit {shown}: {reason}[/{colour}]"
+def _outcome(outcome: dict[str, Any]) -> str:
+    code, reason = outcome.get("code"), escape(str(outcome.get("reason", "")))
+    shown = escape(str(code))
+    colour = "green" if code == Exit.DONE else "yellow" if code == Exit.REQUEUE else "red"
+    return f"[{colour}]exit {shown}: {reason}[/{colour}]"
+
+
+def _liveness(snapshot: Snapshot, now: float) -> str:
     if not snapshot.heartbeats:
         return ""
     age = now - max(beat.get("time", 0.0) for beat in snapshot.heartbeats)
@@ -229,9 +235,9 @@ def _add_figure(table: Table, snapshot: Snapshot, name: str, label: str, form: s
 
 
 def _ranks(snapshot: Snapshot, now: float) -> Table:
-    table = Table(
-        "rank", "node", "step", "phase", "for", "heartbeat", box=None, header_style="dim", padding=(0, 2)
-    )
+    names = ("rank", "node", "step", "phase", "for", "heartbeat")
+    columns = [Column(name, overflow="fold", no_wrap=name != "node") for name in names]
+    table = Table(*columns, box=None, header_style="dim", padding=(0, 2))
     for beat in snapshot.heartbeats:
         age = now - beat.get("time", now)
         silent = age > SILENT_S and not snapshot.outcome
@@ -248,7 +254,8 @@ def _ranks(snapshot: Snapshot, now: float) -> Table:
 
 
 def _events(snapshot: Snapshot, now: float) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2), style="dim")
+    details = Column(overflow="fold")
+    table = Table("", "", details, box=None, show_header=False, padding=(0, 2), style="dim")
     for event in snapshot.events[-5:]:
         details = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
         table.add_row(

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from .model import Fp8Config, ModelConfig, ParallelConfig
 from .rollout import DataConfig, RewardConfig, RolloutConfig, SGLangConfig, WeightSyncConfig
 from .run import CheckpointConfig, CollapseConfig, LogConfig, SupervisionConfig
-from .section import NonNegative, Positive, Section
+from .section import NonNegative, Positive, RequiredPath, Seconds, Section
 from .training import AlgorithmConfig, EvalConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -40,11 +40,11 @@ __all__ = [
 
 
 class Config(Section):
-    run_dir: str = "runs/gmpo"
+    run_dir: RequiredPath = "runs/gmpo"
     """Run folder, which receives the metrics, records and checkpoints of the run."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    distributed_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    distributed_timeout_s: Seconds = 1800.0
     """Timeout of one collective."""
     model: ModelConfig = ModelConfig()
     fp8: Fp8Config = Fp8Config()

@@ -6,17 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .section import Positive, Section
+from .section import PathText, Positive, Section
 
 
 class ModelConfig(Section):
     """The policy and the reference policy."""
 
-    path: str = ""
+    path: PathText = ""
     """Hugging Face folder of the policy, with config.json, safetensors and tokenizer."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Dtype of weights and activations. The optimizer keeps fp32 main weights."""
-    reference_path: str = ""
+    reference_path: PathText = ""
     """Hugging Face folder of the reference policy; empty means ``path``. It is loaded only if
     ``algorithm.kl_coef`` > 0 or the loss needs ``ref_logprobs``."""
     reference_offload: bool = False

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from .section import NonNegative, Positive, Section
+from .section import NonNegative, PathText, Positive, RequiredPath, Seconds, Section, Text
 
 
 class DataConfig(Section):
-    path: str = ""
+    path: PathText = ""
     """A .jsonl, .json, .csv or .parquet file, a ``save_to_disk`` folder, or a Hugging Face hub name, with the
     name of a subset if the data set has subsets (``openai/gsm8k:main``)."""
-    files: tuple[str, ...] = ()
+    files: tuple[RequiredPath, ...] = ()
     """Several files to read one after another, instead of ``path``. Wildcards are not expanded."""
-    split: str = "train"
-    prompt_column: str = "problem"
+    split: Text = "train"
+    prompt_column: Text = "problem"
     """Column with the prompt: text, or a list of chat messages. ``a.b`` is field ``b`` of the objects in
     column ``a``."""
-    answer_column: str = "answer"
+    answer_column: Text = "answer"
     """Column with the answer, text or a number, which the reward receives as text; e.g.
     ``reward_model.ground_truth``."""
     template: str = ""
@@ -59,10 +59,10 @@ class RolloutConfig(Section):
     num_servers: Positive = 1
     """Number of SGLang servers to start, each with its own copy of the weights. They run on the machine of
     rank 0, or are divided among the rollout nodes of a Slurm job."""
-    server_urls: tuple[str, ...] = ()
+    server_urls: tuple[Text, ...] = ()
     """URLs of running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]. Their keys are read from
     the environment variables SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
-    servers_file: str = ""
+    servers_file: PathText = ""
     """File with the addresses of running SGLang servers: servers.json of the job that starts them. The
     trainer waits up to sglang.start_timeout_s for it. The keys are in server_keys.json in the same folder."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
@@ -91,8 +91,9 @@ class RolloutConfig(Section):
     the loss's ratio does not know that tokens were left out."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Number of most likely tokens to sample from; 0 means all. Other values bias training, like top_p."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a response, in addition to the end-of-sequence token."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end a response, in addition to the end-of-sequence token. A special token's text is
+    allowed. The token that completes a string is the last one; the reward gets the text before the string."""
     batch_size: Positive = 64
     """Number of responses that the embedded engine decodes together on a rank."""
     dynamic_sampling: Literal["off", "drop", "resample"] = "off"
@@ -106,9 +107,9 @@ class RolloutConfig(Section):
     soft overlong punishment), at most max_new_tokens. 0 disables it."""
     overlong_penalty: NonNegative = 1.0
     """Penalty of a response with max_new_tokens tokens; used if overlong_buffer is set."""
-    save_path: str = ""
+    save_path: PathText = ""
     """Folder to which the groups of every step are written; empty disables it."""
-    replay_path: str = ""
+    replay_path: PathText = ""
     """Folder that an earlier run wrote with ``save_path``; train on its groups instead of generating."""
 
     @model_validator(mode="after")
@@ -134,6 +135,10 @@ class RolloutConfig(Section):
             )
         elif self.router_noise:
             raise ValueError(f"router_noise = {self.router_noise:g} needs engine = 'embedded': set it to 0")
+        if "" in self.stop:
+            raise ValueError(
+                f"stop = {list(self.stop)} has an empty string, which every text contains: leave it out"
+            )
         if self.server_urls and self.servers_file:
             raise ValueError(
                 f"servers_file = {self.servers_file!r} and server_urls both name servers: leave one out"
@@ -150,25 +155,33 @@ class RolloutConfig(Section):
         return self
 
 
+def _switches(args: dict[str, Any]) -> dict[str, Any]:
+    """Return ``args`` with bools for "true" and "False", because no option of SGLang has such a text."""
+    bools = {"true": True, "false": False}
+    return {name: bools.get(str(value).lower(), value) for name, value in args.items()}
+
+
 class SGLangConfig(Section):
-    python: str = ".venv-sglang/bin/python"
+    python: RequiredPath = ".venv-sglang/bin/python"
     """Python interpreter of the servers' own environment (``make sglang``)."""
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     """Address that the servers bind. Other machines can reach every address except the loopback address."""
     tensor_parallel_size: Positive = 1
     """Number of devices of one server."""
-    args: dict[str, Any] = {}
+    args: Annotated[dict[str, Any], AfterValidator(_switches)] = {}
     """Additional options of sglang.launch_server, by its own names, e.g. ``mem_fraction_static = 0.8``."""
     max_concurrent_requests: Positive = 256
     """Maximum number of in-flight requests per server; additional requests wait in the client."""
-    request_timeout_s: Annotated[float, Field(gt=0)] = 1200.0
-    """Timeout of one response. The sum of this timeout and ``hang_timeout_s`` must be below
-    ``supervision.hang_timeout_s``. If it is not, a hung server ends the run before it is detected."""
-    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    request_timeout_s: Seconds = 1200.0
+    """Timeout of one request. After it the server returns the tokens that it has sampled, and a new request
+    continues the response. Five consecutive requests of a response without a token end the run. The sum of
+    this timeout and ``hang_timeout_s`` must be below ``supervision.hang_timeout_s``. If it is not, a hung
+    server ends the run before it is detected."""
+    start_timeout_s: Seconds = 600.0
     """Maximum time from the start of a server to its first answer."""
-    health_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    health_interval_s: Seconds = 10.0
     """Interval between health checks of a server."""
-    hang_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    hang_timeout_s: Seconds = 120.0
     """A server that does not answer for this time is killed and restarted."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Maximum consecutive restarts per server; a successful weight sync resets the count. The run ends when
@@ -183,23 +196,23 @@ class WeightSyncConfig(Section):
     """Memory of two buckets of tensors, in bytes. One bucket is packed while the other is sent."""
     in_flight: Literal["retract", "in_place", "abort"] = "retract"
     """Treatment of unfinished requests at a sync. With ``retract`` the server recomputes their KV cache with
-    the new weights. With ``in_place`` it keeps the old cache. With ``abort`` it aborts them, and the client
-    sends them again as longer prompts."""
+    the new weights. With ``in_place`` they keep the old cache, which later requests do not use. With
+    ``abort`` the server aborts them, and the client sends them again as longer prompts."""
     verify: bool = False
     """Overwrite the servers' weights with noise before each sync, and compare their checksums after it."""
-    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    timeout_s: Seconds = 600.0
     """Timeout of one request of a sync."""
-    folder: str = ""
+    folder: PathText = ""
     """Folder that the ``disk`` route writes to; each run uses a subfolder of its own, which only its user can
     read. Empty means weight_sync in ``run_dir``. The servers must see the folder under the same path, and run
     as the same user."""
 
 
 class RewardConfig(Section):
-    name: str = "math"
+    name: Text = "math"
     """Reward: ``math``, ``arithmetic``, ``countdown``, or ``module:function``, a callable
     (Prompt, response_text) -> float."""
-    timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    timeout_s: Seconds = 10.0
     """Time limit for one math answer. A check over it, or over 512 MiB, scores 0 and is counted."""
     workers: Positive = 2
     """Number of processes per rank that check math answers at the same time. One more waits as a spare."""

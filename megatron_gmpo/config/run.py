@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .section import NonNegative, Positive, Section
+from .section import NonNegative, Positive, Seconds, Section
 
 
 class CheckpointConfig(Section):
@@ -38,9 +38,9 @@ class CollapseConfig(Section):
     """Minimum entropy, as a fraction of its median over the first ``window`` steps. 0 disables this limit."""
     entropy_floor: NonNegative = 0.0
     """Minimum entropy in nats per token."""
-    grad_norm_factor: Annotated[float, Field(gt=1)] = 10.0
+    grad_norm_factor: Annotated[float, Field(gt=1, allow_inf_nan=True)] = 10.0
     """Maximum gradient norm, as a multiple of its median over the last ``window`` steps; inf disables it."""
-    reward_drop: Annotated[float, Field(gt=0)] = 0.5
+    reward_drop: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 0.5
     """Maximum drop of the mean reward over ``window`` steps, as a fraction of its best value so far. The
     limit has a noise margin of four standard errors. inf disables this limit."""
     rollback_lr_scale: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -50,9 +50,9 @@ class CollapseConfig(Section):
 
 
 class SupervisionConfig(Section):
-    heartbeat_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    heartbeat_interval_s: Seconds = 10.0
     """Seconds between two heartbeats, which each rank writes to heartbeats/ in ``run_dir``."""
-    hang_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    hang_timeout_s: Seconds = 1800.0
     """Maximum seconds in one phase of a step. A rank that exceeds it dumps its stacks and ends the run with
     exit code 86. Set it above the duration of the longest phase, and not above ``distributed_timeout_s``,
     after which waiting ranks fail."""

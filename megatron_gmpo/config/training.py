@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .rollout import DataConfig
-from .section import NonNegative, Positive, Section
+from .section import FileName, NonNegative, Positive, Section, Text
 
 
 class AlgorithmConfig(Section):
-    loss: str = "gmpo"
+    loss: Text = "gmpo"
     """Policy loss: ``gmpo``, ``rspo``, ``grpo``, ``dr_grpo``, ``dapo``, ``gspo``, ``cispo``, or
     ``module:function``, your own loss on the Python path (docs/losses.md)."""
     clip_low: NonNegative | None = None
@@ -36,7 +36,7 @@ class AlgorithmConfig(Section):
     distance of the signal from its target, and at most by the gain."""
     options: dict[str, Any] = {}
     """Additional keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
-    advantage: str | None = None
+    advantage: Text | None = None
     """Function from the rewards of a group to its advantages: ``normalized``, ``mean``, ``leave_one_out``, or
     ``module:function``, your own function from a tensor (n,) to a tensor (n,) (docs/losses.md). None means
     the loss's default, ``mean`` for dr_grpo and ``normalized`` for the other built-in losses; the run prints
@@ -155,7 +155,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    sets: dict[str, DataConfig] = {}
+    sets: dict[FileName, DataConfig] = {}
     """Benchmarks by name: a table for each, e.g. [eval.sets.math500]."""
     interval: Annotated[int, Field(ge=0)] = 0
     """Number of steps between evaluations. 0 evaluates only before the first step and after the last."""

@@ -13,10 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from ..command_line import as_argument, explain, load_config, read_toml
+from ..command_line import explain, load_config, read_toml
 from ..config import Config
+from ..config.section import PathText, RequiredPath, Section, Text
+from ..config.values import as_argument
 from ..errors import InputError
 from ..losses.objective import make_objective
 from ..plugins import nearest
@@ -40,11 +42,7 @@ _FROM_LAB = ("seed", "run_dir")
 _NAME = re.compile(r"[\w+=][\w.+=]*")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Variant(_Section):
+class Variant(Section):
     """A label and keys of the training config, such as ``algorithm.loss = "gmpo"``."""
 
     model_config = ConfigDict(extra="allow")
@@ -58,21 +56,21 @@ class Variant(_Section):
         return self.model_extra or {}
 
 
-class Prepare(_Section):
+class Prepare(Section):
     command: tuple[str, ...] = ()
     """Module and arguments that run once as ``python -m`` before the first trial, e.g. ["megatron_gmpo",
     "demo", "--prepare_only"]."""
-    output: str = ""
+    output: PathText = ""
     """File that the command writes. If it exists, the command does not run."""
 
 
-class StudyFile(_Section):
+class StudyFile(Section):
     """The keys of a study's TOML file. The study's name is the name of the file."""
 
-    title: str
+    title: Text
     question: str = ""
     """Question that the study answers, shown in the report; empty lines separate paragraphs."""
-    base: str
+    base: RequiredPath
     """Training config that every arm changes; the path is relative to the study's file."""
     prepare: Prepare = Prepare()
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]

@@ -127,7 +127,7 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
             default clips and none are set, or does not support ``algorithm.correction``.
     """
     loss = resolve_loss(cfg.loss)
-    check_options(cfg.loss, loss.function, cfg.options)
+    options = check_options(cfg.loss, loss.function, cfg.options)
     advantage = cfg.advantage or loss.default_advantage
     resolve_advantage(advantage)
     if cfg.correction == "token" and not loss.token_weights:
@@ -146,7 +146,7 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
         name=cfg.loss,
         loss=loss,
         needs=needed_columns(cfg),
-        options=cfg.options,
+        options=options,
         **clips,
         max_kl=cfg.mask_kl if cfg.mask == "off_policy" else None,
         kl_coef=cfg.kl_coef,

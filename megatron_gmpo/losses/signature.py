@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter
 
+from ..config.values import parse_value
 from ..errors import InputError
 from ..plugins import nearest
 
@@ -39,8 +40,11 @@ def check_signature(name: str, function: Callable[..., Any]) -> None:
             raise InputError(f"algorithm.loss = {name!r} does not take the parameter {clip!r}: {remedy}")
 
 
-def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Check ``algorithm.options`` against the keyword-only parameters of the loss and their annotations.
+
+    Returns:
+        The options, with every value as the type of its annotation.
 
     Raises:
         InputError: an unknown option (the line names the nearest), a missing one, a value of the wrong type
@@ -57,21 +61,20 @@ def check_options(name: str, function: Callable[..., Any], options: Mapping[str,
         if key not in parameters:
             likely = places[nearest(key, places)]
             raise InputError(f"algorithm.options.{key} is not an option of {name}: did you mean {likely}?")
+    values: dict[str, Any] = {}
     for key, parameter in parameters.items():
         adapter = _adapter(name, function, key)
         if key in options:
-            try:
-                adapter.validate_python(options[key], strict=True)
-            except ValidationError as error:
-                message = error.errors()[0]["msg"]
-                raise InputError(f"algorithm.options.{key} = {options[key]!r}: {message}") from None
+            values[key] = parse_value(f"algorithm.options.{key}", adapter, options[key])
         elif parameter.default is parameter.empty:
             raise InputError(f"algorithm.options.{key} is not set, and {name} has no default for it: set it")
+    return values
 
 
 def _adapter(name: str, function: Callable[..., Any], key: str) -> TypeAdapter[Any]:
     try:
-        return TypeAdapter(get_type_hints(function, include_extras=True).get(key, Any))
+        kind = get_type_hints(function, include_extras=True).get(key, Any)
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
     except (NameError, PydanticUserError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

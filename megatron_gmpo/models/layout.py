@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import Config, ParallelConfig
@@ -33,15 +35,18 @@ def check_layout(cfg: Config, architecture: dict[str, Any], world_size: int) -> 
             f"parallel: tensor {tp} x pipeline {pp} x context {cp} = {size} does not divide the world size "
             f"{world_size}: start a multiple of {size} processes or choose smaller sizes"
         )
-    _divides("tensor_model_parallel_size", tp, "num_attention_heads", architecture["num_attention_heads"])
-    _divides("tensor_model_parallel_size", tp, "num_key_value_heads", architecture["num_query_groups"])
-    _divides("tensor_model_parallel_size", tp, "intermediate_size", architecture["ffn_hidden_size"])
+    split = {
+        "num_attention_heads": architecture["num_attention_heads"],
+        "num_key_value_heads": architecture["num_query_groups"],
+        "intermediate_size": architecture["ffn_hidden_size"],
+    }
     if shared := architecture.get("moe_shared_expert_intermediate_size"):
-        _divides("tensor_model_parallel_size", tp, "shared_expert_intermediate_size", shared)
+        split["shared_expert_intermediate_size"] = shared
+    _divides("tensor_model_parallel_size", tp, split)
     if _UNEVEN_STAGES.isdisjoint(cfg.megatron):
         chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
         field = "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size"
-        _divides(field, chunks, "num_layers", architecture["num_layers"])
+        _divides(field, chunks, {"num_layers": architecture["num_layers"]})
     _check_experts(parallel, architecture, world_size)
 
 
@@ -53,12 +58,21 @@ def _check_experts(parallel: ParallelConfig, architecture: dict[str, Any], world
             if value > 1:
                 raise InputError(f"parallel.{field} = {value} but this model has no experts: set it to 1")
         return
-    _divides("expert_model_parallel_size", ep, "num_experts", architecture["num_moe_experts"])
-    _divides("expert_tensor_parallel_size", etp, "moe_intermediate_size", architecture["moe_ffn_hidden_size"])
+    experts = architecture["num_moe_experts"]
+    _divides("expert_model_parallel_size", ep, {"num_experts": experts})
+    _divides(
+        "expert_tensor_parallel_size", etp, {"moe_intermediate_size": architecture["moe_ffn_hidden_size"]}
+    )
     if world_size % (ep * etp * pp):
+        per_stage = world_size // pp
+        remedy = (
+            f"expert_tensor_parallel_size to a divisor of {per_stage}"
+            if per_stage % etp
+            else f"expert_model_parallel_size to a divisor of {math.gcd(experts, per_stage // etp)}"
+        )
         raise InputError(
             f"parallel: expert {ep} x expert tensor {etp} x pipeline {pp} = {ep * etp * pp} "
-            f"does not divide the world size {world_size}: choose a smaller expert_model_parallel_size"
+            f"does not divide the world size {world_size}: set {remedy}"
         )
     if tp > 1 and not parallel.uses_sequence_parallel:
         raise InputError(
@@ -73,8 +87,10 @@ def _check_experts(parallel: ParallelConfig, architecture: dict[str, Any], world
         )
 
 
-def _divides(field: str, value: int, dimension: str, number: int) -> None:
-    if number % value:
-        raise InputError(
-            f"parallel.{field} = {value} does not divide {dimension} = {number}: choose a divisor of {number}"
-        )
+def _divides(field: str, value: int, dimensions: Mapping[str, int]) -> None:
+    """Check that ``value`` divides the dimensions that it splits. The remedy holds for all of them."""
+    common = math.gcd(*dimensions.values())
+    remedy = f"choose a divisor of {common}" if common > 1 else "set it to 1"
+    for dimension, number in dimensions.items():
+        if number % value:
+            raise InputError(f"parallel.{field} = {value} does not divide {dimension} = {number}: {remedy}")

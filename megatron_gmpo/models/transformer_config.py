@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Any
+from enum import EnumType
+from typing import Any, Literal, get_type_hints
 
 import torch
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from pydantic import ConfigDict, TypeAdapter
 
 from ..config import Config, Fp8Config, ParallelConfig
+from ..config.values import parse_value
 from ..errors import InputError
 from ..losses.objective import needed_columns
 from ..plugins import nearest
@@ -70,10 +73,10 @@ def transformer_config(
         use_te: whether Transformer Engine's layer spec is used.
 
     Raises:
-        InputError: a field is unknown, contradicts another setting or needs a missing library; a setting
-            requires routed experts and the model has none.
+        InputError: a field is unknown, has a value of another type, contradicts another setting or needs a
+            missing library; a setting requires routed experts and the model has none.
     """
-    _check_megatron_table(cfg.megatron, architecture, use_te)
+    table = _megatron_table(cfg.megatron, architecture, use_te)
     routing_field = _routing_field(cfg)
     if not architecture.get("num_moe_experts"):
         _refuse_expert_settings(cfg, routing_field)
@@ -103,7 +106,7 @@ def transformer_config(
             "apply_rope_fusion": False,
         }
     try:
-        transformer = _config_class(architecture)(**(fields | cfg.megatron))
+        transformer = _config_class(architecture)(**(fields | table))
     except (ValueError, AssertionError, TypeError, ImportError) as error:
         raise InputError(
             f"Megatron's TransformerConfig refuses this config: {one_line(error)}; "
@@ -158,8 +161,12 @@ def _config_class(architecture: dict[str, Any]) -> type[TransformerConfig]:
     return MLATransformerConfig if architecture.get("multi_latent_attention") else TransformerConfig
 
 
-def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], use_te: bool) -> None:
-    known = {field.name for field in dataclasses.fields(_config_class(architecture))}
+def _megatron_table(table: dict[str, Any], architecture: dict[str, Any], use_te: bool) -> dict[str, Any]:
+    """Check the [megatron] table, and return it with every value as the type of its field."""
+    config_class = _config_class(architecture)
+    known = {field.name for field in dataclasses.fields(config_class)}
+    kinds = get_type_hints(config_class)
+    values: dict[str, Any] = {}
     for name, value in table.items():
         if name not in known:
             raise InputError(
@@ -175,12 +182,23 @@ def _check_megatron_table(table: dict[str, Any], architecture: dict[str, Any], u
                 f"megatron.{name} = {value!r}: the model's config.json already says {architecture[name]!r}; "
                 "remove it"
             )
+        values[name] = _field_value(f"megatron.{name}", kinds[name], value)
     for (name, value), (module, libraries) in _LIBRARIES.items():
-        if table.get(name) == value and not (use_te and importlib.util.find_spec(module)):
+        if values.get(name) == value and not (use_te and importlib.util.find_spec(module)):
             raise InputError(
                 f"megatron.{name} = {value!r} needs {libraries}, and a GPU: "
                 "install the missing libraries (docs/install_gpu.md), or remove it"
             )
+    return values
+
+
+def _field_value(field: str, kind: Any, value: Any) -> Any:
+    """Return ``value`` as the type of a field; the members of an enum have their names, as in Megatron."""
+    if isinstance(kind, EnumType):
+        names: Any = Literal[*kind.__members__]
+        return kind[parse_value(field, TypeAdapter(names), value)]
+    finite = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    return parse_value(field, TypeAdapter(kind, config=finite), value)
 
 
 def _routing_field(cfg: Config) -> str | None:

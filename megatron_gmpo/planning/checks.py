@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
 from ..config import Config
+from ..config.values import parse_value
 from ..errors import InputError
 from ..rollout.sglang.start import check_colocated_gpus
 from .hardware import GIB, RESERVED, SERVER_MEMORY, Hardware
@@ -43,10 +48,10 @@ def plan_servers(
             same GPUs.
     """
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
-    if cfg.rollout.engine == "embedded":  # every rank holds the whole model
+    if cfg.rollout.engine == "embedded":  # each rank holds the whole model, and so serves by itself
         return Servers(world_size, 1, cfg.rollout.batch_size * longest)
-    count, gpus = len(cfg.rollout.server_urls) or cfg.rollout.num_servers, cfg.sglang.tensor_parallel_size
-    taken = int(float(cfg.sglang.args.get("mem_fraction_static", SERVER_MEMORY)) * hardware.memory)
+    count, gpus = number_of_servers(cfg), cfg.sglang.tensor_parallel_size
+    taken = int(_memory_share(cfg) * hardware.memory)
     if cfg.rollout.placement == "colocated":
         check_colocated_gpus(count, count * gpus, world_size)
         plan = max(plans, key=lambda plan: plan.resident)
@@ -65,6 +70,17 @@ def plan_servers(
             "weights and one response: raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
         )
     return Servers(count, gpus, cache_tokens)
+
+
+def number_of_servers(cfg: Config) -> int:
+    """Return the number of rollout servers that the run starts or uses."""
+    return len(cfg.rollout.server_urls) or cfg.rollout.num_servers
+
+
+def _memory_share(cfg: Config) -> float:
+    name = "mem_fraction_static"
+    share = Annotated[float, Field(gt=0, lt=1)]
+    return parse_value(f"sglang.args.{name}", TypeAdapter(share), cfg.sglang.args.get(name, SERVER_MEMORY))
 
 
 def gib(nbytes: float) -> str:

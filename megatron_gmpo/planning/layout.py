@@ -18,17 +18,23 @@ from .dry_run import dry_run
 from .hardware import HARDWARE
 from .rank_plan import RankPlan
 from .report import headline, memory_table, print_step
-from .step_estimate import Batch, Model, StepEstimate, draw_batch, model_of
+from .step_estimate import Batch, Model, StepEstimate, StepTraffic, draw_batch, model_of
 
 
 def print_plan(
-    cfg: Config, world_size: int, hardware: str, *, prompt_tokens: int, response_tokens: int, console: Console
+    cfg: Config,
+    world_size: int,
+    hardware: str | None,
+    *,
+    prompt_tokens: int,
+    response_tokens: int,
+    console: Console,
 ) -> None:
     """Print the plan of a layout.
 
     Args:
         world_size: ranks of the trainer.
-        hardware: a key of ``HARDWARE``.
+        hardware: a key of ``HARDWARE``; None means CPUs, for which nothing depends on a machine's figures.
         prompt_tokens: mean length of prompts.
         response_tokens: mean length of responses.
 
@@ -41,7 +47,6 @@ def print_plan(
         cfg.algorithm, is_moe=description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens
     )
     make_adaptive_clip(cfg.algorithm, objective)
-    gpu = HARDWARE[hardware]
     batch = draw_batch(cfg, world_size, prompt_tokens, response_tokens)
     lengths = full_microbatch(cfg, batch)
     plans = [
@@ -56,11 +61,15 @@ def print_plan(
         for stage in range(cfg.parallel.pipeline_model_parallel_size)
     ]
     model = _model(cfg, description, plans)
-    console.print(headline(cfg, description, model, world_size, hardware))
+    console.print(headline(cfg, description, model, world_size, hardware or "CPUs"), soft_wrap=True)
+    gpu = HARDWARE[hardware] if hardware else None
     console.print(memory_table(plans, gpu))
-    check_trainer(plans, gpu)
-    servers = plan_servers(cfg, world_size, model, plans, gpu)
-    print_step(console, cfg, StepEstimate(cfg, model, plans, batch, servers, gpu, world_size, sum(lengths)))
+    step = StepTraffic(cfg, model, plans, batch, world_size, sum(lengths))
+    if gpu:
+        check_trainer(plans, gpu)
+        servers = plan_servers(cfg, world_size, model, plans, gpu)
+        step = StepEstimate(cfg, model, plans, batch, world_size, sum(lengths), servers, gpu)
+    print_step(console, cfg, step)
 
 
 def full_microbatch(cfg: Config, batch: Batch) -> list[int]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..config import Config
 from ..models.description import ModelDescription
-from .checks import gib
+from .checks import gib, number_of_servers
 from .hardware import GPUS_PER_NODE, RESERVED, Hardware
 from .rank_plan import RankPlan
-from .step_estimate import Batch, Model, Servers, StepEstimate
+from .step_estimate import Model, StepEstimate, StepTraffic
 
 
-def headline(cfg: Config, description: ModelDescription, model: Model, world_size: int, hardware: str) -> str:
-    """Return one line about the model and the layout."""
+def headline(cfg: Config, description: ModelDescription, model: Model, world_size: int, machine: str) -> str:
+    """Return one line about the model and the layout on ``machine``, "h100" or "CPUs"."""
     parallel = cfg.parallel
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
@@ -30,13 +29,16 @@ def headline(cfg: Config, description: ModelDescription, model: Model, world_siz
     layout = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
     active = f", {model.active_parameters / 1e9:.2f} B of them active" if description.is_moe else ""
     return (
-        f"[bold]{Path(cfg.model.path).name}[/bold] ({description.hf.model_type}): "
-        f"{model.parameters / 1e9:.2f} B parameters{active}; {world_size} ranks on {hardware}: {layout}"
+        f"[bold]{escape(cfg.model.path)}[/bold] ({description.hf.model_type}): "
+        f"{model.parameters / 1e9:.2f} B parameters{active}; {world_size} ranks on {machine}: {layout}"
     )
 
 
-def memory_table(plans: list[RankPlan], hardware: Hardware) -> Table:
-    """Return the table of memory, one row per pipeline stage. All ranks of a stage need the same memory."""
+def memory_table(plans: list[RankPlan], hardware: Hardware | None) -> Table:
+    """Return the table of memory, one row per pipeline stage. All ranks of a stage need the same memory.
+
+    Without hardware, the shares of its memory are left out.
+    """
     table = Table("stage", "rank", title="Memory of a rank, GiB", title_justify="left")
     columns = (
         "weights",
@@ -47,7 +49,7 @@ def memory_table(plans: list[RankPlan], hardware: Hardware) -> Table:
         "temporaries",
         "total",
     )
-    for name in ("parameters", *columns, "of memory", "in flight"):
+    for name in ("parameters", *columns, "in flight", *(["of memory"] if hardware else [])):
         table.add_column(name, justify="right")
     for plan in plans:
         table.add_row(
@@ -55,49 +57,56 @@ def memory_table(plans: list[RankPlan], hardware: Hardware) -> Table:
             str(plan.rank),
             f"{plan.parameters / 1e9:.3f} B",
             *(gib(getattr(plan, name)) for name in columns),
-            f"{(plan.total + RESERVED) / hardware.memory:.0%}",
             str(plan.in_flight),
+            *([f"{(plan.total + RESERVED) / hardware.memory:.0%}"] if hardware else []),
         )
-    table.caption = f"of memory: with {gib(RESERVED)} GiB reserved, of {gib(hardware.memory)} GiB"
+    if hardware:
+        table.caption = f"of memory: with {gib(RESERVED)} GiB reserved, of {gib(hardware.memory)} GiB"
     return table
 
 
-def print_step(console: Console, cfg: Config, estimate: StepEstimate) -> None:
-    """Print the tables of a step: its batch, the traffic of a rank, and the time of each phase."""
-    for table in (
-        batch_table(cfg, estimate.batch, estimate.servers),
-        traffic_table(estimate),
-        time_table(estimate),
-    ):
-        console.print(table)
+def print_step(console: Console, cfg: Config, step: StepTraffic) -> None:
+    """Print the tables of a step: its batch, the traffic of a rank, and the time of each phase if known."""
+    console.print(batch_table(cfg, step))
+    console.print(traffic_table(step))
+    if isinstance(step, StepEstimate):
+        console.print(time_table(step))
 
 
-def batch_table(cfg: Config, batch: Batch, servers: Servers) -> Table:
-    """Return the table of the sequences, optimizer steps and servers of a step."""
+def batch_table(cfg: Config, step: StepTraffic) -> Table:
+    """Return the table of the sequences, optimizer steps and rollout engine of a step."""
     table = Table(title="A step", title_justify="left", show_header=False)
-    rollout, sequences, updates = cfg.rollout, len(batch.lengths), batch.microbatches
+    batch, rollout = step.batch, cfg.rollout
+    sequences, updates = len(batch.lengths), batch.microbatches
     groups = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt}"
     table.add_row("sequences", f"{sequences:,}", groups)
     table.add_row("tokens", f"{batch.tokens:,}", f"{batch.tokens / sequences:,.0f} per sequence (assumed)")
     table.add_row("optimizer steps", str(len(updates)), f"{max(updates)} microbatches per rank in each")
-    cache = f"{servers.gpus} GPUs each, {servers.cache_tokens:,} tokens in the cache"
-    table.add_row("rollout servers", str(servers.count), cache)
+    if rollout.engine == "embedded":
+        about = f"{rollout.batch_size} responses at a time on each rank"
+        table.add_row("embedded engine", f"{step.world_size} ranks", about)
+    elif isinstance(step, StepEstimate):
+        servers = step.servers
+        about = f"{servers.gpus} GPUs each, {servers.cache_tokens:,} tokens in the cache"
+        table.add_row("rollout servers", str(servers.count), about)
+    else:
+        table.add_row("rollout servers", str(number_of_servers(cfg)), "on CPUs")
     return table
 
 
-def traffic_table(estimate: StepEstimate) -> Table:
+def traffic_table(step: StepTraffic) -> Table:
     """Return the table of the bytes that the busiest rank sends in a step."""
     title = "Sent by a rank in a step"
     table = Table("collective", "group", "ranks", "nodes", title=title, title_justify="left")
     table.add_column("GB", justify="right")
-    for traffic in sorted(estimate.traffic(), key=lambda traffic: -traffic.sent):
+    for traffic in sorted(step.traffic(), key=lambda traffic: -traffic.sent):
         nodes = str(len({rank // GPUS_PER_NODE for rank in traffic.ranks}))
         ranks, sent = str(len(traffic.ranks)), f"{traffic.sent / 1e9:.2f}"
         table.add_row(traffic.operation, traffic.group, ranks, nodes, sent)
-    if boundary := estimate.boundary():
-        table.add_row("send and receive", "pp", str(len(estimate.plans)), "", f"{boundary / 1e9:.2f}")
-    sent = f"{estimate.model.served_weights / 1e9:.2f}"
-    table.add_row("weight sync", "world", str(estimate.world_size), "", sent)
+    if boundary := step.boundary():
+        table.add_row("send and receive", "pp", str(len(step.plans)), "", f"{boundary / 1e9:.2f}")
+    sent = f"{step.model.served_weights / 1e9:.2f}"
+    table.add_row("weight sync", "world", str(step.world_size), "", sent)
     return table
 
 

@@ -138,8 +138,8 @@ class Servers:
     cache_tokens: int
 
 
-class StepEstimate:
-    """Seconds of each phase of a step, and bytes that one rank sends in a step.
+class StepTraffic:
+    """The batch of a step, and the bytes that one rank sends in a step.
 
     Args:
         slots: number of tokens in the microbatch of the dry run.
@@ -151,19 +151,65 @@ class StepEstimate:
         model: Model,
         plans: list[RankPlan],
         batch: Batch,
-        servers: Servers,
-        hardware: Hardware,
         world_size: int,
         slots: int,
     ) -> None:
-        self.cfg, self.model, self.plans, self.batch = cfg, model, plans, batch
-        self.servers, self.hardware, self.world_size = servers, hardware, world_size
+        self.cfg, self.model, self.plans, self.batch, self.world_size = cfg, model, plans, batch, world_size
         replicas = world_size // cfg.parallel.model_parallel_size
         # ratio of the tokens of a training microbatch to the tokens of the dry run's microbatch
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
         self.passes = 2 if "ref_logprobs" in needed_columns(cfg.algorithm) else 1
         """Forward passes before the updates: for old log probabilities, and for the reference policy."""
+
+    def traffic(self) -> list[Traffic]:
+        """Return the traffic of the busiest rank of each group in a step."""
+        most: dict[tuple[str, str], Traffic] = {}
+        for plan in self.plans:
+            sent: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+            for work, times in (
+                (plan.training.traffic, sum(self.batch.microbatches) * self._filled),
+                (plan.forward.traffic, self.passes * self.batch.forward_microbatches * self._forward_filled),
+                (plan.gradient_sync, len(self.batch.microbatches)),
+            ):
+                for traffic in work:
+                    sent[traffic.operation, traffic.group, traffic.ranks] += int(traffic.sent * times)
+            for (operation, group, ranks), count in sent.items():
+                known = most.get((operation, group))
+                if known is None or known.sent < count:
+                    most[operation, group] = Traffic(operation, group, ranks, count)
+        return list(most.values())
+
+    def boundary(self) -> int:
+        """Return the bytes that a stage sends to its neighbors in a step, forward and backward."""
+        sent = max(plan.boundary for plan in self.plans) * (
+            self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
+        )
+        forward = self.passes * self.batch.forward_microbatches * self._forward_filled
+        return int(sent * (2 * sum(self.batch.microbatches) * self._filled + forward))
+
+
+class StepEstimate(StepTraffic):
+    """Seconds of each phase of a step on GPUs.
+
+    Args:
+        slots: number of tokens in the microbatch of the dry run.
+        servers: rollout servers; for the embedded engine the ranks.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        model: Model,
+        plans: list[RankPlan],
+        batch: Batch,
+        world_size: int,
+        slots: int,
+        servers: Servers,
+        hardware: Hardware,
+    ) -> None:
+        super().__init__(cfg, model, plans, batch, world_size, slots)
+        self.servers, self.hardware = servers, hardware
         self.seconds = {
             "rollout": self._rollout(),
             "weight_sync": self._weight_sync(),
@@ -206,32 +252,6 @@ class StepEstimate:
             * sum(self.batch.microbatches)
             / (self.seconds["train"] * self.hardware.flops)
         )
-
-    def traffic(self) -> list[Traffic]:
-        """Return the traffic of the busiest rank of each group in a step."""
-        most: dict[tuple[str, str], Traffic] = {}
-        for plan in self.plans:
-            sent: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
-            for work, times in (
-                (plan.training.traffic, sum(self.batch.microbatches) * self._filled),
-                (plan.forward.traffic, self.passes * self.batch.forward_microbatches * self._forward_filled),
-                (plan.gradient_sync, len(self.batch.microbatches)),
-            ):
-                for traffic in work:
-                    sent[traffic.operation, traffic.group, traffic.ranks] += int(traffic.sent * times)
-            for (operation, group, ranks), count in sent.items():
-                known = most.get((operation, group))
-                if known is None or known.sent < count:
-                    most[operation, group] = Traffic(operation, group, ranks, count)
-        return list(most.values())
-
-    def boundary(self) -> int:
-        """Return the bytes that a stage sends to its neighbors in a step, forward and backward."""
-        sent = max(plan.boundary for plan in self.plans) * (
-            self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
-        )
-        forward = self.passes * self.batch.forward_microbatches * self._forward_filled
-        return int(sent * (2 * sum(self.batch.microbatches) * self._filled + forward))
 
     def _pipeline(self, microbatches: int, filled: float, *, training: bool) -> float:
         """Return the time of the slowest stage with the pipeline bubble.

@@ -14,13 +14,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from ..batch.samples import FinishReason, Prompt, Sample, SampleGroup
+from ..batch.samples import Prompt, Sample, SampleGroup
 from ..distributed import agreed, all_gather_objects, rank, world_size
 from ..errors import InputError, NonFiniteError
 from ..metrics.figures import Metric
 from ..models import fp8_blocks
 from ..models.hub import hub_names
-from .engine import SamplingParams, end_token_ids, response_text
+from .ending import Ending, end_token_ids
+from .engine import SamplingParams
 
 
 class EmbeddedEngine:
@@ -65,7 +66,7 @@ class EmbeddedEngine:
         self._calls = 0
         self._quantized = quantized
         self._slots = _weight_slots(self.model)
-        self._end_ids = end_token_ids(self.model.generation_config, tokenizer)
+        self._end_ids = end_token_ids(self.model.config, self.model.generation_config, tokenizer)
         self._routing = _RoutedExperts(self.model) if routed_experts else None
         self._noise = _RouterNoise(self.model)
 
@@ -153,13 +154,16 @@ class EmbeddedEngine:
         lengths = torch.zeros_like(rows)  # 0 for unfinished responses
         end_tokens = torch.tensor(sorted(self._end_ids), dtype=torch.int64, device=self.device)
         truncation = _truncation(sampling)
+        ending = Ending(self.tokenizer, self._end_ids, sampling.stop)
         for step in range(sampling.max_new_tokens):
             # (b,) each
             token, logprob = _sample(logits, sampling.temperature, truncation, generator)
             tokens[rows, step], logprobs[rows, step] = token, logprob
             ends = torch.isin(token, end_tokens)
             if sampling.stop:
-                ends |= self._ends_with_stop(tokens[rows, : step + 1], sampling.stop)
+                tails = tokens[rows, max(0, step + 1 - ending.window) : step + 1].cpu().numpy()
+                stopped = [ending.length(tail) is not None for tail in tails]
+                ends |= torch.tensor(stopped, device=self.device)
             lengths[rows] = torch.where(ends & (lengths[rows] == 0), step + 1, lengths[rows])
             unfinished = (lengths[rows] == 0).nonzero()[:, 0]
             if len(unfinished) == 0 or step + 1 == sampling.max_new_tokens:
@@ -173,14 +177,22 @@ class EmbeddedEngine:
 
         samples = []
         for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
-            response = slice(length or None)
+            response = tokens[i, : length or None].cpu().numpy()
+            end = ending.length(response)
+            response = response[:end]
             routed = None
             if prompt_experts and experts is not None:
-                routed = torch.cat([prompt_experts[i], experts[i, response][:-1]]).cpu().numpy()
-            stopped = length > 0
-            samples.append(
-                self._sample_of(prompt, tokens[i, response], logprobs[i, response], stopped, sampling, routed)
+                routed = torch.cat([prompt_experts[i], experts[i, : len(response) - 1]]).cpu().numpy()
+            sample = Sample.from_response(
+                prompt,
+                response,
+                logprobs[i, : len(response)].cpu().numpy(),
+                text=ending.text(response.tolist()),
+                finish_reason="length" if end is None else "stop",
+                policy_version=self.version,
+                routed_experts=routed,
             )
+            samples.append(sample)
         return samples
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, DynamicCache, list[Tensor]]:
@@ -229,33 +241,6 @@ class EmbeddedEngine:
                 f"the rollout model's logits are not finite under the weights of step {self.version}"
             )
         return logits
-
-    def _ends_with_stop(self, tokens: Tensor, stop: tuple[str, ...]) -> Tensor:
-        """Return (b,) bool: whether the last of (b, T) tokens completes a stop string."""
-        # a token decodes to at least one byte, so the string lies within this many tokens
-        tail = tokens[:, -max(len(s.encode()) for s in stop) :]
-        texts = self.tokenizer.batch_decode(tail.tolist(), skip_special_tokens=True)
-        return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
-
-    def _sample_of(
-        self,
-        prompt: list[int],
-        response: Tensor,
-        logprobs: Tensor,
-        stopped: bool,
-        sampling: SamplingParams,
-        routed_experts: np.ndarray | None,
-    ) -> Sample:
-        reason: FinishReason = "stop" if stopped else "length"
-        return Sample.from_response(
-            prompt,
-            response.cpu().numpy(),
-            logprobs.cpu().numpy(),
-            text=response_text(self.tokenizer, response.tolist(), self._end_ids, sampling.stop),
-            finish_reason=reason,
-            policy_version=self.version,
-            routed_experts=routed_experts,
-        )
 
 
 class _RoutedExperts:

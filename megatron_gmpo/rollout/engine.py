@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -83,18 +83,3 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release the engine's resources."""
         ...
-
-
-def end_token_ids(generation_config: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a response, from transformers' generation config and the tokenizer."""
-    ids = generation_config.eos_token_id
-    return {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-
-
-def response_text(tokenizer: Any, response: list[int], end_ids: set[int], stop: tuple[str, ...]) -> str:
-    """Return the text for the reward, without end token and special tokens, up to the first stop string."""
-    content = response[:-1] if response[-1] in end_ids else response
-    text: str = tokenizer.decode(content, skip_special_tokens=True)
-    for string in stop:
-        text = text.split(string, 1)[0]
-    return text

@@ -24,7 +24,7 @@ from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.models.description import read_hf_config
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
-from ..support.commands import CONFIG, ROOT, error_lines, options, run_module
+from ..support.commands import CONFIG, ROOT, error_lines, last_of_report, options, run_module
 
 pytestmark = pytest.mark.distributed
 
@@ -45,6 +45,19 @@ CASES: dict[str, tuple[Case, str]] = {
         case(megatron__moe_aux_loss_coef=0.1),
         r"'megatron\.moe_aux_loss_coef'.*'megatron\.moe_aux_loss_coeff'",
     ),
+    "megatron field of a wrong type": (
+        case(megatron__moe_router_force_load_balancing="Flase"),
+        r"megatron\.moe_router_force_load_balancing = 'Flase': Input should be a valid boolean",
+    ),
+    "text for a number": (
+        {"argv": ["--optimizer.lr", "1e-6x"], "env": {}},
+        r"optimizer\.lr = '1e-6x': Input should be a valid number",
+    ),
+    "infinite learning rate": (case(optimizer__lr="inf"), r"optimizer\.lr = 'inf': .*finite number"),
+    "no run folder": (
+        {"argv": ["--run_dir", ""], "env": {}},
+        r"run_dir = '': Input should not be empty",
+    ),
     "fp8 without a GPU": (
         case(fp8__recipe="tensorwise", model__dtype="bf16"),
         r"fp8\.recipe = .tensorwise. needs an NVIDIA GPU",
@@ -59,7 +72,7 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "heads": (
         case(world_size=3, parallel__tensor_model_parallel_size=3),
-        r"tensor_model_parallel_size = 3 does not divide num_attention_heads = 4: choose a divisor of 4",
+        r"tensor_model_parallel_size = 3 does not divide num_attention_heads = 4: choose a divisor of 2",
     ),
     "key-value heads": (
         case(world_size=4, parallel__tensor_model_parallel_size=4),
@@ -341,6 +354,9 @@ def test_under_torchrun_one_rank_speaks_for_all(folder: Path) -> None:
     assert done.returncode != 0
     (line,) = error_lines(done.stderr)
     assert "algorithm.loss = 'gmp' is unknown" in line
+    assert done.stdout == ""
+    assert done.stderr.startswith(line)  # before it nothing, after it only torchrun's own report
+    assert last_of_report(done.stderr) == line
 
 
 def test_trouble_of_one_rank_alone_is_not_silent(folder: Path, tmp_path: Path) -> None:

@@ -114,8 +114,31 @@ def test_a_run_on_a_cpu_with_the_embedded_engine(tiny_model: Callable[..., Path]
         *options(model__path=model, world_size=4, parallel__pipeline_model_parallel_size=2),
     )
     assert done.returncode == 0, done.stderr
-    assert "4 ranks on h100: PP 2 DP 2" in done.stdout
+    assert f"{model} (qwen3_moe)" in done.stdout
+    assert "4 ranks on CPUs: PP 2 DP 2" in done.stdout
     assert "send and receive" in done.stdout
+    assert re.search(r"embedded engine +│ 4 ranks │ 256 responses at a time on each rank", done.stdout)
+    for words in ("h100", "GPU", "of memory", "rollout servers", "Estimated time"):
+        assert words not in done.stdout
+
+
+def test_a_gpu_is_named_for_a_cpu_config(tiny_model: Callable[..., Path]) -> None:
+    argv = options(model__path=tiny_model("qwen3_moe"), world_size=1, hardware="h200")
+    done = run_module("tools.plan", CONFIG, *argv)
+    assert done.returncode == 0, done.stderr
+    assert "1 ranks on h200" in done.stdout
+    assert "Estimated time" in done.stdout
+    wrong = run_module(
+        "tools.plan",
+        CONFIG,
+        *argv,
+        *options(rollout__engine="sglang", sglang__args__mem_fraction_static="much"),
+    )
+    assert wrong.returncode == 2
+    assert error_lines(wrong.stderr) == [
+        "error: sglang.args.mem_fraction_static = 'much': Input should be a valid number, "
+        "unable to parse string as a number"
+    ]
 
 
 def test_a_server_of_more_gpus_than_heads_repeats_the_heads() -> None:

@@ -214,16 +214,22 @@ def test_a_converted_folder_is_served(
         assert_made_by(sample, models)
 
 
+def running(served: SGLangEngine) -> int:
+    """Return the number of requests for which the server has sampled tokens and samples more."""
+    assert served._client
+    server = served._client._watcher.members[0].server
+    loads = httpx.get(f"{server.url}/v1/loads", headers=server.headers, timeout=30).json()["loads"]
+    return sum(load["num_running_reqs"] for load in loads)
+
+
+def wait_for_running(served: SGLangEngine, ticket: Any) -> None:
+    """Wait until the server generates all responses of ``ticket``."""
+    wait_for(lambda: running(served) == len(ticket.prompts) * ticket.sampling.n)
+
+
 def during(served: SGLangEngine, weights: Weights, version: int, ticket: Any) -> list[Sample]:
     """Sync while the responses of ``ticket`` are generated; each already has at least one token."""
-    server = served._client._watcher.members[0].server
-    responses = len(ticket.prompts) * ticket.sampling.n
-
-    def all_run() -> bool:
-        loads = httpx.get(f"{server.url}/v1/loads", headers=server.headers, timeout=30).json()["loads"]
-        return sum(load["num_running_reqs"] for load in loads) == responses
-
-    wait_for(all_run)
+    wait_for_running(served, ticket)
     assert not ticket.future.done()
     served.update_weights(weights.items(), version)
     return [s for g in served.wait(ticket) for s in g.samples]
@@ -256,6 +262,102 @@ def test_a_sync_in_place_keeps_the_cache(engine: Callable[..., SGLangEngine], we
     ):
         assert {0, 1} <= set(sample.token_versions[4:].tolist())
         assert sample.response_length == 300
+    served.update_weights(weights[0].items(), 2)  # later tests must not find a cache of other weights
+
+
+def assert_ends_where_it_should(sample: Sample, served: SGLangEngine, stop: tuple[str, ...]) -> None:
+    """Check each prefix of the response: none but the whole ends with an end token or has a stop string."""
+    response = sample.tokens[4:].tolist()
+    texts = [served._tokenizer.decode(response[:length]) for length in range(1, len(response) + 1)]
+    ended = [
+        token in served._end_ids or any(string in text for string in stop)
+        for token, text in zip(response, texts, strict=True)
+    ]
+    assert not any(ended[:-1])
+    assert sample.finish_reason == ("stop" if ended[-1] else "length")
+    assert len(sample.rollout_logprobs) == len(sample.tokens)
+
+
+@pytest.mark.parametrize("interruption", ["retract", "in_place", "abort", "request_timeout_s"])
+def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
+    engine: Callable[..., SGLangEngine],
+    weights: list[Weights],
+    sglang_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interruption: str,
+) -> None:
+    """The weights stay the same, so that greedy responses are those of a server without interruptions.
+
+    The sampled responses have 8 tokens on average, so that many are interrupted at their end. Every response
+    has a complete record of its experts, or the engine raises an error.
+    """
+    monkeypatch.setattr("megatron_gmpo.rollout.sglang.engine._POLL_S", 0.005)
+    # a loaded machine may not sample a token within the short timeout
+    monkeypatch.setattr("megatron_gmpo.rollout.sglang.sampler.ATTEMPTS", 1000)
+    prompts = [Prompt(str(i), "", input_ids=[2 + i // 8, 2 + i % 8, 5, 6]) for i in range(64)]
+    stop = ("15+", "<pad>", "66")
+    sampling = {"n": 1, "max_new_tokens": 40, "stop": stop}
+    calm = engine()
+    calm._end_ids = {1, 14}
+    calm.update_weights(weights[0].items(), 0)
+    expected = [(s.text, s.finish_reason) for s in samples(calm, prompts, temperature=0, **sampling)]
+    assert {reason for _, reason in expected} == {"stop", "length"}
+
+    timeout = interruption == "request_timeout_s"
+    hf = AutoConfig.from_pretrained(sglang_model)
+    served = engine(
+        routed_experts=(hf.num_hidden_layers, hf.num_experts_per_tok),
+        weight_sync={"route": "tensor", "in_flight": "retract" if timeout else interruption},
+        sglang={"request_timeout_s": 0.02} if timeout else {},
+    )
+    served._end_ids = calm._end_ids
+    served.update_weights(weights[0].items(), 0)
+    served.take_metrics()
+    interrupted = 0
+    while served.version < 40:
+        temperature = served.version % 2
+        ticket = served.submit(prompts, SamplingParams(temperature=temperature, **sampling))
+        assert ticket.future
+        while not ticket.future.done() and served.version < 40:
+            if running(served):
+                served.update_weights(weights[0].items(), served.version + 1)
+        drawn = [s for g in served.wait(ticket) for s in g.samples]
+        for sample in drawn:
+            assert_ends_where_it_should(sample, served, stop)
+        if temperature == 0:
+            assert [(s.text, s.finish_reason) for s in drawn] == expected
+        interrupted += sum(len(np.unique(s.token_versions[4:])) > 1 for s in drawn)
+    retries = value_of(served.take_metrics()["rollout/retries"])
+    assert interrupted > 20
+    assert retries > 20 if timeout else retries == 0  # a sync needs none
+
+
+def test_a_new_request_after_a_sync_in_place_computes_its_own_cache(
+    engine: Callable[..., SGLangEngine], weights: list[Weights], models: list[Any]
+) -> None:
+    """It has the prompt of responses that are unfinished at the sync, and the new weights' probabilities.
+
+    The unfinished ones keep the cache of the old weights, so their later tokens do not.
+    """
+    served = engine(weight_sync={"route": "tensor", "in_flight": "in_place"})
+    served._end_ids = set()
+    served.update_weights(weights[0].items(), 0)
+    served.take_metrics()
+    prompts = [Prompt("long", "", input_ids=[2 + i * i % 13 for i in range(64)])]
+    before = served.submit(prompts, SamplingParams(n=2, max_new_tokens=400))
+    wait_for_running(served, before)
+    served.update_weights(weights[1].items(), 1)
+    for sample in samples(served, prompts, n=4, max_new_tokens=8):
+        assert sample.policy_version == 1
+        assert_made_by(sample, models, prompt_length=64)
+    assert before.future
+    assert not before.future.done()
+    old = [s for g in served.wait(before) for s in g.samples]
+    for sample in old:
+        with pytest.raises(AssertionError, match="not close"):
+            assert_made_by(sample, models, prompt_length=64)
+    newer = sum(int((s.token_versions == 1).sum()) for s in old)
+    assert value_of(served.take_metrics()["rollout/old_cache_tokens"]) == newer > 0
     served.update_weights(weights[0].items(), 2)  # later tests must not find a cache of other weights
 
 

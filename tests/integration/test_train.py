@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron_gmpo.rewards.countdown import countdown_reward
 from megatron_gmpo.rollout.replay import load_groups
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
-from ..support.commands import CONFIG, error_lines, json_lines, options, run_module
+from ..support.commands import CONFIG, error_lines, json_lines, last_of_report, options, run_module
 
 pytestmark = pytest.mark.distributed
 
@@ -57,6 +58,8 @@ STABLE_METRICS = [
     "throughput/tokens_per_second",
 ]
 
+TERMINAL = "terminal.txt"
+"""File next to a run folder with the run's output on stderr."""
 EP2 = {"parallel__expert_model_parallel_size": 2}
 ADAPTIVE = {"algorithm__clip": "adaptive"}
 
@@ -112,8 +115,21 @@ def two_steps(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     done = run_module("megatron_gmpo.train", *config, ranks=2, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr
+    (run_dir.parent / TERMINAL).write_text(done.stderr)
     assert load_config([str(run_dir / "config.toml")]) == load_config(config)
     return run_dir
+
+
+def test_the_terminal_says_what_runs(two_steps: Path) -> None:
+    """Rank 0 prints the headline before the first step, although its module is named __main__."""
+    lines = (two_steps.parent / TERMINAL).read_text().splitlines()
+    (headline,) = [line for line in lines if " ranks; " in line]
+    # the paper has clips for dense models only, so the line says where the value for a MoE comes from
+    clip = r"loss gmpo, clip_low 0\.2, clip_high 0\.2 \(MoE: the GMPO authors .*\)"
+    pattern = rf"qwen3_moe \(MoE\) on 2 ranks; 40 problems; {clip}.*; run_dir {re.escape(str(two_steps))}"
+    assert re.fullmatch(pattern, headline)
+    first_step = next(number for number, line in enumerate(lines) if "step 1/2" in line)
+    assert lines.index(headline) < first_step
 
 
 def test_a_run_leaves_its_figures_transcripts_and_checkpoint(two_steps: Path) -> None:
@@ -279,9 +295,10 @@ def test_a_resumed_run_equals_an_unbroken_one(argv: list[str], two_steps: Path, 
         **EP2,
         **ADAPTIVE,
     )
-    for run_dir in (broken, unbroken):
+    for run_dir, resumed in ((broken, "; resumed at step 2\n"), (unbroken, "\n")):
         done = run_module("megatron_gmpo.train", *argv, *shared, *options(run_dir=run_dir), ranks=2)
         assert done.returncode == 0, done.stderr
+        assert f"run_dir {run_dir}{resumed}" in done.stderr
     first, second = (
         [_untimed(line) for line in json_lines(folder / "metrics.jsonl")] for folder in (broken, unbroken)
     )
@@ -379,6 +396,7 @@ def test_a_diverged_run_stops_and_says_where(
     assert done.returncode == 1
     (line,) = error_lines(done.stderr)
     assert "[rank" not in done.stderr  # torchrun marks a rank's traceback with this prefix
+    assert last_of_report(done.stderr) == line
     assert (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert (run_dir / "checkpoints" / "iter_0000002" / "state.json").is_file()
     if minibatches == 1:

@@ -233,7 +233,7 @@ def test_an_unfinished_response(
         cut, tokens = about["weight_versions"][1]["start"], answer["output_ids"]
         logprobs = [logprob for logprob, *_ in about["output_token_logprobs"]]
         assert logprob_error(dense[1], PROMPT + tokens[:cut], tokens[cut:], logprobs[cut:]) < 0.05
-    # in_place keeps the old cache, which later prompts with the same prefix also use.
+    # in_place keeps the old cache, which later requests with the same prefix and the same extra_key also use.
     assert_serves(server, dense[1], dense[0], "flight-1", PROMPT[::-1] if in_flight == "in_place" else PROMPT)
 
 

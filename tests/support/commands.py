@@ -67,5 +67,12 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def last_of_report(stderr: str) -> str:
+    """Return the last entry of torchrun's report about failed ranks, after which nothing follows."""
+    *_, entry, border = stderr.splitlines()
+    assert set(border) == {"="}, stderr
+    return entry.removeprefix("  traceback : ")
+
+
 def error_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error:")]

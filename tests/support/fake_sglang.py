@@ -17,12 +17,19 @@ Answer = web.StreamResponse | dict[str, Any]
 
 
 def answer_of(
-    body: dict[str, Any], version: str, count: int | None = None, finish: str = "length"
+    body: dict[str, Any],
+    version: str,
+    count: int | None = None,
+    finish: str = "length",
+    tokens: list[int] | None = None,
 ) -> dict[str, Any]:
-    """Return an answer of /generate with ``count`` tokens; a token is 100 plus its index in the sequence."""
+    """Return an answer of /generate.
+
+    It has the given tokens, or ``count`` tokens, each 100 plus its index in the sequence.
+    """
     start = len(body["input_ids"])
     count = body["sampling_params"]["max_new_tokens"] if count is None else count
-    tokens = [100 + start + i for i in range(count)]
+    tokens = [100 + start + i for i in range(count)] if tokens is None else tokens
     return {
         "output_ids": tokens,
         "meta_info": {

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config, SGLangConfig
 from megatron_gmpo.errors import InputError, ServerError
+from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang import sampler
 from megatron_gmpo.rollout.sglang.client import RolloutClient, _allow_open_files
@@ -29,11 +30,14 @@ from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.sampler import Response, versions_of
 from megatron_gmpo.rollout.sglang.server_state import ServerState
 from megatron_gmpo.rollout.sglang.sync import SyncReport
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support.fake_sglang import Answer, FakeProcesses, FakeServer, answer_of
 
 NONCE = "run"
 PROMPT = [5, 6, 7]
+ENDLESS = Ending(None, frozenset())
+TEXT = text_tokenizer()
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -101,7 +105,7 @@ def sync(client: RolloutClient, fakes: list[FakeServer], version: int, failed: t
 
 def sample(client: RolloutClient, count: int = 1, n: int = 1, tokens: int = 4) -> list[list[Response]]:
     sampling = SamplingParams(n=n, max_new_tokens=tokens)
-    return client.submit([[*PROMPT, i] for i in range(count)], sampling, [2]).result(30)
+    return client.submit([[*PROMPT, i] for i in range(count)], sampling, Ending(None, {2})).result(30)
 
 
 def tokens_from(start: int, count: int) -> list[int]:
@@ -195,7 +199,7 @@ def test_a_response_aborted_by_a_sync_continues_with_the_new_weights(
         return answer_of(body, f"{NONCE}-0", count=3, finish="abort")
 
     fakes[0].generate = generate
-    future = served.submit([PROMPT], SamplingParams(max_new_tokens=8), [])
+    future = served.submit([PROMPT], SamplingParams(max_new_tokens=8), ENDLESS)
     wait_for(lambda: fakes[0].bodies)
     sync(served, fakes, 1)
     fakes[0]._loop.call_soon_threadsafe(synced.set)
@@ -224,22 +228,158 @@ def test_a_response_that_ends_at_the_limit_needs_no_further_request(
     assert len(fakes[0].bodies) == 1
 
 
-def test_aborts_outside_a_sync_are_failures(
+def scripted(fake: FakeServer, *answers: tuple[list[int], str]) -> None:
+    """Let a server give these answers (tokens, finish reason) in turn; the last one again and again."""
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        tokens, finish = answers[min(len(fake.bodies), len(answers)) - 1]
+        return answer_of(body, f"{NONCE}-0", finish=finish, tokens=tokens)
+
+    fake.generate = generate
+
+
+def pieces(*texts: str) -> list[int]:
+    return [token for text in texts for token in TEXT.encode(text)]
+
+
+A, B, C, EOS = pieces("a", "b", "c", "<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        # SGLang reports an abort before it looks for an end token
+        ([([A, EOS], "abort"), ([B, C], "length")], [A, EOS]),
+        ([([A], "abort"), ([B, EOS], "abort"), ([C], "length")], [A, B, EOS]),
+        ([([EOS], "abort"), ([A], "length")], [EOS]),
+        # a stop string that is completed by the next request
+        ([([*pieces("x\nEN")], "abort"), ([*pieces("D"), A, B], "length")], pieces("x\nEND")),
+        ([(pieces("xE"), "abort"), (pieces("N"), "abort"), (pieces("Dabc"), "length")], pieces("xEND")),
+        ([(pieces("xEND"), "abort"), (pieces("Dabc"), "length")], pieces("xEND")),
+        # one that is spelt in more tokens than its own encoding, which the server overlooks
+        ([(pieces("xENDabcEND"), "length")], pieces("xEND")),
+        ([(pieces("xENDabc<|im_end|>"), "stop")], pieces("xEND")),
+        # one that is, or contains, a special token
+        ([(pieces("a<|im_start|>"), "abort"), (pieces("b"), "length")], pieces("a<|im_start|>")),
+        # the first of both
+        ([(pieces("ab<|im_end|>END"), "length")], pieces("ab<|im_end|>")),
+        ([(pieces("abEND<|im_end|>"), "length")], pieces("abEND")),
+    ],
+)
+def test_a_response_ends_at_its_first_end_token_or_stop_string(
+    answers: list[tuple[list[int], str]],
+    expected: list[int],
+    client: Callable[..., RolloutClient],
+    fakes: list[FakeServer],
+) -> None:
+    """Nothing after it is kept, and nothing more is asked for."""
+    served = client()
+    sync(served, fakes, 0)
+    scripted(fakes[0], *answers)
+    ending = Ending(TEXT, {EOS}, ("END", "<|im_start|>"))
+    ((response,),) = served.submit([PROMPT], SamplingParams(max_new_tokens=20), ending).result(20)
+    assert response.tokens.tolist() == expected
+    assert len(response.logprobs) == len(response.versions) == len(expected)
+    assert response.finish_reason == "stop"
+    asked = next(n for n in range(1, 4) if sum(len(tokens) for tokens, _ in answers[:n]) >= len(expected))
+    assert len(fakes[0].bodies) == asked
+
+
+def test_a_response_is_continued_while_it_makes_progress(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """The server aborts each request after a token, without a sync, and often before the first token."""
+    served = client()
+    sync(served, fakes, 0)
+    scripted(fakes[0], *([([A], "abort")] + [([], "abort")] * 4) * 6, ([B], "length"))
+    response = sample(served, tokens=7)[0][0]
+    assert response.tokens.tolist() == [A] * 6 + [B]
+    assert served.retries == 30
+
+
+def test_a_response_without_progress_is_an_error(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
     served = client()
     sync(served, fakes, 0)
-
-    async def generate(body: dict[str, Any]) -> Answer:
-        return answer_of(body, f"{NONCE}-0", count=1, finish="abort")
-
-    fakes[0].generate = generate
+    scripted(fakes[0], *[([A], "abort")] * 6, ([], "abort"))
     with pytest.raises(
-        ServerError, match="a sample failed 5 times, the last time: the server aborted the request"
+        ServerError,
+        match=r"^a sample failed 5 times in a row, the last time: a server aborted it before its first "
+        r"token: raise sglang\.request_timeout_s = 1200 if requests queue longer$",
     ):
         sample(served, tokens=100)
-    assert served.retries == 5
-    assert [len(body["input_ids"]) for body in fakes[0].bodies] == [4, 5, 6, 7, 8]
+    assert len(fakes[0].bodies) == served.retries == 11
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logprobs", "versions"),
+    [(4, 5, 4), (4, 3, 4), (4, 0, 4), (0, 1, 1), (3, 4, 4), (4, 4, 3), (4, 4, 5), (3, 3, 4)],
+)
+def test_an_answer_whose_counts_differ_is_unusable(
+    tokens: int,
+    logprobs: int,
+    versions: int,
+    client: Callable[..., RolloutClient],
+    fakes: list[FakeServer],
+) -> None:
+    """It is counted and asked for again, and ends the run if all answers are like it."""
+    served = client()
+    sync(served, fakes, 0)
+    usable = [2]
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        if len(fakes[0].bodies) in usable:
+            return answer_of(body, f"{NONCE}-0")
+        answer = answer_of(body, f"{NONCE}-0", count=5)
+        answer["output_ids"] = answer["output_ids"][:tokens]
+        about = answer["meta_info"]
+        about["output_token_logprobs"] = about["output_token_logprobs"][:logprobs]
+        about["weight_versions"] = [{"version": f"{NONCE}-0", "start": 0, "end": versions}]
+        return answer
+
+    fakes[0].generate = generate
+    assert_columns(sample(served)[0][0], tokens_from(4, 4), [0] * 4)
+    assert served.retries == 1
+    usable.clear()
+    url = fakes[0].server.url
+    with pytest.raises(ServerError) as error:
+        sample(served)
+    assert str(error.value) == (
+        f"a sample failed 5 times in a row, the last time: {url} answered {tokens} tokens with {logprobs} "
+        f"log probabilities and weight versions of {versions} tokens"
+    )
+    assert served.retries == 6
+
+
+def test_the_cache_of_older_weights_is_not_reused(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """The key of a request's prefix cache names the weights. Tokens that are newer than it are counted."""
+    served = client()
+    sync(served, fakes, 0)
+    synced = asyncio.Event()
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        answer = answer_of(body, f"{NONCE}-1", count=8)
+        if len(fakes[0].bodies) == 1:
+            await synced.wait()
+            spans = [(0, 0, 3), (1, 3, 8)]
+            answer["meta_info"]["weight_versions"] = [
+                {"version": f"{NONCE}-{version}", "start": start, "end": end} for version, start, end in spans
+            ]
+        return answer
+
+    fakes[0].generate = generate
+    future = served.submit([PROMPT], SamplingParams(max_new_tokens=8), ENDLESS)
+    wait_for(lambda: fakes[0].bodies)
+    sync(served, fakes, 1)
+    fakes[0]._loop.call_soon_threadsafe(synced.set)
+    assert_columns(future.result(20)[0][0], tokens_from(3, 8), [0] * 3 + [1] * 5)
+    assert served.old_cache_tokens == 5
+    sample(served, tokens=8)
+    assert served.old_cache_tokens == 5
+    assert [body["extra_key"] for body in fakes[0].bodies] == [f"{NONCE}-0", f"{NONCE}-1"]
 
 
 def test_answers_from_other_weights_are_discarded(
@@ -250,7 +390,7 @@ def test_answers_from_other_weights_are_discarded(
     sync(served, fakes, 3)
     for retries, version in enumerate(("other-3", f"{NONCE}-2", "incomplete"), start=1):
         fakes[0].weight_version = version
-        future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), [])
+        future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), ENDLESS)
         wait_for(lambda: states(served) == [ServerState.STALE])
         assert not future.done()
         servers = served.servers_to_sync()
@@ -348,7 +488,7 @@ def test_a_server_whose_scheduler_hangs_is_restarted(
         return answer_of(body, f"{NONCE}-0")
 
     fakes[0].generate, fakes[0].generates = generate, False
-    future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), [])
+    future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), ENDLESS)
     wait_for(lambda: states(served) == [ServerState.SILENT])
     assert served.servers_to_sync() == []
     wait_for(lambda: served.restarts == 1)
@@ -390,7 +530,7 @@ def test_a_server_that_dies_is_restarted_and_synced(
         return {}
 
     fakes[0].generate = generate
-    future = served.submit([[*PROMPT, i] for i in range(4)], SamplingParams(max_new_tokens=4), [])
+    future = served.submit([[*PROMPT, i] for i in range(4)], SamplingParams(max_new_tokens=4), ENDLESS)
     wait_for(lambda: fakes[0].bodies)
     served.local.kill(0)  # pyright: ignore[reportAttributeAccessIssue]
     assert [row[0].tokens.tolist() for row in future.result(20)] == [tokens_from(4, 4)] * 4
@@ -494,7 +634,7 @@ def test_external_servers_that_do_not_answer_end_the_run(
     fakes[0].stop()
     wait_for(lambda: states(served) == [ServerState.CHECKING])
     assert served.servers_to_sync() == []
-    future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), [])
+    future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), ENDLESS)
     fakes[0].start()
     assert future.result(20)[0][0].versions.tolist() == [0] * 4
     fakes[0].stop()
@@ -532,7 +672,7 @@ def test_closing_aborts_the_requests_on_external_servers(
         return {}
 
     fakes[0].generate = generate
-    future = served.submit([PROMPT] * 3, SamplingParams(), [])
+    future = served.submit([PROMPT] * 3, SamplingParams(), ENDLESS)
     wait_for(lambda: len(fakes[0].bodies) == 3)
     served.close()
     assert future.cancelled()
@@ -638,6 +778,31 @@ def test_routed_experts_are_decoded(client: Callable[..., RolloutClient], fakes:
     assert served.retries == 1
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(20, 5), (6, 6)])
+def test_routed_experts_of_a_response_that_ends_in_an_aborted_answer(
+    limit: int, kept: int, client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """At its end token, or at the token limit: one row for each token before the last."""
+    served = client(experts=True)
+    sync(served, fakes, 0)
+    record = np.arange((3 + 6 - 1) * 4, dtype="<i4")
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        first = len(fakes[0].bodies) == 1
+        last = [C, C, EOS, B] if limit == 20 else [C, C, C, B]
+        answer = answer_of(body, f"{NONCE}-0", finish="abort", tokens=[A, B] if first else last)
+        answer["meta_info"]["routed_experts"] = base64.b64encode(record.tobytes()).decode()
+        return answer
+
+    fakes[0].generate = generate
+    sampling = SamplingParams(max_new_tokens=limit)
+    ((response,),) = served.submit([PROMPT], sampling, Ending(None, {EOS})).result(20)
+    assert len(response.tokens) == kept
+    assert response.finish_reason == ("stop" if limit == 20 else "length")
+    assert response.routed_experts is not None
+    assert np.array_equal(response.routed_experts, record.reshape(-1, 4)[: 3 + kept - 1])
+
+
 def test_versions_of_an_answer() -> None:
     spans = [{"version": "run-3", "start": 0, "end": 2}, {"version": "other-4", "start": 2, "end": 3}]
     for about, count, versions in (
@@ -652,7 +817,7 @@ def test_versions_of_an_answer() -> None:
         ({"weight_version": "default"}, 1, [-1]),
         ({"weight_version": "run-x"}, 1, [-1]),
     ):
-        assert versions_of({"meta_info": about, "output_ids": [0] * count}, NONCE) == versions
+        assert versions_of({"meta_info": about, "output_ids": [0] * count}, NONCE).tolist() == versions
 
 
 def test_as_many_files_may_be_open_as_there_are_requests() -> None:

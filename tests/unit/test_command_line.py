@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import os
 import re
@@ -273,7 +275,7 @@ def test_printed_defaults_are_the_defaults(printed: dict[str, tuple[str, str]]) 
     assert load_config([word for name in defaults for word in (f"--{name}", defaults[name])]) == Config()
 
 
-WORDS = {"INT": ["3"], "FLOAT": ["0.5"], "TEXT": ["some/text"], "VALUE": ["7"]}
+WORDS = {"INT": ["3"], "FLOAT": ["0.5"], "TEXT": ["some/text"], "PATH": ["some/path"], "VALUE": ["7"]}
 """Form in the help -> values that match it."""
 IN_RANGE = {
     "collapse.grad_norm_factor": "2.5",
@@ -314,7 +316,7 @@ def cases(name: str, form: str) -> Iterator[list[str]]:
         words = [IN_RANGE[name]]
     yield from ([word] for word in words)
     if several:
-        yield {"INT": ["1", "3"], "FLOAT": ["0.25", "0.5"], "TEXT": ["a", "b c"]}[form]
+        yield {"INT": ["1", "3"], "FLOAT": ["0.25", "0.5"], "TEXT": ["a", "b"]}[form]
 
 
 def test_every_option_that_help_prints_parses(printed: dict[str, tuple[str, str]]) -> None:
@@ -337,6 +339,37 @@ def test_every_option_that_help_prints_parses(printed: dict[str, tuple[str, str]
                 assert load_config([*COMPANIONS.get(name, []), f"--{name}={words[0]}"]) == load_config(argv)
 
 
+def schemas_of_commands() -> list[type[Options]]:
+    """Return the schema of every command's own options."""
+    modules = [*(f"megatron_gmpo.commands.{name}" for name in commands.NAMES), "megatron_gmpo.lab.__main__"]
+    values = [value for module in modules for value in vars(importlib.import_module(module)).values()]
+    return [value for value in values if inspect.isclass(value) and Options in value.__bases__]
+
+
+@pytest.mark.parametrize("schema", schemas_of_commands(), ids=lambda schema: schema.__name__)
+def test_every_option_that_a_commands_help_prints_parses(
+    schema: type[Options], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit):
+        parse_options(schema, ["--help"], "example")
+    text = capsys.readouterr().out
+    forms = dict(re.findall(r"^  --([a-z]\w*)(?: (\S.*))?$", text, re.MULTILINE))
+    positional = [name.lower() for name in re.findall(r"^  ([A-Z_]+)(?: \[.*)?$", text, re.MULTILINE)]
+    fields = {field.alias or name: (name, field) for name, field in schema.model_fields.items()}
+    assert fields.keys() == {*forms, *positional}
+    needed = ["3" if fields[name][1].annotation is int else "some/path" for name in positional]
+    for name, form in forms.items():
+        if fields[name][1].is_required():
+            needed += [f"--{name}", *next(cases(name, form))]
+    for name, form in forms.items():
+        for words in cases(name, form) if form else [[]]:
+            found = parse_options(schema, [*needed, f"--{name}", *words], "example")
+            value = getattr(found, fields[name][0])
+            written = [as_argument(part) for part in (value if isinstance(value, tuple) else [value])]
+            assert written == (words or ["true"]), name
+
+
 def test_a_list_is_one_toml_value_or_several_values() -> None:
     rest = ["--eval.samples_per_prompt", "4", "--eval.temperature", "1"]
     assert load_config([*rest, "--eval.k", "1", "4"]).eval.k == (1, 4)
@@ -344,6 +377,7 @@ def test_a_list_is_one_toml_value_or_several_values() -> None:
     assert load_config(["--rollout.stop", "</answer>"]).rollout.stop == ("</answer>",)
     assert load_config(["--rollout.stop", "[]"]).rollout.stop == ()
     assert load_config(["--rollout.stop", '"]"', "'[a'"]).rollout.stop == ("]", "[a")
+    assert load_config(["--algorithm.clip_bounds", ".5", "1."]).algorithm.clip_bounds == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -358,13 +392,34 @@ def test_a_list_is_one_toml_value_or_several_values() -> None:
         ('"False"', "False"),
         ("[0, 1]", [0, 1]),
         ("-1e-3", -1e-3),
+        (".001", 0.001),
+        ("1.e-3", 0.001),
+        ("-.5", -0.5),
+        ("[False, .5]", [False, 0.5]),
+        ("007", "007"),
+        ("2025-8-1", "2025-8-1"),
+        ("os.sep", "os.sep"),
+        ("1+1j", "1+1j"),
+        ("{a: 1}", "{a: 1}"),
     ],
 )
-def test_values_of_free_tables(text: str, value: object) -> None:
-    for table, of in (("megatron", lambda cfg: cfg.megatron), ("sglang.args", lambda cfg: cfg.sglang.args)):
-        found = of(load_config([f"--{table}.some_field", text]))
+def test_values_of_open_tables(text: str, value: object) -> None:
+    """A value is written as in TOML or in Python, or it is text."""
+    cfg = load_config([f"--megatron.some_field={text}", f"--algorithm.options.some_field={text}"])
+    for found in (cfg.megatron, cfg.algorithm.options):
         assert found == {"some_field": value}
         assert type(found["some_field"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("False", False), ("false", False), ("True", True), ("off", "off"), ("0.5", "0.5"), (0.5, 0.5), (1, 1)],
+)
+def test_switches_of_servers_are_bools(value: object, expected: object) -> None:
+    """A switch of sglang.launch_server takes no value, so the text "False" can only mean a bool."""
+    found = Config.model_validate({"sglang": {"args": {"x": value}}}).sglang.args["x"]
+    assert found == expected
+    assert type(found) is type(expected)
 
 
 def test_sections_and_tables_can_be_inline_tables() -> None:
@@ -406,6 +461,16 @@ class Example(Options):
     """Names."""
     dry_run: bool = False
     """Write nothing."""
+
+
+def test_paths_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    found = parse_options(Example, ["~/data", "--out_file=~/x", "--names", "~"], "example")
+    assert (found.folder, found.out_file) == (Path("/home/ann/data"), Path("/home/ann/x"))
+    assert found.names == ("~",)  # names are not paths
+    for argv in (["", "--out_file", "x"], ["data", "--out_file", ""], ["data", "--out_file="]):
+        with pytest.raises(InputError, match="= '': Input should not be empty"):
+            parse_options(Example, argv, "example")
 
 
 def test_options_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:

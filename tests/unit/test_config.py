@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from megatron_gmpo.command_line import load_config
 from megatron_gmpo.config import AlgorithmConfig, Config, EvalConfig, ParallelConfig
@@ -54,6 +57,10 @@ def mistake(*argv: str) -> str:
             ["router_noise = 0.5 needs engine = 'embedded'"],
         ),
         (
+            ["--rollout.stop", '["###", ""]'],
+            ["rollout", "stop = ['###', ''] has an empty string", "leave it out"],
+        ),
+        (
             ["--algorithm.moe_routing_replay", "rollout"],
             ["algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true"],
         ),
@@ -62,6 +69,122 @@ def mistake(*argv: str) -> str:
 def test_fields_that_contradict_each_other(argv: list[str], parts: list[str]) -> None:
     message = mistake(*argv)
     assert all(part in message for part in parts), message
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted key and the field of every setting."""
+    for name, field in section.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        if sections := [kind for kind in kinds if issubclass(kind, BaseModel)]:
+            yield from fields(sections[0], f"{prefix}{name}.{'x.' * (sections[0] is not field.annotation)}")
+        else:
+            yield prefix + name, field
+
+
+FIELDS = dict(fields())
+MAY_BE_EMPTY = {
+    "model.path": "a conversion needs no path; a run refuses it by name",
+    "model.reference_path": "model.path",
+    "data.path": "a replay needs no data; a run refuses it by name",
+    "data.template": "no text around the prompt",
+    "data.system_prompt": "no system message",
+    "rollout.servers_file": "no file",
+    "rollout.save_path": "save nothing",
+    "rollout.replay_path": "no replay",
+    "weight_sync.folder": "a folder in run_dir",
+    "log.wandb_project": "no logging to Weights & Biases",
+}
+"""Text that may be empty -> what that means."""
+NO_PATHS = {
+    *("data.split", "data.prompt_column", "data.answer_column", "data.template", "data.system_prompt"),
+    *("sglang.host", "reward.name", "algorithm.loss", "log.wandb_project"),
+}
+
+
+def tree(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def refusal(key: str, value: Any) -> str:
+    """Return the error of the first field that ``key = value`` in a file breaks, or an empty text."""
+    try:
+        Config.model_validate(tree(key, value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        assert ".".join(map(str, first["loc"])).startswith(key)
+        return first["msg"]
+    return ""
+
+
+FLOATS = [key for key, field in FIELDS.items() if "float" in str(field.annotation)]
+
+
+def test_numbers_are_finite() -> None:
+    """inf is allowed where the docstring says that it disables a limit. NaN is never a setting."""
+    assert {"optimizer.lr", "algorithm.entropy_coef", "algorithm.clip_bounds"} <= set(FLOATS)
+    for key in FLOATS:
+        disables = "inf disables" in (FIELDS[key].description or "")
+        for text in ("nan", "inf", "-inf"):
+            values: list[Any] = [float(text), text]
+            if "tuple" in str(FIELDS[key].annotation):
+                values = [[float(text)] * 2, [text] * 2]
+            for value in values:
+                assert bool(refusal(key, value)) is not (disables and text == "inf"), (key, value)
+    assert [key for key in FLOATS if "inf disables" in (FIELDS[key].description or "")] == [
+        "collapse.grad_norm_factor",
+        "collapse.reward_drop",
+    ]
+
+
+def test_true_and_false_are_no_numbers() -> None:
+    """TOML has a type for bools; pydantic's default reads them as 1 and 0."""
+    for key, field in FIELDS.items():
+        if "bool" not in str(field.annotation) and "dict" not in str(field.annotation):
+            assert refusal(key, True) == refusal(key, [False]) == "Input should not be true or false", key
+
+
+TEXTS = [key for key, field in FIELDS.items() if field.annotation is str]
+
+
+def test_empty_paths_and_names_are_refused() -> None:
+    """Without the check, run_dir = "" writes checkpoints into the working directory."""
+    assert "run_dir" in TEXTS
+    empty = {key.replace("eval.sets.x", "data") for key in TEXTS if not refusal(key, "")}
+    assert empty == MAY_BE_EMPTY.keys()
+    for key in set(TEXTS) - MAY_BE_EMPTY.keys() - {f"eval.sets.x{key[4:]}" for key in MAY_BE_EMPTY}:
+        assert refusal(key, " ") == "Input should not be empty"
+    assert refusal("rollout.stop", [""])
+    assert refusal("rollout.server_urls", [""])
+    assert refusal("algorithm.advantage", "")
+    assert refusal("data.files", [""])
+    assert Config.model_validate(tree("rollout.stop", ["\n"])).rollout.stop == ("\n",)
+
+
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    for key in TEXTS:
+        values = tree(key, "~/x")
+        if key == "rollout.servers_file":
+            values["rollout"]["engine"] = "sglang"
+        found: Any = Config.model_validate(values)
+        for part in key.split("."):
+            found = found[part] if isinstance(found, dict) else getattr(found, part)
+        is_path = key.replace("eval.sets.x", "data") not in NO_PATHS
+        assert found == ("/home/ann/x" if is_path else "~/x"), key
+
+
+@pytest.mark.parametrize("name", ["", "a/b", " "])
+def test_names_of_benchmarks_are_names_of_files(name: str) -> None:
+    with pytest.raises(ValidationError, match=r"empty|files are named after it"):
+        Config.model_validate({"eval": {"sets": {name: {"path": "x"}}}})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_fit_into_the_generators(seed: int) -> None:
+    """torch.manual_seed takes 64 bits; numpy's SeedSequence takes no negative number."""
+    assert "Input should be" in refusal("seed", seed)
 
 
 def test_fields_that_fit_together() -> None:

@@ -831,7 +831,10 @@ def test_properties_of_the_built_in_losses():
         ("gmpo", {"cp_group": None}, "options.cp_group is not an option"),
         ("gmpo", {"clip_mode": "tokens"}, "options.clip_mode = 'tokens'.*'token', 'sequence' or 'none'"),
         ("gmpo", {"dual_clip": -1.0}, "options.dual_clip = -1.0.*greater than 0"),
-        ("gmpo", {"length_normalize": "no"}, "options.length_normalize = 'no'.*boolean"),
+        ("gmpo", {"length_normalize": 0}, "options.length_normalize = 0.*boolean"),
+        ("gmpo", {"length_normalize": "maybe"}, "options.length_normalize = 'maybe'.*boolean"),
+        ("gmpo", {"dual_clip": True}, "options.dual_clip = True.*number"),
+        ("gmpo", {"dual_clip": "nan"}, "options.dual_clip = 'nan'.*finite"),
         ("dr_grpo", {"length_normalizer": 0}, "options.length_normalizer = 0.*greater than 0"),
     ],
 )
@@ -848,6 +851,15 @@ def test_defaults_pass_the_check(name: str):
     check_options(
         "gmpo", LOSSES["gmpo"].function, {"clip_mode": "none", "dual_clip": 3, "length_normalize": False}
     )
+
+
+def test_options_written_as_text_have_the_type_of_their_annotation() -> None:
+    written = {"clip_mode": "none", "dual_clip": "1.e-3", "length_normalize": "False"}
+    assert check_options("gmpo", LOSSES["gmpo"].function, written) == {
+        "clip_mode": "none",
+        "dual_clip": 0.001,
+        "length_normalize": False,
+    }
 
 
 def test_an_overflowing_ratio_without_1_over_n_is_nothing_where_the_advantage_is_0() -> None:

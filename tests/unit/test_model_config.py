@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from megatron.core.transformer import MLATransformerConfig
+from hypothesis import example, given
+from hypothesis import strategies as st
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import ModelDescription, describe_model
+from megatron_gmpo.models.layout import check_layout
 
 CPU = torch.device("cpu")
 TP, PP, VPP = (
@@ -233,6 +241,90 @@ def test_megatron_fields_pass_through(describe: Describe) -> None:
     assert {name: getattr(transformer, name) for name in table} == table
 
 
+def settable(describe: Describe) -> dict[str, Any]:
+    """Return the fields of Megatron's config that the [megatron] table may set, with their annotations."""
+    kinds = get_type_hints(TransformerConfig)
+    names = [field.name for field in dataclasses.fields(TransformerConfig)]
+    refusals = {name: mistake(describe, megatron={name: {}}) for name in names}  # no field holds a table
+    return {name: kinds[name] for name, line in refusals.items() if "Input should be" in line}
+
+
+def test_text_has_the_type_of_its_field(describe: Describe) -> None:
+    """The text of each value in Megatron's config gives this value again, and not a text."""
+    kinds, transformer = settable(describe), describe().transformer
+    values = {name: getattr(transformer, name) for name in kinds}
+    plain = {name: value for name, value in values.items() if isinstance(value, bool | int | float | str)}
+    assert {"moe_router_force_load_balancing", "moe_aux_loss_coeff", "moe_token_drop_policy"} <= plain.keys()
+    assert len(plain) > 120
+    found = describe(megatron={name: str(value) for name, value in plain.items()}).transformer
+    for name, value in plain.items():
+        kind = float if kinds[name] is float else type(value)
+        assert (type(getattr(found, name)), getattr(found, name)) == (kind, value), name
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "value"),
+    [
+        ("moe_router_force_load_balancing", "False", False),
+        ("moe_router_force_load_balancing", "false", False),
+        ("moe_router_force_load_balancing", "True", True),
+        ("moe_aux_loss_coeff", ".001", 0.001),
+        ("moe_aux_loss_coeff", "1.e-3", 0.001),
+        ("moe_aux_loss_coeff", 1, 1.0),
+        ("moe_z_loss_coeff", "1e-3", 0.001),
+        ("moe_z_loss_coeff", None, None),
+        ("cuda_graph_warmup_steps", "4", 4),
+        ("moe_router_load_balancing_type", "none", "none"),
+        ("moe_router_load_balancing_type", ["aux_loss"], ["aux_loss"]),
+        ("mrope_section", [1, 2], [1, 2]),
+        ("window_size", [4, 0], (4, 0)),
+        ("attention_backend", "flash", AttnBackend.flash),
+        ("config_logger_dir", "True", "True"),
+    ],
+)
+def test_values_of_megatron_fields(describe: Describe, name: str, written: Any, value: Any) -> None:
+    """What a value means follows from the annotation of the field in Megatron's transformer_config.py."""
+    table = {name: written} | (
+        {"moe_aux_loss_coeff": [0.1]} if written == ["aux_loss"] else {}
+    )  # Megatron wants a coefficient for each kind
+    found = getattr(describe(megatron=table).transformer, name)
+    assert (type(found), found) == (type(value), value)
+
+
+WRONG = {
+    bool: [1, 0, "maybe", 0.5, "", []],
+    int: [True, 1.5, "1.5", "x", "nan", [1]],
+    float: [True, "x", math.nan, math.inf, "inf", "-inf", [0.5]],
+    str: [True, 3, 0.5, ["x"]],
+    list: [True, 3, "x"],
+    tuple: [True, 3, "x", ["x", 1]],
+    Literal: ["no such choice", True, 3, []],
+}
+"""Type -> values that do not have it. Text has the type that it can be parsed as."""
+
+
+def test_values_of_a_wrong_type_are_refused(describe: Describe) -> None:
+    one_of_each = {str(kind): (name, kind) for name, kind in settable(describe).items()}
+    refused = set()
+    for name, kind in one_of_each.values():
+        parts = (
+            [part for part in get_args(kind) if part is not NoneType] if get_origin(kind) is Union else [kind]
+        )
+        if len(parts) == 1 and (origin := get_origin(parts[0]) or parts[0]) in WRONG:
+            refused.add(origin)
+            for value in WRONG[origin]:
+                line = mistake(describe, megatron={name: value})
+                assert line.startswith(f"megatron.{name} = {value!r}: Input should be "), line
+    assert refused == WRONG.keys()
+
+
+@pytest.mark.parametrize("name", ["init_method", "timers", "autocast_dtype", "quant_recipe"])
+@pytest.mark.parametrize("value", ["torch.nn.init:zeros_", "bf16", 3, {"a": 1}])
+def test_fields_that_hold_python_objects_are_refused(describe: Describe, name: str, value: Any) -> None:
+    line = mistake(describe, megatron={name: value})
+    assert line == f"megatron.{name} = {value!r}: a config cannot set this field; remove it"
+
+
 @pytest.mark.parametrize(
     ("family", "world_size", "parallel", "words"),
     [
@@ -247,8 +339,20 @@ def test_megatron_fields_pass_through(describe: Describe) -> None:
         ("qwen3", 4, {EP: 2, ETP: 4}, [f"parallel.{EP} = 2", "no experts"]),
         ("qwen3_moe", 3, {EP: 3}, [f"parallel.{EP} = 3", "num_experts = 8"]),
         ("qwen3_moe", 3, {ETP: 3, EP: 1}, [f"parallel.{ETP} = 3", "moe_intermediate_size = 64"]),
-        ("qwen3_moe", 4, {EP: 8}, ["expert 8 x expert tensor 1 x pipeline 1 = 8", "world size 4"]),
-        ("qwen3_moe", 4, {PP: 2, EP: 4}, ["expert 4 x expert tensor 1 x pipeline 2 = 8", "world size 4"]),
+        (
+            "qwen3_moe",
+            4,
+            {EP: 8},
+            ["expert 8 x expert tensor 1 x pipeline 1 = 8", "world size 4", f"set {EP} to a divisor of 4"],
+        ),
+        (
+            "qwen3_moe",
+            4,
+            {PP: 2, EP: 4},
+            ["expert 4 x expert tensor 1 x pipeline 2 = 8", "world size 4", f"set {EP} to a divisor of 2"],
+        ),
+        ("qwen3_moe", 12, {TP: 2, EP: 8, ETP: 2}, ["= 16", f"world size 12: set {EP} to a divisor of 2"]),
+        ("qwen3_moe", 2, {EP: 2, ETP: 4}, ["= 8", f"world size 2: set {ETP} to a divisor of 2"]),
         (
             "qwen3_moe",
             2,
@@ -266,6 +370,36 @@ def test_refused_layouts(
     assert message.startswith("parallel")
     for word in words:
         assert word in message
+
+
+def tensor_parallel(size: int, dimensions: dict[str, int]) -> str:
+    """Return the error of a dense model's layout on ``size`` ranks, or an empty text."""
+    try:
+        check_layout(Config.model_validate({"parallel": {TP: size}}), {"num_layers": 1} | dimensions, size)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@given(
+    groups=st.integers(1, 12), per_group=st.integers(1, 8), ffn=st.integers(1, 400), size=st.integers(2, 24)
+)
+@example(groups=3, per_group=3, ffn=1536, size=2)  # SmolLM2-135M: 9 heads, 3 key-value heads
+def test_the_remedy_holds_for_every_dimension(groups: int, per_group: int, ffn: int, size: int) -> None:
+    """The remedy names exactly the sizes that work: those that divide the heads, the groups and the MLP."""
+    dimensions = {
+        "num_attention_heads": groups * per_group,
+        "num_query_groups": groups,
+        "ffn_hidden_size": ffn,
+    }
+    works = [n for n in range(1, groups + 1) if all(number % n == 0 for number in dimensions.values())]
+    line = tensor_parallel(size, dimensions)
+    assert bool(line) is (size not in works)
+    if line:
+        remedy = re.search(r"choose a divisor of (\d+)$|set it to 1$", line)
+        assert remedy, line
+        named = int(remedy[1] or 1)
+        assert [n for n in range(1, named + 1) if named % n == 0] == works
 
 
 def test_the_intermediate_size_is_divided(describe: Describe) -> None:
@@ -325,7 +459,13 @@ def test_the_shared_experts_size_is_divided(describe: Describe) -> None:
             {"moe_token_dispatcher_type": "flex"},
             ["megatron.moe_token_dispatcher_type = 'flex'", "and DeepEP"],
         ),
-        ({"recompute_granularity": "ful"}, ["TransformerConfig refuses", "recompute"]),
+        (
+            {"recompute_granularity": "ful"},
+            ["megatron.recompute_granularity = 'ful'", "'full' or 'selective'"],
+        ),
+        ({"moe_router_load_balancing_type": 3}, ["= 3: Input should be a valid string or ", "array"]),
+        ({"moe_aux_loss_coeff": [0.1, True]}, ["= [0.1, True]: Input should be a valid number"]),
+        ({"attention_backend": 1}, ["= 1: Input should be 'flash', 'fused', 'unfused', 'local' or 'auto'"]),
     ],
 )
 def test_refused_megatron_fields(describe: Describe, table: dict[str, Any], words: list[str]) -> None:

@@ -242,7 +242,7 @@ def test_columns_of_the_trainer_are_made_on_request() -> None:
             {"options": {"pover": 1.0}},
             r"options\.pover .* did you mean algorithm\.options\.power",
         ),
-        ("own:plain", {"options": {"power": "2"}}, r"algorithm\.options\.power = '2': .*valid number"),
+        ("own:plain", {"options": {"power": "two"}}, r"algorithm\.options\.power = 'two': .*valid number"),
         ("own:plain", {"options": {"power": -1.0}}, r"algorithm\.options\.power = -1\.0: .*greater than 0"),
         ("own:plain", {"correction": "token"}, r"own:plain weighs whole sequences; choose 'geometric'"),
         (

@@ -301,15 +301,24 @@ def test_stop_strings_end_responses_and_leave_the_text(
     )
 
 
-def test_a_stop_string_of_several_bytes_a_character(text_model: Path) -> None:
-    engine = engine_of(text_model)
-    prompt = Prompt("0", answer="", input_ids=engine.tokenizer("é")["input_ids"])
-    texts = ("ab  né", "ab  nè", "abc 🍎")
-    tail = torch.tensor([engine.tokenizer(text)["input_ids"][-4:] for text in texts])
-    assert engine._ends_with_stop(tail, ("é",)).tolist() == [True, False, False]
-    assert engine._ends_with_stop(tail, ("zz", "🍎")).tolist() == [False, False, True]
-    (group,) = engine.generate([prompt], SamplingParams(n=2, max_new_tokens=4, stop=("no such text",)))
-    assert all("no such text" not in s.text for s in group.samples)
+@pytest.mark.parametrize("stop", ["<pad>", "4<pad>", "<pad><pad>"])
+def test_a_stop_string_that_is_a_special_token(stop: str, folder_of: Callable[..., Path]) -> None:
+    """The response ends with the first of them, as on SGLang, which also decodes special tokens."""
+    folder = folder_of("qwen3")
+    prompts = prompts_of(folder, TEXTS)
+    sampling = SamplingParams(n=40, max_new_tokens=24, stop=(stop,))
+    engine = engine_of(folder, batch_size=60, routed_experts=False)
+    stopped = 0
+    for sample in (s for g in engine.generate(prompts, sampling) for s in g.samples):
+        pieces = engine.tokenizer.convert_ids_to_tokens(sample.tokens[sample.response_mask])
+        assert stop not in "".join(pieces[:-1])
+        ends = pieces[-1] == "<eos>" or "".join(pieces).endswith(stop)
+        assert sample.finish_reason == ("stop" if ends else "length")
+        assert ends or len(pieces) == 24
+        if "".join(pieces).endswith(stop):
+            assert sample.text == "".join(pieces).removesuffix(stop).replace("<pad>", "")
+            stopped += 1
+    assert stopped > 2
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])

@@ -16,8 +16,8 @@ from megatron_gmpo.metrics.logger import MetricLogger
 NOW = 1_000_000.0
 
 
-def shown(run_dir: Path, now: float = NOW) -> str:
-    console = Console(width=160)
+def shown(run_dir: Path, now: float = NOW, width: int = 160) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(watch.render(watch.read(run_dir), now))
     return capture.get()
@@ -74,6 +74,33 @@ def test_a_running_job(run_dir: Path) -> None:
     assert "3 s ago" in rank0
     assert "3 min 20 s ago" in rank1
     assert not watch.read(run_dir).finished
+
+
+def test_nothing_is_cut_in_a_narrow_terminal(run_dir: Path) -> None:
+    folder = run_dir / "studies-of-clips" / "an-arm-with-a-long-name" / "seed_1"
+    folder.mkdir(parents=True)
+    (run_dir / "heartbeats").rename(folder / "heartbeats")
+    beat = folder / "heartbeats" / "rank_00000.json"
+    node = "node0." + "very-long-domain." * 4
+    beat.write_text(beat.read_text().replace("node0", node))
+    logger = MetricLogger(folder, tensorboard=False)
+    saved = f"{folder}/checkpoints/iter_0000004"
+    logger.event("checkpoint", step=4, path=saved)
+    reason = f"step 5: loss is nan; the last checkpoint is {saved}"
+    (folder / "outcome.json").write_text(json.dumps({"code": 1, "reason": reason}))
+    text = shown(folder, width=60)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 60
+    whole = "".join(text.split())
+    for words in (str(folder), f"path={saved}", f"exit 1: {reason}"):
+        assert words.replace(" ", "") in whole
+
+
+def test_a_pipe_gets_whole_lines(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = "/" + "a-folder-with-a-long-name/" * 9
+    MetricLogger(run_dir, tensorboard=False, resume_step=4).event("checkpoint", step=4, path=saved)
+    watch.main([str(run_dir), "--once"])
+    assert f"path={saved}" in capsys.readouterr().out
 
 
 def test_a_job_that_has_gone_silent(run_dir: Path) -> None:

@@ -17,6 +17,7 @@ import aiohttp
 
 from ...config import SGLangConfig
 from ...errors import InputError
+from ..ending import Ending
 from ..engine import SamplingParams
 from .processes import LocalServers
 from .sampler import Response, Sampler
@@ -97,11 +98,11 @@ class RolloutClient:
     # samples
 
     def submit(
-        self, prompts: list[list[int]], sampling: SamplingParams, end_ids: Sequence[int]
+        self, prompts: list[list[int]], sampling: SamplingParams, ending: Ending
     ) -> Future[list[list[Response]]]:
         """Start ``Sampler.sample_all`` and return at once."""
         return asyncio.run_coroutine_threadsafe(
-            self._sampler.sample_all(prompts, sampling, end_ids), self._loop
+            self._sampler.sample_all(prompts, sampling, ending), self._loop
         )
 
     # weights
@@ -128,6 +129,11 @@ class RolloutClient:
     def retries(self) -> int:
         """Return the number of requests that were sent again, since the start."""
         return self._sampler.retries
+
+    @property
+    def old_cache_tokens(self) -> int:
+        """See ``Sampler.old_cache_tokens``."""
+        return self._sampler.old_cache_tokens
 
     @property
     def restarts(self) -> int:

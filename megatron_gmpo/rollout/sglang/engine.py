@@ -19,7 +19,8 @@ from ...config import Config
 from ...distributed import barrier, broadcast_object, rank
 from ...errors import InputError, ServerError
 from ...metrics.figures import Metric
-from ..engine import SamplingParams, end_token_ids, response_text
+from ..ending import Ending, end_token_ids
+from ..engine import SamplingParams
 from .client import RolloutClient
 from .memory import release_memory, resume_memory
 from .processes import LocalServers
@@ -39,6 +40,7 @@ class Ticket:
 
     prompts: list[Prompt]
     sampling: SamplingParams
+    ending: Ending
     future: Future[list[list[Response]]] | None
 
 
@@ -70,7 +72,7 @@ class SGLangEngine:
         self.version = -1
         self._cfg, self._servers, self._sync = cfg, servers, sync
         self._tokenizer, self._routed_experts = tokenizer, routed_experts
-        self._end_ids = end_token_ids(_generation_config(cfg.model.path), tokenizer)
+        self._end_ids = _end_ids(cfg.model.path, tokenizer)
         self._nonce = secrets.token_hex(4)
         self._client = None
         if rank() == 0:
@@ -78,7 +80,7 @@ class SGLangEngine:
         self._asleep = False
         self._submits = 0
         self._figures: dict[str, Metric] = {}
-        self._counted = (0, 0)
+        self._counted = dict.fromkeys(self._counts(), 0)
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
@@ -99,10 +101,9 @@ class SGLangEngine:
         """
         sampling = replace(sampling, seed=(self._cfg.seed, max(0, self.version), self._submits))
         self._submits += 1
-        future = self._client and self._client.submit(
-            [p.input_ids for p in prompts], sampling, sorted(self._end_ids)
-        )
-        return Ticket(prompts, sampling, future)
+        ending = Ending(self._tokenizer, self._end_ids, sampling.stop)
+        future = self._client and self._client.submit([p.input_ids for p in prompts], sampling, ending)
+        return Ticket(prompts, sampling, ending, future)
 
     def wait(self, ticket: Ticket) -> list[SampleGroup]:
         """Return the groups of a ticket, on every rank. Raises the errors of ``generate``."""
@@ -112,7 +113,8 @@ class SGLangEngine:
                 return None
             rows = zip(ticket.prompts, ticket.future.result(), strict=True)
             return [
-                [self._sample_of(p.input_ids, r, ticket.sampling) for r in responses] for p, responses in rows
+                [self._sample_of(p.input_ids, r, ticket.sampling, ticket.ending) for r in responses]
+                for p, responses in rows
             ]
 
         return [
@@ -145,18 +147,23 @@ class SGLangEngine:
     def take_metrics(self) -> dict[str, Metric]:
         """See ``RolloutEngine.take_metrics``."""
         taken, self._figures = self._figures, {}
-        if self._client:
-            now = (self._client.retries, self._client.restarts)
-            retries, restarts = (new - old for new, old in zip(now, self._counted, strict=True))
-            self._counted = now
-            taken |= {"rollout/retries": Metric(retries), "rollout/server_restarts": Metric(restarts)}
-        return taken
+        before, self._counted = self._counted, self._counts()
+        return taken | {name: Metric(count - before[name]) for name, count in self._counted.items()}
 
     def close(self) -> None:
         """End unfinished requests and the servers started by the run."""
         if self._client:
             self._client.close()
         self._sync.close()
+
+    def _counts(self) -> dict[str, int]:
+        """Return the client's counts since its start, by the names of their metrics."""
+        if not self._client:
+            return {}
+        counts = {"rollout/retries": self._client.retries, "rollout/server_restarts": self._client.restarts}
+        if self._cfg.weight_sync.in_flight == "in_place":
+            counts["rollout/old_cache_tokens"] = self._client.old_cache_tokens
+        return counts
 
     def _until(self, finished: Callable[[], Any]) -> Any:
         """Wait until ``finished`` returns a true value on rank 0, and return it on every rank.
@@ -203,7 +210,9 @@ class SGLangEngine:
         if self._client:
             self._client.synced(servers, report.failed)
 
-    def _sample_of(self, prompt: list[int], response: Response, sampling: SamplingParams) -> Sample:
+    def _sample_of(
+        self, prompt: list[int], response: Response, sampling: SamplingParams, ending: Ending
+    ) -> Sample:
         if response.finish_reason == "length" and len(response.tokens) < sampling.max_new_tokens:
             # SGLang lowers the limit without a word (scheduler.py)
             raise InputError(
@@ -214,7 +223,7 @@ class SGLangEngine:
             prompt,
             response.tokens,
             response.logprobs,
-            text=response_text(self._tokenizer, response.tokens.tolist(), self._end_ids, sampling.stop),
+            text=ending.text(response.tokens.tolist()),
             finish_reason="stop" if response.finish_reason == "stop" else "length",
             policy_version=int(response.versions.min()),
             version_spans=version_spans_of(response.versions, start=len(prompt)),
@@ -235,11 +244,13 @@ class SGLangEngine:
         return response.routed_experts.reshape(-1, layers, topk)
 
 
-def _generation_config(model: str) -> GenerationConfig:
+def _end_ids(model: str, tokenizer: Any) -> set[int]:
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     try:
-        return GenerationConfig.from_pretrained(model)
+        generation_config = GenerationConfig.from_pretrained(model)
     except OSError:  # as transformers does for a model without a generation config
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model, trust_remote_code=False))
+        generation_config = GenerationConfig.from_model_config(config)
+    return end_token_ids(config, generation_config, tokenizer)
 
 
 def _empty_cache() -> None:

@@ -18,13 +18,14 @@ import pybase64
 from ...batch.samples import narrow_experts
 from ...config import SGLangConfig
 from ...errors import InputError, ServerError
+from ..ending import Ending
 from ..engine import SamplingParams
 from .server_state import ServerEvent
 from .servers import Server
 from .watcher import PROBE_TIMEOUT_S, Member, Watcher
 
 ATTEMPTS = 5
-"""Maximum consecutive failed requests of one sample; answers HTTP 429 and 5xx do not count."""
+"""Maximum consecutive requests of one sample that bring no token; answers HTTP 429 and 5xx do not count."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 
 
@@ -36,7 +37,7 @@ class Response:
         tokens: R response token ids, including the end token.
         logprobs: R log probabilities, after temperature and before top-p and top-k.
         versions: R training steps, one per token: the step whose weights sampled the token.
-        finish_reason: ``stop`` or ``length``.
+        finish_reason: ``stop``, ``length``, or empty while the response is unfinished.
         routed_experts: (prompt + R - 1, layers * topk) uint8 or int16 expert ids, if requested.
     """
 
@@ -73,6 +74,8 @@ class Sampler:
 
     Attributes:
         retries: number of requests that were sent again, since the start.
+        old_cache_tokens: number of sampled tokens that are newer than their request, since the start. With
+            ``in_flight = "in_place"`` they attend to cache of the old weights.
     """
 
     def __init__(
@@ -83,14 +86,18 @@ class Sampler:
         nonce: str,
         return_routed_experts: bool,
     ) -> None:
-        self.retries = 0
+        self.retries = self.old_cache_tokens = 0
         self._watcher, self._http, self._cfg, self._nonce = watcher, http, cfg, nonce
         self._return_routed_experts = return_routed_experts
+        self._timeout = f"sglang.request_timeout_s = {cfg.request_timeout_s:g}"
 
     async def sample_all(
-        self, prompts: Sequence[list[int]], sampling: SamplingParams, end_ids: Sequence[int]
+        self, prompts: Sequence[list[int]], sampling: SamplingParams, ending: Ending
     ) -> list[list[Response]]:
-        """Return ``sampling.n`` responses for each prompt, in order. Tokens in ``end_ids`` end a response.
+        """Return ``sampling.n`` responses for each prompt, in order.
+
+        Every response ends where ``ending`` says. A server ends most of them there, but misses an end token
+        in an aborted answer, and a stop string that spans two requests or has more tokens than its encoding.
 
         Every sample has its own seed, drawn from ``sampling.seed``. SGLang reads it if
         ``enable_deterministic_inference`` or ``rl_on_policy_target`` is set, and uses 42 where it is missing
@@ -99,16 +106,16 @@ class Sampler:
 
         Raises:
             InputError: a server refuses a request or the API key.
-            ServerError: a sample failed ``ATTEMPTS`` times, or a server refused requests for
-                ``request_timeout_s``.
+            ServerError: ``ATTEMPTS`` consecutive requests of a sample brought no token, or a server refused
+                requests for ``request_timeout_s``.
         """
         parameters = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            "stop": list(sampling.stop),
-            "stop_token_ids": list(end_ids),
-            "ignore_eos": not end_ids,
+            "stop": list(ending.stop),
+            "stop_token_ids": sorted(ending.end_ids),
+            "ignore_eos": not ending.end_ids,
             "no_stop_trim": True,
             "skip_special_tokens": False,
         }
@@ -117,7 +124,7 @@ class Sampler:
         bits = np.random.SeedSequence(sampling.seed).generate_state(len(prompts) * n, np.uint64)
         responses = await asyncio.gather(
             *(
-                self._sample(prompts[i // n], limit, parameters | {"sampling_seed": seed})
+                self._sample(prompts[i // n], limit, parameters | {"sampling_seed": seed}, ending)
                 for i, seed in enumerate((bits >> np.uint64(1)).tolist())  # SGLang takes int64
             )
         )
@@ -134,7 +141,9 @@ class Sampler:
             ):
                 pass
 
-    async def _sample(self, prompt: list[int], limit: int, parameters: dict[str, Any]) -> Response:
+    async def _sample(
+        self, prompt: list[int], limit: int, parameters: dict[str, Any], ending: Ending
+    ) -> Response:
         """Return one response.
 
         The next request after an abort sends the sampled tokens as the end of a longer prompt. Discarding
@@ -142,45 +151,50 @@ class Sampler:
         """
         response = Response()
         failures = 0
-        while response.finish_reason in ("", "abort") and len(response.tokens) < limit:
+        while not response.finish_reason:
+            start, version = len(response.tokens), self._watcher.version
             body = {
                 "rid": f"{self._nonce}-{uuid.uuid4().hex}",
                 "input_ids": prompt + response.tokens.tolist(),
-                "sampling_params": parameters | {"max_new_tokens": limit - len(response.tokens)},
+                "sampling_params": parameters | {"max_new_tokens": limit - start},
                 "return_logprob": True,
                 "return_routed_experts": self._return_routed_experts,
             }
-            version = self._watcher.version
             try:
-                self._append(response, await self._ask(body))
-                if response.finish_reason == "abort" and version == self._watcher.version:
-                    raise _RetryError("the server aborted the request outside a weight sync")
+                self._append(response, await self._ask(body), limit, ending)
+                aborted = not response.finish_reason and version == self._watcher.version  # by no sync
+                if aborted and len(response.tokens) == start:
+                    raise _RetryError(
+                        f"a server aborted it before its first token: raise {self._timeout} if requests queue"
+                        " longer"
+                    )
+                self.retries += aborted
+                failures = 0
             except _RetryError as error:
                 self.retries += 1
                 failures += 1
                 if failures == ATTEMPTS:
-                    raise ServerError(f"a sample failed {ATTEMPTS} times, the last time: {error}") from None
+                    raise ServerError(
+                        f"a sample failed {ATTEMPTS} times in a row, the last time: {error}"
+                    ) from None
         return response
 
     async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the answer of a server with the current weights.
 
-        The request is sent again while servers reply HTTP 429 or 5xx.
+        The request is sent again while servers reply HTTP 429 or 5xx. The weights' version is the key of the
+        server's prefix cache, so that a request never reuses cache from before a sync in place.
         """
         pause, refused_since = _FIRST_PAUSE_S, None
         while True:
             member = await self._watcher.acquire()
             version = self._watcher.version
             try:
-                reply = await self._request(member, body)
+                reply = await self._request(member, body | {"extra_key": f"{self._nonce}-{version}"})
             finally:
                 await self._watcher.release()
             if reply.status == 200:
-                answer = orjson.loads(reply.content)  # routed experts make the answer several megabytes
-                if min(versions_of(answer, self._nonce)) >= version:
-                    return answer
-                self._watcher.report(member, ServerEvent.REQUEST_FAILED)
-                raise _RetryError(f"{member.server.url} answered from old weights")
+                return self._read(reply, member, version)
             if reply.status in (401, 403):
                 raise InputError(
                     f"{member.server.url} refuses the API key (HTTP {reply.status}): "
@@ -190,13 +204,34 @@ class Sampler:
                 raise InputError(f"{member.server.url} refuses a request: {reply.message}")
             refused_since = refused_since or time.monotonic()
             if time.monotonic() > refused_since + self._cfg.request_timeout_s:
-                limit = f"sglang.request_timeout_s = {self._cfg.request_timeout_s:g}"
                 raise ServerError(
-                    f"{member.server.url} accepted no request within {limit}, the last reply: {reply.message}"
+                    f"{member.server.url} accepted no request within {self._timeout}, "
+                    f"the last reply: {reply.message}"
                 )
             self.retries += 1
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _read(self, reply: _Reply, member: Member, version: int) -> dict[str, Any]:
+        """Return the answer of ``member`` to a request that was sent at ``version``.
+
+        Raises:
+            _RetryError: older weights sampled a token, or the numbers of tokens, log probabilities and
+                versions differ.
+        """
+        answer = orjson.loads(reply.content)  # routed experts make the answer several megabytes
+        versions = versions_of(answer, self._nonce)
+        if versions.min() < version:
+            self._watcher.report(member, ServerEvent.REQUEST_FAILED)
+            raise _RetryError(f"{member.server.url} answered from old weights")
+        tokens, logprobs = len(answer["output_ids"]), len(answer["meta_info"]["output_token_logprobs"])
+        if (logprobs, len(versions)) != (tokens, max(1, tokens)):
+            raise _RetryError(
+                f"{member.server.url} answered {tokens} tokens with {logprobs} log probabilities and weight "
+                f"versions of {len(versions)} tokens"
+            )
+        self.old_cache_tokens += int((versions[:tokens] > version).sum())
+        return answer
 
     async def _request(self, member: Member, body: dict[str, Any]) -> _Reply:
         """Return the server's reply to ``/generate``.
@@ -213,7 +248,7 @@ class Sampler:
                 await asyncio.wait({request}, timeout=PROBE_TIMEOUT_S)
             if not request.done():
                 self._watcher.report(member, ServerEvent.REQUEST_TIMED_OUT)
-                raise _RetryError(f"{server.url} did not answer within {timeout_s:g} s")
+                raise _RetryError(f"{server.url} did not answer within {self._timeout}")
             if request.cancelled():  # the watcher cancels it
                 raise _RetryError(f"{server.url} was lost")
             return request.result()
@@ -232,37 +267,43 @@ class Sampler:
         ) as reply:
             return _Reply(reply.status, await reply.read())
 
-    def _append(self, response: Response, answer: dict[str, Any]) -> None:
-        """Add the tokens of ``answer`` to ``response``."""
-        about, finish_reason = answer["meta_info"], answer["meta_info"]["finish_reason"]["type"]
-        # after an abort the longer prompt is routed again, under the newer weights
-        if self._return_routed_experts and finish_reason != "abort":
-            flat = narrow_experts(np.frombuffer(pybase64.b64decode(about["routed_experts"]), "<i4"))
-            routed = about["prompt_tokens"] + len(answer["output_ids"]) - 1
-            if not routed or len(flat) % routed:
+    def _append(self, response: Response, answer: dict[str, Any], limit: int, ending: Ending) -> None:
+        """Add the tokens of ``answer`` up to the end of the response, and set its ``finish_reason``."""
+        about, output = answer["meta_info"], answer["output_ids"]
+        tokens = np.append(response.tokens, np.array(output, np.int32))
+        finish_reason, end = about["finish_reason"]["type"], ending.length(tokens)
+        if end is not None:
+            finish_reason = "stop"
+        elif finish_reason == "abort":
+            finish_reason = "length" if len(tokens) == limit else ""
+        # an unfinished response is routed again as a longer prompt, under the newer weights
+        if self._return_routed_experts and finish_reason:
+            flat = narrow_experts(np.frombuffer(pybase64.b64decode(about.get("routed_experts", "")), "<i4"))
+            routed = about.get("prompt_tokens", 0) + len(output) - 1
+            if not len(flat) or len(flat) % routed:
                 raise _RetryError(f"the record has {len(flat)} routed experts for {routed} tokens")
-            response.routed_experts = flat.reshape(routed, -1)
-        logprobs = [logprob for logprob, *_ in about["output_token_logprobs"]]
-        versions = versions_of(answer, self._nonce)[: len(answer["output_ids"])]
-        response.tokens = np.append(response.tokens, np.array(answer["output_ids"], np.int32))
-        response.logprobs = np.append(response.logprobs, np.array(logprobs, np.float32))
-        response.versions = np.append(response.versions, np.array(versions, np.int32))
+            surplus = 0 if end is None else len(tokens) - end
+            response.routed_experts = flat.reshape(routed, -1)[: routed - surplus]
+        logprobs = np.array([logprob for logprob, *_ in about["output_token_logprobs"]], np.float32)
+        versions = versions_of(answer, self._nonce)[: len(output)]
+        response.tokens = tokens[:end]
+        response.logprobs = np.append(response.logprobs, logprobs)[:end]
+        response.versions = np.append(response.versions, versions)[:end]
         response.finish_reason = finish_reason
 
 
-def versions_of(answer: dict[str, Any], nonce: str) -> list[int]:
-    """Return the training step of the weights behind each output token: -1 for weights of another run.
+def versions_of(answer: dict[str, Any], nonce: str) -> np.ndarray:
+    """Return (tokens,) int32: the training step of the weights behind each output token.
 
-    An answer without tokens gives one entry, the server's current weights.
+    Weights of another run are -1. An answer without tokens gives one entry, the server's current weights.
     """
     about, count = answer["meta_info"], len(answer["output_ids"])
     spans = about.get("weight_versions") or [
         {"version": about["weight_version"], "start": 0, "end": max(1, count)}
     ]
-    steps: list[int] = []
-    for span in spans:
-        steps += [_step(span["version"], nonce)] * (span["end"] - span["start"])
-    return steps or [_step(about["weight_version"], nonce)]
+    steps = [_step(span["version"], nonce) for span in spans]
+    versions = np.repeat(np.array(steps, np.int32), [span["end"] - span["start"] for span in spans])
+    return versions if len(versions) else np.array([_step(about["weight_version"], nonce)], np.int32)
 
 
 def _step(version: str, nonce: str) -> int:

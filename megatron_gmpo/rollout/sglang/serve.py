@@ -52,7 +52,7 @@ def serve(cfg: Config) -> None:
     if rest:
         raise InputError(
             f"rollout.num_servers = {cfg.rollout.num_servers} cannot be divided among {tasks} nodes: "
-            "choose a multiple"
+            f"choose a multiple of {tasks}"
         )
     cfg = cfg.model_copy(
         update={
