@@ -54,13 +54,15 @@ class InputError(RunError, ValueError):
 
 
 class DiskFullError(InputError):
-    """A file system is full, or a quota is used up. The line names the file system and the file."""
+    """A file system is full, or a quota is used up. The line names the file system and the file, if known."""
 
-    def __init__(self, path: str | Path, reason: str = os.strerror(errno.ENOSPC)) -> None:
+    def __init__(self, path: str | Path | None, reason: str = os.strerror(errno.ENOSPC)) -> None:
         super().__init__(path, reason)  # pickle passes these arguments to the other ranks
-        self.path, self.reason = Path(path).absolute(), reason
+        self.path, self.reason = Path(path).absolute() if path else None, reason
 
     def __str__(self) -> str:
+        if self.path is None:
+            return f"a file system is full ({self.reason}): free space, and start the same command again"
         disk = next(folder for folder in (self.path, *self.path.parents) if os.path.ismount(folder))
         return (
             f"the file system {disk} is full ({self.reason}), so {self.path} cannot be written: "
@@ -72,7 +74,7 @@ def disk_full(error: BaseException | None) -> DiskFullError | None:
     """Return the error to report if ``error`` is the ``OSError`` of a full file system, else None."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
-    return DiskFullError(error.filename or os.getcwd(), os.strerror(error.errno))
+    return DiskFullError(error.filename, os.strerror(error.errno))
 
 
 class NonFiniteError(RunError, RuntimeError):

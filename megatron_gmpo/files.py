@@ -82,7 +82,8 @@ def written_aside(final: Path) -> Iterator[Path]:
     partial = partial_path(final)
     clear(partial)
     try:
-        yield partial
+        with named(final):
+            yield partial
         publish(partial, final)
     except BaseException:
         clear(partial)

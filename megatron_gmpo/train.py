@@ -22,6 +22,8 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import logging
 from contextlib import closing, nullcontext
 
+from safetensors import SafetensorError
+
 from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
 from .batch.samples import SampleGroup
@@ -235,8 +237,11 @@ class Loop:
         # No collective here, because a rollout may have failed on only one rank.
         if self.minibatch is not None and rank() == 0:
             file = self.run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
-            self.minibatch.save(file)
-            line += f"; the last minibatch is in {file}"
+            try:
+                self.minibatch.save(file)
+                line += f"; the last minibatch is in {file}"
+            except (OSError, SafetensorError) as failure:
+                line += f"; the last minibatch cannot be written ({failure})"
         if kept := self.state.saved_step:
             line += f"; the last checkpoint is {checkpoint_path(self.run.checkpoint_dir, kept)}"
         self.logger.event("nonfinite", step=step, reason=line)

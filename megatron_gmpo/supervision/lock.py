@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from .. import files
 from ..errors import InputError
 from .records import node_name
 
@@ -65,8 +66,9 @@ class RunLock:
             "start": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._file.truncate(0)
-        self._file.write(json.dumps(holder) + "\n")
-        self._file.flush()
+        with files.named(Path(self._file.name)):
+            # without a buffer, which would be written again, and fail again, when the file is closed
+            os.write(self._file.fileno(), (json.dumps(holder) + "\n").encode())
 
     def release(self) -> None:
         """Release the lock."""

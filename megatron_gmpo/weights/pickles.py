@@ -8,6 +8,7 @@ files (``_extra_state`` of a module) without limits, and Transformer Engine unpi
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Set
@@ -48,6 +49,7 @@ _METADATA = _RECORDS | {
 }
 _FP8_STATE = _RECORDS | {
     "torch._utils": {"_rebuild_tensor_v2"},
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
     "transformer_engine.common.recipe": {
         "Format",
         "_FormatHelper",
@@ -108,9 +110,9 @@ def plain_records_only(checkpoint: Path) -> Iterator[None]:
     readers: Any = FileSystemReader
     planners: Any = DefaultLoadPlanner
     reads_metadata, loads_bytes = readers.read_metadata, planners.load_bytes
+    found = read_metadata(checkpoint / ".metadata")
 
     def metadata(reader: Any, *_: Any, **__: Any) -> Metadata:
-        found = read_metadata(Path(reader.path) / ".metadata")
         found.storage_meta = found.storage_meta or StorageMeta()
         found.storage_meta.load_id = reader.load_id
         return found
@@ -143,11 +145,14 @@ def check_plain(data: bytes) -> None:
             _PlainUnpickler(io.BytesIO(item.numpy().tobytes()), _FP8_STATE).load()
 
 
+_DAMAGE = (CheckpointingException, pickle.UnpicklingError, json.JSONDecodeError, OSError, EOFError)
+
+
 def _refusal(checkpoint: Path, error: BaseException) -> InputError | None:
     """Return the error to report if a file of the checkpoint is damaged or asks for code, else None."""
     if isinstance(error, InputError):
         return error
-    damaged = isinstance(error, CheckpointingException | pickle.UnpicklingError | OSError | EOFError) or (
+    damaged = isinstance(error, _DAMAGE) or (
         isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
     )
     line = " ".join(str(error).split()) or type(error).__name__

@@ -356,7 +356,7 @@ def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lives = [line.split() for line in done.stdout.splitlines()]
-    assert len(lives) == 9
+    assert len(lives) == 10
     for life, after in itertools.pairwise(lives):
         assert life[0] == "loaded"
         steps = [int(word) for word in life[1::2]]

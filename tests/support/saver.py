@@ -105,8 +105,9 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
     choose = random.Random(seed)
     places: list[tuple[Any, str, int] | None] = [
         (Path, "rename", 1),  # Megatron writes the metadata of the new checkpoint
-        (Path, "rename", 2),  # the new checkpoint is complete but does not have its name
-        (Path, "rename", 3),  # it has its name but is not recorded as the latest
+        (Path, "rename", 3),  # the state is the last file; random states are the second
+        (Path, "rename", 4),  # the new checkpoint is complete but does not have its name
+        (Path, "rename", 5),  # it has its name but is not recorded as the latest
         (shutil, "rmtree", 1),  # it is the latest; the oldest is being removed
         (ForkProcess, "start", 2),  # one of Megatron's two writers writes
         *[None] * RANDOM_MOMENTS,

@@ -138,6 +138,8 @@ def test_a_full_disk_is_named_with_its_file(tmp_path: Path, capfd: pytest.Captur
         raise raised.value
     assert ended.value.code == Exit.BAD_INPUT
     assert capfd.readouterr().err == f"error: {line}\n"
+    unnamed = "a file system is full (Disk quota exceeded): free space, and start the same command again"
+    assert str(disk_full(OSError(errno.EDQUOT, "x"))) == unnamed
     assert disk_full(OSError(errno.EIO, "x")) is None
     with pytest.raises(OSError, match="x"), one_line_errors():
         raise OSError(errno.EIO, "x")
