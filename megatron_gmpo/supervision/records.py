@@ -102,7 +102,7 @@ def newest_step(checkpoints: Path) -> int | None:
         return None
     if not re.fullmatch(rb"\s*\d{1,9}\s*", content):
         raise InputError(
-            f"{path} contains {content[:40].decode(errors='replace')!r} instead of a step's number"
+            f"{path} contains {content[:40].decode(errors='replace')!r} instead of the number of a step"
         )
     return int(content)
 
