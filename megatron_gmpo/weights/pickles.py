@@ -152,6 +152,8 @@ def _refusal(checkpoint: Path, error: BaseException) -> InputError | None:
     """Return the error to report if a file of the checkpoint is damaged or asks for code, else None."""
     if isinstance(error, InputError):
         return error
+    if isinstance(error, AttributeError) and isinstance(error.__context__, FileNotFoundError):
+        error = error.__context__  # Megatron 0.16.1 fails while it reports that common.pt is missing
     damaged = isinstance(error, _DAMAGE) or (
         isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
     )
