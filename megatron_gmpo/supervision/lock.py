@@ -98,7 +98,7 @@ class RunLock:
 def _private(path: Path) -> TextIO:
     """Open a file that only this user can read, and create it if it does not exist."""
     try:
-        file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+")  # noqa: SIM115
+        file = open(path, "a+", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
         os.fchmod(file.fileno(), 0o600)  # an older version created it for everyone
     except PermissionError:
         raise InputError(f"{path} belongs to another user: choose another run_dir") from None
