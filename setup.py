@@ -43,6 +43,7 @@ setup(
         "tomli-w>=1.0",
         "torch>=2.9",
         "transformers>=5.22",
+        "xxhash>=3.5",
     ],
     extras_require={
         "gpu": [  # the versions that megatron-core 0.16.1 and 0.19.2 accept

@@ -34,11 +34,13 @@ from torch import multiprocessing
 
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.config import Positive, SGLangConfig, WeightSyncConfig
+from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang.client import RolloutClient
 from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from megatron_gmpo.testing.tiny_models import make_tiny_model
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 CPU = torch.device("cpu")
@@ -141,11 +143,12 @@ def measure_client(folder: Path) -> None:
         client.synced(servers, [])
         prompts = [[5 + i % 11, 6, 7, *range(5, 15)] for i in range(4 * CONCURRENT)]
         sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
+        ending = Ending(text_tokenizer(), set())
         # Warm up the server and the connections.
-        client.submit(prompts[:CONCURRENT], sampling, []).result(600)
+        client.submit(prompts[:CONCURRENT], sampling, ending).result(600)
         start = time.perf_counter()
         in_client = client.cpu_seconds()
-        answers = client.submit(prompts, sampling, []).result(1800)
+        answers = client.submit(prompts, sampling, ending).result(1800)
         total, in_client = time.perf_counter() - start, client.cpu_seconds() - in_client
     finally:
         client.close()

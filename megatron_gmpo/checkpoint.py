@@ -7,17 +7,22 @@ A run's checkpoint folder has Megatron-LM's names::
     iter_0000010/
       common.pt, metadata.json, .metadata, *.distcp    tensors: weights under GPTModel's keys, optimizer state
                                                        under "optimizer.*" (no common.pt from Megatron 0.19)
-      state.json                                       step, prompt cursor, updates, config, model identity
+      state.json                                       step, prompt cursor, updates, config, model identity,
+                                                       sizes and checksums of the other files and of itself
       random/rank_00000.safetensors                    random-number states of one rank
 
 A checkpoint is written to ``.partial_iter_0000010``, flushed, and renamed. The text file is updated last. A
-kill at any time leaves the older checkpoints intact. ``policy.optimizer_state`` makes the sharded tensors.
+kill at any time leaves the older checkpoints intact. ``policy.optimizer_state`` makes the sharded tensors. No
+code from a checkpoint runs (``weights.pickles``).
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import multiprocessing
+import queue
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,15 +34,23 @@ import torch
 import torch.distributed._shard.sharded_tensor.api as sharded_tensor
 import torch.distributed._shard.sharding_spec.api as sharding_spec
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from . import files
-from .distributed import agreed, folder_written_by_all, rank, world_size
-from .errors import InputError
+from .distributed import agreed, all_gather_objects, broadcast_object, folder_written_by_all, rank, world_size
+from .errors import DiskFullError, InputError
+from .supervision.records import LATEST
+from .supervision.signals import end_with_parent
+from .weights.checksums import checksums_of
 from .weights.companions import copy_companions
-from .weights.torch_dist import LATEST
+from .weights.pickles import plain_records_only
+from .weights.run_checkpoint import checkpoint_path, read_state, step_of, stored_checkpoints, write_state
+from .weights.torch_dist import is_disk_full
 
 _IDENTITY = [
     "model_type",
@@ -63,35 +76,6 @@ _IDENTITY = [
 ]
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run's checkpoint folder, or None.
-
-    Raises:
-        InputError: latest_checkpointed_iteration.txt names a checkpoint that is missing or incomplete.
-    """
-    pointer = folder / LATEST
-    if not pointer.is_file():
-        return None
-    checkpoint = folder / f"iter_{int(pointer.read_text()):07d}"
-    if not (checkpoint / "state.json").is_file():
-        raise InputError(
-            f"{pointer} names {checkpoint.name}, which is missing or incomplete: "
-            "write an older iteration into it"
-        )
-    return checkpoint
-
-
-def checkpoint_before(folder: Path, step: int) -> Path | None:
-    """Return the newest complete checkpoint written before ``step``, or None."""
-    complete = [checkpoint for checkpoint in folder.glob("iter_*") if (checkpoint / "state.json").is_file()]
-    return max((checkpoint for checkpoint in complete if read_state(checkpoint)["step"] < step), default=None)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the JSON state given to ``save_checkpoint``, with ``step`` and ``world_size``."""
-    return json.loads((checkpoint / "state.json").read_text())
-
-
 def model_identity(hf: Any, dtype: str) -> dict[str, Any]:
     """Return the fields of a Hugging Face config that determine the weights' shapes, and the dtype."""
     return {**{field: getattr(hf, field, None) for field in _IDENTITY}, "dtype": dtype}
@@ -103,7 +87,7 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
     Raises:
         InputError: a field differs; the message names the first such field.
     """
-    saved = read_state(checkpoint)["model"]
+    saved = read_state(checkpoint).get("model", {})
     for field, value in identity.items():
         if saved.get(field) != value:
             raise InputError(
@@ -130,32 +114,56 @@ def save_checkpoint(
 
     Returns:
         The new checkpoint.
+
+    Raises:
+        DiskFullError: the file system is full. The incomplete checkpoint is removed.
     """
     with agreed():
         if rank() == 0:
-            for stale in folder.glob(".partial_*"):  # a killed save leaves them
-                files.clear(stale)
+            clear_unfinished(folder)
             _save_companions(hf, folder)
     force_all_tensors_to_non_fp8(tensors)
-    final = folder / f"iter_{step:07d}"
+    final = checkpoint_path(folder, step)
     with folder_written_by_all(final) as partial:
-        with _overlap_check_off():
+        with _overlap_check_off(), _disk_full_errors(partial):
             dist_checkpointing.save(tensors, str(partial))
-        (partial / "random").mkdir(exist_ok=True)
-        safetensors.torch.save_file(_random_states(), _random_file(partial))
-        if rank() == 0:
-            content = {"step": step, "world_size": world_size(), **state}
-            (partial / "state.json").write_text(json.dumps(content, indent=1))
-            if final.exists():  # a kill before the update of the text file leaves it
-                files.remove(final)
+        with agreed():
+            (partial / "random").mkdir(exist_ok=True)
+            files.write(_random_file(partial), safetensors.torch.save(_random_states()))
+            mine = checksums_of(partial, _files_of_this_rank(partial))
+        recorded = {name: about for part in all_gather_objects(mine) for name, about in part.items()}
+        with agreed():
+            if rank() == 0:
+                write_state(partial, {"step": step, "world_size": world_size(), **state, "files": recorded})
+                if final.exists():  # a kill before the update of the text file leaves it
+                    files.remove(final)
     with agreed():
         if rank() == 0:
             files.write(folder / LATEST, str(step))
             # such a kill may also leave a later checkpoint, which must not count for keep_last
-            up_to_this = sorted(found for found in folder.glob("iter_*") if found.name <= final.name)
-            for old in up_to_this[:-keep_last]:
+            up_to_this = [found for found in stored_checkpoints(folder) if step_of(found) <= step]
+            for old in reversed(up_to_this[keep_last:]):
                 files.remove(old)
     return final
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed save has left."""
+    for stale in folder.glob(".partial_*"):
+        files.clear(stale)
+
+
+def room_to_save(folder: Path, keep_last: int, saves: int) -> tuple[int, str]:
+    """Return how many more checkpoints the folder will hold at once, and a phrase that states why.
+
+    A new checkpoint is complete before the oldest is removed.
+
+    Args:
+        saves: number of saves that are left in the run.
+    """
+    existing = len(stored_checkpoints(folder))
+    most = max(existing + 1, min(existing + saves, keep_last + 1))  # a run that is stopped also saves
+    return most - existing, f"checkpoint.keep_last = {keep_last} needs room for {most}, {existing} exist"
 
 
 def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
@@ -163,24 +171,38 @@ def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
     with agreed():
         if rank() == 0:
             folder, content = checkpoint.parent, read_state(checkpoint) | state
-            files.write(checkpoint / "state.json", json.dumps(content, indent=1))
+            write_state(checkpoint, content)
             files.write(folder / LATEST, str(content["step"]))
-            for later in [found for found in folder.glob("iter_*") if found.name > checkpoint.name]:
-                files.remove(later)
+            for found in stored_checkpoints(folder):
+                if step_of(found) > step_of(checkpoint):
+                    files.remove(found)
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensors that the sharded state dict ``tensors`` describes, from any layout. Collective."""
-    with _overlap_check_off():
+    """Return the tensors that the sharded state dict ``tensors`` describes, from any layout. Collective.
+
+    Raises:
+        InputError: a file is damaged or asks for code, see ``plain_records_only``.
+    """
+    with _overlap_check_off(), plain_records_only(checkpoint):
         loaded: Any = dist_checkpointing.load(tensors, str(checkpoint), validate_access_integrity=False)
     return loaded
 
 
 def restore_random_states(checkpoint: Path) -> None:
-    """Restore this rank's random-number states if the checkpoint has the current number of ranks."""
+    """Restore this rank's random-number states if the checkpoint has the current number of ranks.
+
+    Raises:
+        InputError: its file is missing or damaged.
+    """
     if read_state(checkpoint)["world_size"] != world_size():
         return
-    states = safetensors.torch.load_file(_random_file(checkpoint))
+    try:
+        states = safetensors.torch.load_file(_random_file(checkpoint))
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{_random_file(checkpoint)} cannot be read ({error}): use another checkpoint"
+        ) from None
     random.setstate((3, tuple(int(x) for x in states["python"].numpy().view(np.uint64)), None))
     *keys, position = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
@@ -211,8 +233,56 @@ def _random_file(checkpoint: Path) -> Path:
     return checkpoint / "random" / f"rank_{rank():05d}.safetensors"
 
 
+def _files_of_this_rank(checkpoint: Path) -> list[Path]:
+    """Return the files that this rank has written, which its node still has in memory."""
+    others = re.compile(r"__\d+_\d+\.distcp")
+    mine = [_random_file(checkpoint), *checkpoint.glob(f"__{rank()}_*.distcp")]
+    if rank() == 0:
+        mine += [path for path in checkpoint.iterdir() if path.is_file() and not others.fullmatch(path.name)]
+    return mine
+
+
+def _write_as_child_of_the_rank() -> None:
+    """Let Megatron's writers end with the rank that forks them, and start no server for their results.
+
+    A save is synchronous, so a queue in this process can hold the results. Without one, Megatron starts a
+    process of about 200 MB that outlives a killed rank (filesystem_async.py).
+    """
+    writers: Any = filesystem_async.FileSystemWriterAsync
+    write = writers.write_preloaded_data
+
+    @functools.wraps(write)
+    def write_until_the_rank_ends(*args: Any, **kwargs: Any) -> Any:
+        if multiprocessing.parent_process():  # Megatron 0.19 writes in threads of the rank
+            end_with_parent()
+        return write(*args, **kwargs)
+
+    writers.write_preloaded_data = staticmethod(write_until_the_rank_ends)
+    filesystem_async._results_queue = queue.Queue()
+
+
+_write_as_child_of_the_rank()
+
+
+@contextmanager
+def _disk_full_errors(folder: Path) -> Iterator[None]:
+    """Raise ``DiskFullError`` for Megatron's errors of a full file system, on every rank that has one."""
+    try:
+        yield
+    except CheckpointException as error:  # on every rank, after a collective; rank 0 has the failures of all
+        if broadcast_object(any(is_disk_full(cause) for cause, _ in error.failures.values())):
+            raise DiskFullError(folder) from None
+        raise
+    except (RuntimeError, OSError) as error:  # of common.pt, metadata.json or .metadata, which rank 0 writes
+        if is_disk_full(error):
+            raise DiskFullError(folder) from None
+        raise
+
+
 def _save_companions(hf: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / LATEST).exists():
+        files.write(folder / LATEST, "0")  # tells a kill during the first save from a lost file
     if not (folder / "hf").exists():
         with files.written_aside(folder / "hf") as partial:
             copy_companions(hf, partial)

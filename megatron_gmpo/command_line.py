@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from .config import Config
 from .config.section import expanded_path
 from .config.values import as_argument, parse_words, unwrapped
-from .errors import Exit, InputError, RunError, printable
+from .errors import Exit, InputError, RunError, disk_full, printable
 
 ALONE_S = 10.0
 """Seconds that another rank waits for rank 0 to report an error before it prints its own error."""
@@ -116,11 +116,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a ``RunError`` or SIGINT into one line on stderr and an exit code."""
+    """Turn a ``RunError``, a full file system, or SIGINT into one line on stderr and an exit code."""
     try:
         yield
     except RunError as error:
         exit_with_one_line(error, error.exit)
+    except OSError as error:
+        if full := disk_full(error):
+            exit_with_one_line(full, full.exit)
+        raise
     except KeyboardInterrupt:
         print("error: interrupted by SIGINT", file=sys.stderr, flush=True)
         sys.exit(Exit.INTERRUPTED)

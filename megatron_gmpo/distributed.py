@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import files
-from .errors import RunError
+from .errors import RunError, disk_full
 
 
 class _SumIdentityBackward(torch.autograd.Function):
@@ -138,4 +138,6 @@ def _stated(error: Exception | None) -> RunError | None:
     """Return the error that other ranks raise for ``error``."""
     if error is None or isinstance(error, RunError):
         return error
+    if full := disk_full(error):
+        return full
     return RunError(f"rank {rank()} failed with {type(error).__name__}: {' '.join(str(error).split())}")

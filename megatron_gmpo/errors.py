@@ -5,7 +5,10 @@ This module does not import torch, so that command lines can refuse bad input qu
 
 from __future__ import annotations
 
+import errno
+import os
 from enum import IntEnum
+from pathlib import Path
 
 
 def printable(text: object) -> str:
@@ -48,6 +51,30 @@ class InputError(RunError, ValueError):
     """The user's input is wrong. The line names the field, the value and the remedy."""
 
     exit = Exit.BAD_INPUT
+
+
+class DiskFullError(InputError):
+    """A file system is full, or a quota is used up. The line names the file system and the file, if known."""
+
+    def __init__(self, path: str | Path | None, reason: str = os.strerror(errno.ENOSPC)) -> None:
+        super().__init__(path, reason)  # pickle passes these arguments to the other ranks
+        self.path, self.reason = Path(path).absolute() if path else None, reason
+
+    def __str__(self) -> str:
+        if self.path is None:
+            return f"a file system is full ({self.reason}): free space, and start the same command again"
+        disk = next(folder for folder in (self.path, *self.path.parents) if os.path.ismount(folder))
+        return (
+            f"the file system {disk} is full ({self.reason}), so {self.path} cannot be written: "
+            "free space, and start the same command again"
+        )
+
+
+def disk_full(error: BaseException | None) -> DiskFullError | None:
+    """Return the error to report if ``error`` is the ``OSError`` of a full file system, else None."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return DiskFullError(error.filename, os.strerror(error.errno))
 
 
 class NonFiniteError(RunError, RuntimeError):

@@ -100,6 +100,7 @@ def main(cfg: Config) -> None:
         )
     run = prepare(cfg, train=False)
     run.start()
+    run.verify_checkpoint()
     evaluated = cfg.model.path
     with closing(run.engine()) as engine, closing_reward(run.reward):
         policy = run.policy(trainable=False)

@@ -47,6 +47,31 @@ def write_new(path: Path, content: str | bytes) -> bool:
     return True
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, on a new line if the file ends with an unfinished one, as after a kill."""
+    with named(path), path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else "\n" + line
+        file.write(line.encode() + b"\n")
+
+
+def sync(path: Path) -> None:
+    """Flush a file to the disk, so that its content survives a power failure. It may be missing."""
+    if path.exists():
+        _flush(path)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an ``OSError`` of the block that names no file, as those of write() and fsync(), name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 @contextmanager
 def written_aside(final: Path) -> Iterator[Path]:
     """Yield a free path to write a file or a folder to; after the block, flush it and rename it to ``final``.
@@ -57,7 +82,8 @@ def written_aside(final: Path) -> Iterator[Path]:
     partial = partial_path(final)
     clear(partial)
     try:
-        yield partial
+        with named(final):
+            yield partial
         publish(partial, final)
     except BaseException:
         clear(partial)
@@ -129,9 +155,10 @@ def _write_aside(path: Path, content: str | bytes, durable: bool) -> Path:
     writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
     aside = path.with_name(f".partial_{path.name}.{writer}")
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        if durable:
-            _flush(aside)
+        with named(path):
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
+            if durable:
+                _flush(aside)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -141,6 +168,7 @@ def _write_aside(path: Path, content: str | bytes, durable: bool) -> Path:
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -21,12 +21,12 @@ import transformers
 
 from . import files
 from .batch.samples import Prompt
-from .checkpoint import check_model, checkpoint_size, latest_checkpoint, model_identity, read_state
+from .checkpoint import check_model, checkpoint_size, model_identity, room_to_save
 from .command_line import load_config, one_line_errors
 from .config import Config
 from .data.prompts import check_lengths, load_prompts, load_tokenizer
 from .data.stream import PromptStream
-from .distributed import rank
+from .distributed import broadcast_object, rank
 from .errors import Exit, InputError, StopRequest, printable
 from .metrics.logger import check_wandb
 from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
@@ -48,6 +48,7 @@ from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
 from .supervision import signals
+from .weights.run_checkpoint import choose_whole, find_candidates, full_damage, read_state, step_of
 from .weights.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Run:
         prompts: stream of training problems, where ``checkpoint`` left it; None when saved rollouts are
             replayed.
         checkpoint: newest checkpoint in the run folder, from which the run resumes, or None.
+        damage: what is wrong with the checkpoint that should be the newest, if ``checkpoint`` replaces it.
         step: completed steps in ``checkpoint``; 0 without a checkpoint.
         checkpoint_bytes: estimated size of one checkpoint on disk.
     """
@@ -76,6 +78,7 @@ class Run:
     eval_sets: dict[str, list[Prompt]]
     prompts: PromptStream | None
     checkpoint: Path | None
+    damage: str
     step: int
     checkpoint_bytes: int
 
@@ -96,6 +99,36 @@ class Run:
         start_process_group(self.device, self.cfg.distributed_timeout_s)
         seed_everything(self.cfg.seed)
         torch.use_deterministic_algorithms(self.description.transformer.deterministic_mode)
+
+    def verify_checkpoint(self) -> None:
+        """Read the checkpoint's files and compare checksums, if ``checkpoint.verify`` is true. Collective.
+
+        With ``checkpoint.fall_back``, an older checkpoint replaces one that is damaged.
+
+        Raises:
+            InputError: the checkpoint is damaged; see ``choose_whole``. Raised on every rank.
+        """
+        settings, before = self.cfg.checkpoint, self.checkpoint
+        if self.checkpoint and settings.verify:
+            candidates = broadcast_object(find_candidates(self.checkpoint_dir))
+            self.checkpoint, self.damage = choose_whole(
+                candidates, fall_back=settings.fall_back, damage_of=full_damage
+            )
+            assert self.checkpoint
+            self.step = step_of(self.checkpoint)
+            if self.prompts and self.checkpoint != before:
+                _move_to(self.checkpoint, self.prompts, self.cfg.data.allow_changed)
+        if self.damage and rank() == 0:
+            logger.warning(f"warning: {self.damage}; going on from {self.checkpoint}")
+
+    def needed_space(self) -> tuple[int, str]:
+        """Return the bytes that checkpoints will add to the run folder, and a phrase that states why."""
+        checkpoint, last = self.cfg.checkpoint, self.cfg.train.num_steps
+        saves = {last} if checkpoint.save_final else set[int]()
+        if interval := checkpoint.save_interval:
+            saves.update(range(self.step - self.step % interval + interval, last + 1, interval))
+        count, why = room_to_save(self.checkpoint_dir, checkpoint.keep_last, len(saves))
+        return count * self.checkpoint_bytes, f"{why}, {self.checkpoint_bytes / 1e9:.3g} GB each"
 
     def policy(self, *, trainable: bool = True) -> Policy:
         """Make the model-parallel groups and return the policy with the weights of ``model.path``."""
@@ -151,7 +184,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     weights = SafetensorsFolder(cfg.model.path)
     identity = model_identity(description.hf, cfg.model.dtype)
     _check_reference(cfg, identity)
-    checkpoint = latest_checkpoint(Path(cfg.run_dir) / "checkpoints")
+    candidates = find_candidates(Path(cfg.run_dir) / "checkpoints")
+    checkpoint, damage = choose_whole(candidates, fall_back=cfg.checkpoint.fall_back)
     if checkpoint:
         check_model(checkpoint, identity)
         if train:
@@ -166,31 +200,22 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     positions: int = description.hf.max_position_embeddings
     if cfg.rollout.engine == "sglang":
         positions -= 2  # of context_length, which a server leaves free (scheduler.py, tp_worker.py)
-    eval_sets: dict[str, list[Prompt]] = {}
-    for name, data in cfg.eval.sets.items():
-        eval_sets[name] = load_prompts(data, tokenizer, f"eval.sets.{name}")
-        field = "eval.max_new_tokens" if cfg.eval.max_new_tokens else "rollout.max_new_tokens"
-        limit = cfg.eval.max_new_tokens or cfg.rollout.max_new_tokens
-        check_lengths(eval_sets[name], limit, positions, f"eval.sets.{name}", field)
-    step: int = read_state(checkpoint)["step"] if checkpoint else 0
-    prompts: PromptStream | None = None
+    step = step_of(checkpoint) if checkpoint else 0
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
         if on_rank_0 and step < cfg.train.num_steps:
             load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size)
-    elif train:
-        prompts = _stream(cfg, tokenizer, checkpoint)
-        limit = cfg.rollout.max_new_tokens
-        check_lengths(prompts.prompts, limit, positions, "data", "rollout.max_new_tokens")
+    samples = train and not cfg.rollout.replay_path
     return Run(
         cfg=cfg,
         device=device,
         description=description,
         tokenizer=tokenizer,
         reward=resolve_reward(cfg.reward),
-        eval_sets=eval_sets,
-        prompts=prompts,
+        eval_sets=_eval_sets(cfg, tokenizer, positions),
+        prompts=_stream(cfg, tokenizer, positions, checkpoint) if samples else None,
         checkpoint=checkpoint,
+        damage=damage,
         step=step,
         checkpoint_bytes=checkpoint_size(
             sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype]
@@ -198,13 +223,31 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     )
 
 
-def _stream(cfg: Config, tokenizer: Any, checkpoint: Path | None) -> PromptStream:
+def _eval_sets(cfg: Config, tokenizer: Any, positions: int) -> dict[str, list[Prompt]]:
+    """Return the prompts of every benchmark. A prompt and its response have ``positions`` tokens at most."""
+    field = "eval.max_new_tokens" if cfg.eval.max_new_tokens else "rollout.max_new_tokens"
+    limit = cfg.eval.max_new_tokens or cfg.rollout.max_new_tokens
+    eval_sets: dict[str, list[Prompt]] = {}
+    for name, data in cfg.eval.sets.items():
+        eval_sets[name] = load_prompts(data, tokenizer, f"eval.sets.{name}")
+        check_lengths(eval_sets[name], limit, positions, f"eval.sets.{name}", field)
+    return eval_sets
+
+
+def _stream(cfg: Config, tokenizer: Any, positions: int, checkpoint: Path | None) -> PromptStream:
     """Return the stream of training prompts, at the position in ``checkpoint``, if any."""
     stream = PromptStream(load_prompts(cfg.data, tokenizer), cfg.seed, cfg.data.shuffle)
-    saved = read_state(checkpoint)["prompts"] if checkpoint else None  # None after a replay
-    if saved and (changed := stream.load_state_dict(saved, allow_changed=cfg.data.allow_changed)):
-        logger.info("%s; data.allow_changed = true accepts it", changed)
+    limit = cfg.rollout.max_new_tokens
+    check_lengths(stream.prompts, limit, positions, "data", "rollout.max_new_tokens")
+    if checkpoint:
+        _move_to(checkpoint, stream, cfg.data.allow_changed)
     return stream
+
+
+def _move_to(checkpoint: Path, stream: PromptStream, allow_changed: bool) -> None:
+    saved = read_state(checkpoint).get("prompts")  # None after a replay
+    if saved and (changed := stream.load_state_dict(saved, allow_changed=allow_changed)):
+        logger.info("%s; data.allow_changed = true accepts it", changed)
 
 
 def _check_run_dir(run_dir: str) -> None:
@@ -248,7 +291,7 @@ def _check_resume(cfg: Config, checkpoint: Path) -> None:
             f"choose another "
             "run_dir"
         )
-    froze_router = read_state(checkpoint)["config"]["train"].get("freeze_router")
+    froze_router = read_state(checkpoint).get("config", {}).get("train", {}).get("freeze_router")
     if froze_router and not cfg.train.freeze_router:
         raise InputError(
             f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer "

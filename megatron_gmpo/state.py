@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import checkpoint_before, go_back
-from .distributed import broadcast_object, rank
+from .checkpoint import go_back
+from .distributed import agreed, broadcast_object, rank
 from .errors import CollapseError
 from .losses.adaptive_clip import AdaptiveClip
 from .losses.objective import Objective
@@ -17,6 +17,7 @@ from .metrics.logger import MetricLogger, cut_after
 from .rollout.collect import Collector
 from .rollout.engine import RolloutEngine
 from .run import Run
+from .weights.run_checkpoint import checkpoint_before
 
 
 class TrainingState:
@@ -48,7 +49,12 @@ class TrainingState:
         self._cut_transcripts()
 
     def save(self, logger: MetricLogger) -> None:
-        """Write a checkpoint of everything to ``run.checkpoint_dir``. Collective."""
+        """Write a checkpoint of everything to ``run.checkpoint_dir``. Collective.
+
+        The metrics up to its step are flushed first: a run that resumes from it does not log them again.
+        """
+        with agreed():
+            logger.sync()
         path = self.policy.save(
             self._run.checkpoint_dir, self.step, self._records(), self._cfg.checkpoint.keep_last
         )

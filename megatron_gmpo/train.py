@@ -23,11 +23,12 @@ import logging
 from contextlib import closing, nullcontext
 
 import torch
+from safetensors import SafetensorError
 
 from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
 from .batch.samples import SampleGroup
-from .checkpoint import latest_checkpoint
+from .checkpoint import clear_unfinished
 from .config import Config
 from .distributed import barrier, rank, world_size
 from .errors import NonFiniteError
@@ -45,6 +46,7 @@ from .rollout.replay import append_transcripts, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
+from .weights.run_checkpoint import checkpoint_path
 
 log = logging.getLogger("megatron_gmpo.train")  # __name__ is "__main__" when this module runs as the command
 
@@ -67,7 +69,10 @@ def train(run: Run, attempt: Attempt) -> None:
                 "raise train.num_steps to continue"
             )
         return
-    attempt.start(run.device, run.checkpoint_bytes)
+    if rank() == 0:
+        clear_unfinished(run.checkpoint_dir)
+    attempt.start(run.device, *run.needed_space())
+    run.verify_checkpoint()
     with (
         closing_reward(run.reward),
         closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine,
@@ -111,6 +116,8 @@ class Loop:
         cfg, state, num_steps = self.cfg, self.state, self.cfg.train.num_steps
         if state.step:
             self.logger.event("resume", step=state.step, checkpoint=str(self.run.checkpoint))
+        if self.run.damage:
+            self.logger.event("fall_back", step=state.step, reason=self.run.damage)
         log.info(_headline(self.run, state.objective.description))
         with Progress(num_steps, done=state.step, enabled=cfg.log.progress) as progress:
             try:
@@ -236,10 +243,13 @@ class Loop:
         # No collective here, because a rollout may have failed on only one rank.
         if self.minibatch is not None and rank() == 0:
             file = self.run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
-            self.minibatch.save(file)
-            line += f"; the last minibatch is in {file}"
-        if kept := latest_checkpoint(self.run.checkpoint_dir):
-            line += f"; the last checkpoint is {kept}"
+            try:
+                self.minibatch.save(file)
+                line += f"; the last minibatch is in {file}"
+            except (OSError, SafetensorError) as failure:
+                line += f"; the last minibatch cannot be written ({failure})"
+        if kept := self.state.saved_step:
+            line += f"; the last checkpoint is {checkpoint_path(self.run.checkpoint_dir, kept)}"
         self.logger.event("nonfinite", step=step, reason=line)
         return NonFiniteError(line)
 

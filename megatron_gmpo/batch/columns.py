@@ -105,6 +105,8 @@ class OptionalColumns:
     Shapes refer to a ``TrainBatch``. Outside ``response_mask``, log probabilities are 0 and weights are 1.
 
     Attributes:
+        has_gradient: (S,) sequences that forward and backward passes compute; None means all. The others have
+            a zero gradient, and count in the loss's divisor.
         old_logprobs: (L,) log probabilities under the policy before the step's first update.
         ref_logprobs: (L,) log probabilities under the reference policy.
         sequence_weights: (S,) importance weights that multiply each sequence's loss; None means 1.
@@ -121,6 +123,7 @@ class OptionalColumns:
         extra: columns of a user's loss, by name; ``TrainBatch.extra_columns`` declares them.
     """
 
+    has_gradient: Tensor | None = field(default=None, metadata=column(torch.bool, "sequence"))
     old_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
     ref_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
     sequence_weights: Tensor | None = field(default=None, metadata=column(torch.float32, "sequence"))
@@ -150,8 +153,6 @@ class TrainBatch(OptionalColumns):
         advantages: (S,) advantage of each sequence.
         rollout_logprobs: (L,) log probabilities that the rollout engine reported, 0 outside
             ``response_mask``.
-        has_gradient: (S,) sequences that forward and backward passes compute; None means all. The others
-            have a zero gradient, and count in the loss's divisor.
         extra_columns: the declaration of each column in ``extra``.
 
     Raises:
@@ -163,7 +164,6 @@ class TrainBatch(OptionalColumns):
     response_mask: Tensor = field(metadata=column(torch.bool, "predicted"))
     advantages: Tensor = field(metadata=column(torch.float32, "sequence"))
     rollout_logprobs: Tensor = field(metadata=column(torch.float32, "predicted"))
-    has_gradient: Tensor | None = field(default=None, kw_only=True, metadata=column(torch.bool, "sequence"))
     extra_columns: dict[str, Column] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:

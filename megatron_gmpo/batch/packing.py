@@ -151,7 +151,6 @@ def pack(
     index = {"input": input_index, "predicted": flat_index, "sequence": chosen}
     packed = batch.mapped(lambda column, values: _take(values, index[column.aligned_to], column.padding))
     del packed["lengths"]  # cu_seqlens and position_ids replace it
-    packed.pop("has_gradient", None)
     mask = packed.pop("response_mask")
     return Microbatch(
         labels=_take(batch.tokens, flat_index),

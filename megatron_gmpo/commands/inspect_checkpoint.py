@@ -17,7 +17,7 @@ from ..errors import printable
 class InspectCheckpoint(Options):
     """Print kind, family, parameters, dtypes, layout and step of a checkpoint, and whether it is complete.
 
-    No weights are read.
+    The files of a training run's checkpoint are read to compare their checksums. No tensor is loaded.
     """
 
     folder: Annotated[Path, Positional]

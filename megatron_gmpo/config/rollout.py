@@ -135,10 +135,6 @@ class RolloutConfig(Section):
             )
         elif self.router_noise:
             raise ValueError(f"router_noise = {self.router_noise:g} needs engine = 'embedded': set it to 0")
-        if "" in self.stop:
-            raise ValueError(
-                f"stop = {list(self.stop)} has an empty string, which every text contains: leave it out"
-            )
         if self.server_urls and self.servers_file:
             raise ValueError(
                 f"servers_file = {self.servers_file!r} and server_urls both name servers: leave one out"

@@ -16,6 +16,11 @@ class CheckpointConfig(Section):
     """Number of checkpoints to keep; older ones are removed."""
     resume: bool = True
     """Resume from the newest checkpoint in the run folder; false refuses a folder that has a checkpoint."""
+    verify: bool = True
+    """Read all files of a checkpoint before it is loaded and compare their checksums. The ranks share the
+    files."""
+    fall_back: bool = False
+    """If the newest checkpoint is damaged, resume from the newest whole one instead of ending the run."""
     save_final: bool = True
     """Write a checkpoint after the last step."""
 
@@ -64,7 +69,8 @@ class SupervisionConfig(Section):
     min_free_memory_gb: NonNegative = 1.0
     """Minimum available memory per node for the node check, in GB."""
     min_free_disk_gb: NonNegative | None = None
-    """Minimum free disk space in ``run_dir`` for the node check, in GB; None means one checkpoint's size."""
+    """Minimum free disk space in ``run_dir`` at the start, in GB. None means the size of the checkpoints that
+    the run will add: it holds ``checkpoint.keep_last`` + 1 while it saves."""
 
     @model_validator(mode="after")
     def _several_heartbeats_before_a_hang(self) -> SupervisionConfig:

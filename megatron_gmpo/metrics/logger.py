@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ from ..distributed import rank
 from ..errors import InputError
 from ..supervision.records import append_event
 from .figures import Metric, figures_of, reduce_metrics
+
+log = logging.getLogger(__name__)
 
 
 def check_wandb(project: str) -> None:
@@ -65,7 +69,9 @@ class MetricLogger:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         cut_after(self._run_dir / "metrics.jsonl", resume_step)
         if tensorboard:
-            self._tensorboard = self._tensorboard_from(resume_step)
+            threading.excepthook = _without_tensorboards_thread(threading.excepthook)
+            with self._tensorboard_may_fail():
+                self._tensorboard = self._tensorboard_from(resume_step)
         if wandb_project:
             import wandb  # pyright: ignore[reportMissingImports]
 
@@ -92,15 +98,23 @@ class MetricLogger:
         self._pending = {}
         if self._writes:
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            with (self._run_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-            if self._tensorboard:
-                for name, value in figures.items():
-                    self._tensorboard.add_scalar(name, value, step)
-                self._tensorboard.flush()
+            files.append_line(
+                self._run_dir / "metrics.jsonl", json.dumps({"step": step, **finite}, allow_nan=False)
+            )
+            with self._tensorboard_may_fail():
+                if self._tensorboard:
+                    for name, value in figures.items():
+                        self._tensorboard.add_scalar(name, value, step)
+                    self._tensorboard.flush()
             if self._wandb:
                 self._wandb.log(figures, step=step)
         return figures
+
+    def sync(self) -> None:
+        """Flush the lines to the disk, so that they survive a power failure."""
+        if self._writes:
+            for name in ("metrics.jsonl", "events.jsonl"):
+                files.sync(self._run_dir / name)
 
     def rewind(self, step: int) -> None:
         """Remove the lines after ``step``, for a run that rolled back to it.
@@ -109,9 +123,10 @@ class MetricLogger:
         """
         if self._writes:
             cut_after(self._run_dir / "metrics.jsonl", step)
-            if self._tensorboard:
-                self._tensorboard.close()
-                self._tensorboard = self._tensorboard_from(step)
+            with self._tensorboard_may_fail():
+                if self._tensorboard:
+                    self._tensorboard.close()
+                    self._tensorboard = self._tensorboard_from(step)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append ``{"time", "event", ...}`` to ``events.jsonl``, for example a resume or a checkpoint."""
@@ -119,10 +134,21 @@ class MetricLogger:
             append_event(self._run_dir, name, **fields)
 
     def close(self) -> None:
-        if self._tensorboard:
-            self._tensorboard.close()
+        with self._tensorboard_may_fail():
+            if self._tensorboard:
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+    @contextmanager
+    def _tensorboard_may_fail(self) -> Iterator[None]:
+        """Continue without TensorBoard, with a warning, if its files cannot be written in the block."""
+        try:
+            yield
+        except OSError as error:
+            self._tensorboard = None
+            folder = self._run_dir / "tensorboard"
+            log.warning(f"warning: {folder} cannot be written ({error.strerror}); the run goes on without it")
 
     def _tensorboard_from(self, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
@@ -130,23 +156,48 @@ class MetricLogger:
         return SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else 0)
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Remove the lines after ``step`` and incomplete lines, left by a crash, from a JSON-lines file.
+def _without_tensorboards_thread(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Return ``threading.excepthook`` without the traceback of TensorBoard's writer for a failed write.
 
-    With ``step`` 0 the file becomes empty. A missing file is not created.
+    The writer's next call in the main thread raises the same error.
+    """
+
+    def shown(error: Any) -> object:
+        expected = (
+            isinstance(error.exc_value, OSError) and type(error.thread).__name__ == "_AsyncWriterThread"
+        )
+        return None if expected else hook(error)
+
+    return shown
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Remove the lines after ``step``, and lines that are no object with a step, from a JSON-lines file.
+
+    A crash may leave an incomplete line. A warning states how many lines could not be read. With ``step`` 0
+    the file becomes empty. A missing file is not created.
     """
     if not path.exists():
         return
-    kept = []
+    kept, unreadable = [], 0
     # read bytes, because a crash may leave half a character, and str.splitlines also splits at U+2028
     for line in path.read_bytes().splitlines() if step else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
+        found = _step_of(line)
+        if found is None:
+            unreadable += 1
+        elif found <= step:
             kept.append(line + b"\n")
+    if unreadable:
+        log.warning(f"warning: {path}: {unreadable} lines could not be read and are removed")
     files.write(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):  # no JSON, no object, no step
+        return None
+    return step if type(step) is int else None
 
 
 class Timer:

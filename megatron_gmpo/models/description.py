@@ -80,13 +80,14 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     hf = read_hf_config(cfg.model.path)
     family = FAMILIES[hf.model_type]
     architecture = architecture_of(hf)
-    check_layout(cfg, architecture, world_size)
+    with _readable(hf):
+        check_layout(cfg, architecture, world_size)
     use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     transformer = transformer_config(cfg, architecture, DTYPES[cfg.model.dtype], world_size, use_te)
     vocab_size = padded_vocab_size(hf.vocab_size, cfg.parallel.tensor_model_parallel_size)
-    rows = family.rows(hf, vocab_size)
-    mapping = Mapping(rows, tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
     with _readable(hf):
+        rows = family.rows(hf, vocab_size)
+        mapping = Mapping(rows, tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
         rope = _rope(hf, architecture)
     return ModelDescription(hf, transformer, mapping, vocab_size, rope, use_te)
 

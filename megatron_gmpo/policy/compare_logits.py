@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..errors import InputError
 from ..models.attention import packing_of
 from ..models.description import DTYPES, ModelDescription, describe_model
 from ..platform import prepare_megatron
+from ..weights.pickles import plain_records_only
 from ..weights.torch_dist import checkpoint_folder
 from .build import build_chunks
 from .parallel import start_model_parallel, stop_model_parallel
@@ -66,8 +66,8 @@ def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
         return f"logits: not compared, because {error}"
     try:
         ours = _megatron_logits(cfg, description, megatron, tokens, dtype)[:, : theirs.shape[1]]
-    except pickle.UnpicklingError:  # raised for its common.pt
-        return "logits: not compared, because the checkpoint holds objects that Megatron does not load"
+    except InputError as error:  # its common.pt holds objects
+        return f"logits: not compared, because {error}"
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     line = f"logits: {len(tokens)} tokens, largest difference {difference:.1e} of the largest logit"
     if not difference < TOLERANCE:
@@ -92,7 +92,9 @@ def _megatron_logits(
         sharded = gpt.sharded_state_dict()
         # without ShardedObjects, which are pickles
         weights = {name: tensor for name, tensor in sharded.items() if not isinstance(tensor, ShardedObject)}
-        gpt.load_state_dict(dist_checkpointing.load(weights, str(checkpoint_folder(megatron))), strict=False)
+        folder = checkpoint_folder(megatron)
+        with plain_records_only(folder):
+            gpt.load_state_dict(dist_checkpointing.load(weights, str(folder)), strict=False)
         if dtype:
             for parameter in gpt.parameters():
                 parameter.copy_(parameter.to(DTYPES[dtype]))

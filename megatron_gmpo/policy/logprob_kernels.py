@@ -7,8 +7,8 @@ tests/unit/test_logprob_kernels.py. They have not run on a GPU yet.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 _BLOCK = 4096

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch, minibatch_bounds
-from ..checkpoint import check_model, model_identity, read_state, restore_random_states, save_checkpoint
+from ..checkpoint import check_model, model_identity, restore_random_states, save_checkpoint
 from ..config import Config
 from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
@@ -24,6 +24,7 @@ from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
 from ..weights.export import export_hf
 from ..weights.load import load_hf
+from ..weights.run_checkpoint import read_state
 from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device, without_logits
 from .fp8 import drop_initial_values

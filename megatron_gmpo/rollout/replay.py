@@ -95,7 +95,7 @@ def append_transcripts(path: str | Path, step: int, groups: list[SampleGroup], l
     """Append the first ``limit`` groups to a transcript, one JSON object per line; rank 0 only."""
     if rank() != 0:
         return
-    with Path(path).open("a") as file:
+    with files.named(Path(path)), Path(path).open("a") as file:
         for group in islice(groups, limit):
             samples = [
                 {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import re
 import shutil
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -17,13 +19,15 @@ import torch.distributed as dist
 
 from ..config import Config
 from ..distributed import agreed, rank
-from ..errors import CollectiveError, Exit, InputError, NodeError, RunError, StopRequest, printable
+from ..errors import CollectiveError, Exit, InputError, NodeError, RunError, StopRequest, disk_full, printable
 from . import signals
 from .heartbeat import Heartbeat
 from .lock import LOCK, RunLock
-from .node_check import check_nodes
+from .node_check import check_nodes, check_space
 from .records import OUTCOME, Outcome, append_event, node_name, outcome_after, rank_file, write_outcome
 from .stop import StopVote
+
+log = logging.getLogger(__name__)
 
 _CAUSE_S = 10.0
 """Seconds that a rank which lost another one waits for the cause, before it ends."""
@@ -53,24 +57,25 @@ class Attempt:
             self._lock = RunLock(self._run_dir)
         return self
 
-    def start(self, device: torch.device, checkpoint_bytes: int) -> None:
+    def start(self, device: torch.device, needed_bytes: int, why: str) -> None:
         """Remove the last attempt's records, start the heartbeat, and check the nodes. Collective.
 
         ``cfg.supervision.node_check`` determines whether nodes are checked.
 
         Args:
             device: this rank's device.
-            checkpoint_bytes: see ``check_nodes``.
+            needed_bytes, why: see ``check_space``.
 
         Raises:
-            InputError: another run uses the run folder.
+            InputError: another run uses the run folder; its disk has too little space.
             NodeError: see ``check_nodes``.
         """
         supervision = self._cfg.supervision
         with agreed():
             if self._first:
                 self._take_run_folder()
-        self._errors = rank_file(self._run_dir, "errors", rank()).open("w")
+                check_space(supervision, self._run_dir, needed_bytes, why)
+        self._errors = rank_file(self._run_dir, "errors", rank()).open("wb", buffering=0)
         faulthandler.enable(self._errors)
         self._heartbeat = Heartbeat(
             self._run_dir, rank(), supervision.heartbeat_interval_s, supervision.hang_timeout_s, self._hung
@@ -83,7 +88,7 @@ class Attempt:
             shared_gpus = rollout.placement == "colocated" and bool(
                 rollout.servers_file or rollout.server_urls
             )
-            check_nodes(supervision, self._run_dir, device, checkpoint_bytes, shared_gpus=shared_gpus)
+            check_nodes(supervision, self._run_dir, device, shared_gpus=shared_gpus)
             self._event("node_check", nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")))
             self.enter("start")
 
@@ -118,11 +123,14 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        full = disk_full(error)
         try:
-            self._end(error)
+            self._end(full or error)
         finally:
             if self._lock:
                 self._lock.release()
+        if full:
+            raise full from None
 
     def _take_run_folder(self) -> None:
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -156,16 +164,14 @@ class Attempt:
             self._record_once(error.exit, str(error), error.node)
         elif isinstance(error, RunError):
             if error.__cause__:  # of a user's function
-                self._errors.writelines(traceback.format_exception(error.__cause__))
-                self._errors.flush()
+                self._write_traceback(error.__cause__)
             self._record(error.exit, str(error))
         else:
             self._crashed(error)
 
     def _crashed(self, error: BaseException) -> None:
         assert self._heartbeat
-        self._errors.writelines(traceback.format_exception(error))
-        self._errors.flush()
+        self._write_traceback(error)
         where = f"rank {rank()} on {node_name()}, in {self._heartbeat.where}"
         if not _is_collective_error(error):
             self._record(Exit.FAILED, f"{where}: {_one_line(error)}")
@@ -184,6 +190,10 @@ class Attempt:
             lost = CollectiveError(outcome.reason)
         raise lost from None
 
+    def _write_traceback(self, error: BaseException) -> None:
+        with suppress(OSError):  # the outcome and the error line must follow
+            self._errors.write("".join(traceback.format_exception(error)).encode())
+
     def _hung(self, reason: str) -> None:
         assert self._heartbeat
         self._heartbeat.dump_stacks()
@@ -191,7 +201,7 @@ class Attempt:
         self._last_line(
             Exit.HUNG, f"{reason}; the stacks are in {self._run_dir / 'stacks'}", consequence=False
         )
-        os._exit(Exit.HUNG)
+        signals.exit_with_children(Exit.HUNG)
 
     def _terminated(self, reason: str) -> None:
         assert self._heartbeat
@@ -215,9 +225,13 @@ class Attempt:
     def _record(self, code: Exit, reason: str, *, node: str = "", consequence: bool = False) -> bool:
         step = self._heartbeat.step if self._heartbeat else 0
         number = int(os.environ.get("RANK", "0"))
-        return write_outcome(
-            self._run_dir, Outcome(code, reason, step, number, node or node_name(), time.time(), consequence)
-        )
+        outcome = Outcome(code, reason, step, number, node or node_name(), time.time(), consequence)
+        try:
+            return write_outcome(self._run_dir, outcome)
+        except OSError as error:
+            if self._first:
+                log.warning(f"warning: {self._run_dir / OUTCOME} cannot be written ({error.strerror})")
+            return not consequence
 
     def _event(self, name: str, **fields: object) -> None:
         if self._first:

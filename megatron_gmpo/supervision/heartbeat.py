@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import sys
 import threading
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from .. import files
 from .records import node_name, rank_file
+
+log = logging.getLogger(__name__)
 
 
 class Heartbeat:
@@ -45,7 +48,9 @@ class Heartbeat:
         )
         self.enter("start")
         self._file = rank_file(run_dir, "heartbeats", rank, ".json")
-        self._stacks = rank_file(run_dir, "stacks", rank).open("w")
+        self._warned = False
+        # unbuffered, so that nothing is left to write at the end of the process if the disk is full now
+        self._stacks = rank_file(run_dir, "stacks", rank).open("wb", buffering=0)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._write()
@@ -74,14 +79,14 @@ class Heartbeat:
     def dump_stacks(self) -> None:
         """Write the stacks of all threads to ``stacks/rank_00003.txt``. Any thread may call it."""
         age = time.monotonic() - self._entered
-        self._stacks.write(f"rank {self._rank} on {node_name()}, in {self.where} for {age:.0f} s\n")
-        self._stacks.flush()
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        headline = f"rank {self._rank} on {node_name()}, in {self.where} for {age:.0f} s\n"
+        with suppress(OSError):  # the process must end although its stacks cannot be written
+            self._stacks.write(headline.encode())
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._interval_s):
-            with suppress(OSError):  # the file system may be full or briefly unavailable
-                self._write()
+            self._write()
             # Code that never releases the GIL, such as a regular expression, also stops this thread.
             # faulthandler's thread does not need the GIL: it dumps the stacks and ends the process with exit
             # code 1, after the waiting ranks have reported.
@@ -100,7 +105,12 @@ class Heartbeat:
             "phase": self.phase,
         }
         content = json.dumps(beat | {"since": self.since, "time": time.time()})
-        files.write(self._file, content, durable=False)
+        try:
+            files.write(self._file, content, durable=False)
+        except OSError as error:  # the file system may be full or briefly unavailable
+            if not self._warned:
+                log.warning(f"warning: {self._file} cannot be written ({error.strerror}); the run goes on")
+            self._warned = True
 
     def _why_hung(self) -> str:
         age = time.monotonic() - self._entered

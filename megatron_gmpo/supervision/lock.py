@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from .. import files
 from ..errors import InputError
 from .records import node_name
 
@@ -65,8 +66,9 @@ class RunLock:
             "start": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._file.truncate(0)
-        self._file.write(json.dumps(holder) + "\n")
-        self._file.flush()
+        with files.named(Path(self._file.name)):
+            # without a buffer, which would be written again, and fail again, when the file is closed
+            os.write(self._file.fileno(), (json.dumps(holder) + "\n").encode())
 
     def release(self) -> None:
         """Release the lock."""
@@ -96,7 +98,7 @@ class RunLock:
 def _private(path: Path) -> TextIO:
     """Open a file that only this user can read, and create it if it does not exist."""
     try:
-        file = open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "a+")  # noqa: SIM115
+        file = open(path, "a+", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
         os.fchmod(file.fileno(), 0o600)  # an older version created it for everyone
     except PermissionError:
         raise InputError(f"{path} belongs to another user: choose another run_dir") from None

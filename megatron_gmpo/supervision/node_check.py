@@ -33,11 +33,10 @@ def check_nodes(
     cfg: SupervisionConfig,
     run_dir: Path,
     device: torch.device,
-    checkpoint_bytes: int,
     *,
     shared_gpus: bool = False,
 ) -> None:
-    """Check GPUs, memory, the shared run folder, clocks, disk space and an all-reduce. Collective.
+    """Check GPUs, memory, the shared run folder, clocks and an all-reduce. Collective.
 
     The check takes at most a minute on good nodes.
 
@@ -45,22 +44,37 @@ def check_nodes(
         cfg: the supervision section with the limits.
         run_dir: run folder, which must be the same folder on all nodes.
         device: this rank's device.
-        checkpoint_bytes: size of one checkpoint, the required free disk space unless ``cfg.min_free_disk_gb``
-            is set.
         shared_gpus: whether rollout servers of the run may already use the GPUs.
 
     Raises:
         NodeError: a check failed. The line names the first bad node, the failed check, and the other bad
             nodes. Raised on every rank.
-        InputError: the disk that all nodes share has too little space. Raised on every rank.
     """
     _raise_first(
         [*_gpus(device, shared_gpus), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()]
     )
-    with agreed():
-        if rank() == 0:
-            _check_space(cfg, run_dir, checkpoint_bytes)
     _raise_first([*_all_reduce(device)])  # last, because a bad node may never complete it
+
+
+def check_space(cfg: SupervisionConfig, run_dir: Path, needed_bytes: int, why: str) -> None:
+    """Check that the disk of the run folder has room for the run's checkpoints.
+
+    Args:
+        cfg: the supervision section. ``min_free_disk_gb``, if it is set, replaces ``needed_bytes``.
+        needed_bytes: bytes that the run's checkpoints will add.
+        why: phrase that states why the run needs them.
+
+    Raises:
+        InputError: the disk has less free space.
+    """
+    free, wanted = shutil.disk_usage(run_dir).free / _GB, needed_bytes / _GB
+    if cfg.min_free_disk_gb is not None:
+        wanted, why = cfg.min_free_disk_gb, f"supervision.min_free_disk_gb = {cfg.min_free_disk_gb:g}"
+    if free < wanted:
+        raise InputError(
+            f"run_dir = {str(run_dir)!r} has {free:.3g} GB of disk space left, and {why}: "
+            "make room, or choose another run_dir"
+        )
 
 
 def _raise_first(problems: list[str]) -> None:
@@ -109,18 +123,6 @@ def _run_dir(run_dir: Path) -> Iterator[str]:
         )
     if rank() == 0:
         file.unlink()
-
-
-def _check_space(cfg: SupervisionConfig, run_dir: Path, checkpoint_bytes: int) -> None:
-    free = shutil.disk_usage(run_dir).free / _GB
-    wanted, why = checkpoint_bytes / _GB, f"a checkpoint takes {checkpoint_bytes / _GB:.1f} GB"
-    if cfg.min_free_disk_gb is not None:
-        wanted, why = cfg.min_free_disk_gb, f"supervision.min_free_disk_gb = {cfg.min_free_disk_gb:g}"
-    if free < wanted:
-        raise InputError(
-            f"run_dir = {str(run_dir)!r} has {free:.1f} GB of disk space left, and {why}: "
-            "make room, or choose another run_dir"
-        )
 
 
 def _clock() -> Iterator[str]:

@@ -7,13 +7,17 @@ The files are::
     heartbeats/rank_00003.json  current phase of a rank, see ``heartbeat.py``
     stacks/rank_00003.txt       thread stacks of a rank that hung, or was ended because another rank failed
     errors/rank_00003.txt       last traceback of a rank
+    checkpoints/latest_checkpointed_iteration.txt
+                                step of the newest complete checkpoint; 0 before the first
     events.jsonl                {"time", "event", ...} per line: resumes, checkpoints, stop requests, hangs
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -21,8 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..errors import InputError
+
+log = logging.getLogger(__name__)
 
 OUTCOME = "outcome.json"
+LATEST = "latest_checkpointed_iteration.txt"
 _POLL_S = 0.1
 
 
@@ -81,10 +89,31 @@ def read_outcome(run_dir: Path) -> Outcome | None:
         return None
 
 
+def newest_step(checkpoints: Path) -> int | None:
+    """Return the step of the newest checkpoint; 0 before the first is complete, None if no file states it.
+
+    Raises:
+        InputError: the file does not contain a number.
+    """
+    path = checkpoints / LATEST
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if not re.fullmatch(rb"\s*\d{1,9}\s*", content):
+        raise InputError(
+            f"{path} contains {content[:40].decode(errors='replace')!r} instead of the number of a step"
+        )
+    return int(content)
+
+
 def append_event(run_dir: Path, name: str, **fields: Any) -> None:
-    """Append ``{"time", "event", **fields}`` to ``events.jsonl``."""
-    with (run_dir / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "event": name, **fields}, allow_nan=False) + "\n")
+    """Append ``{"time", "event", **fields}`` to ``events.jsonl``, or warn that it cannot be written."""
+    path = run_dir / "events.jsonl"
+    try:
+        files.append_line(path, json.dumps({"time": time.time(), "event": name, **fields}, allow_nan=False))
+    except OSError as error:
+        log.warning(f"warning: {path} lacks the event {name!r} ({error.strerror})")
 
 
 def rank_file(run_dir: Path, kind: str, rank: int, suffix: str = ".txt") -> Path:

@@ -12,12 +12,17 @@ Slurm signals every process of a job step, and a save still needs its writers.
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _REQUESTS = {signal.SIGUSR1, signal.SIGTERM}
 _FORWARDED_S = 2.0
 """Seconds within which two SIGTERMs count as one.
@@ -75,8 +80,26 @@ def _rank_has_ended() -> bool:
     return len(psutil.Process(os.getppid()).children()) < int(os.environ["LOCAL_WORLD_SIZE"])
 
 
+def end_with_parent() -> None:
+    """Let the kernel kill this process, a child of ``multiprocessing``, when its parent ends. Linux only."""
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux" and parent:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # it has already ended
+            os._exit(1)
+
+
+def exit_with_children(code: int) -> NoReturn:
+    """End the processes that this one has started with ``multiprocessing``, then this process, at once."""
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:
+        os._exit(code)
+
+
 def _exit(reason: str) -> None:
     try:
         before_exit(reason)
     finally:
-        os._exit(1)
+        exit_with_children(1)

@@ -20,7 +20,7 @@ from .. import files
 from ..config import Config
 from ..errors import Exit, InputError, RunError, printable
 from .lock import RunLock
-from .records import OUTCOME, append_event, read_outcome
+from .records import OUTCOME, append_event, newest_step, read_outcome
 
 RESTARTS = "restarts.jsonl"
 CRASHES = {Exit.FAILED, Exit.HUNG, Exit.BAD_NODE}
@@ -87,9 +87,9 @@ def end(run_dir: Path, status: int) -> tuple[Exit, str]:
     """Record the end of the attempt, and print on stderr whether another attempt follows.
 
     Args:
-        status: srun's exit code. It is 0 after success, and ``Exit.REQUEUE`` if the attempt was stopped
-            before its trainers were started. Other values have no meaning, because torchrun exits with 1
-            after any failure.
+        status: srun's exit code. It is 0 after success, ``Exit.REQUEUE`` if the attempt was stopped before
+            its trainers were started, and ``Exit.BAD_INPUT`` after bad input or on a full disk. torchrun
+            exits with 1 after any other failure.
 
     Returns:
         The job's exit code, which is ``Exit.REQUEUE`` if the job must be started again, and the name of a
@@ -101,7 +101,8 @@ def end(run_dir: Path, status: int) -> tuple[Exit, str]:
     silent = f"the trainers ended with exit code {status} and without a reason: see {run_dir / 'logs'}"
     last = _concluded(run_dir, last, "" if status == Exit.DONE else silent)
     if last.code is None:
-        last = replace(last, code=status if status in (Exit.DONE, Exit.REQUEUE) else Exit.FAILED)
+        known = status in (Exit.DONE, Exit.REQUEUE, Exit.BAD_INPUT)
+        last = replace(last, code=status if known else Exit.FAILED)
     attempts[this] = last
     _write_attempts(run_dir, attempts)
     assert last.code is not None
@@ -146,10 +147,13 @@ def why_no_more(attempts: Sequence[AttemptRecord], step: int) -> str:
 
 
 def checkpoint_step(run_dir: Path) -> int:
-    """Return the completed steps in the newest checkpoint, 0 without a checkpoint."""
+    """Return the completed steps in the newest checkpoint, 0 without a checkpoint.
+
+    A file that does not state a step counts as 0. The trainers refuse it, or go on from another checkpoint.
+    """
     try:
-        return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    except FileNotFoundError:
+        return newest_step(run_dir / "checkpoints") or 0
+    except InputError:
         return 0
 
 

@@ -14,6 +14,7 @@ from ..errors import InputError
 from .companions import companion_folder
 from .hf_to_megatron import HFToMegatron
 from .megatron_to_hf import MegatronToHF
+from .run_checkpoint import full_damage, read_state
 from .safetensors_folder import SafetensorsFolder
 from .table import ConversionTable
 from .torch_dist import LATEST, TorchDistReader, checkpoint_folder
@@ -21,6 +22,8 @@ from .torch_dist import LATEST, TorchDistReader, checkpoint_folder
 
 def inspect_checkpoint(path: Path) -> dict[str, str]:
     """Return the description of a folder: label -> text. ``whole`` is ``yes`` or names the defect.
+
+    The checksums of a training run's checkpoint are compared; no tensor is loaded.
 
     Raises:
         InputError: the folder contains neither a Hugging Face model with safetensors nor a torch_dist
@@ -60,6 +63,11 @@ def _inspect_megatron(folder: Path) -> dict[str, str]:
         f"{'layers stacked' if source.layers_are_stacked else 'layers separate'}",
         "optimizer": "yes" if len(weights) < len(source.tensors) else "no",
     }
+    if numbered and (folder / "state.json").exists():
+        if damage := full_damage(folder):
+            return about | {"whole": f"no: {damage}"}
+        recorded = read_state(folder).get("files", {})
+        about["checksums"] = f"{len(recorded)} files agree" if recorded else "not recorded"
     complete = unknown if about["family"] == unknown else _whole(lambda: MegatronToHF(folder, None, None))
     return about | {"whole": complete}
 

@@ -43,9 +43,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from ..errors import InputError
+from ..supervision.records import LATEST
+from .pickles import read_metadata
 from .read_ahead import read_ahead
 
-LATEST = "latest_checkpointed_iteration.txt"
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
@@ -93,8 +94,9 @@ def checkpoint_folder(path: Path) -> Path:
     """
     folder = path
     if (path / LATEST).is_file():
-        named = (path / LATEST).read_text().strip()
-        folder = path / (f"iter_{int(named):07d}" if named.isdigit() else named)
+        named = (path / LATEST).read_text(errors="replace").strip()
+        number = re.fullmatch(r"[0-9]{1,9}", named)
+        folder = path / (f"iter_{int(named):07d}" if number else Path(named).name)
     if not (folder / ".metadata").is_file():
         raise InputError(
             f"{str(folder)!r} holds no .metadata: "
@@ -112,7 +114,7 @@ class TorchDistReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        metadata = _read_metadata(folder / ".metadata")
+        metadata = read_metadata(folder / ".metadata")
         stored = metadata.state_dict_metadata
         self.tensors = {
             key: about for key, about in stored.items() if isinstance(about, TensorStorageMetadata)
@@ -245,13 +247,21 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
         torch.serialization.set_crc32_options(checksums)
 
 
-def _disk_error(error: BaseException) -> BaseException:
-    """Return an OSError if ``error`` is the RuntimeError of torch's zip writer for a full disk.
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether ``error`` is the OSError of a full disk, or what torch or Megatron raise for it.
 
-    Source: caffe2/serialize/inline_container.cc.
+    torch's zip writer (caffe2/serialize/inline_container.cc) raises RuntimeErrors, which Megatron's writer
+    quotes.
     """
-    full = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "iostream" in str(error))
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else error
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    signs = ("inline_container", "iostream", *map(os.strerror, full))
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _disk_error(error: BaseException) -> BaseException:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if is_disk_full(error) else error
 
 
 class _StreamingPlanner(SavePlanner):
@@ -305,41 +315,3 @@ def _chunk(piece: Piece) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(
         torch.Size((*index, *[0] * len(piece.shape))), torch.Size((*[1] * len(index), *piece.shape))
     )
-
-
-_METADATA_RECORDS = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "MetadataIndex",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
-    "collections": {"OrderedDict"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickle ``.metadata`` and refuse every class that is not a plain metadata record."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _METADATA_RECORDS.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_metadata(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            return _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, ValueError) as error:
-        raise InputError(f"{path} cannot be trusted or read ({error}): save the checkpoint again") from None

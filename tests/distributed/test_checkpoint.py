@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,12 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
-from megatron_gmpo.checkpoint import latest_checkpoint, read_state
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
+from megatron_gmpo.weights.run_checkpoint import latest_checkpoint, read_state
 
-from ..support import cases, reference
+from ..support import cases, conversion_cases, reference
 from ..support.ranks import RankPool
 from .test_layouts import CP, EP, ETP, PP, TP, VPP, config, make_batch
 
@@ -272,6 +275,75 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     assert latest_checkpoint(tmp_path / "nowhere") is None
 
 
+def forget_checksums(checkpoint: Path) -> None:
+    """Turn a checkpoint into one of an older version."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["files"], state["checksum"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+def test_code_in_a_checkpoint_is_refused_before_it_runs(
+    ranks: RankPool,
+    straight_runs: Callable[..., tuple[Path, dict[str, Any]]],
+    model_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """Each file that Megatron unpickles has code in turn. Checksums do not tell: anyone can write them."""
+    path, evil = model_of("qwen3_moe"), tmp_path / "evil"
+    _, cfg = make_config("one rank", path)
+    ranks.run(1, cases.run_on, cfg, replayed(path), tmp_path / "run", 0, 1, [1])
+
+    def in_metadata(checkpoint: Path) -> None:
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(conversion_cases.Evil(evil)))
+
+    def in_common(checkpoint: Path) -> None:
+        torch.save({"args": conversion_cases.Evil(evil)}, checkpoint / "common.pt")
+
+    def in_extra_state(checkpoint: Path) -> None:
+        stored = pickle.loads((checkpoint / ".metadata").read_bytes()).storage_data
+        place = next(place for index, place in stored.items() if "_extra_state" in index.fqn)
+        code = io.BytesIO()
+        torch.save([conversion_cases.Evil(evil)], code, _use_new_zipfile_serialization=False)
+        assert len(code.getvalue()) <= place.length
+        with (checkpoint / place.relative_path).open("r+b") as file:
+            file.seek(place.offset)
+            file.write(code.getvalue())
+
+    for put in (in_metadata, in_common, in_extra_state):
+        run = tmp_path / put.__name__
+        shutil.copytree(tmp_path / "run", run)
+        put(run / "iter_0000001")
+        forget_checksums(run / "iter_0000001")
+        for load in (cases.refused_resume, cases.refused_weights):
+            (line,) = ranks.run(1, load, cfg, run)
+            assert str(run / "iter_0000001") in line
+            assert "cannot be trusted or read (it asks for " in line, line
+            assert "\n" not in line
+        assert not evil.exists()
+
+
+def test_a_damaged_checkpoint_without_checksums_is_one_line(
+    ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Checkpoints of older versions have none, and ``checkpoint.verify`` may be false."""
+    path = model_of("qwen3")
+    _, cfg = make_config("one rank", path)
+    ranks.run(1, cases.run_on, cfg, replayed(path), tmp_path / "run", 0, 1, [1])
+    for name in (".metadata", "metadata.json", "common.pt", "__0_0.distcp", "random/rank_00000.safetensors"):
+        for content in (None, b"", 20):
+            run = tmp_path / f"{name.replace('/', '_')}_{content}"
+            shutil.copytree(tmp_path / "run", run)
+            file = run / "iter_0000001" / name
+            whole = file.read_bytes()
+            file.unlink()
+            if content is not None:
+                file.write_bytes(whole[:content] if isinstance(content, int) else content)
+            forget_checksums(run / "iter_0000001")
+            (line,) = ranks.run(1, cases.refused_resume, cfg, run)
+            assert str(run / "iter_0000001") in line, (name, content)
+            assert "\n" not in line
+
+
 def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path], tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -284,7 +356,7 @@ def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lives = [line.split() for line in done.stdout.splitlines()]
-    assert len(lives) == 8
+    assert len(lives) == 10
     for life, after in itertools.pairwise(lives):
         assert life[0] == "loaded"
         steps = [int(word) for word in life[1::2]]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gmpo.config import SupervisionConfig
-from megatron_gmpo.errors import InputError, NodeError
+from megatron_gmpo.errors import NodeError
 from megatron_gmpo.supervision import node_check, signals, stop
 
 from ..support.ranks import RankPool
@@ -79,7 +79,7 @@ def problem_of_node(bad: int, wanted_gb: float, run_dir: Path) -> str:
     os.environ["SLURMD_NODENAME"] = f"node{dist.get_rank()}"
     cfg = SupervisionConfig(min_free_memory_gb=wanted_gb if dist.get_rank() == bad else 0, min_free_disk_gb=0)
     try:
-        node_check.check_nodes(cfg, run_dir, torch.device("cpu"), checkpoint_bytes=0)
+        node_check.check_nodes(cfg, run_dir, torch.device("cpu"))
     except NodeError as error:
         return str(error)
     finally:
@@ -93,22 +93,6 @@ def test_every_rank_names_the_bad_node(ranks: RankPool, tmp_path: Path) -> None:
     assert first.startswith("node node1: ")
     assert first.endswith(" GB of memory are available, supervision.min_free_memory_gb = 1e+06")
     assert others == [first] * 2
-
-
-def problem_of_disk(run_dir: Path) -> str:
-    try:
-        node_check.check_nodes(
-            SupervisionConfig(min_free_disk_gb=1e9), run_dir, torch.device("cpu"), checkpoint_bytes=0
-        )
-    except InputError as error:
-        return str(error)
-    return ""
-
-
-def test_a_full_disk_names_no_node(ranks: RankPool, tmp_path: Path) -> None:
-    first, second = ranks.run(2, problem_of_disk, tmp_path)
-    assert first == second
-    assert first.startswith(f"run_dir = '{tmp_path}' has ")
 
 
 def problem_of_folder(parent: Path) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gmpo.weights.run_checkpoint import read_state, write_state
+
 from ..support.commands import error_lines, json_lines, options, run_module
 from .test_train import EP2, argv
 
@@ -109,10 +111,10 @@ def test_a_run_that_keeps_collapsing_stops(argv: list[str], run_dir: Path) -> No
 
 
 def test_frozen_routers_are_not_thawed(argv: list[str], run_dir: Path) -> None:
-    file = run_dir / "checkpoints" / "iter_0000004" / "state.json"
-    state = json.loads(file.read_text())
+    checkpoint = run_dir / "checkpoints" / "iter_0000004"
+    state = read_state(checkpoint)
     state["config"]["train"]["freeze_router"] = True
-    file.write_text(json.dumps(state))
+    write_state(checkpoint, state)
     done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir, train__num_steps=5, **WATCHED))
     assert done.returncode == 2
     (line,) = error_lines(done.stderr)

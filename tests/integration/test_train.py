@@ -228,7 +228,7 @@ def test_dr_grpo_alone_is_the_papers_loss_without_truncated_samples(
     assert done.returncode == 0, done.stderr
     assert "(usual for PPO), advantage mean (default of dr_grpo); run_dir" in done.stderr
     terms = []
-    for group in load_groups(str(two_steps / "rollouts"), 0):
+    for group in load_groups(str(two_steps / "rollouts"), 0, vocab_size=2**31):
         mean_reward = fmean(group.rewards)
         terms += [
             (sample.reward - mean_reward) * sample.response_length / 8

@@ -26,7 +26,6 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
-from megatron_gmpo.checkpoint import latest_checkpoint
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError, NonFiniteError
@@ -39,6 +38,7 @@ from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.weights.export import export_hf
+from megatron_gmpo.weights.run_checkpoint import latest_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -278,6 +278,15 @@ def refused_resume(cfg: Config, run_dir: Path) -> str:
     """Return the error message when the latest checkpoint is refused."""
     with opened(cfg) as policy, pytest.raises(InputError) as error:
         resume(policy, run_dir)
+    return str(error.value)
+
+
+def refused_weights(cfg: Config, run_dir: Path) -> str:
+    """Return the error message when the latest checkpoint's weights are refused, as by evaluate."""
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint
+    with opened(cfg) as policy, pytest.raises(InputError) as error:
+        policy.load_weights(checkpoint)
     return str(error.value)
 
 

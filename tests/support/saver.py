@@ -17,15 +17,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from megatron_gmpo.checkpoint import latest_checkpoint
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
+from megatron_gmpo.weights.run_checkpoint import latest_checkpoint
 
 from ..distributed.test_layouts import config
 from . import cases
@@ -74,6 +77,18 @@ def die_at(owner: Any, name: str, call: int) -> None:
     setattr(owner, name, deadly)
 
 
+def is_alive(group: int) -> bool:
+    """Return whether a process of the group has not ended."""
+    found = psutil.process_iter(["status"])
+    return any(each.info["status"] != psutil.STATUS_ZOMBIE and _group_of(each.pid) == group for each in found)
+
+
+def _group_of(pid: int) -> int:
+    with suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return 0
+
+
 def states(policy: Policy) -> list[torch.Tensor]:
     slots = list(optimizer_slots(policy.model.optimizer))
     return [slot.parameter.data for slot in slots] + [
@@ -90,9 +105,11 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
     choose = random.Random(seed)
     places: list[tuple[Any, str, int] | None] = [
         (Path, "rename", 1),  # Megatron writes the metadata of the new checkpoint
-        (Path, "rename", 2),  # the new checkpoint is complete but does not have its name
-        (Path, "rename", 3),  # it has its name but is not recorded as the latest
+        (Path, "rename", 3),  # the state is the last file; random states are the second
+        (Path, "rename", 4),  # the new checkpoint is complete but does not have its name
+        (Path, "rename", 5),  # it has its name but is not recorded as the latest
         (shutil, "rmtree", 1),  # it is the latest; the oldest is being removed
+        (ForkProcess, "start", 2),  # one of Megatron's two writers writes
         *[None] * RANDOM_MOMENTS,
     ]
     for place in [*places, None]:
@@ -120,8 +137,9 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
             found, status = os.waitpid(pid, os.WNOHANG)
             dead = status if found else None
             time.sleep(0.005)
-        # Its checkpoint writers would otherwise outlive it.
-        os.killpg(pid, signal.SIGKILL)
+        while is_alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert not is_alive(pid), "checkpoint writers outlive their rank"
         assert dead == signal.SIGKILL, f"{place}: status {dead}"
         print(" ".join(told.read_text().split()), flush=True)
 

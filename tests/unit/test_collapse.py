@@ -17,9 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megatron_gmpo.checkpoint import checkpoint_before, go_back, latest_checkpoint, read_state
+from megatron_gmpo.checkpoint import go_back
 from megatron_gmpo.config import CollapseConfig, Config
 from megatron_gmpo.metrics.collapse import Collapse, CollapseDetector
+from megatron_gmpo.weights.run_checkpoint import checkpoint_before, latest_checkpoint, read_state
 from megatron_gmpo.weights.torch_dist import LATEST
 
 Curve = Callable[[int], dict[str, float]]

@@ -58,7 +58,7 @@ def mistake(*argv: str) -> str:
         ),
         (
             ["--rollout.stop", '["###", ""]'],
-            ["rollout", "stop = ['###', ''] has an empty string", "leave it out"],
+            ["rollout.stop.1 = ''", "at least 1 character"],
         ),
         (
             ["--algorithm.moe_routing_replay", "rollout"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from megatron_gmpo import files
-from megatron_gmpo.errors import InputError
+from megatron_gmpo.command_line import one_line_errors
+from megatron_gmpo.errors import Exit, InputError, disk_full
+
+from ..support.small_disk import fill, small_disk
 
 
 def names(folder: Path) -> list[str]:
@@ -103,3 +108,52 @@ def test_a_full_disk_is_refused(tmp_path: Path) -> None:
         match=rf"^'{final}' needs 1000000000\.00 GB and its disk has \d+\.\d\d GB free: choose another disk$",
     ):
         files.check_room(final, 10**18)
+
+
+def test_a_line_never_continues_an_unfinished_one(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    files.append_line(file, "1")
+    with file.open("ab") as torn:
+        torn.write(b'{"half')
+    files.append_line(file, "2")
+    files.append_line(file, "3")
+    assert file.read_text().splitlines() == ["1", '{"half', "2", "3"]
+
+
+def test_a_full_disk_is_named_with_its_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """/dev/full fails every write with ENOSPC; errors of write() do not name a file."""
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as raised:
+        files.append_line(tmp_path / "full", "x")
+    full = disk_full(raised.value)
+    assert full
+    assert full.exit == Exit.BAD_INPUT
+    mounted = next(folder for folder in (tmp_path, *tmp_path.parents) if folder.is_mount())
+    line = (
+        f"the file system {mounted} is full (No space left on device), so {tmp_path}/full cannot be written: "
+        "free space, and start the same command again"
+    )
+    assert str(full) == str(pickle.loads(pickle.dumps(full))) == line
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        raise raised.value
+    assert ended.value.code == Exit.BAD_INPUT
+    assert capfd.readouterr().err == f"error: {line}\n"
+    unnamed = "a file system is full (Disk quota exceeded): free space, and start the same command again"
+    assert str(disk_full(OSError(errno.EDQUOT, "x"))) == unnamed
+    assert disk_full(OSError(errno.EIO, "x")) is None
+    with pytest.raises(OSError, match="x"), one_line_errors():
+        raise OSError(errno.EIO, "x")
+
+
+def test_a_whole_disk_fills_up(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        files.write(disk / "file", "old")
+        fill(disk)
+        for write in (files.write, files.write_new):
+            with pytest.raises(OSError, match="No space left") as raised:
+                write(disk / ("file" if write is files.write else "new"), "x" * 5000)
+            full = disk_full(raised.value)
+            assert full
+            assert str(full).startswith(f"the file system {disk} is full")
+        assert (disk / "file").read_text() == "old"
+        assert names(disk) == ["ballast", "file"]

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from megatron_gmpo.metrics.figures import Metric, reduce_metrics, value_of
 from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after
 from megatron_gmpo.metrics.plots import PANELS, plot_run, read_metrics
 from megatron_gmpo.metrics.progress import Progress
+
+from ..support.small_disk import fill, small_disk
 
 
 def json_lines(path: Path) -> list[dict]:
@@ -149,6 +152,69 @@ def test_cut_after_keeps_any_text_and_removes_half_a_character(tmp_path: Path) -
     assert file.read_bytes() == line
     cut_after(tmp_path / "none.jsonl", 1)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_what_cannot_be_read_is_removed_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unreadable = [
+        "[1]",
+        "7",
+        "null",
+        '"step"',
+        '{"loss": 1}',
+        '{"step": null}',
+        '{"step": "1"}',
+        "{",
+        "\0" * 9,
+    ]
+    lines = ['{"step": 1}', *unreadable, '{"step": 2}', '{"step": 3}']
+    assert resumed(tmp_path, 2, "\n".join([*lines, '{"step": 3, "lo'])) == [1, 2]
+    assert f"{tmp_path / 'metrics.jsonl'}: 10 lines could not be read and are removed" in caplog.text
+    caplog.clear()
+    assert resumed(tmp_path, 2, '{"step": 2}\n{"step": 3}\n') == [2]
+    assert caplog.text == ""
+
+
+def test_a_kill_within_an_event_loses_no_other(tmp_path: Path) -> None:
+    logger = MetricLogger(tmp_path, tensorboard=False)
+    logger.event("resume", step=1)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "eve')
+    logger.event("checkpoint", step=2)
+    first, torn, last = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert (json.loads(first)["step"], torn, json.loads(last)["step"]) == (1, '{"time": 1.0, "eve', 2)
+
+
+def test_lines_are_on_the_disk_after_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = MetricLogger(tmp_path, tensorboard=False)
+    logger.sync()  # without files
+    logger.log(1, {"loss": 1.0})
+    logger.event("resume")
+    flushed = set()
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.add(os.readlink(f"/proc/self/fd/{number}")))
+    logger.sync()
+    assert flushed == {str(tmp_path / "metrics.jsonl"), str(tmp_path / "events.jsonl")}
+
+
+def test_a_full_disk_ends_metrics_but_not_tensorboard_and_events(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "tensorboard", "4k") as disk:
+        logger = MetricLogger(tmp_path)
+        fill(disk)
+        for step in (1, 2, 3):
+            logger.log(step, {f"metric_{i}": float(step) for i in range(200)})
+        logger.rewind(2)
+        logger.close()
+    assert [line["step"] for line in json_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert caplog.text.count("tensorboard cannot be written (No space left on device)") == 1
+    assert capfd.readouterr().err == ""  # no traceback of TensorBoard's thread
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to("/dev/full")
+    logger.event("checkpoint", step=3)
+    assert "events.jsonl lacks the event 'checkpoint' (No space left on device)" in caplog.text
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        logger.log(4, {"loss": 1.0})
 
 
 def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:

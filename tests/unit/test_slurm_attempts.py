@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_gmpo.commands import slurm_attempt
-from megatron_gmpo.errors import Exit, InputError, RunError
-from megatron_gmpo.supervision.records import OUTCOME, Outcome
+from megatron_gmpo.errors import Exit, InputError, RunError, disk_full
+from megatron_gmpo.supervision.records import LATEST, OUTCOME, Outcome
 from megatron_gmpo.supervision.slurm_attempts import read_attempts
+
+from ..support.small_disk import fill, small_disk
 
 
 @pytest.fixture
@@ -203,3 +205,27 @@ def test_bad_limits_and_configs_are_refused(run_dir: Path, monkeypatch: pytest.M
     begin(run_dir)
     with pytest.raises(InputError, match="MAX_CRASHES = 'many' is not a number"):
         begin(run_dir)
+
+
+def test_a_full_disk_is_no_reason_to_try_again(one: One, run_dir: Path) -> None:
+    """Trainers that cannot write an outcome end with code 2, and a job that cannot write its records ends."""
+    code, out, err = one(None, status=Exit.BAD_INPUT)
+    assert (code, out) == (Exit.BAD_INPUT, "")
+    assert err.splitlines()[-1].endswith(
+        f"error: the trainers ended with exit code 2 and without a reason: see {run_dir / 'logs'}"
+    )
+    with small_disk(run_dir, "64k"):
+        begin(run_dir)
+        fill(run_dir)
+        for argv in (["end", str(run_dir), "1"], ["begin", "--run_dir", str(run_dir)]):
+            with pytest.raises(OSError, match="No space left") as full:
+                slurm_attempt.main(argv)
+            assert str(disk_full(full.value)).startswith(f"the file system {run_dir} is full")
+
+
+@pytest.mark.parametrize("content", ["", "release", "iter_0000002"])
+def test_a_pointer_that_names_no_step_counts_as_none(content: str, one: One, run_dir: Path) -> None:
+    begin(run_dir)
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / LATEST).write_text(content)
+    assert one(Exit.BAD_INPUT)[0] == Exit.BAD_INPUT

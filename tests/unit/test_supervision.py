@@ -55,7 +55,7 @@ def test_a_rank_that_lost_another_reports_the_kill_and_not_the_reset(
 
     def lose_the_other() -> None:
         with Attempt(cfg) as one:
-            one.start(torch.device("cpu"), 0)
+            one.start(torch.device("cpu"), 0, "")
             if recorded == "in time":
                 later.start()
             raise RuntimeError(RESET)

@@ -1,0 +1,261 @@
+"""Faults in real runs: nothing good is lost, one line says what happened, and the code is right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_gmpo.errors import Exit
+from megatron_gmpo.supervision.records import LATEST
+from megatron_gmpo.testing.arithmetic import write_addition_problems
+from megatron_gmpo.weights.inspection import inspect_checkpoint
+
+from ..support.commands import CONFIG, error_lines, json_lines, options, run_module, start_module
+from ..support.small_disk import fill, small_disk
+
+pytestmark = pytest.mark.distributed
+
+TRAIN, EVALUATE = "megatron_gmpo.train", "megatron_gmpo.evaluate"
+STEPS = 4
+_TIMEOUT_S = 240
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the example config with a tiny random model, small steps and a checkpoint after each step."""
+    problems = tmp_path_factory.mktemp("problems")
+    write_addition_problems(problems)
+    return [
+        CONFIG,
+        *options(
+            model__path=tiny_model("qwen3_moe", num_layers=2),
+            data__path=problems / "train.jsonl",
+            data__max_prompts=40,
+            eval__sets="{}",
+            reward__name="tests.support.rewards:share_of_digits",
+            rollout__prompts_per_step=4,
+            rollout__samples_per_prompt=4,
+            optimizer__lr=1e-3,
+            train__num_steps=STEPS,
+            checkpoint__save_interval=1,
+            checkpoint__keep_last=STEPS,
+            log__tensorboard="false",
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run folder of a run without faults, with a checkpoint of every step."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    done = run_module(TRAIN, *argv, *options(run_dir=run_dir), ranks=2)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(undisturbed: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run as it was after step 3."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    checkpoints = run_dir / "checkpoints"
+    shutil.rmtree(checkpoints / f"iter_{STEPS:07d}")
+    (checkpoints / LATEST).write_text(str(STEPS - 1))
+    return run_dir
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "outcome.json").read_text())
+
+
+def events(run_dir: Path) -> list[dict[str, Any]]:
+    return json_lines(run_dir / "events.jsonl")
+
+
+def figures(run_dir: Path) -> list[dict[str, Any]]:
+    lines = json_lines(run_dir / "metrics.jsonl")
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "throughput/"))}
+        for line in lines
+    ]
+
+
+def flip_a_byte(file: Path) -> None:
+    with file.open("r+b") as content:
+        content.seek(file.stat().st_size // 2)
+        (byte,) = content.read(1)
+        content.seek(-1, 1)
+        content.write(bytes([byte ^ 0x10]))
+
+
+# --- damaged checkpoints ------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_is_named_and_an_older_checkpoint_taken_on_request(
+    argv: list[str], run_dir: Path, undisturbed: Path
+) -> None:
+    newest = run_dir / "checkpoints" / f"iter_{STEPS - 1:07d}"
+    assert inspect_checkpoint(newest)["whole"] == "yes"
+    flip_a_byte(newest / "__0_1.distcp")
+    assert re.match(r"no: __0_1\.distcp has the checksum ", inspect_checkpoint(newest)["whole"])
+
+    refused = run_module(TRAIN, *argv, *options(run_dir=run_dir), ranks=2)
+    assert outcome(run_dir)["code"] == Exit.BAD_INPUT
+    (line,) = error_lines(refused.stderr)
+    assert line == f"error: {outcome(run_dir)['reason']}"
+    assert re.search(
+        r"iter_0000003 is damaged: __0_1\.distcp has the checksum \w+ instead of \w+; the newest whole "
+        r"checkpoint is iter_0000002: set checkpoint\.fall_back = true to go on from it$",
+        line,
+    )
+    assert figures(run_dir) == figures(undisturbed)  # nothing was lost
+
+    done = run_module(TRAIN, *argv, *options(run_dir=run_dir, checkpoint__fall_back="true"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {run_dir / 'checkpoints' / 'iter_0000002'}" in done.stderr
+    assert figures(run_dir) == figures(undisturbed)
+    (event,) = [event for event in events(run_dir) if event["event"] == "fall_back"]
+    assert event["step"] == STEPS - 2
+    assert "iter_0000003 is damaged: __0_1.distcp" in event["reason"]
+    assert inspect_checkpoint(newest)["whole"] == "yes"  # step 3 was repeated and saved
+
+
+def test_the_pointer_and_small_files_are_checked_before_anything_starts(
+    argv: list[str], run_dir: Path
+) -> None:
+    """The same for training and evaluation. tests/unit/test_run_checkpoint.py has the table of damages."""
+    pointer, newest = run_dir / "checkpoints" / LATEST, run_dir / "checkpoints" / "iter_0000003"
+    faults: list[tuple[Callable[[], object], str]] = [
+        (pointer.unlink, r"latest_checkpointed_iteration\.txt is missing; .* is iter_0000003: write 3 into "),
+        (lambda: pointer.write_text("release"), r"contains 'release' instead of the number of a step; "),
+        (
+            lambda: (pointer.write_text("3"), (newest / ".metadata").unlink()),
+            r"damaged: \.metadata cannot be",
+        ),
+        (lambda: (newest / "state.json").write_text("[]"), r"damaged: state\.json is not a JSON object; "),
+    ]
+    sets = options(eval__sets='{a = {path = "nowhere.jsonl"}}')
+    metrics = (run_dir / "metrics.jsonl").read_bytes()
+    for fault, message in faults:
+        fault()
+        for command, more in ((TRAIN, []), (EVALUATE, sets)):
+            done = run_module(command, *argv, *options(run_dir=run_dir), *more)
+            assert done.returncode == Exit.BAD_INPUT
+            (line,) = error_lines(done.stderr)
+            assert re.search(message, line), line
+            assert "set checkpoint.fall_back = true" in line
+            assert "Traceback" not in done.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+    assert len(list((run_dir / "checkpoints").glob("iter_*"))) == STEPS - 1
+
+
+# --- kill -9 ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_killed_in_every_phase_equals_an_undisturbed_one(
+    ranks: int, argv: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir, whole = tmp_path / "killed", undisturbed
+    under = {"ranks": ranks} if ranks > 1 else {}
+    if ranks == 1:
+        whole = tmp_path / "whole"
+        assert run_module(TRAIN, *argv, *options(run_dir=whole)).returncode == 0
+    kills = [(0, "weight_sync", 0), (0, "checkpoint", 0), (1, "rollout", 1), (1, "logprobs", 1)]
+    kills += [(1, "checkpoint", 1), (0, "checkpoint", 2), (0, "train", 3)]
+    for rank, phase, step in kills:
+        done = run_module(
+            "tests.support.killed", rank % ranks, phase, step, *argv, *options(run_dir=run_dir), **under
+        )
+        assert done.returncode not in (0, 2), (phase, done.stderr)
+        beat = json.loads((run_dir / "heartbeats" / f"rank_{rank % ranks:05d}.json").read_text())
+        assert beat["phase"] != "end", phase
+    done = run_module(TRAIN, *argv, *options(run_dir=run_dir), **under)
+    assert done.returncode == 0, done.stderr
+    assert figures(run_dir) == figures(whole)
+    assert [line["step"] for line in figures(run_dir)] == list(range(1, STEPS + 1))
+    assert not list((run_dir / "checkpoints").glob(".partial_*"))
+
+
+# --- full disks ---------------------------------------------------------------------------------------------
+
+
+def test_too_small_a_disk_is_refused_before_the_run(argv: list[str], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        keep = options(run_dir=disk / "run", checkpoint__keep_last=2)
+        done = run_module(TRAIN, *argv, *keep)
+        assert done.returncode == Exit.BAD_INPUT
+        (line,) = error_lines(done.stderr)
+        assert re.search(
+            r"has 0\.008\d* GB of disk space left, and checkpoint\.keep_last = 2 needs room for 3, 0 exist, "
+            r"0\.00\d+ GB each: make room, or choose another run_dir$",
+            line,
+        ), line
+        assert not (disk / "run" / "metrics.jsonl").exists()
+
+
+def test_a_disk_that_fills_up_in_a_checkpoint(argv: list[str], tmp_path: Path, undisturbed: Path) -> None:
+    """The incomplete checkpoint is removed; with more room the run goes on as if undisturbed."""
+    with small_disk(tmp_path / "disk", "9m") as disk:
+        run_dir = disk / "run"
+        command = [*argv, *options(run_dir=run_dir, supervision__min_free_disk_gb=0)]
+        done = run_module(TRAIN, *command, ranks=2)
+        assert done.returncode != 0
+        assert error_lines(done.stderr) == [f"error: {outcome(run_dir)['reason']}"]
+        assert outcome(run_dir)["code"] == Exit.BAD_INPUT  # Slurm does not try again
+        assert outcome(run_dir)["reason"].startswith(f"the file system {disk} is full (No space left")
+        names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+        assert names == {"iter_0000001", "iter_0000002", "hf", LATEST}
+        with small_disk(tmp_path / "larger", "64m") as larger:
+            shutil.copytree(run_dir, larger / "run")
+            done = run_module(TRAIN, *argv, *options(run_dir=larger / "run"), ranks=2)
+            assert done.returncode == 0, done.stderr
+            assert figures(larger / "run") == figures(undisturbed)
+
+
+def test_a_disk_that_fills_up_between_two_steps(argv: list[str], tmp_path: Path) -> None:
+    """No file can be written any more, neither transcripts nor metrics, errors or outcome.json."""
+    with small_disk(tmp_path / "disk", "16m") as disk:
+        endless = options(run_dir=disk / "run", train__num_steps=10_000, checkpoint__save_interval=0)
+        command = [*argv, *endless, *options(supervision__heartbeat_interval_s=0.2)]
+        with start_module(TRAIN, *command) as run:
+            deadline = time.monotonic() + _TIMEOUT_S
+            while not (disk / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+                assert run.poll() is None, run.communicate()[1]
+                time.sleep(0.05)
+            while run.poll() is None and time.monotonic() < deadline:
+                fill(disk)
+                time.sleep(0.05)
+            _, said = run.communicate(_TIMEOUT_S)
+        assert run.returncode == Exit.BAD_INPUT, said
+        (line,) = error_lines(said)
+        assert line.startswith(f"error: the file system {disk} is full (No space left on device), so ")
+        assert "Traceback" not in said
+        assert "Exception" not in said
+
+
+def test_a_run_ends_well_without_tensorboard_and_heartbeats(argv: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with (
+        small_disk(run_dir / "tensorboard", "4k") as board,
+        small_disk(run_dir / "heartbeats", "4k") as beats,
+    ):
+        fill(board)
+        fill(beats)
+        few = options(
+            run_dir=run_dir, log__tensorboard="true", train__num_steps=2, checkpoint__save_interval=0
+        )
+        done = run_module(TRAIN, *argv, *few, *options(supervision__heartbeat_interval_s=0.1))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("heartbeats/rank_00000.json cannot be written") == 1
+        assert done.stderr.count("tensorboard cannot be written (No space left on device)") == 1
+        assert "Traceback" not in done.stderr
+    assert outcome(run_dir)["code"] == Exit.DONE
+    assert len(figures(run_dir)) == 2

@@ -1,0 +1,52 @@
+"""Train, and kill a rank with SIGKILL: ``python -m tests.support.killed RANK PHASE STEP CONFIG.toml ...``.
+
+The rank dies when it enters the phase in the step after STEP completed steps; in the phase ``checkpoint`` it
+dies while Megatron's writers write.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from megatron_gmpo.supervision.signals import listen
+
+    listen()
+
+import os
+import signal
+import sys
+from multiprocessing.context import ForkProcess
+from typing import Any
+
+from megatron_gmpo import train
+from megatron_gmpo.run import start_command
+from megatron_gmpo.supervision.attempt import Attempt
+
+
+def main(rank: str, phase: str, step: int) -> None:
+    enter, start = Attempt.enter, ForkProcess.start
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def second_writer(process: ForkProcess) -> None:
+        start(process)
+        patched.start = die
+
+    def enter_or_die(attempt: Attempt, entered: str) -> None:
+        enter(attempt, entered)
+        assert attempt._heartbeat
+        if (entered, attempt._heartbeat.step) == (phase, step) and os.environ.get("RANK", "0") == rank:
+            if phase != "checkpoint" or rank != "0":  # rank 0 writes the tensors
+                die()
+            patched.start = second_writer
+
+    patched: Any = ForkProcess
+    patched_attempt: Any = Attempt
+    patched_attempt.enter = enter_or_die
+    start_command(train.main)
+
+
+if __name__ == "__main__":
+    rank, phase, step = sys.argv[1:4]
+    del sys.argv[1:4]
+    main(rank, phase, int(step))

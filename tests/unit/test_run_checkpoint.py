@@ -1,0 +1,205 @@
+"""A damaged file of a checkpoint is found and named, with the newest checkpoint that is whole."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_gmpo.checkpoint import go_back, room_to_save
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.supervision.records import LATEST
+from megatron_gmpo.weights import checksums
+from megatron_gmpo.weights.run_checkpoint import (
+    choose_whole,
+    find_candidates,
+    full_damage,
+    latest_checkpoint,
+    quick_damage,
+    read_state,
+    write_state,
+)
+
+FILES = [".metadata", "metadata.json", "common.pt", "__0_0.distcp", "__1_0.distcp"]
+RANDOM = "random/rank_00000.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with the checkpoints of steps 4, 5 and 6, of which 6 is the newest."""
+    noise = random.Random(0)
+    for step in (4, 5, 6):
+        checkpoint = tmp_path / f"iter_{step:07d}"
+        (checkpoint / "random").mkdir(parents=True)
+        for name in (*FILES, RANDOM):
+            (checkpoint / name).write_bytes(noise.randbytes(200))
+        recorded = checksums.checksums_of(checkpoint, [checkpoint / name for name in (*FILES, RANDOM)])
+        write_state(checkpoint, {"step": step, "note": {"1": 0.1}, "files": recorded})
+    (tmp_path / LATEST).write_text("6")
+    return tmp_path
+
+
+def chosen(folder: Path, *, fall_back: bool = False) -> tuple[Path | None, str]:
+    return choose_whole(find_candidates(folder), fall_back=fall_back, damage_of=full_damage)
+
+
+def test_the_checksum_is_xxh3() -> None:
+    """The value is from XXH3's own list of test vectors (xxHash, tests/sanity_test_vectors.h, length 0)."""
+    assert checksums.checksum(b"") == "2d06800538d394c2"
+
+
+def test_a_whole_checkpoint_is_taken(folder: Path) -> None:
+    assert chosen(folder) == (folder / "iter_0000006", "")
+    assert read_state(folder / "iter_0000006")["note"] == {"1": 0.1}
+    (folder / LATEST).write_text(" 5\n")
+    assert chosen(folder)[0] == folder / "iter_0000005"
+    shutil.rmtree(folder / "iter_0000006")
+    go_back(folder / "iter_0000005", {"note": "changed"})
+    assert chosen(folder) == (folder / "iter_0000005", "")
+
+
+STATES: dict[str, tuple[Callable[[dict], object], str]] = {
+    "empty": (lambda state: "", "cannot be read"),
+    "cut": (lambda state: json.dumps(state)[:-20], "cannot be read"),
+    "no object": (lambda state: json.dumps([state]), "is not a JSON object"),
+    "step a text": (lambda state: json.dumps({"step": "6"}), "has step = '6'"),
+    "no step": (lambda state: "{}", "states step None"),
+    "another step": (lambda state: json.dumps({"step": 5}), "states step 5"),
+    "no model": (lambda state: json.dumps({"step": 6, "model": None}), "has model = None"),
+    "edited": (lambda state: json.dumps(state | {"note": 1}), "has another content than was written"),
+    "nested": (lambda state: "[" * 100_000, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_damaged_state_is_named_before_anything_is_loaded(name: str, folder: Path) -> None:
+    file = folder / "iter_0000006" / "state.json"
+    change, message = STATES[name]
+    file.write_text(str(change(json.loads(file.read_text()))))
+    with pytest.raises(
+        InputError, match=rf"iter_0000006 is damaged: state\.json {re.escape(message)}"
+    ) as error:
+        latest_checkpoint(folder)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(
+        "; the newest whole checkpoint is iter_0000005: set checkpoint.fall_back = true to go on from it"
+    )
+    found, damage = choose_whole(find_candidates(folder), fall_back=True)
+    assert found == folder / "iter_0000005"
+    assert message in damage
+
+
+@pytest.mark.parametrize("file", [*FILES, RANDOM])
+@pytest.mark.parametrize("kind", ["gone", "empty", "cut", "longer", "flipped"])
+def test_a_damaged_file_is_named(kind: str, file: str, folder: Path) -> None:
+    path = folder / "iter_0000006" / file
+    content = path.read_bytes()
+    flipped = bytes([*content[:100], content[100] ^ 4, *content[101:]])
+    path.unlink()
+    if kind != "gone":
+        path.write_bytes(
+            {"empty": b"", "cut": content[:-1], "longer": content + b"x", "flipped": flipped}[kind]
+        )
+    with pytest.raises(InputError, match=rf"iter_0000006 is damaged: {re.escape(file)} .*iter_0000005: set "):
+        chosen(folder)
+    found, damage = chosen(folder, fall_back=True)
+    assert found == folder / "iter_0000005"
+    assert file in damage
+
+
+def test_every_flipped_bit_is_found(folder: Path) -> None:
+    checkpoint, noise = folder / "iter_0000006", random.Random(1)
+    for path in sorted(found for found in checkpoint.rglob("*") if found.is_file()):
+        content = path.read_bytes()
+        for _ in range(40):
+            at = noise.randrange(len(content))
+            path.write_bytes(
+                bytes([*content[:at], content[at] ^ (1 << noise.randrange(8)), *content[at + 1 :]])
+            )
+            changed_space = path.name == "state.json" and json.loads(content) == _json(path)
+            assert full_damage(checkpoint) or changed_space, (path, at)
+        path.write_bytes(content)
+    assert full_damage(checkpoint) == ""
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"release", b"iter_0000006", b"-6", b"6.0", b"\xff\x00", b"6 5"]
+)
+def test_a_lost_pointer_is_no_new_run(content: bytes | None, folder: Path) -> None:
+    (folder / LATEST).unlink()
+    if content is not None:
+        (folder / LATEST).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        latest_checkpoint(folder)
+    shown = "" if content is None else f" contains {content.decode(errors='replace')!r}"
+    assert str(error.value).startswith(f"{folder / LATEST}{shown or ' is missing'}")
+    assert str(error.value).endswith(
+        "the newest whole checkpoint is iter_0000006: write 6 into latest_checkpointed_iteration.txt, or "
+        "set checkpoint.fall_back = true to go on from it"
+    )
+    assert choose_whole(find_candidates(folder), fall_back=True)[0] == folder / "iter_0000006"
+
+
+def test_a_pointer_to_a_missing_checkpoint(folder: Path) -> None:
+    (folder / LATEST).write_text("7")
+    with pytest.raises(
+        InputError, match=r"iter_0000007 is damaged: state\.json is missing; .* is iter_0000006"
+    ):
+        latest_checkpoint(folder)
+
+
+def test_before_and_after_the_first_save(tmp_path: Path, folder: Path) -> None:
+    """A kill after the first checkpoint's rename leaves the pointer at 0: nothing is lost."""
+    assert chosen(tmp_path / "nowhere") == (None, "")
+    (folder / LATEST).write_text("0")
+    assert chosen(folder) == (folder / "iter_0000006", "")
+    for step in (4, 5, 6):
+        shutil.rmtree(folder / f"iter_{step:07d}")
+    assert chosen(folder) == (None, "")
+
+
+def test_the_oldest_may_be_the_only_whole_one(folder: Path) -> None:
+    (folder / "iter_0000006" / ".metadata").unlink()
+    (folder / "iter_0000005" / "__1_0.distcp").write_bytes(b"")
+    assert quick_damage(folder / "iter_0000005") == ""  # the large files wait for the process group
+    assert chosen(folder, fall_back=True)[0] == folder / "iter_0000004"
+    (folder / "iter_0000004" / "state.json").unlink()
+    for fall_back in (False, True):
+        with pytest.raises(
+            InputError, match=r"iter_0000006 is damaged: \.metadata .*no older checkpoint is whole"
+        ):
+            chosen(folder, fall_back=fall_back)
+
+
+@pytest.mark.parametrize(
+    ("existing", "keep_last", "saves", "more"),
+    # most at a time: keep_last and the one being written; a run that is stopped also saves
+    [
+        (0, 2, 9, 3),
+        (1, 2, 9, 2),
+        (2, 2, 9, 1),
+        (3, 2, 9, 1),
+        (0, 2, 1, 1),
+        (0, 2, 2, 2),
+        (0, 2, 0, 1),
+        (0, 1, 9, 2),
+    ],
+)
+def test_keep_last_needs_room_for_one_more(
+    existing: int, keep_last: int, saves: int, more: int, tmp_path: Path
+) -> None:
+    for step in range(existing):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    assert room_to_save(tmp_path, keep_last, saves)[0] == more
