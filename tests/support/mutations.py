@@ -1,0 +1,139 @@
+"""Hypothesis strategies that change valid files a little, so that the result gets deep into their reader.
+
+``changed_trees`` changes values, keys and nesting of a tree as JSON and TOML describe it. ``damaged`` cuts and
+flips the bytes of the written file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tomli_w
+from hypothesis import strategies as st
+
+Tree = dict[str, Any]
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+_NUMBERS: list[Any] = [-1, 0, 1, 2, 3, 7, 1000, 2**31, 2**32, 2**63, 2**64, -(2**63), 10**15, 10**400]
+_NUMBERS += [0.5, -0.0, 1e-320, 1e308, -1e308, float("nan"), float("inf"), -float("inf")]
+_TEXTS = ["", " ", "0", "-1", "1e999", "true", "None", "x" * 5000, "a\nb", "\0", "\x1b[31m", "\u202e", "\ud800", "é"]
+_TEXTS += ["../x", "/dev/zero", "/", ".", "{e:>9999999999}", "{0.__class__}", "%s", "$HOME", "a" * 300 + "/b"]
+_OTHERS: list[Any] = [True, False, [], {}, [[]], [{}], {"": None}, [None], nested(300), [0] * 2000]
+ODD_TEXTS = st.sampled_from(_TEXTS) | st.text(max_size=8)
+_SCALARS = (
+    st.sampled_from(_NUMBERS) | st.integers(-3, 9) | st.integers() | st.floats() | ODD_TEXTS | st.booleans()
+)
+
+
+def odd_values(words: list[Any]) -> st.SearchStrategy[Any]:
+    """Return odd values of every type. ``words`` are values that the reader of the file knows."""
+    known = st.sampled_from(words) if words else st.nothing()
+    keys = st.sampled_from([word for word in words if isinstance(word, str)] or ["x"]) | ODD_TEXTS
+    small = st.lists(_SCALARS | known, max_size=4) | st.dictionaries(keys, _SCALARS | known, max_size=3)
+    return st.none() | _SCALARS | known | known | st.sampled_from(_OTHERS).map(copy.deepcopy) | small
+
+
+@st.composite
+def changed_trees(draw: Draw, valid: Callable[[], Tree], words: list[Any]) -> Tree:
+    """Return ``valid()`` after one to four changes."""
+    root = {"": copy.deepcopy(valid())}
+    odd = odd_values(words)
+    for _ in range(draw(st.integers(1, 4))):
+        places = list(_places(root[""]))
+        if not places:
+            break
+        parent, key = places[draw(st.integers(0, len(places) - 1))]
+        _change(draw, parent, key, places, odd, words)
+    return root[""]
+
+
+def _change(
+    draw: Draw,
+    parent: Any,
+    key: Any,
+    places: list[tuple[Any, Any]],
+    odd: st.SearchStrategy[Any],
+    words: list[Any],
+) -> None:
+    value = parent[key]
+    how = draw(st.sampled_from(["odd", "odd", "near", "copy", "remove", "rename", "wrap", "add"]))
+    if how == "near" and isinstance(value, int | float) and not isinstance(value, bool):
+        factor, added = draw(st.sampled_from([(1, 1), (1, -1), (-1, 0), (2, 0), (2**31, 0), (0, 0), (1.0, 0)]))
+        parent[key] = value * factor + added
+    elif how == "near" and isinstance(value, str):
+        at = draw(st.integers(0, len(value)))
+        parent[key] = value[:at] + draw(ODD_TEXTS) + value[at + draw(st.integers(0, 2)) :]
+    elif how == "near" and isinstance(value, list):
+        parent[key] = value[:-1] if draw(st.booleans()) else value + value[:1]
+    elif how == "copy":
+        other, name = places[draw(st.integers(0, len(places) - 1))]
+        parent[key] = copy.deepcopy(other.get(name) if isinstance(other, dict) else (other or [None])[0])
+    elif how == "remove":
+        del parent[key]
+    elif how == "rename" and isinstance(parent, dict):
+        parent[draw(st.sampled_from([str(word) for word in words] or ["x"]) | ODD_TEXTS)] = parent.pop(key)
+    elif how == "wrap":
+        parent[key] = draw(st.sampled_from([[value], {"x": value}, [value, value]]))
+    elif how == "add" and isinstance(parent, dict):
+        parent[draw(st.sampled_from([str(word) for word in words] or ["x"]) | ODD_TEXTS)] = draw(odd)
+    else:
+        parent[key] = draw(odd)
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield container and key of every value in the tree."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield tree, key
+        if not (isinstance(value, list) and len(value) > 100):
+            yield from _places(value)
+
+
+@st.composite
+def damaged(draw: Draw, content: st.SearchStrategy[bytes]) -> bytes:
+    """Return ``content``, in one of four cases cut, or with other, more or repeated bytes."""
+    data = draw(content)
+    how = draw(st.sampled_from([""] * 9 + ["cut", "flip", "insert"]))
+    at = draw(st.integers(0, max(len(data) - 1, 0))) if how else 0
+    if how == "cut":
+        return data[:at]
+    if how == "flip":
+        return data[:at] + bytes(byte ^ 1 << draw(st.integers(0, 7)) for byte in data[at : at + 1]) + data[at + 1 :]
+    if how == "insert":
+        pieces = [b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"[" * 100_000, b"{", b"9" * 5000, b"NaN", b"\n", b","]
+        return data[:at] + draw(st.sampled_from(pieces)) + data[at:]
+    return data
+
+
+def json_files(valid: Callable[[], Tree], words: list[Any]) -> st.SearchStrategy[bytes]:
+    """Return the bytes of JSON files."""
+    return damaged(changed_trees(valid, words).map(lambda tree: json.dumps(tree).encode()))
+
+
+def toml_files(valid: Callable[[], Tree], words: list[Any]) -> st.SearchStrategy[bytes]:
+    """Return the bytes of TOML files."""
+    return damaged(changed_trees(valid, words).map(_toml))
+
+
+def _toml(tree: Tree) -> bytes:
+    return tomli_w.dumps(_without_none(tree)).encode("utf-8", "surrogatepass")
+
+
+def _without_none(tree: Any) -> Any:
+    """Return the tree with "None" for None, which TOML lacks."""
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_none(value) for value in tree]
+    return "None" if tree is None else tree
