@@ -110,7 +110,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"config file {path} does not exist: give the path of a TOML file, e.g. "
             f"examples/moe/tiny_cpu.toml"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # also an integer of 5,000 digits, deep nesting
         raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
 
 

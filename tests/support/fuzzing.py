@@ -1,21 +1,74 @@
-"""Hypothesis strategies that change valid files a little, so that the result gets deep into their reader.
+"""Limits of a fuzzed input, and hypothesis strategies that change valid files a little.
 
-``changed_trees`` changes values, keys and nesting of a tree as JSON and TOML describe it. ``damaged`` cuts and
-flips the bytes of the written file.
+A small change lets the input get deep into its reader. ``changed_trees`` changes values, keys and nesting of a
+tree that JSON or TOML can describe. ``damaged`` cuts the written file and changes its bytes.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import resource
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import tomli_w
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from megatron_gmpo.errors import InputError
+
+CPU_S, MEMORY_BYTES = 10.0, 10**9
 Tree = dict[str, Any]
 Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+def inputs(count: int) -> settings:
+    """Return the settings of a test with ``count`` inputs, the same in every run.
+
+    With the profile of ``make fuzz``, which asks for more examples than hypothesis' 100, there are
+    proportionally more inputs, and they are new in every run.
+    """
+    usual: Any = settings.default
+    times = max(1, usual.max_examples // 100)
+    return settings(
+        max_examples=count * times,
+        derandomize=times == 1,
+        database=None if times == 1 else usual.database,
+        deadline=None,  # it would measure wall time
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+class TooSlow(BaseException):
+    """An input took more than ``CPU_S`` seconds of CPU time. No handler of the code under test catches it."""
+
+
+@contextmanager
+def read_or_refused() -> Iterator[None]:
+    """Limit the time and memory of the block, which may raise an InputError of one line."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = psutil.Process().memory_info().data
+    before = signal.signal(signal.SIGVTALRM, _too_slow)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY_BYTES, hard))
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
+    message = "read"
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    assert len(message.splitlines()) == 1, message
+
+
+def _too_slow(*_: object) -> None:
+    raise TooSlow
 
 
 def nested(depth: int) -> list[Any]:
@@ -27,7 +80,22 @@ def nested(depth: int) -> list[Any]:
 
 _NUMBERS: list[Any] = [-1, 0, 1, 2, 3, 7, 1000, 2**31, 2**32, 2**63, 2**64, -(2**63), 10**15, 10**400]
 _NUMBERS += [0.5, -0.0, 1e-320, 1e308, -1e308, float("nan"), float("inf"), -float("inf")]
-_TEXTS = ["", " ", "0", "-1", "1e999", "true", "None", "x" * 5000, "a\nb", "\0", "\x1b[31m", "\u202e", "\ud800", "é"]
+_TEXTS = [
+    "",
+    " ",
+    "0",
+    "-1",
+    "1e999",
+    "true",
+    "None",
+    "x" * 5000,
+    "a\nb",
+    "\0",
+    "\x1b[31m",
+    "\u202e",
+    "\ud800",
+    "é",
+]
 _TEXTS += ["../x", "/dev/zero", "/", ".", "{e:>9999999999}", "{0.__class__}", "%s", "$HOME", "a" * 300 + "/b"]
 _OTHERS: list[Any] = [True, False, [], {}, [[]], [{}], {"": None}, [None], nested(300), [0] * 2000]
 ODD_TEXTS = st.sampled_from(_TEXTS) | st.text(max_size=8)
@@ -69,7 +137,9 @@ def _change(
     value = parent[key]
     how = draw(st.sampled_from(["odd", "odd", "near", "copy", "remove", "rename", "wrap", "add"]))
     if how == "near" and isinstance(value, int | float) and not isinstance(value, bool):
-        factor, added = draw(st.sampled_from([(1, 1), (1, -1), (-1, 0), (2, 0), (2**31, 0), (0, 0), (1.0, 0)]))
+        factor, added = draw(
+            st.sampled_from([(1, 1), (1, -1), (-1, 0), (2, 0), (2**31, 0), (0, 0), (1.0, 0)])
+        )
         parent[key] = value * factor + added
     elif how == "near" and isinstance(value, str):
         at = draw(st.integers(0, len(value)))
@@ -109,21 +179,39 @@ def damaged(draw: Draw, content: st.SearchStrategy[bytes]) -> bytes:
     if how == "cut":
         return data[:at]
     if how == "flip":
-        return data[:at] + bytes(byte ^ 1 << draw(st.integers(0, 7)) for byte in data[at : at + 1]) + data[at + 1 :]
+        return (
+            data[:at]
+            + bytes(byte ^ 1 << draw(st.integers(0, 7)) for byte in data[at : at + 1])
+            + data[at + 1 :]
+        )
     if how == "insert":
-        pieces = [b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"[" * 100_000, b"{", b"9" * 5000, b"NaN", b"\n", b","]
+        pieces = [
+            b"\0",
+            b"\xff",
+            b"\xed\xa0\x80",
+            b'"',
+            b"[" * 100_000,
+            b"{",
+            b"9" * 5000,
+            b"NaN",
+            b"\n",
+            b",",
+        ]
         return data[:at] + draw(st.sampled_from(pieces)) + data[at:]
     return data
 
 
-def json_files(valid: Callable[[], Tree], words: list[Any]) -> st.SearchStrategy[bytes]:
-    """Return the bytes of JSON files."""
-    return damaged(changed_trees(valid, words).map(lambda tree: json.dumps(tree).encode()))
+def json_files(
+    valid: Callable[[], Tree], words: str, values: list[Any] | None = None
+) -> st.SearchStrategy[bytes]:
+    """Return the bytes of JSON files. Their reader knows the ``words`` and ``values``."""
+    known = [*words.split(), *(values or [])]
+    return damaged(changed_trees(valid, known).map(lambda tree: json.dumps(tree).encode()))
 
 
-def toml_files(valid: Callable[[], Tree], words: list[Any]) -> st.SearchStrategy[bytes]:
-    """Return the bytes of TOML files."""
-    return damaged(changed_trees(valid, words).map(_toml))
+def toml_files(valid: Callable[[], Tree], words: str) -> st.SearchStrategy[bytes]:
+    """Return the bytes of TOML files. Their reader knows the ``words``."""
+    return damaged(changed_trees(valid, words.split()).map(_toml))
 
 
 def _toml(tree: Tree) -> bytes:
