@@ -1,7 +1,7 @@
 """Limits of a fuzzed input, and hypothesis strategies that change valid files a little.
 
-A small change lets the input get deep into its reader. ``changed_trees`` changes values, keys and nesting of a
-tree that JSON or TOML can describe. ``damaged`` cuts the written file and changes its bytes.
+A small change lets the input get deep into its reader. ``changed_trees`` changes values, keys and nesting of
+a tree that JSON or TOML can describe. ``damaged`` cuts the written file and changes its bytes.
 """
 
 from __future__ import annotations

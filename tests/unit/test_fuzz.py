@@ -79,10 +79,10 @@ def config_of(family: str) -> dict[str, Any]:
 # Model folders
 
 WORDS_OF_CONFIGS = """
-    head_dim layer_types pad_token_id quantization_config quant_method fp8 rope_scaling rope_parameters rope_type
-    rope_theta factor type partial_rotary_factor yarn llama3 dynamic default linear full_attention
-    sliding_attention sliding_window use_sliding_window mlp_only_layers moe_layer_freq silu gelu float32 bfloat16
-    dtype torch_dtype architectures attn_implementation auto_map
+    head_dim layer_types pad_token_id quantization_config quant_method fp8 rope_scaling rope_parameters
+    rope_type rope_theta factor type partial_rotary_factor yarn llama3 dynamic default linear full_attention
+    sliding_attention sliding_window use_sliding_window mlp_only_layers moe_layer_freq silu gelu float32
+    bfloat16 dtype torch_dtype architectures attn_implementation auto_map
 """
 
 
@@ -202,8 +202,8 @@ def group() -> dict[str, Any]:
 
 
 WORDS_OF_GROUPS = """
-    id answer text messages input_ids role content tokens response_mask token_versions version_spans base64 shape
-    dtype int16 int32 float32 bool object str V8 complex64 M8[s] AAAA AAAAAA== stop length abort
+    id answer text messages input_ids role content tokens response_mask token_versions version_spans base64
+    shape dtype int16 int32 float32 bool object str V8 complex64 M8[s] AAAA AAAAAA== stop length abort
 """
 ARRAYS: list[Any] = [[1, 2], [True, False], [0.5, -1e300], [[0, 1]], [-1, 5], [-1, -1], [[[0, 0]]], 2**31 - 1]
 
