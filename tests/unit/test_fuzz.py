@@ -30,6 +30,7 @@ from megatron_gmpo import commands
 from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.checkpoint import check_model
 from megatron_gmpo.command_line import (
     Options,
     Positional,
@@ -38,13 +39,19 @@ from megatron_gmpo.command_line import (
     parse_options,
     parse_options_and_config,
 )
-from megatron_gmpo.config import Config
+from megatron_gmpo.config import CollapseConfig, Config
+from megatron_gmpo.data.stream import PromptStream
+from megatron_gmpo.losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
 from megatron_gmpo.losses.advantages import group_advantages
 from megatron_gmpo.losses.objective import make_objective
+from megatron_gmpo.metrics.collapse import CollapseDetector
 from megatron_gmpo.models import FAMILIES
 from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.rollout.replay import load_groups, save_groups
+from megatron_gmpo.run import _check_resume
+from megatron_gmpo.supervision.records import LATEST
 from megatron_gmpo.testing.tiny_models import make_tiny_model
+from megatron_gmpo.weights.run_checkpoint import latest_checkpoint, read_state, write_state
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.weights.table import ConversionTable
 from megatron_gmpo.weights.weight_files import INDEX
@@ -166,6 +173,75 @@ def index() -> dict[str, Any]:
 def test_indexes_of_safetensors(content: bytes) -> None:
     (sharded() / INDEX).write_bytes(content)
     read_weights(sharded())
+
+
+# The state of a run
+
+IDENTITY = {"model_type": "qwen3", "hidden_size": 64, "dtype": "fp32"}
+PROMPTS = [Prompt(str(number), "7", text="3 + 4", input_ids=[1, 2]) for number in range(5)]
+CLIPPED = Config.model_validate({"train": {"minibatches_per_step": 2}, "algorithm": {"clip": "adaptive"}})
+
+
+def state() -> dict[str, Any]:
+    """Return the state of step 6 as ``TrainingState.save`` writes it."""
+    detector = CollapseDetector(CollapseConfig(window=2))
+    for step in range(4):
+        detector.update(step, {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 0.5})
+    return {
+        "step": 6,
+        "world_size": 1,
+        "model": IDENTITY,
+        "updates": 12,
+        "prompts": PromptStream(PROMPTS, 1, True).state_dict(),
+        "clip": clip().state_dict(),
+        "collapse": detector.state_dict(),
+        "config": {"train": {"freeze_router": False}, "seed": 1},
+        "files": {".metadata": [5, "0123456789abcdef"]},
+    }
+
+
+def clip() -> AdaptiveClip:
+    made = make_adaptive_clip(
+        CLIPPED.algorithm, make_objective(CLIPPED.algorithm, is_moe=True, max_new_tokens=8)
+    )
+    assert made
+    return made
+
+
+WORDS_OF_STATES = """
+    scheduler num_steps rollbacks window signals history streak best steps squares policy/entropy grad_norm
+    low high loss start gmpo seed epoch position num_prompts shuffle fingerprint any_order .. ../x random
+"""
+
+
+@inputs(250)
+@given(json_files(state, WORDS_OF_STATES), st.booleans())
+def test_states_of_runs(content: bytes, signed: bool) -> None:
+    checkpoint = FOLDER / "checkpoints" / "iter_0000006"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint.parent / LATEST).write_text("6")
+    (checkpoint / ".metadata").write_bytes(b"12345")
+    (checkpoint / "state.json").write_bytes(content)
+    if signed:  # with the checksum of the changed content, as if it was written so
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            changed = json.loads(content)
+            changed.pop("checksum", None)
+            write_state(checkpoint, changed)
+    with read_or_refused():
+        found = latest_checkpoint(checkpoint.parent)
+        assert found == checkpoint
+        check_model(checkpoint, IDENTITY)
+        _check_resume(Config(), checkpoint)
+        saved = read_state(checkpoint)
+        if saved.get("prompts"):
+            PromptStream(PROMPTS, 1, True).load_state_dict(saved["prompts"])
+        if saved.get("clip"):
+            clip().load_state_dict(saved["clip"])
+        if saved.get("collapse"):
+            detector = CollapseDetector(CollapseConfig(window=2))
+            detector.load_state_dict(saved["collapse"])
+            detector.update(7, {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 0.5})
+            detector.state_dict()
 
 
 # Saved rollouts
