@@ -7,19 +7,24 @@ a tree that JSON or TOML can describe. ``damaged`` cuts the written file and cha
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import resource
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import tomli_w
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.testing.tiny_models import make_tiny_model
 
 CPU_S, MEMORY_BYTES = 10.0, 10**9
 Tree = dict[str, Any]
@@ -41,6 +46,24 @@ def inputs(count: int) -> settings:
         deadline=None,  # it would measure wall time
         suppress_health_check=list(HealthCheck),
     )
+
+
+SCRATCH = tempfile.TemporaryDirectory()
+FOLDER = Path(SCRATCH.name)
+SINGLE = "model.safetensors"
+
+
+@functools.cache
+def model(family: str) -> Path:
+    """Return the folder of a tiny model with two layers. That of Qwen3 is tied and stores its head too."""
+    folder = FOLDER / family
+    tied = family == "qwen3"
+    make_tiny_model(folder, family=family, num_layers=2, num_experts=4, tie_word_embeddings=tied)  # type: ignore[arg-type]
+    if tied:
+        tensors = load_file(folder / SINGLE)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, folder / SINGLE, {"format": "pt"})
+    return folder
 
 
 class TooSlow(BaseException):

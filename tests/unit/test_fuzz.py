@@ -1,44 +1,30 @@
-"""Inputs that hypothesis makes out of valid ones: each is read, or refused with one line.
+"""Files that hypothesis makes out of valid ones: each is read, or refused with one line.
 
-Every reader may use 10 s of CPU time and 1 GB of memory for an input. The 2,000 inputs of CI are the same in
-every run; ``make fuzz`` draws a hundred times as many new ones. An input that once failed is an ``example``.
+Every reader may use 10 s of CPU time and 1 GB of memory for an input. With the
+inputs of ``test_fuzz_command_lines.py`` there are more than 2,000, the same in every run of CI; ``make fuzz``
+draws a hundred times as many new ones. An input that once failed is an ``example``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import json
 import struct
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tomli_w
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_gmpo import commands
 from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.checkpoint import check_model
-from megatron_gmpo.command_line import (
-    Options,
-    Positional,
-    _all_keys,
-    load_config,
-    parse_options,
-    parse_options_and_config,
-)
 from megatron_gmpo.config import CollapseConfig, Config
 from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
@@ -50,33 +36,21 @@ from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.rollout.replay import load_groups, save_groups
 from megatron_gmpo.run import _check_resume
 from megatron_gmpo.supervision.records import LATEST
-from megatron_gmpo.testing.tiny_models import make_tiny_model
 from megatron_gmpo.weights.run_checkpoint import latest_checkpoint, read_state, write_state
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.weights.table import ConversionTable
 from megatron_gmpo.weights.weight_files import INDEX
 
-from ..support.fuzzing import ODD_TEXTS, Draw, inputs, json_files, odd_values, read_or_refused, toml_files
+from ..support.fuzzing import (
+    FOLDER,
+    SINGLE,
+    inputs,
+    json_files,
+    model,
+    read_or_refused,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-
-ROOT = Path(__file__).parents[2]
-SINGLE = "model.safetensors"
-SCRATCH = tempfile.TemporaryDirectory()
-FOLDER = Path(SCRATCH.name)
-
-
-@functools.cache
-def model(family: str) -> Path:
-    """Return the folder of a tiny model with two layers. That of Qwen3 is tied and stores its head too."""
-    folder = FOLDER / family
-    tied = family == "qwen3"
-    make_tiny_model(folder, family=family, num_layers=2, num_experts=4, tie_word_embeddings=tied)  # type: ignore[arg-type]
-    if tied:
-        tensors = load_file(folder / SINGLE)
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        save_file(tensors, folder / SINGLE, {"format": "pt"})
-    return folder
 
 
 def config_of(family: str) -> dict[str, Any]:
@@ -214,8 +188,23 @@ WORDS_OF_STATES = """
 """
 
 
+def with_part(name: str, *, remove: str = "", **changes: Any) -> bytes:
+    """Return a state.json in which a part has other fields."""
+    whole = state()
+    whole[name] = {field: value for field, value in whole[name].items() if field != remove} | changes
+    return json.dumps(whole).encode()
+
+
 @inputs(250)
-@given(json_files(state, WORDS_OF_STATES), st.booleans())
+@example(with_part("files", x=5), True)
+@example(with_part("config", train=[]), True)
+@example(with_part("collapse", remove="rollbacks"), True)
+@example(with_part("collapse", signals=None), True)
+@example(with_part("collapse", rollbacks=10**400), True)
+@example(with_part("clip", low="x"), True)
+@example(with_part("clip", remove="high"), True)
+@example(with_part("clip", start=[]), True)
+@given(json_files(state, WORDS_OF_STATES), st.sampled_from([True, True, True, False]))
 def test_states_of_runs(content: bytes, signed: bool) -> None:
     checkpoint = FOLDER / "checkpoints" / "iter_0000006"
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -294,119 +283,3 @@ def test_saved_rollouts(line: bytes, routing: bool) -> None:
         groups = load_groups(folder, 3, vocab_size=10)
         save_groups(FOLDER / "saved", 3, groups)
         make_train_batch(groups, group_advantages(groups), ROUTING if routing else None)
-
-
-# The config of a run and command lines
-
-
-@functools.cache
-def run_config() -> dict[str, Any]:
-    """Return a config with every field that has a value in TOML."""
-    content = Config().model_dump(mode="json", exclude_none=True)
-    content["model"]["path"] = str(model("qwen3_moe"))
-    content["eval"]["sets"] = {"a": {"path": "a.jsonl", "max_prompts": 3}}
-    content["algorithm"]["options"] = {"dual_clip": 3.0}
-    content["megatron"] = {"moe_router_dtype": "fp32", "moe_aux_loss_coeff": 0.1}
-    return content
-
-
-WORDS_OF_RUNS = " ".join(key.rpartition(".")[2] for key in _all_keys(Config))
-WORDS_OF_RUNS += """
-    gmpo dapo adaptive json:loads no_module:f sglang embedded fp8 bf16 hybrid e4m3 num_layers selective full
-    recompute_granularity pipeline_model_parallel_layout moe_router_topk hidden_size
-"""
-
-
-@inputs(300)
-@example(b"seed = " + b"9" * 5000)
-@example(b"seed = " + b"[" * 100_000)
-@given(toml_files(run_config, WORDS_OF_RUNS))
-def test_configs_of_runs(content: bytes) -> None:
-    path = FOLDER / "run.toml"
-    path.write_bytes(content)
-    with read_or_refused():
-        cfg = load_config([str(path)])
-        tomli_w.dumps(cfg.model_dump(mode="json", exclude_none=True)).encode()
-        make_objective(cfg.algorithm, is_moe=True, max_new_tokens=cfg.rollout.max_new_tokens)
-        describe_model(cfg, 1, torch.device("cpu"))
-
-
-@dataclass
-class CommandLine:
-    """The parser, the keys and the required words of a command."""
-
-    parse: Callable[..., object]
-    keys: list[str]
-    required: list[str]
-
-
-def command_lines() -> dict[str, CommandLine]:
-    """Return the command line of every command."""
-    found: dict[str, CommandLine] = {}
-    keys = _all_keys(Config)
-    for name in commands.NAMES:
-        module = import_module(
-            "megatron_gmpo.lab.__main__" if name == "lab" else f"megatron_gmpo.commands.{name}"
-        )
-        schemas = [
-            part
-            for part in vars(module).values()
-            if isinstance(part, type) and issubclass(part, Options) and part.__module__ == module.__name__
-        ]
-        for schema in schemas:
-            required = [
-                "1" if Positional in field.metadata else f"--{key}=1"
-                for key, field in schema.model_fields.items()
-                if field.is_required()
-            ]
-            with_config = hasattr(module, "parse_options_and_config")
-            parse = functools.partial(parse_options_and_config if with_config else parse_options, schema)
-            found[name] = CommandLine(parse, _all_keys(schema) + keys * with_config, required)
-        if not schemas or hasattr(module, "load_config"):
-            found[f"{name} CONFIG"] = CommandLine(
-                load_config, keys, [str(ROOT / "examples/moe/tiny_cpu.toml")]
-            )
-    return found
-
-
-COMMAND_LINES = command_lines()
-
-
-WORDS_OF_LINES = [
-    "",
-    *["-", "--", "-h", "--help", "-1", "None", "nan", "[1,2]", "{a=1}", "'", "{", "@x", "=1"],
-    "[" * 5000,
-    "{a = " * 2000,
-]
-
-
-@st.composite
-def arguments(draw: Draw) -> tuple[str, list[str]]:
-    """Return a command and arguments: in three of four cases the required ones, then up to six others."""
-    name = draw(st.sampled_from(sorted(COMMAND_LINES)))
-    line = COMMAND_LINES[name]
-    json_values = odd_values(WORDS_OF_RUNS.split()).map(lambda value: json.dumps(value, ensure_ascii=False))
-    values = st.sampled_from([*WORDS_OF_LINES, "[" + "9" * 5000]) | json_values | ODD_TEXTS
-    argv = [*draw(st.sampled_from([[]] + [line.required] * 3))]
-    for _ in range(draw(st.integers(0, 6))):
-        key = draw(st.sampled_from(line.keys)).replace(
-            "*", draw(st.sampled_from(["a", "NAME", "*", "", "a-b"]))
-        )
-        if draw(st.integers(0, 5)) == 0:
-            wrong = [key[:-1], f"{key}.x", key.upper(), key.replace("_", "-"), f".{key}", f"{key}="]
-            key = draw(st.sampled_from(wrong))
-        value = draw(values)
-        argv += draw(st.sampled_from([[f"--{key}", value], [f"--{key}={value}"], [value]]))
-    return name, [word.replace("\0", "") for word in argv]  # the system passes no zero bytes
-
-
-@inputs(350)
-@given(arguments())
-def test_command_lines(line: tuple[str, list[str]]) -> None:
-    name, argv = line
-    with read_or_refused(), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        COMMAND_LINES[name].parse(argv, prog="megatron-gmpo")
-
-
-def test_every_command_is_covered() -> None:
-    assert {name.partition(" ")[0] for name in COMMAND_LINES} == set(commands.NAMES)
