@@ -113,11 +113,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except FileNotFoundError:
         raise InputError(
-            f"config file {path} does not exist: give the path of a TOML file, e.g. "
+            f"config file {printable(path)} does not exist: give the path of a TOML file, e.g. "
             f"examples/moe/tiny_cpu.toml"
         ) from None
     except (ValueError, RecursionError, OSError) as error:  # tomllib: long integers, deep nesting
-        raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
+        raise InputError(f"config file {printable(path)} cannot be read as TOML: {error}") from None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tomli_w
@@ -65,18 +65,26 @@ WORDS_OF_RUNS += """
 """
 
 
+def describe(content: bytes) -> None:
+    path = FOLDER / "run.toml"
+    path.write_bytes(content)
+    cfg = load_config([str(path)])
+    tomli_w.dumps(cfg.model_dump(mode="json", exclude_none=True)).encode()
+    make_objective(cfg.algorithm, is_moe=True, max_new_tokens=cfg.rollout.max_new_tokens)
+    describe_model(cfg, 1, torch.device("cpu"))
+
+
 @inputs(300)
 @example(b"seed = " + b"9" * 5000)
 @example(b"seed = " + b"[" * 100_000)
 @given(toml_files(run_config, WORDS_OF_RUNS))
 def test_configs_of_runs(content: bytes) -> None:
-    path = FOLDER / "run.toml"
-    path.write_bytes(content)
     with read_or_refused():
-        cfg = load_config([str(path)])
-        tomli_w.dumps(cfg.model_dump(mode="json", exclude_none=True)).encode()
-        make_objective(cfg.algorithm, is_moe=True, max_new_tokens=cfg.rollout.max_new_tokens)
-        describe_model(cfg, 1, torch.device("cpu"))
+        describe(content)
+
+
+def test_the_unchanged_config_is_accepted() -> None:
+    describe(tomli_w.dumps(run_config()).encode())
 
 
 @dataclass
@@ -103,7 +111,7 @@ def command_lines() -> dict[str, CommandLine]:
         ]
         for schema in schemas:
             required = [
-                "1" if Positional in field.metadata else f"--{key}=1"
+                "1" if Positional in field.metadata else f"--{key}={[*get_args(field.annotation), 1][0]}"
                 for key, field in schema.model_fields.items()
                 if field.is_required()
             ]
@@ -150,6 +158,7 @@ def arguments(draw: Draw) -> tuple[str, list[str]]:
 
 @inputs(350)
 @example(("train CONFIG", ["/dev/zero"]))
+@example(("train CONFIG", ["a\nb"]))
 @example(("train CONFIG", ["--megatron.x", "[" * 5000]))
 @example(("train CONFIG", ["--megatron.x", "9" * 5000]))
 @given(arguments())
@@ -157,6 +166,11 @@ def test_command_lines(line: tuple[str, list[str]]) -> None:
     name, argv = line
     with read_or_refused(), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         COMMAND_LINES[name].parse(argv, prog="megatron-gmpo")
+
+
+def test_the_required_arguments_are_accepted() -> None:
+    for line in COMMAND_LINES.values():
+        line.parse(line.required, prog="megatron-gmpo")
 
 
 def test_every_command_is_covered() -> None:
