@@ -24,14 +24,19 @@ class _Config(BaseModel):
     train: dict[str, Any] = {}
 
 
+class _Scheduler(BaseModel):
+    model_config = ConfigDict(strict=True)
+    num_steps: int = 0
+
+
 class _State(BaseModel):
-    """The fields of state.json that are read in this package's lower layers, with their types."""
+    """Types of the fields that every resume reads. The owners of other fields check them (``SavedState``)."""
 
     model_config = ConfigDict(strict=True)
     step: int | None = None
     world_size: int | None = None
     updates: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    scheduler: dict[str, int | float | bool | str | None] = {}
+    scheduler: _Scheduler = _Scheduler()
     model: dict[str, Any] = {}
     config: _Config = _Config()
     files: dict[str, Annotated[list[int | str], Field(min_length=2, max_length=2)]] = {}
