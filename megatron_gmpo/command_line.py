@@ -52,7 +52,7 @@ class Options(BaseModel):
         if Path not in (kind, *get_args(kind)):
             return value
         if isinstance(value, list):
-            return [expanded_path(path) for path in value]
+            return [expanded_path(path) if isinstance(path, str) else path for path in value]
         return expanded_path(value) if isinstance(value, str) else value
 
 

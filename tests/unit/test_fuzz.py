@@ -27,6 +27,7 @@ from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.checkpoint import check_model
 from megatron_gmpo.config import CollapseConfig, Config
 from megatron_gmpo.data.stream import PromptStream
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
 from megatron_gmpo.losses.advantages import group_advantages
 from megatron_gmpo.losses.objective import make_objective
@@ -85,6 +86,12 @@ def read_config(content: bytes) -> None:
 def test_configs_of_models(content: bytes) -> None:
     with read_or_refused():
         read_config(content)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("qwen2_moe", {"num_attention_heads": 3})])
+def test_found_configs_of_models(family: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="it must divide the 3 heads"):
+        read_config(json.dumps(config_of(family) | changes).encode())
 
 
 def header_of(family: str) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def arguments(draw: Draw) -> tuple[str, list[str]]:
 @inputs(350)
 @example(("train CONFIG", ["/dev/zero"]))
 @example(("train CONFIG", ["a\nb"]))
+@example(("lab", ["1", "--out", "[0]"]))
 @example(("train CONFIG", ["--megatron.x", "[" * 5000]))
 @example(("train CONFIG", ["--megatron.x", "9" * 5000]))
 @given(arguments())
