@@ -75,7 +75,11 @@ test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: $(INSTALLED)  ## Run the tests that need an NVIDIA GPU
 	$(PY) -m pytest tests/gpu
 
+fuzz: export HF_HUB_OFFLINE = 1
+fuzz: $(INSTALLED)  ## Draw 220,000 new inputs for the readers of files and command lines; takes about an hour
+	$(PY) -m pytest tests/unit/test_fuzz*.py --hypothesis-profile=fuzz --timeout=0
+
 clean:  ## Remove the environments, builds and caches
 	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt triton demo lint test test-fast test-versions test-slurm test-gpu clean
+.PHONY: check-python help install sglang modelopt triton demo lint test test-fast test-versions fuzz test-slurm test-gpu clean

@@ -33,6 +33,8 @@ from .errors import Exit, InputError, RunError, disk_full, printable
 ALONE_S = 10.0
 """Seconds that another rank waits for rank 0 to report an error before it prints its own error."""
 
+_MAX_TOML_BYTES = 10**6
+
 
 class Positional:
     """Marker of a positional field of ``Options``: ``folder: Annotated[Path, Positional]``."""
@@ -50,7 +52,7 @@ class Options(BaseModel):
         if Path not in (kind, *get_args(kind)):
             return value
         if isinstance(value, list):
-            return [expanded_path(path) for path in value]
+            return [expanded_path(path) if isinstance(path, str) else path for path in value]
         return expanded_path(value) if isinstance(value, str) else value
 
 
@@ -101,17 +103,21 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file.
 
     Raises:
-        InputError: the file does not exist or is not TOML.
+        InputError: the file does not exist, is not TOML or is larger than 1 MB.
     """
     try:
-        return tomllib.loads(path.read_text())
+        with path.open("rb") as file:
+            content = file.read(_MAX_TOML_BYTES + 1)
+        if len(content) > _MAX_TOML_BYTES:
+            raise ValueError(f"it has more than {_MAX_TOML_BYTES} bytes")
+        return tomllib.loads(content.decode())
     except FileNotFoundError:
         raise InputError(
-            f"config file {path} does not exist: give the path of a TOML file, e.g. "
+            f"config file {printable(path)} does not exist: give the path of a TOML file, e.g. "
             f"examples/moe/tiny_cpu.toml"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"config file {path} cannot be read as TOML: {error}") from None
+    except (ValueError, RecursionError, OSError) as error:  # tomllib: long integers, deep nesting
+        raise InputError(f"config file {printable(path)} cannot be read as TOML: {error}") from None
 
 
 @contextmanager

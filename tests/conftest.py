@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from megatron_gmpo.testing import Family
 from megatron_gmpo.testing.tiny_models import make_tiny_model
@@ -25,6 +26,7 @@ from .support.orphans import mark_this_run
 from .support.ranks import RankPool
 
 torch.set_num_threads(1)
+settings.register_profile("fuzz", max_examples=10_000, print_blob=True)  # make fuzz
 
 
 def pytest_configure() -> None:

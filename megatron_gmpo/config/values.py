@@ -69,7 +69,7 @@ def _scalar(kind: Any, text: str) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return _python_literal(text) if inner is Any else text
 
 

@@ -8,19 +8,18 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ..batch.samples import Prompt
+from ..config.saved import SavedState
 from ..errors import InputError
 
 _DIGEST = 16
 """Bytes of a hash."""
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(SavedState):
     """Hashes of a data set. They tell what has changed, not where."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
 
     prompts: str
     """Hash of all token ids, in the order of the data set."""
@@ -30,10 +29,8 @@ class Fingerprint(BaseModel):
     """Hash of all pairs of prompt and answer, in sorted order."""
 
 
-class StreamState(BaseModel):
+class StreamState(SavedState):
     """Position of a stream, as a checkpoint holds it."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
 
     seed: int
     epoch: int = Field(ge=0)
@@ -106,15 +103,7 @@ class PromptStream:
         Raises:
             InputError: the state is damaged, or it belongs to another data set.
         """
-        try:
-            saved = StreamState.model_validate(state)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(["prompts", *map(str, first["loc"])])
-            raise InputError(
-                f"the checkpoint's state is damaged: {field}: {first['msg'].removeprefix('Value error, ')}: "
-                "resume from an older checkpoint"
-            ) from None
+        saved = StreamState.read("prompts", state)
         changed = self._difference(saved)
         if changed and not allow_changed:
             raise InputError(

@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from pydantic import FiniteFloat
 
 from ..config import AlgorithmConfig
+from ..config.saved import SavedState
 from ..errors import InputError
 from ..metrics.figures import Metric
 from ..metrics.histogram import quantile
@@ -24,6 +26,13 @@ TAIL = 0.001
 """Share of the tokens beyond each of the two quantiles that the signal ``tail`` measures."""
 DEFAULT_FRACTION = 0.01
 """Target of the signal ``fraction`` if the config sets none."""
+
+
+class _ClipState(SavedState):
+    low: FiniteFloat
+    high: FiniteFloat
+    loss: str | None = None
+    start: dict[str, float] | None = None
 
 
 class AdaptiveClip:
@@ -112,11 +121,12 @@ class AdaptiveClip:
         A clip starts again if the loss or the clip's initial value differs from that of ``state``, as the
         config then asks for another clip. States of earlier versions lack both.
         """
-        same_loss, start = state.get("loss", self._loss) == self._loss, state.get("start", self._start)
+        saved = _ClipState.read("clip", state)
+        same_loss, start = saved.loss in (None, self._loss), saved.start or self._start
         for side, (smallest, largest) in self._bounds.items():
-            goes_on = same_loss and start[side] == self._start[side]
+            goes_on = same_loss and start.get(side) == self._start[side]
             self.clips[side] = (
-                min(max(float(state[side]), smallest), largest) if goes_on else self._start[side]
+                min(max(getattr(saved, side), smallest), largest) if goes_on else self._start[side]
             )
 
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
+from pydantic import Field, model_validator
+
 from ..config import CollapseConfig
+from ..config.saved import SavedState
 from ..distributed import broadcast_object
 
 STANDARD_ERRORS = 4.0
@@ -106,7 +109,8 @@ class _Reward(_Signal):
     def _check(self, value: float, cfg: CollapseConfig) -> str | None:
         self.steps += 1
         if self.history:
-            self.squares += (value - self.history[-1]) ** 2
+            change = value - self.history[-1]
+            self.squares += change * change  # ** raises an OverflowError
         self.history = [*self.history, value][-cfg.window :]
         if len(self.history) < cfg.window:
             return None
@@ -121,6 +125,35 @@ class _Reward(_Signal):
 
     def steps_seen(self, cfg: CollapseConfig) -> int:
         return cfg.patience + cfg.window - 1
+
+
+class _SignalState(SavedState):
+    history: list[float]
+    streak: int = Field(ge=0)
+
+
+class _RewardState(_SignalState):
+    best: float | None
+    steps: int = Field(ge=0)
+    squares: float
+
+    @model_validator(mode="after")
+    def _history_is_counted(self) -> _RewardState:
+        if self.steps < len(self.history):
+            raise ValueError(f"steps = {self.steps} is less than the {len(self.history)} values of history")
+        return self
+
+
+class _Signals(SavedState):
+    entropy: _SignalState = Field(alias="policy/entropy")
+    grad_norm: _SignalState
+    reward: _RewardState = Field(alias="reward/mean")
+
+
+class _CollapseState(SavedState):
+    rollbacks: int = Field(ge=0, lt=2**31)
+    window: int | None = None
+    signals: _Signals
 
 
 class CollapseDetector:
@@ -160,11 +193,12 @@ class CollapseDetector:
 
         Reference levels of another ``window`` are not comparable: detection then starts again.
         """
-        self.rollbacks = state["rollbacks"]
+        saved = _CollapseState.read("collapse", state)
+        self.rollbacks = saved.rollbacks
         self._signals = _new_signals()
-        if state.get("window", self._cfg.window) == self._cfg.window:  # earlier versions did not save it
-            for name, signal in self._signals.items():
-                vars(signal).update(state["signals"][name])
+        if saved.window in (None, self._cfg.window):  # earlier versions did not save it
+            for name, signal in saved.signals.model_dump(by_alias=True).items():
+                vars(self._signals[name]).update(signal)
 
 
 def _new_signals() -> dict[str, _Signal]:

@@ -109,6 +109,8 @@ def decoder_architecture(hf: HFConfig) -> dict[str, Any]:
     refuse(hf, "layer_types", other_layers, "only full_attention is supported")
     refuse(hf, "is_causal", not getattr(hf, "is_causal", True), "only causal attention is supported")
     refuse(hf, "per_layer_config", hf.is_heterogeneous, "all layers must have the same shape")
+    heads = hf.num_attention_heads
+    refuse(hf, "num_key_value_heads", heads % hf.num_key_value_heads, f"it must divide the {heads} heads")
     outside = (hf.pad_token_id or 0) >= hf.vocab_size
     refuse(hf, "pad_token_id", outside, f"the vocabulary has {hf.vocab_size} tokens")
     return {

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import files
 from ..distributed import all_gather_objects, rank, world_size
@@ -16,7 +18,28 @@ from ..supervision.records import LATEST, newest_step
 from .checksums import checksum, find_damage
 from .torch_dist import TorchDistReader
 
-_TYPES = {"step": int, "world_size": int, "model": dict, "scheduler": dict, "config": dict, "files": dict}
+
+class _Config(BaseModel):
+    model_config = ConfigDict(strict=True)
+    train: dict[str, Any] = {}
+
+
+class _Scheduler(BaseModel):
+    model_config = ConfigDict(strict=True)
+    num_steps: int = 0
+
+
+class _State(BaseModel):
+    """Types of the fields that every resume reads. The owners of other fields check them (``SavedState``)."""
+
+    model_config = ConfigDict(strict=True)
+    step: int | None = None
+    world_size: int | None = None
+    updates: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    scheduler: _Scheduler = _Scheduler()
+    model: dict[str, Any] = {}
+    config: _Config = _Config()
+    files: dict[str, Annotated[list[int | str], Field(min_length=2, max_length=2)]] = {}
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -147,9 +170,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     older_version = "files" not in state and written is None
     if not older_version and written != _state_checksum(state):
         raise InputError(f"{path} has another content than was written")
-    for name, kind in _TYPES.items():
-        if not isinstance(state.get(name, kind()), kind):
-            raise InputError(f"{path} has {name} = {state[name]!r}")
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path} has {'.'.join(map(str, first['loc']))} = {first['input']!r}") from None
     if state.get("step") != step_of(checkpoint):
         raise InputError(f"{path} states step {state.get('step')}")
     return state

@@ -7,29 +7,22 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import megatron_gmpo
-from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.models import FAMILIES
-from megatron_gmpo.models.description import describe_model, read_hf_config
+from megatron_gmpo.models.description import read_hf_config
 from megatron_gmpo.weights.companions import copy_companions
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
-from megatron_gmpo.weights.table import ConversionTable
 from megatron_gmpo.weights.weight_files import INDEX
 
 SINGLE = "model.safetensors"
@@ -423,48 +416,3 @@ def test_sizes_have_bounds(
     assert f"config.json has {field} = {value}, which is no number from" in refusal(
         lambda: read_hf_config(str(tmp_path))
     )
-
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**15), 10**15)
-    | st.integers(-2, 9)
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(["silu", "full_attention", "yarn", "llama3", "dynamic", "default", "float32"]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["rope_type", "rope_theta", "factor", "type", "full_attention", "0", "x"]), inner
-        )
-    ),
-    max_leaves=5,
-)
-
-
-@pytest.mark.slow
-@settings(
-    max_examples=500,
-    deadline=10_000,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(st.sampled_from(sorted(FAMILIES)), st.data())
-def test_any_config_is_described_or_refused(
-    tiny_model: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-    family: str,
-    data: st.DataObject,
-) -> None:
-    written = json.loads((tiny_model(family) / "config.json").read_text())
-    names = st.sampled_from([*written, "head_dim", "layer_types", "pad_token_id", "quantization_config"])
-    written |= data.draw(st.dictionaries(names, json_values, max_size=3))
-    for name in data.draw(st.lists(st.sampled_from(sorted(written)), max_size=1)):
-        del written[name]
-    folder = tmp_path_factory.getbasetemp() / f"fuzzed_{os.getpid()}"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(written))
-    cfg = {"device": "cpu", "model": {"path": str(folder), "dtype": "fp32"}}
-    with suppress(InputError):
-        describe_model(Config.model_validate(cfg), 1, torch.device("cpu"))
-        ConversionTable(folder)
