@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
         load_config(sys.argv[1:])
 
 import logging
+import math
 from contextlib import closing, nullcontext
 
 import torch
@@ -142,7 +143,9 @@ class Loop:
         learned = self.learn(batch)
         clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
         self.logger.add(learned | clips)
-        state.adapt_clip(learned)
+        has_gradient = bool(batch.advantages.any())
+        if has_gradient:
+            state.adapt_clip(learned)
         state.step += 1
         self.logger.add(collected.metrics | rollout_mismatch(batch))
 
@@ -156,6 +159,8 @@ class Loop:
         progress.update(state.step, figures)
         if results:
             progress.note(_results(f"after step {state.step}", results))
+        if not has_gradient:  # the entropy is then that of other tokens than in other steps
+            figures = figures | {"policy/entropy": math.nan}
         if collapse := state.find_collapse(figures):
             progress.note(state.react(collapse, self.logger))
         # Save last, because a resumed run repeats the steps that were logged after the checkpoint.

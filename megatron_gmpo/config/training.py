@@ -24,9 +24,9 @@ class AlgorithmConfig(Section):
     """Mode of the clip. ``adaptive`` starts from ``clip_low`` and ``clip_high`` and adjusts each after every
     step to keep ``clip_signal`` at ``clip_target``."""
     clip_signal: Literal["fraction", "tail"] = "fraction"
-    """Signal of the adaptive clip. ``fraction`` is the share of tokens (or of sequences, in a loss that clips
-    sequences) that each side clips. ``tail`` is the absolute value of the 0.1 % and 99.9 % quantiles of the
-    tokens' log ratio."""
+    """Signal of the adaptive clip, over the computed tokens. ``fraction`` is the share of tokens (or of
+    sequences, in a loss that clips sequences) that each side clips. ``tail`` is the absolute value of the
+    0.1 % and 99.9 % quantiles of the tokens' log ratio."""
     clip_target: Annotated[float, Field(gt=0)] | None = None
     """Target of ``clip_signal``. None means 0.01 for ``fraction``; ``tail`` requires a value, e.g. 0.2."""
     clip_bounds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
@@ -62,9 +62,9 @@ class AlgorithmConfig(Section):
     """Leave samples that reached the token limit out of the loss and of its divisors (DAPO's overlong
     filtering). Their rewards still count in the advantages of their group."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
-    """Replay of recorded experts (MoE). With ``policy``, training passes route every token to the experts
-    that the old-logprob pass chose. With ``rollout``, old-logprob and training passes route every token to
-    the experts that the rollout engine chose."""
+    """Replay of recorded experts (MoE). With ``policy``, the training passes of several minibatches route
+    every token to the experts that the old-logprob pass chose. With ``rollout``, old-logprob and training
+    passes route every token to the experts that the rollout engine chose."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 estimate of the KL divergence from the reference policy."""
     entropy_coef: float = 0.0

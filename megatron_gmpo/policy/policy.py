@@ -139,7 +139,9 @@ class Policy:
     def _defers_old_logprobs(self, objective: Objective) -> bool:
         """Return whether nothing reads the first minibatch's old log probabilities before its update.
 
-        Corrections, masks and the loss's own columns read them. RSPO and R2 use what their pass records.
+        Corrections, masks and the loss's own columns read them, and RSPO uses what their pass records. Of a
+        MoE's minibatches all or none are deferred, so that figures and record of its routers come from one
+        pass.
         """
         cfg = self.cfg.algorithm
         return not (
@@ -147,7 +149,7 @@ class Policy:
             or cfg.mask in ("icepop", "geometric")
             or "router_shift" in self._needs
             or objective.has_own_columns
-            or (cfg.moe_routing_replay == "policy" and self.cfg.train.minibatches_per_step > 1)
+            or (self.description.is_moe and self.cfg.train.minibatches_per_step > 1)
         )
 
     def set_old_logprobs(self, batch: TrainBatch, first: int = 0) -> dict[str, Metric]:
@@ -215,9 +217,9 @@ class Policy:
 
         Returns:
             Over all ranks: ``loss``, ``grad_norm``, ``learning_rate``, the objective's metrics and those of
-            ``AuxiliaryLosses``; for a MoE without ``old_logprobs``, also those of ``OldRouters``. If the
-            minibatch has ``routed_experts``, also ``moe/routing_drift`` and ``moe/routing_drift_tokens``: the
-            difference between them and the current weights' own routing.
+            ``AuxiliaryLosses``. If the minibatch has ``routed_experts``, also ``moe/routing_drift`` and
+            ``moe/routing_drift_tokens``: the difference between them and the current weights' own routing.
+            Without ``old_logprobs``, the metrics of ``set_old_logprobs`` instead of these two.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
@@ -245,19 +247,20 @@ class Policy:
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
         optimizer: Any = self.model.optimizer
         optimizer.zero_grad()
-        # without recorded experts, R2 would replay the routing of this pass itself
-        recorded = minibatch.routed_experts is not None
-        routing = self._routing_pass(minibatch, replay=True) if recorded else None
+        routing = None
+        if minibatch.routed_experts is not None:
+            # R2 would replay the old policy's routing, which is that of this pass
+            replay = not is_old or self.cfg.algorithm.moe_routing_replay == "rollout"
+            routing = self._routing_pass(minibatch, replay=replay)
         metrics = self._reduce(self.schedule.run(self.chunks, minibatch, plan, loss, routing, routers))
         # every context-parallel rank has the whole loss of its sequences
         metrics["loss"] = Metric(metrics["loss"].total / self.groups.cp.size(), count)
         metrics |= self._router_metrics(routers)
         metrics |= self.auxiliary.metrics(len(plan))
-        drift = routing.metrics("moe/routing_drift") if routing else {}
-        metrics |= drift
+        if routing:
+            metrics |= routing.metrics("moe/routing_differs" if is_old else "moe/routing_drift")
         if is_old:
             minibatch.old_logprobs = self.schedule.gather(found, len(minibatch.tokens))
-            metrics |= {name.replace("drift", "differs"): metric for name, metric in drift.items()}
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
         _, grad_norm, _ = optimizer.step()

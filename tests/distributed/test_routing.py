@@ -148,6 +148,29 @@ def test_random_experts_in_every_layout(
     assert distance({name: results[0]["weights"][name] for name in gates}, only) < 1e-4
 
 
+@pytest.mark.parametrize("minibatches", [1, 3])
+@pytest.mark.parametrize("kind", ["none", "policy", "rollout"])
+def test_a_step_without_needless_passes_routes_like_a_step_with_them(
+    ranks: RankPool, forced: dict[str, Any], kind: str, minibatches: int
+) -> None:
+    """The batch has the engine's record, whose experts are not the policy's. Only R3 replays it."""
+    world_size, cfg = replaying(
+        forced["path"], "tp2 ep2", kind, max_tokens=40, train={"minibatches_per_step": minibatches}
+    )
+    whole, lean = (
+        ranks.run(world_size, cases.learn, cfg, forced["batch"], 1, everything)
+        for everything in (True, False)
+    )
+    for got, wanted in zip(lean, whole, strict=True):
+        for update, reference_update in zip(got["history"], wanted["history"], strict=True):
+            for name in ("loss", "grad_norm"):
+                assert update[name] == pytest.approx(reference_update[name], rel=1e-5), name
+        differs = got["history"][0] if minibatches == 1 else got["figures"]
+        assert differs["moe/routing_differs"] > 0.3
+        if kind == "policy" and minibatches == 3:
+            assert got["history"][0]["moe/routing_drift"] == 0
+
+
 @pytest.mark.versions
 @pytest.mark.parametrize("layout", ["one rank", "tp2 ep2", "pp2 vpp2 ep2"])
 def test_recomputed_activations_take_the_same_experts(
