@@ -18,7 +18,7 @@ import time
 import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, get_args, get_origin
 
@@ -148,10 +148,12 @@ def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn
     if os.environ.get("RANK", "0") != "0":
         time.sleep(ALONE_S)
     line = f"error: {printable(error)}"
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a full disk, also that of a job's log, must not change the exit code
+        print(line, file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
-        Path(report).write_text(json.dumps({"message": message}))
+        with suppress(OSError):
+            Path(report).write_text(json.dumps({"message": message}))
     sys.exit(code)
 
 

@@ -198,8 +198,10 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     tokenizer = load_tokenizer(cfg.model.path)
     _check_vocabulary(cfg.model.path, tokenizer, description.hf.vocab_size)
     positions: int = description.hf.max_position_embeddings
+    reason = f"max_position_embeddings = {positions}"
     if cfg.rollout.engine == "sglang":
         positions -= 2  # of context_length, which a server leaves free (scheduler.py, tp_worker.py)
+        reason += ", of which SGLang needs 2"
     step = step_of(checkpoint) if checkpoint else 0
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
@@ -212,8 +214,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         description=description,
         tokenizer=tokenizer,
         reward=resolve_reward(cfg.reward),
-        eval_sets=_eval_sets(cfg, tokenizer, positions),
-        prompts=_stream(cfg, tokenizer, positions, checkpoint) if samples else None,
+        eval_sets=_eval_sets(cfg, tokenizer, positions, reason),
+        prompts=_stream(cfg, tokenizer, positions, reason, checkpoint) if samples else None,
         checkpoint=checkpoint,
         damage=damage,
         step=step,
@@ -223,22 +225,24 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     )
 
 
-def _eval_sets(cfg: Config, tokenizer: Any, positions: int) -> dict[str, list[Prompt]]:
+def _eval_sets(cfg: Config, tokenizer: Any, positions: int, reason: str) -> dict[str, list[Prompt]]:
     """Return the prompts of every benchmark. A prompt and its response have ``positions`` tokens at most."""
     field = "eval.max_new_tokens" if cfg.eval.max_new_tokens else "rollout.max_new_tokens"
     limit = cfg.eval.max_new_tokens or cfg.rollout.max_new_tokens
     eval_sets: dict[str, list[Prompt]] = {}
     for name, data in cfg.eval.sets.items():
         eval_sets[name] = load_prompts(data, tokenizer, f"eval.sets.{name}")
-        check_lengths(eval_sets[name], limit, positions, f"eval.sets.{name}", field)
+        check_lengths(eval_sets[name], limit, positions, f"eval.sets.{name}", field, reason)
     return eval_sets
 
 
-def _stream(cfg: Config, tokenizer: Any, positions: int, checkpoint: Path | None) -> PromptStream:
+def _stream(
+    cfg: Config, tokenizer: Any, positions: int, reason: str, checkpoint: Path | None
+) -> PromptStream:
     """Return the stream of training prompts, at the position in ``checkpoint``, if any."""
     stream = PromptStream(load_prompts(cfg.data, tokenizer), cfg.seed, cfg.data.shuffle)
     limit = cfg.rollout.max_new_tokens
-    check_lengths(stream.prompts, limit, positions, "data", "rollout.max_new_tokens")
+    check_lengths(stream.prompts, limit, positions, "data", "rollout.max_new_tokens", reason)
     if checkpoint:
         _move_to(checkpoint, stream, cfg.data.allow_changed)
     return stream

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from megatron_gmpo.testing import Family
 from megatron_gmpo.testing.tiny_models import make_tiny_model
@@ -26,7 +26,11 @@ from .support.orphans import mark_this_run
 from .support.ranks import RankPool
 
 torch.set_num_threads(1)
-settings.register_profile("fuzz", max_examples=10_000, print_blob=True)  # make fuzz
+# A loaded machine must not fail a test. Every run draws the same inputs, except make fuzz.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("tests", UNHURRIED, derandomize=True)
+settings.register_profile("fuzz", UNHURRIED, max_examples=10_000, print_blob=True)
+settings.load_profile("tests")
 
 
 def pytest_configure() -> None:

@@ -87,7 +87,12 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
 
 
 def check_lengths(
-    prompts: list[Prompt], max_new_tokens: int, positions: int, section: str, limit_field: str
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    positions: int,
+    section: str,
+    limit_field: str,
+    reason: str = "max_position_embeddings",
 ) -> None:
     """Check that every prompt leaves room for a response of ``max_new_tokens`` in the model's positions.
 
@@ -95,6 +100,7 @@ def check_lengths(
         positions: maximum tokens of prompt and response together.
         section: section of the prompts' config, ``data`` or ``eval.sets.NAME``.
         limit_field: config field of ``max_new_tokens``.
+        reason: where ``positions`` comes from, for the message.
 
     Raises:
         InputError: a prompt is too long; the message names the longest.
@@ -105,7 +111,7 @@ def check_lengths(
         remedy = f"set {section}.max_prompt_tokens = {room} or lower it" if room > 0 else "lower it"
         raise InputError(
             f"{limit_field} = {max_new_tokens}: prompt {longest.id} of {section} has {length} tokens, and a "
-            f"prompt and its response can have {positions} together (max_position_embeddings): {remedy}"
+            f"prompt and its response can have {positions} together ({reason}): {remedy}"
         )
 
 

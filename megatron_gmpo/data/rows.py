@@ -114,7 +114,7 @@ def _names(record: Record) -> Iterator[str]:
 def _answer(value: Any, column: str, where: str) -> str:
     """Return an answer as text."""
     text = value if isinstance(value, str) else ""
-    if isinstance(value, int):
+    if isinstance(value, int):  # true becomes True
         text = str(value)
     elif isinstance(value, float | np.floating | Decimal):
         number = Decimal(str(value))  # str gives the shortest text of the value's own width

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from ..errors import InputError
 
 _MAX_JSON_BYTES = 100_000_000
@@ -22,12 +24,13 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "num_mtp_layers": (0, _MAX_LAYERS),
     "first_k_dense_replace": (0, _MAX_LAYERS),
     "decoder_sparse_step": (1, _MAX_LAYERS),
-    "num_experts": (1, MAX_EXPERTS),
-    "num_local_experts": (1, MAX_EXPERTS),
-    "n_routed_experts": (1, MAX_EXPERTS),
-    "num_experts_per_tok": (1, MAX_EXPERTS),
-    "n_group": (1, MAX_EXPERTS),
-    "topk_group": (1, MAX_EXPERTS),
+    # 0 in the config.json of some dense models
+    "num_experts": (0, MAX_EXPERTS),
+    "num_local_experts": (0, MAX_EXPERTS),
+    "n_routed_experts": (0, MAX_EXPERTS),
+    "num_experts_per_tok": (0, MAX_EXPERTS),
+    "n_group": (0, MAX_EXPERTS),
+    "topk_group": (0, MAX_EXPERTS),
     "n_shared_experts": (0, MAX_EXPERTS),
     **dict.fromkeys(
         (
@@ -50,7 +53,14 @@ _BOUNDS: dict[str, tuple[int, int]] = {
 }
 """Field of config.json -> smallest and largest value. Every published model is far below the largest."""
 _IMPLEMENTATIONS = {
-    "attn_implementation": {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3"},
+    "attn_implementation": {
+        None,
+        "eager",
+        "sdpa",
+        "flex_attention",
+        "flash_attention_2",
+        "flash_attention_3",
+    },
     "experts_implementation": {None, "eager", "batched_mm", "grouped_mm"},
 }
 """Field of config.json -> values that do not make transformers fetch a kernel."""
@@ -124,11 +134,14 @@ def _check_links(folder: Path, name: str) -> None:
     """
     real = folder.resolve()
     blobs = [at.parents[1] / "blobs" for at in (real, *real.parents) if at.parent.name == "snapshots"]
-    for file in folder.iterdir():
-        target = os.path.realpath(file)
-        if not any(Path(target).is_relative_to(place) for place in (real, *blobs)):
+    places = [real, *(place.resolve() for place in blobs)]
+    cache = Path(HF_HUB_CACHE).resolve()
+    for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        target = Path(os.path.realpath(file))
+        in_cache = target.is_relative_to(cache) and target.parent.name == "blobs"
+        if not in_cache and not any(target.is_relative_to(place) for place in places):
             raise InputError(
-                f"{name}: {file.name!r} is a link to {target!r}, outside the folder: "
+                f"{name}: {file.name!r} is a link to {str(target)!r}, outside the folder: "
                 "replace it by a copy of that file, if you trust it"
             )
 
@@ -140,8 +153,13 @@ def _check_code(folder: Path, name: str, config: dict[str, Any], ignored: frozen
         named = (config if file == "config.json" else read_json(folder / file, name)).get("auto_map")
         code = list(named.values()) if isinstance(named, dict) else [named] if named else []
         for reference in code:
-            if file != "config.json" or str(reference).partition(".")[0] not in ignored:
+            if file != "config.json" or _module(str(reference)) not in ignored:
                 raise InputError(
                     f"{name}: {file} names code of the folder to run (auto_map: {reference!r}), which is "
                     "never run: use a model and tokenizer of transformers' own classes"
                 )
+
+
+def _module(reference: str) -> str:
+    """Return the module of an ``auto_map`` entry ``module.Class``, also after ``owner/name--``."""
+    return reference.rpartition("--")[2].partition(".")[0]

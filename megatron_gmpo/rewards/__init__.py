@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import reprlib
 import sys
@@ -32,7 +31,7 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
     """Return the reward ``cfg.name``: one of ``REWARDS``, or ``module:function`` from the Python path.
 
     Several threads may call a reward at the same time. A reward that counts timeouts, like ``MathReward``,
-    has an int attribute ``timeouts``.
+    has an int attribute ``timeouts``. One with processes of its own has a method ``close``.
 
     Raises:
         InputError: the name, module or function does not exist, or is not callable. The returned reward also
@@ -45,15 +44,22 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
         return REWARDS[cfg.name]
     function = resolve("reward.name", cfg.name, REWARDS)
     check_callable("reward.name", cfg.name, function, "give a callable (Prompt, str) -> float")
-    return _checked(function, cfg.name)
+    return _Checked(function, cfg.name)
 
 
-def _checked(function: Callable[[Prompt, str], Any], name: str) -> Reward:
-    @functools.wraps(function)
-    def reward(prompt: Prompt, response: str) -> float:
-        streams = _open_streams()
+class _Checked:
+    """A user's reward with checks of what it raises and returns. Its attributes are those of the reward."""
+
+    def __init__(self, function: Callable[[Prompt, str], Any], name: str) -> None:
+        self._function, self._name = function, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._function, attribute)  # such as ``timeouts`` and ``close``
+
+    def __call__(self, prompt: Prompt, response: str) -> float:
+        name, streams = self._name, _open_streams()
         try:
-            value = function(prompt, response)
+            value = self._function(prompt, response)
         except BaseException as error:  # also SystemExit, which would end the run with the code it names
             where = traceback.extract_tb(error.__traceback__)[-1]
             raised = " ".join(f"{type(error).__name__}: {error}".split())
@@ -72,8 +78,6 @@ def _checked(function: Callable[[Prompt, str], Any], name: str) -> Reward:
                 f"reward.name = {name!r} returned {_shown(value)} for {prompt.id}: return a finite number"
             )
         return number
-
-    return reward
 
 
 def _open_streams() -> set[str]:

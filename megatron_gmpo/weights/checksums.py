@@ -44,8 +44,11 @@ def find_damage(folder: Path, wanted: Checksums, *, sizes_only: bool = False) ->
             return f"{name} has {found} bytes instead of {size}"
     if sizes_only:
         return ""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
         return next(filter(None, pool.map(lambda item: _damage(folder, *item), wanted.items())), "")
+    finally:
+        pool.shutdown(cancel_futures=True)  # the files after a damaged one need not be read
 
 
 def _damage(folder: Path, name: str, wanted: tuple[int, str]) -> str:

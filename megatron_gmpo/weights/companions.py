@@ -27,7 +27,10 @@ _COMPANIONS = {
     "preprocessor_config.json",
     "processor_config.json",
 }
-"""Every file that transformers or SGLang read beside the weights of a supported family."""
+"""Every file that transformers or SGLang read beside the weights of a supported family.
+
+transformers reads further chat templates from the folder ``additional_chat_templates``."""
+_TEMPLATES = "additional_chat_templates"
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -41,6 +44,9 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     for name in sorted(_COMPANIONS):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for template in source.glob(f"{_TEMPLATES}/*.jinja"):
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, target / _TEMPLATES / template.name)
     config = read_json(source / "config.json")
     if config.pop("quantization_config", None):
         dtype = dtype or torch.bfloat16

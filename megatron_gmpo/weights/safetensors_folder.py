@@ -105,10 +105,15 @@ class SafetensorsFolder:
         tensors: dict[str, StoredTensor] = {}
         for file, opened in self._opened.items():
             names = opened.keys()
-            if len(tensors) + len(names) > _MAX_TENSORS or max(map(len, names), default=0) > _MAX_NAME:
+            if (total := len(tensors) + len(names)) > _MAX_TENSORS:
                 raise InputError(
-                    f"{self.path / file} holds {len(names)} tensors, which is beyond the limit of "
-                    f"{_MAX_TENSORS} a model or {_MAX_NAME} characters a name: use another model"
+                    f"{str(self.path)!r} holds {total} tensors or more, and {_MAX_TENSORS} is the limit: use "
+                    "another model"
+                )
+            if (longest := max(map(len, names), default=0)) > _MAX_NAME:
+                raise InputError(
+                    f"{self.path / file} has a tensor whose name has {longest} characters, and {_MAX_NAME} "
+                    "is the limit: use another model"
                 )
             for name in names:
                 if name in tensors:

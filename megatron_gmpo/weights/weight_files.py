@@ -54,7 +54,9 @@ def weight_files(folder: Path) -> tuple[set[str], dict[str, str]]:
                 f"{folder / INDEX} names {missing[0]!r}, which is not there: download the model again"
             )
         return files, listed
-    if files != {_SINGLE} and not missing:
+    if _SINGLE in files:
+        return files, listed
+    if not missing:
         raise InputError(
             f"{str(folder)!r} holds two sets of weights, {_SINGLE} and the files of {INDEX}, such as "
             f"{min(files - {_SINGLE})!r}: remove the older set"

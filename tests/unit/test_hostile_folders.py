@@ -136,7 +136,7 @@ def test_code_that_transformers_replaces_is_ignored(tiny_model: Callable[..., Pa
         folder / "config.json",
         auto_map={
             "AutoConfig": "configuration_deepseek.DeepseekV3Config",
-            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+            "AutoModelForCausalLM": "deepseek-ai/DeepSeek-V3.1--modeling_deepseek.DeepseekV3ForCausalLM",
         },
     )
     for module in ("configuration_deepseek", "modeling_deepseek"):
