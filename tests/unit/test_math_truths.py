@@ -147,6 +147,25 @@ def test_rational_numbers_are_equal_if_their_fractions_are(x, y, scale, forms) -
         assert verdict == (left == right)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    numbers=st.lists(st.integers(0, 999), min_size=2, max_size=4, unique=True),
+    join=st.sampled_from([", ", " and ", r" \text{ or } ", "; ", r",\ "]),
+    large=st.integers(1000, 10**9),
+)
+def test_the_numbers_of_a_list_stay_apart(numbers: list[int], join: str, large: int) -> None:
+    """Python's integers are the reference: a list has its items in any order, not their digits in a row."""
+    items = list(map(str, numbers))
+    turned, run = join.join(items[::-1]), "".join(items)
+    boxes = join.replace(r"\ ", " ").join(f"$\\boxed{{{item}}}$" for item in items[::-1])
+    truth = ", ".join(items)
+    assert is_correct(truth, boxed(turned))
+    assert is_correct(truth, boxes)
+    assert not is_correct(run, boxed(turned))
+    assert not is_correct(run, boxed(join.join(items)))
+    assert is_correct(f"{large}, {truth}", boxed(join.join([*items, f"{large:,}"])))
+
+
 coefficients = st.lists(st.integers(-4, 4), min_size=1, max_size=4)
 
 

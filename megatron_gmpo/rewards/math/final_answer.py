@@ -32,6 +32,8 @@ _NUMBER = re.compile(
     r"|\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
     r"(?:\s*/\s*\d+)?(?:\s?\\?%)?"
 )
+_DEFINITE = re.compile(r"[\d$\\=+*/^<>π√∞½⅓¼]|^\W*(?:[A-Z]|[a-z]\b(?! [a-z]{2}))")
+"""A number, mathematics, a name or the letter of a choice, unlike "correct" and "a whole number"."""
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n|,?\s(?:because|since|so|as|which|where)\s")
 
 
@@ -43,10 +45,11 @@ def final_answer(response: str) -> str | None:
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
-    if stated := _last(_STATED, text):
-        return _first_answer(text[stated.end() :])
+    _, marked, after = text.rpartition("####")
+    if marked and re.fullmatch(".+", after := after.strip()):  # otherwise it is a heading
+        return after
+    if statements := list(_STATED.finditer(text)):
+        return _first_answer(text[_definite(text, statements) :])
     found = max((_last(_MATH, text), _last(_NUMBER, text)), key=lambda match: match.end() if match else -1)
     return _content(found) if found else None
 
@@ -68,7 +71,7 @@ def last_boxed(text: str) -> str | None:
         if not 0 < next_box - end <= _BETWEEN or not _JOINED.fullmatch(text, end + 1, next_box):
             break
         answer.append((start, end))
-    return ",".join(text[slice(*box)] for box in reversed(answer))
+    return " ; ".join(text[slice(*box)] for box in reversed(answer))
 
 
 def _boxes(text: str) -> list[tuple[int, int]]:
@@ -99,10 +102,23 @@ def _content(match: re.Match[str]) -> str:
     return next((group for group in match.groups() if group), match[0])
 
 
+def _definite(text: str, statements: list[re.Match[str]]) -> int:
+    """Return where the last definite answer after "the answer is" starts; if none is definite, the last."""
+    ends = [*(statement.start() for statement in statements[1:]), len(text)]
+    for statement, end in zip(reversed(statements), reversed(ends), strict=True):
+        if _DEFINITE.search(_sentence(text[statement.end() : end])):
+            return statement.end()
+    return statements[-1].end()
+
+
+def _sentence(text: str) -> str:
+    end = _SENTENCE_END.search(text)
+    return text[: end.start()] if end else text
+
+
 def _first_answer(text: str) -> str:
     """Return the answer at the start of a text that follows "the answer is"."""
-    end = _SENTENCE_END.search(text)
-    sentence = text[: end.start()] if end else text
+    sentence = _sentence(text)
     math = _MATH.search(text)
     if not math or math.start() >= max(len(sentence), 1) or _NUMBER.match(sentence):
         return sentence.replace("**", "").strip()
@@ -112,4 +128,4 @@ def _first_answer(text: str) -> str:
             break
         answers.append(_content(following))
         math = following
-    return ",".join(answers)
+    return " ; ".join(answers)

@@ -70,12 +70,12 @@ _RULES = [
         (r"(?<!\\)\\[,;:> ]|~", " "),
         (r"(?<!\\)\\[()\[\]]|(?<!\\)\$", ""),  # the delimiters of mathematics
         (r"\{,\}", ","),
-        (r"\\text\s*\{\s*(and|or|,|percent|degrees?|all real numbers)\s*\}", r" \1 "),
+        (r"\\text\s*\{\s*(and|or|,|percent|degrees?|[Aa]ll real numbers)\s*\}", r" \1 "),
         (r"\\text\s*\{\s*(sin|cos|tan|cot|sec|csc|ln|log|exp)\s*\}", r"\\\1 "),
         (r"\\text\s*\{([A-Za-z])\}", r" \1"),
         (r"\\?%|\bpercent\b", "%"),
         (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\bdegrees?\b", r"^\\circ "),
-        (r"\ball real numbers\b|\\mathbb\s*\{?R\}?", _REALS),
+        (r"\b[Aa]ll real numbers\b|\\mathbb\s*\{?R\}?", _REALS),
         (r"(?<![A-Za-z\\])(infinity|pi|sqrt)(?![A-Za-z])", r"\\\1 "),
         (r"\\infinity", r"\\infty"),
         (r"\\sqrt\s+(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),
@@ -97,7 +97,15 @@ _RULES = [
 ]
 _AND_OR = re.compile(r"\\text\s*\{[^{}]*\}|,?\s*(?<![A-Za-z\\])(and|or)(?![A-Za-z])")
 _ORDER = re.compile(r"[<>]|\\[lg]eq")
-_GROUPED = re.compile(r"(?<![\d.,])(?<!\d )\d{1,3}(?:(?:, ?\d{3})+|(?: \d{3})+)(?![ ,]?\d)")
+_GROUPED = re.compile(
+    r"(?<![\d.,])(?<!\d )(?<!,-)[1-9]\d{0,2}"
+    r"(?:(?:,\d{3})+(?!\d)|(?: \d{3})+(?! ?\d| ?/ ?\d{3}))(?!,\S)"
+)
+"""A number like 10,000 or 10 000; not ``10, 000`` or ``10,000,5``, which are lists, nor 3 125/216."""
+_WORDS = re.compile(
+    r"(?=.*[A-Za-z]{4}|(?i:yes|no|odd)$)(?:(?:[A-Z]?[a-z]+|[A-Z]+)(?:[ ']+|-(?=[A-Za-z]{4})|$))+", re.DOTALL
+)
+"""English, not a product of variables: words written like ``east``, ``East`` or ``EAST``."""
 
 
 def tidy(text: str) -> str:
@@ -110,9 +118,9 @@ def tidy(text: str) -> str:
     text = _COMMAND.sub(lambda command: _SYNONYMS.get(command[1], command[0]), text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
+    text = _GROUPED.sub(_digits, text)  # before "and" and "or" become commas
     either = r" \lor " if _ORDER.search(text) else ","
     text = _AND_OR.sub(lambda found: {"or": either, "and": ","}.get(found[1], found[0]), text)
-    text = _GROUPED.sub(_digits, text)
     text = text.strip(" ,;").removesuffix(".").strip()
     while whole := _TEXT.fullmatch(text) or _BRACES.fullmatch(text):
         text = whole[1].strip()
@@ -123,8 +131,9 @@ def key(text: str) -> str:
     """Return what the spellings of one text share: no needless braces or spaces, for words no case."""
     text = _TEXT.sub(r"\1", text)
     text = re.sub(r"\{\s*([^\\{}\s])\s*\}", r"\1", text)
-    text = re.sub(r"(?<!\d) | (?!\d)", "", text)
-    return text if re.search(r"[\\\d^_=+*/]", text) else text.casefold()
+    if _WORDS.fullmatch(text):
+        text = text.lower()
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def _ascii(text: str) -> str:
@@ -141,8 +150,10 @@ def _fraction(character: re.Match[str]) -> str:
 
 
 def _digits(number: re.Match[str]) -> str:
-    """Remove the separators of a number like 10,000, unless it is a pair like (1,234)."""
+    """Remove the separators of a number like 10,000, unless its comma is that of a pair like (1,234)."""
     before, after = number.string[: number.start()].rstrip(" -"), number.string[number.end() :].lstrip()
-    if "," in number[0] and before[-1:] in ("(", "[", "{", ",") and after[:1] in (")", "]", "\\", ","):
+    depth = len(re.findall(r"[(\[{]|\\langle", before)) - len(re.findall(r"[)\]}]|\\rangle", before))
+    between = before.endswith(("(", "[", "{", r"\langle", ",")) and after.startswith((")", "]", "\\", ","))
+    if "," in number[0] and depth > 0 and between:
         return number[0]
     return re.sub("[ ,]", "", number[0])
