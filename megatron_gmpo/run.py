@@ -288,15 +288,13 @@ def _check_resume(cfg: Config, checkpoint: Path) -> None:
     if not cfg.checkpoint.resume:
         raise InputError(
             f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or "
-            f"choose another "
-            "run_dir"
+            "choose another run_dir"
         )
     froze_router = read_state(checkpoint).get("config", {}).get("train", {}).get("freeze_router")
     if froze_router and not cfg.train.freeze_router:
         raise InputError(
             f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer "
-            f"state of the "
-            "routers: set it to true or choose another run_dir"
+            "state of the routers: set it to true or choose another run_dir"
         )
 
 
