@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from . import files
 from .distributed import agreed, all_gather_objects, broadcast_object, folder_written_by_all, rank, world_size
 from .errors import DiskFullError, InputError
-from .supervision.records import LATEST
+from .supervision.records import LATEST, newest_step
 from .supervision.signals import end_with_parent
 from .weights.checksums import checksums_of
 from .weights.companions import copy_companions
@@ -106,6 +106,9 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of ``step``, then remove all except the newest ``keep_last``. Collective.
 
+    The checkpoint continues the one that ``latest_checkpointed_iteration.txt`` names. All others after that
+    one are removed too.
+
     Args:
         folder: folder of the ``iter_*`` folders, the same on every rank.
         tensors: a sharded state dict; see ``policy.optimizer_state.tensors_to_save``.
@@ -139,10 +142,10 @@ def save_checkpoint(
                     files.remove(final)
     with agreed():
         if rank() == 0:
+            # such a kill, a fall back and a killed rollback leave later checkpoints that must not count
+            _remove_after(folder, newest_step(folder) or 0, keep=final)
             files.write(folder / LATEST, str(step))
-            # such a kill may also leave a later checkpoint, which must not count for keep_last
-            up_to_this = [found for found in stored_checkpoints(folder) if step_of(found) <= step]
-            for old in reversed(up_to_this[keep_last:]):
+            for old in reversed(stored_checkpoints(folder)[keep_last:]):
                 files.remove(old)
     return final
 
@@ -173,9 +176,7 @@ def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
             folder, content = checkpoint.parent, read_state(checkpoint) | state
             write_state(checkpoint, content)
             files.write(folder / LATEST, str(content["step"]))
-            for found in stored_checkpoints(folder):
-                if step_of(found) > step_of(checkpoint):
-                    files.remove(found)
+            _remove_after(folder, content["step"], keep=checkpoint)
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -277,6 +278,12 @@ def _disk_full_errors(folder: Path) -> Iterator[None]:
         if is_disk_full(error):
             raise DiskFullError(folder) from None
         raise
+
+
+def _remove_after(folder: Path, step: int, *, keep: Path) -> None:
+    for found in stored_checkpoints(folder):
+        if step_of(found) > step and found != keep:
+            files.remove(found)
 
 
 def _save_companions(hf: Path, folder: Path) -> None:

@@ -206,7 +206,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
         if on_rank_0 and step < cfg.train.num_steps:
-            load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size)
+            load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size, limit=1)
     samples = train and not cfg.rollout.replay_path
     return Run(
         cfg=cfg,
@@ -292,15 +292,13 @@ def _check_resume(cfg: Config, checkpoint: Path) -> None:
     if not cfg.checkpoint.resume:
         raise InputError(
             f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or "
-            f"choose another "
-            "run_dir"
+            "choose another run_dir"
         )
     froze_router = read_state(checkpoint).get("config", {}).get("train", {}).get("freeze_router")
     if froze_router and not cfg.train.freeze_router:
         raise InputError(
             f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer "
-            f"state of the "
-            "routers: set it to true or choose another run_dir"
+            "state of the routers: set it to true or choose another run_dir"
         )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .checkpoint import go_back
-from .distributed import agreed, broadcast_object, rank
+from .distributed import agreed, rank
 from .errors import CollapseError
 from .losses.adaptive_clip import AdaptiveClip
 from .losses.objective import Objective
@@ -17,6 +18,7 @@ from .metrics.logger import MetricLogger, cut_after
 from .rollout.collect import Collector
 from .rollout.engine import RolloutEngine
 from .run import Run
+from .supervision.records import LATEST
 from .weights.run_checkpoint import checkpoint_before
 
 
@@ -55,6 +57,8 @@ class TrainingState:
         """
         with agreed():
             logger.sync()
+            if rank() == 0 and self.saved_step:  # after a fall back, it still names a later one
+                files.write(self._run.checkpoint_dir / LATEST, str(self.saved_step))
         path = self.policy.save(
             self._run.checkpoint_dir, self.step, self._records(), self._cfg.checkpoint.keep_last
         )
@@ -94,10 +98,10 @@ class TrainingState:
         logger.event("collapse", step=self.step, began=collapse.began, reason=collapse.reason, action=action)
         if action == "warn":
             return f"warning: {found}"
-        # the figures of a step describe the weights after the step before it
-        good = broadcast_object(
-            checkpoint_before(self._run.checkpoint_dir, collapse.began - 1) if rank() == 0 else None
-        )
+        # The figures of a step describe the weights after the step before it. Checkpoints after saved_step
+        # are not of this run: it has fallen back to an older one.
+        before = min(collapse.began - 1, self.saved_step + 1)
+        good = checkpoint_before(self._run.checkpoint_dir, before, self._cfg.checkpoint.verify)
         found += (
             f"; the newest checkpoint from before the collapse is {good}"
             if good

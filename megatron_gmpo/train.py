@@ -43,7 +43,7 @@ from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
 from .rollout.collect import Collected, rollout_figures
 from .rollout.engine import RolloutEngine
-from .rollout.replay import append_transcripts, load_groups, save_groups
+from .rollout.replay import append_transcripts, check_groups, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
@@ -63,6 +63,7 @@ def train(run: Run, attempt: Attempt) -> None:
     )
     clip = make_adaptive_clip(cfg.algorithm, objective)
     run.start()
+    run.verify_checkpoint()
     if run.step >= cfg.train.num_steps:
         if rank() == 0:
             print(
@@ -70,10 +71,11 @@ def train(run: Run, attempt: Attempt) -> None:
                 "raise train.num_steps to continue"
             )
         return
+    if run.damage and cfg.rollout.replay_path:  # an older checkpoint needs earlier steps
+        check_groups(cfg.rollout.replay_path, range(run.step, cfg.train.num_steps))
     if rank() == 0:
         clear_unfinished(run.checkpoint_dir)
     attempt.start(run.device, *run.needed_space())
-    run.verify_checkpoint()
     with (
         closing_reward(run.reward),
         closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine,

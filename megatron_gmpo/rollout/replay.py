@@ -49,11 +49,14 @@ def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
             )
 
 
-def load_groups(folder: str | Path, step: int, vocab_size: int) -> list[SampleGroup]:
+def load_groups(
+    folder: str | Path, step: int, vocab_size: int, limit: int | None = None
+) -> list[SampleGroup]:
     """Read the groups of a step, written by ``save_groups``.
 
     Args:
         vocab_size: number of token ids of the model that is trained on the groups.
+        limit: number of groups to read from the start of the file; None reads all.
 
     Raises:
         InputError: the folder has no such step, its file has no groups, or a line or sample of the file is
@@ -63,7 +66,7 @@ def load_groups(folder: str | Path, step: int, vocab_size: int) -> list[SampleGr
     path = _step_file(folder, step)
     groups: list[SampleGroup] = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(islice(file, limit), 1):
             place = f"line {number}"
             try:
                 record = json.loads(line)

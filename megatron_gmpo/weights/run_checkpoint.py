@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import files
-from ..distributed import all_gather_objects, rank, world_size
+from ..distributed import all_gather_objects, broadcast_object, rank, world_size
 from ..errors import InputError
 from ..supervision.records import LATEST, newest_step
 from .checksums import checksum, find_damage
@@ -117,10 +117,15 @@ def choose_whole(
     return None, ""
 
 
-def checkpoint_before(folder: Path, step: int) -> Path | None:
-    """Return the newest whole checkpoint written before ``step``, or None."""
-    older = (found for found in stored_checkpoints(folder) if step_of(found) < step)
-    return next((found for found in older if not quick_damage(found)), None)
+def checkpoint_before(folder: Path, step: int, verify: bool) -> Path | None:
+    """Return the newest whole checkpoint written before ``step``, or None. Collective.
+
+    Args:
+        verify: whether to compare the checksums of all files, or only the sizes of the small ones.
+    """
+    older = broadcast_object([found for found in stored_checkpoints(folder) if step_of(found) < step])
+    damage_of = full_damage if verify else quick_damage
+    return broadcast_object(next((found for found in older if not damage_of(found)), None))
 
 
 def quick_damage(checkpoint: Path) -> str:

@@ -21,7 +21,7 @@ from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
-from megatron_gmpo.weights.run_checkpoint import latest_checkpoint, read_state
+from megatron_gmpo.weights.run_checkpoint import checkpoint_before, latest_checkpoint, read_state
 
 from ..support import cases, conversion_cases, reference
 from ..support.ranks import RankPool
@@ -264,13 +264,18 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     shutil.copytree(tmp_path / "iter_0000004", tmp_path / "iter_0000006")
     (tmp_path / ".partial_iter_0000009").mkdir()
     (tmp_path / ".partial_iter_0000009" / "__0_0.distcp").touch()
-    ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 3, 5, [4, 5], 1)
-    assert folders() == ["iter_0000005", "iter_0000006", latest]
-    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000005"
-    assert read_state(tmp_path / "iter_0000005")["step"] == 5
+    ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 3, 7, [5, 7], 2)
+    assert folders() == ["iter_0000005", "iter_0000007", latest]
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000007"
+    assert read_state(tmp_path / "iter_0000007")["step"] == 7
 
-    shutil.rmtree(tmp_path / "iter_0000005")
-    with pytest.raises(InputError, match="iter_0000005"):
+    with (tmp_path / "iter_0000007" / "__1_0.distcp").open("r+b") as file:
+        file.write(bytes(8))
+    assert ranks.run(2, checkpoint_before, tmp_path, 8, True) == [tmp_path / "iter_0000005"] * 2
+    assert ranks.run(2, checkpoint_before, tmp_path, 8, False) == [tmp_path / "iter_0000007"] * 2
+
+    shutil.rmtree(tmp_path / "iter_0000007")
+    with pytest.raises(InputError, match="iter_0000007"):
         latest_checkpoint(tmp_path)
     assert latest_checkpoint(tmp_path / "nowhere") is None
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.errors import Exit
+from megatron_gmpo.rollout.replay import save_groups
 from megatron_gmpo.supervision.records import LATEST
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 from megatron_gmpo.weights.inspection import inspect_checkpoint
@@ -117,14 +119,43 @@ def test_a_flipped_byte_is_named_and_an_older_checkpoint_taken_on_request(
     )
     assert figures(run_dir) == figures(undisturbed)  # nothing was lost
 
-    done = run_module(TRAIN, *argv, *options(run_dir=run_dir, checkpoint__fall_back="true"), ranks=2)
+    chosen = options(
+        run_dir=run_dir, checkpoint__fall_back="true", checkpoint__save_interval=2, checkpoint__keep_last=2
+    )
+    done = run_module(TRAIN, *argv, *chosen, ranks=2)
     assert done.returncode == 0, done.stderr
     assert f"going on from {run_dir / 'checkpoints' / 'iter_0000002'}" in done.stderr
     assert figures(run_dir) == figures(undisturbed)
     (event,) = [event for event in events(run_dir) if event["event"] == "fall_back"]
     assert event["step"] == STEPS - 2
     assert "iter_0000003 is damaged: __0_1.distcp" in event["reason"]
-    assert inspect_checkpoint(newest)["whole"] == "yes"  # step 3 was repeated and saved
+    # step 3 was repeated and not saved again: the damaged checkpoint does not take a place of keep_last
+    stored = sorted((run_dir / "checkpoints").glob("iter_*"))
+    assert [path.name for path in stored] == ["iter_0000002", "iter_0000004"]
+    assert inspect_checkpoint(stored[0])["whole"] == "yes"
+
+    flip_a_byte(stored[1] / "__0_1.distcp")
+    finished = run_module(TRAIN, *argv, *options(run_dir=run_dir))
+    assert finished.returncode == Exit.BAD_INPUT, finished.stdout
+    (line,) = error_lines(finished.stderr)
+    assert "iter_0000004 is damaged: __0_1.distcp has the checksum " in line
+
+
+def test_a_replay_must_have_the_steps_after_an_older_checkpoint(
+    argv: list[str], run_dir: Path, tmp_path: Path
+) -> None:
+    flip_a_byte(run_dir / "checkpoints" / "iter_0000003" / "__0_1.distcp")
+    sample = Sample([3, 2, 1], [False, False, True], [0.0, 0.0, -1.0], "", "stop", 0)
+    save_groups(tmp_path / "rollouts", 3, [SampleGroup(Prompt("p", answer=""), [sample])])
+    chosen = options(
+        run_dir=run_dir, checkpoint__fall_back="true", rollout__replay_path=tmp_path / "rollouts"
+    )
+    done = run_module(TRAIN, *argv, *chosen)
+    assert done.returncode == Exit.BAD_INPUT
+    (line,) = error_lines(done.stderr)
+    assert line.endswith("has no groups for step 2, it has steps 3 to 3: save them with rollout.save_path"), (
+        line
+    )
 
 
 def test_the_pointer_and_small_files_are_checked_before_anything_starts(

@@ -249,7 +249,7 @@ def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: p
             json.dumps({"step": step, "collapse": {"rollbacks": 0}, "scheduler": {"lr": step}})
         )
     (tmp_path / LATEST).write_text("6")
-    good = checkpoint_before(tmp_path, 5)
+    good = checkpoint_before(tmp_path, 5, False)
     assert good
     if killed:  # during the removal of the first folder
         monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
@@ -260,4 +260,4 @@ def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: p
     later = [folder for folder in (tmp_path / "iter_0000005", tmp_path / "iter_0000006") if folder.exists()]
     assert len(later) == (1 if killed else 0)  # the folder is renamed before it is removed
     if killed:
-        assert checkpoint_before(tmp_path, 7) == later[0]
+        assert checkpoint_before(tmp_path, 7, False) == later[0]

@@ -983,6 +983,15 @@ def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) ->
     assert "\n" not in str(error.value)
 
 
+def test_only_the_groups_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    save_groups(tmp_path, 1, groups_to_save())
+    file = tmp_path / "step_000001.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\nbroken\n")
+    assert load_groups(tmp_path, 1, VOCAB, limit=1) == groups_to_save()[:1]
+    with pytest.raises(InputError, match="line 2 of"):
+        load_groups(tmp_path, 1, VOCAB, limit=2)
+
+
 def with_token(value: int) -> Callable[[Record], None]:
     def change(sample: Record) -> None:
         sample["tokens"] = [3, 2, value, 1]

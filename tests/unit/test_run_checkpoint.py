@@ -8,11 +8,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from megatron_gmpo.checkpoint import go_back, room_to_save
-from megatron_gmpo.errors import InputError
+from megatron_gmpo.config import Config
+from megatron_gmpo.errors import CollapseError, InputError
+from megatron_gmpo.metrics.collapse import Collapse, CollapseDetector
+from megatron_gmpo.state import TrainingState
 from megatron_gmpo.supervision.records import LATEST
 from megatron_gmpo.weights import checksums
 from megatron_gmpo.weights.run_checkpoint import (
@@ -181,6 +185,29 @@ def test_the_oldest_may_be_the_only_whole_one(folder: Path) -> None:
             InputError, match=r"iter_0000006 is damaged: \.metadata .*no older checkpoint is whole"
         ):
             chosen(folder, fall_back=fall_back)
+
+
+@pytest.mark.parametrize(
+    ("verify", "saved_step", "taken"),
+    [
+        (True, 6, 4),
+        (False, 6, 5),  # the user chose to compare sizes only
+        (False, 4, 4),  # the run has fallen back to 4, and 5 is of its discarded steps
+    ],
+)
+def test_a_rollback_takes_a_whole_checkpoint_of_this_run(
+    verify: bool, saved_step: int, taken: int, folder: Path
+) -> None:
+    """Step 5 has a flipped bit in a large file. The collapse began at step 7, so 5 is the first candidate."""
+    file = folder / "iter_0000005" / "__1_0.distcp"
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 4, *content[1:]]))
+    cfg = Config.model_validate({"collapse": {"action": "stop"}, "checkpoint": {"verify": verify}})
+    state = TrainingState.__new__(TrainingState)  # without a policy, which "stop" does not use
+    state._cfg, state._run = cfg, Mock(checkpoint_dir=folder)
+    state._detector, state.step, state.saved_step = CollapseDetector(cfg.collapse), 8, saved_step
+    with pytest.raises(CollapseError, match=rf"from before the collapse is .*iter_000000{taken};"):
+        state.react(Collapse("entropy", began=7), Mock())
 
 
 @pytest.mark.parametrize(
