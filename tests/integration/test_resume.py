@@ -72,6 +72,7 @@ def resumed(argv: list[str], unbroken: Path, tmp_path: Path) -> Callable[..., Pa
             state["scheduler"] = {"num_steps": state.pop("updates")}
             state["clip"] = {side: state["clip"][side] for side in ("low", "high")}
             del state["collapse"]["window"], state["prompts"]["shuffle"], state["prompts"]["fingerprint"]
+            del state["files"], state["checksum"]
             file.write_text(json.dumps(state))
         done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir, **changed))
         assert done.returncode == 0, done.stderr

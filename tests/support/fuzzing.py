@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 import resource
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +75,28 @@ class TooSlow(BaseException):
 
 @contextmanager
 def read_or_refused() -> Iterator[None]:
-    """Limit the time and memory of the block, which may raise an InputError of one line."""
+    """Limit the time and memory of the block, which may raise an InputError of one line.
+
+    Logs and warnings of the block are dropped: pytest's processes cannot exchange halves of characters.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     used = psutil.Process().memory_info().data
     before = signal.signal(signal.SIGVTALRM, _too_slow)
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY_BYTES, hard))
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
     message = "read"
+    logging.disable()
     try:
-        yield
+        with (
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+        ):
+            yield
     except InputError as error:
         message = str(error)
     finally:
+        logging.disable(logging.NOTSET)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
