@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
         load_config(sys.argv[1:])
 
 import logging
-import math
 from contextlib import closing, nullcontext
 
 import torch
@@ -145,8 +144,7 @@ class Loop:
         learned = self.learn(batch)
         clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
         self.logger.add(learned | clips)
-        has_gradient = bool(batch.advantages.any())
-        if has_gradient:
+        if batch.advantages.any():  # else the clip fractions say nothing
             state.adapt_clip(learned)
         state.step += 1
         self.logger.add(collected.metrics | rollout_mismatch(batch))
@@ -161,8 +159,6 @@ class Loop:
         progress.update(state.step, figures)
         if results:
             progress.note(_results(f"after step {state.step}", results))
-        if not has_gradient:  # the entropy is then that of other tokens than in other steps
-            figures = figures | {"policy/entropy": math.nan}
         if collapse := state.find_collapse(figures):
             progress.note(state.react(collapse, self.logger))
         # Save last, because a resumed run repeats the steps that were logged after the checkpoint.

@@ -211,7 +211,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "prompts beyond the positions": (
         case(rollout__max_new_tokens=2048, eval__max_new_tokens=8),
         r"rollout\.max_new_tokens = 2048: prompt train/\d+ of data has \d tokens, and a prompt and its "
-        r"response can have 2048 together \(max_position_embeddings\): lower it",
+        r"response can have 2048 together \(max_position_embeddings = 2048\): lower it",
     ),
     "benchmark beyond the positions": (
         case(eval__max_new_tokens=2047),
