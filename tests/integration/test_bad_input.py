@@ -216,7 +216,7 @@ CASES: dict[str, tuple[Case, str]] = {
     "benchmark beyond the positions": (
         case(eval__max_new_tokens=2047),
         r"eval\.max_new_tokens = 2047: prompt heldout/\d+ of eval\.sets\.heldout has \d tokens, and .* 2048 "
-        r"together \(max_position_embeddings = 2048\): set eval\.sets\.heldout\.max_prompt_tokens = 1 or lower it",
+        r"together \(max_position_embeddings = 2048\): set eval\.sets\.heldout\.max_prompt_tokens = 1 or ",
     ),
     "broken replay": (
         case(rollout__replay_path="{tmp}/rollouts", train__num_steps=2),
