@@ -98,7 +98,7 @@ class PromptStream:
                 epoch after the saved one.
 
         Returns:
-            What has changed in the data set, or an empty text.
+            One line that states the change of the data set; "" if nothing has changed.
 
         Raises:
             InputError: the state is damaged, or it belongs to another data set.

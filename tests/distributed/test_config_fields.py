@@ -168,6 +168,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
                 reads.add(plain(self, "attribute_map").get(name, name))
             return plain(self, name)
 
+        # records what transformers' own code reads, and returns the real value
         monkeypatch.setattr(transformers.PreTrainedConfig, "__getattribute__", get)
         return reads
 

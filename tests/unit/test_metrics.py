@@ -190,6 +190,7 @@ def test_lines_are_on_the_disk_after_a_sync(tmp_path: Path, monkeypatch: pytest.
     logger.log(1, {"loss": 1.0})
     logger.event("resume")
     flushed = set()
+    # a test cannot cut the power, so it records which files the kernel is asked to flush
     monkeypatch.setattr(os, "fsync", lambda number: flushed.add(os.readlink(f"/proc/self/fd/{number}")))
     logger.sync()
     assert flushed == {str(tmp_path / "metrics.jsonl"), str(tmp_path / "events.jsonl")}

@@ -283,7 +283,7 @@ def test_text_has_the_type_of_its_field(describe: Describe) -> None:
     ],
 )
 def test_values_of_megatron_fields(describe: Describe, name: str, written: Any, value: Any) -> None:
-    """What a value means follows from the annotation of the field in Megatron's transformer_config.py."""
+    """A value gets the type of the field's annotation in Megatron's transformer_config.py."""
     table = {name: written} | (
         {"moe_aux_loss_coeff": [0.1]} if written == ["aux_loss"] else {}
     )  # Megatron wants a coefficient for each kind

@@ -1,4 +1,4 @@
-"""What another user of the machine cannot do: hold a lock, offer weights, have files removed."""
+"""Another user of the machine cannot hold a lock, replace the synced weights, or have files removed."""
 
 from __future__ import annotations
 

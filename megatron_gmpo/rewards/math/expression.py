@@ -75,7 +75,7 @@ class _Parser:
         return token[0] if token else ""
 
     def take(self, *tokens: str) -> str:
-        """Consume the next token if it is one of ``tokens``, and return it or ""."""
+        """Consume the next token if it is one of ``tokens`` and return it; otherwise return ""."""
         token = self.peek()
         if token and token in tokens:
             self.at = self.text.index(token, self.at) + len(token)
