@@ -80,6 +80,8 @@ fuzz: $(INSTALLED)  ## Draw 220,000 new inputs for the readers of files and comm
 	$(PY) -m pytest tests/unit/test_fuzz*.py --hypothesis-profile=fuzz --timeout=0
 
 clean:  ## Remove the environments, builds and caches
-	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton build dist *.egg-info .pytest_cache \
+		.ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt triton demo lint test test-fast test-versions fuzz test-slurm test-gpu clean
+.PHONY: check-python help install sglang modelopt triton demo lint test test-fast test-versions test-slurm \
+	test-gpu fuzz clean

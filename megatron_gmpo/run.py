@@ -330,7 +330,8 @@ def start_command(command: Callable[[Config], None]) -> None:
 
 def closing_reward(reward: Reward) -> Any:
     """Return a context that stops the reward's processes at its end, if the reward has ``close``."""
-    return closing(reward) if hasattr(reward, "close") else nullcontext()  # pyright: ignore[reportArgumentType]
+    closable: Any = reward
+    return closing(closable) if hasattr(reward, "close") else nullcontext()
 
 
 def _set_up_messages() -> None:

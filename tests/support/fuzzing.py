@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.testing import Family
 from megatron_gmpo.testing.tiny_models import make_tiny_model
 
 CPU_S, MEMORY_BYTES = 10.0, 10**9
@@ -57,11 +58,11 @@ SINGLE = "model.safetensors"
 
 
 @functools.cache
-def model(family: str) -> Path:
+def model(family: Family) -> Path:
     """Return the folder of a tiny model with two layers. That of Qwen3 is tied and stores its head too."""
     folder = FOLDER / family
     tied = family == "qwen3"
-    make_tiny_model(folder, family=family, num_layers=2, num_experts=4, tie_word_embeddings=tied)  # type: ignore[arg-type]
+    make_tiny_model(folder, family=family, num_layers=2, num_experts=4, tie_word_embeddings=tied)
     if tied:
         tensors = load_file(folder / SINGLE)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -48,21 +49,24 @@ class Sequence:
     off_policy: bool
 
 
+def several(values: Any, count: int) -> st.SearchStrategy[list[Any]]:
+    return st.lists(st.sampled_from(values), min_size=count, max_size=count)
+
+
 @st.composite
 def sequences(draw: st.DrawFn) -> list[Sequence]:
     rows = []
     for _ in range(draw(st.integers(1, 3))):
         n = draw(st.integers(1, MAX_RESPONSE))
-        several = lambda values: draw(st.lists(st.sampled_from(values), min_size=n, max_size=n))  # noqa: B023, E731
         rows.append(
             Sequence(
                 advantage=draw(st.sampled_from([0.0, 1.0, -1.0, 0.5, -2.0])),
                 weight=draw(st.sampled_from([1.0, 1.0, 0.0, 0.5])),
-                logprobs=several([-0.25, -1.5, -8.0]),
-                deltas=several(DELTAS),
-                kept=several([True, True, True, False]),
-                token_weights=several([1.0, 1.0, 0.0, 2.0]),
-                shifts=several([1.0, 0.5]),
+                logprobs=draw(several([-0.25, -1.5, -8.0], n)),
+                deltas=draw(several(DELTAS, n)),
+                kept=draw(several([True, True, True, False], n)),
+                token_weights=draw(several([1.0, 1.0, 0.0, 2.0], n)),
+                shifts=draw(several([1.0, 0.5], n)),
                 off_policy=draw(st.sampled_from([False, False, True])),
             )
         )

@@ -23,7 +23,8 @@ _STATED = re.compile(
     re.I,
 )
 _MATH = re.compile(
-    r"\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)|(?<![\\\w$])\$(?=\S)([^$\n]+?)(?<=[^\s\\])\$(?!\d)",
+    r"\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)"
+    r"|(?<![\\\w$])\$(?=\S)([^$\n]+?)(?<=[^\s\\])\$(?!\d)",
     re.DOTALL,
 )
 """TeX's delimiters of mathematics. As in Pandoc, a dollar sign beside a space or before a digit is money."""
