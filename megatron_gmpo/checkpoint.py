@@ -102,18 +102,23 @@ def checkpoint_size(num_parameters: int, dtype: torch.dtype) -> int:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Any], state: dict[str, Any], keep_last: int, hf: Path
+    folder: Path,
+    step: int,
+    tensors: dict[str, Any],
+    state: dict[str, Any],
+    keep_last: int,
+    hf: Path,
+    continues: int | None = None,
 ) -> Path:
     """Write the checkpoint of ``step``, then remove all except the newest ``keep_last``. Collective.
-
-    The checkpoint continues the one that ``latest_checkpointed_iteration.txt`` names. All others after that
-    one are removed too.
 
     Args:
         folder: folder of the ``iter_*`` folders, the same on every rank.
         tensors: a sharded state dict; see ``policy.optimizer_state.tensors_to_save``.
         state: JSON-serializable state that ``read_state`` returns.
         hf: the model's Hugging Face folder, whose config and tokenizer are copied with the first checkpoint.
+        continues: step of the checkpoint that the training continues; None means the one that
+            ``latest_checkpointed_iteration.txt`` names. Other checkpoints after it are removed too.
 
     Returns:
         The new checkpoint.
@@ -143,7 +148,8 @@ def save_checkpoint(
     with agreed():
         if rank() == 0:
             # such a kill, a fall back and a killed rollback leave later checkpoints that must not count
-            _remove_after(folder, newest_step(folder) or 0, keep=final)
+            before = newest_step(folder) or 0 if continues is None else continues
+            _remove_after(folder, before, keep=final)
             files.write(folder / LATEST, str(step))
             for old in reversed(stored_checkpoints(folder)[keep_last:]):
                 files.remove(old)

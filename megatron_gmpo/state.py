@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import files
 from .checkpoint import go_back
 from .distributed import agreed, rank
 from .errors import CollapseError
@@ -18,7 +17,6 @@ from .metrics.logger import MetricLogger, cut_after
 from .rollout.collect import Collector
 from .rollout.engine import RolloutEngine
 from .run import Run
-from .supervision.records import LATEST
 from .weights.run_checkpoint import checkpoint_before
 
 
@@ -57,10 +55,12 @@ class TrainingState:
         """
         with agreed():
             logger.sync()
-            if rank() == 0 and self.saved_step:  # after a fall back, it still names a later one
-                files.write(self._run.checkpoint_dir / LATEST, str(self.saved_step))
         path = self.policy.save(
-            self._run.checkpoint_dir, self.step, self._records(), self._cfg.checkpoint.keep_last
+            self._run.checkpoint_dir,
+            self.step,
+            self._records(),
+            self._cfg.checkpoint.keep_last,
+            continues=self.saved_step,
         )
         self.saved_step = self.step
         logger.event("checkpoint", step=self.step, path=str(path))

@@ -283,12 +283,15 @@ class Policy:
         """Return an iterable of (Hugging Face name, full tensor) that gathers each tensor on every rank."""
         return Export(self)
 
-    def save(self, run_dir: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
+    def save(
+        self, folder: Path, step: int, state: dict[str, Any], keep_last: int, continues: int | None = None
+    ) -> Path:
         """Write the checkpoint of ``step`` and keep the newest ``keep_last``, see ``save_checkpoint``."""
         self.model.finish_update()
         tensors = tensors_to_save(self.model, self.groups, self.updates)
         state = {"model": self._identity, "updates": self.updates, **state}
-        return save_checkpoint(run_dir, step, tensors, state, keep_last, Path(self.cfg.model.path))
+        hf = Path(self.cfg.model.path)
+        return save_checkpoint(folder, step, tensors, state, keep_last, hf, continues)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Load weights, optimizer and random states; return the ``state`` given to ``save``.

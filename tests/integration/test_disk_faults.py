@@ -16,10 +16,18 @@ from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.errors import Exit
 from megatron_gmpo.rollout.replay import save_groups
 from megatron_gmpo.supervision.records import LATEST
-from megatron_gmpo.testing.arithmetic import write_addition_problems
 from megatron_gmpo.weights.inspection import inspect_checkpoint
 
-from ..support.commands import CONFIG, error_lines, json_lines, options, run_module, start_module
+from ..support.commands import (
+    error_lines,
+    json_lines,
+    options,
+    outcome,
+    run_module,
+    start_module,
+    tiny_run,
+    wait_until,
+)
 from ..support.small_disk import fill, small_disk
 
 pytestmark = pytest.mark.distributed
@@ -31,26 +39,15 @@ _TIMEOUT_S = 240
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the example config with a tiny random model, small steps and a checkpoint after each step."""
-    problems = tmp_path_factory.mktemp("problems")
-    write_addition_problems(problems)
-    return [
-        CONFIG,
-        *options(
-            model__path=tiny_model("qwen3_moe", num_layers=2),
-            data__path=problems / "train.jsonl",
-            data__max_prompts=40,
-            eval__sets="{}",
-            reward__name="tests.support.rewards:share_of_digits",
-            rollout__prompts_per_step=4,
-            rollout__samples_per_prompt=4,
-            optimizer__lr=1e-3,
-            train__num_steps=STEPS,
-            checkpoint__save_interval=1,
-            checkpoint__keep_last=STEPS,
-            log__tensorboard="false",
-        ),
-    ]
+    """Return a run of four small steps with a checkpoint after each."""
+    return tiny_run(
+        tiny_model("qwen3_moe", num_layers=2),
+        tmp_path_factory.mktemp("problems"),
+        optimizer__lr=1e-3,
+        train__num_steps=STEPS,
+        checkpoint__save_interval=1,
+        checkpoint__keep_last=STEPS,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +68,6 @@ def run_dir(undisturbed: Path, tmp_path: Path) -> Path:
     shutil.rmtree(checkpoints / f"iter_{STEPS:07d}")
     (checkpoints / LATEST).write_text(str(STEPS - 1))
     return run_dir
-
-
-def outcome(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "outcome.json").read_text())
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
@@ -257,12 +250,10 @@ def test_a_disk_that_fills_up_between_two_steps(argv: list[str], tmp_path: Path)
         endless = options(run_dir=disk / "run", train__num_steps=10_000, checkpoint__save_interval=0)
         command = [*argv, *endless, *options(supervision__heartbeat_interval_s=0.2)]
         with start_module(TRAIN, *command) as run:
+            wait_until((disk / "run" / "metrics.jsonl").exists, run, "the first step")
             deadline = time.monotonic() + _TIMEOUT_S
-            while not (disk / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-                assert run.poll() is None, run.communicate()[1]
-                time.sleep(0.05)
             while run.poll() is None and time.monotonic() < deadline:
-                fill(disk)
+                fill(disk)  # again, because the run frees space when it removes what it could not finish
                 time.sleep(0.05)
             _, said = run.communicate(_TIMEOUT_S)
         assert run.returncode == Exit.BAD_INPUT, said

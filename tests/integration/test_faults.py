@@ -6,21 +6,18 @@ docs/supervision.md has the table of all faults; each of its rows names a test.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_gmpo.errors import Exit
-from megatron_gmpo.testing.arithmetic import write_addition_problems
 
-from ..support.commands import CONFIG, error_lines, options, run_module, start_module
+from ..support.commands import error_lines, options, outcome, run_module, start_module, tiny_run, wait_until
 from ..support.forks import Fork
+from ..support.small_disk import unwritable
 
 pytestmark = pytest.mark.distributed
 
@@ -30,46 +27,24 @@ _TIMEOUT_S = 240
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the example config with a tiny random model, small steps and no evaluation."""
-    problems = tmp_path_factory.mktemp("problems")
-    write_addition_problems(problems)
-    return [
-        CONFIG,
-        *options(
-            model__path=tiny_model("qwen3_moe", num_layers=2),
-            data__path=problems / "train.jsonl",
-            data__max_prompts=40,
-            eval__sets="{}",
-            reward__name="tests.support.rewards:share_of_digits",
-            rollout__prompts_per_step=6,
-            rollout__samples_per_prompt=4,
-            train__minibatches_per_step=2,
-            train__num_steps=2,
-            log__tensorboard="false",
-        ),
-    ]
+    """Return a run of two small steps."""
+    return tiny_run(
+        tiny_model("qwen3_moe", num_layers=2),
+        tmp_path_factory.mktemp("problems"),
+        rollout__prompts_per_step=6,
+        train__minibatches_per_step=2,
+        train__num_steps=2,
+    )
 
 
-def outcome(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "outcome.json").read_text())
-
-
-def wait_until_held(run_dir: Path) -> None:
+def wait_until_held(run_dir: Path, process: Fork) -> None:
     """Wait until the rewards of a step wait for the file HOLD to disappear; without it they take 1 s."""
-    deadline = time.monotonic() + _TIMEOUT_S
-    beat: dict[str, Any] = {"phase": ""}
-    while beat["phase"] != "rollout" or beat["time"] - beat["since"] < 4:
-        assert time.monotonic() < deadline, beat
-        time.sleep(0.1)
+
+    def held() -> bool:
         beat = json.loads((run_dir / "heartbeats" / "rank_00000.json").read_text())
+        return beat["phase"] == "rollout" and beat["time"] - beat["since"] >= 4
 
-
-def wait_for(file: Path, process: Fork) -> None:
-    deadline = time.monotonic() + _TIMEOUT_S
-    while not file.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"no {file} in time"
-        time.sleep(0.05)
+    wait_until(held, process, "the wait for HOLD")
 
 
 # --- the user's reward --------------------------------------------------------------------------------------
@@ -120,7 +95,7 @@ def test_sigint_ends_a_run_at_once_with_one_line(ranks: int | None, argv: list[s
     run_dir, asleep = tmp_path / "run", tmp_path / "asleep"
     sleeping = options(run_dir=run_dir, reward__name="tests.support.rewards:sleeps")
     with start_module(TRAIN, *argv, *sleeping, ranks=ranks, ASLEEP=str(asleep)) as process:
-        wait_for(asleep, process)
+        wait_until(asleep.exists, process, "the first reward")
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.wait() == (1 if ranks else Exit.INTERRUPTED)  # torchrun ends with 1
@@ -156,14 +131,12 @@ def test_a_run_dir_that_is_no_folder_is_refused(
     assert not (tmp_path / "gone").exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into every folder")
 def test_a_run_dir_without_permission_is_refused(argv: list[str], tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    done = run_module(TRAIN, *argv, *options(run_dir=tmp_path / "run"))
-    tmp_path.chmod(0o700)
+    with unwritable(tmp_path / "folder") as folder:
+        done = run_module(TRAIN, *argv, *options(run_dir=folder / "run"))
     assert done.returncode == Exit.BAD_INPUT, done.stderr
     (line,) = error_lines(done.stderr)
-    assert line.endswith(f"{tmp_path} cannot be written: choose another run_dir")
+    assert line.endswith(f"{folder} cannot be written: choose another run_dir")
 
 
 @pytest.mark.parametrize("step", ["in a step", "between two steps"])
@@ -184,9 +157,10 @@ def test_a_run_folder_that_disappears_ends_the_run(step: str, argv: list[str], t
             supervision__heartbeat_interval_s=0.2,
         )
         with start_module(TRAIN, *argv, *waiting, HOLD=str(hold)) as process:
-            wait_for(run_dir / "checkpoints" / "latest_checkpointed_iteration.txt", process)
+            latest = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+            wait_until(latest.exists, process, "the first checkpoint")
             hold.touch()
-            wait_until_held(run_dir)
+            wait_until_held(run_dir, process)
             shutil.rmtree(run_dir)
             run_dir.mkdir()  # another folder with its name
             hold.unlink()

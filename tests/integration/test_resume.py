@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_gmpo.testing.arithmetic import write_addition_problems
-
-from ..support.commands import CONFIG, json_lines, options, run_module
+from ..support.commands import json_lines, options, run_module, tiny_run
 
 pytestmark = pytest.mark.distributed
 
@@ -23,29 +21,19 @@ SAVED, SEQUENCES = 2, 8
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    problems = tmp_path_factory.mktemp("problems")
-    write_addition_problems(problems)
-    return [
-        CONFIG,
-        *options(
-            model__path=tiny_model("qwen3_moe", num_layers=2),
-            data__path=problems / "train.jsonl",
-            data__max_prompts=40,
-            eval__before="false",
-            eval__sets="{}",
-            reward__name="tests.support.rewards:share_of_digits",
-            rollout__prompts_per_step=4,
-            rollout__samples_per_prompt=2,
-            algorithm__clip="adaptive",
-            optimizer__lr=LR,
-            optimizer__min_lr=MIN_LR,
-            optimizer__lr_warmup_steps=3,
-            train__num_steps=4,
-            train__minibatches_per_step=4,
-            checkpoint__save_interval=SAVED,
-            log__tensorboard="false",
-        ),
-    ]
+    return tiny_run(
+        tiny_model("qwen3_moe", num_layers=2),
+        tmp_path_factory.mktemp("problems"),
+        eval__before="false",
+        rollout__samples_per_prompt=2,
+        algorithm__clip="adaptive",
+        optimizer__lr=LR,
+        optimizer__min_lr=MIN_LR,
+        optimizer__lr_warmup_steps=3,
+        train__num_steps=4,
+        train__minibatches_per_step=4,
+        checkpoint__save_interval=SAVED,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from .forks import ROOT, TORCHRUN, Command, Fork
 
@@ -61,6 +65,41 @@ def _environment(added: dict[str, str]) -> dict[str, str]:
 def options(**values: object) -> list[str]:
     """Return ``["--rollout.save_path", p]`` for ``options(rollout__save_path=p)``."""
     return [part for key, value in values.items() for part in (f"--{key.replace('__', '.')}", str(value))]
+
+
+def tiny_run(model: Path, folder: Path, **changes: object) -> list[str]:
+    """Return the arguments of a small run of the example config: ``model``, 16 samples a step, no evaluation.
+
+    Writes its problems into ``folder``.
+
+    Args:
+        changes: further options, as for ``options``.
+    """
+    write_addition_problems(folder)
+    chosen: dict[str, object] = {
+        "model__path": model,
+        "data__path": folder / "train.jsonl",
+        "data__max_prompts": 40,
+        "eval__sets": "{}",
+        "reward__name": "tests.support.rewards:share_of_digits",
+        "rollout__prompts_per_step": 4,
+        "rollout__samples_per_prompt": 4,
+        "log__tensorboard": "false",
+    }
+    return [CONFIG, *options(**chosen | changes)]
+
+
+def wait_until(holds: Callable[[], object], process: Fork, what: str) -> None:
+    """Wait for an effect of a running process on its files; fail when the process ends before."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while not holds():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{what} did not happen in time"
+        time.sleep(0.05)
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "outcome.json").read_text())
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

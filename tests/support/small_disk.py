@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,22 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[Path]:
+    """Make a new folder that cannot be written during the block.
+
+    Its mode forbids it. Root ignores modes, so for root the folder is a file system that is read-only.
+    """
+    if os.geteuid():
+        folder.mkdir(mode=0o500)
+        yield folder
+        folder.chmod(0o700)
+        return
+    with small_disk(folder, "64k"):
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        yield folder
 
 
 def fill(folder: Path) -> None:
