@@ -11,6 +11,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from .logprobs import ChunkTokens
+
 _BLOCK = 4096
 _WARPS = 16
 
@@ -32,37 +34,18 @@ def statistics(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return found
 
 
-def gradient_(
-    logits: Tensor,
-    labels: Tensor,
-    mine: Tensor,
-    highest: Tensor,
-    log_z: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    temperature: float,
-) -> Tensor:
+def gradient_(logits: Tensor, tokens: ChunkTokens, temperature: float) -> Tensor:
     """Replace ``logits`` by the gradient of the loss with respect to them, and return them.
 
     Args:
         logits: (T, V) with contiguous rows.
-        labels: (T,) int64 columns.
-        mine: (T,) bool, whether the label is a column of this rank.
-        highest: (T,) largest y of all ranks; ``log_z`` is relative to it.
-        entropy: (T,) entropies.
-        grad_logprobs: (T,) gradients of the log probabilities, ``grad_entropy`` those of the entropies.
     """
-    tokens, columns = logits.shape
-    _gradient[(tokens, triton.cdiv(columns, _BLOCK))](  # pyright: ignore[reportIndexIssue]
+    columns = logits.shape[1]
+    grad_entropy = tokens.grad_entropy
+    _gradient[(len(logits), triton.cdiv(columns, _BLOCK))](  # pyright: ignore[reportIndexIssue]
         logits,
-        labels,
-        mine,
-        highest,
-        log_z,
-        entropy,
-        grad_logprobs,
-        grad_logprobs if grad_entropy is None else grad_entropy,
+        *tokens[:-1],
+        tokens.grad_logprobs if grad_entropy is None else grad_entropy,
         columns,
         logits.stride(0),
         temperature,

@@ -7,7 +7,7 @@ again. Memory holds the logits of one chunk, and never those of all tokens or th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,28 @@ def vocab_parallel_logprobs(
         hidden, weight, labels, vocab_size, tp_group, temperature, chunk_tokens
     )  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs, entropy
+
+
+class ChunkTokens(NamedTuple):
+    """What the backward pass knows of the T tokens of a chunk; each field is (T,).
+
+    Attributes:
+        labels: int64 columns of the logits.
+        mine: bool, whether the label is a column of this rank.
+        highest: largest y of all ranks; ``log_z`` is relative to it.
+        log_z: logarithm of the sum of e^y.
+        entropy: entropies.
+        grad_logprobs: gradients of the log probabilities.
+        grad_entropy: gradients of the entropies; None if the loss does not use them.
+    """
+
+    labels: Tensor
+    mine: Tensor
+    highest: Tensor
+    log_z: Tensor
+    entropy: Tensor
+    grad_logprobs: Tensor
+    grad_entropy: Tensor | None
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
@@ -100,8 +122,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(len(hidden), ctx.chunk_tokens) if ctx.valid else ():
             logits = hidden[chunk] @ valid.T
-            grad = arithmetic.gradient_(
-                logits,
+            tokens = ChunkTokens(
                 local[chunk],
                 mine[chunk],
                 highest[chunk],
@@ -109,8 +130,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 entropy[chunk],
                 grad_logprobs[chunk],
                 None if grad_entropy is None else grad_entropy[chunk],
-                ctx.temperature,
             )
+            grad = arithmetic.gradient_(logits, tokens, ctx.temperature)
             grad_hidden[chunk] = grad @ valid
             if grad_weight is not None:
                 _add_product(grad_weight[: ctx.valid], grad.T, hidden[chunk])
@@ -131,18 +152,9 @@ class TorchArithmetic:
         return torch.stack([highest, e.sum(-1), y.mul_(e).sum(-1), at_label])
 
     @staticmethod
-    def gradient_(
-        logits: Tensor,
-        labels: Tensor,
-        mine: Tensor,
-        highest: Tensor,
-        log_z: Tensor,
-        entropy: Tensor,
-        grad_logprobs: Tensor,
-        grad_entropy: Tensor | None,
-        temperature: float,
-    ) -> Tensor:
+    def gradient_(logits: Tensor, tokens: ChunkTokens, temperature: float) -> Tensor:
         """See ``logprob_kernels.gradient_``."""
+        labels, mine, highest, log_z, entropy, grad_logprobs, grad_entropy = tokens
         # with p = softmax: d logprob / d y = onehot - p,  d entropy / d y = -p (log p + entropy)
         logp = _scaled(logits, temperature)
         # two subtractions, because the sum of log_z and a large ``highest`` would be rounded

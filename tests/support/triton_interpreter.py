@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megatron_gmpo.policy import logprob_kernels
+from megatron_gmpo.policy.logprobs import ChunkTokens
 
 BLOCK = 64
 CASES = [(7, 200), (3, BLOCK), (5, BLOCK - 1), (4, BLOCK + 1), (2, 1)]
@@ -40,9 +41,8 @@ def check(tokens: int, columns: int, dtype: torch.dtype, temperature: float) -> 
         if grad_entropy is not None:
             loss = loss + (grad_entropy * expected[1]).sum()
         (wanted,) = torch.autograd.grad(loss, exact, retain_graph=True)
-        found = logprob_kernels.gradient_(
-            logits.clone(), labels, mine, highest, log_z, entropy, upstream[0], grad_entropy, temperature
-        )
+        known = ChunkTokens(labels, mine, highest, log_z, entropy, upstream[0], grad_entropy)
+        found = logprob_kernels.gradient_(logits.clone(), known, temperature)
         assert found.dtype == dtype
         # the interpreter truncates to bf16, a GPU rounds to the nearest
         rounding = 2**-7 if dtype == torch.bfloat16 else 1e-5
