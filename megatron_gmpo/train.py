@@ -199,7 +199,7 @@ class Loop:
         policy, objective = self.state.policy, self.state.objective
         updates: list[dict[str, Metric]] = []
         policy.begin_step(self.state.step)
-        minibatches = policy.minibatches(batch, objective)
+        minibatches = policy.minibatches(batch)
         with self.timer("train"):
             for minibatch in minibatches:
                 self.minibatch = minibatch

@@ -98,11 +98,6 @@ class Objective:
         """Return whether a sequence with advantage 0 has no loss and no gradient."""
         return self.loss.needs_advantage and self.kl_coef == 0 and self.entropy_coef == 0
 
-    @property
-    def has_own_columns(self) -> bool:
-        """Return whether ``add_columns`` adds any."""
-        return any(isinstance(need, NewColumn) for need in self.loss.needs)
-
     def add_columns(self, batch: TrainBatch) -> None:
         """Add the loss's own columns to the batch, which must have all other columns.
 
@@ -168,3 +163,24 @@ def needed_columns(cfg: AlgorithmConfig) -> frozenset[str]:
     """
     needs = frozenset(need for need in resolve_loss(cfg.loss).needs if isinstance(need, str))
     return needs | {"ref_logprobs"} if cfg.kl_coef > 0 else needs
+
+
+def first_needs_old_logprobs(cfg: AlgorithmConfig, minibatches: int, *, is_moe: bool) -> bool:
+    """Return whether a step's first minibatch needs its old log probabilities before its update.
+
+    The policy that it updates is the old policy, so its training pass computes them too. But corrections,
+    masks and a loss's own columns read them earlier, and RSPO uses what their pass records. A MoE with
+    several minibatches has one pass for all of them, so that the figures and the record of its routers come
+    from one pass.
+
+    Args:
+        minibatches: number of minibatches of a step.
+    """
+    needs = resolve_loss(cfg.loss).needs
+    return (
+        cfg.correction != "none"
+        or cfg.mask in ("icepop", "geometric")
+        or "router_shift" in needs
+        or any(isinstance(need, NewColumn) for need in needs)
+        or (is_moe and minibatches > 1)
+    )

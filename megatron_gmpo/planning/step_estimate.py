@@ -16,7 +16,7 @@ import numpy as np
 from ..batch.columns import minibatch_bounds
 from ..batch.packing import plan_microbatches
 from ..config import Config
-from ..losses.objective import needed_columns
+from ..losses.objective import first_needs_old_logprobs, needed_columns
 from ..models.fp8_blocks import BLOCK
 from .hardware import (
     COMPUTE_EFFICIENCY,
@@ -159,8 +159,12 @@ class StepTraffic:
         # ratio of the tokens of a training microbatch to the tokens of the dry run's microbatch
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
-        self.passes = 2 if "ref_logprobs" in needed_columns(cfg.algorithm) else 1
+        minibatches, is_moe = cfg.train.minibatches_per_step, model.num_experts > 0
+        whole = first_needs_old_logprobs(cfg.algorithm, minibatches, is_moe=is_moe)
+        self.passes = 1 if whole else 1 - 1 / minibatches
         """Forward passes before the updates: for old log probabilities, and for the reference policy."""
+        if "ref_logprobs" in needed_columns(cfg.algorithm):
+            self.passes += 1
 
     def traffic(self) -> list[Traffic]:
         """Return the traffic of the busiest rank of each group in a step."""

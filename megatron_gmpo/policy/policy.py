@@ -19,7 +19,7 @@ from ..checkpoint import check_model, model_identity, restore_random_states, sav
 from ..config import Config
 from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
-from ..losses.objective import Objective, needed_columns
+from ..losses.objective import Objective, first_needs_old_logprobs, needed_columns
 from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
 from ..weights.export import export_hf
@@ -64,6 +64,10 @@ class Policy:
         self.trainable = trainable
         self.schedule = Schedule(cfg, description, groups, device)
         self._needs = needed_columns(cfg.algorithm)
+        self._num_minibatches = cfg.train.minibatches_per_step
+        self._passes_first = first_needs_old_logprobs(
+            cfg.algorithm, self._num_minibatches, is_moe=description.is_moe
+        )
         self.chunks = self._load(cfg.model.path)
         self.routing: Routing | None = None
         if trainable:
@@ -111,8 +115,8 @@ class Policy:
         of the loss, an auxiliary loss or the routers' bias uses every token, or if no sequence has a
         gradient, so that figures of the policy exist.
 
-        The policy that the first minibatch updates is the old policy, so ``train_step`` gives the first
-        minibatch its old log probabilities, unless something reads them before.
+        ``train_step`` gives the first minibatch its old log probabilities, unless something reads them
+        before (``first_needs_old_logprobs``).
 
         Returns:
             The metrics of ``set_old_logprobs``, and ``train/computed_tokens``: the share of the tokens that
@@ -124,33 +128,15 @@ class Policy:
         if objective.needs_advantage and not every_token and chosen.any():
             batch.has_gradient = chosen
         metrics = {"train/computed_tokens": Metric(int(batch.computed.sum()), len(batch.tokens))}
-        first = minibatch_bounds(len(batch), self.cfg.train.minibatches_per_step)[0][1]
-        if not self._defers_old_logprobs(objective):
-            first = 0
+        first = 0 if self._passes_first else minibatch_bounds(len(batch), self._num_minibatches)[0][1]
         return metrics | (self.set_old_logprobs(batch, first) if first < len(batch) else {})
 
-    def minibatches(self, batch: TrainBatch, objective: Objective) -> list[TrainBatch]:
+    def minibatches(self, batch: TrainBatch) -> list[TrainBatch]:
         """Split a batch of ``prepare`` into the minibatches of the step's updates."""
-        minibatches = batch.split(self.cfg.train.minibatches_per_step)
-        if self._defers_old_logprobs(objective):
+        minibatches = batch.split(self._num_minibatches)
+        if not self._passes_first:
             minibatches[0].old_logprobs = None
         return minibatches
-
-    def _defers_old_logprobs(self, objective: Objective) -> bool:
-        """Return whether nothing reads the first minibatch's old log probabilities before its update.
-
-        Corrections, masks and the loss's own columns read them, and RSPO uses what their pass records. Of a
-        MoE's minibatches all or none are deferred, so that figures and record of its routers come from one
-        pass.
-        """
-        cfg = self.cfg.algorithm
-        return not (
-            cfg.correction != "none"
-            or cfg.mask in ("icepop", "geometric")
-            or "router_shift" in self._needs
-            or objective.has_own_columns
-            or (self.description.is_moe and self.cfg.train.minibatches_per_step > 1)
-        )
 
     def set_old_logprobs(self, batch: TrainBatch, first: int = 0) -> dict[str, Metric]:
         """Set the batch's ``old_logprobs`` and, if routing is recorded here, its ``routed_experts``.

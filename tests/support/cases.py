@@ -116,7 +116,7 @@ def learn(cfg: Config, batch: TrainBatch, steps: int, everything: bool) -> dict[
                 minibatches = batch.split(cfg.train.minibatches_per_step)
             else:
                 figures = policy.prepare(batch, objective)
-                minibatches = policy.minibatches(batch, objective)
+                minibatches = policy.minibatches(batch)
             for minibatch in minibatches:
                 metrics = policy.train_step(minibatch, objective)
                 history.append({name: value_of(metric) for name, metric in metrics.items()})

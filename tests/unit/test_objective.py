@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from megatron_gmpo.errors import InputError
 from megatron_gmpo.losses import LossOutput, LossTokens, dr_grpo
 from megatron_gmpo.losses.advantages import ADVANTAGES
 from megatron_gmpo.losses.correction import correct, importance_weights, kept_tokens, rollout_mismatch
-from megatron_gmpo.losses.objective import Objective, make_objective
+from megatron_gmpo.losses.objective import Objective, first_needs_old_logprobs, make_objective
 from megatron_gmpo.losses.registry import LOSSES, default_clips
 from megatron_gmpo.metrics.figures import value_of
 
@@ -469,3 +470,25 @@ def test_a_batch_that_is_masked_altogether_leaves_a_loss_of_zero() -> None:
     output, (gradient, _) = ours(objective_of(), batch)
     assert output.loss == 0
     assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("minibatches", "is_moe", "fields", "needed"),
+    [
+        (1, False, {}, False),
+        (4, False, {}, False),
+        (1, True, {}, False),
+        (4, True, {}, True),
+        (1, False, {"correction": "token", "loss": "grpo"}, True),
+        (1, False, {"mask": "icepop"}, True),
+        (1, False, {"mask": "geometric"}, True),
+        (1, False, {"mask": "off_policy"}, False),  # the loss applies it with the current policy
+        (1, True, {"loss": "rspo"}, True),
+        (1, False, {"kl_coef": 0.1}, False),
+    ],
+)
+def test_who_needs_the_first_old_logprobs_before_the_update(
+    minibatches: int, is_moe: bool, fields: dict[str, Any], needed: bool
+) -> None:
+    cfg = AlgorithmConfig(**fields)
+    assert first_needs_old_logprobs(cfg, minibatches, is_moe=is_moe) is needed
