@@ -243,7 +243,6 @@ class Loop:
         """Write the newest minibatch; return the error with the paths of its file and the last checkpoint."""
         step = self.state.step + 1
         line = f"step {step}: {error}"
-        # No collective here, because a rollout may have failed on only one rank.
         if self.minibatch is not None and rank() == 0:
             file = self.run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
             try:
