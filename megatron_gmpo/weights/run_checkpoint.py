@@ -16,7 +16,7 @@ from ..distributed import all_gather_objects, broadcast_object, rank, world_size
 from ..errors import InputError
 from ..supervision.records import LATEST, newest_step
 from .checksums import checksum, find_damage
-from .torch_dist import TorchDistReader
+from .torch_dist import TorchDistReader, checkpoint_path
 
 
 class _Config(BaseModel):
@@ -196,11 +196,6 @@ def stored_checkpoints(folder: Path) -> list[Path]:
     """Return the ``iter_*`` folders, newest first."""
     found = [path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d{7,9}", path.name)]
     return sorted(found, key=step_of, reverse=True)
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint of ``step``."""
-    return folder / f"iter_{step:07d}"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from ..errors import InputError
-from ..supervision.records import LATEST
+from ..supervision.records import LATEST, newest_step
 from .pickles import read_metadata
 from .read_ahead import read_ahead
 
@@ -84,19 +84,29 @@ def place_of(key: str, *, num_layers: int, num_experts: int, stacked: bool) -> P
     return Place(key, index, axes)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of ``step``."""
+    return folder / f"iter_{step:07d}"
+
+
 def checkpoint_folder(path: Path) -> Path:
     """Return ``path`` if it is an ``iter_*`` folder, else the folder that its tracker file names.
 
-    The tracker file is latest_checkpointed_iteration.txt.
+    The tracker file is latest_checkpointed_iteration.txt. It holds the number of a step, or ``release`` for a
+    folder of that name.
 
     Raises:
-        InputError: the folder does not exist, or its format is not torch_dist.
+        InputError: the folder does not exist, its format is not torch_dist, or the tracker file holds
+            something else.
     """
-    folder = path
-    if (path / LATEST).is_file():
-        named = (path / LATEST).read_text(errors="replace").strip()
-        number = re.fullmatch(r"[0-9]{1,9}", named)
-        folder = path / (f"iter_{int(named):07d}" if number else Path(named).name)
+    folder, tracker = path, path / LATEST
+    if tracker.is_file() and tracker.read_bytes().strip() == b"release":
+        folder = path / "release"
+    elif tracker.is_file():
+        try:
+            folder = checkpoint_path(path, newest_step(path) or 0)
+        except InputError as error:
+            raise InputError(f"{error}: correct it, or give one iter_* folder") from None
     if not (folder / ".metadata").is_file():
         raise InputError(
             f"{str(folder)!r} holds no .metadata: "

@@ -28,6 +28,7 @@ from megatron_gmpo.weights.run_checkpoint import (
     read_state,
     write_state,
 )
+from megatron_gmpo.weights.torch_dist import checkpoint_folder
 
 FILES = [".metadata", "metadata.json", "common.pt", "__0_0.distcp", "__1_0.distcp"]
 RANDOM = "random/rank_00000.safetensors"
@@ -154,6 +155,21 @@ def test_a_lost_pointer_is_no_new_run(content: bytes | None, folder: Path) -> No
         "set checkpoint.fall_back = true to go on from it"
     )
     assert choose_whole(find_candidates(folder), fall_back=True)[0] == folder / "iter_0000006"
+
+
+def test_conversions_and_resumes_read_one_pointer(folder: Path) -> None:
+    """Megatron-LM writes "release" for weights without a step (training/checkpointing.py: read_metadata)."""
+    (folder / "iter_0000006").rename(folder / "release")
+    for content, name in ((" 5\n", "iter_0000005"), ("release\n", "release")):
+        (folder / LATEST).write_text(content)
+        assert checkpoint_folder(folder) == folder / name
+    for content in ("iter_0000005", "../x", "5 4", "-5", ""):
+        (folder / LATEST).write_text(content)
+        with pytest.raises(InputError, match=r"instead of the number of a step: correct it, or give one"):
+            checkpoint_folder(folder)
+    assert checkpoint_folder(folder / "release") == folder / "release"
+    with pytest.raises(InputError, match=r"state\.json' holds no \.metadata"):
+        checkpoint_folder(folder / "release" / "state.json")
 
 
 def test_a_pointer_to_a_missing_checkpoint(folder: Path) -> None:
