@@ -16,9 +16,7 @@ from .companions import copy_companions
 from .conversion import Advance, Conversion, finite
 from .safetensors_folder import SafetensorsFolder
 from .table import ConversionTable, Entry
-from .torch_dist import LATEST, Piece, Place, TorchDistReader, write_torch_dist
-
-_ITERATION = "iter_0000000"
+from .torch_dist import LATEST, Piece, Place, TorchDistReader, checkpoint_path, write_torch_dist
 
 
 class HFToMegatron(Conversion):
@@ -28,8 +26,9 @@ class HFToMegatron(Conversion):
         hf: the folder.
 
     Raises:
-        InputError: the folder has no model, an unknown family or pickle files; a tensor is missing, unknown
-            or misshapen, or its dtype differs between layers; a file is truncated or missing.
+        InputError: the folder has no model, an unknown family or no safetensors, such as pickles only; a
+            tensor is missing, unknown or misshapen, or its dtype differs between layers; a file is truncated
+            or missing.
     """
 
     def __init__(self, hf: Path) -> None:
@@ -49,7 +48,8 @@ class HFToMegatron(Conversion):
     def _write(self, folder: Path, advance: Advance) -> list[Entry]:
         mine = self._share()
         pieces = [piece for entry in mine for piece in self._pieces(entry, advance)]
-        write_torch_dist(folder / _ITERATION, pieces, self.table.extra_states()[rank() :: world_size()])
+        extra_states = self.table.extra_states()[rank() :: world_size()]
+        write_torch_dist(checkpoint_path(folder, 0), pieces, extra_states)
         if rank() == 0:
             copy_companions(self.table.folder, folder / "hf")
             (folder / LATEST).write_text("0")
@@ -76,7 +76,7 @@ class HFToMegatron(Conversion):
             yield Piece(place, self._dtype(entry), entry.shape, read)
 
     def _read_back(self, folder: Path) -> Callable[[Entry], Iterator[list[Tensor]]]:
-        written = TorchDistReader(folder / _ITERATION)
+        written = TorchDistReader(checkpoint_path(folder, 0))
         return lambda entry: (
             entry.operation.separate(written.get(place)) for place in self.table.places(entry)
         )
