@@ -61,7 +61,7 @@ def weight_files(folder: Path) -> tuple[set[str], dict[str, str]]:
             f"{str(folder)!r} holds two sets of weights, {_SINGLE} and the files of {INDEX}, such as "
             f"{min(files - {_SINGLE})!r}: remove the older set"
         )
-    if missing and rank() == 0:
+    if rank() == 0:
         logger.warning(
             f"{str(folder)!r}: {_SINGLE} is read, and {INDEX} is ignored, because it names {missing[0]!r}, "
             "which is not there; remove the index, which SGLang does not accept"
