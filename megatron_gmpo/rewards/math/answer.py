@@ -83,7 +83,7 @@ _MATRIX = re.compile(
 )
 _SET_BUILDER = re.compile(r"([A-Za-z])\s*(?:\\in\s*\(-\\infty,\\infty\)\s*)?[:|](.*)")
 _SAME_DIRECTION = ({"<", r"\leq"}, {">", r"\geq"})
-_FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
+FLIPPED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 
 
 def read(text: str) -> Answer:
@@ -170,7 +170,7 @@ def _is_near(value: Answer, rounded: Answer) -> bool:
 def _interval(parts: tuple[str, ...], operators: tuple[str, ...]) -> Group | None:
     """Return the interval that solves an inequality like x < 2 or 1 <= x < 2."""
     places = [place for place, part in enumerate(parts) if re.fullmatch(r"[A-Za-z]|\\theta", part)]
-    if len(places) != 1 or not all(operator in _FLIPPED for operator in operators):
+    if len(places) != 1 or not all(operator in FLIPPED for operator in operators):
         return None
     place = places[0]
     ends = [read(part) for part in parts]
@@ -185,7 +185,7 @@ def _interval(parts: tuple[str, ...], operators: tuple[str, ...]) -> Group | Non
     for other in range(len(parts)):
         if other == place:
             continue
-        operator = operators[0] if other < place else _FLIPPED[operators[-1]]  # end OPERATOR variable
+        operator = operators[0] if other < place else FLIPPED[operators[-1]]  # end OPERATOR variable
         if operator in ("<", r"\leq"):
             low = ("(" if operator == "<" else "[", ends[other])
         else:

@@ -10,8 +10,8 @@ from typing import Any
 
 import sympy
 
-from .answer import Answer, Group, Items, Relation, Value, Words, is_label, read
-from .expression import NotUnderstoodError, parse
+from .answer import FLIPPED, Answer, Group, Items, Relation, Value, Words, is_label, read
+from .expression import NotUnderstoodError, bits, parse
 from .final_answer import final_answer, last_boxed
 from .notation import key, tidy
 from .units import conflict
@@ -143,8 +143,7 @@ def _right_side(relation: Relation) -> Answer | None:
 
 def _same_relation(truth: Relation, answer: Relation) -> bool:
     """Compare equations and inequalities: side by side, turned around, or multiplied by a number."""
-    flipped = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
-    turned = Relation(answer.parts[::-1], tuple(flipped.get(sign, sign) for sign in answer.operators[::-1]))
+    turned = Relation(answer.parts[::-1], tuple(FLIPPED.get(sign, sign) for sign in answer.operators[::-1]))
     for candidate in (answer, turned):
         if truth.operators == candidate.operators and all(map(equal, truth.parts, candidate.parts)):
             return True
@@ -215,18 +214,11 @@ def _is_rounded(value: Value, exact: Any) -> bool:
     decimal = _DECIMAL.fullmatch(value.text)
     if not decimal or exact.free_symbols or not exact.is_real:
         return False
-    if exact.is_Rational and re.fullmatch("1?", _without_2_and_5(exact.q)):
+    if exact.is_Rational and pow(10, exact.q.bit_length(), exact.q) == 0:  # q divides a power of 10
         return False
     if len(value.text.strip("-").replace(".", "").strip("0")) < ROUNDED_DIGITS:
         return False
     return bool(abs(exact - value.expression) <= sympy.Rational(1, 2 * 10 ** len(decimal[1])))
-
-
-def _without_2_and_5(number: int) -> str:
-    for factor in (2, 5):
-        while number % factor == 0:
-            number //= factor
-    return str(number)
 
 
 def _equal_everywhere(one: Any, other: Any) -> bool:
@@ -250,6 +242,7 @@ def _is_real(value: Any) -> bool:
 
 def _evaluated(one: Any, other: Any) -> Iterable[tuple[Any, Any]]:
     """Yield the values of two expressions at points of positive, negative and mixed coordinates."""
+    digits = _digits(one, other)
     symbols = sorted(one.free_symbols | other.free_symbols, key=str)
     random_numbers = random.Random(0)
     for signs in itertools.islice(((1, 1), (-1, -1), (1, -1)), 3 if symbols else 1):
@@ -257,7 +250,6 @@ def _evaluated(one: Any, other: Any) -> Iterable[tuple[Any, Any]]:
             symbol: sympy.Rational(signs[place % 2] * random_numbers.randint(300, 3000), 997)
             for place, symbol in enumerate(symbols)
         }
-        digits = _digits(one, other)
         yield _at(one, point, digits), _at(other, point, digits)
 
 
@@ -269,12 +261,7 @@ def _at(expression: Any, point: dict[Any, Any], digits: int) -> Any:
 
 def _digits(*expressions: Any) -> int:
     """Return with how many digits to compute."""
-    largest = max(
-        max(abs(part.p), part.q)
-        for each in expressions
-        for part in each.atoms(sympy.Rational) | {sympy.S.One}
-    )
-    return DIGITS + largest.bit_length() // 3
+    return DIGITS + max(map(bits, expressions)) // 3
 
 
 def _close(one: Any, other: Any, digits: int) -> bool:

@@ -309,14 +309,14 @@ def raised(base: Any, exponent: Any) -> Any:
     if exponent.is_Rational:
         if base == 0 and exponent <= 0:
             raise NotUnderstoodError("a power of zero")
-        if _bits(base) * abs(exponent) > MAX_BITS:
+        if bits(base) * abs(exponent) > MAX_BITS:
             raise NotUnderstoodError("a number with too many digits")
-    elif _bits(exponent) > 64:
+    elif bits(exponent) > 64:
         raise NotUnderstoodError("an exponent with too many digits")
     return base**exponent
 
 
-def _bits(expression: Any) -> int:
+def bits(expression: Any) -> int:
     """Return the size of the largest integer in an expression."""
     return max(
         (max(abs(part.p), part.q).bit_length() for part in expression.atoms(sympy.Rational)), default=1
