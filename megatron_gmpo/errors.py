@@ -20,6 +20,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of ``error`` on one line, or the name of its type if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class Exit(IntEnum):
     """Exit codes of the commands, and the ``code`` of a run folder's ``outcome.json``."""
 

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 
 def resolve(field: str, name: str, builtin: Mapping[str, Any]) -> Any:
@@ -32,7 +32,7 @@ def resolve(field: str, name: str, builtin: Mapping[str, Any]) -> Any:
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         reason = str(error)
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {one_line(error)}"
     raise InputError(
         f"{field} = {name!r} cannot be imported ({reason}): give module:function on the Python path"
     )

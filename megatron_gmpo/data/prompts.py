@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..batch.samples import Prompt
 from ..config import DataConfig
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .encoding import PromptEncoder
 from .rows import read_rows
 
@@ -30,7 +30,7 @@ def load_tokenizer(path: str, field: str = "model.path") -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the readers of tokenizer files raise errors of many kinds
         raise InputError(
-            f"{field} = {path!r} has no tokenizer that can be loaded ({' '.join(str(error).split())})"
+            f"{field} = {path!r} has no tokenizer that can be loaded ({one_line(error)})"
         ) from None
 
 

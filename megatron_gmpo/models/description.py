@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from ..batch.columns import RoutingShape
 from ..config import Config
-from ..errors import InputError
+from ..errors import InputError, one_line
 from . import FAMILIES
 from .decoder import prediction_layers
 from .family import HFConfig
@@ -23,7 +23,7 @@ from .folder import check_folder
 from .layout import check_layout
 from .mapping import Mapping
 from .operations import padded_vocab_size
-from .transformer_config import one_line, transformer_config
+from .transformer_config import transformer_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 _MAX_JSON_BYTES = 100_000_000
 MAX_EXPERTS = 10**4
@@ -120,9 +120,8 @@ def read_json(path: Path, name: str = "") -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__} instead of an object")
     except (OSError, ValueError, RecursionError) as error:
-        line = " ".join(str(error).split())
         where = f"{name}: {path.name}" if name else repr(str(path))
-        raise InputError(f"{where} cannot be read ({line}): download the model again") from None
+        raise InputError(f"{where} cannot be read ({one_line(error)}): download the model again") from None
     return found
 
 

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from ..config import Config, Fp8Config, ParallelConfig
 from ..config.values import parse_value
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..losses.objective import needed_columns
 from ..plugins import nearest
 
@@ -117,11 +117,6 @@ def transformer_config(
     _check_balancing(transformer, cfg.train.max_tokens_per_microbatch)
     _scale_global_aux_loss(transformer, world_size // cfg.parallel.model_parallel_size)
     return transformer
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of ``error`` on one line, or the name of its type if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parallel_fields(parallel: ParallelConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 _RECORDS = {
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
@@ -157,7 +157,7 @@ def _refusal(checkpoint: Path, error: BaseException) -> InputError | None:
     damaged = isinstance(error, _DAMAGE) or (
         isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
     )
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = one_line(error)
     if asked := re.search(r"Weights only load failed.*GLOBAL (\S+)", line):  # five lines of advice
         line = f"it asks for {asked[1]}"
     refusal = f"{checkpoint} cannot be trusted or read ({line[:200]}): use another checkpoint"

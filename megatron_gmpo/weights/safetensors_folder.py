@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..distributed import rank
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..models.folder import MAX_EXPERTS, read_json
 from ..models.fp8_blocks import BLOCK, SCALE, dequantize, scale_shape
 from ..models.hub import hub_names
@@ -202,9 +202,8 @@ class SafetensorsFolder:
         try:
             return safe_open(path, "pt", backend="pread")
         except (SafetensorError, OSError) as error:
-            line = " ".join(str(error).split())
             raise InputError(
-                f"{path}, {path.stat().st_size} bytes, cannot be read as safetensors ({line}): "
+                f"{path}, {path.stat().st_size} bytes, cannot be read as safetensors ({one_line(error)}): "
                 "download the model again"
             ) from None
 

@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..models import FAMILIES
 from ..models.description import architecture_of, read_hf_config
 from ..models.mapping import Row, expand, is_expert
 from ..models.operations import Operation, padded_vocab_size
-from ..models.transformer_config import one_line
 from .torch_dist import Place, place_of
 
 

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from ..errors import InputError
+from ..errors import InputError, disk_full, one_line
 from ..supervision.records import LATEST, newest_step
 from .pickles import read_metadata
 from .read_ahead import read_ahead
@@ -202,9 +202,9 @@ class TorchDistReader:
             try:
                 tensor: Tensor = torch.load(view, map_location="cpu", weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-                line = " ".join(str(error).split())[:100]
                 raise InputError(
-                    f"{self.folder / info.relative_path}: {key!r} cannot be read ({line}): use another step"
+                    f"{self.folder / info.relative_path}: {key!r} cannot be read ({one_line(error)[:100]}): "
+                    "use another step"
                 ) from None
         assert tensor.shape == chunk.sizes, f"{key}: {tensor.shape} stored for {chunk.sizes}"
         return tensor
@@ -263,10 +263,9 @@ def is_disk_full(error: BaseException) -> bool:
     torch's zip writer (caffe2/serialize/inline_container.cc) raises RuntimeErrors, which Megatron's writer
     quotes.
     """
-    full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
-        return error.errno in full
-    signs = ("inline_container", "iostream", *map(os.strerror, full))
+        return disk_full(error) is not None
+    signs = ("inline_container", "iostream", *map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
