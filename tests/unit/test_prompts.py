@@ -103,15 +103,6 @@ def test_a_prompt_that_leaves_no_room_for_its_response_is_named() -> None:
         )
 
 
-@pytest.mark.parametrize(("answer", "text"), [(72, "72"), (0.5, "0.5"), (True, "True"), (-3, "-3")])
-def test_answers_become_text(tmp_path: Path, answer: object, text: str) -> None:
-    path = write(tmp_path, [{"question": "q", "truth": answer}])
-    (prompt,) = load_prompts(
-        DataConfig(path=path, prompt_column="question", answer_column="truth"), character_tokenizer()
-    )
-    assert prompt.answer == text
-
-
 def test_template_and_chat_template(jsonl: str) -> None:
     tokenizer = character_tokenizer(CHAT_TEMPLATE)
     template = "{prompt} Answer in \\boxed{{}}."
