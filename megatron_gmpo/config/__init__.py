@@ -67,15 +67,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _low_precision_starts_from_bf16(self) -> Config:
-        low = {
-            "fp8.recipe": self.fp8.recipe,
-            "optimizer.offload_fraction": self.optimizer.offload_fraction or None,
-        }
-        low["optimizer.moments_dtype"] = (
-            None if self.optimizer.moments_dtype == "fp32" else self.optimizer.moments_dtype
-        )
-        for field, value in low.items():
-            if value is not None and self.model.dtype != "bf16":
+        optimizer = self.optimizer
+        for field, value, low in (
+            ("fp8.recipe", self.fp8.recipe, self.fp8.recipe is not None),
+            ("optimizer.offload_fraction", optimizer.offload_fraction, optimizer.offload_fraction > 0),
+            ("optimizer.moments_dtype", optimizer.moments_dtype, optimizer.moments_dtype != "fp32"),
+        ):
+            if low and self.model.dtype != "bf16":
                 raise ValueError(
                     f"{field} = {value!r} needs model.dtype = 'bf16', not {self.model.dtype!r}: set it"
                 )
