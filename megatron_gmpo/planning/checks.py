@@ -29,8 +29,7 @@ def check_trainer(plans: list[RankPlan], hardware: Hardware) -> None:
             "lower train.max_tokens_per_microbatch, or set megatron.recompute_granularity = 'full'"
             if passing > plan.resident
             else "raise parallel.expert_model_parallel_size, tensor_model_parallel_size or "
-            "pipeline_model_parallel_size, "
-            "or the world size"
+            "pipeline_model_parallel_size, or the world size"
         )
         raise InputError(
             f"rank {plan.rank} (pipeline stage {plan.stage}) needs {gib(plan.total + RESERVED)} GiB of "
@@ -59,15 +58,14 @@ def plan_servers(
         if over > 0:
             raise InputError(
                 f"colocated servers take {gib(taken)} GiB beside the {gib(plan.resident)} GiB of rank "
-                f"{plan.rank}: "
-                f"{gib(over)} too much for the GPU; lower sglang.args.mem_fraction_static"
+                f"{plan.rank}: {gib(over)} too much for the GPU; lower sglang.args.mem_fraction_static"
             )
     cache_tokens = (taken * gpus - model.served_weights) // model.kv_bytes_on(gpus)
     if cache_tokens < longest:
         raise InputError(
             f"a server's {gpus} GPUs give it {gib(taken * gpus)} GiB, too little for "
-            f"{gib(model.served_weights)} GiB of "
-            "weights and one response: raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
+            f"{gib(model.served_weights)} GiB of weights and one response: "
+            "raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
         )
     return Servers(count, gpus, cache_tokens)
 
