@@ -39,6 +39,7 @@ _APPLIED = set("fghFGHP")
 """Letters that name a function, not a factor, in front of a parenthesis."""
 _NUMBER = re.compile(r"\s*(\d+(?:\.(\d*))?|\.\d+)(?:\\overline\s*\{(\d+)\})?")
 _MIXED = re.compile(r"\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))|\s+(\d+)\s*/\s*(\d+)(?![\d.])")
+_INDEX = re.compile(r"\s*(?:\{([0-9A-Za-z+,\- ]+)\}|([0-9A-Za-z]))")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\[{}]|[A-Za-z]+|\d|\S")
 
 
@@ -85,12 +86,6 @@ class _Parser:
     def expect(self, token: str) -> None:
         if not self.take(token):
             raise NotUnderstoodError(f"{token} expected at {self.text[self.at :]!r}")
-
-    def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        found = pattern.match(self.text, self.at)
-        if found:
-            self.at = found.end()
-        return found
 
     def sum(self) -> Any:
         self.depth += 1
@@ -253,7 +248,7 @@ class _Parser:
 
     def _symbol(self, name: str) -> Any:
         if self.take("_"):
-            index = re.compile(r"\s*(?:\{([0-9A-Za-z+,\- ]+)\}|([0-9A-Za-z]))").match(self.text, self.at)
+            index = _INDEX.match(self.text, self.at)
             if index is None:
                 raise NotUnderstoodError("an index")
             self.at = index.end()
