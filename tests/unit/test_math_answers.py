@@ -196,6 +196,12 @@ RIGHT = [
     ("x-axis", "X-axis"),
     ("no solution", r"\text{No Solution}"),
     (r"\mathbb{R}", r"\text{All real numbers}"),
+    (r"\sin x", "sin(x)"),
+    (r"\arcsin x", r"\sin^{-1} x"),
+    (r"\frac{\pi}{2}", r"\frac\pi2"),
+    ("2AB", r"AB \cdot 2"),
+    ("0", r"\sqrt{3+2\sqrt2}-1-\sqrt2"),
+    ("x<y+1", "2x<2y+2"),
 ]
 RIGHT_RESPONSES = [
     ("5", r"The final answer is $\boxed{5}$. I hope it is correct."),
@@ -329,6 +335,15 @@ WRONG = [
     ("P(A)", "P(a)"),
     ("R>r", "r>R"),
     ("C,A,B", "c,a,b"),
+    # texts with several meanings
+    ("512", "2^3^2"),
+    ("64", "2^3^2"),
+    (r"\sqrt{12}", r"\sqrt12"),
+    (r"2\sqrt1", r"\sqrt12"),
+    (r"\frac{1}{\sinh x}", r"\sinh^{-1} x"),
+    (r"\sin^2 x", r"\sin x^2"),
+    (r"\frac{\sin x}{2}", r"\sin x/2"),
+    ("x=0", "0=0"),
 ]
 
 
