@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ..config import CollapseConfig
 from ..config.saved import SavedState
@@ -32,17 +32,17 @@ class Collapse:
     began: int
 
 
-class _Signal(ABC):
-    """The detector of one figure. Its state is ``vars(self)``.
+class _Signal(SavedState):
+    """The detector of one figure. A checkpoint saves its fields.
 
     Attributes:
         history: values with which the next value is compared.
         streak: number of the latest consecutive steps whose value was beyond the limit.
     """
 
-    def __init__(self) -> None:
-        self.history: list[float] = []
-        self.streak = 0
+    model_config = ConfigDict(frozen=False)
+    history: list[float]
+    streak: int = Field(ge=0)
 
     def update(self, value: float, cfg: CollapseConfig) -> str | None:
         """Return the reason if ``value`` is the ``patience``-th consecutive value beyond the limit.
@@ -100,11 +100,15 @@ class _Reward(_Signal):
             and, unlike the sample variance, is hardly affected by a trend (von Neumann 1941).
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.best: float | None = None
-        self.steps = 0
-        self.squares = 0.0
+    best: float | None
+    steps: int = Field(ge=0)
+    squares: float
+
+    @model_validator(mode="after")
+    def _history_is_counted(self) -> _Reward:
+        if self.steps < len(self.history):
+            raise ValueError(f"steps = {self.steps} is less than the {len(self.history)} values of history")
+        return self
 
     def _check(self, value: float, cfg: CollapseConfig) -> str | None:
         self.steps += 1
@@ -127,27 +131,14 @@ class _Reward(_Signal):
         return cfg.patience + cfg.window - 1
 
 
-class _SignalState(SavedState):
-    history: list[float]
-    streak: int = Field(ge=0)
-
-
-class _RewardState(_SignalState):
-    best: float | None
-    steps: int = Field(ge=0)
-    squares: float
-
-    @model_validator(mode="after")
-    def _history_is_counted(self) -> _RewardState:
-        if self.steps < len(self.history):
-            raise ValueError(f"steps = {self.steps} is less than the {len(self.history)} values of history")
-        return self
-
-
 class _Signals(SavedState):
-    entropy: _SignalState = Field(alias="policy/entropy")
-    grad_norm: _SignalState
-    reward: _RewardState = Field(alias="reward/mean")
+    entropy: _Entropy = Field(alias="policy/entropy")
+    grad_norm: _GradNorm
+    reward: _Reward = Field(alias="reward/mean")
+
+    def by_figure(self) -> dict[str, _Signal]:
+        """Return the signals under the names of their figures."""
+        return {"policy/entropy": self.entropy, "grad_norm": self.grad_norm, "reward/mean": self.reward}
 
 
 class _CollapseState(SavedState):
@@ -185,7 +176,7 @@ class CollapseDetector:
         return {
             "rollbacks": self.rollbacks,
             "window": self._cfg.window,
-            "signals": {name: dict(vars(signal)) for name, signal in self._signals.items()},
+            "signals": {name: signal.model_dump() for name, signal in self._signals.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -195,11 +186,13 @@ class CollapseDetector:
         """
         saved = _CollapseState.read("collapse", state)
         self.rollbacks = saved.rollbacks
-        self._signals = _new_signals()
-        if saved.window in (None, self._cfg.window):  # earlier versions did not save it
-            for name, signal in saved.signals.model_dump(by_alias=True).items():
-                vars(self._signals[name]).update(signal)
+        same_window = saved.window in (None, self._cfg.window)  # earlier versions did not save it
+        self._signals = saved.signals.by_figure() if same_window else _new_signals()
 
 
 def _new_signals() -> dict[str, _Signal]:
-    return {"policy/entropy": _Entropy(), "grad_norm": _GradNorm(), "reward/mean": _Reward()}
+    return {
+        "policy/entropy": _Entropy(history=[], streak=0),
+        "grad_norm": _GradNorm(history=[], streak=0),
+        "reward/mean": _Reward(history=[], streak=0, best=None, steps=0, squares=0.0),
+    }

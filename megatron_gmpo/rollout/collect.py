@@ -13,8 +13,7 @@ import numpy as np
 
 from ..batch.samples import Prompt, SampleGroup
 from ..config import RolloutConfig
-from ..distributed import all_gather_objects, rank, world_size
-from ..errors import RunError
+from ..distributed import agreed, all_gather_objects, rank, world_size
 from ..metrics.figures import Metric
 from ..rewards import Reward
 from .engine import RolloutEngine, SamplingParams
@@ -168,27 +167,22 @@ def score(groups: list[SampleGroup], reward: Reward) -> int:
         ``timeouts``.
 
     Raises:
-        RunError: the reward raised it on some rank. Every rank raises the error of the lowest such rank.
+        RunError: the reward raised it on some rank; see ``agreed``.
     """
     before: int = getattr(reward, "timeouts", 0)
     mine: list[list[float]] = []
-    error: RunError | None = None
     pool = ThreadPoolExecutor()
-    try:
-        pending = [
-            [pool.submit(reward, g.prompt, s.text) for s in g.samples] for g in groups[rank() :: world_size()]
-        ]
-        mine = [[float(p.result()) for p in row] for row in pending]
-    except RunError as raised:
-        error = raised
-    finally:  # an error, or SIGINT, does not wait for the other responses
-        pool.shutdown(wait=False, cancel_futures=True)
-    gathered = all_gather_objects((mine, getattr(reward, "timeouts", 0) - before, error))
-    if errors := [(r, failed) for r, (*_, failed) in enumerate(gathered) if failed]:
-        r, failed = errors[0]
-        raise error if error and r == rank() else failed
+    with agreed():
+        try:
+            pending = [
+                [pool.submit(reward, g.prompt, s.text) for s in g.samples]
+                for g in groups[rank() :: world_size()]
+            ]
+            mine = [[float(p.result()) for p in row] for row in pending]
+        finally:  # an error, or SIGINT, does not wait for the other responses
+            pool.shutdown(wait=False, cancel_futures=True)
     timeouts = 0
-    for r, (rows, late, _) in enumerate(gathered):
+    for r, (rows, late) in enumerate(all_gather_objects((mine, getattr(reward, "timeouts", 0) - before))):
         for group, values in zip(groups[r :: world_size()], rows, strict=True):
             for sample, value in zip(group.samples, values, strict=True):
                 sample.reward = value

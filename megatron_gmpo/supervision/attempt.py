@@ -23,7 +23,7 @@ from ..errors import CollectiveError, Exit, InputError, NodeError, RunError, Sto
 from . import signals
 from .heartbeat import Heartbeat
 from .lock import LOCK, RunLock
-from .node_check import check_nodes, check_space
+from .node_check import check_nodes
 from .records import OUTCOME, Outcome, append_event, node_name, outcome_after, rank_file, write_outcome
 from .stop import StopVote
 
@@ -64,7 +64,9 @@ class Attempt:
 
         Args:
             device: this rank's device.
-            needed_bytes, why: see ``check_space``.
+            needed_bytes: bytes that the run's checkpoints will add to the run folder. If
+                ``cfg.supervision.min_free_disk_gb`` is set, it replaces this number.
+            why: phrase that states why the run needs them.
 
         Raises:
             InputError: another run uses the run folder; its disk has too little space.
@@ -74,7 +76,7 @@ class Attempt:
         with agreed():
             if self._first:
                 self._take_run_folder()
-                check_space(supervision, self._run_dir, needed_bytes, why)
+                self._check_space(needed_bytes, why)
         self._errors = rank_file(self._run_dir, "errors", rank()).open("wb", buffering=0)
         faulthandler.enable(self._errors)
         self._heartbeat = Heartbeat(
@@ -140,6 +142,17 @@ class Attempt:
         for folder in ("heartbeats", "stacks", "errors"):
             shutil.rmtree(self._run_dir / folder, ignore_errors=True)
             (self._run_dir / folder).mkdir(exist_ok=True)  # NFS may keep the folder for a file that was open
+
+    def _check_space(self, needed_bytes: int, why: str) -> None:
+        free, wanted = shutil.disk_usage(self._run_dir).free / 1e9, needed_bytes / 1e9
+        setting = self._cfg.supervision.min_free_disk_gb
+        if setting is not None:
+            wanted, why = setting, f"supervision.min_free_disk_gb = {setting:g}"
+        if free < wanted:
+            raise InputError(
+                f"run_dir = {str(self._run_dir)!r} has {free:.3g} GB of disk space left, and {why}: "
+                "make room, or choose another run_dir"
+            )
 
     def _end(self, error: BaseException | None) -> None:
         if self._heartbeat is None:

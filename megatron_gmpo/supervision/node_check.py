@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from .. import files
 from ..config import SupervisionConfig
 from ..distributed import agreed, all_gather_objects, barrier, broadcast_object, rank, world_size
-from ..errors import InputError, NodeError
+from ..errors import NodeError
 from .records import node_name
 
 _GB = 1e9
@@ -54,27 +53,6 @@ def check_nodes(
         [*_gpus(device, shared_gpus), *_memory(cfg.min_free_memory_gb), *_run_dir(run_dir), *_clock()]
     )
     _raise_first([*_all_reduce(device)])  # last, because a bad node may never complete it
-
-
-def check_space(cfg: SupervisionConfig, run_dir: Path, needed_bytes: int, why: str) -> None:
-    """Check that the disk of the run folder has room for the run's checkpoints.
-
-    Args:
-        cfg: the supervision section. ``min_free_disk_gb``, if it is set, replaces ``needed_bytes``.
-        needed_bytes: bytes that the run's checkpoints will add.
-        why: phrase that states why the run needs them.
-
-    Raises:
-        InputError: the disk has less free space.
-    """
-    free, wanted = shutil.disk_usage(run_dir).free / _GB, needed_bytes / _GB
-    if cfg.min_free_disk_gb is not None:
-        wanted, why = cfg.min_free_disk_gb, f"supervision.min_free_disk_gb = {cfg.min_free_disk_gb:g}"
-    if free < wanted:
-        raise InputError(
-            f"run_dir = {str(run_dir)!r} has {free:.3g} GB of disk space left, and {why}: "
-            "make room, or choose another run_dir"
-        )
 
 
 def _raise_first(problems: list[str]) -> None:

@@ -79,6 +79,14 @@ def client(fakes: list[FakeServer]) -> Iterator[Callable[..., RolloutClient]]:
         one.close()
 
 
+@pytest.fixture
+def served(client: Callable[..., RolloutClient], fakes: list[FakeServer]) -> RolloutClient:
+    """Return a client of the first server, which has the weights of step 0."""
+    made = client()
+    sync(made, fakes, 0)
+    return made
+
+
 def wait_for(holds: Callable[[], Any], timeout_s: float = 20.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (value := holds()):
@@ -106,6 +114,11 @@ def sync(client: RolloutClient, fakes: list[FakeServer], version: int, failed: t
 def sample(client: RolloutClient, count: int = 1, n: int = 1, tokens: int = 4) -> list[list[Response]]:
     sampling = SamplingParams(n=n, max_new_tokens=tokens)
     return client.submit([[*PROMPT, i] for i in range(count)], sampling, Ending(None, {2})).result(30)
+
+
+async def hang(body: dict[str, Any]) -> Answer:
+    await asyncio.sleep(30)
+    return {}
 
 
 def tokens_from(start: int, count: int) -> list[int]:
@@ -185,25 +198,33 @@ def test_proxies_of_the_environment_are_ignored(
     assert fakes[0].server.answers(5)
 
 
-def test_a_response_aborted_by_a_sync_continues_with_the_new_weights(
-    client: Callable[..., RolloutClient], fakes: list[FakeServer]
-) -> None:
-    served = client()
-    sync(served, fakes, 0)
+def sampled_during_a_sync(
+    served: RolloutClient, fakes: list[FakeServer], generate: Callable[[dict[str, Any]], Answer]
+) -> Response:
+    """Return a response of 8 tokens. The server gets version 1 before it sends its first answer."""
     synced = asyncio.Event()
 
-    async def generate(body: dict[str, Any]) -> Answer:
-        if len(fakes[0].bodies) > 1:
-            return answer_of(body, f"{NONCE}-1")
+    async def generate_later(body: dict[str, Any]) -> Answer:
         await synced.wait()
-        return answer_of(body, f"{NONCE}-0", count=3, finish="abort")
+        return generate(body)
 
-    fakes[0].generate = generate
+    fakes[0].generate = generate_later
     future = served.submit([PROMPT], SamplingParams(max_new_tokens=8), ENDLESS)
     wait_for(lambda: fakes[0].bodies)
     sync(served, fakes, 1)
     fakes[0]._loop.call_soon_threadsafe(synced.set)
-    ((response,),) = future.result(20)
+    return future.result(20)[0][0]
+
+
+def test_a_response_aborted_by_a_sync_continues_with_the_new_weights(
+    served: RolloutClient, fakes: list[FakeServer]
+) -> None:
+    def generate(body: dict[str, Any]) -> Answer:
+        if len(fakes[0].bodies) > 1:
+            return answer_of(body, f"{NONCE}-1")
+        return answer_of(body, f"{NONCE}-0", count=3, finish="abort")
+
+    response = sampled_during_a_sync(served, fakes, generate)
     assert_columns(response, tokens_from(3, 8), [0] * 3 + [1] * 5)
     assert response.finish_reason == "length"
     first, second = fakes[0].bodies
@@ -215,11 +236,8 @@ def test_a_response_aborted_by_a_sync_continues_with_the_new_weights(
 
 
 def test_a_response_that_ends_at_the_limit_needs_no_further_request(
-    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+    served: RolloutClient, fakes: list[FakeServer]
 ) -> None:
-    served = client()
-    sync(served, fakes, 0)
-
     async def generate(body: dict[str, Any]) -> Answer:
         return answer_of(body, f"{NONCE}-0", finish="abort" if len(fakes[0].bodies) == 1 else "length")
 
@@ -269,12 +287,10 @@ A, B, C, EOS = pieces("a", "b", "c", "<|im_end|>")
 def test_a_response_ends_at_its_first_end_token_or_stop_string(
     answers: list[tuple[list[int], str]],
     expected: list[int],
-    client: Callable[..., RolloutClient],
+    served: RolloutClient,
     fakes: list[FakeServer],
 ) -> None:
     """Nothing after it is kept, and nothing more is asked for."""
-    served = client()
-    sync(served, fakes, 0)
     scripted(fakes[0], *answers)
     ending = Ending(TEXT, {EOS}, ("END", "<|im_start|>"))
     ((response,),) = served.submit([PROMPT], SamplingParams(max_new_tokens=20), ending).result(20)
@@ -286,22 +302,16 @@ def test_a_response_ends_at_its_first_end_token_or_stop_string(
 
 
 def test_a_response_is_continued_while_it_makes_progress(
-    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+    served: RolloutClient, fakes: list[FakeServer]
 ) -> None:
     """The server aborts each request after a token, without a sync, and often before the first token."""
-    served = client()
-    sync(served, fakes, 0)
     scripted(fakes[0], *([([A], "abort")] + [([], "abort")] * 4) * 6, ([B], "length"))
     response = sample(served, tokens=7)[0][0]
     assert response.tokens.tolist() == [A] * 6 + [B]
     assert served.retries == 30
 
 
-def test_a_response_without_progress_is_an_error(
-    client: Callable[..., RolloutClient], fakes: list[FakeServer]
-) -> None:
-    served = client()
-    sync(served, fakes, 0)
+def test_a_response_without_progress_is_an_error(served: RolloutClient, fakes: list[FakeServer]) -> None:
     scripted(fakes[0], *[([A], "abort")] * 6, ([], "abort"))
     with pytest.raises(
         ServerError,
@@ -320,12 +330,10 @@ def test_an_answer_whose_counts_differ_is_unusable(
     tokens: int,
     logprobs: int,
     versions: int,
-    client: Callable[..., RolloutClient],
+    served: RolloutClient,
     fakes: list[FakeServer],
 ) -> None:
     """It is counted and asked for again, and ends the run if all answers are like it."""
-    served = client()
-    sync(served, fakes, 0)
     usable = [2]
 
     async def generate(body: dict[str, Any]) -> Answer:
@@ -352,30 +360,20 @@ def test_an_answer_whose_counts_differ_is_unusable(
     assert served.retries == 6
 
 
-def test_the_cache_of_older_weights_is_not_reused(
-    client: Callable[..., RolloutClient], fakes: list[FakeServer]
-) -> None:
+def test_the_cache_of_older_weights_is_not_reused(served: RolloutClient, fakes: list[FakeServer]) -> None:
     """The key of a request's prefix cache names the weights. Tokens that are newer than it are counted."""
-    served = client()
-    sync(served, fakes, 0)
-    synced = asyncio.Event()
 
-    async def generate(body: dict[str, Any]) -> Answer:
+    def generate(body: dict[str, Any]) -> Answer:
         answer = answer_of(body, f"{NONCE}-1", count=8)
         if len(fakes[0].bodies) == 1:
-            await synced.wait()
             spans = [(0, 0, 3), (1, 3, 8)]
             answer["meta_info"]["weight_versions"] = [
                 {"version": f"{NONCE}-{version}", "start": start, "end": end} for version, start, end in spans
             ]
         return answer
 
-    fakes[0].generate = generate
-    future = served.submit([PROMPT], SamplingParams(max_new_tokens=8), ENDLESS)
-    wait_for(lambda: fakes[0].bodies)
-    sync(served, fakes, 1)
-    fakes[0]._loop.call_soon_threadsafe(synced.set)
-    assert_columns(future.result(20)[0][0], tokens_from(3, 8), [0] * 3 + [1] * 5)
+    response = sampled_during_a_sync(served, fakes, generate)
+    assert_columns(response, tokens_from(3, 8), [0] * 3 + [1] * 5)
     assert served.old_cache_tokens == 5
     sample(served, tokens=8)
     assert served.old_cache_tokens == 5
@@ -401,11 +399,8 @@ def test_answers_from_other_weights_are_discarded(
 
 
 def test_a_full_queue_and_server_errors_delay_a_request(
-    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+    served: RolloutClient, fakes: list[FakeServer]
 ) -> None:
-    served = client()
-    sync(served, fakes, 0)
-
     async def generate(body: dict[str, Any]) -> Answer:
         status = {1: 429, 2: 503, 3: 500}.get(len(fakes[0].bodies))
         return web.Response(status=status, text="busy") if status else answer_of(body, f"{NONCE}-0")
@@ -443,11 +438,8 @@ def test_a_server_that_accepts_nothing_is_an_error(
     ],
 )
 def test_a_refused_request_is_the_users_error(
-    status: int, message: str, client: Callable[..., RolloutClient], fakes: list[FakeServer]
+    status: int, message: str, served: RolloutClient, fakes: list[FakeServer]
 ) -> None:
-    served = client()
-    sync(served, fakes, 0)
-
     async def generate(body: dict[str, Any]) -> Answer:
         return web.Response(status=status, text="longer than\n the context")
 
@@ -482,12 +474,7 @@ def test_a_server_whose_scheduler_hangs_is_restarted(
     """The server's HTTP process answers /model_info all the time."""
     served = client(own=True, request_timeout_s=0.2, hang_timeout_s=0.5)
     sync(served, fakes, 0)
-
-    async def generate(body: dict[str, Any]) -> Answer:
-        await asyncio.sleep(30)
-        return answer_of(body, f"{NONCE}-0")
-
-    fakes[0].generate, fakes[0].generates = generate, False
+    fakes[0].generate, fakes[0].generates = hang, False
     future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), ENDLESS)
     wait_for(lambda: states(served) == [ServerState.SILENT])
     assert served.servers_to_sync() == []
@@ -524,12 +511,7 @@ def test_a_server_that_dies_is_restarted_and_synced(
     served = client(own=True, count=2)
     sync(served, fakes, 0)
     assert served.local
-
-    async def generate(body: dict[str, Any]) -> Answer:
-        await asyncio.sleep(30)
-        return {}
-
-    fakes[0].generate = generate
+    fakes[0].generate = hang
     future = served.submit([[*PROMPT, i] for i in range(4)], SamplingParams(max_new_tokens=4), ENDLESS)
     wait_for(lambda: fakes[0].bodies)
     served.local.kill(0)  # pyright: ignore[reportAttributeAccessIssue]
@@ -647,12 +629,7 @@ def test_external_servers_that_do_not_answer_end_the_run(
     ] == [True, True]
 
 
-def test_a_bug_in_a_watcher_ends_the_run(
-    client: Callable[..., RolloutClient], fakes: list[FakeServer]
-) -> None:
-    served = client()
-    sync(served, fakes, 0)
-
+def test_a_bug_in_a_watcher_ends_the_run(served: RolloutClient, fakes: list[FakeServer]) -> None:
     async def fail(member: Any, version: str) -> None:
         raise ZeroDivisionError("a bug")
 
@@ -662,16 +639,9 @@ def test_a_bug_in_a_watcher_ends_the_run(
 
 
 def test_closing_aborts_the_requests_on_external_servers(
-    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+    served: RolloutClient, fakes: list[FakeServer]
 ) -> None:
-    served = client()
-    sync(served, fakes, 0)
-
-    async def generate(body: dict[str, Any]) -> Answer:
-        await asyncio.sleep(30)
-        return {}
-
-    fakes[0].generate = generate
+    fakes[0].generate = hang
     future = served.submit([PROMPT] * 3, SamplingParams(), ENDLESS)
     wait_for(lambda: len(fakes[0].bodies) == 3)
     served.close()

@@ -992,15 +992,12 @@ def test_only_the_groups_that_are_asked_for_are_read(tmp_path: Path) -> None:
         load_groups(tmp_path, 1, VOCAB, limit=2)
 
 
-def with_token(value: int) -> Callable[[Record], None]:
-    def change(sample: Record) -> None:
-        sample["tokens"] = [3, 2, value, 1]
-
-    return change
-
-
 def with_field(name: str, value: Any) -> Callable[[Record], None]:
     return lambda sample: sample.update({name: value})
+
+
+def with_token(value: int) -> Callable[[Record], None]:
+    return with_field("tokens", [3, 2, value, 1])
 
 
 @pytest.mark.parametrize(

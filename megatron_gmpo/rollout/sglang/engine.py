@@ -113,8 +113,8 @@ class SGLangEngine:
                 return None
             rows = zip(ticket.prompts, ticket.future.result(), strict=True)
             return [
-                [self._sample_of(p.input_ids, r, ticket.sampling, ticket.ending) for r in responses]
-                for p, responses in rows
+                [self._sample_of(prompt.input_ids, response, ticket) for response in responses]
+                for prompt, responses in rows
             ]
 
         return [
@@ -210,20 +210,19 @@ class SGLangEngine:
         if self._client:
             self._client.synced(servers, report.failed)
 
-    def _sample_of(
-        self, prompt: list[int], response: Response, sampling: SamplingParams, ending: Ending
-    ) -> Sample:
-        if response.finish_reason == "length" and len(response.tokens) < sampling.max_new_tokens:
+    def _sample_of(self, prompt: list[int], response: Response, ticket: Ticket) -> Sample:
+        limit = ticket.sampling.max_new_tokens
+        if response.finish_reason == "length" and len(response.tokens) < limit:
             # SGLang lowers the limit without a word (scheduler.py)
             raise InputError(
-                f"the SGLang servers end responses after {len(response.tokens)} of {sampling.max_new_tokens} "
-                f"tokens: raise context_length or max_total_tokens in [sglang.args], or lower max_new_tokens"
+                f"the SGLang servers end responses after {len(response.tokens)} of {limit} tokens: "
+                "raise context_length or max_total_tokens in [sglang.args], or lower max_new_tokens"
             )
         return Sample.from_response(
             prompt,
             response.tokens,
             response.logprobs,
-            text=ending.text(response.tokens.tolist()),
+            text=ticket.ending.text(response.tokens.tolist()),
             finish_reason="stop" if response.finish_reason == "stop" else "length",
             policy_version=int(response.versions.min()),
             version_spans=version_spans_of(response.versions, start=len(prompt)),

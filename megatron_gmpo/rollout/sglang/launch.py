@@ -7,10 +7,10 @@ table nor the log shows them. stdin is a pipe from the trainer, which the kernel
 for any reason. Then this process kills the server's whole process group, even if the server is stopped
 (SIGSTOP), and removes the server's files.
 
-SGLang leaves a file and a semaphore in /dev/shm and five sockets in the folder for temporary files (after
-SIGTERM, which takes it up to 17 s, all but the semaphore). So each server gets a folder of its own there. The
-folder's name is part of the names in /dev/shm. The server and this process hold a lock in the folder. If both
-were killed, the next start finds the lock free and removes the files.
+A killed SGLang leaves a file and a semaphore in /dev/shm, and five sockets in the folder for temporary files.
+(After SIGTERM it takes up to 17 s to end, and leaves all but the semaphore.) Each server therefore gets its
+own folder for the sockets, whose name is part of the names in /dev/shm. The server and this process hold a
+lock in that folder. If both were killed, the next start finds the lock free and removes the files.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _locked_folder() -> Path:
     """Make a folder and lock it until this process and its forks have ended."""
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     fcntl.flock(os.open(folder / "new", os.O_WRONLY | os.O_CREAT, 0o600), fcntl.LOCK_EX)
-    (folder / "new").rename(folder / "lock")  # under its final name it is never without a holder
+    (folder / "new").rename(folder / "lock")  # so that no other start finds ``lock`` without a holder
     return folder
 
 
@@ -104,9 +104,8 @@ def _name_files(folder: Path) -> None:
 
     tempfile.tempdir = str(folder)
     config: dict[str, Any] = multiprocessing.current_process()._config  # pyright: ignore
-    config["semprefix"] = (
-        f"/{folder.name}"  # multiprocessing/synchronize.py:SemLock; child processes inherit it
-    )
+    # names the semaphores of this process and its children (multiprocessing/synchronize.py:SemLock)
+    config["semprefix"] = f"/{folder.name}"
     init_new = PortArgs.init_new
 
     def named(*args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ _LAUNCHER = Path(__file__).with_name("launch.py")
 _PORTS = range(20_000, 32_768)
 """Ports below the kernel's range for outgoing connections, so that a restarted server finds its port free."""
 _KILL_TIMEOUT_S = 30.0
-_PROBE_TIMEOUT_S = 30.0
+_GENERATE_TIMEOUT_S = 30.0
 _POLL_S = 0.5
 _HEADER = "=== started"
 _ERROR_LINE = re.compile(
@@ -130,7 +130,9 @@ class LocalServers:
         """
         for i in range(len(self.servers)) if index is None else [index]:
             deadline = self._started[i] + self._cfg.start_timeout_s
-            while not self.servers[i].answers(min(_PROBE_TIMEOUT_S, max(1.0, deadline - time.monotonic()))):
+            while not self.servers[i].answers(
+                min(_GENERATE_TIMEOUT_S, max(1.0, deadline - time.monotonic()))
+            ):
                 if not self.is_alive(i):
                     raise ServerError(f"SGLang server {i} {self.end_of(i)} before it was ready{self._why(i)}")
                 if time.monotonic() > deadline:

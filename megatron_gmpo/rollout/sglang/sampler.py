@@ -21,8 +21,8 @@ from ...errors import InputError, ServerError
 from ..ending import Ending
 from ..engine import SamplingParams
 from .server_state import ServerEvent
-from .servers import Server
-from .watcher import PROBE_TIMEOUT_S, Member, Watcher
+from .servers import PROBE_TIMEOUT_S, Server
+from .watcher import Member, Watcher
 
 ATTEMPTS = 5
 """Maximum consecutive requests of one sample that bring no token; answers HTTP 429 and 5xx do not count."""

@@ -30,13 +30,12 @@ from ...errors import InputError, RunError, ServerError
 from ...platform import choose_device
 from ...supervision.records import node_name
 from .processes import LocalServers
-from .servers import address_towards
+from .servers import PROBE_TIMEOUT_S, address_towards
 from .start import local_servers
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_PROBE_TIMEOUT_S = 5.0
 
 
 def serve(cfg: Config) -> None:
@@ -129,7 +128,7 @@ def _loss(cfg: Config, servers: LocalServers, index: int, health: _Health) -> st
         return servers.end_of(index)
     # The probe does not generate a token, because a sync may have paused the server, or it sleeps during
     # training. SGLang ends a server whose scheduler hangs.
-    if version := servers.servers[index].weight_version(_PROBE_TIMEOUT_S):
+    if version := servers.servers[index].weight_version(PROBE_TIMEOUT_S):
         health.last_answer = time.monotonic()
         health.first_version = health.first_version or version
         if version != health.first_version:

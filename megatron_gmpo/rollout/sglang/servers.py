@@ -16,6 +16,8 @@ import httpx
 from ...errors import Exit, InputError, ServerError
 
 CONNECT_TIMEOUT_S = 10.0
+PROBE_TIMEOUT_S = 5.0
+"""Timeout, in seconds, of requests that do not generate: for the weight version, and to abort."""
 KEEPALIVE_S = 2.0
 """Seconds after which idle connections are closed. SGLang closes them after 5 s, even under a new request."""
 

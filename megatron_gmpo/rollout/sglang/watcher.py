@@ -17,12 +17,9 @@ from ...config import SGLangConfig
 from ...errors import ServerError
 from .processes import LocalServers
 from .server_state import Lifecycle, ServerEvent, ServerState
-from .servers import Server
+from .servers import PROBE_TIMEOUT_S, Server
 
 log = logging.getLogger(__name__)
-
-PROBE_TIMEOUT_S = 5.0
-"""Timeout, in seconds, of requests that do not generate: for the weight version, and to abort."""
 
 
 @dataclass(eq=False)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .... import files
 from ....config import WeightSyncConfig
 from ....errors import InputError
 from ....weights.safetensors_folder import SafetensorsFile
@@ -85,12 +85,5 @@ class DiskSync(WeightSync):
             )
         self._folder.chmod(0o700)  # an older version made it with the umask
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"weight_sync.folder = {str(self._folder)!r} cannot be written ({error}): "
-                "choose another folder"
-            ) from None
+    def _writing(self) -> AbstractContextManager[None]:
+        return files.writable(f"weight_sync.folder = {str(self._folder)!r}", "choose another folder")
