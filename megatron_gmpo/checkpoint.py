@@ -49,7 +49,14 @@ from .supervision.signals import end_with_parent
 from .weights.checksums import checksums_of
 from .weights.companions import copy_companions
 from .weights.pickles import plain_records_only
-from .weights.run_checkpoint import checkpoint_path, read_state, step_of, stored_checkpoints, write_state
+from .weights.run_checkpoint import (
+    checkpoint_path,
+    read_state,
+    step_of,
+    stored_checkpoints,
+    update_state,
+    write_state,
+)
 from .weights.torch_dist import is_disk_full
 
 _IDENTITY = [
@@ -87,7 +94,7 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
     Raises:
         InputError: a field differs; the message names the first such field.
     """
-    saved = read_state(checkpoint).get("model", {})
+    saved = read_state(checkpoint).model
     for field, value in identity.items():
         if saved.get(field) != value:
             raise InputError(
@@ -115,7 +122,7 @@ def save_checkpoint(
     Args:
         folder: folder of the ``iter_*`` folders, the same on every rank.
         tensors: a sharded state dict; see ``policy.optimizer_state.tensors_to_save``.
-        state: JSON-serializable state that ``read_state`` returns.
+        state: the JSON-serializable fields of ``RunState`` that are not known here.
         hf: the model's Hugging Face folder, whose config and tokenizer are copied with the first checkpoint.
         continues: step of the checkpoint that the training continues; None means the one that
             ``latest_checkpointed_iteration.txt`` names. Other checkpoints after it are removed too.
@@ -179,10 +186,10 @@ def go_back(checkpoint: Path, state: dict[str, Any]) -> None:
     """Update a checkpoint's JSON state, make it the newest, and remove later checkpoints. Collective."""
     with agreed():
         if rank() == 0:
-            folder, content = checkpoint.parent, read_state(checkpoint) | state
-            write_state(checkpoint, content)
-            files.write(folder / LATEST, str(content["step"]))
-            _remove_after(folder, content["step"], keep=checkpoint)
+            folder, step = checkpoint.parent, step_of(checkpoint)
+            update_state(checkpoint, state)
+            files.write(folder / LATEST, str(step))
+            _remove_after(folder, step, keep=checkpoint)
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +209,7 @@ def restore_random_states(checkpoint: Path) -> None:
     Raises:
         InputError: its file is missing or damaged.
     """
-    if read_state(checkpoint)["world_size"] != world_size():
+    if read_state(checkpoint).world_size != world_size():
         return
     try:
         states = safetensors.torch.load_file(_random_file(checkpoint))

@@ -249,7 +249,7 @@ def _stream(
 
 
 def _move_to(checkpoint: Path, stream: PromptStream, allow_changed: bool) -> None:
-    saved = read_state(checkpoint).get("prompts")  # None after a replay
+    saved = read_state(checkpoint).prompts
     if saved and (changed := stream.load_state_dict(saved, allow_changed=allow_changed)):
         logger.info("%s; data.allow_changed = true accepts it", changed)
 
@@ -294,8 +294,7 @@ def _check_resume(cfg: Config, checkpoint: Path) -> None:
             f"run_dir = {cfg.run_dir!r} already holds {checkpoint.name}: set checkpoint.resume = true or "
             "choose another run_dir"
         )
-    froze_router = read_state(checkpoint).get("config", {}).get("train", {}).get("freeze_router")
-    if froze_router and not cfg.train.freeze_router:
+    if read_state(checkpoint).config.train.freeze_router and not cfg.train.freeze_router:
         raise InputError(
             f"train.freeze_router = false, but {checkpoint} was written with true and has no optimizer "
             "state of the routers: set it to true or choose another run_dir"

@@ -132,12 +132,11 @@ class TrainingState:
     def _restore(self, checkpoint: Path) -> None:
         """Load a checkpoint, except for the position in the prompts."""
         saved = self.policy.load(checkpoint)
-        self.step = self.saved_step = saved["step"]
-        if self._clip and saved.get("clip"):
-            self._clip.load_state_dict(saved["clip"])
+        self.step = self.saved_step = saved.step
+        if self._clip and saved.clip:
+            self._clip.load_state_dict(saved.clip)
             self.objective = self._clip.applied_to(self.objective)
-        if saved.get("collapse"):
-            self._detector.load_state_dict(saved["collapse"])
+        self._detector.load_state_dict(saved.collapse)
 
     def _scale_lr(self) -> None:
         self.policy.scale_lr(self._cfg.collapse.rollback_lr_scale**self._detector.rollbacks)

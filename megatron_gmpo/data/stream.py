@@ -90,8 +90,8 @@ class PromptStream:
             fingerprint=self._fingerprint,
         ).model_dump()
 
-    def load_state_dict(self, state: dict[str, Any], *, allow_changed: bool = False) -> str:
-        """Restore the position and the seed of ``state``.
+    def load_state_dict(self, saved: StreamState, *, allow_changed: bool = False) -> str:
+        """Restore a position and its seed.
 
         Args:
             allow_changed: accept another data set. If it has another number of prompts, the stream starts the
@@ -101,9 +101,8 @@ class PromptStream:
             One line that states the change of the data set; "" if nothing has changed.
 
         Raises:
-            InputError: the state is damaged, or it belongs to another data set.
+            InputError: the state belongs to another data set.
         """
-        saved = StreamState.read("prompts", state)
         changed = self._difference(saved)
         if changed and not allow_changed:
             raise InputError(

@@ -28,7 +28,9 @@ DEFAULT_FRACTION = 0.01
 """Target of the signal ``fraction`` if the config sets none."""
 
 
-class _ClipState(SavedState):
+class ClipState(SavedState):
+    """Clips, as a checkpoint holds them. Those of earlier versions have no ``loss`` and no ``start``."""
+
     low: FiniteFloat
     high: FiniteFloat
     loss: str | None = None
@@ -115,13 +117,12 @@ class AdaptiveClip:
         """Return the clips, their initial values and the loss, as JSON values."""
         return {**self.clips, "loss": self._loss, "start": self._start}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, saved: ClipState) -> None:
         """Restore the clips, clamped to the bounds.
 
-        A clip starts again if the loss or the clip's initial value differs from that of ``state``, as the
-        config then asks for another clip. States of earlier versions lack both.
+        A clip starts again if the loss or the clip's initial value differs from that of ``saved``, as the
+        config then asks for another clip.
         """
-        saved = _ClipState.read("clip", state)
         same_loss, start = saved.loss in (None, self._loss), saved.start or self._start
         for side, (smallest, largest) in self._bounds.items():
             goes_on = same_loss and start.get(side) == self._start[side]

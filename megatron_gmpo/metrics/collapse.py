@@ -141,7 +141,9 @@ class _Signals(SavedState):
         return {"policy/entropy": self.entropy, "grad_norm": self.grad_norm, "reward/mean": self.reward}
 
 
-class _CollapseState(SavedState):
+class CollapseState(SavedState):
+    """State of a detector, as a checkpoint holds it."""
+
     rollbacks: int = Field(ge=0, lt=2**31)
     window: int | None = None
     signals: _Signals
@@ -179,12 +181,11 @@ class CollapseDetector:
             "signals": {name: signal.model_dump() for name, signal in self._signals.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state from ``state_dict``.
+    def load_state_dict(self, saved: CollapseState) -> None:
+        """Restore a state.
 
         Reference levels of another ``window`` are not comparable: detection then starts again.
         """
-        saved = _CollapseState.read("collapse", state)
         self.rollbacks = saved.rollbacks
         same_window = saved.window in (None, self._cfg.window)  # earlier versions did not save it
         self._signals = saved.signals.by_figure() if same_window else _new_signals()

@@ -24,7 +24,7 @@ from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
 from ..weights.export import export_hf
 from ..weights.load import load_hf
-from ..weights.run_checkpoint import read_state
+from ..weights.run_checkpoint import RunState, read_state
 from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device, without_logits
 from .fp8 import drop_initial_values
@@ -279,16 +279,15 @@ class Policy:
         hf = Path(self.cfg.model.path)
         return save_checkpoint(folder, step, tensors, state, keep_last, hf, continues)
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Load weights, optimizer and random states; return the ``state`` given to ``save``.
+    def load(self, checkpoint: Path) -> RunState:
+        """Load weights, optimizer and random states; return the rest of the checkpoint's state.
 
         Raises:
             InputError: the checkpoint belongs to another model, or to this model in another precision.
         """
         check_model(checkpoint, self._identity)
         state = read_state(checkpoint)
-        # checkpoints of earlier versions count the updates in the state of the schedule
-        self.updates = state["updates"] if "updates" in state else state["scheduler"]["num_steps"]
+        self.updates = state.updates
         load_training_state(checkpoint, self.model, self.groups, self.updates)
         restore_random_states(checkpoint)
         return state

@@ -66,7 +66,7 @@ def _inspect_megatron(folder: Path) -> dict[str, str]:
     if numbered and (folder / "state.json").exists():
         if damage := full_damage(folder):
             return about | {"whole": f"no: {damage}"}
-        recorded = read_state(folder).get("files", {})
+        recorded = read_state(folder).files
         about["checksums"] = f"{len(recorded)} files agree" if recorded else "not recorded"
     complete = unknown if about["family"] == unknown else _whole(lambda: MegatronToHF(folder, None, None))
     return about | {"whole": complete}

@@ -7,48 +7,58 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, AliasPath, Field, Strict, ValidationError
 
 from .. import files
+from ..config.saved import SavedState
+from ..data.stream import StreamState
 from ..distributed import all_gather_objects, broadcast_object, rank, world_size
 from ..errors import InputError
+from ..losses.adaptive_clip import ClipState
+from ..metrics.collapse import CollapseState
 from ..supervision.records import LATEST, newest_step
 from .checksums import checksum, find_damage
 from .torch_dist import TorchDistReader, checkpoint_path
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(strict=True)
-    train: dict[str, Any] = {}
+class _TrainConfig(SavedState):
+    freeze_router: bool = False
 
 
-class _Scheduler(BaseModel):
-    model_config = ConfigDict(strict=True)
-    num_steps: int = 0
+class _RunConfig(SavedState):
+    train: _TrainConfig
 
 
-class _State(BaseModel):
-    """Types of the fields that every resume reads. The owners of other fields check them (``SavedState``)."""
+class RunState(SavedState):
+    """The content of a checkpoint's ``state.json``. Only this class checks it.
 
-    model_config = ConfigDict(strict=True)
-    step: int | None = None
-    world_size: int | None = None
-    updates: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    scheduler: _Scheduler = _Scheduler()
-    model: dict[str, Any] = {}
-    config: _Config = _Config()
-    files: dict[str, Annotated[list[int | str], Field(min_length=2, max_length=2)]] = {}
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run's checkpoint folder, or None.
-
-    Raises:
-        InputError: see ``choose_whole``.
+    Attributes:
+        step: completed steps.
+        world_size: number of ranks that wrote the checkpoint.
+        updates: optimizer steps that the weights contain. Earlier versions stored it in the state of the
+            learning-rate schedule.
+        model: ``checkpoint.model_identity`` of the model.
+        prompts: position in the training data; None if saved rollouts were replayed.
+        clip: the adaptive clips; None if the clips were fixed.
+        collapse: state of the collapse detector.
+        config: the fields of the run's config that a resume compares.
+        files: path in the checkpoint -> size in bytes and checksum; empty in checkpoints of earlier versions.
     """
-    return choose_whole(find_candidates(folder))[0]
+
+    step: int
+    world_size: int
+    updates: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        validation_alias=AliasChoices("updates", AliasPath("scheduler", "num_steps"))
+    )
+    model: dict[str, Any]
+    prompts: StreamState | None
+    clip: ClipState | None
+    collapse: CollapseState
+    config: _RunConfig
+    files: dict[str, Annotated[tuple[int, str], Strict(strict=False)]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def checkpoint_before(folder: Path, step: int, verify: bool) -> Path | None:
 def quick_damage(checkpoint: Path) -> str:
     """Return what is wrong with state.json or with the size of another small file, or ""."""
     try:
-        recorded = read_state(checkpoint).get("files", {})
+        recorded = read_state(checkpoint).files
     except InputError as error:
         return str(error).removeprefix(f"{checkpoint}/")
     small = {name: about for name, about in recorded.items() if re.fullmatch(r"[^/]+(?<!\.distcp)", name)}
@@ -145,7 +155,7 @@ def full_damage(checkpoint: Path) -> str:
     tensors' files are compared with ``.metadata``.
     """
     found = quick_damage(checkpoint)
-    recorded = {} if found else read_state(checkpoint).get("files", {})
+    recorded = {} if found else read_state(checkpoint).files
     by_size = sorted(recorded.items(), key=lambda item: -item[1][0])
     found = found or find_damage(checkpoint, dict(by_size[rank() :: world_size()]))
     if not found and not recorded and rank() == 0:
@@ -156,33 +166,35 @@ def full_damage(checkpoint: Path) -> str:
     return next(filter(None, all_gather_objects(found)), "")
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the JSON state given to ``save_checkpoint``, with ``step``, ``world_size`` and ``files``.
+def read_state(checkpoint: Path) -> RunState:
+    """Return the state of a checkpoint.
 
     Raises:
-        InputError: the file is missing or damaged, or states another step than the name of its folder.
+        InputError: the file is missing or damaged, lacks a field, has a wrong value, or states another step
+            than the name of its folder.
     """
-    path = checkpoint / "state.json"
+    path, content = checkpoint / "state.json", _content(checkpoint)
     try:
-        state = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error})") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path} is not a JSON object")
-    written = state.pop("checksum", None)
-    older_version = "files" not in state and written is None
-    if not older_version and written != _state_checksum(state):
-        raise InputError(f"{path} has another content than was written")
-    try:
-        _State.model_validate(state)
+        state = RunState.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{path} has {'.'.join(map(str, first['loc']))} = {first['input']!r}") from None
-    if state.get("step") != step_of(checkpoint):
-        raise InputError(f"{path} states step {state.get('step')}")
+        field = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise InputError(f"{path} lacks {field}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{path} has {field} = {short_repr(first['input'])} ({reason})") from None
+    if state.step != step_of(checkpoint):
+        raise InputError(f"{path} states step {state.step}")
     return state
+
+
+def update_state(checkpoint: Path, changes: dict[str, Any]) -> None:
+    """Replace fields of a checkpoint's state.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    write_state(checkpoint, _content(checkpoint) | changes)
 
 
 def write_state(checkpoint: Path, content: dict[str, Any]) -> None:
@@ -201,6 +213,25 @@ def stored_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the number in the name of an ``iter_*`` folder."""
     return int(checkpoint.name.removeprefix("iter_"))
+
+
+def _content(checkpoint: Path) -> dict[str, Any]:
+    """Return the JSON object in ``state.json``. Its checksum, if any, is compared and left out."""
+    path = checkpoint / "state.json"
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object")
+    written = content.pop("checksum", None)
+    if written is None and "files" not in content:
+        return content | {"files": {}}
+    if written != _state_checksum(content):
+        raise InputError(f"{path} has another content than was written")
+    return content
 
 
 def _state_checksum(state: dict[str, Any]) -> str:

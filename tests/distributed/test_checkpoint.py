@@ -21,10 +21,11 @@ from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
-from megatron_gmpo.weights.run_checkpoint import checkpoint_before, latest_checkpoint, read_state
+from megatron_gmpo.weights.run_checkpoint import checkpoint_before, read_state
 
 from ..support import cases, conversion_cases, reference
 from ..support.ranks import RankPool
+from ..support.run_states import newest
 from .test_layouts import CP, EP, ETP, PP, TP, VPP, config, make_batch
 
 pytestmark = pytest.mark.distributed
@@ -217,7 +218,7 @@ def test_megatron_alone_reads_a_checkpoint(
     for layout in ("tp2 ep2", "pp2 vpp2 ep2"):
         world_size, cfg = make_config(layout, path)
         at_two = ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path / layout, 0, 2, [2])[0]
-        checkpoint = latest_checkpoint(tmp_path / layout)
+        checkpoint = newest(tmp_path / layout)
         saved, names, weights = ranks.run(
             1, cases.load_with_megatron_alone, make_config("one rank", path)[1], checkpoint
         )[0]
@@ -256,7 +257,7 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     latest = "latest_checkpointed_iteration.txt"
     ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 0, 4, [1, 2, 3, 4], 2)
     assert folders() == ["iter_0000003", "iter_0000004", latest]
-    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000004"
+    assert newest(tmp_path) == tmp_path / "iter_0000004"
 
     # Point to step 3, like a kill between the rename and the text file, and add the leftovers of a killed
     # save.
@@ -266,8 +267,8 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     (tmp_path / ".partial_iter_0000009" / "__0_0.distcp").touch()
     ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 3, 7, [5, 7], 2)
     assert folders() == ["iter_0000005", "iter_0000007", latest]
-    assert latest_checkpoint(tmp_path) == tmp_path / "iter_0000007"
-    assert read_state(tmp_path / "iter_0000007")["step"] == 7
+    assert newest(tmp_path) == tmp_path / "iter_0000007"
+    assert read_state(tmp_path / "iter_0000007").step == 7
 
     with next((tmp_path / "iter_0000007").glob("*.distcp")).open("r+b") as file:
         file.write(bytes(8))
@@ -276,8 +277,8 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
 
     shutil.rmtree(tmp_path / "iter_0000007")
     with pytest.raises(InputError, match="iter_0000007"):
-        latest_checkpoint(tmp_path)
-    assert latest_checkpoint(tmp_path / "nowhere") is None
+        newest(tmp_path)
+    assert newest(tmp_path / "nowhere") is None
 
 
 def forget_checksums(checkpoint: Path) -> None:

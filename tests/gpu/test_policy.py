@@ -21,6 +21,7 @@ from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
+from ..support.run_states import records
 from .conftest import LENGTHS, Open, make_batch
 
 pytestmark = pytest.mark.gpu
@@ -111,9 +112,9 @@ def test_a_checkpoint_brings_the_optimizer_back(
     optimizer = {"lr": 1e-3} | sections.get("optimizer", {})
     with policy_of("qwen3_moe", **(sections | {"optimizer": optimizer})) as policy:
         batch.old_logprobs = policy.logprobs(batch)
-        start = policy.save(tmp_path, 0, {}, 9)  # before any optimizer state exists
+        start = policy.save(tmp_path, 0, records(), 9)  # before any optimizer state exists
         losses = steps(policy, batch, 2)
-        saved = policy.save(tmp_path, 2, {}, 9)
+        saved = policy.save(tmp_path, 2, records(), 9)
         before, logprobs = optimizer_state(policy), policy.logprobs(batch)
         steps(policy, batch, 1)
         policy.load(saved)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gmpo.weights.run_checkpoint import read_state, write_state
+from megatron_gmpo.weights.run_checkpoint import update_state
 
 from ..support.commands import error_lines, json_lines, options, run_module
 from .test_train import EP2, argv
@@ -112,9 +112,7 @@ def test_a_run_that_keeps_collapsing_stops(argv: list[str], run_dir: Path) -> No
 
 def test_frozen_routers_are_not_thawed(argv: list[str], run_dir: Path) -> None:
     checkpoint = run_dir / "checkpoints" / "iter_0000004"
-    state = read_state(checkpoint)
-    state["config"]["train"]["freeze_router"] = True
-    write_state(checkpoint, state)
+    update_state(checkpoint, {"config": {"train": {"freeze_router": True}}})
     done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir, train__num_steps=5, **WATCHED))
     assert done.returncode == 2
     (line,) = error_lines(done.stderr)

@@ -29,6 +29,7 @@ from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank, world_size
 from megatron_gmpo.errors import InputError, NonFiniteError
+from megatron_gmpo.losses.adaptive_clip import ClipState
 from megatron_gmpo.losses.correction import rollout_mismatch
 from megatron_gmpo.losses.objective import Objective, make_objective
 from megatron_gmpo.metrics.figures import value_of
@@ -38,7 +39,9 @@ from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.weights.export import export_hf
-from megatron_gmpo.weights.run_checkpoint import latest_checkpoint
+from megatron_gmpo.weights.run_checkpoint import RunState
+
+from .run_states import newest, records
 
 CPU = torch.device("cpu")
 
@@ -230,13 +233,14 @@ def run_on(
     """
     with opened(cfg) as policy:
         if first:
-            assert resume(policy, run_dir) == {"step": first, "note": {"of step": first}}
+            state = resume(policy, run_dir)
+            assert (state.step, state.clip) == (first, ClipState(low=first, high=1))
         history: list[dict[str, float]] = []
         for step in range(first + 1, last + 1):
             policy.begin_step(step - 1)
             history += _steps(policy, batch, 1)
             if step in saves:
-                policy.save(run_dir, step, {"note": {"of step": step}}, keep_last)
+                policy.save(run_dir, step, records(clip={"low": step, "high": 1}), keep_last)
         return {"history": history, "weights": weights_on_rank_0(policy)}
 
 
@@ -256,7 +260,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
         _steps(policy, batch.split(2)[0], 1)
         found["exported"] = exported()
         _steps(policy, batch, 1)
-        policy.save(run_dir, 3, {"note": ""}, 1)
+        policy.save(run_dir, 3, records(), 1)
         _steps(policy, batch, 1)
         resume(policy, run_dir)
         return found | {
@@ -266,12 +270,11 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
         }
 
 
-def resume(policy: Policy, run_dir: Path) -> dict[str, Any]:
-    """Load the latest checkpoint; return the step and the note of its state."""
-    checkpoint = latest_checkpoint(run_dir)
+def resume(policy: Policy, run_dir: Path) -> RunState:
+    """Load the newest checkpoint and return its state."""
+    checkpoint = newest(run_dir)
     assert checkpoint is not None
-    state = policy.load(checkpoint)
-    return {name: state[name] for name in ("step", "note")}
+    return policy.load(checkpoint)
 
 
 def refused_resume(cfg: Config, run_dir: Path) -> str:
@@ -283,7 +286,7 @@ def refused_resume(cfg: Config, run_dir: Path) -> str:
 
 def refused_weights(cfg: Config, run_dir: Path) -> str:
     """Return the error message when the latest checkpoint's weights are refused, as by evaluate."""
-    checkpoint = latest_checkpoint(run_dir)
+    checkpoint = newest(run_dir)
     assert checkpoint
     with opened(cfg) as policy, pytest.raises(InputError) as error:
         policy.load_weights(checkpoint)
@@ -303,7 +306,7 @@ def random_numbers(cfg: Config, run_dir: Path) -> tuple[list[float], list[float]
     with opened(cfg) as policy:
         seed_everything(100 + rank())
         draw()
-        policy.save(run_dir, 1, {"note": ""}, 1)
+        policy.save(run_dir, 1, records(), 1)
         before = draw()
         draw()
         resume(policy, run_dir)
@@ -361,7 +364,7 @@ def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool
     """Run two steps of a new policy and return their metrics; ``save`` adds a save before them."""
     with opened(cfg) as policy:
         if save:
-            policy.save(run_dir, 0, {"note": ""}, 1)
+            policy.save(run_dir, 0, records(), 1)
         return _steps(policy, batch, 2)
 
 

@@ -28,10 +28,10 @@ import torch
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.weights.run_checkpoint import latest_checkpoint
 
 from ..distributed.test_layouts import config
 from . import cases
+from .run_states import newest, records
 
 SAVES_BEFORE_DEATH = 2
 RANDOM_MOMENTS = 3
@@ -49,8 +49,8 @@ def live(
         for state in states(policy):
             state.zero_()
         first = 0
-        if checkpoint := latest_checkpoint(run_dir):
-            first = policy.load(checkpoint)["step"]
+        if checkpoint := newest(run_dir):
+            first = policy.load(checkpoint).step
             assert all(bool((state == first).all()) for state in states(policy)), (
                 f"torn checkpoint of step {first}"
             )
@@ -61,7 +61,7 @@ def live(
             if place and step > first + SAVES_BEFORE_DEATH:
                 die_at(*place)
                 place = None
-            policy.save(run_dir, step, {}, keep_last=2)
+            policy.save(run_dir, step, records(), keep_last=2)
             report(f"saved {step}")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.losses import LossTokens
-from megatron_gmpo.losses.adaptive_clip import AdaptiveClip, make_adaptive_clip
+from megatron_gmpo.losses.adaptive_clip import AdaptiveClip, ClipState, make_adaptive_clip
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.losses.registry import LOSSES
 from megatron_gmpo.metrics.figures import Metric, reduce_metrics
@@ -151,12 +151,12 @@ def test_it_moves_each_side_by_the_rule_and_goes_on_from_its_state() -> None:
     assert clip.clips == before
 
     resumed = controller(clip_low=0.3, clip_high=0.4, clip_target=0.01, clip_gain=0.2)
-    resumed.load_state_dict(json.loads(json.dumps(clip.state_dict())))
+    resumed.load_state_dict(ClipState.model_validate(json.loads(json.dumps(clip.state_dict()))))
     for either in (clip, resumed):
         either.update(moved)
     assert resumed.clips == clip.clips
     narrow = controller(clip_low=0.3, clip_high=0.4, clip_bounds=(0.29, 0.41))
-    narrow.load_state_dict(clip.state_dict())
+    narrow.load_state_dict(ClipState.model_validate(clip.state_dict()))
     assert narrow.clips == {"low": pytest.approx(min(max(clip.clips["low"], 0.29), 0.41)), "high": 0.29}
 
 
@@ -177,7 +177,7 @@ def test_a_clip_that_the_config_changes_starts_again(changed: dict, expected: di
     state = {**controller(**fields).state_dict(), "low": 0.33, "high": 0.37}
     resumed = controller(**fields | changed)
     resumed.update({f"policy/clip_fraction_{side}": Metric(1.0, 2) for side in ("low", "high")})
-    resumed.load_state_dict(json.loads(json.dumps(state)))
+    resumed.load_state_dict(ClipState.model_validate(json.loads(json.dumps(state))))
     assert resumed.clips == expected
 
 
@@ -186,7 +186,7 @@ def test_the_objective_takes_the_clips() -> None:
     objective = make_objective(cfg, is_moe=False, max_new_tokens=8)
     clip = make_adaptive_clip(cfg, objective)
     assert clip is not None
-    clip.load_state_dict({"low": 0.11, "high": 0.22})
+    clip.load_state_dict(ClipState(low=0.11, high=0.22))
     assert (clip.applied_to(objective).clip_low, clip.applied_to(objective).clip_high) == (0.11, 0.22)
     assert (objective.clip_low, objective.clip_high) == (0.4, 0.4)
 

@@ -19,9 +19,11 @@ from pydantic import ValidationError
 
 from megatron_gmpo.checkpoint import go_back
 from megatron_gmpo.config import CollapseConfig, Config
-from megatron_gmpo.metrics.collapse import Collapse, CollapseDetector
-from megatron_gmpo.weights.run_checkpoint import checkpoint_before, latest_checkpoint, read_state
+from megatron_gmpo.metrics.collapse import Collapse, CollapseDetector, CollapseState
+from megatron_gmpo.weights.run_checkpoint import checkpoint_before, read_state, write_state
 from megatron_gmpo.weights.torch_dist import LATEST
+
+from ..support.run_states import newest, run_state
 
 Curve = Callable[[int], dict[str, float]]
 STEPS, AT = 120, 61
@@ -198,7 +200,7 @@ def test_a_resumed_detector_finds_the_same_collapses(at: int) -> None:
     expected = [whole.update(step, f) for step, f in enumerate(figures, 1)]
     found = [broken.update(step, f) for step, f in islice(enumerate(figures, 1), at)]
     broken.rollbacks = 1
-    state = json.loads(json.dumps(broken.state_dict()))
+    state = CollapseState.model_validate(json.loads(json.dumps(broken.state_dict())))
     resumed = CollapseDetector(CollapseConfig())
     resumed.load_state_dict(state)
     assert resumed.rollbacks == 1
@@ -219,7 +221,7 @@ def test_another_window_starts_the_detection_again(window: int) -> None:
     cfg = CollapseConfig(window=window)
     resumed, fresh = CollapseDetector(cfg), CollapseDetector(cfg)
     resumed.update(1, level)  # a rollback loads the state into a detector that is in use
-    resumed.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    resumed.load_state_dict(CollapseState.model_validate(json.loads(json.dumps(state.state_dict()))))
     assert resumed.rollbacks == 2
     lower = {"policy/entropy": 0.02, "grad_norm": 1.0, "reward/mean": 0.1}
     found = [resumed.update(step, lower) for step in range(16, 16 + 2 * window)]
@@ -245,18 +247,17 @@ def test_going_back_survives_a_kill(killed: bool, tmp_path: Path, monkeypatch: p
     for step in (4, 5, 6):
         checkpoint = tmp_path / f"iter_000000{step}"
         (checkpoint / "weights").mkdir(parents=True)
-        (checkpoint / "state.json").write_text(
-            json.dumps({"step": step, "collapse": {"rollbacks": 0}, "scheduler": {"lr": step}})
-        )
+        write_state(checkpoint, run_state(step))
     (tmp_path / LATEST).write_text("6")
     good = checkpoint_before(tmp_path, 5, False)
     assert good
+    records = run_state(4)["collapse"] | {"rollbacks": 1}
     if killed:  # during the removal of the first folder
         monkeypatch.setattr(shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
-        go_back(good, {"collapse": {"rollbacks": 1}})
-    assert latest_checkpoint(tmp_path) == good
-    assert read_state(good) == {"step": 4, "collapse": {"rollbacks": 1}, "scheduler": {"lr": 4}}
+        go_back(good, {"collapse": records})
+    assert newest(tmp_path) == good
+    assert (read_state(good).step, read_state(good).updates, read_state(good).collapse.rollbacks) == (4, 4, 1)
     later = [folder for folder in (tmp_path / "iter_0000005", tmp_path / "iter_0000006") if folder.exists()]
     assert len(later) == (1 if killed else 0)  # the folder is renamed before it is removed
     if killed:

@@ -37,7 +37,7 @@ from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.rollout.replay import load_groups, save_groups
 from megatron_gmpo.run import _check_resume
 from megatron_gmpo.supervision.records import LATEST
-from megatron_gmpo.weights.run_checkpoint import latest_checkpoint, read_state, write_state
+from megatron_gmpo.weights.run_checkpoint import read_state, write_state
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.weights.table import ConversionTable
 from megatron_gmpo.weights.weight_files import INDEX
@@ -50,6 +50,7 @@ from ..support.fuzzing import (
     model,
     read_or_refused,
 )
+from ..support.run_states import newest
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -224,18 +225,18 @@ def resume(content: bytes, signed: bool) -> None:
     if signed:
         with contextlib.suppress(ValueError, AttributeError, RecursionError):
             write_state(checkpoint, json.loads(content))
-    assert latest_checkpoint(checkpoint.parent) == checkpoint
+    assert newest(checkpoint.parent) == checkpoint
     check_model(checkpoint, IDENTITY)
     _check_resume(Config(), checkpoint)
     saved = read_state(checkpoint)
-    if saved.get("prompts"):
-        PromptStream(PROMPTS, 1, True).load_state_dict(saved["prompts"])
-    if saved.get("clip"):
-        clip().load_state_dict(saved["clip"])
-    if saved.get("collapse"):
-        detector = CollapseDetector(CollapseConfig(window=2))
-        detector.load_state_dict(saved["collapse"])
-        detector.update(7, {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 0.5})
+    torch.tensor(float(saved.updates)), saved.world_size + 1
+    if saved.prompts:
+        PromptStream(PROMPTS, 1, True).load_state_dict(saved.prompts)
+    if saved.clip:
+        clip().load_state_dict(saved.clip)
+    detector = CollapseDetector(CollapseConfig(window=2))
+    detector.load_state_dict(saved.collapse)
+    detector.update(7, {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 0.5})
 
 
 @inputs(250)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -23,12 +25,13 @@ from megatron_gmpo.weights.run_checkpoint import (
     choose_whole,
     find_candidates,
     full_damage,
-    latest_checkpoint,
     quick_damage,
     read_state,
     write_state,
 )
 from megatron_gmpo.weights.torch_dist import checkpoint_folder
+
+from ..support.run_states import newest, run_state
 
 FILES = [".metadata", "metadata.json", "common.pt", "__0_0.distcp", "__1_0.distcp"]
 RANDOM = "random/rank_00000.safetensors"
@@ -44,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
         for name in (*FILES, RANDOM):
             (checkpoint / name).write_bytes(noise.randbytes(200))
         recorded = checksums.checksums_of(checkpoint, [checkpoint / name for name in (*FILES, RANDOM)])
-        write_state(checkpoint, {"step": step, "note": {"1": 0.1}, "files": recorded})
+        write_state(checkpoint, run_state(step, model={"1": 0.1}, files=recorded))
     (tmp_path / LATEST).write_text("6")
     return tmp_path
 
@@ -60,11 +63,12 @@ def test_the_checksum_is_xxh3() -> None:
 
 def test_a_whole_checkpoint_is_taken(folder: Path) -> None:
     assert chosen(folder) == (folder / "iter_0000006", "")
-    assert read_state(folder / "iter_0000006")["note"] == {"1": 0.1}
+    assert read_state(folder / "iter_0000006").model == {"1": 0.1}
     (folder / LATEST).write_text(" 5\n")
     assert chosen(folder)[0] == folder / "iter_0000005"
     shutil.rmtree(folder / "iter_0000006")
-    go_back(folder / "iter_0000005", {"note": "changed"})
+    go_back(folder / "iter_0000005", {"config": {"train": {"freeze_router": True}}})
+    assert read_state(folder / "iter_0000005").config.train.freeze_router
     assert chosen(folder) == (folder / "iter_0000005", "")
 
 
@@ -72,11 +76,9 @@ STATES: dict[str, tuple[Callable[[dict], object], str]] = {
     "empty": (lambda state: "", "cannot be read"),
     "cut": (lambda state: json.dumps(state)[:-20], "cannot be read"),
     "no object": (lambda state: json.dumps([state]), "is not a JSON object"),
-    "step a text": (lambda state: json.dumps({"step": "6"}), "has step = '6'"),
-    "no step": (lambda state: "{}", "states step None"),
-    "another step": (lambda state: json.dumps({"step": 5}), "states step 5"),
-    "no model": (lambda state: json.dumps({"step": 6, "model": None}), "has model = None"),
-    "edited": (lambda state: json.dumps(state | {"note": 1}), "has another content than was written"),
+    "nothing in it": (lambda state: "{}", "lacks step"),
+    "edited": (lambda state: json.dumps(state | {"model": {}}), "has another content than was written"),
+    "no checksum": (lambda state: json.dumps(state | {"checksum": None}), "has another content than was "),
     "nested": (lambda state: "[" * 100_000, "cannot be read"),
 }
 
@@ -89,7 +91,7 @@ def test_a_damaged_state_is_named_before_anything_is_loaded(name: str, folder: P
     with pytest.raises(
         InputError, match=rf"iter_0000006 is damaged: state\.json {re.escape(message)}"
     ) as error:
-        latest_checkpoint(folder)
+        newest(folder)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(
         "; the newest whole checkpoint is iter_0000005: set checkpoint.fall_back = true to go on from it"
@@ -97,6 +99,67 @@ def test_a_damaged_state_is_named_before_anything_is_loaded(name: str, folder: P
     found, damage = choose_whole(find_candidates(folder), fall_back=True)
     assert found == folder / "iter_0000005"
     assert message in damage
+
+
+STREAM = {"seed": 5, "epoch": 0, "position": 3, "num_prompts": 10}
+VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"step": "6"}, "has step = '6' (Input should be a valid integer)"),
+    ({"step": 5}, "states step 5"),
+    ({"updates": -1}, "has updates = -1 ("),
+    ({"updates": 2**63}, f"has updates = {2**63} ("),
+    ({"updates": None}, "has updates = None ("),
+    ({"world_size": 2.5}, "has world_size = 2.5 ("),
+    ({"world_size": True}, "has world_size = True ("),
+    ({"model": None}, "has model = None ("),
+    ({"config": []}, "has config = [] ("),
+    ({"config": {}}, "lacks config.train"),
+    ({"files": {"a": [1]}}, "lacks files.a.1"),
+    ({"files": {"a": ["1", ""]}}, "has files.a.0 = '1' ("),
+    ({"files": {"a": [1, 2]}}, "has files.a.1 = 2 ("),
+    ({"prompts": []}, "has prompts = [] ("),
+    ({"prompts": STREAM | {"position": 11}}, "(position = 11 is beyond the 10 prompts)"),
+    ({"prompts": STREAM | {"position": 10**30}}, "(position = 1000"),
+    ({"prompts": STREAM | {"position": -1}}, "has prompts.position = -1 ("),
+    ({"prompts": STREAM | {"position": 3.5}}, "has prompts.position = 3.5 ("),
+    ({"prompts": STREAM | {"epoch": True}}, "has prompts.epoch = True ("),
+    ({"prompts": STREAM | {"num_prompts": 0}}, "has prompts.num_prompts = 0 ("),
+    ({"prompts": STREAM | {"seed": "x" * 9999}}, "has prompts.seed = 'xxxxxxxxxxxx...xxxxxxxxxxxxx' ("),
+    ({"prompts": STREAM | {"fingerprint": {}}}, "lacks prompts.fingerprint.prompts"),
+    ({"clip": {"low": 0.1}}, "lacks clip.high"),
+    ({"clip": {"low": 0.1, "high": math.inf}}, "has clip.high = inf ("),
+    ({"collapse": None}, "has collapse = None ("),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), VALUES)
+def test_a_wrong_value_in_a_state_is_named(changes: dict[str, Any], message: str, folder: Path) -> None:
+    """The checksum does not tell: whoever writes the file by hand can write it too."""
+    newest_one = folder / "iter_0000006"
+    write_state(newest_one, run_state(6) | changes)
+    with pytest.raises(InputError) as error:
+        newest(folder)
+    line = str(error.value)
+    assert line.startswith(f"{newest_one} is damaged: state.json ")
+    assert message in line
+    assert "\n" not in line
+    assert len(line) < 600
+    found, _ = choose_whole(find_candidates(folder), fall_back=True)
+    assert found == folder / "iter_0000005"
+
+
+def test_the_states_of_earlier_versions_are_read(folder: Path) -> None:
+    """They count the updates in the state of the schedule, and have no checksums and fewer fields."""
+    state = run_state(6, clip={"low": 0.1, "high": 0.2}, prompts=STREAM)
+    state["scheduler"] = {"num_steps": state.pop("updates")}
+    del state["files"], state["collapse"]["window"]
+    file = folder / "iter_0000006" / "state.json"
+    file.write_text(json.dumps(state))
+    found = read_state(file.parent)
+    assert (found.updates, found.files, found.collapse.window) == (6, {}, None)
+    for scheduler in ({}, None, [], {"num_steps": "6"}):
+        file.write_text(json.dumps(state | {"scheduler": scheduler}))
+        with pytest.raises(InputError, match=r"state\.json (lacks updates|has scheduler\.num_steps = '6')"):
+            read_state(file.parent)
 
 
 @pytest.mark.parametrize("file", [*FILES, RANDOM])
@@ -147,7 +210,7 @@ def test_a_lost_pointer_is_no_new_run(content: bytes | None, folder: Path) -> No
     if content is not None:
         (folder / LATEST).write_bytes(content)
     with pytest.raises(InputError) as error:
-        latest_checkpoint(folder)
+        newest(folder)
     shown = "" if content is None else f" contains {content.decode(errors='replace')!r}"
     assert str(error.value).startswith(f"{folder / LATEST}{shown or ' is missing'}")
     assert str(error.value).endswith(
@@ -177,7 +240,7 @@ def test_a_pointer_to_a_missing_checkpoint(folder: Path) -> None:
     with pytest.raises(
         InputError, match=r"iter_0000007 is damaged: state\.json is missing; .* is iter_0000006"
     ):
-        latest_checkpoint(folder)
+        newest(folder)
 
 
 def test_before_and_after_the_first_save(tmp_path: Path, folder: Path) -> None:

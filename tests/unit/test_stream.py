@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_gmpo.batch.samples import Prompt
-from megatron_gmpo.data.stream import PromptStream
+from megatron_gmpo.data.stream import PromptStream, StreamState
 from megatron_gmpo.errors import InputError
 
 
@@ -37,7 +37,7 @@ def test_stream_yields_every_prompt_once_per_epoch_in_a_new_order() -> None:
 def test_stream_resumes_exactly(taken: int, shuffle: bool) -> None:
     stream = PromptStream(prompts_of(10), seed=5, shuffle=shuffle)
     stream.next(taken)
-    state = json.loads(json.dumps(stream.state_dict()))
+    state = StreamState.model_validate(json.loads(json.dumps(stream.state_dict())))
     resumed = PromptStream(prompts_of(10), seed=99, shuffle=shuffle)
     resumed.load_state_dict(state)
     assert ids(resumed.next(33)) == ids(stream.next(33))
@@ -78,7 +78,7 @@ def swapped(prompts: list[Prompt], field: str) -> list[Prompt]:
 def test_a_changed_data_set_is_refused_or_accepted(prompts: list[Prompt], message: str) -> None:
     stream = PromptStream(SUMS, seed=5, shuffle=True)
     stream.next(13)
-    state = json.loads(json.dumps(stream.state_dict()))
+    state = StreamState.model_validate(json.loads(json.dumps(stream.state_dict())))
     resumed = PromptStream(prompts, seed=5, shuffle=True)
     with pytest.raises(InputError, match=f"^{message}.*: .*data.allow_changed = true$"):
         resumed.load_state_dict(state)
@@ -87,18 +87,18 @@ def test_a_changed_data_set_is_refused_or_accepted(prompts: list[Prompt], messag
     position = (1, 3) if len(prompts) == len(SUMS) else (2, 0)
     assert (resumed.epoch, resumed.position) == position
     again = PromptStream(prompts, seed=5, shuffle=True)
-    assert again.load_state_dict(resumed.state_dict()) == ""
+    assert again.load_state_dict(StreamState.model_validate(resumed.state_dict())) == ""
 
 
 def test_ids_are_not_part_of_the_data() -> None:
     # so that a file can move
     moved = [replace(prompt, id=f"q/{i}") for i, prompt in enumerate(SUMS)]
-    state = PromptStream(SUMS, seed=5, shuffle=True).state_dict()
+    state = StreamState.model_validate(PromptStream(SUMS, seed=5, shuffle=True).state_dict())
     assert PromptStream(moved, seed=5, shuffle=True).load_state_dict(state) == ""
 
 
 def test_another_order_of_the_stream_is_refused() -> None:
-    state = PromptStream(SUMS, seed=5, shuffle=True).state_dict()
+    state = StreamState.model_validate(PromptStream(SUMS, seed=5, shuffle=True).state_dict())
     with pytest.raises(
         InputError, match=r"data\.shuffle = false, the checkpoint was written with the opposite"
     ):
@@ -106,45 +106,7 @@ def test_another_order_of_the_stream_is_refused() -> None:
 
 
 def test_a_state_without_a_fingerprint_is_accepted() -> None:
-    state = {"seed": 5, "epoch": 1, "position": 3, "num_prompts": 10}
+    state = StreamState(seed=5, epoch=1, position=3, num_prompts=10)
     stream = PromptStream(SUMS, seed=0, shuffle=True)
     assert stream.load_state_dict(state) == ""
     assert (stream.seed, stream.epoch, stream.position) == (5, 1, 3)
-
-
-@pytest.mark.parametrize(
-    ("damage", "field"),
-    [
-        ({"position": 11}, "prompts: position = 11 is beyond the 10 prompts"),
-        ({"position": 10**30}, "prompts: position = 1000"),
-        ({"position": -1}, "prompts.position: "),
-        ({"position": "3"}, "prompts.position: "),
-        ({"position": 3.5}, "prompts.position: "),
-        ({"position": None}, "prompts.position: "),
-        ({"epoch": -1}, "prompts.epoch: "),
-        ({"epoch": True}, "prompts.epoch: "),
-        ({"num_prompts": 0}, "prompts.num_prompts: "),
-        ({"seed": []}, "prompts.seed: "),
-        ({"fingerprint": {}}, "prompts.fingerprint.prompts: "),
-    ],
-)
-def test_a_damaged_state_is_refused(damage: dict[str, Any], field: str) -> None:
-    state = PromptStream(SUMS, seed=5, shuffle=True).state_dict() | damage
-    with pytest.raises(
-        InputError, match=rf"^the checkpoint's state is damaged: {field}.*: resume from an older"
-    ):
-        PromptStream(SUMS, seed=5, shuffle=True).load_state_dict(state)
-
-
-@pytest.mark.parametrize("field", ["seed", "epoch", "position", "num_prompts"])
-def test_a_state_without_a_field_is_refused(field: str) -> None:
-    state = PromptStream(SUMS, seed=5, shuffle=True).state_dict()
-    del state[field]
-    with pytest.raises(InputError, match=rf"damaged: prompts\.{field}: Field required"):
-        PromptStream(SUMS, seed=5, shuffle=True).load_state_dict(state)
-
-
-@pytest.mark.parametrize("state", [[], "x", 7])
-def test_a_state_that_is_no_object_is_refused(state: Any) -> None:
-    with pytest.raises(InputError, match="the checkpoint's state is damaged: prompts"):
-        PromptStream(SUMS, seed=5, shuffle=True).load_state_dict(state)
