@@ -35,10 +35,12 @@ class ConvertMegatronToHF(Options):
     max_shard_size: str = "5GB"
     """Maximum size of a safetensors file, such as 5GB or 500MB."""
     dry_run: bool = False
-    """Check everything and print the table name <-> name <-> shape, but write nothing."""
+    """Check everything except checksums, and print the table name <-> name <-> shape, but write nothing."""
     verify: bool = False
     """Read back and compare every tensor bit by bit. If the model fits into memory, also compare its logits
     on a text with those of transformers."""
+    skip_checksums: bool = False
+    """Do not read the files of a training run's checkpoint to compare their checksums first."""
 
 
 def main(argv: list[str]) -> None:
@@ -47,11 +49,20 @@ def main(argv: list[str]) -> None:
 
     from ..policy.compare_logits import compare_logits
     from ..weights.megatron_to_hf import MegatronToHF
+    from ..weights.run_checkpoint import check_whole
+    from ..weights.torch_dist import checkpoint_folder
     from .conversion_job import run_conversion
 
     megatron, hf = options.megatron.absolute(), options.hf.absolute()
+
+    def opened() -> MegatronToHF:
+        if not (options.skip_checksums or options.dry_run):
+            remedy = "give that folder as --megatron, or skip the check with --skip_checksums"
+            check_whole(checkpoint_folder(megatron), remedy)
+        return MegatronToHF(megatron, options.template, options.dtype, max_shard_size)
+
     run_conversion(
-        lambda: MegatronToHF(megatron, options.template, options.dtype, max_shard_size),
+        opened,
         hf,
         dry_run=options.dry_run,
         verify=options.verify,

@@ -91,7 +91,11 @@ def find_candidates(folder: Path) -> Candidates:
 
 
 def choose_whole(
-    candidates: Candidates, *, fall_back: bool = False, damage_of: Callable[[Path], str] | None = None
+    candidates: Candidates,
+    *,
+    fall_back: bool = False,
+    damage_of: Callable[[Path], str] | None = None,
+    remedy: str = "set checkpoint.fall_back = true to go on from it",
 ) -> tuple[Path | None, str]:
     """Return the newest checkpoint, and what is wrong with the one that should be the newest, or "".
 
@@ -99,6 +103,7 @@ def choose_whole(
         fall_back: whether to return the newest whole checkpoint if there is damage, instead of an error.
         damage_of: function that returns what is wrong with a checkpoint, or "". The default is
             ``quick_damage``.
+        remedy: what the error line advises to do with the newest whole checkpoint.
 
     Returns:
         None if no checkpoint was completed.
@@ -114,17 +119,26 @@ def choose_whole(
             damage = damage or f"{candidate} is damaged: {found}"
         elif damage and not fall_back:
             point = f"write {step_of(candidate)} into {LATEST}, or " if candidates.problem else ""
-            raise InputError(
-                f"{damage}; the newest whole checkpoint is {candidate.name}: {point}"
-                "set checkpoint.fall_back = true to go on from it"
-            )
+            raise InputError(f"{damage}; the newest whole checkpoint is {candidate.name}: {point}{remedy}")
         else:
             return candidate, damage
     if damage:
-        raise InputError(
-            f"{damage}; no older checkpoint is whole: restore the file, or choose another run_dir"
-        )
+        raise InputError(f"{damage}; no older checkpoint is whole: restore the file, or use another run")
     return None, ""
+
+
+def check_whole(checkpoint: Path, remedy: str) -> None:
+    """Compare the files of a training run's checkpoint with their checksums. Collective.
+
+    Checkpoints of conversions and of Megatron-LM have no state.json, and are not checked.
+
+    Raises:
+        InputError: a file is damaged; see ``choose_whole``, also for ``remedy``. Raised on every rank.
+    """
+    if (checkpoint / "state.json").exists():
+        older = [found for found in stored_checkpoints(checkpoint.parent) if found.name < checkpoint.name]
+        candidates = broadcast_object(Candidates("", [checkpoint, *older]))
+        choose_whole(candidates, damage_of=full_damage, remedy=remedy)
 
 
 def checkpoint_before(folder: Path, step: int, verify: bool) -> Path | None:

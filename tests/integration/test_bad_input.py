@@ -23,8 +23,10 @@ from megatron_gmpo.data.prompts import load_tokenizer
 from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.models.description import read_hf_config
 from megatron_gmpo.testing.arithmetic import write_addition_problems
+from megatron_gmpo.weights.run_checkpoint import write_state
 
 from ..support.commands import CONFIG, ROOT, error_lines, last_of_report, options, run_module
+from ..support.run_states import run_state
 
 pytestmark = pytest.mark.distributed
 
@@ -206,7 +208,9 @@ CASES: dict[str, tuple[Case, str]] = {
     ),
     "position beyond the data": (
         case(run_dir="{tmp}/damaged"),
-        r"error: the checkpoint's state is damaged: prompts: position = 5 is beyond the 4 prompts",
+        r"iter_0000007 is damaged: state\.json has prompts = \{.*\} "
+        r"\(position = 5 is beyond the 4 prompts\); "
+        r"no older checkpoint is whole: restore the file, or use another run",
     ),
     "prompts beyond the positions": (
         case(rollout__max_new_tokens=2048, eval__max_new_tokens=8),
@@ -266,7 +270,7 @@ def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     identity = model_identity(read_hf_config(str(model)), "fp32")
     prompts = [Prompt(str(i), answer=str(i), input_ids=[i]) for i in range(4)]
     stream = PromptStream(prompts, seed=1234, shuffle=True).state_dict()
-    state = {"step": 7, "model": identity, "config": {"train": {}}, "prompts": stream}
+    state = run_state(7, model=identity, prompts=stream)
     for name, changes in {
         "same": {},
         "other": {"model": identity | {"hidden_size": 128}},
@@ -275,7 +279,7 @@ def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     }.items():
         checkpoint = folder / name / "checkpoints" / "iter_0000007"
         checkpoint.mkdir(parents=True)
-        (checkpoint / "state.json").write_text(json.dumps(state | changes))
+        write_state(checkpoint, state | changes)
         (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("7")
     return folder
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from megatron_gmpo.errors import Exit
 from megatron_gmpo.rollout.replay import save_groups
 from megatron_gmpo.supervision.records import LATEST
 from megatron_gmpo.weights.inspection import inspect_checkpoint
+from megatron_gmpo.weights.run_checkpoint import quick_damage, write_state
 
 from ..support.commands import (
     error_lines,
@@ -33,16 +36,20 @@ from ..support.small_disk import fill, small_disk
 pytestmark = pytest.mark.distributed
 
 TRAIN, EVALUATE = "megatron_gmpo.train", "megatron_gmpo.evaluate"
+TO_HF = "tools.convert_megatron_to_hf"
 STEPS = 4
 _TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return a run of four small steps with a checkpoint after each."""
+    """Return a run of four small steps with a checkpoint after each, and an evaluation after the last."""
+    folder = tmp_path_factory.mktemp("problems")
     return tiny_run(
         tiny_model("qwen3_moe", num_layers=2),
-        tmp_path_factory.mktemp("problems"),
+        folder,
+        eval__sets=f'{{held = {{path = "{folder}/heldout.jsonl", max_prompts = 2}}}}',
+        eval__before="false",
         optimizer__lr=1e-3,
         train__num_steps=STEPS,
         checkpoint__save_interval=1,
@@ -90,6 +97,23 @@ def flip_a_byte(file: Path) -> None:
         content.write(bytes([byte ^ 0x10]))
 
 
+def changed(state: dict[str, Any], path: tuple[str, ...], *value: object) -> dict[str, Any]:
+    """Return a copy of a state whose field ``path`` has another value, or is removed if none is given."""
+    copied = copy.deepcopy(state)
+    parent = functools.reduce(dict.__getitem__, path[:-1], copied)
+    del parent[path[-1]]
+    if value:
+        parent[path[-1]] = value[0]
+    return copied
+
+
+def fields(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for name, value in tree.items():
+        yield (name,)
+        if isinstance(value, dict):
+            yield from ((name, *path) for path in fields(value))
+
+
 # --- damaged checkpoints ------------------------------------------------------------------------------------
 
 
@@ -134,6 +158,62 @@ def test_a_flipped_byte_is_named_and_an_older_checkpoint_taken_on_request(
     assert "iter_0000004 is damaged: __0_1.distcp has the checksum " in line
 
 
+def test_the_other_commands_that_read_weights_compare_checksums(argv: list[str], run_dir: Path) -> None:
+    newest, hf = run_dir / "checkpoints" / "iter_0000003", run_dir / "hf"
+    convert = [TO_HF, "--megatron", newest.parent, "--hf", hf]
+    flip_a_byte(newest / "__0_1.distcp")
+    for command, remedy in (
+        ([EVALUATE, *argv, *options(run_dir=run_dir)], "set checkpoint.fall_back = true "),
+        (convert, "give that folder as --megatron, or skip the check with --skip_checksums"),
+    ):
+        done = run_module(*command)
+        assert done.returncode == Exit.BAD_INPUT, done.stdout
+        (line,) = error_lines(done.stderr)
+        assert f"{newest} is damaged: __0_1.distcp has the checksum " in line
+        assert f"; the newest whole checkpoint is iter_0000002: {remedy}" in line
+    flip_a_byte(newest / "__0_1.distcp")  # back
+    flip_a_byte(newest / "random" / "rank_00001.safetensors")  # which a conversion does not read
+    assert run_module(*convert).returncode == Exit.BAD_INPUT
+    assert not hf.exists()
+    done = run_module(*convert, "--skip_checksums")
+    assert done.returncode == 0, done.stderr
+    assert (hf / "model.safetensors").exists()
+
+
+OPTIONAL = {  # earlier versions did not write them
+    ("prompts", "shuffle"),
+    ("prompts", "fingerprint"),
+    ("clip", "loss"),
+    ("clip", "start"),
+    ("clip", "start", "low"),
+    ("clip", "start", "high"),
+    ("collapse", "window"),
+    ("config", "train", "freeze_router"),
+}
+
+
+def test_each_field_of_a_state_that_is_gone_or_wrong_is_named(run_dir: Path) -> None:
+    """The state is a run's own, with a valid checksum. Fields that no resume reads are left out."""
+    checkpoint = run_dir / "checkpoints" / "iter_0000003"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["clip"] = {"low": 0.4, "high": 0.4, "loss": "gmpo", "start": {"low": 0.4, "high": 0.4}}
+    del state["checksum"]
+    paths = [path for path in fields(state) if path[0] not in ("model", "files", "config") or len(path) == 1]
+    paths += [("config", "train"), ("config", "train", "freeze_router")]
+    assert {("updates",), ("world_size",), ("prompts", "seed"), ("collapse", "signals", "grad_norm")} <= {
+        *paths
+    }
+    for path in paths:
+        name = ".".join(path)
+        write_state(checkpoint, changed(state, path))
+        assert quick_damage(checkpoint) == ("" if path in OPTIONAL else f"state.json lacks {name}")
+        wrong = 7 if path[-1] in ("prompts", "answers", "any_order", "loss") else "wrong"
+        write_state(checkpoint, changed(state, path, wrong))
+        assert quick_damage(checkpoint).startswith(f"state.json has {name} = {wrong!r} (")
+    write_state(checkpoint, state)
+    assert quick_damage(checkpoint) == ""
+
+
 def test_a_replay_must_have_the_steps_after_an_older_checkpoint(
     argv: list[str], run_dir: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +244,10 @@ def test_the_pointer_and_small_files_are_checked_before_anything_starts(
             r"damaged: \.metadata cannot be",
         ),
         (lambda: (newest / "state.json").write_text("[]"), r"damaged: state\.json is not a JSON object; "),
+        (lambda: write_state(newest, changed(state, ("updates",))), r"damaged: state\.json lacks updates; "),
     ]
+    state = json.loads((newest / "state.json").read_text())
+    del state["checksum"]
     sets = options(eval__sets='{a = {path = "nowhere.jsonl"}}')
     metrics = (run_dir / "metrics.jsonl").read_bytes()
     for fault, message in faults:
@@ -192,8 +275,9 @@ def test_a_run_killed_in_every_phase_equals_an_undisturbed_one(
     if ranks == 1:
         whole = tmp_path / "whole"
         assert run_module(TRAIN, *argv, *options(run_dir=whole)).returncode == 0
-    kills = [(0, "weight_sync", 0), (0, "checkpoint", 0), (1, "rollout", 1), (1, "logprobs", 1)]
-    kills += [(1, "checkpoint", 1), (0, "checkpoint", 2), (0, "train", 3)]
+    kills = [(1, "start", 0), (0, "weight_sync", 0), (0, "checkpoint", 0), (1, "rollout", 1)]
+    kills += [(0, "start", 1), (1, "logprobs", 1), (1, "checkpoint", 1), (0, "checkpoint", 2)]
+    kills += [(0, "train", 3), (1, "evaluation", 3)]
     for rank, phase, step in kills:
         done = run_module(
             "tests.support.killed", rank % ranks, phase, step, *argv, *options(run_dir=run_dir), **under

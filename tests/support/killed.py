@@ -1,7 +1,8 @@
 """Train, and kill a rank with SIGKILL: ``python -m tests.support.killed RANK PHASE STEP CONFIG.toml ...``.
 
-The rank dies when it enters the phase in the step after STEP completed steps; in the phase ``checkpoint`` it
-dies while Megatron's writers write.
+The rank dies when it enters the phase in the step after STEP completed steps. In the phase ``checkpoint`` it
+dies while Megatron's writers write. In the phase ``start`` it dies while weights load: those of the model if
+STEP is 0, else those of a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from multiprocessing.context import ForkProcess
 from typing import Any
 
 from megatron_gmpo import train
+from megatron_gmpo.policy import policy
 from megatron_gmpo.run import start_command
 from megatron_gmpo.supervision.attempt import Attempt
 
 
 def main(rank: str, phase: str, step: int) -> None:
     enter, start = Attempt.enter, ForkProcess.start
+    chosen = os.environ.get("RANK", "0") == rank
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -35,7 +38,7 @@ def main(rank: str, phase: str, step: int) -> None:
     def enter_or_die(attempt: Attempt, entered: str) -> None:
         enter(attempt, entered)
         assert attempt._heartbeat
-        if (entered, attempt._heartbeat.step) == (phase, step) and os.environ.get("RANK", "0") == rank:
+        if (entered, attempt._heartbeat.step) == (phase, step) and chosen:
             if phase != "checkpoint" or rank != "0":  # rank 0 writes the tensors
                 die()
             patched.start = second_writer
@@ -43,6 +46,8 @@ def main(rank: str, phase: str, step: int) -> None:
     patched: Any = ForkProcess
     patched_attempt: Any = Attempt
     patched_attempt.enter = enter_or_die
+    if phase == "start" and chosen:
+        setattr(policy, "load_training_state" if step else "load_hf", die)
     start_command(train.main)
 
 
