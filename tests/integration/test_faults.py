@@ -1,6 +1,6 @@
 """Faults injected into real runs: what the user sees, with which exit code, and what is kept.
 
-docs/supervision.md has the table of all faults; each of its rows names a test.
+docs/supervision.md has the table of all faults and their tests.
 """
 
 from __future__ import annotations

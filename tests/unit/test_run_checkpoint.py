@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -18,6 +19,7 @@ from megatron_gmpo.checkpoint import go_back, room_to_save
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import CollapseError, InputError
 from megatron_gmpo.metrics.collapse import Collapse, CollapseDetector
+from megatron_gmpo.metrics.logger import MetricLogger
 from megatron_gmpo.state import TrainingState
 from megatron_gmpo.supervision.records import LATEST
 from megatron_gmpo.weights import checksums
@@ -287,6 +289,26 @@ def test_a_rollback_takes_a_whole_checkpoint_of_this_run(
     state._detector, state.step, state.saved_step = CollapseDetector(cfg.collapse), 8, saved_step
     with pytest.raises(CollapseError, match=rf"from before the collapse is .*iter_000000{taken};"):
         state.react(Collapse("entropy", began=7), Mock())
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the checkpoint's own step can be missing for good after a power loss."""
+    order: list[str] = []
+    # a test cannot cut the power, so it records which files the kernel is asked to flush
+    monkeypatch.setattr(
+        os, "fsync", lambda number: order.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+    )
+    state = TrainingState.__new__(TrainingState)
+    state.policy = Mock(save=lambda *_, **__: order.append("checkpoint"))
+    state._cfg, state._run, state._clip, state.collector = Config(), Mock(), None, None
+    state._detector, state.step, state.saved_step = CollapseDetector(Config().collapse), 1, 0
+    logger = MetricLogger(tmp_path, tensorboard=False)
+    logger.log(1, {"loss": 1.0})
+    logger.event("resume")
+    state.save(logger)
+    assert {"metrics.jsonl", "events.jsonl"} <= {*order[: order.index("checkpoint")]}
 
 
 @pytest.mark.parametrize(

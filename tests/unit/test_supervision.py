@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import CollectiveError, Exit, InputError
-from megatron_gmpo.supervision import attempt
+from megatron_gmpo.supervision import attempt, signals
 from megatron_gmpo.supervision.attempt import Attempt
 from megatron_gmpo.supervision.lock import RunLock
 from megatron_gmpo.supervision.records import Outcome, read_outcome, write_outcome
 from megatron_gmpo.supervision.stop import job_end_time
+
+from ..support.small_disk import fill, small_disk
 
 SEEN = Outcome(Exit.FAILED, "another rank was lost", 3, 0, "node1", 1.0, consequence=True)
 CAUSE = Outcome(Exit.FAILED, "ValueError: x", 3, 1, "node2", 2.0)
@@ -140,3 +145,55 @@ def test_the_end_of_the_job_comes_from_slurm(tmp_path: Path, monkeypatch: pytest
         assert job_end_time() == end
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1795280401")
     assert job_end_time() == 1795280401.0
+
+
+def ends_with_a_child(told: Connection) -> None:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    told.send(child.pid)
+    signals.exit_with_children(Exit.HUNG)
+
+
+def test_a_rank_that_ends_at_once_ends_its_writers_first() -> None:
+    """os._exit alone would leave them: multiprocessing ends its children in an exit handler."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    rank = multiprocessing.get_context("fork").Process(target=ends_with_a_child, args=(theirs,))
+    rank.start()
+    child = ours.recv()
+    rank.join(60)
+    assert rank.exitcode == Exit.HUNG
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("folder", ["errors", "stacks"])
+def test_a_crash_is_recorded_although_its_traceback_cannot_be_written(folder: str, tmp_path: Path) -> None:
+    cfg = Config.model_validate({"run_dir": str(tmp_path), "supervision": {"node_check": False}})
+
+    def crash(disk: Path) -> None:
+        with Attempt(cfg) as one:
+            one.start(torch.device("cpu"), 0, "")
+            fill(disk)
+            assert one._heartbeat
+            one._heartbeat.dump_stacks()
+            raise ZeroDivisionError("division by zero")
+
+    with small_disk(tmp_path / folder, "64k") as disk, pytest.raises(ZeroDivisionError):
+        crash(disk)
+    found = read_outcome(tmp_path)
+    assert found
+    assert found.code == Exit.FAILED
+    assert found.reason.endswith("in phase start of step 1: ZeroDivisionError: division by zero")
+
+
+def test_each_fault_of_the_docs_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    faults = (root / "docs/supervision.md").read_text().partition("\n## Faults\n")[2].partition("\n## ")[0]
+    rows = [line for line in faults.splitlines() if line.startswith("| ") and "---" not in line]
+    rows = [row for row in rows if not row.startswith("| fault |")]
+    tests = "".join(file.read_text() for file in (root / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)\(", tests, re.MULTILINE))
+    assert len(rows) > 20
+    for row in rows:
+        named = set(re.findall(r"`(test_\w+)`", row))
+        assert named, row
+        assert named <= defined, row
