@@ -144,7 +144,7 @@ def narrow_experts(ids: np.ndarray) -> np.ndarray:
 
 def version_spans_of(versions: Sequence[int] | np.ndarray, start: int = 0) -> np.ndarray:
     """Return ``Sample.version_spans`` for one version per token, of which the first is token ``start``."""
-    values = np.asarray(versions, np.int32)
+    values = _column("token_versions", versions, np.int32, (None,))
     first = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
     return np.stack([first + start, values[first]], axis=1).astype(np.int32)
 
