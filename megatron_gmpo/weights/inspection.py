@@ -63,7 +63,7 @@ def _inspect_megatron(folder: Path) -> dict[str, str]:
         f"{'layers stacked' if source.layers_are_stacked else 'layers separate'}",
         "optimizer": "yes" if len(weights) < len(source.tensors) else "no",
     }
-    if numbered and (folder / "state.json").exists():
+    if (folder / "state.json").exists():
         if damage := full_damage(folder):
             return about | {"whole": f"no: {damage}"}
         recorded = read_state(folder).files

@@ -23,6 +23,8 @@ from ..supervision.records import LATEST, newest_step
 from .checksums import checksum, find_damage
 from .torch_dist import TorchDistReader, checkpoint_path
 
+_NAME = re.compile(r"iter_\d{7,9}")
+
 
 class _TrainConfig(SavedState):
     freeze_router: bool = False
@@ -136,7 +138,8 @@ def check_whole(checkpoint: Path, remedy: str) -> None:
         InputError: a file is damaged; see ``choose_whole``, also for ``remedy``. Raised on every rank.
     """
     if (checkpoint / "state.json").exists():
-        older = [found for found in stored_checkpoints(checkpoint.parent) if found.name < checkpoint.name]
+        stored = stored_checkpoints(checkpoint.parent)  # without a checkpoint that the user has renamed
+        older = stored[stored.index(checkpoint) + 1 :] if checkpoint in stored else []
         candidates = broadcast_object(Candidates("", [checkpoint, *older]))
         choose_whole(candidates, damage_of=full_damage, remedy=remedy)
 
@@ -185,7 +188,7 @@ def read_state(checkpoint: Path) -> RunState:
 
     Raises:
         InputError: the file is missing or damaged, lacks a field, has a wrong value, or states another step
-            than the name of its folder.
+            than the name of its ``iter_*`` folder.
     """
     path, content = checkpoint / "state.json", _content(checkpoint)
     try:
@@ -197,7 +200,7 @@ def read_state(checkpoint: Path) -> RunState:
             raise InputError(f"{path} lacks {field}") from None
         reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path} has {field} = {short_repr(first['input'])} ({reason})") from None
-    if state.step != step_of(checkpoint):
+    if _NAME.fullmatch(checkpoint.name) and state.step != step_of(checkpoint):
         raise InputError(f"{path} states step {state.step}")
     return state
 
@@ -220,7 +223,7 @@ def write_state(checkpoint: Path, content: dict[str, Any]) -> None:
 
 def stored_checkpoints(folder: Path) -> list[Path]:
     """Return the ``iter_*`` folders, newest first."""
-    found = [path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d{7,9}", path.name)]
+    found = [path for path in folder.glob("iter_*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 

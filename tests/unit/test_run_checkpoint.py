@@ -24,6 +24,7 @@ from megatron_gmpo.state import TrainingState
 from megatron_gmpo.supervision.records import LATEST
 from megatron_gmpo.weights import checksums
 from megatron_gmpo.weights.run_checkpoint import (
+    check_whole,
     choose_whole,
     find_candidates,
     full_damage,
@@ -180,6 +181,27 @@ def test_a_damaged_file_is_named(kind: str, file: str, folder: Path) -> None:
     found, damage = chosen(folder, fall_back=True)
     assert found == folder / "iter_0000005"
     assert file in damage
+
+
+def test_a_checkpoint_is_whole_under_any_name(folder: Path) -> None:
+    newest_one = folder / "iter_0000006"
+    check_whole(newest_one, "take it")
+    (folder / "iter_0000004").rename(folder / "best")
+    check_whole(folder / "best", "take it")
+    (folder / "iter_0000005").rename(folder / "iter_0000007")
+    with pytest.raises(
+        InputError, match=r"iter_0000007 is damaged: state\.json states step 5; .* is iter_0000006"
+    ):
+        check_whole(folder / "iter_0000007", "take it")
+    for checkpoint, older in ((newest_one, "no older"), (folder / "best", "no older")):
+        (checkpoint / RANDOM).write_bytes(bytes(200))
+        with pytest.raises(
+            InputError, match=rf"{checkpoint.name} is damaged: {RANDOM} has the checksum .*{older}"
+        ):
+            check_whole(checkpoint, "take it")
+    shutil.rmtree(newest_one)
+    (folder / "best" / "state.json").unlink()  # as in a conversion, or in a checkpoint of Megatron-LM
+    check_whole(folder / "best", "take it")
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:
