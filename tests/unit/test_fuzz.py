@@ -240,6 +240,7 @@ def resume(content: bytes, signed: bool) -> None:
 
 
 @inputs(250)
+@example(b'{"step": 6}', False)
 @example(with_part("files", x=5), True)
 @example(with_part("config", train=[]), True)
 @example(with_part("collapse", remove="rollbacks"), True)
@@ -303,7 +304,15 @@ def train_on(line: bytes, routing: bool) -> None:
     make_train_batch(groups, group_advantages(groups), ROUTING if routing else None)
 
 
+def with_versions(versions: Any) -> bytes:
+    """Return a line in the format of earlier versions, with one version per token."""
+    record = group()
+    record["samples"][0]["token_versions"] = versions
+    return json.dumps(record).encode()
+
+
 @inputs(350)
+@example(with_versions("7"), False)
 @given(json_files(group, WORDS_OF_GROUPS, ARRAYS), st.booleans())
 def test_saved_rollouts(line: bytes, routing: bool) -> None:
     with read_or_refused():
