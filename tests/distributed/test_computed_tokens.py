@@ -119,9 +119,12 @@ def doubled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("qwen3", {"algorithm": {"entropy_coef": 0.1}}),
         ("qwen3_moe", {"megatron": {"moe_aux_loss_coeff": 0.1}}),
         ("qwen3_moe", {"megatron": {"moe_z_loss_coeff": 0.1}}),
+        ("glm4_moe", {"megatron": {"moe_router_bias_update_rate": 0.001}}),
+        ("qwen3_moe", {"megatron": {"moe_expert_capacity_factor": 1.0}}),
+        ("qwen3_moe", {"megatron": {"moe_router_load_balancing_type": "sinkhorn"}}),
     ],
 )
-def test_a_term_over_every_token_computes_every_token(
+def test_every_token_is_computed_where_a_term_or_the_routing_of_others_uses_it(
     ranks: RankPool, expected: Reference, family: str, changes: dict[str, Any]
 ) -> None:
     cfg = config(expected.model(family), {}, max_tokens=64, **changes)

@@ -70,8 +70,8 @@ def compare(
         only: the only combination to run; None means all.
 
     Returns:
-        A line for every difference, and how many batches were ``leaner`` than the whole step, without any
-        advantage (``no advantage``), and clipped (``clipped``).
+        A line for every difference, and how many batches had sequences left out (``leaner``) or
+        no advantage.
     """
     failures: list[str] = []
     seen = {"leaner": 0, "no advantage": 0}
@@ -84,8 +84,8 @@ def compare(
             expected = model.step(batch) if model else None
             for savings in [only] if only is not None else COMBINATIONS:
                 start.restore()
-                with leaving_out(savings, policy, objective) as changed:
-                    found = _step(policy, replace(batch), changed)
+                with leaving_out(savings, objective) as changed:
+                    found = _step(policy, replace(batch), changed, "first pass" in savings)
                 expected = expected or found
                 failures += [
                     f"seed {seed}, without {sorted(savings)}: {x}" for x in differences(found, expected)
@@ -128,16 +128,12 @@ def random_batch(seed: int, policy: Policy) -> TrainBatch:
 
 
 @contextmanager
-def leaving_out(savings: frozenset[str], policy: Policy, objective: Objective) -> Iterator[Objective]:
-    """Let the policy compute the parts that are not in ``savings``; yield the objective to train with."""
+def leaving_out(savings: frozenset[str], objective: Objective) -> Iterator[Objective]:
+    """Compute all sequences and all logits unless they are in ``savings``; yield the changed objective."""
     if "sequences" not in savings:
         objective = replace(objective, loss=replace(objective.loss, needs_advantage=False))
-    passes_first = policy._passes_first or "first pass" not in savings
     function = schedule.vocab_parallel_logprobs if "logits" in savings else logprobs_from_logits
-    with (
-        mock.patch.object(policy, "_passes_first", passes_first),
-        mock.patch.object(schedule, "vocab_parallel_logprobs", function),
-    ):
+    with mock.patch.object(schedule, "vocab_parallel_logprobs", function):
         yield objective
 
 
@@ -148,16 +144,21 @@ def logprobs_from_logits(
     return logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def _step(policy: Policy, batch: TrainBatch, objective: Objective) -> Step:
-    """Do what ``train.Loop`` does with a batch."""
+def _step(policy: Policy, batch: TrainBatch, objective: Objective, leave_out_pass: bool) -> Step:
+    """Do what ``train.Loop`` does with a batch, or compute all old log probabilities before the updates."""
     figures = policy.prepare(batch, objective)
+    if not leave_out_pass:
+        policy.set_old_logprobs(batch)
     correct(batch, policy.cfg.algorithm)
     if policy.reference:
         batch.ref_logprobs = policy.reference_logprobs(batch)
     objective.add_columns(batch)
     losses, gradients = [], []
     policy.begin_step(0)
-    minibatches = policy.minibatches(batch)
+    if leave_out_pass:
+        minibatches = policy.minibatches(batch)
+    else:
+        minibatches = batch.split(policy.cfg.train.minibatches_per_step)
     for minibatch in minibatches:
         loss = policy.train_step(minibatch, objective)["loss"]
         losses.append(float(loss.total / max(1, loss.count)))
