@@ -4,8 +4,8 @@ Run: python -m benchmarks.logprobs   (about two minutes)
 
 memory: one microbatch of 16,384 tokens with Qwen's vocabulary of 151,936, in fp32 on the CPU, forward and
 backward. ``extra_over_logits`` is the peak of resident memory beyond hidden states, output matrix and their
-gradients, as a multiple of the logits, which would take 10 GB. The target is at most 0.02. A small hidden size
-of 64 keeps the run short; the memory beyond the inputs does not depend on it.
+gradients, as a multiple of the logits, which would take 10 GB. The target is at most 0.02. A hidden size of
+64 keeps the run short; the memory beyond the inputs does not depend on it.
 
 time: 1,024 tokens with a hidden size of 1,024, against a peer that computes all logits, ``log_softmax`` and
 ``gather``, and no entropy. The backward pass of this project computes the logits again, which is one matrix
