@@ -135,6 +135,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             grad_hidden[chunk] = grad @ valid
             if grad_weight is not None:
                 _add_product(grad_weight[: ctx.valid], grad.T, hidden[chunk])
+            del logits, grad  # before the product of the next chunk
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 5
 
 

@@ -29,7 +29,7 @@ from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device, without_logits
 from .fp8 import drop_initial_values
 from .optimizer_state import load_training_state, load_weights, tensors_to_save
-from .routers import OldRouters, RouterShift, freeze_routers
+from .routers import OldRouters, RouterShift, freeze_routers, routes_together
 from .routing import Routing, RoutingPass
 from .schedule import Schedule, response_logprobs
 
@@ -112,8 +112,8 @@ class Policy:
         """Set the ``has_gradient`` and ``old_logprobs`` of a step's batch; leave out what changes nothing.
 
         A sequence without response tokens or with advantage 0 has no gradient. It is computed only if a term
-        of the loss, an auxiliary loss or the routers' bias uses every token, or if no sequence has a
-        gradient, so that figures of the policy exist.
+        of the loss, an auxiliary loss, an update of the routers' bias or the routing of other tokens uses it,
+        or if no sequence has a gradient, so that figures of the policy exist.
 
         ``train_step`` gives the first minibatch its old log probabilities, unless something reads them
         before (``first_needs_old_logprobs``).
@@ -123,7 +123,9 @@ class Policy:
             are computed.
         """
         transformer = self.description.transformer
-        every_token = self.auxiliary.used or transformer.moe_router_enable_expert_bias
+        every_token = (
+            self.auxiliary.used or transformer.moe_router_bias_update_rate or routes_together(transformer)
+        )
         chosen = (batch.advantages != 0) & (batch.response_lengths > 0)
         if objective.needs_advantage and not every_token and chosen.any():
             batch.has_gradient = chosen

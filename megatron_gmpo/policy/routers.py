@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -39,6 +40,20 @@ def freeze_routers(chunks: list[torch.nn.Module]) -> None:
     """Exclude the routers' weights from training. Must run before the gradient buffers are built."""
     for router in (router for chunk in chunks for router in routers_of(chunk).values()):
         router.requires_grad_(False)
+
+
+def routes_together(config: TransformerConfig) -> bool:
+    """Return whether the experts of a token depend on the other tokens of its microbatch.
+
+    Experts with a capacity drop the tokens beyond it (moe_utils.py), and Sinkhorn's algorithm balances all
+    tokens (router.py).
+    """
+    return (
+        config.moe_expert_capacity_factor is not None
+        # Megatron-Core 0.16 has no moe_expert_rank_capacity_factor
+        or getattr(config, "moe_expert_rank_capacity_factor", None) is not None
+        or config.moe_router_load_balancing_type == "sinkhorn"
+    )
 
 
 def sum_pieces(

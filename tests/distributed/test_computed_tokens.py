@@ -35,14 +35,14 @@ from .test_layouts import (
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS: dict[str, tuple[str, int, dict[str, int]]] = {
-    "qwen3, one rank": ("qwen3", 1, {}),
-    "qwen3, dp2": ("qwen3", 2, {}),
-    "qwen3, tp2 cp2": ("qwen3", 4, {TP: 2, CP: 2}),
-    "qwen3, pp2 vpp2": ("qwen3", 2, {PP: 2, VPP: 2}),
-    "qwen3_moe, one rank": ("qwen3_moe", 1, {}),
-    "qwen3_moe, tp2 ep2": ("qwen3_moe", 2, {TP: 2, EP: 2}),
-    "qwen3_moe, cp2 ep2": ("qwen3_moe", 2, {CP: 2, EP: 2}),
+LAYOUTS: dict[str, tuple[str, int, dict[str, int], bool]] = {
+    "qwen3, one rank": ("qwen3", 1, {}, False),
+    "qwen3, dp2 distributed optimizer": ("qwen3", 2, {}, True),
+    "qwen3, tp2 cp2": ("qwen3", 4, {TP: 2, CP: 2}, False),
+    "qwen3, pp2 vpp2": ("qwen3", 2, {PP: 2, VPP: 2}, False),
+    "qwen3_moe, one rank": ("qwen3_moe", 1, {}, False),
+    "qwen3_moe, tp2 ep2": ("qwen3_moe", 2, {TP: 2, EP: 2}, True),
+    "qwen3_moe, cp2 ep2": ("qwen3_moe", 2, {CP: 2, EP: 2}, False),
 }
 COMPUTED = 13 + 29 + 40 + 2 + 5
 """Tokens of the sequences with response tokens and an advantage."""
@@ -51,8 +51,14 @@ COMPUTED = 13 + 29 + 40 + 2 + 5
 @pytest.mark.parametrize("minibatches", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_changes_nothing(ranks: RankPool, expected: Reference, layout: str, minibatches: int) -> None:
-    family, world_size, parallel = LAYOUTS[layout]
-    cfg = config(expected.model(family), parallel, max_tokens=64, train={"minibatches_per_step": minibatches})
+    family, world_size, parallel, distributed = LAYOUTS[layout]
+    cfg = config(
+        expected.model(family),
+        parallel,
+        max_tokens=64,
+        train={"minibatches_per_step": minibatches},
+        optimizer={"use_distributed_optimizer": distributed},
+    )
     whole, lean = (
         ranks.run(world_size, cases.learn, cfg, make_batch(), 2, everything) for everything in (True, False)
     )
@@ -70,7 +76,7 @@ def test_it_changes_nothing(ranks: RankPool, expected: Reference, layout: str, m
 
 @pytest.mark.parametrize("layout", ["qwen3, one rank", "qwen3_moe, tp2 ep2", "qwen3_moe, cp2 ep2"])
 def test_a_step_equals_float64(ranks: RankPool, expected: Reference, tmp_path: Path, layout: str) -> None:
-    family, world_size, parallel = LAYOUTS[layout]
+    family, world_size, parallel, distributed = LAYOUTS[layout]
     path, batch = expected.model(family), make_batch()
     old = reference.batch_logprobs(path, batch)
     known = reference.train(
@@ -87,7 +93,7 @@ def test_a_step_equals_float64(ranks: RankPool, expected: Reference, tmp_path: P
         eps=EPS,
         clip_grad=CLIP_GRAD,
     )
-    cfg = config(path, parallel, max_tokens=64)
+    cfg = config(path, parallel, max_tokens=64, optimizer={"use_distributed_optimizer": distributed})
     for result in ranks.run(world_size, cases.learn, cfg, batch, 1, False):
         (update,) = result["history"]
         assert update["loss"] == pytest.approx(known["losses"][0], rel=1e-4)
@@ -113,9 +119,12 @@ def doubled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("qwen3", {"algorithm": {"entropy_coef": 0.1}}),
         ("qwen3_moe", {"megatron": {"moe_aux_loss_coeff": 0.1}}),
         ("qwen3_moe", {"megatron": {"moe_z_loss_coeff": 0.1}}),
+        ("glm4_moe", {"megatron": {"moe_router_bias_update_rate": 0.001}}),
+        ("qwen3_moe", {"megatron": {"moe_expert_capacity_factor": 1.0}}),
+        ("qwen3_moe", {"megatron": {"moe_router_load_balancing_type": "sinkhorn"}}),
     ],
 )
-def test_a_term_over_every_token_computes_every_token(
+def test_every_token_is_computed_where_a_term_or_the_routing_of_others_uses_it(
     ranks: RankPool, expected: Reference, family: str, changes: dict[str, Any]
 ) -> None:
     cfg = config(expected.model(family), {}, max_tokens=64, **changes)

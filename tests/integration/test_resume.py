@@ -45,15 +45,20 @@ def unbroken(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+def copy_as_saved(unbroken: Path, run_dir: Path) -> None:
+    """Copy the folder of a run of four steps, with the second step's checkpoint as the last one."""
+    shutil.copytree(unbroken, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "iter_0000004")
+    (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
+
+
 @pytest.fixture
 def resumed(argv: list[str], unbroken: Path, tmp_path: Path) -> Callable[..., Path]:
     """Return a function that resumes the run after its second step, and returns its folder."""
 
     def resume(*, earlier_version: bool = False, **changed: object) -> Path:
         run_dir = tmp_path / "resumed"
-        shutil.copytree(unbroken, run_dir)
-        shutil.rmtree(run_dir / "checkpoints" / "iter_0000004")
-        (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
+        copy_as_saved(unbroken, run_dir)
         if earlier_version:
             file = run_dir / "checkpoints" / "iter_0000002" / "state.json"
             state = json.loads(file.read_text())
@@ -131,3 +136,33 @@ def test_prompts_and_clip_go_on_where_they_were(resumed: Callable[..., Path], un
     assert after["policy/clip_low"] == before["policy/clip_low"]
     assert before["policy/clip_high"] != 0.2
     assert after["policy/clip_high"] == 0.3  # the config asks for another clip
+
+
+def test_it_equals_an_unbroken_run_bit_for_bit(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Both leave out sequences without advantage and a pass for the first old log probabilities."""
+    argv = tiny_run(
+        tiny_model("qwen3", num_layers=2),
+        tmp_path,
+        eval__before="false",
+        rollout__samples_per_prompt=2,
+        rollout__max_new_tokens=2,  # few different rewards
+        optimizer__lr=LR,
+        train__num_steps=4,
+        train__minibatches_per_step=2,
+        checkpoint__save_interval=SAVED,
+    )
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    for run_dir in (unbroken, resumed):
+        if run_dir == resumed:
+            copy_as_saved(unbroken, resumed)
+        done = run_module("megatron_gmpo.train", *argv, *options(run_dir=run_dir))
+        assert done.returncode == 0, done.stderr
+    known, lines = (
+        [{k: v for k, v in line.items() if not k.startswith(("time/", "throughput/"))} for line in read]
+        for read in (json_lines(folder / "metrics.jsonl") for folder in (unbroken, resumed))
+    )
+    assert lines == known
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(0 < line["train/computed_tokens"] < 1 for line in lines[SAVED:])
+    for file in (unbroken / "checkpoints" / "iter_0000004").glob("*.distcp"):  # weights and moments
+        assert (resumed / "checkpoints" / "iter_0000004" / file.name).read_bytes() == file.read_bytes()

@@ -43,6 +43,8 @@ from megatron_gmpo.weights.run_checkpoint import RunState
 
 from .run_states import newest, records
 
+from .memory import peak_of_allocations
+
 CPU = torch.device("cpu")
 
 
@@ -381,20 +383,8 @@ def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
         saved = _SavedTensors(weights)
         for chunk in policy.chunks:
             chunk.register_forward_hook(saved.note)
-        with (
-            saved,
-            torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile,
-        ):
-            _steps(policy, batch, 1)
-        live = peak = 0
-        for event in sorted(
-            (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"),
-            key=lambda e: e.start_ns(),
-        ):
-            live += event.nbytes()
-            peak = max(peak, live)
+        with saved:
+            peak = peak_of_allocations(lambda: _steps(policy, batch, 1))
         chunks: Any = policy.chunks
         buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         optimizers = getattr(policy.model.optimizer, "chained_optimizers", [policy.model.optimizer])

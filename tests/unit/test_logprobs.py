@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from megatron_gmpo.losses.gmpo import gmpo
+from megatron_gmpo.losses.tokens import LossTokens
 from megatron_gmpo.policy.logprobs import vocab_parallel_logprobs
+
+from ..support.memory import peak_of_allocations
 
 VOCAB, PADDED, HIDDEN = 50, 64, 12
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -189,3 +193,38 @@ def test_the_logits_of_a_few_chunks_exist_at_a_time() -> None:
         )
         (logprobs + entropy).sum().backward()
     assert largest.elements == 60 * VOCAB
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_memory_of_head_and_loss(entropy_coef: float) -> None:
+    """Beyond the inputs and their gradients it is below 0.02 of the logits.
+
+    As for 16,384 tokens in chunks of 128, a chunk is 1/128 of the tokens.
+    """
+    tokens, vocab, sequences = 2048, 8192, 16
+    # of width 2, so that gradients that do not exist yet in the forward pass hardly count
+    hidden, weight = (torch.randn(rows, 2, requires_grad=True) for rows in (tokens, vocab))
+    labels = torch.randint(0, vocab, (tokens,))
+    mask = torch.ones(tokens, dtype=torch.bool)
+    owners = torch.arange(sequences).repeat_interleave(tokens // sequences)
+
+    def head_and_loss() -> None:
+        logprobs, entropy = vocab_parallel_logprobs(
+            hidden, weight, labels, vocab_size=vocab, tp_group=None, chunk_tokens=tokens // 128
+        )
+        packed = LossTokens(
+            logprobs,
+            logprobs.detach(),
+            mask,
+            owners,
+            torch.ones(sequences),
+            entropy=entropy if entropy_coef else entropy.detach(),
+            entropy_coef=entropy_coef,
+        )
+        gmpo(packed, clip_low=0.4, clip_high=0.4).loss.backward()
+
+    extra = peak_of_allocations(head_and_loss) - hidden.nbytes - weight.nbytes
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    chunk = 4 * vocab * tokens // 128
+    assert chunk < extra < 0.02 * 4 * tokens * vocab
