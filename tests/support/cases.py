@@ -41,9 +41,8 @@ from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.weights.export import export_hf
 from megatron_gmpo.weights.run_checkpoint import RunState
 
-from .run_states import newest, records
-
 from .memory import peak_of_allocations
+from .run_states import newest, records
 
 CPU = torch.device("cpu")
 
