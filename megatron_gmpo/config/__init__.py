@@ -160,6 +160,13 @@ class Config(Section):
         return self
 
     @property
+    def uses_fp32_head(self) -> bool:
+        """Return whether policy and rollout engine keep the logits of a bf16 model in fp32."""
+        if self.model.fp32_head is None:
+            return self.model.dtype == "bf16" and not self.rollout.server_urls
+        return self.model.fp32_head
+
+    @property
     def needs_rollout_routing(self) -> bool:
         """Return whether samples must carry ``routed_experts``."""
         return self.rollout.routed_experts or self.algorithm.moe_routing_replay == "rollout"

@@ -230,6 +230,27 @@ def test_fields_that_fit_together() -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], True),
+        (["--model.dtype", "fp32"], False),
+        (["--model.fp32_head", "false"], False),
+        (["--rollout.engine", "sglang"], True),
+        (["--rollout.engine", "sglang", "--rollout.server_urls", '["http://a:1"]'], False),
+        (
+            [
+                *("--rollout.engine", "sglang", "--rollout.server_urls", '["http://a:1"]'),
+                *("--model.fp32_head", "true"),
+            ],
+            True,
+        ),
+    ],
+)
+def test_logits_stay_in_fp32_where_the_engine_can_match(argv: list[str], expected: bool) -> None:
+    assert load_config(argv).uses_fp32_head is expected
+
+
+@pytest.mark.parametrize(
     ("tp", "sequence_parallel", "expected"),
     [(1, None, False), (2, None, True), (2, False, False), (1, True, False), (2, True, True)],
 )
