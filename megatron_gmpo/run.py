@@ -151,6 +151,7 @@ class Run:
             seed=self.cfg.seed,
             routed_experts=self.cfg.rollout.routed_experts,
             quantized=self.cfg.rollout.quantization == "fp8",
+            fp32_head=self.cfg.uses_fp32_head,
         )
 
     def write_config(self) -> None:

@@ -1,8 +1,8 @@
 """Train with GMPO: ``torchrun --nproc-per-node N -m megatron_gmpo.train CONFIG.toml --section.key value ...``
 
 Every step syncs the rollout engine's weights, samples and scores groups of responses, turns rewards into
-advantages, computes the policy's log probabilities before the first update, and then makes one optimizer step
-per minibatch.
+advantages, computes the log probabilities that the loss needs before the first update, and then makes one
+optimizer step per minibatch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import logging
 from contextlib import closing, nullcontext
 
-import torch
 from safetensors import SafetensorError
 
 from .batch.assembly import make_train_batch
@@ -35,7 +34,7 @@ from .errors import NonFiniteError
 from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
 from .losses.advantages import group_advantages
-from .losses.correction import correct, rollout_mismatch
+from .losses.correction import correct, rollout_mismatch, rollout_ratio_warning
 from .losses.objective import make_objective
 from .metrics.figures import Metric, reduce_metrics
 from .metrics.logger import MetricLogger, Timer
@@ -62,6 +61,9 @@ def train(run: Run, attempt: Attempt) -> None:
     )
     clip = make_adaptive_clip(cfg.algorithm, objective)
     run.start()
+    warning = rollout_ratio_warning(cfg, is_moe=run.description.is_moe)
+    if warning and rank() == 0:
+        log.warning(warning)
     run.verify_checkpoint()
     if run.step >= cfg.train.num_steps:
         if rank() == 0:
@@ -147,7 +149,7 @@ class Loop:
         if batch.advantages.any():  # else the clip fractions say nothing
             state.adapt_clip(learned)
         state.step += 1
-        self.logger.add(collected.metrics | rollout_mismatch(batch))
+        self.logger.add(collected.metrics)
 
         last = state.step == cfg.train.num_steps
         results = self.evaluate() if last or _due(cfg.eval.interval, state.step) else {}
@@ -204,10 +206,8 @@ class Loop:
             for minibatch in minibatches:
                 self.minibatch = minibatch
                 updates.append(policy.train_step(minibatch, objective))
-        # the first minibatch may have got them only now
-        old = [m.old_logprobs for m in minibatches if m.old_logprobs is not None]
-        batch.old_logprobs = torch.cat(old)
-        return reduce_metrics(updates)
+        known = [minibatch for minibatch in minibatches if minibatch.old_logprobs is not None]
+        return reduce_metrics(updates) | rollout_mismatch(*known)
 
     def evaluate(self) -> dict[str, float]:
         """Return the results on every benchmark of ``eval.sets``."""

@@ -127,6 +127,7 @@ def transformers_side(
         batch_size=1,
         seed=cfg.seed,
         quantized=quantized,
+        fp32_head=cfg.uses_fp32_head,
     )
     engine.update_weights(_weights_of(cfg), version=0)
     samples = [sample for group in groups for sample in group.samples]
@@ -192,6 +193,7 @@ def own_server_side(cfg: Config, groups: list[SampleGroup], device: torch.device
     # The server shares this process's GPU. NCCL supports no group of two processes on one GPU, so the weights
     # are sent over the disk route. The server cannot use memory that torch caches until it is released.
     update = {
+        "model": cfg.model.model_copy(update={"fp32_head": cfg.uses_fp32_head}),  # as in the other sides
         "rollout": cfg.rollout.model_copy(update=rollout),
         "weight_sync": cfg.weight_sync.model_copy(update={"route": "disk", "folder": ""}),
     }

@@ -108,10 +108,24 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _adaptive_clip_has_something_to_clip(self) -> Config:
-        if self.algorithm.clip == "adaptive" and self.train.minibatches_per_step == 1:
+        algorithm = self.algorithm
+        on_policy = algorithm.old_logprobs == "policy" and self.train.minibatches_per_step == 1
+        if algorithm.clip == "adaptive" and on_policy:
             raise ValueError(
                 "algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1: "
                 "with one update a step no ratio leaves 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_pass_of_old_logprobs_records_the_routing(self) -> Config:
+        algorithm, minibatches = self.algorithm, self.train.minibatches_per_step
+        replays = algorithm.moe_routing_replay == "policy" and minibatches > 1
+        if algorithm.old_logprobs == "rollout" and replays:
+            raise ValueError(
+                f"algorithm.moe_routing_replay = 'policy' with train.minibatches_per_step = {minibatches} "
+                "replays what the pass of algorithm.old_logprobs = 'policy' records: set that, or replay "
+                "'rollout'"
             )
         return self
 
@@ -144,6 +158,13 @@ class Config(Section):
                     "ranks wait that long for servers"
                 )
         return self
+
+    @property
+    def uses_fp32_head(self) -> bool:
+        """Return whether policy and rollout engine keep the logits of a bf16 model in fp32."""
+        if self.model.fp32_head is None:
+            return self.model.dtype == "bf16" and not self.rollout.server_urls
+        return self.model.fp32_head
 
     @property
     def needs_rollout_routing(self) -> bool:

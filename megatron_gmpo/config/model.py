@@ -16,6 +16,10 @@ class ModelConfig(Section):
     """Hugging Face folder of the policy, with config.json, safetensors and tokenizer."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Dtype of weights and activations. The optimizer keeps fp32 main weights."""
+    fp32_head: bool | None = None
+    """Whether policy and rollout engine keep the logits of a bf16 model in fp32, instead of rounding them to
+    bf16. None keeps them in fp32, except with servers of ``rollout.server_urls``, which the run cannot start
+    with SGLang's ``--enable-fp32-lm-head``."""
     reference_path: PathText = ""
     """Hugging Face folder of the reference policy; empty means ``path``. It is loaded only if
     ``algorithm.kl_coef`` > 0 or the loss needs ``ref_logprobs``."""

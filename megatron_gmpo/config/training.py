@@ -41,6 +41,10 @@ class AlgorithmConfig(Section):
     ``module:function``, your own function from a tensor (n,) to a tensor (n,) (docs/losses.md). None means
     the loss's default, ``mean`` for dr_grpo and ``normalized`` for the other built-in losses; the run prints
     it."""
+    old_logprobs: Literal["policy", "rollout"] = "policy"
+    """Log probabilities that the loss's ratio divides by. ``policy`` uses those of the policy before the
+    step's first update. ``rollout`` uses those that the rollout engine reported: no pass computes them, and
+    ratio and clip also cover the mismatch with the engine and the staleness of samples."""
     correction: Literal["none", "token", "sequence", "geometric"] = "none"
     """Importance weights that correct the difference between the policy's and the rollout engine's
     probabilities: per ``token``, per ``sequence`` (the product over its tokens), or ``geometric`` (the
@@ -86,6 +90,17 @@ class AlgorithmConfig(Section):
             raise ValueError(f"mask_low = {low:g} is above mask_high = {high:g}: choose a smaller one")
         if self.clip_bounds and self.clip_bounds[0] > self.clip_bounds[1]:
             raise ValueError(f"clip_bounds = {list(self.clip_bounds)}: put the smaller value first")
+        return self
+
+    @model_validator(mode="after")
+    def _policy_and_rollout_are_compared_once(self) -> AlgorithmConfig:
+        for field, value in (("correction", self.correction), ("mask", self.mask)):
+            # the mask off_policy is part of the loss and reads no old log probabilities
+            if self.old_logprobs == "rollout" and value not in ("none", "off_policy"):
+                raise ValueError(
+                    f"{field} = {value!r} needs old_logprobs = 'policy', which it compares with the rollout "
+                    f"engine's log probabilities: set it, or {field} = 'none'"
+                )
         return self
 
 

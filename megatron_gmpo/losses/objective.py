@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -35,6 +35,7 @@ class Objective:
         kl_coef: weight of the KL to the reference policy.
         entropy_coef: weight of the entropy bonus.
         max_response_tokens: token limit of a response.
+        old_logprobs: whose log probabilities the ratio divides by, see ``AlgorithmConfig.old_logprobs``.
         advantage: name of the function from rewards to advantages, see ``resolve_advantage``.
         description: one line for the user: the loss, its clips and its advantage, and where they come from.
     """
@@ -49,6 +50,7 @@ class Objective:
     kl_coef: float
     entropy_coef: float
     max_response_tokens: int
+    old_logprobs: Literal["policy", "rollout"]
     advantage: str
     description: str
 
@@ -63,12 +65,13 @@ class Objective:
         Raises:
             InputError: a user's loss returned something other than a ``LossOutput``.
         """
-        assert microbatch.old_logprobs is not None
+        old_logprobs = self._old_logprobs(microbatch)
+        assert old_logprobs is not None
         uses_entropy = self.entropy_coef != 0 or "entropy" in self.needs
         shift = microbatch.router_shift
         tokens = LossTokens(
             logprobs,
-            microbatch.old_logprobs,
+            old_logprobs,
             microbatch.mask,
             microbatch.sequence_ids,
             microbatch.advantages,
@@ -93,6 +96,9 @@ class Objective:
             )
         return output
 
+    def _old_logprobs(self, columns: TrainBatch | Microbatch) -> Tensor | None:
+        return columns.rollout_logprobs if self.old_logprobs == "rollout" else columns.old_logprobs
+
     @property
     def needs_advantage(self) -> bool:
         """Return whether a sequence with advantage 0 has no loss and no gradient."""
@@ -101,12 +107,15 @@ class Objective:
     def add_columns(self, batch: TrainBatch) -> None:
         """Add the loss's own columns to the batch, which must have all other columns.
 
+        The functions that make them see the old log probabilities that the loss sees.
+
         Raises:
             InputError: the dtype or shape of a column differs from its ``Column``.
         """
         for need in self.loss.needs:
             if isinstance(need, NewColumn):
-                batch.add_extra(need.name, need.column, need.make(batch))
+                seen = replace(batch, old_logprobs=self._old_logprobs(batch))
+                batch.add_extra(need.name, need.column, need.make(seen))
 
     def count(self, response_lengths: Tensor) -> int:
         """Return the divisor of the SUM over sequences with these (S,) response lengths."""
@@ -119,7 +128,8 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
 
     Raises:
         InputError: see ``resolve_loss``, ``check_options`` and ``resolve_advantage``; or the loss has no
-            default clips and none are set, or does not support ``algorithm.correction``.
+            default clips and none are set, or does not support ``algorithm.correction`` or
+            ``algorithm.old_logprobs``.
     """
     loss = resolve_loss(cfg.loss)
     options = check_options(cfg.loss, loss.function, cfg.options)
@@ -128,6 +138,11 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
     if cfg.correction == "token" and not loss.token_weights:
         raise InputError(
             f"algorithm.correction = 'token': {cfg.loss} weighs whole sequences; choose 'geometric'"
+        )
+    if cfg.old_logprobs == "rollout" and "router_shift" in loss.needs:
+        raise InputError(
+            f"algorithm.old_logprobs = 'rollout': {cfg.loss} compares the routers' scores with those that "
+            "the pass of the old log probabilities records; set it to 'policy'"
         )
     defaults, source = default_clips(cfg.loss, loss, is_moe)
     chosen = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
@@ -147,10 +162,12 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
         kl_coef=cfg.kl_coef,
         entropy_coef=cfg.entropy_coef,
         max_response_tokens=max_new_tokens,
+        old_logprobs=cfg.old_logprobs,
         advantage=advantage,
         description=(
             f"{cfg.loss}, clip_low {clips['clip_low']:g}, clip_high {clips['clip_high']:g} ({source}), "
             f"advantage {advantage} ({advantage_source})"
+            + (", old log probabilities of the rollout engine" if cfg.old_logprobs == "rollout" else "")
         ),
     )
 
@@ -165,22 +182,25 @@ def needed_columns(cfg: AlgorithmConfig) -> frozenset[str]:
     return needs | {"ref_logprobs"} if cfg.kl_coef > 0 else needs
 
 
-def first_needs_old_logprobs(cfg: AlgorithmConfig, minibatches: int, *, is_moe: bool) -> bool:
-    """Return whether a step's first minibatch needs its old log probabilities before its update.
+def minibatches_without_pass(cfg: AlgorithmConfig, minibatches: int, *, is_moe: bool) -> int:
+    """Return how many of a step's minibatches, from the first, need no pass for old log probabilities.
 
-    The policy that it updates is the old policy, so its training pass computes them too. But corrections,
-    masks and a loss's own columns read them earlier, and RSPO uses what their pass records. A MoE with
-    several minibatches has one pass for all of them, so that the figures and the record of its routers come
-    from one pass.
+    None needs one if the old log probabilities are the rollout engine's. The policy that the first minibatch
+    updates is the old policy, so its training pass computes them too. But corrections, masks and a loss's own
+    columns read them earlier, and RSPO uses what their pass records. A MoE with several minibatches has one
+    pass for all of them, so that the figures and the record of its routers come from one pass.
 
     Args:
         minibatches: number of minibatches of a step.
     """
+    if cfg.old_logprobs == "rollout":
+        return minibatches
     needs = resolve_loss(cfg.loss).needs
-    return (
+    whole = (
         cfg.correction != "none"
         or cfg.mask in ("icepop", "geometric")
         or "router_shift" in needs
         or any(isinstance(need, NewColumn) for need in needs)
         or (is_moe and minibatches > 1)
     )
+    return 0 if whole else 1

@@ -194,6 +194,7 @@ def _microbatch(
                 tp_group=groups.tp,
                 temperature=cfg.rollout.temperature,
                 chunk_tokens=cfg.train.logprob_chunk_tokens,
+                fp32_head=cfg.uses_fp32_head,
             )
             output = logprobs + entropy
         else:

@@ -16,7 +16,7 @@ import numpy as np
 from ..batch.columns import minibatch_bounds
 from ..batch.packing import plan_microbatches
 from ..config import Config
-from ..losses.objective import first_needs_old_logprobs, needed_columns
+from ..losses.objective import minibatches_without_pass, needed_columns
 from ..models.fp8_blocks import BLOCK
 from .hardware import (
     COMPUTE_EFFICIENCY,
@@ -160,8 +160,8 @@ class StepTraffic:
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
         minibatches, is_moe = cfg.train.minibatches_per_step, model.num_experts > 0
-        whole = first_needs_old_logprobs(cfg.algorithm, minibatches, is_moe=is_moe)
-        self.passes = 1 if whole else 1 - 1 / minibatches
+        without = minibatches_without_pass(cfg.algorithm, minibatches, is_moe=is_moe)
+        self.passes = 1 - without / minibatches
         """Forward passes before the updates: for old log probabilities, and for the reference policy."""
         if "ref_logprobs" in needed_columns(cfg.algorithm):
             self.passes += 1

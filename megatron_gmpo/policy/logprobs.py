@@ -6,12 +6,14 @@ again. Memory holds the logits of one chunk, and never those of all tokens or th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..models.fp32_head import fp32_product
 
 
 def vocab_parallel_logprobs(
@@ -23,6 +25,7 @@ def vocab_parallel_logprobs(
     tp_group: dist.ProcessGroup | None,
     temperature: float = 1.0,
     chunk_tokens: int = 128,
+    fp32_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(hidden @ weight.T / temperature)[label] and the entropy of that softmax.
 
@@ -38,13 +41,15 @@ def vocab_parallel_logprobs(
         tp_group: ranks that share the vocabulary, in order; None if this rank has all of it.
         temperature: divides the logits.
         chunk_tokens: number of tokens per chunk.
+        fp32_head: do not round the logits of bf16 inputs to bf16. Their gradient is rounded to the dtype of
+            the inputs in any case, for the products of the backward pass.
 
     Returns:
         logprobs and entropy in nats, each (T,), fp32 (fp64 for fp64 inputs), equal on every rank of the
         group.
     """
     logprobs, entropy = _VocabParallelLogprobs.apply(
-        hidden, weight, labels, vocab_size, tp_group, temperature, chunk_tokens
+        hidden, weight, labels, vocab_size, tp_group, temperature, chunk_tokens, fp32_head
     )  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs, entropy
 
@@ -82,6 +87,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         tp_group: dist.ProcessGroup | None,
         temperature: float,
         chunk_tokens: int,
+        fp32_head: bool,
     ) -> tuple[Tensor, Tensor]:
         tokens, rows = len(hidden), len(weight)
         tp_group = None if tp_group is None or tp_group.size() == 1 else tp_group
@@ -92,10 +98,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         mine = (local >= 0) & (local < valid)
         local = local.clamp(0, max(0, valid - 1))
 
-        arithmetic = _arithmetic(hidden.device)
+        arithmetic, product = _arithmetic(hidden.device), _product(hidden.dtype, fp32_head)
         found = torch.zeros(4, tokens, dtype=dtype, device=hidden.device)
         for chunk in _chunks(tokens, chunk_tokens) if valid else ():
-            logits = hidden[chunk] @ weight[:valid].T
+            logits = product(hidden[chunk], weight[:valid].T)
             found[:, chunk] = arithmetic.statistics(logits, local[chunk], temperature)
         highest, sums = found[0], found[1:]
         sums[2].mul_(mine)
@@ -107,7 +113,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         log_z = sums[0].log()
         entropy = log_z - sums[1] / sums[0]
         ctx.save_for_backward(hidden, weight, local, mine, highest, log_z, entropy)
-        ctx.valid, ctx.temperature, ctx.chunk_tokens = valid, temperature, chunk_tokens
+        ctx.valid, ctx.temperature, ctx.chunk_tokens, ctx.product = valid, temperature, chunk_tokens, product
         ctx.set_materialize_grads(False)
         return sums[2] - log_z, entropy
 
@@ -121,7 +127,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(len(hidden), ctx.chunk_tokens) if ctx.valid else ():
-            logits = hidden[chunk] @ valid.T
+            logits = ctx.product(hidden[chunk], valid.T)
             tokens = ChunkTokens(
                 local[chunk],
                 mine[chunk],
@@ -131,12 +137,12 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 grad_logprobs[chunk],
                 None if grad_entropy is None else grad_entropy[chunk],
             )
-            grad = arithmetic.gradient_(logits, tokens, ctx.temperature)
+            grad = arithmetic.gradient_(logits, tokens, ctx.temperature).to(hidden.dtype)
             grad_hidden[chunk] = grad @ valid
             if grad_weight is not None:
                 _add_product(grad_weight[: ctx.valid], grad.T, hidden[chunk])
             del logits, grad  # before the product of the next chunk
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 5
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 6
 
 
 class TorchArithmetic:
@@ -178,6 +184,11 @@ def _arithmetic(device: torch.device) -> Any:
     from . import logprob_kernels  # CPU builds of torch come without Triton
 
     return logprob_kernels
+
+
+def _product(dtype: torch.dtype, fp32_head: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function that makes logits from hidden states and a transposed output matrix."""
+    return fp32_product if fp32_head and dtype == torch.bfloat16 else torch.matmul
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -19,7 +19,7 @@ from ..checkpoint import check_model, model_identity, restore_random_states, sav
 from ..config import Config
 from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
-from ..losses.objective import Objective, first_needs_old_logprobs, needed_columns
+from ..losses.objective import Objective, minibatches_without_pass, needed_columns
 from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
 from ..weights.export import export_hf
@@ -65,7 +65,7 @@ class Policy:
         self.schedule = Schedule(cfg, description, groups, device)
         self._needs = needed_columns(cfg.algorithm)
         self._num_minibatches = cfg.train.minibatches_per_step
-        self._passes_first = first_needs_old_logprobs(
+        self._without_pass = minibatches_without_pass(
             cfg.algorithm, self._num_minibatches, is_moe=description.is_moe
         )
         self.chunks = self._load(cfg.model.path)
@@ -89,7 +89,7 @@ class Policy:
             observed = description.transformer.moe_enable_routing_replay
             self.routing = Routing(self.chunks, description.routing, groups.tp) if observed else None
             self.auxiliary = AuxiliaryLosses(description.transformer, groups, device)
-            self._weights_are_old = False  # no update since ``set_old_logprobs``
+            self._weights_are_old = False  # no update since ``prepare`` or ``set_old_logprobs``
         else:
             drop_initial_values(self.chunks)
 
@@ -115,8 +115,8 @@ class Policy:
         of the loss, an auxiliary loss, an update of the routers' bias or the routing of other tokens uses it,
         or if no sequence has a gradient, so that figures of the policy exist.
 
-        ``train_step`` gives the first minibatch its old log probabilities, unless something reads them
-        before (``first_needs_old_logprobs``).
+        The minibatches of ``minibatches_without_pass`` get no ``old_logprobs`` here. ``train_step`` sets
+        those of the first minibatch.
 
         Returns:
             The metrics of ``set_old_logprobs``, and ``train/computed_tokens``: the share of the tokens that
@@ -130,14 +130,16 @@ class Policy:
         if objective.needs_advantage and not every_token and chosen.any():
             batch.has_gradient = chosen
         metrics = {"train/computed_tokens": Metric(int(batch.computed.sum()), len(batch.tokens))}
-        first = 0 if self._passes_first else minibatch_bounds(len(batch), self._num_minibatches)[0][1]
+        self._weights_are_old = True
+        bounds = minibatch_bounds(len(batch), self._num_minibatches)
+        first = sum(end - start for start, end in bounds[: self._without_pass])
         return metrics | (self.set_old_logprobs(batch, first) if first < len(batch) else {})
 
     def minibatches(self, batch: TrainBatch) -> list[TrainBatch]:
         """Split a batch of ``prepare`` into the minibatches of the step's updates."""
         minibatches = batch.split(self._num_minibatches)
-        if not self._passes_first:
-            minibatches[0].old_logprobs = None
+        for minibatch in minibatches[: self._without_pass]:
+            minibatch.old_logprobs = None
         return minibatches
 
     def set_old_logprobs(self, batch: TrainBatch, first: int = 0) -> dict[str, Metric]:
@@ -197,7 +199,8 @@ class Policy:
     def train_step(self, minibatch: TrainBatch, objective: Objective) -> dict[str, Metric]:
         """Make one optimizer step on the minibatch.
 
-        Without ``old_logprobs`` the current policy is the old one: every ratio is 1, and this pass sets them.
+        Before the first update of a step, the current policy is the old one. If the minibatch then has no
+        ``old_logprobs``, this pass sets them; a ratio that divides by them is 1.
 
         In every layout the loss is the objective's sum over the minibatch divided by its count. Megatron
         multiplies a microbatch's loss by cp / microbatches (schedules.py) and averages gradients over dp * cp
@@ -207,7 +210,7 @@ class Policy:
             Over all ranks: ``loss``, ``grad_norm``, ``learning_rate``, the objective's metrics and those of
             ``AuxiliaryLosses``. If the minibatch has ``routed_experts``, also ``moe/routing_drift`` and
             ``moe/routing_drift_tokens``: the difference between them and the current weights' own routing.
-            Without ``old_logprobs``, the metrics of ``set_old_logprobs`` instead of these two.
+            If this pass sets ``old_logprobs``, the metrics of ``set_old_logprobs`` instead of these two.
 
         Raises:
             NonFiniteError: the loss or the gradient norm is not finite.
@@ -217,7 +220,7 @@ class Policy:
         plan = self.schedule.plan(minibatch)
         count = objective.count(minibatch.response_lengths)
         scale = self.groups.dp.size() * len(plan) / max(1, count)
-        is_old = minibatch.old_logprobs is None
+        is_old = minibatch.old_logprobs is None and self._weights_are_old
         routers = self._old_routers(minibatch) if is_old else None
         found: list[tuple[Tensor, Tensor]] = []
 

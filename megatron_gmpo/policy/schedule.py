@@ -196,6 +196,7 @@ class Schedule:
                 tp_group=self.groups.tp,
                 temperature=self.cfg.rollout.temperature,
                 chunk_tokens=self.cfg.train.logprob_chunk_tokens,
+                fp32_head=self.cfg.uses_fp32_head,
             )
             logprobs, entropy = (
                 values.new_zeros(len(microbatch.tokens)).index_copy(0, slots, values) for values in found

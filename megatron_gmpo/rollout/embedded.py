@@ -19,6 +19,7 @@ from ..distributed import agreed, all_gather_objects, rank, world_size
 from ..errors import InputError, NonFiniteError
 from ..metrics.figures import Metric
 from ..models import fp8_blocks
+from ..models.fp32_head import fp32_product
 from ..models.hub import hub_names
 from .ending import Ending, end_token_ids
 from .engine import SamplingParams
@@ -40,6 +41,7 @@ class EmbeddedEngine:
         seed: seed of the sampling.
         routed_experts: record the experts of every token; requires a MoE.
         quantized: round new weights to their values in block-wise FP8 (see ``models.fp8_blocks``).
+        fp32_head: compute the logits of a bf16 model in fp32, see ``fp32_product``.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class EmbeddedEngine:
         seed: int,
         routed_experts: bool = False,
         quantized: bool = False,
+        fp32_head: bool = False,
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
@@ -69,6 +72,9 @@ class EmbeddedEngine:
         self._end_ids = end_token_ids(self.model.config, self.model.generation_config, tokenizer)
         self._routing = _RoutedExperts(self.model) if routed_experts else None
         self._noise = _RouterNoise(self.model)
+        if fp32_head and dtype == torch.bfloat16:
+            head = self.model.get_output_embeddings()
+            head.forward = partial(_fp32_logits, head)
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
         """See ``RolloutEngine.generate``.
@@ -302,6 +308,11 @@ class _RouterNoise(TorchFunctionMode):
         return out + self.std * torch.randn(
             out.shape, generator=self.generator, dtype=out.dtype, device=out.device
         )
+
+
+def _fp32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """Return (B, T, V) fp32 logits of (B, T, H) bf16 hidden states."""
+    return fp32_product(hidden.flatten(0, 1), head.weight.T).view(*hidden.shape[:2], -1)
 
 
 def _truncation(sampling: SamplingParams) -> LogitsProcessorList:

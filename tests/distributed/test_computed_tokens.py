@@ -151,3 +151,49 @@ def test_a_minibatch_without_advantages_makes_an_update(ranks: RankPool, expecte
     before = {"before": reference.saved_tensors(expected.model("qwen3_moe"))}
     assert lean[0]["history"][1]["grad_norm"] == 0
     assert distance(lean[0]["weights"], before | {"weights": doubled(whole[0]["weights"])}) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "layout", ["qwen3, one rank", "qwen3, tp2 cp2", "qwen3, pp2 vpp2", "qwen3_moe, cp2 ep2"]
+)
+def test_the_rollout_engines_log_probabilities_are_the_old_ones(
+    ranks: RankPool, expected: Reference, tmp_path: Path, layout: str
+) -> None:
+    """Two minibatches equal float64 updates whose old log probabilities are those of the engine.
+
+    The second minibatch of the reference starts from the weights that the first one saved. The log
+    probabilities of the policy are known for the first minibatch only, and so is the mismatch.
+    """
+    family, world_size, parallel = LAYOUTS[layout]
+    path, batch = expected.model(family), make_batch()
+    own = reference.batch_logprobs(path, batch)
+    noise = 0.4 * torch.randn(len(own), generator=torch.Generator().manual_seed(2))
+    batch.rollout_logprobs = torch.where(batch.response_mask, own.float() + noise, 0.0)
+    cfg = config(
+        path,
+        parallel,
+        max_tokens=64,
+        train={"minibatches_per_step": 2},
+        algorithm={"old_logprobs": "rollout"},
+    )
+    known, start = [], path
+    for number, minibatch in enumerate(batch.split(2)):
+        settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0}
+        settings |= {"lr": LR, "eps": EPS, "clip_grad": CLIP_GRAD}
+        old = replace(minibatch, old_logprobs=minibatch.rollout_logprobs)
+        known.append(reference.train(start, old, 1, start := tmp_path / str(number), **settings))
+    first = batch.split(2)[0]
+    trained = first.response_mask & computed_tokens()[: len(first.tokens)]
+    differences = (own[: len(trained)] - first.rollout_logprobs.double())[trained].abs()
+    for result in ranks.run(world_size, cases.learn, cfg, batch, 1, False):
+        for update, wanted in zip(result["history"], known, strict=True):
+            assert update["loss"] == pytest.approx(wanted["losses"][0], rel=1e-4)
+            assert update["grad_norm"] == pytest.approx(wanted["norms"][0], rel=1e-4)
+        assert_close(
+            result["old_logprobs"][trained].double(), own[: len(trained)][trained], atol=1e-4, rtol=0
+        )
+        assert len(result["old_logprobs"]) == len(first.tokens)
+        assert result["figures"]["rollout/logprob_diff_mean"] == pytest.approx(
+            float(differences.mean()), rel=1e-3
+        )
+        assert result["history"][0]["policy/clip_fraction_high"] > 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from ..support import cases
+from ..support import cases, large_logits, reference
 from ..support.ranks import RankPool
-from .test_layouts import LR, Reference, config, distance
+from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, TP, Reference, config, distance, make_batch
 
 pytestmark = pytest.mark.distributed
 
@@ -31,3 +33,26 @@ def test_an_auxiliary_loss_needs_only_its_coefficient(ranks: RankPool, expected:
     # The logged loss does not include the balancing loss.
     assert result["history"][0]["loss"] == pytest.approx(known["losses"][0], rel=1e-4)
     assert distance(result["weights"], known) > 1e-2
+
+
+@pytest.mark.parametrize("parallel", [{}, {TP: 2}])
+def test_logits_in_fp32_of_a_bf16_model(ranks: RankPool, tmp_path: Path, parallel: dict[str, int]) -> None:
+    """With logits that are not rounded to bf16, log probabilities and loss are closer to float64."""
+    path, batch = large_logits.make(tmp_path / "model"), make_batch()
+    exact = reference.batch_logprobs(path, batch)
+    batch.old_logprobs = exact.float()
+    settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0}
+    settings |= {"lr": LR, "eps": EPS, "clip_grad": CLIP_GRAD}
+    known = reference.train(path, batch, 1, tmp_path / "trained", **settings)
+    share, loss_error, norm_error = [], [], []
+    for fp32_head in (None, False):
+        cfg = config(path, parallel, max_tokens=64, model={"dtype": "bf16", "fp32_head": fp32_head})
+        result = ranks.run(parallel.get(TP, 1), cases.train, cfg, batch, 1)[0]
+        trained = batch.response_mask
+        share.append(large_logits.share_far(result["logprobs"][trained], exact[trained]))
+        loss_error.append(abs(result["history"][0]["loss"] - known["losses"][0]))
+        norm_error.append(abs(result["history"][0]["grad_norm"] / known["norms"][0] - 1))
+    assert share[0] < 0.02
+    assert share[1] > 0.05
+    assert loss_error[0] < loss_error[1] / 2
+    assert norm_error[0] < 0.02

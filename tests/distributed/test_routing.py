@@ -148,6 +148,19 @@ def test_random_experts_in_every_layout(
     assert distance({name: results[0]["weights"][name] for name in gates}, only) < 1e-4
 
 
+def test_experts_and_log_probabilities_of_the_engine(ranks: RankPool, forced: dict[str, Any]) -> None:
+    """R3 without a pass for old log probabilities; the training passes still compare the routing."""
+    batch = replace(forced["batch"], rollout_logprobs=forced["old_logprobs"])
+    algorithm = {"moe_routing_replay": "rollout", "old_logprobs": "rollout"}
+    world_size, cfg = replaying(forced["path"], "tp2 ep2", "rollout", max_tokens=40, algorithm=algorithm)
+    results = ranks.run(world_size, cases.learn, cfg, batch, STEPS, False)
+    for result in results:
+        assert [step["loss"] for step in result["history"]] == pytest.approx(forced["losses"], rel=1e-4)
+        assert [step["grad_norm"] for step in result["history"]] == pytest.approx(forced["norms"], rel=1e-4)
+        assert all(step["moe/routing_differs"] > 0.1 for step in result["history"])
+    assert distance(results[0]["weights"], forced) < 1e-4
+
+
 @pytest.mark.parametrize("minibatches", [1, 3])
 @pytest.mark.parametrize("kind", ["none", "policy", "rollout"])
 def test_a_step_without_needless_passes_routes_like_a_step_with_them(

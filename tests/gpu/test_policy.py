@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.metrics.figures import value_of
+from megatron_gmpo.models.fp32_head import fp32_product
 from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
@@ -38,6 +39,14 @@ def steps(policy: Policy, batch: TrainBatch, count: int) -> list[float]:
 def difference(a: torch.Tensor, b: torch.Tensor, batch: TrainBatch) -> float:
     """Return the mean absolute difference over response tokens."""
     return float((a - b)[batch.response_mask].abs().mean())
+
+
+def test_products_of_bf16_in_fp32() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    a, b = (torch.randn(rows, 512, generator=generator, device="cuda").bfloat16() for rows in (128, 1000))
+    product = fp32_product(a, b.T)
+    assert product.dtype == torch.float32
+    assert_close(product.double(), a.double() @ b.double().T, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3"])

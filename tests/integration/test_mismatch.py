@@ -18,6 +18,7 @@ from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.replay import save_groups
 
+from ..support import large_logits
 from ..support.commands import error_lines, run_module
 from ..support.sglang_servers import PYTHON, needs_sglang
 
@@ -32,6 +33,10 @@ def model(tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def groups(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_groups(model, tmp_path_factory.mktemp("groups"))
+
+
+def write_groups(model: Path, folder: Path) -> Path:
     """Write two prompts with two responses of different lengths each, and return their folder."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +56,6 @@ def groups(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             policy_version=0,
         )
 
-    folder = tmp_path_factory.mktemp("groups")
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
     made = [
         SampleGroup(Prompt(id=str(i), answer="", input_ids=ids), [sample(ids, 9), sample(ids, 14)])
@@ -143,3 +147,20 @@ def test_no_such_step(model: Path, groups: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     (said,) = error_lines(done.stderr)
     assert "has no groups for step 3, it has steps 0 to 0" in said
+
+
+@needs_sglang
+def test_logits_in_fp32_agree_on_all_engines(tmp_path: Path) -> None:
+    """Policy, embedded engine and SGLang in bf16, against transformers in fp32."""
+    model = large_logits.make(tmp_path / "model")
+    groups = write_groups(model, tmp_path / "groups")
+    dtype = ["--model.dtype", "bf16"]
+    done = run(model, groups, tmp_path / "a.png", "fp32 bf16 policy sglang", *dtype)
+    assert done.returncode == 0, done.stderr
+    kept = rows(done.stdout)
+    done = run(model, groups, tmp_path / "b.png", "fp32 bf16 policy", *dtype, "--model.fp32_head", "false")
+    assert done.returncode == 0, done.stderr
+    rounded = rows(done.stdout)
+    print(kept, rounded)
+    for name in ("bf16", "policy", "sglang"):
+        assert kept[name][0] < min(rounded["bf16"][0], rounded["policy"][0]) / 4

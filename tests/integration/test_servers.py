@@ -18,8 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_gmpo.config import SGLangConfig
+from megatron_gmpo.config import Config, SGLangConfig
 from megatron_gmpo.errors import InputError, ServerError
+from megatron_gmpo.rollout.sglang import start
 from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.servers import Server, external_servers, published_servers
 from megatron_gmpo.supervision.records import node_name
@@ -286,9 +287,36 @@ def test_refuses_settings_it_cannot_use(tmp_path: Path) -> None:
             {"args": {"admin-api-key": "k"}},
             r"sglang.args.admin_api_key is set by the run itself: leave it out",
         ),
+        (
+            {"args": {"enable_fp32_lm_head": True}},
+            r"sglang.args.enable_fp32_lm_head is set by the run itself: leave it out",
+        ),
     ):
         with pytest.raises(InputError, match=f"^{message}$"):
             LocalServers("no model", 1, SGLangConfig(**settings), tmp_path, dtype="fp32", seed=1, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("model", "fp32_head"),
+    [
+        ({"dtype": "bf16"}, True),
+        ({"dtype": "bf16", "fp32_head": False}, False),
+        ({"dtype": "fp32"}, False),  # the logits are fp32 anyway
+        ({"dtype": "fp32", "fp32_head": True}, False),
+    ],
+)
+def test_servers_keep_the_logits_like_the_policy(
+    model: dict[str, Any], fp32_head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = Config.model_validate({"model": {"path": "no model"} | model, "rollout": {"engine": "sglang"}})
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    (options,) = start.local_servers(cfg, CPU, tmp_path)._options
+    assert options.get("enable_fp32_lm_head", False) is fp32_head
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert start.local_servers(cfg, torch.device("cuda"), tmp_path)._options
+    if fp32_head:  # SGLang would multiply fp32 hidden states with a reordered matrix
+        with pytest.raises(InputError, match=r"model.fp32_head needs .* set it to false"):
+            start.local_servers(cfg, CPU, tmp_path)
 
 
 def test_keys_are_not_printed() -> None:

@@ -106,7 +106,8 @@ def learn(cfg: Config, batch: TrainBatch, steps: int, everything: bool) -> dict[
         everything: compute every sequence, and all old log probabilities in a pass of their own.
 
     Returns:
-        The metrics of every update, the share of computed tokens, the old log probabilities and the weights.
+        The metrics of every update, the share of computed tokens and the mismatch with the rollout, the old
+        log probabilities of the minibatches that have them, and the weights.
     """
     with opened(cfg) as policy:
         objective = _objective(policy)
@@ -124,10 +125,12 @@ def learn(cfg: Config, batch: TrainBatch, steps: int, everything: bool) -> dict[
             for minibatch in minibatches:
                 metrics = policy.train_step(minibatch, objective)
                 history.append({name: value_of(metric) for name, metric in metrics.items()})
+        known = [minibatch for minibatch in minibatches if minibatch.old_logprobs is not None]
+        figures |= rollout_mismatch(*known)
         return {
             "history": history,
             "figures": {name: value_of(metric) for name, metric in figures.items()},
-            "old_logprobs": torch.cat([minibatch.old_logprobs for minibatch in minibatches]),
+            "old_logprobs": torch.cat([minibatch.old_logprobs for minibatch in known]),
             "weights": weights_on_rank_0(policy),
         }
 

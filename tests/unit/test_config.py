@@ -41,6 +41,28 @@ def mistake(*argv: str) -> str:
             ["algorithm.clip = 'adaptive' needs train.minibatches_per_step > 1"],
         ),
         (
+            ["--algorithm.old_logprobs", "rollout", "--algorithm.correction", "geometric"],
+            ["correction = 'geometric' needs old_logprobs = 'policy'", "or correction = 'none'"],
+        ),
+        (
+            ["--algorithm.old_logprobs", "rollout", "--algorithm.mask", "icepop"],
+            ["mask = 'icepop' needs old_logprobs = 'policy'", "or mask = 'none'"],
+        ),
+        (
+            ["--algorithm.old_logprobs", "rollout", "--algorithm.mask", "geometric"],
+            ["mask = 'geometric' needs old_logprobs = 'policy'"],
+        ),
+        (
+            [
+                *("--algorithm.old_logprobs", "rollout", "--algorithm.moe_routing_replay", "policy"),
+                *("--train.minibatches_per_step", "2"),
+            ],
+            [
+                "algorithm.moe_routing_replay = 'policy' with train.minibatches_per_step = 2",
+                "replay 'rollout'",
+            ],
+        ),
+        (
             ["--algorithm.clip_bounds", "[0.5, 0.1]"],
             ["clip_bounds = [0.5, 0.1]", "put the smaller value first"],
         ),
@@ -197,9 +219,35 @@ def test_fields_that_fit_together() -> None:
         == 2
     )
     assert EvalConfig(k=(1, 8), samples_per_prompt=8, temperature=0.6).k == (1, 8)
+    rollout = {"old_logprobs": "rollout", "clip": "adaptive", "mask": "off_policy", "kl_coef": 0.1}
+    for replay, minibatches in (("policy", 1), ("rollout", 4), ("none", 4)):
+        algorithm = rollout | {"moe_routing_replay": replay}
+        tree = {"train": {"minibatches_per_step": minibatches}, "rollout": {"routed_experts": True}}
+        assert Config.model_validate(tree | {"algorithm": algorithm}).algorithm.old_logprobs == "rollout"
     saved = load_config(["--algorithm.moe_routing_replay", "rollout", "--rollout.replay_path", "rollouts"])
     assert saved.needs_rollout_routing
     assert not load_config(["--algorithm.moe_routing_replay", "policy"]).needs_rollout_routing
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], True),
+        (["--model.dtype", "fp32"], False),
+        (["--model.fp32_head", "false"], False),
+        (["--rollout.engine", "sglang"], True),
+        (["--rollout.engine", "sglang", "--rollout.server_urls", '["http://a:1"]'], False),
+        (
+            [
+                *("--rollout.engine", "sglang", "--rollout.server_urls", '["http://a:1"]'),
+                *("--model.fp32_head", "true"),
+            ],
+            True,
+        ),
+    ],
+)
+def test_logits_stay_in_fp32_where_the_engine_can_match(argv: list[str], expected: bool) -> None:
+    assert load_config(argv).uses_fp32_head is expected
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from megatron_gmpo.config import Config
 from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.planning.dry_run import dry_run
 from megatron_gmpo.planning.rank_plan import RankPlan, Traffic
+from megatron_gmpo.planning.step_estimate import Batch, Model, StepTraffic
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 EP = "expert_model_parallel_size"
@@ -150,3 +151,25 @@ def test_a_reference_in_host_memory(plan: Plan) -> None:
 
 def test_fp8_is_planned_without_its_kernels(plan: Plan) -> None:
     assert plan("qwen3_moe", fp8={"recipe": "mxfp8"}).training == plan("qwen3_moe").training
+
+
+@pytest.mark.parametrize(
+    ("old_logprobs", "kl_coef", "minibatches", "passes"),
+    [
+        ("policy", 0.0, 4, 0.75),  # the first of four minibatches needs none
+        ("rollout", 0.0, 4, 0.0),
+        ("policy", 0.0, 1, 0.0),
+        ("rollout", 0.1, 4, 1.0),  # of the reference policy
+    ],
+)
+def test_forward_passes_before_the_updates(
+    old_logprobs: str, kl_coef: float, minibatches: int, passes: float
+) -> None:
+    cfg = Config.model_validate(
+        {
+            "algorithm": {"old_logprobs": old_logprobs, "kl_coef": kl_coef},
+            "train": {"minibatches_per_step": minibatches},
+        }
+    )
+    model = Model(*[1] * 6, num_experts=0, topk=0, served_weights=1)
+    assert StepTraffic(cfg, model, [], Batch([8], [4], [1], 1), 1, 8).passes == passes

@@ -153,6 +153,47 @@ def test_bf16_logits_are_rounded_once_and_computed_in_fp32() -> None:
         assert ((got.double() - wanted).abs() <= bound + 1e-6).all()
 
 
+def test_logits_of_bf16_inputs_in_fp32() -> None:
+    """The logits are those of exact products, and only the products of the backward pass round to bf16."""
+    hidden, weight, labels = make(dtype=torch.bfloat16)
+    hidden[:, 0], weight[:, 0] = 8.0, 5.0  # logits around 40
+    weights = mixture(23)
+    options = {"temperature": 0.9, "chunk_tokens": 4}
+    exact = reference((hidden, weight, labels), 0.9, weights)
+    ours = compute((hidden, weight, labels), weights, fp32_head=True, **options)
+    rounded = compute((hidden, weight, labels), weights, **options)
+    for got, worse, wanted in zip(ours[:2], rounded[:2], exact[:2], strict=True):
+        assert got.dtype == torch.float32
+        assert_close(got.double(), wanted, atol=2e-5, rtol=1e-5)
+        assert (worse - wanted).abs().max() > 0.05
+    (gradient,) = torch.autograd.grad(*_loss_and_logits(hidden, weight, labels, weights, 0.9))
+    for got, wanted, factors in zip(
+        ours[2:], exact[2:], ((gradient, weight[:VOCAB]), (gradient.T, hidden)), strict=True
+    ):
+        # the gradient of the logits is rounded to bf16, and each product once more
+        assert got.dtype == torch.bfloat16
+        bound = 2**-7 * (factors[0].abs() @ factors[1].double().abs())
+        assert ((got.double() - wanted)[: len(bound)].abs() <= bound + 1e-6).all()
+
+
+def _loss_and_logits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logits = (hidden.double() @ weight[:VOCAB].double().T).requires_grad_()
+    logp = (logits / temperature).log_softmax(-1)
+    outputs = torch.stack([logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)])
+    return (weights.double() * outputs).sum(), logits
+
+
+def test_fp32_and_float64_inputs_keep_their_dtype_with_a_head_in_fp32() -> None:
+    for dtype in (torch.float32, torch.float64):
+        inputs, weights = make(dtype=dtype), mixture(23)
+        for got, plain in zip(
+            compute(inputs, weights, fp32_head=True), compute(inputs, weights), strict=True
+        ):
+            assert torch.equal(got, plain)
+
+
 def test_inputs_are_left_as_they_were() -> None:
     hidden, weight, labels = make()
     before = hidden.clone(), weight.clone()

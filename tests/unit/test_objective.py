@@ -15,13 +15,19 @@ from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import Microbatch, TrainBatch
 from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
-from megatron_gmpo.config import AlgorithmConfig
+from megatron_gmpo.config import AlgorithmConfig, Config
 from megatron_gmpo.distributed import all_gather_objects, barrier, rank, sum_over_group, world_size
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.losses import LossOutput, LossTokens, dr_grpo
 from megatron_gmpo.losses.advantages import ADVANTAGES
-from megatron_gmpo.losses.correction import correct, importance_weights, kept_tokens, rollout_mismatch
-from megatron_gmpo.losses.objective import Objective, first_needs_old_logprobs, make_objective
+from megatron_gmpo.losses.correction import (
+    correct,
+    importance_weights,
+    kept_tokens,
+    rollout_mismatch,
+    rollout_ratio_warning,
+)
+from megatron_gmpo.losses.objective import Objective, make_objective, minibatches_without_pass
 from megatron_gmpo.losses.registry import LOSSES, default_clips
 from megatron_gmpo.metrics.figures import value_of
 
@@ -228,6 +234,59 @@ def test_off_policy_masking_reaches_the_loss() -> None:
     assert 0 < value_of(masked[0].metrics["policy/masked_sequences"]) < 1
 
 
+def test_the_engines_log_probabilities_are_the_old_ones() -> None:
+    """Loss and gradient are those of arXiv 2507.20673, equation (4), in float64 with the engine as pi_old."""
+    batch = replace(microbatch(), old_logprobs=None, sequence_weights=None, kept_tokens=None)
+    output, (gradient, _) = ours(objective_of(old_logprobs="rollout"), batch)
+    logprobs = predicted()[0].detach().double().requires_grad_()
+    assert batch.rollout_logprobs is not None
+    loss = torch.zeros((), dtype=torch.float64)
+    for i, advantage in enumerate(batch.advantages.double()):
+        own = batch.mask & (batch.sequence_ids == i)
+        delta = (logprobs - batch.rollout_logprobs.double())[own]
+        clipped = delta.clamp(max=0.4) if advantage > 0 else delta.clamp(min=-0.4)
+        loss = loss - advantage * clipped.mean().exp()
+    loss.backward()
+    assert float(output.loss) == pytest.approx(loss.item(), rel=1e-6)
+    assert gradient is not None
+    assert_close(gradient.double(), logprobs.grad, rtol=1e-5, atol=1e-7)
+    fractions = [value_of(output.metrics[f"policy/clip_fraction_{side}"]) for side in ("low", "high")]
+    assert min(fractions) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_moe", "causes"),
+    [
+        ({}, False, []),
+        ({"model": {"dtype": "bf16"}, "rollout": {"dtype": "bf16"}}, False, []),
+        ({"rollout": {"quantization": "fp8"}}, False, ["rollout.quantization = 'fp8'"]),
+        ({"model": {"dtype": "bf16"}, "rollout": {"dtype": "fp32"}}, False, ["rollout.dtype = 'fp32'"]),
+        ({"rollout": {"router_noise": 0.5}}, False, ["rollout.router_noise = 0.5"]),
+        ({"weight_sync": {"in_flight": "in_place"}}, False, []),  # nothing is in flight
+        (
+            {"weight_sync": {"in_flight": "in_place"}, "rollout": {"engine": "sglang", "max_staleness": 1}},
+            False,
+            ["weight_sync.in_flight = 'in_place'"],
+        ),
+        ({}, True, ["algorithm.moe_routing_replay = 'none'"]),
+        (
+            {"algorithm": {"moe_routing_replay": "rollout"}, "rollout": {"routed_experts": True}},
+            True,
+            [],
+        ),
+    ],
+)
+def test_a_warning_names_what_moves_the_ratios_to_the_engine(
+    fields: dict[str, Any], is_moe: bool, causes: list[str]
+) -> None:
+    assert rollout_ratio_warning(Config.model_validate(fields), is_moe=is_moe) == ""
+    fields = fields | {"algorithm": {"old_logprobs": "rollout"} | fields.get("algorithm", {})}
+    line = rollout_ratio_warning(Config.model_validate(fields), is_moe=is_moe)
+    assert bool(line) is bool(causes)
+    assert all(cause in line for cause in causes)
+    assert "\n" not in line
+
+
 def test_without_a_reference_there_is_no_kl() -> None:
     batch = replace(microbatch(), ref_logprobs=None)
     assert "policy/kl_ref" not in ours(objective_of(), batch)[0].metrics
@@ -247,6 +306,8 @@ def test_an_unknown_loss_is_refused() -> None:
         objective_of(loss="gmpoo")
     with pytest.raises(InputError, match=r"algorithm\.options\.dual_clip"):
         objective_of(options={"dual_clip": 0})
+    with pytest.raises(InputError, match=r"algorithm\.old_logprobs = 'rollout': rspo .*set it to 'policy'"):
+        objective_of(loss="rspo", is_moe=True, old_logprobs="rollout")
 
 
 # --- rollout against training ---
@@ -473,22 +534,24 @@ def test_a_batch_that_is_masked_altogether_leaves_a_loss_of_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("minibatches", "is_moe", "fields", "needed"),
+    ("minibatches", "is_moe", "fields", "without"),
     [
-        (1, False, {}, False),
-        (4, False, {}, False),
-        (1, True, {}, False),
-        (4, True, {}, True),
-        (1, False, {"correction": "token", "loss": "grpo"}, True),
-        (1, False, {"mask": "icepop"}, True),
-        (1, False, {"mask": "geometric"}, True),
-        (1, False, {"mask": "off_policy"}, False),  # the loss applies it with the current policy
-        (1, True, {"loss": "rspo"}, True),
-        (1, False, {"kl_coef": 0.1}, False),
+        (1, False, {}, 1),
+        (4, False, {}, 1),
+        (1, True, {}, 1),
+        (4, True, {}, 0),
+        (1, False, {"correction": "token", "loss": "grpo"}, 0),
+        (1, False, {"mask": "icepop"}, 0),
+        (1, False, {"mask": "geometric"}, 0),
+        (1, False, {"mask": "off_policy"}, 1),  # the loss applies it with the current policy
+        (1, True, {"loss": "rspo"}, 0),
+        (1, False, {"kl_coef": 0.1}, 1),
+        (4, False, {"old_logprobs": "rollout"}, 4),
+        (4, True, {"old_logprobs": "rollout", "mask": "off_policy", "kl_coef": 0.1}, 4),
     ],
 )
-def test_who_needs_the_first_old_logprobs_before_the_update(
-    minibatches: int, is_moe: bool, fields: dict[str, Any], needed: bool
+def test_which_minibatches_need_no_pass_for_old_logprobs(
+    minibatches: int, is_moe: bool, fields: dict[str, Any], without: int
 ) -> None:
     cfg = AlgorithmConfig(**fields)
-    assert first_needs_old_logprobs(cfg, minibatches, is_moe=is_moe) is needed
+    assert minibatches_without_pass(cfg, minibatches, is_moe=is_moe) == without

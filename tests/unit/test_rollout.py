@@ -36,6 +36,8 @@ from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
 
+from ..support import large_logits
+from ..support.reference import load_float64
 from ..support.scripted import ScriptedEngine
 
 Record = dict[str, Any]
@@ -123,6 +125,36 @@ def test_logprobs_are_those_of_a_full_forward(family: str, folder_of: Callable[.
     samples = [s for g in groups for s in g.samples]
     assert {s.finish_reason for s in samples} == {"stop", "length"}
     assert len({s.response_length for s in samples}) > 2
+
+
+def test_logits_in_fp32_of_a_bf16_model(tmp_path: Path) -> None:
+    """The logits are not rounded to bf16: fewer log probabilities are far from a float64 model's."""
+    folder = large_logits.make(tmp_path)
+    exact, tokenizer = load_float64(folder), AutoTokenizer.from_pretrained(folder)
+    share: dict[bool, float] = {}
+    for fp32_head in (True, False):
+        engine = EmbeddedEngine(
+            str(folder),
+            tokenizer,
+            device="cpu",
+            dtype=torch.bfloat16,
+            batch_size=32,
+            seed=0,
+            fp32_head=fp32_head,
+        )
+        engine.update_weights(load_file(folder / "model.safetensors").items(), version=0)
+        (group,) = engine.generate(prompts_of(folder, ["12+1="]), SamplingParams(n=32, max_new_tokens=16))
+        found, wanted = [], []
+        for sample in group.samples:
+            tokens = torch.from_numpy(sample.tokens).long()
+            mask = torch.from_numpy(sample.response_mask)
+            with torch.no_grad():
+                logprobs = exact(tokens[None]).logits[0, :-1].log_softmax(-1)
+            found.append(torch.from_numpy(sample.rollout_logprobs)[mask])
+            wanted.append(logprobs.gather(1, tokens[1:, None])[mask[1:], 0])
+        share[fp32_head] = large_logits.share_far(torch.cat(found), torch.cat(wanted))
+    assert share[True] < 0.02
+    assert share[False] > 0.25
 
 
 def test_the_end_token_stays_and_ends_the_response(folder_of: Callable[..., Path]) -> None:

@@ -36,7 +36,7 @@ _ERROR_LINE = re.compile(
 _CONSEQUENCE = re.compile(r"RuntimeError: Rank \d+ scheduler died during initialization")
 """SGLang's guess at why a process ended. The process itself may have written the cause before."""
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-_OURS = {"model_path", "host", "port", "api_key", "admin_api_key"}
+_OURS = {"model_path", "host", "port", "api_key", "admin_api_key", "enable_fp32_lm_head"}
 
 
 class LocalServers:

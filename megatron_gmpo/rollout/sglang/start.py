@@ -168,6 +168,14 @@ def local_servers(
         model_path = str(fp8_start_folder(Path(model_path), log_dir / "fp8_model"))
         dtype = "bf16"  # the output of the FP8 kernels
         options["load_format"] = "dummy"
+    if cfg.uses_fp32_head and dtype == "bf16":
+        if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+            # vocab_parallel_embedding.py:PackWeightMethod, logits_processor.py:_compute_lm_head
+            raise InputError(
+                "model.fp32_head needs servers on GPUs or on a CPU without AMX, for which SGLang reorders "
+                "the output matrix: set it to false"
+            )
+        options["enable_fp32_lm_head"] = True
     if cfg.rollout.routed_experts:
         options["enable_return_routed_experts"] = True
     if cfg.rollout.placement == "colocated" and device.type == "cuda":
