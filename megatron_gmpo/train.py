@@ -264,9 +264,10 @@ def _headline(run: Run, loss: str) -> str:
     kind = "MoE" if run.description.is_moe else "dense"
     problems = f"{len(run.prompts)} problems" if run.prompts else f"replay of {run.cfg.rollout.replay_path}"
     resumed = f"; resumed at step {run.step}" if run.step else ""
+    fusions = f"; {run.description.fusions}" if run.description.fusions else ""
     return (
         f"{run.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; "
-        f"run_dir {run.run_dir}{resumed}"
+        f"run_dir {run.run_dir}{resumed}{fusions}"
     )
 
 

@@ -277,6 +277,7 @@ class Microbatch(OptionalColumns):
         position_ids: (T,) int64 position of the input in its sequence.
         cu_seqlens: (S + 1,) int32 padded boundaries of the sequences over all context-parallel ranks (THD
             layout).
+        bounds: the numbers of ``cu_seqlens``, which the host reads without waiting for the device.
         mask: (T,) bool, True if the predicted token carries loss.
         loss_slots: (P,) int64 slots whose predicted token carries loss, in ascending order.
         sequence_ids: (T,) int64 in 0..S-1, the slot's sequence; padding belongs to a sequence too.
@@ -291,6 +292,7 @@ class Microbatch(OptionalColumns):
     labels: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
+    bounds: list[int]
     mask: Tensor
     loss_slots: Tensor
     sequence_ids: Tensor
@@ -299,14 +301,14 @@ class Microbatch(OptionalColumns):
     advantages: Tensor
     rollout_logprobs: Tensor | None = None
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Microbatch:
+        """Return the microbatch with ``change`` of every tensor."""
+
+        def changed(tensors: dict[str, Any]) -> dict[str, Any]:
+            return {name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+
+        return replace(self, **changed(vars(self)), extra=changed(self.extra))
+
     def to(self, device: torch.device) -> Microbatch:
-        """Move every tensor to ``device``."""
-
-        def moved(tensors: dict[str, Any]) -> dict[str, Any]:
-            return {
-                name: value.to(device, non_blocking=True)
-                for name, value in tensors.items()
-                if isinstance(value, Tensor)
-            }
-
-        return replace(self, **moved(vars(self)), extra=moved(self.extra))
+        """Move every tensor to ``device``, without waiting if it is in pinned memory."""
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))

@@ -156,6 +156,7 @@ def pack(
         labels=_take(batch.tokens, flat_index),
         position_ids=position,
         cu_seqlens=cu_seqlens.int(),
+        bounds=cu_seqlens.tolist(),
         mask=mask,
         loss_slots=mask.nonzero()[:, 0],  # on the host, where a size needs no wait for the device
         sequence_ids=owner,

@@ -15,6 +15,8 @@ from .histogram import effective_sample_size, quantile
 QUANTILES = {"q001": 0.001, "q01": 0.01, "q99": 0.99, "q999": 0.999}
 """Quantiles reported for a distribution: suffix of the figure's name -> fraction of values at or below it."""
 
+Op = Literal["mean", "max", "min", "histogram"]
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -26,7 +28,7 @@ class Metric:
 
     total: Tensor | float
     count: Tensor | float = 1.0
-    op: Literal["mean", "max", "min", "histogram"] = "mean"
+    op: Op = "mean"
 
 
 def reduce_metrics(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:

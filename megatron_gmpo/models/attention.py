@@ -7,6 +7,7 @@ torch_norm.py in megatron/core/transformer).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -20,22 +21,33 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 
-def packing_of(bounds: Tensor) -> PackedSeqParams:
+@dataclass
+class Packing(PackedSeqParams):
+    """Packed sequences as Megatron's attention expects them, with their bounds on the host too."""
+
+    bounds: list[int] = field(default_factory=list)
+
+
+def packing_of(bounds: list[int], cu_seqlens: Tensor | None = None) -> Packing:
     """Return the description of packed sequences that Megatron's attention expects.
 
     Args:
-        bounds: (sequences + 1,) int32, the start of each sequence and the end of the last sequence, in slots
-            over all context-parallel ranks.
+        bounds: the start of each sequence and the end of the last sequence, in slots over all
+            context-parallel ranks.
+        cu_seqlens: the same as (sequences + 1,) int32 on the device; None puts them on the host.
     """
-    longest = int(bounds.diff().max())
-    return PackedSeqParams(
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    longest = max(end - start for start, end in pairwise(bounds))
+    return Packing(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        cu_seqlens_q_padded=bounds,
-        cu_seqlens_kv_padded=bounds,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        bounds=bounds,
     )
 
 
@@ -78,7 +90,7 @@ class PackedAttention(torch.nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Packing | None = None,
     ) -> Tensor:
         """Return the attention output (T, heads * e) of this rank's T tokens.
 
@@ -89,7 +101,7 @@ class PackedAttention(torch.nn.Module):
         """
         assert packed_seq_params is not None, "only packed sequences are supported"
         cp, rank = self.cp_group.size(), self.cp_group.rank()
-        bounds: list[int] = packed_seq_params.cu_seqlens_q.tolist()
+        bounds = packed_seq_params.bounds
         key, value = (
             gather_from_sequence_parallel_region(x, group=self.cp_group) if cp > 1 else x
             for x in (key, value)
@@ -101,10 +113,9 @@ class PackedAttention(torch.nn.Module):
             if cp == 1:
                 q, k, v, mask = query[local], key[local], value[local], None
             else:
-                in_order, positions = _zigzag(start, end, bounds[-1], cp, rank)
+                in_order, positions = _zigzag(start, end, bounds[-1], cp, rank, query.device)
                 q, k, v = query[local], key[in_order], value[in_order]
-                mask = positions[:, None] >= torch.arange(end - start)
-                mask = mask.to(query.device)
+                mask = positions[:, None] >= torch.arange(end - start, device=query.device)
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, d)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
@@ -139,14 +150,16 @@ class LatentAttention(MLASelfAttention):
 _QK_MODULES = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
 
 
-def _zigzag(start: int, end: int, total: int, cp: int, rank: int) -> tuple[Tensor, Tensor]:
+def _zigzag(
+    start: int, end: int, total: int, cp: int, rank: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return a sequence's slots in the gathered tensor and this rank's positions in it, both int64.
 
     A sequence consists of 2 * cp chunks, and rank r holds the chunks r and 2 * cp - 1 - r. The gathered
     tensor holds the tokens of rank 0, then the tokens of rank 1, and so on.
     """
     chunk = (end - start) // (2 * cp)
-    step = torch.arange(chunk)
+    step = torch.arange(chunk, device=device)
     first_slots = [r * (total // cp) + start // cp for r in range(cp)]
     early = [slot + step for slot in first_slots]
     late = [slot + chunk + step for slot in reversed(first_slots)]

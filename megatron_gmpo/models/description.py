@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ from transformers import AutoConfig
 from ..batch.columns import RoutingShape
 from ..config import Config
 from ..errors import InputError, one_line
+from ..platform.capabilities import transformer_engine_version
 from . import FAMILIES
 from .decoder import prediction_layers
 from .family import HFConfig
 from .folder import check_folder
+from .fusions import describe_fusions
 from .layout import check_layout
 from .mapping import Mapping
 from .operations import padded_vocab_size
@@ -38,9 +39,9 @@ class ModelDescription:
         mapping: the name table.
         padded_vocab_size: rows of the embedding, see ``operations.padded_vocab_size``.
         rope: GPTModel's rotary arguments.
-        use_transformer_engine: True uses Transformer Engine's layer spec, which needs a GPU and the library.
-            False uses the plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the
-            machine supports ``cfg.fp8``.
+        transformer_engine: version of Transformer Engine, whose layer spec is used; it needs a GPU. None uses
+            the plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the machine
+            supports ``cfg.fp8``.
     """
 
     hf: HFConfig
@@ -48,7 +49,17 @@ class ModelDescription:
     mapping: Mapping
     padded_vocab_size: int
     rope: dict[str, Any]
-    use_transformer_engine: bool
+    transformer_engine: tuple[int, ...] | None
+
+    @property
+    def use_transformer_engine(self) -> bool:
+        return self.transformer_engine is not None
+
+    @property
+    def fusions(self) -> str:
+        """Return which fused kernels are on, for the user; empty without Transformer Engine."""
+        version = self.transformer_engine
+        return describe_fusions(vars(self.transformer), version) if version else ""
 
     @property
     def is_moe(self) -> bool:
@@ -82,14 +93,14 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     architecture = architecture_of(hf)
     with _readable(hf):
         check_layout(cfg, architecture, world_size)
-    use_te = device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
-    transformer = transformer_config(cfg, architecture, DTYPES[cfg.model.dtype], world_size, use_te)
+    version = transformer_engine_version() if device.type == "cuda" else None
+    transformer = transformer_config(cfg, architecture, DTYPES[cfg.model.dtype], world_size, version)
     vocab_size = padded_vocab_size(hf.vocab_size, cfg.parallel.tensor_model_parallel_size)
     with _readable(hf):
         rows = family.rows(hf, vocab_size)
         mapping = Mapping(rows, tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
         rope = _rope(hf, architecture)
-    return ModelDescription(hf, transformer, mapping, vocab_size, rope, use_te)
+    return ModelDescription(hf, transformer, mapping, vocab_size, rope, version)
 
 
 def architecture_of(hf: HFConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..config.values import parse_value
 from ..errors import InputError, one_line
 from ..losses.objective import needed_columns
 from ..plugins import nearest
+from .fusions import FUSIONS, fusions_off
 
 _LAYOUT_FIELDS = set(ParallelConfig.model_fields)
 _OUR_FIELDS = {
@@ -63,19 +64,20 @@ def transformer_config(
     architecture: dict[str, Any],
     dtype: torch.dtype,
     world_size: int,
-    use_te: bool,
+    transformer_engine: tuple[int, ...] | None,
 ) -> TransformerConfig:
     """Check the settings and return Megatron's config.
 
     Args:
         architecture: fields of TransformerConfig, from ``Family.architecture``.
         dtype: dtype of weights and activations.
-        use_te: whether Transformer Engine's layer spec is used.
+        transformer_engine: version of Transformer Engine, or None if its layer spec is not used.
 
     Raises:
         InputError: a field is unknown, has a value of another type, contradicts another setting or needs a
             missing library; a setting requires routed experts and the model has none.
     """
+    use_te = transformer_engine is not None
     table = _megatron_table(cfg.megatron, architecture, use_te)
     routing_field = _routing_field(cfg)
     if not architecture.get("num_moe_experts"):
@@ -96,8 +98,9 @@ def transformer_config(
         "moe_enable_routing_replay": routing_field is not None,
     }
     fp8 = fp8_fields(cfg.fp8, architecture, cfg.parallel)
-    if use_te:
-        fields |= fp8
+    if transformer_engine is not None:
+        off = fusions_off(fields | table, transformer_engine)
+        fields |= fp8 | {name: name not in off for name in FUSIONS}
     else:  # their fused kernels need Transformer Engine or apex
         fields |= {
             "bias_dropout_fusion": False,

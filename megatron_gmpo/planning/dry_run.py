@@ -174,7 +174,7 @@ def _microbatch(
     of_rank = tokens // groups.tp.size() if cfg.parallel.uses_sequence_parallel else tokens
     hidden = (of_rank, 1, description.transformer.hidden_size)
     dtype = description.transformer.params_dtype
-    packing = packing_of(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32))
+    packing = packing_of([0, *accumulate(lengths)])
     chunk.train()
     boundary = 0
     observer.start()

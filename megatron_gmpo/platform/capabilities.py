@@ -36,10 +36,14 @@ def capabilities_of(device: torch.device) -> Capabilities:
         torch.cuda.get_device_name(device),
         torch.cuda.get_device_capability(device),
         _numbers(torch.version.cuda or ""),
-        _numbers(metadata.version("transformer_engine"))
-        if importlib.util.find_spec("transformer_engine")
-        else None,
+        transformer_engine_version(),
     )
+
+
+def transformer_engine_version() -> tuple[int, ...] | None:
+    """Return major and minor version of Transformer Engine, or None if it is not installed."""
+    found = importlib.util.find_spec("transformer_engine")
+    return _numbers(metadata.version("transformer_engine")) if found else None
 
 
 def check_apex() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
@@ -51,19 +50,22 @@ class AuxiliaryLosses:
         """Return whether there is an auxiliary loss."""
         return bool(self._divisors)
 
-    def metrics(self, microbatches: int) -> dict[str, Metric]:
-        """Return the losses in use, without their coefficients, and clear Megatron's tracker. Collective.
+    def take(self) -> Tensor:
+        """Return (losses,), this rank's share of the step's values, and clear Megatron's tracker."""
+        values = _take_values() if self._divisors else {}
+        taken = torch.zeros(len(self._divisors), device=self._device)
+        for place, name in enumerate(self._divisors):
+            if name in values:  # a pipeline stage without MoE layers records nothing
+                taken[place] = values[name].sum()
+        return taken
+
+    def metrics(self, sums: Tensor, microbatches: int) -> dict[str, Metric]:
+        """Return the losses in use, without their coefficients, from all ranks' sum of ``take``, on the host.
 
         The names are ``moe/load_balancing_loss``, ``moe/seq_load_balancing_loss``,
         ``moe/global_load_balancing_loss`` and ``moe/z_loss``. Each value is a sum over layers, averaged over
         the ``microbatches`` of the optimizer step.
         """
-        if not self._divisors:
-            return {}
-        values = _take_values()
-        zero = torch.zeros((), device=self._device)  # a pipeline stage without MoE layers records nothing
-        sums = torch.stack([values[name].sum() if name in values else zero for name in self._divisors])
-        dist.all_reduce(sums)
         totals = zip(self._divisors.items(), sums.tolist(), strict=True)
         return {f"moe/{name}": Metric(total / divisor / microbatches) for (name, divisor), total in totals}
 

@@ -98,7 +98,7 @@ def _megatron_logits(
         if dtype:
             for parameter in gpt.parameters():
                 parameter.copy_(parameter.to(DTYPES[dtype]))
-        packing = packing_of(torch.tensor([0, len(tokens)], dtype=torch.int32))
+        packing = packing_of([0, len(tokens)])
         return gpt.eval()(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packing)[0]
     finally:
         stop_model_parallel()

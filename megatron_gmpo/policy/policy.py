@@ -17,9 +17,9 @@ from torch import Tensor
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch, minibatch_bounds
 from ..checkpoint import check_model, model_identity, restore_random_states, save_checkpoint
 from ..config import Config
-from ..distributed import all_gather_objects
 from ..errors import NonFiniteError
 from ..losses.objective import Objective, minibatches_without_pass, needed_columns
+from ..metrics.across_ranks import RankReduction
 from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
 from ..weights.export import export_hf
@@ -63,6 +63,7 @@ class Policy:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.trainable = trainable
         self.schedule = Schedule(cfg, description, groups, device)
+        self._over_ranks = RankReduction(device)
         self._needs = needed_columns(cfg.algorithm)
         self._num_minibatches = cfg.train.minibatches_per_step
         self._without_pass = minibatches_without_pass(
@@ -159,11 +160,10 @@ class Policy:
         routers = self._old_routers(batch, keep_scores=shifts)
         batch.old_logprobs = self.schedule.logprobs(self.chunks, batch, routing, routers, first)
         self._weights_are_old = True
-        metrics = self._router_metrics(routers)
-        if routing:
-            metrics |= routing.metrics("moe/routing_differs")
-            if routing.record:
-                batch.routed_experts = routing.gather()
+        _, host = self._over_ranks({}, *_figures_of(routing, routers))
+        metrics = self._moe_metrics(host, routing, routers, "moe/routing_differs")
+        if routing and routing.record:
+            batch.routed_experts = routing.gather()
         if routers and shifts:
             batch.router_scores = routers.gather_scores()
         return metrics
@@ -243,15 +243,22 @@ class Policy:
             # R2 would replay the old policy's routing, which is that of this pass
             replay = not is_old or self.cfg.algorithm.moe_routing_replay == "rollout"
             routing = self._routing_pass(minibatch, replay=replay)
-        metrics = self._reduce(self.schedule.run(self.chunks, minibatch, plan, loss, routing, routers))
+        kept = self.schedule.run(self.chunks, minibatch, plan, loss, routing, routers)
+        summed, replicated = _figures_of(routing, routers)
+        summed["auxiliary"] = self.auxiliary.take()
+        if is_old:
+            replicated["old_logprobs"] = self.schedule.gather(found, len(minibatch.tokens))
+        # one rank of each tensor-parallel group has the metrics; this is the minibatch's only wait
+        mine = reduce_metrics(kept) if self.groups.tp.rank() == 0 else {}
+        metrics, host = self._over_ranks(mine, summed, replicated)
         # every context-parallel rank has the whole loss of its sequences
         metrics["loss"] = Metric(metrics["loss"].total / self.groups.cp.size(), count)
-        metrics |= self._router_metrics(routers)
-        metrics |= self.auxiliary.metrics(len(plan))
-        if routing:
-            metrics |= routing.metrics("moe/routing_differs" if is_old else "moe/routing_drift")
+        metrics |= self._moe_metrics(
+            host, routing, routers, "moe/routing_differs" if is_old else "moe/routing_drift"
+        )
+        metrics |= self.auxiliary.metrics(host["auxiliary"], len(plan))
         if is_old:
-            minibatch.old_logprobs = self.schedule.gather(found, len(minibatch.tokens))
+            minibatch.old_logprobs = host["old_logprobs"]
         _check_finite("loss", metrics["loss"])
         self.model.scheduler.step(1)
         _, grad_norm, _ = optimizer.step()
@@ -322,19 +329,21 @@ class Policy:
             OldRouters(*self._routers_of(batch), keep_scores=keep_scores) if self.description.is_moe else None
         )
 
-    def _router_metrics(self, routers: OldRouters | None) -> dict[str, Metric]:
+    def _moe_metrics(
+        self,
+        host: dict[str, Tensor],
+        routing: RoutingPass | None,
+        routers: OldRouters | None,
+        differences: str,
+    ) -> dict[str, Metric]:
+        """Return the metrics of a pass from the host copies of its ``_figures_of``."""
         per_layer = self.description.transformer.moe_per_layer_logging
-        return routers.metrics(per_layer=per_layer) if routers else {}
+        metrics = routers.metrics(host["routers"], per_layer=per_layer) if routers else {}
+        return metrics | (routing.metrics(differences, host["routing"]) if routing else {})
 
     def _routers_of(self, batch: TrainBatch) -> tuple[RoutingShape, dist.ProcessGroup, int, torch.device]:
         """Return the arguments of a ``RouterPass`` over the batch."""
         return self.description.routing, self.groups.tp, len(batch.tokens), self.device
-
-    def _reduce(self, kept: list[dict[str, Metric]]) -> dict[str, Metric]:
-        """Reduce metrics over microbatches and ranks, with one rank of each tensor-parallel group."""
-        merged = reduce_metrics(kept if self.groups.tp.rank() == 0 else [])
-        plain = {name: _on_cpu(m) for name, m in merged.items()}
-        return reduce_metrics(all_gather_objects(plain))
 
 
 @dataclass(frozen=True)
@@ -349,13 +358,12 @@ class Export:
         return export_hf(self.policy.chunks, self.policy.description.mapping, self.policy.groups)
 
 
-def _on_cpu(metric: Metric) -> Metric:
-    total = (
-        metric.total.cpu()
-        if isinstance(metric.total, Tensor) and metric.op == "histogram"
-        else float(metric.total)
-    )
-    return Metric(total, float(metric.count), metric.op)
+def _figures_of(
+    routing: RoutingPass | None, routers: OldRouters | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a pass's figures on the device: those to sum over ranks, and reduced ones. Collective."""
+    summed = {"routers": routers.sums} if routers else {}
+    return summed, {"routing": routing.differences()} if routing else {}
 
 
 def _check_finite(name: str, metric: Metric) -> None:

@@ -142,7 +142,11 @@ def _log_scores(router: TopKRouter, hidden: Tensor) -> Tensor:
 
 
 class OldRouters(RouterPass):
-    """Observe the pass of the old log probabilities: load, entropy and, if ``keep_scores``, scores."""
+    """Observe the pass of the old log probabilities: load, entropy and, if ``keep_scores``, scores.
+
+    Attributes:
+        sums: (layers, experts + 2) float64, this rank's share of what ``metrics`` needs.
+    """
 
     def __init__(self, *arguments, keep_scores: bool) -> None:
         super().__init__(*arguments)
@@ -150,7 +154,7 @@ class OldRouters(RouterPass):
         # layer -> (index, (T', topk)) of each microbatch
         self._scores: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         # by layer: number of tokens of each expert, the sum of the tokens' entropies, number of tokens
-        self._sums = torch.zeros(
+        self.sums = torch.zeros(
             self.shape.num_layers, self.shape.num_experts + 2, dtype=torch.float64, device=self.device
         )
 
@@ -164,15 +168,17 @@ class OldRouters(RouterPass):
         routed: Tensor,
     ) -> None:
         real = (index >= 0)[:, None]
-        self._sums[layer, :-2] += (routed & real).sum(0)
-        self._sums[layer, -2] -= (log_scores.exp() * log_scores * real).sum(dtype=torch.float64)
-        self._sums[layer, -1] += real.sum()
+        self.sums[layer, :-2] += (routed & real).sum(0)
+        self.sums[layer, -2] -= (log_scores.exp() * log_scores * real).sum(dtype=torch.float64)
+        self.sums[layer, -1] += real.sum()
         if self._keep_scores:
-            experts = routed.nonzero()[:, 1].view(-1, self.shape.topk)  # in ascending order
+            # in ascending order; nonzero() would wait for the device
+            numbers = torch.arange(self.shape.num_experts, device=routed.device).expand(routed.shape)
+            experts = numbers.where(routed, self.shape.num_experts).sort(1).values[:, : self.shape.topk]
             self._scores[layer].append((index, log_scores.gather(1, experts)))
 
-    def metrics(self, *, per_layer: bool) -> dict[str, Metric]:
-        """Return figures over the observed tokens, without padding. Collective; all ranks get equal metrics.
+    def metrics(self, sums: Tensor, *, per_layer: bool) -> dict[str, Metric]:
+        """Return figures over the observed tokens, without padding, from all ranks' ``sums``, on the host.
 
         - ``moe/load_max``: tokens of the expert with the most tokens divided by the mean over experts, in the
           layer where this is largest;
@@ -185,8 +191,7 @@ class OldRouters(RouterPass):
         - if ``per_layer``, ``moe/layer_07/load_max`` and so on: the figures of each layer, except
           ``load_max_layer``.
         """
-        dist.all_reduce(self._sums)
-        sums = self._sums[list(self.shape.moe_layers)].cpu()
+        sums = sums[list(self.shape.moe_layers)]
         if not sums[:, -1].all():
             return {}
         load, entropy, tokens = sums[:, :-2], sums[:, -2], sums[:, -1]

@@ -160,22 +160,29 @@ class RoutingPass:
         assert routed[self.batch.computed].all(), "a token was not routed"
         return everything
 
-    def metrics(self, name: str) -> dict[str, Metric]:
+    def differences(self) -> Tensor:
         """Compare the routers' own choice, as a set, with the batch's ``routed_experts``. Collective.
 
-        The metric ``name`` is the share of (token, MoE layer) pairs that differ, ``{name}_tokens`` the share
-        of tokens with at least one such layer. Tokens without known experts do not count. All ranks get equal
-        metrics.
+        Returns:
+            (2,) int64 on every rank's device: number of (token, MoE layer) pairs that differ, and of tokens
+            with at least one such layer.
+        """
+        if self.batch.routed_experts is not None:
+            dist.all_reduce(self._differs)
+        return torch.stack([self._differs.sum(), (self._differs > 0).sum()])
+
+    def metrics(self, name: str, differences: Tensor) -> dict[str, Metric]:
+        """Return metrics from the host's copy of ``differences``.
+
+        The metric ``name`` is the share of the pairs that differ, ``{name}_tokens`` the share of the tokens.
+        Tokens without known experts do not count.
         """
         if self.batch.routed_experts is None:
             return {}
-        dist.all_reduce(self._differs)
         layers = self.routing.shape.moe_layers
         known = int(((self.batch.routed_experts[:, layers[0], 0] >= 0) & self.batch.computed).sum())
-        return {
-            name: Metric(int(self._differs.sum()), known * len(layers)),
-            f"{name}_tokens": Metric(int((self._differs > 0).sum()), known),
-        }
+        pairs, tokens = differences.tolist()
+        return {name: Metric(pairs, known * len(layers)), f"{name}_tokens": Metric(tokens, known)}
 
     def _compare(self, index: Tensor, chosen: Tensor, experts: Tensor) -> None:
         differs = (chosen.sort().values != experts.sort().values).any(1) & (experts[:, 0] >= 0)

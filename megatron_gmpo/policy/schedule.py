@@ -21,6 +21,7 @@ from ..models.description import ModelDescription
 from .build import output_weight
 from .fp8 import total_multiple
 from .logprobs import vocab_parallel_logprobs
+from .prefetch import prefetched
 from .routers import RouterPass
 from .routing import RoutingPass
 
@@ -129,13 +130,13 @@ class Schedule:
         for chunk in chunks:
             chunk.eval()
         self.run(chunks, batch, self.plan(batch, first), keep, routing, routers, forward_only=True)
-        return self.gather(found, len(batch.tokens))
+        return self.gather(found, len(batch.tokens)).cpu()
 
     def gather(self, found: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
         """Combine the ``response_logprobs`` of all ranks' microbatches. Collective.
 
         Returns:
-            (L,) fp32 on every rank's host, 0 for tokens that no rank has.
+            (L,) fp32 on every rank's device, 0 for tokens that no rank has.
         """
         flat = torch.zeros(length, device=self.device)
         for index, logprobs in found:
@@ -145,7 +146,7 @@ class Schedule:
             dist.all_reduce(flat, group=self.groups.dp_cp)
         if pp.size() > 1:
             dist.broadcast(flat, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
-        return flat.cpu()
+        return flat
 
     def _microbatches(
         self, batch: TrainBatch, plan: list[list[int]], chunk: torch.nn.Module, routing: RoutingPass | None
@@ -153,18 +154,19 @@ class Schedule:
         cp = self.groups.cp
         if routing is None:
             batch = batch.without_layers()
-        for place, sequences in enumerate(plan):
+
+        def packed(place: int) -> Microbatch:
             microbatch = pack(
                 batch,
-                sequences,
+                plan[place],
                 cp_size=cp.size(),
                 cp_rank=cp.rank(),
                 sequence_multiple=self.cfg.parallel.sequence_multiple,
                 total_multiple=total_multiple(self.cfg),
             )
-            if routing:
-                microbatch = routing.routing.cut(microbatch, chunk)
-            yield place, microbatch.to(self.device)
+            return routing.routing.cut(microbatch, chunk) if routing else microbatch
+
+        return enumerate(prefetched(packed, len(plan), self.device))
 
     def _forward_step(
         self,
@@ -183,7 +185,7 @@ class Schedule:
                 microbatch.tokens[None],
                 microbatch.position_ids[None],
                 None,  # attention is causal within each sequence, which packed_seq_params delimit
-                packed_seq_params=packing_of(microbatch.cu_seqlens),
+                packed_seq_params=packing_of(microbatch.bounds, microbatch.cu_seqlens),
             )
 
         def loss_of_hidden(hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:

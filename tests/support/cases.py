@@ -9,7 +9,7 @@ import random
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.losses.adaptive_clip import ClipState
 from megatron_gmpo.losses.correction import rollout_mismatch
 from megatron_gmpo.losses.objective import Objective, make_objective
-from megatron_gmpo.metrics.figures import value_of
+from megatron_gmpo.metrics.across_ranks import RankReduction
+from megatron_gmpo.metrics.figures import Metric, value_of
 from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.platform import seed_everything
 from megatron_gmpo.policy.build import build_chunks
@@ -43,6 +44,8 @@ from megatron_gmpo.weights.run_checkpoint import RunState
 
 from .memory import peak_of_allocations
 from .run_states import newest, records
+
+from .stops import count_objects, watched
 
 CPU = torch.device("cpu")
 
@@ -167,6 +170,32 @@ def replay(
             "router_shift": None if batch.router_scores is None else policy.router_shift(batch),
             "weights": weights_on_rank_0(policy),
         }
+
+
+def stops(cfg: Config, batch: TrainBatch) -> list[dict[str, Any]]:
+    """Return the ``Stops`` of each minibatch of the second step."""
+    with opened(cfg) as policy:
+        objective, found = _objective(policy), []
+        for step in range(2):
+            policy.prepare(batch, objective)
+            for minibatch in policy.minibatches(batch):
+                with watched(policy) if step else nullcontext() as stops:
+                    policy.train_step(minibatch, objective)
+                if stops:
+                    counts = {"fetches": stops.fetches, "objects": stops.objects}
+                    found.append({"places": stops.places} | counts)
+        return found
+
+
+def reduce_over_ranks(parts: list[list[dict[str, Metric]]]) -> tuple[list[dict[str, Metric]], list[int]]:
+    """Reduce each round's part of this rank; return the results, and the object collectives of each round."""
+    reduce, results, objects = RankReduction(CPU), [], []
+    for part in parts:
+        with pytest.MonkeyPatch.context() as patch:
+            counted = count_objects(patch)
+            results.append(reduce(part[rank()], {"rank": torch.tensor([rank()])}))
+            objects.append(sum(counted.values()))
+    return [metrics | {"rank": Metric(float(host["rank"]))} for metrics, host in results], objects
 
 
 def policy_mismatch(cfg: Config, batch: TrainBatch) -> dict[str, Any]:

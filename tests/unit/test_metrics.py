@@ -22,7 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics import plots
+from megatron_gmpo.metrics.across_ranks import RankReduction
 from megatron_gmpo.metrics.figures import Metric, reduce_metrics, value_of
+from megatron_gmpo.metrics.histogram import BINS
 from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after
 from megatron_gmpo.metrics.plots import PANELS, plot_run, read_metrics
 from megatron_gmpo.metrics.progress import Progress
@@ -60,6 +62,32 @@ def test_means_are_weighted_and_extremes_stay() -> None:
     }
     assert isinstance(merged["loss"].total, torch.Tensor)  # no synchronisation with the device
     assert reduce_metrics([]) == {}
+
+
+def test_one_process_reduces_metrics_to_floats_and_fetches_tensors() -> None:
+    reduce = RankReduction(torch.device("cpu"))
+    counts = torch.arange(BINS, dtype=torch.float64)
+    mine = {
+        "mean": Metric(torch.tensor(3.0), torch.tensor(2)),
+        "low": Metric(torch.tensor(-2.5), op="min"),
+        "high": Metric(7.0, op="max"),
+        "spread": Metric(counts, op="histogram"),
+        "empty": Metric(torch.tensor(math.nan), 0),
+    }
+    for _ in range(2):  # the first call learns the names
+        found, host = reduce(mine, {"a": torch.ones(2, 3)}, {"b": torch.tensor([4])})
+        assert found.keys() == mine.keys()
+        assert found["mean"] == Metric(3.0, 2.0)
+        assert (found["low"], found["high"]) == (Metric(-2.5, op="min"), Metric(7.0, op="max"))
+        assert torch.equal(torch.as_tensor(found["spread"].total), counts)
+        assert math.isnan(found["empty"].total)
+        assert torch.equal(host["a"], torch.ones(2, 3, dtype=torch.float64))
+        assert host["b"].tolist() == [4]
+    found, _ = reduce({"mean": Metric(1.0), "new": Metric(5.0)})
+    assert found == {"mean": Metric(1.0), "new": Metric(5.0)}
+    assert reduce({})[0] == {}
+    with pytest.raises(AssertionError, match="high is both max and min"):
+        reduce({"high": Metric(1.0, op="min")})
 
 
 numbers = st.floats(-1e6, 1e6)

@@ -23,6 +23,7 @@ from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import ModelDescription, describe_model
+from megatron_gmpo.models.fusions import FUSIONS, describe_fusions, fusions_off
 from megatron_gmpo.models.layout import check_layout
 
 CPU = torch.device("cpu")
@@ -85,6 +86,63 @@ def test_a_moe_model(describe: Describe) -> None:
     assert transformer.qk_layernorm
     assert description.rope == {"rotary_base": 1e6, "rotary_percent": 1.0}
     assert not description.use_transformer_engine
+
+
+ALL_ON = "apply_rope_fusion on, bias_activation_fusion on, moe_permute_fusion on"
+
+
+@pytest.mark.parametrize(
+    ("fields", "version", "off"),
+    [
+        ({"num_moe_experts": 8}, (2, 9), {}),
+        ({"num_moe_experts": 8}, (2, 0), {"moe_permute_fusion": "it needs Transformer Engine 2.1"}),
+        ({}, (2, 9), {"moe_permute_fusion": "the model has no experts"}),
+        (
+            {"num_moe_experts": 8, "multi_latent_attention": True},
+            (2, 9),
+            {"apply_rope_fusion": "the kernel of latent attention is experimental"},
+        ),
+        (
+            {"num_moe_experts": 8, "rotary_interleaved": True},
+            (2, 9),
+            {"apply_rope_fusion": "Megatron passes rotary_interleaved to no kernel for packed sequences"},
+        ),
+        (
+            {"num_moe_experts": 8, "use_te_activation_func": True},
+            (2, 9),
+            {"bias_activation_fusion": "use_te_activation_func fuses it otherwise"},
+        ),
+        (
+            {"num_moe_experts": 8, "context_parallel_size": 2},
+            (1, 11),
+            {
+                "apply_rope_fusion": "context parallelism needs Transformer Engine 1.12",
+                "moe_permute_fusion": "it needs Transformer Engine 2.1",
+            },
+        ),
+    ],
+)
+def test_fusions_are_on_unless_something_forbids_them(
+    fields: dict[str, Any], version: tuple[int, int], off: dict[str, str]
+) -> None:
+    assert fusions_off(fields, version) == off
+    said = describe_fusions(fields | {name: name not in off for name in FUSIONS}, version)
+    expected = ALL_ON
+    for name, reason in off.items():
+        expected = expected.replace(f"{name} on", f"{name} off ({reason})")
+    assert said == expected
+
+
+def test_fusions_that_the_config_turns_off() -> None:
+    fields = {"num_moe_experts": 8} | dict.fromkeys(FUSIONS, True) | {"apply_rope_fusion": False}
+    said = describe_fusions(fields, (2, 9))
+    assert said == ALL_ON.replace("apply_rope_fusion on", "apply_rope_fusion off (in the config)")
+
+
+def test_no_fusion_without_transformer_engine(describe: Describe) -> None:
+    description = describe()
+    assert [getattr(description.transformer, name) for name in FUSIONS] == [False, False, False]
+    assert description.fusions == ""
 
 
 def test_a_shared_expert(describe: Describe) -> None:

@@ -44,6 +44,7 @@ def microbatch() -> Microbatch:
         labels=slots + 1,
         position_ids=slots % 6,
         cu_seqlens=torch.arange(0, SLOTS + 1, 6, dtype=torch.int32),
+        bounds=list(range(0, SLOTS + 1, 6)),
         mask=slots % 6 >= 2,
         loss_slots=slots[slots % 6 >= 2],
         sequence_ids=slots // 6,

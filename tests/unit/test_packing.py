@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from megatron_gmpo.batch.columns import Microbatch, RoutingShape, TrainBatch
 from megatron_gmpo.batch.packing import cost, pack, plan_microbatches
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.policy.prefetch import prefetched
 
 quick = settings(deadline=None, max_examples=80)
 
@@ -377,3 +379,28 @@ def test_a_wrong_record_of_routed_experts_is_refused(change: Any, words: str) ->
     with pytest.raises(InputError, match=f"sample 1.*{words}") as error:
         stack_routed_experts([routed(2), sample], ROUTING)
     assert "\n" not in str(error.value)
+
+
+def test_the_next_microbatch_is_packed_while_one_is_in_use() -> None:
+    batch = TrainBatch(
+        tokens=torch.arange(10),
+        lengths=torch.tensor([3, 5, 2]),
+        response_mask=torch.zeros(10, dtype=torch.bool),
+        advantages=torch.zeros(3),
+        rollout_logprobs=torch.zeros(10),
+    )
+    made = [threading.Event() for _ in range(3)]
+
+    def make(place: int) -> Microbatch:
+        if place == 2:
+            raise ValueError("the third cannot be made")
+        made[place].set()
+        return pack(batch, [place])
+
+    microbatches = prefetched(make, 3, torch.device("cpu"))
+    first = next(microbatches)
+    assert made[1].wait(60)
+    assert first.tokens.tolist() == [0, 1, 2]
+    assert next(microbatches).tokens.tolist() == [3, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="the third"):
+        next(microbatches)

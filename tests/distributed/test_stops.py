@@ -1,0 +1,139 @@
+"""A minibatch makes the host wait for the device once, and exchanges no Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_gmpo.metrics.figures import Metric, value_of
+from megatron_gmpo.metrics.histogram import BINS
+from megatron_gmpo.testing import Family
+
+from ..support import cases
+from ..support.ranks import RankPool
+from ..support.stops import Stops
+from .test_layouts import EP, PP, TP, Reference, config, make_batch
+
+pytestmark = pytest.mark.distributed
+
+MEGATRON = {
+    "clip_grads.py": "the gradient norm decides whether to clip",
+    "rope_utils.py": "rotary embedding without Transformer Engine: apply_rope_fusion needs no lengths",
+    "moe_utils.py": "permutation without Transformer Engine: moe_permute_fusion needs no sizes",
+    "token_dispatcher.py": "the tokens that experts of other ranks get",
+    "experts.py": "one matrix product for each expert; grouped products need no sizes",
+    "p2p_communication.py": "pipeline stages send the shape of a packed microbatch",
+}
+"""Megatron's files that wait for the device in a minibatch on a CPU -> reason."""
+
+
+@pytest.mark.parametrize(
+    ("family", "world_size", "parallel", "changes"),
+    [
+        pytest.param("qwen3", 1, {}, {}, id="dense"),
+        pytest.param("qwen3", 2, {PP: 2}, {"algorithm": {"entropy_coef": 0.01}}, id="dense pp2"),
+        pytest.param(
+            "qwen3_moe",
+            2,
+            {TP: 2, EP: 2},
+            {
+                "algorithm": {"moe_routing_replay": "policy"},
+                "megatron": {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.01},
+            },
+            id="moe tp2 ep2",
+        ),
+    ],
+)
+def test_one_fetch_at_the_end(
+    ranks: RankPool,
+    expected: Reference,
+    family: Family,
+    world_size: int,
+    parallel: dict[str, int],
+    changes: dict[str, Any],
+) -> None:
+    cfg = config(
+        expected.model(family), parallel, max_tokens=32, train={"minibatches_per_step": 2}, **changes
+    )
+    for found in ranks.run(world_size, cases.stops, cfg, make_batch()):
+        assert len(found) == 2
+        for minibatch in found:
+            assert [place for place in minibatch["places"] if not place.startswith("megatron")] == []
+            files = {place.split()[1].split(":")[0] for place in minibatch["places"]}
+            assert files <= MEGATRON.keys()
+            assert "rope_utils.py" in files  # the watch sees the model
+            assert (minibatch["fetches"], minibatch["objects"]) == (1, {})
+
+
+def test_ranks_with_other_names_agree_on_them_once(ranks: RankPool) -> None:
+    counts = torch.zeros(BINS, dtype=torch.float64)
+    counts[3] = 2
+    loss = [Metric(torch.tensor(1.5), 2), Metric(2.25, 1)]
+    histogram = Metric(counts, op="histogram")
+    parts = [
+        # the last pipeline stage alone has metrics
+        [{}, {"loss": loss[1], "low": Metric(3.0, op="min")}],
+        [{}, {"loss": loss[1], "low": Metric(-3.0, op="min")}],
+        # each rank has a name of its own
+        [{"loss": loss[0], "high": Metric(-1.0, op="max")}, {"loss": loss[1], "spread": histogram}],
+        [{"loss": loss[0], "high": Metric(-4.0, op="max")}, {"high": Metric(-2.0, op="max")}],
+        [{}, {}],
+        [
+            {"spread": histogram, "low": Metric(1.0, op="min")},
+            {"spread": histogram, "low": Metric(0, op="min")},
+        ],
+    ]
+    expected = [
+        {"loss": 2.25, "low": 3.0},
+        {"loss": 2.25, "low": -3.0},
+        {"loss": 3.75 / 3, "high": -1.0, "spread": 2.0},
+        {"loss": 0.75, "high": -2.0},
+        {},
+        {"spread": 4.0, "low": 0.0},
+    ]
+    for results, objects in ranks.run(2, cases.reduce_over_ranks, parts):
+        found = [
+            {
+                name: float(m.total.sum()) if isinstance(m.total, Tensor) else value_of(m)
+                for name, m in result.items()
+            }
+            for result in results
+        ]
+        assert found == [round_ | {"rank": 1.0} for round_ in expected]
+        assert objects == [1, 0, 1, 0, 0, 0]
+
+
+VALUES = torch.arange(6.0)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x.max()),
+        lambda x: bool((x > 1).any()),
+        lambda x: x.tolist(),
+        lambda x: (2 * x).cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.numpy(),
+        lambda x: x[x > 1],
+        lambda x: torch.zeros(6).index_put_((x > 1,), x.new_zeros(())),
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 1),
+        lambda x: torch.repeat_interleave(x.long()),
+        lambda x: torch.zeros(6).add_(x).tolist(),
+    ],
+)
+def test_the_watch_finds(stop: Callable[[Tensor], Any]) -> None:
+    stops = Stops()
+    with stops.watching():
+        stop(VALUES.clone())  # on the host
+        assert stops.places == []
+        device = VALUES.clone()
+        stops.mark([device])
+        stop(device)
+    assert stops.places == ["ours test_stops.py:<lambda>"]
