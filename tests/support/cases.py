@@ -44,7 +44,6 @@ from megatron_gmpo.weights.run_checkpoint import RunState
 
 from .memory import peak_of_allocations
 from .run_states import newest, records
-
 from .stops import count_objects, watched
 
 CPU = torch.device("cpu")
