@@ -164,7 +164,12 @@ def _step(policy: Policy, batch: TrainBatch, objective: Objective, leave_out_pas
         loss = policy.train_step(minibatch, objective)["loss"]
         losses.append(float(loss.total / max(1, loss.count)))
         gradients.append(_gradients(policy))
-    old = torch.cat([minibatch.old_logprobs for minibatch in minibatches])
+    old = torch.cat(
+        [
+            torch.zeros(len(minibatch.tokens)) if minibatch.old_logprobs is None else minibatch.old_logprobs
+            for minibatch in minibatches
+        ]
+    )
     computed = figures["train/computed_tokens"]
     return Step(losses, gradients, old, _exported(policy), computed.total / computed.count)
 
@@ -249,6 +254,7 @@ class Reference:
 
     def __init__(self, cfg: Config, objective: Objective, formula: str | Callable[..., Tensor]) -> None:
         self._temperature, self._minibatches = cfg.rollout.temperature, cfg.train.minibatches_per_step
+        self._old = cfg.algorithm.old_logprobs
         self._optimizer = {"lr": cfg.optimizer.lr, "eps": cfg.optimizer.adam_eps, "weight_decay": 0.0}
         self._loss = {
             "loss": formula,
@@ -267,8 +273,9 @@ class Reference:
         self._model.load_state_dict(self._start)
         parameters = dict(self._model.named_parameters())
         optimizer = torch.optim.AdamW(parameters.values(), **self._optimizer)
-        batch = replace(batch, old_logprobs=self._logprobs(self._model, batch).float())
-        batch.ref_logprobs = batch.old_logprobs
+        old = self._logprobs(self._model, batch).float()
+        batch = replace(batch, old_logprobs=batch.rollout_logprobs if self._old == "rollout" else old)
+        batch.ref_logprobs = old
         if self._loss["kl_coef"]:
             batch.ref_logprobs = self._logprobs(self._frozen, batch).float()
         losses, gradients = [], []
@@ -282,9 +289,8 @@ class Reference:
                 losses[-1] = loss.item()
             gradients.append(_unfused({name: parameter.grad for name, parameter in parameters.items()}))
             optimizer.step()
-        assert batch.old_logprobs is not None
         weights = {name: parameter.detach() for name, parameter in parameters.items()}
-        return Step(losses, gradients, batch.old_logprobs, _unfused(weights), 1.0)
+        return Step(losses, gradients, old, _unfused(weights), 1.0)
 
     @torch.no_grad()
     def _logprobs(self, model: Any, batch: TrainBatch) -> Tensor:
