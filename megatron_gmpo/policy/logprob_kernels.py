@@ -40,6 +40,8 @@ def gradient_(logits: Tensor, tokens: ChunkTokens, temperature: float) -> Tensor
     Args:
         logits: (T, V) with contiguous rows.
     """
+    # the gradient of a sum has stride 0, but the kernel reads consecutive numbers
+    tokens = ChunkTokens(*(column if column is None else column.contiguous() for column in tokens))
     columns = logits.shape[1]
     grad_entropy = tokens.grad_entropy
     _gradient[(len(logits), triton.cdiv(columns, _BLOCK))](  # pyright: ignore[reportIndexIssue]
