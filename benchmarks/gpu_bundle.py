@@ -2,8 +2,8 @@
 
 Run: benchmarks/gpu_bundle.sh --transformer-engine DIR [OUT] [--dry-run]
 
-The machine has Python 3.12, torch with CUDA, Triton, transformers and their dependencies. Its transformers may
-be older than this project needs, so the bundle has its own. DIR holds, built for that torch:
+The machine has Python 3.12, torch with CUDA, Triton, transformers and their dependencies. Its transformers
+may be older than this project needs, so the bundle has its own. DIR holds, built for that torch:
 
 site.txz                     Python packages: transformer_engine and, for example, its megatron-core
 libtransformer_engine.so.xz  goes to transformer_engine/wheel_lib

@@ -131,7 +131,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def test_rows(output: str) -> list[Row]:
+def outcomes_of_tests(output: str) -> list[Row]:
     """Return one row for every outcome of pytest's ``-v`` lines, with the tests that did not pass."""
     found = re.findall(r"^(tests/\S+?\.py)::(.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
     counts = Counter((file, outcome) for file, _, outcome in found)
@@ -149,7 +149,7 @@ def figures_of(part: Part, folder: Path, output: str) -> dict[str, Any]:
     if part.tiny is None:
         skipped = re.findall(r"^SKIPPED \[(\d+)\] (\S+): (.+)$", output, re.MULTILINE)
         return {
-            "tables": {part.name: test_rows(output)},
+            "tables": {part.name: outcomes_of_tests(output)},
             "not_run": {f"{count} tests, {place}": why for count, place, why in skipped},
         }
     files = list(folder.glob("*.json"))
