@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_gmpo.planning.hardware import HARDWARE, Hardware
 Row = dict[str, Any]
 
 NEEDS_GPU = "needs a GPU: not run"
+FAILED = "was not measured"
 WARM_UP = 2
 
 
@@ -45,6 +47,14 @@ class Report:
         self.figures["not_run"][name] = why
         print(f"{name}: {why}", flush=True)
         self.write()
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Record an error of the block, so that the other parts are measured."""
+        try:
+            yield
+        except Exception as error:
+            self.skip(name, f"{FAILED}: {type(error).__name__}: {error}")
 
     def write(self) -> None:
         self._file.write_text(json.dumps(self.figures, indent=1))

@@ -158,29 +158,29 @@ def expected(inputs: Inputs) -> list[Tensor]:
     return [logprobs.detach(), entropy, *torch.autograd.grad(logprobs.sum(), (hidden, weight))]
 
 
-def off(path: Way, inputs: Inputs, wanted: list[Tensor]) -> float:
-    found = [*path.run(inputs), inputs.hidden.grad, inputs.weight.grad]
+def off(way: Way, inputs: Inputs, wanted: list[Tensor]) -> float:
+    found = [*way.run(inputs), inputs.hidden.grad, inputs.weight.grad]
     distances = [
         float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True) if a is not None
     ]
     return max(distances)
 
 
-def measure(path: Way, inputs: Inputs, options: GpuLogprobs, device: torch.device) -> Row:
+def measure(way: Way, inputs: Inputs, options: GpuLogprobs, device: torch.device) -> Row:
     hardware = hardware_of(device)
-    forward = median_seconds(lambda: path.forward(inputs), device, options.rounds)
-    both = median_seconds(lambda: path.run(inputs), device, options.rounds)
+    forward = median_seconds(lambda: way.forward(inputs), device, options.rounds)
+    both = median_seconds(lambda: way.run(inputs), device, options.rounds)
     inputs.hidden.grad = inputs.weight.grad = None
-    extra = peak_bytes(lambda: path.run(inputs), device) - inputs.hidden.nbytes - inputs.weight.nbytes
+    extra = peak_bytes(lambda: way.run(inputs), device) - inputs.hidden.nbytes - inputs.weight.nbytes
     floor = 6 * options.tokens * options.hidden * options.vocab / hardware.flops
     return {
-        "chunk": path.chunk_tokens,
+        "chunk": way.chunk_tokens,
         "forward ms": 1e3 * forward,
         "both ms": 1e3 * both,
         "floor ms": 1e3 * floor,
         "over floor": both / floor,
-        "of the FLOPs": path.flops(options) / both / hardware.flops,
-        "of the bandwidth": path.nbytes(options) / both / hardware.bandwidth,
+        "of the FLOPs": way.flops(options) / both / hardware.flops,
+        "of the bandwidth": way.nbytes(options) / both / hardware.bandwidth,
         "extra GB": max(0, extra) / 1e9,
     }
 
@@ -229,18 +229,21 @@ def main(options: GpuLogprobs) -> None:
     wanted = expected(few)
     for logits in (False, True):  # the policy's path first
         for name, arithmetic in reversed(arithmetics.items()):
-            path = Way(logits, arithmetic, min(1024, options.tokens))
-            figures = measure(path, inputs, options, device)
             title = f"{'logits' if logits else 'no logits'}, {name}"
-            report.add("Log probabilities", {"path": title, **figures, "off": off(path, few, wanted)})
+            way = Way(logits, arithmetic, min(1024, options.tokens))
+            with report.attempt(title):
+                figures = measure(way, inputs, options, device)
+                report.add("Log probabilities", {"path": title, **figures, "off": off(way, few, wanted)})
     name, arithmetic = list(arithmetics.items())[-1]
     for chunk in options.chunks:
-        row = measure(Way(False, arithmetic, chunk), inputs, options, device)
-        report.add(f"Chunk sizes without logits, {name}", row)
+        with report.attempt(f"chunks of {chunk} tokens"):
+            row = measure(Way(False, arithmetic, chunk), inputs, options, device)
+            report.add(f"Chunk sizes without logits, {name}", row)
     del inputs, few, wanted
     for name, arithmetic in arithmetics.items():
-        for row in measure_kernels(name, arithmetic, options, device):
-            report.add("Arithmetic on the logits of a chunk", row)
+        with report.attempt(f"arithmetic in {name}"):
+            for row in measure_kernels(name, arithmetic, options, device):
+                report.add("Arithmetic on the logits of a chunk", row)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ product of random bf16 matrices. Data sheets give higher figures than any progra
 
 from __future__ import annotations
 
+import importlib
 import platform
 import subprocess
 import sys
@@ -58,16 +59,17 @@ def main(options: Machine) -> None:
     facts = {"GPU": device_name(device), "CPU threads of torch": torch.get_num_threads()}
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
         facts |= {
             "compute capability": f"{found.major}.{found.minor}",
             "multiprocessors": found.multi_processor_count,
             "memory GB": found.total_memory / 1e9,
             "L2 MB": found.L2_cache_size / 1e6,
-            "driver, highest clock": subprocess.run(
-                query, capture_output=True, text=True, timeout=20
-            ).stdout.strip(),
         }
+        with report.attempt("driver"):
+            query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+            facts["driver, highest clock"] = subprocess.check_output(query, text=True, timeout=20).strip()
+        with report.attempt("import of Transformer Engine"):
+            importlib.import_module("transformer_engine.pytorch")
     else:
         report.skip("properties of the GPU")
     for name, value in facts.items():

@@ -131,15 +131,17 @@ def main(options: GpuMemory) -> None:
     report = Report("gpu_memory", options.out)
     with tempfile.TemporaryDirectory() as folder:
         model = in_a_process(options.device, write_model, Path(folder) / "model", options)
-        for row in in_a_process(options.device, measure_reference, model, options):
-            report.add("Released memory", row)
+        with report.attempt("released memory"):
+            for row in in_a_process(options.device, measure_reference, model, options):
+                report.add("Released memory", row)
         fractions = (0.0, 1.0)
         if options.device == "cpu":
             report.skip("released memory, and the optimizer on the host")
             fractions = ()
         for fraction in fractions:
-            row = in_a_process(options.device, measure_peak, fraction, model, options)
-            report.add("Memory with the optimizer on the host", row)
+            with report.attempt(f"memory with optimizer.offload_fraction = {fraction}"):
+                row = in_a_process(options.device, measure_peak, fraction, model, options)
+                report.add("Memory with the optimizer on the host", row)
 
 
 if __name__ == "__main__":

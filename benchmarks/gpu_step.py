@@ -279,15 +279,12 @@ def main(options: GpuStep) -> None:
             if recipe != "bf16" and options.device == "cpu":
                 report.skip(f"training step, FP8 {recipe}")
                 continue
-            try:
+            with report.attempt(f"training step, {recipe}"):
                 found, kernels = in_a_process(options.device, measure, recipe, model, options)
-            except Exception as error:  # continue with the other precisions
-                report.skip(f"training step, {recipe}", f"was not measured: {error}")
-                continue
-            base = found["step"] if recipe == "bf16" else base
-            report.add("Training step", row_of(recipe, found, base, flops, floor, options))
-            for kernel in kernels:
-                report.add(f"Kernels of a training step, {recipe}", kernel)
+                base = found["step"] if recipe == "bf16" else base
+                report.add("Training step", row_of(recipe, found, base, flops, floor, options))
+                for kernel in kernels:
+                    report.add(f"Kernels of a training step, {recipe}", kernel)
     for rows in report.figures["tables"].values():
         print(markdown(rows))
 

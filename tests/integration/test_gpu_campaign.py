@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu import Report, markdown
 from benchmarks.gpu_bundle import WHEELS, build, stand_in
 from benchmarks.gpu_campaign import PARTS, Part, outcomes_of_tests, run
 from benchmarks.gpu_logprobs import GpuLogprobs, Way, make
@@ -21,9 +22,22 @@ from megatron_gmpo.errors import InputError
 from megatron_gmpo.policy.logprobs import TorchArithmetic
 from tests.support.forks import ROOT
 
-MACHINE = (
-    "click filelock fsspec Jinja2 MarkupSafe mpmath networkx numpy packaging PyYAML setuptools sympy torch tqdm"
-).split()
+MACHINE = [
+    "click",
+    "filelock",
+    "fsspec",
+    "Jinja2",
+    "MarkupSafe",
+    "mpmath",
+    "networkx",
+    "numpy",
+    "packaging",
+    "PyYAML",
+    "setuptools",
+    "sympy",
+    "torch",
+    "tqdm",
+]
 """Packages of a bare GPU machine: torch and transformers' dependencies."""
 
 
@@ -33,13 +47,12 @@ def bare_python(folder: Path) -> Path:
     (site,) = folder.glob("lib/python*/site-packages")
     for name in {*MACHINE, *WHEELS}:
         try:
-            files = metadata.distribution(name).files or []
+            package = metadata.distribution(name)
         except metadata.PackageNotFoundError:  # needed by Transformer Engine only
             continue
-        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
-            (source,) = {file.locate().parents[len(file.parts) - 2] for file in files if file.parts[0] == top}
-            if not (site / top).exists():
-                (site / top).symlink_to(source)
+        for top in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():  # "google" belongs to several packages
+                (site / top).symlink_to(str(package.locate_file(top)))
     return folder / "bin/python"
 
 
@@ -137,3 +150,20 @@ def test_flops_of_log_probabilities_are_those_that_torch_counts(logits: bool) ->
     with FlopCounterMode(display=False) as counted:
         way.run(inputs)
     assert counted.get_total_flops() == way.flops(options)
+
+
+def test_an_error_does_not_stop_the_other_measurements(tmp_path: Path) -> None:
+    report = Report("example", tmp_path)
+    with report.attempt("first"):
+        raise ValueError("too large")
+    with report.attempt("second"):
+        report.add("Table", {"seconds": 1.5, "what": "a|b"})
+        report.add("Table", {"bytes": 3})
+    written = json.loads((tmp_path / "example.json").read_text())
+    assert written["not_run"] == {"first": "was not measured: ValueError: too large"}
+    assert markdown(written["tables"]["Table"]).splitlines() == [
+        "| seconds | what | bytes |",
+        "| --- | --- | --- |",
+        "| 1.5 | a\\|b |  |",
+        "|  |  | 3 |",
+    ]
