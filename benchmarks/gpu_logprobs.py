@@ -137,7 +137,7 @@ class _FromLogits(torch.autograd.Function):
         for some, *of_some in zip(
             logits.split(ctx.chunk_tokens), *(c.split(ctx.chunk_tokens) for c in columns), strict=True
         ):
-            some.copy_(ctx.arithmetic.gradient_(some, ChunkTokens(*of_some, None), 1.0))
+            some.copy_(ctx.arithmetic.gradient_(some, ChunkTokens._make([*of_some, None]), 1.0))
         return logits, None, None, None
 
 

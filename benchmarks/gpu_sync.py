@@ -67,7 +67,9 @@ class _Unpickler(pickle.Unpickler):
 
 def _rebuild(*args: Any) -> Tensor:
     """Open a CUDA IPC handle on this process's GPU; argument 6 is the GPU's UUID, see ``sync.shared``."""
-    return rebuild_cuda_tensor(*args[:6], torch.cuda.current_device(), *args[7:])
+    values = list(args)
+    values[6] = torch.cuda.current_device()
+    return rebuild_cuda_tensor(*values)
 
 
 class _Receiver(BaseHTTPRequestHandler):
@@ -145,9 +147,8 @@ def main(options: GpuSync) -> None:
     if device.type != "cuda":
         report.skip("weight sync by CUDA IPC")
     ours, theirs = multiprocessing.Pipe()
-    receiver = multiprocessing.get_context("spawn" if device.type == "cuda" else "fork").Process(
-        target=receive, args=(theirs, options.device), daemon=True
-    )
+    processes: Any = multiprocessing.get_context("spawn" if device.type == "cuda" else "fork")
+    receiver = processes.Process(target=receive, args=(theirs, options.device), daemon=True)
     receiver.start()
     if not ours.poll(START_S):
         raise RunError(f"the receiver did not start within {START_S:.0f} s")
