@@ -48,7 +48,8 @@ site=${GPU_SITE:-/tmp/gpu_site}
 if ! test -e "$site/.complete"; then
   mkdir -p "$site"
   tar xJf "$bundle/site.txz" -C "$site" &&
-  for wheel in "$bundle"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$site" || break; done &&
+  python3 -c 'import sys, zipfile
+for wheel in sys.argv[2:]: zipfile.ZipFile(wheel).extractall(sys.argv[1])' "$site" "$bundle"/wheels/*.whl &&
   engine=$site/transformer_engine/wheel_lib/libtransformer_engine.so &&
   xz -dc "$bundle/libtransformer_engine.so.xz" >"$engine" &&
   xz -dc "$bundle/tetorch.so.xz" >"$site/transformer_engine_torch.cpython-312-x86_64-linux-gnu.so" &&
