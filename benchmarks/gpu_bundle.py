@@ -9,9 +9,9 @@ site.txz                     Python packages: transformer_engine and, for exampl
 libtransformer_engine.so.xz  goes to transformer_engine/wheel_lib
 tetorch.so.xz                the extension transformer_engine_torch
 
-OUT receives these files, wheels of the packages in gpu_bundle.txt, and
-``activate.sh``. On the machine, ``. OUT/activate.sh`` unpacks them into /tmp/gpu_site and sets the
-environment; then ``benchmarks/gpu_campaign.sh`` runs. A package that site.txz holds is not downloaded.
+OUT receives these files, ``activate.sh``, and wheels of the packages in gpu_bundle.txt, in the versions of
+constraints-py312.txt. A package that site.txz holds is not downloaded. On the machine, ``. OUT/activate.sh``
+unpacks all of it into /tmp/gpu_site and sets the environment; then ``benchmarks/gpu_campaign.sh`` runs.
 
 The dry run builds the folder in a temporary place, with a stand-in for Transformer Engine if no DIR is given.
 """
