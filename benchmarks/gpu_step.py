@@ -15,37 +15,36 @@ MFU        these FLOPs over the measured time and the bf16 peak, for every recip
            0.40.
 speedup    relative to bf16 in the same run. Target for FP8: at least 1.2.
 
-FOLDER/kernels_RECIPE.txt lists the kernels that take most of the time (torch.profiler).
+Other tables list the kernels that take most of the time; FOLDER/kernels_RECIPE.txt has torch.profiler's own
+table. FOLDER/gpu_step.json has all figures.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
+from benchmarks.gpu import Report, Row, device_name, hardware_of, markdown, wait
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.config import Config, Positive
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.models.description import describe_model
-from megatron_gmpo.planning.hardware import HARDWARE, Hardware
 from megatron_gmpo.platform import choose_device, prepare_megatron, seed_everything, start_process_group
 from megatron_gmpo.platform.capabilities import capabilities_of
+from megatron_gmpo.policy.build import check_optimizer
 from megatron_gmpo.policy.fp8 import check_fp8
 from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
@@ -55,6 +54,7 @@ Recipe = Literal["bf16", "delayed", "tensorwise", "blockwise", "mxfp8"]
 OPTIMIZER_BYTES = 30
 WARM_UP_STEPS = 3
 PROMPT = 128
+TOP_KERNELS = 15
 
 
 class GpuStep(Options):
@@ -82,24 +82,6 @@ class GpuStep(Options):
     """``cpu`` only tests the benchmark: it relates the times to the peak of an H100."""
     out: Path = Path("runs/gpu_step")
     """Folder that receives the figures and the profiles."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Measurement of one precision.
-
-    Attributes:
-        step: seconds of a training step.
-        logprobs: seconds to compute the log probabilities of the same batch.
-        export: seconds to export all weights.
-        peak_memory: bytes on the GPU.
-    """
-
-    recipe: str
-    step: float
-    logprobs: float
-    export: float
-    peak_memory: int
 
 
 def forward_flops(hf: Any, lengths: list[int], *, causal: bool = True) -> int:
@@ -152,16 +134,16 @@ def random_batch(options: GpuStep) -> TrainBatch:
     return TrainBatch(tokens, lengths, mask, advantages, torch.zeros(len(tokens)))
 
 
-def measure(recipe: Recipe, model: Path, options: GpuStep) -> Figures:
-    """Build the policy in this process, measure it, and write the profile of one step."""
+def open_policy(sections: dict[str, Any], model: Path, options: GpuStep) -> Policy:
+    """Build the policy of a config in this process, whose only rank it is."""
     device = choose_device(options.device)
-    fp8 = {} if recipe == "bf16" else {"fp8": {"recipe": recipe}}
+    train = {"max_tokens_per_microbatch": options.max_tokens}
     cfg = Config.model_validate(
         {
             "model": {"path": str(model), "dtype": "bf16"},
-            "train": {"max_tokens_per_microbatch": options.max_tokens},
+            "train": train,
             "device": options.device,
-            **fp8,
+            **sections,
         }
     )
     start_process_group(device, 600)
@@ -169,118 +151,112 @@ def measure(recipe: Recipe, model: Path, options: GpuStep) -> Figures:
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     description = describe_model(cfg, 1, device)
     check_fp8(cfg, description.transformer, capabilities_of(device))
-    policy = Policy(cfg, description, groups, device)
-    batch = random_batch(options)
-    objective = make_objective(cfg.algorithm, is_moe=True, max_new_tokens=options.length)
+    check_optimizer(cfg.optimizer, capabilities_of(device))
+    return Policy(cfg, description, groups, device)
+
+
+def measure(recipe: Recipe, model: Path, options: GpuStep) -> tuple[Row, list[Row]]:
+    """Measure one precision, write the profile of one step, and return the figures and the top kernels.
+
+    The figures are seconds of a training step, of the batch's log probabilities and of an export, exported
+    bytes, and the peak of the GPU's memory in bytes.
+    """
+    policy = open_policy({} if recipe == "bf16" else {"fp8": {"recipe": recipe}}, model, options)
+    device, batch = policy.device, random_batch(options)
+    objective = make_objective(policy.cfg.algorithm, is_moe=True, max_new_tokens=options.length)
 
     def seconds(work: Callable[[], object], times: int = 1) -> float:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         for _ in range(times):
             work()
-        _wait(device)
+        wait(device)
         return (time.perf_counter() - start) / times
 
     batch.old_logprobs = policy.logprobs(batch)
-    logprobs = seconds(lambda: policy.logprobs(batch))
+    found: Row = {"logprobs": seconds(lambda: policy.logprobs(batch))}
     for _ in range(WARM_UP_STEPS):
         policy.train_step(batch, objective)
-    step = seconds(lambda: policy.train_step(batch, objective), options.steps)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    export = seconds(lambda: sum(tensor.nbytes for _, tensor in policy.export_hf()))
+    found["step"] = seconds(lambda: policy.train_step(batch, objective), options.steps)
+    found["peak"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    exported = []
+    found["export"] = seconds(lambda: exported.extend(tensor.nbytes for _, tensor in policy.export_hf()))
+    found["exported"] = sum(exported)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as kernels:
+    with profile(activities=activities) as profiled:
         policy.train_step(batch, objective)
-        _wait(device)
+        wait(device)
+    events = profiled.key_averages()
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    (options.out / f"kernels_{recipe}.txt").write_text(
-        kernels.key_averages().table(sort_by=order, row_limit=20)
-    )
-    return Figures(recipe, step, logprobs, export, peak)
+    (options.out / f"kernels_{recipe}.txt").write_text(events.table(sort_by=order, row_limit=40))
+    return found, top_kernels(events, device)
 
 
-def report(found: list[Figures], model: Path, options: GpuStep, console: Console) -> dict[str, Any]:
-    """Print the floor and the table, and return their figures for JSON."""
-    hf = AutoConfig.from_pretrained(model)
-    lengths = [options.length] * options.sequences
-    flops, tokens = 3 * forward_flops(hf, lengths), sum(lengths)
-    parameters = _parameters(model)
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    hardware = _hardware(name)
-    computing, updating = flops / hardware.flops, OPTIMIZER_BYTES * parameters / hardware.bandwidth
-    floor = computing + updating
-    console.print(
-        f"{name}, torch {torch.__version__}: {parameters / 1e9:.2f} B parameters, {tokens} tokens and "
-        f"{flops / 1e12:.1f} TFLOP a step.\n"
-        f"Floor: {computing:.4f} s for the FLOPs at {hardware.flops / 1e12:.0f} TFLOP/s, "
-        f"{updating:.4f} s for the optimizer's bytes at {hardware.bandwidth / 1e12:.2f} TB/s."
-    )
-    table = Table(
-        *(
-            "precision",
-            "step s",
-            "over floor",
-            "tokens/s",
-            "TFLOP/s",
-            "MFU",
-            "speedup",
-            "logprobs s",
-            "export s",
-            "peak GB",
-        )
-    )
-    base = next((figures.step for figures in found if figures.recipe == "bf16"), None)
-    rows = []
-    for figures in found:
-        row = {
-            **asdict(figures),
-            "over_floor": figures.step / floor,
-            "tokens_per_second": tokens / figures.step,
-            "tflops": flops / figures.step / 1e12,
-            "mfu": flops / figures.step / hardware.flops,
-            "speedup": base / figures.step if base else None,
+def top_kernels(events: Any, device: torch.device) -> list[Row]:
+    """Return the kernels (on a CPU: the operators) that take most of the profiled time."""
+    on_gpu = device.type == "cuda"
+    taken = [
+        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
+        for event in events
+        if not on_gpu or event.device_type == DeviceType.CUDA
+    ]
+    total = sum(microseconds for microseconds, _ in taken) or 1
+    taken.sort(key=lambda pair: -pair[0])
+    return [
+        {
+            "kernel": event.key[:80],
+            "calls": event.count,
+            "ms": microseconds / 1e3,
+            "share": microseconds / total,
         }
-        rows.append(row)
-        speedup = f"{row['speedup']:.2f}" if base else ""
-        table.add_row(
-            figures.recipe,
-            f"{figures.step:.4f}",
-            f"{row['over_floor']:.2f}",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['tflops']:.0f}",
-            f"{row['mfu']:.3f}",
-            speedup,
-            f"{figures.logprobs:.4f}",
-            f"{figures.export:.3f}",
-            f"{figures.peak_memory / 1e9:.1f}",
-        )
-    console.print(table)
+        for microseconds, event in taken[:TOP_KERNELS]
+    ]
+
+
+def row_of(recipe: Recipe, found: Row, base: float | None, flops: int, floor: float, options: GpuStep) -> Row:
+    """Return the table's row; ``base`` is the time of a bf16 step of the same run."""
+    step, hardware = found["step"], hardware_of(options.device)
     return {
-        "benchmark": "gpu_step",
-        "device": name,
-        "parameters": parameters,
-        "flops": flops,
-        "floor_s": floor,
-        "precisions": rows,
+        "precision": recipe,
+        "step s": step,
+        "over floor": step / floor,
+        "tokens/s": options.length * options.sequences / step,
+        "TFLOP/s": flops / step / 1e12,
+        "MFU": flops / step / hardware.flops,
+        "speedup": base / step if base else None,
+        "log probabilities s": found["logprobs"],
+        "export s": found["export"],
+        "export GB/s": found["exported"] / found["export"] / 1e9,
+        "peak GB": found["peak"] / 1e9,
     }
 
 
-def in_a_process(function: Callable[..., Any], *arguments: object) -> Any:
-    """Call ``function`` in a new process, which frees all GPU memory when it ends."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _hardware(name: str) -> Hardware:
-    """Return the data sheet of a GPU; for a CPU or an unknown GPU, return that of an H100."""
-    return next(
-        (hardware for key, hardware in HARDWARE.items() if key.upper() in name.upper()), HARDWARE["h100"]
+def floor_of(model: Path, options: GpuStep, report: Report) -> tuple[int, float]:
+    """Return the FLOPs of a step and its lower bound in seconds, and add them to the report."""
+    hf, hardware = AutoConfig.from_pretrained(model), hardware_of(options.device)
+    flops = 3 * forward_flops(hf, [options.length] * options.sequences)
+    parameters = _parameters(model)
+    computing, updating = flops / hardware.flops, OPTIMIZER_BYTES * parameters / hardware.bandwidth
+    report.figures |= {
+        "device": device_name(options.device),
+        "parameters": parameters,
+        "flops": flops,
+        "floor_s": computing + updating,
+    }
+    print(
+        f"{device_name(options.device)}, torch {torch.__version__}: {parameters / 1e9:.2f} B parameters, "
+        f"{options.length * options.sequences} tokens and {flops / 1e12:.1f} TFLOP a step.\n"
+        f"Floor: {computing:.4f} s for the FLOPs at {hardware.flops / 1e12:.0f} TFLOP/s, "
+        f"{updating:.4f} s for the optimizer's bytes at {hardware.bandwidth / 1e12:.2f} TB/s."
     )
+    return flops, computing + updating
+
+
+def in_a_process(device: Literal["cuda", "cpu"], function: Callable[..., Any], *arguments: object) -> Any:
+    """Call ``function`` in a new process, which frees all GPU memory when it ends."""
+    method = "spawn" if device == "cuda" else "fork"  # a fork starts faster, but cannot use CUDA
+    with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as process:
+        return process.submit(function, *arguments).result()
 
 
 def _parameters(model: Path) -> int:
@@ -295,19 +271,22 @@ def _parameters(model: Path) -> int:
 
 
 def main(options: GpuStep) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=140)
-    found = []
+    report, base = Report("gpu_step", options.out), None
     with tempfile.TemporaryDirectory() as folder:
-        model = in_a_process(write_model, Path(folder) / "model", options)
+        model = in_a_process(options.device, write_model, Path(folder) / "model", options)
+        flops, floor = floor_of(model, options, report)
         for recipe in options.recipes:
-            try:
-                found.append(in_a_process(measure, recipe, model, options))
-            except Exception as error:  # continue with the other precisions
-                console.print(f"{recipe} was not measured: {error}", markup=False)
-        result = report(found, model, options, console)
-    (options.out / "gpu_step.json").write_text(json.dumps(result, indent=2))
-    print(json.dumps({key: value for key, value in result.items() if key != "precisions"}))
+            if recipe != "bf16" and options.device == "cpu":
+                report.skip(f"training step, FP8 {recipe}")
+                continue
+            with report.attempt(f"training step, {recipe}"):
+                found, kernels = in_a_process(options.device, measure, recipe, model, options)
+                base = found["step"] if recipe == "bf16" else base
+                report.add("Training step", row_of(recipe, found, base, flops, floor, options))
+                for kernel in kernels:
+                    report.add(f"Kernels of a training step, {recipe}", kernel)
+    for rows in report.figures["tables"].values():
+        print(markdown(rows))
 
 
 if __name__ == "__main__":

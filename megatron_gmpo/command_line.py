@@ -265,7 +265,8 @@ def _add_option(add: Callable[..., object], key: str, field: FieldInfo, *, is_fl
         about = f"{about} (default: {_text(as_argument(field.default))})".lstrip()
     several = {"nargs": "+"} if get_origin(unwrapped(kind)[0]) is tuple else {}
     if Positional in field.metadata:
-        add(key, metavar=key.upper(), help=about, **several)
+        optional = {} if field.is_required() else {"nargs": "?"}
+        add(key, metavar=key.upper(), help=about, **optional, **several)
     elif is_flag:
         add(f"--{key}", dest=key, action="store_true", help=_text(field.description))
     else:

@@ -40,16 +40,18 @@ def gradient_(logits: Tensor, tokens: ChunkTokens, temperature: float) -> Tensor
     Args:
         logits: (T, V) with contiguous rows.
     """
+    # the gradient of a sum has stride 0, but the kernel reads consecutive numbers
+    known = [column.contiguous() for column in tokens if column is not None]
+    with_entropy = tokens.grad_entropy is not None
     columns = logits.shape[1]
-    grad_entropy = tokens.grad_entropy
     _gradient[(len(logits), triton.cdiv(columns, _BLOCK))](  # pyright: ignore[reportIndexIssue]
         logits,
-        *tokens[:-1],
-        tokens.grad_logprobs if grad_entropy is None else grad_entropy,
+        *known,
+        *([] if with_entropy else known[-1:]),  # an argument that is not read
         columns,
         logits.stride(0),
         temperature,
-        WITH_ENTROPY=grad_entropy is not None,
+        WITH_ENTROPY=with_entropy,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
     )

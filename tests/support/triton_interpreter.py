@@ -33,15 +33,20 @@ def check(tokens: int, columns: int, dtype: torch.dtype, temperature: float) -> 
     assert_close(entropy.double(), expected[1].detach(), atol=2e-5, rtol=1e-5)
 
     mine = torch.arange(tokens) % 2 == 0  # the label of every other token lies on another rank
-    for grad_entropy in (upstream[1], None):
+    expanded = upstream[0, :1].expand(tokens)  # stride 0, as the gradient of a sum
+    for grad_logprobs, grad_entropy in (
+        (upstream[0], upstream[1]),
+        (upstream[0], None),
+        (expanded, expanded),
+    ):
         # without its label a token's gradient is that of -log z
         loss = (
-            upstream[0] * (expected[0] * mine + (expected[0] - _at(exact, labels, temperature)) * ~mine)
+            grad_logprobs * (expected[0] * mine + (expected[0] - _at(exact, labels, temperature)) * ~mine)
         ).sum()
         if grad_entropy is not None:
             loss = loss + (grad_entropy * expected[1]).sum()
         (wanted,) = torch.autograd.grad(loss, exact, retain_graph=True)
-        known = ChunkTokens(labels, mine, highest, log_z, entropy, upstream[0], grad_entropy)
+        known = ChunkTokens(labels, mine, highest, log_z, entropy, grad_logprobs, grad_entropy)
         found = logprob_kernels.gradient_(logits.clone(), known, temperature)
         assert found.dtype == dtype
         # the interpreter truncates to bf16, a GPU rounds to the nearest

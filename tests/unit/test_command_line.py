@@ -473,6 +473,14 @@ def test_paths_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
             parse_options(Example, argv, "example")
 
 
+def test_a_positional_with_a_default() -> None:
+    class Optional(Options):
+        folder: Annotated[Path, Positional] = Path("here")
+
+    assert parse_options(Optional, [], "example").folder == Path("here")
+    assert parse_options(Optional, ["there"], "example").folder == Path("there")
+
+
 def test_options_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--dry-run", "data", "--out_file=x", "--count", "5", "--names", "a", "b"]
     expected = Example(folder=Path("data"), out_file=Path("x"), count=5, names=("a", "b"), dry_run=True)
