@@ -185,11 +185,13 @@ class SGLangConfig(Section):
 
 
 class WeightSyncConfig(Section):
-    route: Literal["disk", "distributed", "tensor"] = "disk"
-    """Transport of the weights to the servers: a folder that both see (``disk``), a broadcast over NCCL or
-    gloo (``distributed``), or memory that both map (``tensor``)."""
-    bucket_bytes: Positive = 512 * 2**20
-    """Memory of two buckets of tensors, in bytes. One bucket is packed while the other is sent."""
+    route: Literal["auto", "tensor", "distributed", "disk"] = "auto"
+    """Transport of the weights to the servers: memory that both map (``tensor``), a broadcast over NCCL or
+    gloo (``distributed``), or a folder that both see (``disk``). ``auto`` is ``tensor`` for colocated servers
+    and ``distributed`` for the others."""
+    bucket_bytes: Positive | None = None
+    """Memory of two buckets of tensors, in bytes. One bucket is packed while the other is sent. None means
+    4 GiB on a GPU and 512 MiB on a CPU."""
     in_flight: Literal["retract", "in_place", "abort"] = "retract"
     """Treatment of unfinished requests at a sync. With ``retract`` the server recomputes their KV cache with
     the new weights. With ``in_place`` they keep the old cache, which later requests do not use. With
@@ -202,6 +204,12 @@ class WeightSyncConfig(Section):
     """Folder that the ``disk`` route writes to; each run uses a subfolder of its own, which only its user can
     read. Empty means weight_sync in ``run_dir``. The servers must see the folder under the same path, and run
     as the same user."""
+
+    def route_to(self, placement: str) -> Literal["tensor", "distributed", "disk"]:
+        """Return the route to servers of this placement."""
+        if self.route != "auto":
+            return self.route
+        return "tensor" if placement == "colocated" else "distributed"
 
 
 class RewardConfig(Section):

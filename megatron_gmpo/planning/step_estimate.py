@@ -319,7 +319,7 @@ class StepEstimate(StepTraffic):
             "distributed": self.model.served_weights / (self.hardware.network * LINK_EFFICIENCY),
             "tensor": self.model.served_weights / HOST_COPY_BANDWIDTH,
         }
-        return gathered + route[self.cfg.weight_sync.route]
+        return gathered + route[self.cfg.weight_sync.route_to(self.cfg.rollout.placement)]
 
     def _rollout(self) -> float:
         """Return the time of the slowest server: prefill of its prompts, then decoding in a full batch."""

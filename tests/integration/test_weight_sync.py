@@ -327,18 +327,31 @@ def test_memory_of_a_restarted_server_is_not_touched(pair: LocalServers) -> None
     assert generate(pair.servers[1], PROMPT, max_new_tokens=1).status_code == 200
 
 
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+def gathered(tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors on two ranks that hold half of each."""
+    for name, tensor in tensors:
+        shards = [torch.empty_like(tensor.view(2, -1)[0]) for _ in range(2)]
+        dist.all_gather(shards, tensor.view(2, -1)[dist.get_rank()])
+        yield name, torch.stack(shards).view(tensor.shape)
+
+
 def sync_on_a_rank(server: Server, model: Path, folder: Path) -> list[Any]:
-    """Sync by every route on one of two ranks that hold half of every tensor each, first with a wrong key."""
+    """Sync by every route on one of two ranks, first with a wrong key."""
     tensors = tensors_of(model)
     done = 0
 
     def export() -> Iterator[tuple[str, Tensor]]:
         nonlocal done
-        for name, tensor in tensors:
-            shards = [torch.empty_like(tensor.view(2, -1)[0]) for _ in range(2)]
-            dist.all_gather(shards, tensor.view(2, -1)[dist.get_rank()])
+        for named in gathered(tensors):
             done += 1
-            yield name, torch.stack(shards).view(tensor.shape)
+            yield named
 
     results: list[Any] = []
     for route in ROUTES:
@@ -360,18 +373,39 @@ def sync_on_a_rank(server: Server, model: Path, folder: Path) -> list[Any]:
 
 
 def test_two_ranks_iterate_the_whole_export(
-    pair: LocalServers, dense: tuple[Path, Path], tmp_path: Path
+    two_ranks: RankPool, pair: LocalServers, dense: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    pool = RankPool(2)
-    try:
-        first, second = pool.run(2, sync_on_a_rank, pair.servers[0], dense[1], tmp_path)
-    finally:
-        pool.close()
+    first, second = two_ranks.run(2, sync_on_a_rank, pair.servers[0], dense[1], tmp_path)
     assert first == second
     for refused, report in zip(first[::2], first[1::2], strict=True):
         assert "SGLANG_ADMIN_API_KEY" in refused
         assert report.failed == ()
     assert_serves(pair.servers[0], dense[1], dense[0], "ranks-tensor")
+
+
+def sync_to_colocated_servers(servers: list[Server], models: tuple[Path, Path]) -> list[Any]:
+    """Sync on one of two nodes of one rank, first to the second node's server alone, then to both."""
+    os.environ["SLURMD_NODENAME"] = f"node{dist.get_rank()}"
+    try:
+        cfg = WeightSyncConfig(bucket_bytes=BUCKET_BYTES, timeout_s=60.0, verify=True)
+        sync = make_weight_sync(cfg, "colocated", CPU, Path("unused"))
+        return [
+            sync.update(servers[1:], gathered(tensors_of(models[0])), "nodes-0"),
+            sync.update(servers, gathered(tensors_of(models[1])), "nodes-1"),
+        ]
+    finally:
+        del os.environ["SLURMD_NODENAME"]
+
+
+def test_each_node_sends_to_its_own_servers(
+    two_ranks: RankPool, pair: LocalServers, dense: tuple[Path, Path]
+) -> None:
+    servers = [replace(server, node=f"node{i}") for i, server in enumerate(pair.servers)]
+    first, second = two_ranks.run(2, sync_to_colocated_servers, servers, dense)
+    assert first == second
+    assert [report.failed for report in first] == [(), ()]
+    for server in servers:
+        assert_serves(server, dense[1], dense[0], "nodes-1")
 
 
 @pytest.mark.parametrize("route", ["distributed", "tensor"])

@@ -74,7 +74,7 @@ def test_only_the_owner_can_lock_a_run_folder(shared: Path) -> None:
 
 def begin_sync(shared: Path, run_dir: Path) -> Path:
     sync: Any = make_weight_sync(
-        WeightSyncConfig(folder=str(shared)), "disaggregated", torch.device("cpu"), run_dir
+        WeightSyncConfig(route="disk", folder=str(shared)), "disaggregated", torch.device("cpu"), run_dir
     )
     sync._begin(None, "run-1")
     return sync._draft

@@ -87,9 +87,13 @@ class LocalServers:
         address = "127.0.0.1" if cfg.host == "0.0.0.0" else cfg.host
         self.servers = [
             Server(
-                f"http://{address}:{_number(port)}", self._api_key, self._admin_key, cfg.tensor_parallel_size
+                f"http://{address}:{_number(port)}",
+                self._api_key,
+                self._admin_key,
+                cfg.tensor_parallel_size,
+                first_gpu=first_gpu + i * cfg.tensor_parallel_size,
             )
-            for port in self._ports
+            for i, port in enumerate(self._ports)
         ]
         self._options = [
             {
@@ -103,7 +107,7 @@ class LocalServers:
                 "log_level_http": "warning",
                 "skip_server_warmup": True,
                 "sleep_on_idle": True,
-                **_device_options(device, first_gpu + i * cfg.tensor_parallel_size),
+                **_device_options(device, self.servers[i].first_gpu),
                 **options,
                 **args,
             }

@@ -142,7 +142,7 @@ def _publish(cfg: Config, servers: LocalServers, task: int, tasks: int) -> None:
     run_dir = Path(cfg.run_dir)
     attempt = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     parts = [run_dir / "servers" / f"{attempt}-{i}.json" for i in range(tasks)]
-    ours = [{"url": server.url, "node": node_name()} for server in servers.servers]
+    ours = [{"url": server.url, "node": server.node} for server in servers.servers]
     files.write(parts[task], json.dumps(ours))
     if task:
         return

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from ...errors import Exit, InputError, ServerError
+from ...supervision.records import node_name
 
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 5.0
@@ -34,12 +35,21 @@ class Server:
         api_key: key for ``/generate`` and other user requests; empty if the server has none.
         admin_key: key for weight updates, pauses, aborts and cache flushes.
         tensor_parallel_size: number of the server's ranks, each with a shard of the weights.
+        node: name of the server's node, as ``node_name`` gives it there.
+        first_gpu: the node's GPU of the server's first rank; the others follow. 0 without GPUs.
     """
 
     url: str
     api_key: str = field(default="", repr=False)
     admin_key: str = field(default="", repr=False)
     tensor_parallel_size: int = 1
+    node: str = field(default_factory=node_name)
+    first_gpu: int = 0
+
+    @property
+    def gpus(self) -> range:
+        """Return the node's GPUs that the server's ranks use."""
+        return range(self.first_gpu, self.first_gpu + self.tensor_parallel_size)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -109,7 +119,9 @@ def published_servers(file: Path, timeout_s: float) -> list[Server]:
     keys = json.loads(file.with_name("server_keys.json").read_text())
     try:
         return [
-            _external_server(entry["url"], keys["api_key"], keys["admin_key"], "rollout.servers_file")
+            _external_server(
+                entry["url"], keys["api_key"], keys["admin_key"], "rollout.servers_file", entry["node"]
+            )
             for entry in published
         ]
     except InputError as error:  # the user did not write this file
@@ -129,7 +141,17 @@ def certificates() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _external_server(url: str, api_key: str, admin_key: str, field: str) -> Server:
+def node_of(url: str) -> str:
+    """Return the name of this node if ``url`` leads to one of its addresses, or else the URL's host."""
+    host = httpx.URL(url).host
+    try:
+        # towards its own address a machine uses that address
+        return node_name() if address_towards(host) == socket.gethostbyname(host) else host
+    except OSError:  # a host with an IPv6 address only
+        return host
+
+
+def _external_server(url: str, api_key: str, admin_key: str, field: str, node: str | None = None) -> Server:
     named = f"{field}: {url!r}"
     try:
         info = _request("GET", f"{url}/server_info", _bearer(api_key), _REACH_TIMEOUT_S)
@@ -153,7 +175,8 @@ def _external_server(url: str, api_key: str, admin_key: str, field: str) -> Serv
         raise InputError(
             f"{named} replies {info.status_code} to /server_info: give the URL of an SGLang server"
         )
-    return Server(url, api_key, admin_key, info.json()["tp_size"])
+    settings = info.json()
+    return Server(url, api_key, admin_key, settings["tp_size"], node or node_of(url), settings["base_gpu_id"])
 
 
 def _request(method: str, url: str, headers: dict[str, str], timeout_s: float) -> httpx.Response:

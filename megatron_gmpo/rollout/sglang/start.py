@@ -48,7 +48,8 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
             f"sglang.python = {cfg.sglang.python!r} does not exist: run make sglang, "
             "or set rollout.server_urls or rollout.servers_file"
         )
-    if cfg.weight_sync.route == "distributed" and device.type == "cuda" and not cfg.rollout.server_urls:
+    route = cfg.weight_sync.route_to(cfg.rollout.placement)
+    if route == "distributed" and device.type == "cuda" and not cfg.rollout.server_urls:
         _check_nccl(cfg.sglang.python)
 
 
@@ -65,8 +66,8 @@ def _check_nccl(python: str) -> None:
     if theirs and theirs != ours:
         raise InputError(
             f"weight_sync.route = 'distributed' needs the same NCCL on both sides, but the trainer's torch "
-            f"has {ours} and that of sglang.python has {theirs}: choose 'disk', or install a torch with the "
-            "same NCCL"
+            f"has {ours} and that of sglang.python has {theirs}: set it to 'disk', or install a torch with "
+            "the same NCCL"
         )
 
 
@@ -94,8 +95,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         device: device of the policy.
 
     Raises:
-        InputError: see ``LocalServers`` and ``make_weight_sync``; or colocated servers need more GPUs than
-            the trainer has.
+        InputError: see ``LocalServers``, ``make_weight_sync`` and ``WeightSync.check``; or colocated servers
+            need more GPUs than the trainer has.
         ServerError: see ``published_servers``; or colocated servers do not start.
     """
     rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
@@ -115,6 +116,8 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     sync = make_weight_sync(
         weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8"
     )
+    with agreed():
+        sync.check(servers)
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
     engine = SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
     if colocated_on_gpus:

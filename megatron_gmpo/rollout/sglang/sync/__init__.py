@@ -1,7 +1,7 @@
 """Weight sync: send new weights from the trainer to SGLang servers.
 
 ``weight_sync.route`` selects the module: disk.py for ``disk``, broadcast.py for ``distributed``, and
-shared.py for ``tensor``.
+shared.py for ``tensor``. ``auto`` selects it by the servers' placement.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def make_weight_sync(
     *,
     quantized: bool = False,
 ) -> WeightSync:
-    """Make the weight sync of ``cfg.route``.
+    """Make the weight sync of ``cfg.route``. Collective.
 
     Args:
         cfg: the ``weight_sync`` section.
@@ -42,18 +42,18 @@ def make_weight_sync(
     Raises:
         InputError: the route does not support ``placement`` on GPUs.
     """
-    is_cuda = device.type == "cuda"
-    if is_cuda and cfg.route == "tensor" and placement != "colocated":
+    is_cuda, route = device.type == "cuda", cfg.route_to(placement)
+    if is_cuda and route == "tensor" and placement != "colocated":
         raise InputError(
             "weight_sync.route = 'tensor' needs rollout.placement = 'colocated': "
             "servers on other GPUs cannot map the trainer's memory"
         )
-    if is_cuda and cfg.route == "distributed" and placement == "colocated":
+    if is_cuda and route == "distributed" and placement == "colocated":
         raise InputError(
             "weight_sync.route = 'distributed' needs rollout.placement = 'disaggregated': "
             "NCCL allows one rank per GPU"
         )
-    match cfg.route:
+    match route:
         case "disk":
             # one level, so that runs of several users can share cfg.folder
             name = quote(str(run_dir.absolute())[1:], safe="")

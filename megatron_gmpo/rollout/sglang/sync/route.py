@@ -1,8 +1,9 @@
 """The steps of a weight sync that all routes share.
 
-Every rank iterates the policy's export, which is collective. Rank 0 packs the tensors into buckets and sends
-requests to the servers. It packs the next bucket while the servers load the current bucket. The requests
-follow the API of SGLang 0.5.23 (sglang/srt/entrypoints/http_server.py).
+Every rank iterates the policy's export, which is collective. A rank that leads servers packs the tensors into
+buckets and sends requests to them: rank 0, or with colocated servers the first rank of each node. It packs
+the next bucket while the servers load the current bucket. The requests follow the API of SGLang 0.5.23
+(sglang/srt/entrypoints/http_server.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ....config import WeightSyncConfig
-from ....distributed import broadcast_object, rank
+from ....distributed import all_gather_objects, rank
 from ....errors import InputError, NonFiniteError, RunError
 from ..servers import Server
 from .buckets import Bucket, BucketPacker
@@ -29,6 +30,9 @@ INCOMPLETE = "incomplete"
 
 Tokens with this version belong to no policy version."""
 
+_BUCKET_BYTES = {"cuda": 4 * 2**30, "cpu": 512 * 2**20}
+"""Default of ``weight_sync.bucket_bytes`` by the type of the policy's device."""
+
 
 @dataclass(frozen=True)
 class SyncReport:
@@ -36,7 +40,7 @@ class SyncReport:
 
     Attributes:
         nbytes: size of the weights, counted once for any number of servers.
-        seconds: from the first request to the last.
+        seconds: from the start of the sync until generation goes on.
         failed: servers that refused a request, died or timed out. Their weights are a mix of old and new
             weights, or the old weights.
     """
@@ -44,6 +48,14 @@ class SyncReport:
     nbytes: int
     seconds: float
     failed: tuple[Server, ...]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What a rank has sent: the bytes, and a digest of the weights that each server holds now."""
+
+    nbytes: int
+    digests: dict[Server, str]
 
 
 class WeightSync(ABC):
@@ -60,9 +72,10 @@ class WeightSync(ABC):
         self, cfg: WeightSyncConfig, device: torch.device, quantized: bool, *, reuse_buffers: bool = True
     ) -> None:
         self._cfg, self._device = cfg, device
-        # half of bucket_bytes, because one bucket is packed while another is sent
+        self._bucket_bytes = cfg.bucket_bytes or _BUCKET_BYTES[device.type]
+        # half of it, because one bucket is packed while another is sent
         self._packer = BucketPacker(
-            cfg.bucket_bytes // 2, self._allocate, quantized=quantized, reuse_buffers=reuse_buffers
+            self._bucket_bytes // 2, self._allocate, quantized=quantized, reuse_buffers=reuse_buffers
         )
         self._verification = Verification() if cfg.verify else None
 
@@ -76,7 +89,7 @@ class WeightSync(ABC):
         requests continue.
 
         Args:
-            servers: the servers to update; only rank 0's value is used.
+            servers: the servers to update, equal on every rank.
             named_tensors: the policy's export, by Hugging Face names. A server keeps its own dtype and rounds
                 fp32 tensors when it loads them. With ``quantized``, linear weights are sent in block-wise FP8
                 (``models.fp8_blocks``).
@@ -84,52 +97,81 @@ class WeightSync(ABC):
 
         Raises:
             InputError: on every rank, for an error that a retry cannot fix: a refused API key, a folder that
-                is not writable, a tensor that the servers ignore.
+                is not writable, a tensor that the servers ignore, a server that ``check`` refuses.
             NonFiniteError: on every rank, when a weight to be quantized is NaN or infinite.
         """
+        self.check(servers)
+        started = time.monotonic()
         tensors = iter(named_tensors)
-        outcome = None
+        led = self._led(servers)
+        session = Session(led, self._cfg.timeout_s) if led else None
         try:
-            outcome = self._lead(servers, tensors, version) if rank() == 0 else self._follow(tensors)
-        except (InputError, NonFiniteError) as error:
-            outcome = error
-        for _ in tensors:  # the export is collective: the other ranks wait in it after an error on one rank
-            pass
-        outcome = broadcast_object(outcome)
-        if isinstance(outcome, RunError):
-            raise outcome
-        return outcome
+            try:
+                sent = self._lead(session, tensors, version) if session else self._follow(servers, tensors)
+            except (InputError, NonFiniteError) as error:
+                sent = error
+            for _ in tensors:  # the export is collective: the other ranks wait in it after an error here
+                pass
+            everywhere = all_gather_objects(sent)
+            for problem in everywhere:
+                if isinstance(problem, RunError):
+                    raise problem
+            complete = [each for each in everywhere if each]
+            differing: list[Server] = []
+            if self._verification:
+                digests = {server: digest for each in complete for server, digest in each.digests.items()}
+                differing = self._verification.differing(digests, version)
+            if session:
+                for server in differing:
+                    if server in session.servers:
+                        session.drop(server, "has other weights than its peers after the sync")
+                session.request("/continue_generation", {})
+        finally:
+            if session:
+                session.finish()
+        failed = session.failed if session else ()
+        ends = all_gather_objects((time.monotonic() - started, failed))
+        return SyncReport(
+            max(each.nbytes for each in complete),
+            max(seconds for seconds, _ in ends),
+            tuple(server for _, failed in ends for server in failed),
+        )
+
+    def check(self, servers: Sequence[Server]) -> None:
+        """Check that the route reaches these servers.
+
+        Raises:
+            InputError: it does not.
+        """
+        return
 
     def close(self) -> None:
         """Remove folders and process groups that the syncs created."""
         return
 
-    def _lead(
-        self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]], version: str
-    ) -> SyncReport:
-        """Run the sync on rank 0."""
-        started = time.monotonic()
+    def _led(self, servers: Sequence[Server]) -> list[Server]:
+        """Return the servers to which this rank sends requests."""
+        return list(servers) if rank() == 0 else []
+
+    def _lead(self, session: Session, tensors: Iterator[tuple[str, Tensor]], version: str) -> _Sent:
+        """Send the weights to the servers that this rank leads; generation stays paused."""
         nbytes = 0
-        session = Session(servers, self._cfg.timeout_s)
-        try:
-            pending = session.submit(self._open, session, version)
-            for bucket, last in self._packer.pack(tensors):
-                pending.result()
-                fields = {
-                    "weight_version": version if last else INCOMPLETE,
-                    "flush_cache": last and self._cfg.in_flight != "in_place",
-                }
-                pending = session.submit(self._send, session, self._payload(bucket), fields, last)
-                nbytes += bucket.nbytes
+        pending = session.submit(self._open, session, version)
+        for bucket, last in self._packer.pack(tensors):
             pending.result()
-            self._conclude(session, version)
-        finally:
-            session.finish()
+            fields = {
+                "weight_version": version if last else INCOMPLETE,
+                "flush_cache": last and self._cfg.in_flight != "in_place",
+            }
+            pending = session.submit(self._send, session, self._payload(bucket), fields, last)
+            nbytes += bucket.nbytes
+        pending.result()
+        digests = self._conclude(session, version)
         if session.problem:
             raise session.problem
-        return SyncReport(nbytes, time.monotonic() - started, session.failed)
+        return _Sent(nbytes, digests)
 
-    def _follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def _follow(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Take part in the sync on another rank; the caller iterates the remaining tensors."""
         return
 
@@ -139,7 +181,8 @@ class WeightSync(ABC):
             self._verification.scramble(session)
         self._begin(session, version)
 
-    def _conclude(self, session: Session, version: str) -> None:
+    def _conclude(self, session: Session, version: str) -> dict[Server, str]:
+        """Check the servers' weights; return the digests with which those of all nodes are compared."""
         self._end(session, version)
         if self._cfg.in_flight == "in_place":
             # the server refuses while unfinished requests use the cache
@@ -147,9 +190,7 @@ class WeightSync(ABC):
         for server, reply in session.request("/model_info").items():
             if (found := reply.json()["weight_version"]) != version:
                 session.drop(server, f"has weights {found!r} after the sync, not {version!r}")
-        if self._verification:
-            self._verification.check(session, version)
-        session.request("/continue_generation", {})
+        return self._verification.check(session) if self._verification else {}
 
     def _begin(self, session: Session, version: str) -> None:
         """Prepare the servers for the first bucket."""

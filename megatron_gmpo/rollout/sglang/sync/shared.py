@@ -1,4 +1,4 @@
-"""Route ``tensor``: the servers map the trainer's buckets into memory. HTTP carries only handles.
+"""Route ``tensor``: servers map the buckets of their own node's ranks. HTTP carries only handles.
 
 On CPU the buckets are POSIX shared memory, on a GPU they are CUDA IPC memory.
 """
@@ -6,7 +6,6 @@ On CPU the buckets are POSIX shared memory, on a GPU they are CUDA IPC memory.
 from __future__ import annotations
 
 import base64
-import io
 import math
 import os
 import shutil
@@ -19,14 +18,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from ....config import WeightSyncConfig
-from ....distributed import all_gather_objects, broadcast_object, rank
+from ....distributed import rank
 from ....errors import InputError
 from ..servers import Server
 from .buckets import Bucket
+from .places import Places
 from .route import SyncReport, WeightSync
 from .session import Session
 
@@ -34,7 +35,22 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 class _SharedBucketSync(WeightSync):
-    """Send serialized handles of the buckets with ``/update_weights_from_tensor``."""
+    """Send serialized handles of the buckets with ``/update_weights_from_tensor``.
+
+    The first rank of each node sends requests to the servers of its node. All nodes send in parallel.
+    """
+
+    def __init__(
+        self, cfg: WeightSyncConfig, device: torch.device, quantized: bool, *, reuse_buffers: bool
+    ) -> None:
+        super().__init__(cfg, device, quantized, reuse_buffers=reuse_buffers)
+        self._places = Places()
+
+    def _led(self, servers: Sequence[Server]) -> list[Server]:
+        return self._here(servers) if self._places.is_first else []
+
+    def _here(self, servers: Sequence[Server]) -> list[Server]:
+        return [server for server in servers if server.node == self._places.node]
 
     def _send(self, session: Session, payload: Any, fields: dict[str, Any], last: bool) -> None:
         handles = {server: self._handles(payload, server) for server in session.servers}
@@ -53,13 +69,19 @@ class _SharedBucketSync(WeightSync):
 
 
 class SharedMemorySync(_SharedBucketSync):
-    """Keep rank 0's buckets in /dev/shm, where the servers of this machine map them."""
+    """Keep the buckets of each node's first rank in /dev/shm, where the servers of the node map them."""
+
+    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
+        super().__init__(cfg, device, quantized, reuse_buffers=True)
+
+    def check(self, servers: Sequence[Server]) -> None:
+        self._places.check(servers, gpus=False)
 
     def _allocate(self, nbytes: int) -> Tensor:
         free = shutil.disk_usage(_SHARED_MEMORY).free
         if nbytes > free:
             raise InputError(
-                f"weight_sync.bucket_bytes = {self._cfg.bucket_bytes} needs {nbytes} bytes in "
+                f"weight_sync.bucket_bytes = {self._bucket_bytes} needs {nbytes} bytes in "
                 f"{_SHARED_MEMORY}, but only {free} are free: lower it, enlarge that file system, "
                 "or use another weight_sync.route"
             )
@@ -69,63 +91,82 @@ class SharedMemorySync(_SharedBucketSync):
     def _handles(self, payload: Bucket, server: Server) -> list[str]:
         # a handle counts as one reader and is opened once, so every rank needs its own handle
         with _sharing_by_name():
-            return [_serialize(payload) for _ in range(server.tensor_parallel_size)]
+            return [_serialize(payload, payload.data) for _ in range(server.tensor_parallel_size)]
 
 
 class CudaIpcSync(_SharedBucketSync):
-    """Send CUDA IPC handles of each trainer rank's buckets to the server rank on the same GPU.
+    """Send CUDA IPC handles of each rank's buckets to the server rank on the same GPU of its node.
 
-    The servers' ranks, in the order of the first sync's servers, run on the GPUs of trainer ranks 0, 1, 2,
-    and so on. This route has not been tested on GPUs yet.
+    The ranks of a node pack the same buckets, each on its own GPU, and the first one collects their handles.
+    This route has not been tested on GPUs yet.
     """
 
     def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
         # torch frees a buffer after its last reader has closed it
         super().__init__(cfg, device, quantized, reuse_buffers=False)
-        self._first_ranks: dict[Server, int] = {}
+        self._node_group = self._places.new_node_group()
         self._is_read = False
+
+    def check(self, servers: Sequence[Server]) -> None:
+        self._places.check(servers, gpus=True)
 
     def update(
         self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str
     ) -> SyncReport:
-        for server in servers:
-            self._first_ranks.setdefault(server, sum(s.tensor_parallel_size for s in self._first_ranks))
-        read = [
-            range(first, first + server.tensor_parallel_size)
-            for server in servers
-            for first in [self._first_ranks[server]]
-        ]
-        self._is_read = any(rank() in ranks for ranks in broadcast_object(read))
+        gpu = self._places.ranks.index(rank())
+        self._is_read = any(gpu in server.gpus for server in self._here(servers))
         return super().update(servers, named_tensors, version)
 
-    def _follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        for bucket, _ in self._packer.pack(tensors):
-            self._payload(bucket)
+    def _follow(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]]) -> None:
+        if self._here(servers):
+            for bucket, _ in self._packer.pack(tensors):
+                self._payload(bucket)
 
-    def _payload(self, bucket: Bucket) -> list[str]:
-        """Return the handles of all ranks. A handle without a reader is empty, so that it leaks no bucket."""
-        return all_gather_objects(_serialize(bucket) if self._is_read else "")
+    def _payload(self, bucket: Bucket) -> tuple[Bucket, list[Any]]:
+        """Return the bucket and, on the node's first rank, the handle of each rank's copy.
 
-    def _handles(self, payload: list[str], server: Server) -> list[str]:
-        first = self._first_ranks[server]
-        return payload[first : first + server.tensor_parallel_size]
-
-
-class _Pickler(ForkingPickler):
-    def reducer_override(self, obj: Any) -> Any:
-        """Identify GPUs by UUID, because a server may number them differently.
-
-        SGLang does the same (srt/utils/patch_torch.py).
+        A handle without a reader would keep its bucket's memory, so such a rank gives None.
         """
-        if not (isinstance(obj, Tensor) and obj.is_cuda):
-            return NotImplemented
-        rebuild, args = reduce_tensor(obj)
-        uuid = str(torch.cuda.get_device_properties(obj.device).uuid)
-        return rebuild, (*args[:6], uuid, *args[7:])  # argument 6 is the device
+        handle = _handle(bucket.data) if self._is_read else None
+        if self._node_group is None:
+            return bucket, [handle]
+        first = self._places.ranks[0]
+        handles: list[Any] = [None] * len(self._places.ranks)
+        dist.gather_object(
+            handle, handles if self._places.is_first else None, dst=first, group=self._node_group
+        )
+        return bucket, handles
+
+    def _handles(self, payload: tuple[Bucket, list[Any]], server: Server) -> list[str]:
+        bucket, handles = payload
+        return [_serialize(bucket, _Opened(handles[gpu])) for gpu in server.gpus]
 
 
-def _serialize(bucket: Bucket) -> str:
-    """Return a bucket's handle and metadata, pickled for another process and base64-encoded.
+def _handle(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the function that opens a tensor in another process, and its arguments.
+
+    They identify a GPU by its UUID, because a server may number it differently. SGLang does the same
+    (srt/utils/patch_torch.py).
+    """
+    rebuild, args = reduce_tensor(tensor)
+    if tensor.is_cuda:
+        uuid = str(torch.cuda.get_device_properties(tensor.device).uuid)
+        args = (*args[:6], uuid, *args[7:])  # argument 6 is the device
+    return rebuild, args
+
+
+class _Opened:
+    """Stands for the tensor of a handle: who unpickles it gets the tensor."""
+
+    def __init__(self, handle: tuple[Any, ...]) -> None:
+        self._handle = handle
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._handle
+
+
+def _serialize(bucket: Bucket, data: Tensor | _Opened) -> str:
+    """Return a bucket's metadata and its bytes' handle, pickled for another process and base64-encoded.
 
     SGLang's ``MultiprocessingSerializer`` uses the same pickling. ``update_weights_from_tensor`` reads a
     ``flattened_bucket`` by attributes (srt/model_executor/model_runner_components/weight_updater.py), so
@@ -138,9 +179,7 @@ def _serialize(bucket: Bucket) -> str:
         for name, dtype, shape, start in bucket.contents
         for size in [math.prod(shape) * dtype.itemsize]
     ]
-    file = io.BytesIO()
-    _Pickler(file).dump({"flattened_tensor": bucket.data, "metadata": metadata})
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(ForkingPickler.dumps({"flattened_tensor": data, "metadata": metadata})).decode()
 
 
 @contextmanager

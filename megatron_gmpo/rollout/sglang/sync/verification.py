@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections import Counter
+from hashlib import sha256
 
 from ....errors import InputError
 from ..servers import Server
@@ -22,18 +24,17 @@ class Verification:
     def __init__(self) -> None:
         self._noise: dict[Server, Checksums] = {}
         self._version = ""
-        self._agreed: dict[int, Checksums] = {}  # tensor-parallel size -> checksums for ``_version``
+        self._agreed: dict[int, str] = {}  # tensor-parallel size -> digest of the weights of ``_version``
 
     def scramble(self, session: Session) -> None:
         """Overwrite the servers' weights with noise."""
         session.request("/weights_checker", {"action": "reset_tensors"})
         self._noise = _checksums(session)
 
-    def check(self, session: Session, version: str) -> None:
-        """Compare the servers' weights with the noise, each other, and earlier syncs of ``version``.
+    def check(self, session: Session) -> dict[Server, str]:
+        """Compare the servers' weights with the noise, and return a digest of each server's weights.
 
-        A server that differs from the majority of its layout is dropped. A weight that was not replaced
-        becomes the session's problem.
+        A weight that was not replaced becomes the session's problem.
         """
         checksums = _checksums(session)
         for server, ranks in checksums.items():
@@ -43,16 +44,26 @@ class Verification:
                     f"weight sync: {len(unchanged)} weights of {server.url} are not among the tensors sent, "
                     f"or were ignored: {names}"
                 )
-                return session.drop(server, InputError(problem))
+                session.drop(server, InputError(problem))
+                return {}
+        return {server: _digest(ranks) for server, ranks in checksums.items()}
+
+    def differing(self, digests: dict[Server, str], version: str) -> list[Server]:
+        """Return the servers whose weights differ from the majority of their layout.
+
+        Servers synced to ``version`` earlier set the majority. Every rank calls this with the digests of all
+        nodes, so that all know the same majority.
+        """
         if self._version != version:
             self._version, self._agreed = version, {}
-        for size in {server.tensor_parallel_size for server in checksums}:
-            peers = {s: ranks for s, ranks in checksums.items() if s.tensor_parallel_size == size}
+        wrong: list[Server] = []
+        for size in {server.tensor_parallel_size for server in digests}:
+            peers = {server: each for server, each in digests.items() if server.tensor_parallel_size == size}
             agreed = self._agreed.get(size) or _majority(list(peers.values()))
-            for server in [server for server, ranks in peers.items() if ranks != agreed]:
-                session.drop(server, "has other weights than its peers after the sync")
+            wrong += [server for server, digest in peers.items() if digest != agreed]
             if agreed:
                 self._agreed[size] = agreed
+        return wrong
 
 
 def _checksums(session: Session) -> dict[Server, Checksums]:
@@ -66,6 +77,11 @@ def _unchanged(before: Checksums, after: Checksums) -> set[str]:
     return {name for old, new in zip(before, after, strict=True) for name in new if new[name] == old[name]}
 
 
-def _majority(items: list[Any]) -> Any:
+def _digest(checksums: Checksums) -> str:
+    return sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()
+
+
+def _majority(items: list[str]) -> str | None:
     """Return the value that more than half of the items equal, or None."""
-    return next((item for item in items if 2 * items.count(item) > len(items)), None)
+    value, count = Counter(items).most_common(1)[0]
+    return value if 2 * count > len(items) else None

@@ -1,0 +1,93 @@
+"""An SGLang server without a model that keeps the weights of ``/update_weights_from_tensor``."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_gmpo.rollout.sglang.servers import Server
+
+
+class FakeWeights:
+    """Server in a thread with the endpoints of a weight sync.
+
+    Args:
+        node, first_gpu, tensor_parallel_size: see ``Server``.
+
+    Attributes:
+        server: its address.
+        weights: the tensors that each of its ranks has received, by name.
+        status: HTTP status of the replies to updates; above 200 the update is refused.
+        is_wrong: whether its checksums are those of other weights.
+        paths: paths of the requests so far.
+    """
+
+    def __init__(self, node: str, first_gpu: int = 0, tensor_parallel_size: int = 1) -> None:
+        self.weights: list[dict[str, Tensor]] = [{} for _ in range(tensor_parallel_size)]
+        self.status, self.is_wrong, self.paths = 200, False, list[str]()
+        self.version = "default"
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: Any) -> None:  # pyright: ignore[reportIncompatible]
+                return
+
+            def do_GET(self) -> None:
+                self._reply(200, {"weight_version": fake.version})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self._reply(*fake._answer(self.path, body))
+
+            def _reply(self, status: int, answer: Any) -> None:
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        self.server = Server(
+            f"http://127.0.0.1:{self._http.server_port}",
+            tensor_parallel_size=tensor_parallel_size,
+            node=node,
+            first_gpu=first_gpu,
+        )
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def _answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        self.paths.append(path)
+        if path == "/weights_checker":
+            if body["action"] == "reset_tensors":
+                for weights in self.weights:
+                    weights.clear()
+            return 200, {"ranks": [{"checksums": self._checksums(weights)} for weights in self.weights]}
+        if path != "/update_weights_from_tensor":
+            return 200, {}
+        for weights, handle in zip(self.weights, body["serialized_named_tensors"], strict=True):
+            bucket = pickle.loads(base64.b64decode(handle))
+            for about in bucket["metadata"]:
+                data = bucket["flattened_tensor"][about.start_idx : about.end_idx]
+                weights[about.name] = data.view(about.dtype).view(about.shape).clone()
+        if self.status == 200:
+            self.version = body["weight_version"]
+        return self.status, {}
+
+    def _checksums(self, weights: dict[str, Tensor]) -> dict[str, str]:
+        """Return one checksum of all weights. Without any, it is that of noise."""
+        content = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in weights.values())
+        return {"all weights": hashlib.sha256(content).hexdigest() + "x" * (self.is_wrong and bool(content))}

@@ -1,0 +1,57 @@
+"""The route of the weights and the size of its buckets, by the servers' placement and the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from megatron_gmpo.config import WeightSyncConfig
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.rollout.sglang.servers import node_of
+from megatron_gmpo.rollout.sglang.sync import make_weight_sync
+from megatron_gmpo.rollout.sglang.sync.broadcast import BroadcastSync
+from megatron_gmpo.rollout.sglang.sync.disk import DiskSync
+from megatron_gmpo.rollout.sglang.sync.shared import CudaIpcSync, SharedMemorySync
+from megatron_gmpo.supervision.records import node_name
+
+GIB, MIB = 2**30, 2**20
+
+
+@pytest.mark.parametrize(
+    ("route", "placement", "device", "kind", "bucket"),
+    [
+        ("auto", "colocated", "cpu", SharedMemorySync, 256 * MIB),
+        ("auto", "colocated", "cuda", CudaIpcSync, 2 * GIB),
+        ("auto", "disaggregated", "cpu", BroadcastSync, 256 * MIB),
+        ("auto", "disaggregated", "cuda", BroadcastSync, 2 * GIB),
+        ("tensor", "disaggregated", "cpu", SharedMemorySync, 256 * MIB),
+        ("distributed", "colocated", "cpu", BroadcastSync, 256 * MIB),
+        ("disk", "colocated", "cuda", DiskSync, 256 * MIB),  # buckets of the disk route are host memory
+        ("tensor", "disaggregated", "cuda", None, 0),  # servers on other GPUs cannot map the memory
+        ("distributed", "colocated", "cuda", None, 0),  # NCCL allows one rank per GPU
+    ],
+)
+def test_route(
+    route: str,
+    placement: Literal["colocated", "disaggregated"],
+    device: str,
+    kind: type | None,
+    bucket: int,
+    tmp_path: Path,
+) -> None:
+    cfg = WeightSyncConfig.model_validate({"route": route})
+    if kind is None:
+        with pytest.raises(InputError, match=rf"weight_sync\.route = '{route}' needs rollout\.placement"):
+            make_weight_sync(cfg, placement, torch.device(device), tmp_path)
+        return
+    sync = make_weight_sync(cfg, placement, torch.device(device), tmp_path)
+    assert type(sync) is kind
+    assert sync._packer._capacity == bucket
+
+
+def test_node_of_a_server() -> None:
+    assert {node_of(f"http://{host}:30000") for host in ("127.0.0.1", "localhost")} == {node_name()}
+    assert node_of("http://[2001:db8::7]:30000") == "2001:db8::7"
