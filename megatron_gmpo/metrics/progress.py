@@ -23,6 +23,7 @@ SHOWN = {  # metric -> (label, format)
     "loss": ("loss", ".3g"),
     "policy/entropy": ("entropy", ".3f"),
     "throughput/tokens_per_second": ("tok/s", ",.0f"),
+    "train/saved": ("saved", ".0%"),
 }
 
 

@@ -7,8 +7,9 @@ torch_norm.py in megatron/core/transformer).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -102,20 +103,27 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params is not None, "only packed sequences are supported"
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         bounds = packed_seq_params.bounds
-        key, value = (
-            gather_from_sequence_parallel_region(x, group=self.cp_group) if cp > 1 else x
-            for x in (key, value)
-        )
+        lengths = [end - start for start, end in pairwise(bounds)]
+        masks: Iterable[Tensor | None] = repeat(None)
+        if cp > 1:
+            slots, positions = zip(
+                *(_zigzag(start, end, bounds[-1], cp, rank, query.device) for start, end in pairwise(bounds)),
+                strict=True,
+            )
+            in_order = torch.cat(slots)
+            key, value = (
+                gather_from_sequence_parallel_region(x, group=self.cp_group)[in_order] for x in (key, value)
+            )
+            masks = [
+                at[:, None] >= torch.arange(length, device=query.device)
+                for at, length in zip(positions, lengths, strict=True)
+            ]
 
         outputs = []
-        for start, end in pairwise(bounds):
-            local = slice(start // cp, end // cp)
-            if cp == 1:
-                q, k, v, mask = query[local], key[local], value[local], None
-            else:
-                in_order, positions = _zigzag(start, end, bounds[-1], cp, rank, query.device)
-                q, k, v = query[local], key[in_order], value[in_order]
-                mask = positions[:, None] >= torch.arange(end - start, device=query.device)
+        # The gradient of a split is one concatenation. That of a slice is as long as the whole tensor.
+        queries = query.split([length // cp for length in lengths])
+        sequences = zip(queries, key.split(lengths), value.split(lengths), strict=True)
+        for (q, k, v), mask in zip(sequences, masks, strict=False):
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, d)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True

@@ -120,8 +120,9 @@ class Policy:
         those of the first minibatch.
 
         Returns:
-            The metrics of ``set_old_logprobs``, and ``train/computed_tokens``: the share of the tokens that
-            are computed.
+            The metrics of ``set_old_logprobs``; ``train/computed_tokens``, the share of the tokens that are
+            computed; ``train/saved``, the share of the step's passes over tokens that is left out. A token's
+            old log probability is one pass, its training three.
         """
         transformer = self.description.transformer
         every_token = (
@@ -130,10 +131,15 @@ class Policy:
         chosen = (batch.advantages != 0) & (batch.response_lengths > 0)
         if objective.needs_advantage and not every_token and chosen.any():
             batch.has_gradient = chosen
-        metrics = {"train/computed_tokens": Metric(int(batch.computed.sum()), len(batch.tokens))}
         self._weights_are_old = True
         bounds = minibatch_bounds(len(batch), self._num_minibatches)
         first = sum(end - start for start, end in bounds[: self._without_pass])
+        tokens, computed = len(batch.tokens), int(batch.computed.sum())
+        passed = int(batch.computed[int(batch.lengths[:first].sum()) :].sum())
+        metrics = {
+            "train/computed_tokens": Metric(computed, tokens),
+            "train/saved": Metric(4 * tokens - 3 * computed - passed, 4 * tokens),
+        }
         return metrics | (self.set_old_logprobs(batch, first) if first < len(batch) else {})
 
     def minibatches(self, batch: TrainBatch) -> list[TrainBatch]:

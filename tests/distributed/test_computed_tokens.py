@@ -46,6 +46,10 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, int], bool]] = {
 }
 COMPUTED = 13 + 29 + 40 + 2 + 5
 """Tokens of the sequences with response tokens and an advantage."""
+OLD_LOGPROBS = {("qwen3", 1): 0, ("qwen3", 3): 40 + 2 + 5, ("qwen3_moe", 1): 0, ("qwen3_moe", 3): COMPUTED}
+"""(family, minibatches) -> tokens of these sequences in the pass for old log probabilities.
+
+Of three minibatches, the first has three sequences."""
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
@@ -67,6 +71,8 @@ def test_it_changes_nothing(ranks: RankPool, expected: Reference, layout: str, m
             for name in ("loss", "grad_norm"):
                 assert update[name] == pytest.approx(reference_update[name], rel=1e-5, abs=1e-8), name
         assert got["figures"]["train/computed_tokens"] == pytest.approx(COMPUTED / 115)
+        old = OLD_LOGPROBS[family, minibatches]
+        assert got["figures"]["train/saved"] == pytest.approx(1 - (3 * COMPUTED + old) / (4 * 115))
         trained = make_batch().response_mask & computed_tokens()
         assert_close(got["old_logprobs"][trained], wanted["old_logprobs"][trained], atol=1e-5, rtol=0)
         assert not got["old_logprobs"][~trained].any()

@@ -347,6 +347,7 @@ FIGURES = {
     "loss": -0.00123456,
     "policy/entropy": 1.5,
     "throughput/tokens_per_second": 12345.6,
+    "train/saved": 0.4149,
     "time/step": 2.25,
 }
 
@@ -357,7 +358,7 @@ def test_without_a_terminal_each_step_is_a_plain_line() -> None:
         progress.update(7, FIGURES | {"moe/ignored": 1.0})
         progress.update(8, {"loss": math.nan})
     assert written(out).splitlines() == [
-        "step 7/30  reward 0.512  loss -0.00123  entropy 1.500  tok/s 12,346  2.25 s",
+        "step 7/30  reward 0.512  loss -0.00123  entropy 1.500  tok/s 12,346  saved 41%  2.25 s",
         "step 8/30  loss nan",
     ]
     assert written(out).endswith("\n")
@@ -387,7 +388,7 @@ def test_a_terminal_gets_a_bar_with_figures() -> None:
         progress.update(7, FIGURES)
     last = written(out).split("step ")[-1]
     assert "7/30" in last
-    assert "reward 0.512 loss -0.00123 entropy 1.500 tok/s 12,346" in last
+    assert "reward 0.512 loss -0.00123 entropy 1.500 tok/s 12,346 saved 41%" in last
 
 
 # --- the curves ---
