@@ -50,7 +50,7 @@ class GpuSync(Options):
     """Rows of a tensor."""
     columns: Positive = 2048
     """Columns of a tensor."""
-    bucket_bytes: Positive = WeightSyncConfig().bucket_bytes
+    bucket_bytes: Positive | None = None
     """See ``weight_sync.bucket_bytes``."""
     rounds: Positive = 5
     """Measured syncs."""

@@ -170,7 +170,7 @@ def test_the_rollout_engines_log_probabilities_are_the_old_ones(
     The second minibatch of the reference starts from the weights that the first one saved. The log
     probabilities of the policy are known for the first minibatch only, and so is the mismatch.
     """
-    family, world_size, parallel = LAYOUTS[layout]
+    family, world_size, parallel, _ = LAYOUTS[layout]
     path, batch = expected.model(family), make_batch()
     own = reference.batch_logprobs(path, batch)
     noise = 0.4 * torch.randn(len(own), generator=torch.Generator().manual_seed(2))
