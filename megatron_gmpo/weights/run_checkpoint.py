@@ -16,7 +16,7 @@ from .. import files
 from ..config.saved import SavedState
 from ..data.stream import StreamState
 from ..distributed import all_gather_objects, broadcast_object, rank, world_size
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..losses.adaptive_clip import ClipState
 from ..metrics.collapse import CollapseState
 from ..supervision.records import LATEST, newest_step
@@ -195,7 +195,7 @@ def read_state(checkpoint: Path) -> RunState:
         state = RunState.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field = printable(".".join(map(str, first["loc"])))[:200]
         if first["type"] == "missing":
             raise InputError(f"{path} lacks {field}") from None
         reason = first["msg"].removeprefix("Value error, ")

@@ -129,6 +129,7 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"prompts": STREAM | {"seed": "x" * 9999}}, "has prompts.seed = 'xxxxxxxxxxxx...xxxxxxxxxxxxx' ("),
     ({"prompts": STREAM | {"fingerprint": {}}}, "lacks prompts.fingerprint.prompts"),
     ({"clip": {"low": 0.1}}, "lacks clip.high"),
+    ({"files": {"a\nb": 0}}, r"has files.a\nb = 0 ("),
     ({"clip": {"low": 0.1, "high": math.inf}}, "has clip.high = inf ("),
     ({"collapse": None}, "has collapse = None ("),
 ]
