@@ -37,14 +37,15 @@ OPERATIONS = {
 COPIES = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
 """Functions that copy to the host. On a CPU they call no operator."""
 OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
-LIBRARIES = ("/torch/", "/support/stops.py")
+# platform/cpu.py has the CPU's versions of Megatron's functions: their callers in Megatron stop
+LIBRARIES = ("/torch/", "/support/stops.py", "/megatron_gmpo/platform/cpu.py")
 
 
 class Stops:
     """The stops in a block.
 
     Attributes:
-        places: ``file:function`` of every stop, the innermost one outside torch.
+        places: ``file:function`` of every stop, the innermost one outside ``LIBRARIES``.
         fetches: number of calls of ``across_ranks.fetch``, whose results are not marked.
         objects: calls of each collective for Python objects.
     """
