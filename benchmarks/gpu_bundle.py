@@ -44,7 +44,7 @@ PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux201
 ACTIVATE = """\
 # Unpack the bundle once and let Python find it: . activate.sh
 bundle=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-site=${GPU_SITE:-/tmp/gpu_site}
+site=${GPU_SITE:-$bundle/site}
 if ! test -e "$site/.complete"; then
   mkdir -p "$site"
   tar xJf "$bundle/site.txz" -C "$site" &&

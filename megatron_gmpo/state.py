@@ -136,7 +136,8 @@ class TrainingState:
         if self._clip and saved.clip:
             self._clip.load_state_dict(saved.clip)
             self.objective = self._clip.applied_to(self.objective)
-        self._detector.load_state_dict(saved.collapse)
+        if saved.collapse:
+            self._detector.load_state_dict(saved.collapse)
 
     def _scale_lr(self) -> None:
         self.policy.scale_lr(self._cfg.collapse.rollback_lr_scale**self._detector.rollbacks)

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
     options = parse_options(ConvertMegatronToHF, argv, "megatron-gmpo convert_megatron_to_hf")
     max_shard_size = _nbytes(options.max_shard_size)
 
+    from ..distributed import agreed
     from ..policy.compare_logits import compare_logits
     from ..weights.megatron_to_hf import MegatronToHF
     from ..weights.run_checkpoint import check_whole
@@ -57,8 +58,10 @@ def main(argv: list[str]) -> None:
 
     def opened() -> MegatronToHF:
         if not (options.skip_checksums or options.dry_run):
-            remedy = "give that folder as --megatron, or skip the check with --skip_checksums"
-            check_whole(checkpoint_folder(megatron), remedy)
+            with agreed():
+                checkpoint = checkpoint_folder(megatron)
+            skip = "skip the check with --skip_checksums"
+            check_whole(checkpoint, f"give that folder as --megatron, or {skip}", skip)
         return MegatronToHF(megatron, options.template, options.dtype, max_shard_size)
 
     run_conversion(

@@ -42,9 +42,9 @@ class AlgorithmConfig(Section):
     the loss's default, ``mean`` for dr_grpo and ``normalized`` for the other built-in losses; the run prints
     it."""
     old_logprobs: Literal["policy", "rollout"] = "policy"
-    """Log probabilities that the loss's ratio divides by. ``policy`` uses those of the policy before the
-    step's first update. ``rollout`` uses those that the rollout engine reported: no pass computes them, and
-    ratio and clip also cover the mismatch with the engine and the staleness of samples."""
+    """Whose probabilities are the denominator of the loss's ratio. ``policy`` uses those of the policy before
+    the step's first update. ``rollout`` uses those that the rollout engine reported: no pass computes them,
+    and ratio and clip also cover the mismatch with the engine and the staleness of samples."""
     correction: Literal["none", "token", "sequence", "geometric"] = "none"
     """Importance weights that correct the difference between the policy's and the rollout engine's
     probabilities: per ``token``, per ``sequence`` (the product over its tokens), or ``geometric`` (the

@@ -29,25 +29,27 @@ def rollout_mismatch(*batches: TrainBatch) -> dict[str, Metric]:
         ``rollout/k3_kl``: k3 estimate of KL(rollout || policy);
         ``rollout/k3_kl_bounded``: share of tokens whose log ratio exceeds the bound of ``k3``;
         ``rollout/effective_sample_size``: effective sample size of the tokens' ratios old / rollout, as a
-        share of their number.
+        share of their number. Nothing if no response token is trained: with ``old_logprobs = "rollout"`` the
+        first minibatch, the only one with ``old_logprobs``, may have no sequence with an advantage.
     """
     log_ratio = torch.cat([_log_ratio(batch)[batch.trained_mask] for batch in batches])
     difference = log_ratio.abs()
     count = log_ratio.numel()
-    largest = log_ratio.max() if count else 0.0
+    if count == 0:
+        return {}
     return {
         "rollout/logprob_diff_mean": Metric(float(difference.sum()), count),
-        "rollout/logprob_diff_max": Metric(float(difference.max()) if count else 0.0, op="max"),
+        "rollout/logprob_diff_max": Metric(float(difference.max()), op="max"),
         "rollout/logprob_diff_far": Metric(float((difference > FAR).sum()), count),
         "rollout/k3_kl": Metric(float(k3(log_ratio).sum()), count),
         "rollout/k3_kl_bounded": Metric(float((log_ratio > K3_BOUND).sum()), count),
         # the effective sample size does not depend on the scale of the weights; this scale cannot overflow
-        "rollout/effective_sample_size": _effective_sample_size((log_ratio - largest).double().exp()),
+        "rollout/effective_sample_size": _effective_sample_size((log_ratio - log_ratio.max()).double().exp()),
     }
 
 
 def rollout_ratio_warning(cfg: Config, *, is_moe: bool) -> str:
-    """Return one line about settings with which ratios to the rollout engine start far from 1, or ""."""
+    """Return one line about settings with which ratios to the rollout engine start away from 1, or ""."""
     rollout, in_flight = cfg.rollout, cfg.weight_sync.in_flight
     causes = {
         f"rollout.quantization = {rollout.quantization!r}": rollout.quantization != "none",

@@ -46,8 +46,8 @@ class LossTokens:
 
     Attributes:
         logprobs: (T,) log probabilities under the current policy, with gradient.
-        old_logprobs: (T,) log probabilities under the policy before the step's first update, which centers
-            the clip interval.
+        old_logprobs: (T,) log probabilities under the policy before the step's first update, or those of the
+            rollout engine (``algorithm.old_logprobs``). They center the clip interval.
         mask: (T,) bool, True for response tokens. Values of other tokens are ignored, nan and inf included.
         sequence_ids: (T,) int64 in 0..S-1, the sequence of each token.
         advantages: (S,), one per sequence.

@@ -114,10 +114,10 @@ class PackedAttention(torch.nn.Module):
             key, value = (
                 gather_from_sequence_parallel_region(x, group=self.cp_group)[in_order] for x in (key, value)
             )
-            masks = [
+            masks = (  # one at a time: each has length^2 / cp elements
                 at[:, None] >= torch.arange(length, device=query.device)
                 for at, length in zip(positions, lengths, strict=True)
-            ]
+            )
 
         outputs = []
         # The gradient of a split is one concatenation. That of a slice is as long as the whole tensor.

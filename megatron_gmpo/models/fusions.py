@@ -1,8 +1,8 @@
 """Fused kernels that are on by default with Transformer Engine. Not run on a GPU yet.
 
-Without them the host waits for the device several times in every layer: the plain rotary embedding of packed
-sequences reads their lengths, and the plain permutation of tokens to experts reads how many each expert gets
-(rope_utils.py and moe_utils.py in Megatron).
+Without the first and the last, the host waits for the device several times in every layer: the plain rotary
+embedding of packed sequences reads their lengths, and the plain permutation of tokens to experts reads how
+many each expert gets (rope_utils.py and moe_utils.py in Megatron).
 """
 
 from __future__ import annotations

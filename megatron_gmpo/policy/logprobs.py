@@ -99,9 +99,10 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         local = local.clamp(0, max(0, valid - 1))
 
         arithmetic, product = _arithmetic(hidden.device), _product(hidden.dtype, fp32_head)
+        head = _head(weight[:valid], product)
         found = torch.zeros(4, tokens, dtype=dtype, device=hidden.device)
         for chunk in _chunks(tokens, chunk_tokens) if valid else ():
-            logits = product(hidden[chunk], weight[:valid].T)
+            logits = product(hidden[chunk], head.T)
             found[:, chunk] = arithmetic.statistics(logits, local[chunk], temperature)
         highest, sums = found[0], found[1:]
         sums[2].mul_(mine)
@@ -122,12 +123,13 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         grad_logprobs, grad_entropy = grads
         hidden, weight, local, mine, highest, log_z, entropy = ctx.saved_tensors
         valid, arithmetic = weight[: ctx.valid], _arithmetic(hidden.device)
+        head = _head(valid, ctx.product)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_z)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(len(hidden), ctx.chunk_tokens) if ctx.valid else ():
-            logits = ctx.product(hidden[chunk], valid.T)
+            logits = ctx.product(hidden[chunk], head.T)
             tokens = ChunkTokens(
                 local[chunk],
                 mine[chunk],
@@ -189,6 +191,11 @@ def _arithmetic(device: torch.device) -> Any:
 def _product(dtype: torch.dtype, fp32_head: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function that makes logits from hidden states and a transposed output matrix."""
     return fp32_product if fp32_head and dtype == torch.bfloat16 else torch.matmul
+
+
+def _head(weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the rows in the dtype in which ``product`` uses them, so that no chunk converts them again."""
+    return weight.float() if product is fp32_product and weight.device.type == "cpu" else weight
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -254,7 +254,7 @@ class Policy:
         summed["auxiliary"] = self.auxiliary.take()
         if is_old:
             replicated["old_logprobs"] = self.schedule.gather(found, len(minibatch.tokens))
-        # one rank of each tensor-parallel group has the metrics; this is the minibatch's only wait
+        # one rank of each tensor-parallel group has the metrics; this is the only wait before the optimizer
         mine = reduce_metrics(kept) if self.groups.tp.rank() == 0 else {}
         metrics, host = self._over_ranks(mine, summed, replicated)
         # every context-parallel rank has the whole loss of its sequences
@@ -367,7 +367,7 @@ class Export:
 def _figures_of(
     routing: RoutingPass | None, routers: OldRouters | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a pass's figures on the device: those to sum over ranks, and reduced ones. Collective."""
+    """Return a pass's figures on the device: those to add over ranks, and those equal on all. Collective."""
     summed = {"routers": routers.sums} if routers else {}
     return summed, {"routing": routing.differences()} if routing else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,9 +17,12 @@ def prefetched(make: Callable[[int], Microbatch], count: int, device: torch.devi
     While one is in use, a thread makes the next one. On a GPU the thread also copies it, from pinned memory
     and in a stream of its own.
     """
-    move = _CopyStream(device) if device.type == "cuda" else None
+    move = _copy_stream(device) if device.type == "cuda" else None
+
+    def work(place: int) -> Microbatch:
+        return move.copy(make(place)) if move else make(place).to(device)
+
     with ThreadPoolExecutor(1, "microbatches") as thread:
-        work = (lambda place: move.copy(make(place))) if move else (lambda place: make(place).to(device))
         following = thread.submit(work, 0)
         for place in range(count):
             microbatch = following.result()
@@ -44,5 +48,15 @@ class _CopyStream:
         """Let the current stream use the copy once it is complete."""
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
+
+        def record(tensor: torch.Tensor) -> torch.Tensor:
+            tensor.record_stream(current)
+            return tensor
+
         # the allocator must not reuse the memory before the work in this stream is done
-        microbatch.mapped(lambda tensor: tensor.record_stream(current) or tensor)
+        microbatch.mapped(record)
+
+
+@functools.cache  # the allocator keeps the freed memory of each stream apart
+def _copy_stream(device: torch.device) -> _CopyStream:
+    return _CopyStream(device)

@@ -24,13 +24,26 @@ from .checksums import checksum, find_damage
 from .torch_dist import TorchDistReader, checkpoint_path
 
 _NAME = re.compile(r"iter_\d{7,9}")
+_MISSING_EARLIER: dict[str, Any] = {
+    "files": {},
+    "model": {},
+    "prompts": None,
+    "clip": None,
+    "collapse": None,
+    "config": {"train": {}},
+}
+"""Values of the fields that checkpoints of earlier versions, without checksums, may lack."""
 
 
 class _TrainConfig(SavedState):
+    """What a resume compares with its own ``train`` section."""
+
     freeze_router: bool = False
 
 
 class _RunConfig(SavedState):
+    """What a resume compares with its own config."""
+
     train: _TrainConfig
 
 
@@ -45,8 +58,8 @@ class RunState(SavedState):
         model: ``checkpoint.model_identity`` of the model.
         prompts: position in the training data; None if saved rollouts were replayed.
         clip: the adaptive clips; None if the clips were fixed.
-        collapse: state of the collapse detector.
-        config: the fields of the run's config that a resume compares.
+        collapse: state of the collapse detector; None in checkpoints of earlier versions.
+        config: the run's config, of which the fields that a resume compares are read.
         files: path in the checkpoint -> size in bytes and checksum; empty in checkpoints of earlier versions.
     """
 
@@ -58,7 +71,7 @@ class RunState(SavedState):
     model: dict[str, Any]
     prompts: StreamState | None
     clip: ClipState | None
-    collapse: CollapseState
+    collapse: CollapseState | None
     config: _RunConfig
     files: dict[str, Annotated[tuple[int, str], Strict(strict=False)]]
 
@@ -98,6 +111,7 @@ def choose_whole(
     fall_back: bool = False,
     damage_of: Callable[[Path], str] | None = None,
     remedy: str = "set checkpoint.fall_back = true to go on from it",
+    last_remedy: str = "use another run",
 ) -> tuple[Path | None, str]:
     """Return the newest checkpoint, and what is wrong with the one that should be the newest, or "".
 
@@ -106,6 +120,7 @@ def choose_whole(
         damage_of: function that returns what is wrong with a checkpoint, or "". The default is
             ``quick_damage``.
         remedy: what the error line advises to do with the newest whole checkpoint.
+        last_remedy: what it advises if there is none.
 
     Returns:
         None if no checkpoint was completed.
@@ -125,23 +140,23 @@ def choose_whole(
         else:
             return candidate, damage
     if damage:
-        raise InputError(f"{damage}; no older checkpoint is whole: restore the file, or use another run")
+        raise InputError(f"{damage}; no older checkpoint is whole: restore the file, or {last_remedy}")
     return None, ""
 
 
-def check_whole(checkpoint: Path, remedy: str) -> None:
+def check_whole(checkpoint: Path, remedy: str, last_remedy: str) -> None:
     """Compare the files of a training run's checkpoint with their checksums. Collective.
 
     Checkpoints of conversions and of Megatron-LM have no state.json, and are not checked.
 
     Raises:
-        InputError: a file is damaged; see ``choose_whole``, also for ``remedy``. Raised on every rank.
+        InputError: a file is damaged; see ``choose_whole``, also for the remedies. Raised on every rank.
     """
-    if (checkpoint / "state.json").exists():
+    if broadcast_object((checkpoint / "state.json").exists()):
         stored = stored_checkpoints(checkpoint.parent)  # without a checkpoint that the user has renamed
         older = stored[stored.index(checkpoint) + 1 :] if checkpoint in stored else []
         candidates = broadcast_object(Candidates("", [checkpoint, *older]))
-        choose_whole(candidates, damage_of=full_damage, remedy=remedy)
+        choose_whole(candidates, damage_of=full_damage, remedy=remedy, last_remedy=last_remedy)
 
 
 def checkpoint_before(folder: Path, step: int, verify: bool) -> Path | None:
@@ -245,7 +260,7 @@ def _content(checkpoint: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a JSON object")
     written = content.pop("checksum", None)
     if written is None and "files" not in content:
-        return content | {"files": {}}
+        return _MISSING_EARLIER | content
     if written != _state_checksum(content):
         raise InputError(f"{path} has another content than was written")
     return content

@@ -1,4 +1,4 @@
-"""304 random batches: what a step leaves out changes neither its loss nor its gradients.
+"""Random batches: what a step leaves out changes neither its loss nor its gradients.
 
 A batch makes a step with every combination of three parts left out: the sequences without gradient, the pass
 for the old log probabilities of the first minibatch, and the logits of all tokens. Each step is compared with

@@ -115,16 +115,16 @@ def test_all_parts_take_less_than_nine_minutes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "outcome"),
+    ("command", "limit", "outcome"),
     [
-        ("no_such_module", "failed, exit code 1"),
-        ("http.server 0 --bind 127.0.0.1", "stopped after 1 s"),
-        ("this", "done"),
+        ("no_such_module", 60, "failed, exit code 1"),
+        ("http.server 0 --bind 127.0.0.1", 1, "stopped after 1 s"),
+        ("this", 60, "done"),
     ],
 )
-def test_outcomes_of_a_part(tmp_path: Path, command: str, outcome: str) -> None:
+def test_outcomes_of_a_part(tmp_path: Path, command: str, limit: int, outcome: str) -> None:
     with (tmp_path / "log").open("w+") as log:
-        row = run(Part("part", 1, command, None), tmp_path, log, dry_run=False)
+        row = run(Part("part", limit, command, None), tmp_path, log, dry_run=False)
     assert row["outcome"] == outcome
     assert command in (tmp_path / "log").read_text()
 

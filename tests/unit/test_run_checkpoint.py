@@ -131,7 +131,7 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"clip": {"low": 0.1}}, "lacks clip.high"),
     ({"files": {"a\nb": 0}}, r"has files.a\nb = 0 ("),
     ({"clip": {"low": 0.1, "high": math.inf}}, "has clip.high = inf ("),
-    ({"collapse": None}, "has collapse = None ("),
+    ({"collapse": []}, "has collapse = [] ("),
 ]
 
 
@@ -159,7 +159,11 @@ def test_the_states_of_earlier_versions_are_read(folder: Path) -> None:
     file = folder / "iter_0000006" / "state.json"
     file.write_text(json.dumps(state))
     found = read_state(file.parent)
+    assert found.collapse
     assert (found.updates, found.files, found.collapse.window) == (6, {}, None)
+    for name in ("model", "prompts", "clip", "collapse", "config"):
+        file.write_text(json.dumps({field: value for field, value in state.items() if field != name}))
+        assert not getattr(read_state(file.parent), name) or name == "config"
     for scheduler in ({}, None, [], {"num_steps": "6"}):
         file.write_text(json.dumps(state | {"scheduler": scheduler}))
         with pytest.raises(InputError, match=r"state\.json (lacks updates|has scheduler\.num_steps = '6')"):
@@ -186,23 +190,24 @@ def test_a_damaged_file_is_named(kind: str, file: str, folder: Path) -> None:
 
 def test_a_checkpoint_is_whole_under_any_name(folder: Path) -> None:
     newest_one = folder / "iter_0000006"
-    check_whole(newest_one, "take it")
+    check_whole(newest_one, "take it", "skip it")
     (folder / "iter_0000004").rename(folder / "best")
-    check_whole(folder / "best", "take it")
+    check_whole(folder / "best", "take it", "skip it")
     (folder / "iter_0000005").rename(folder / "iter_0000007")
     with pytest.raises(
         InputError, match=r"iter_0000007 is damaged: state\.json states step 5; .* is iter_0000006"
     ):
-        check_whole(folder / "iter_0000007", "take it")
-    for checkpoint, older in ((newest_one, "no older"), (folder / "best", "no older")):
+        check_whole(folder / "iter_0000007", "take it", "skip it")
+    for checkpoint in (newest_one, folder / "best"):
         (checkpoint / RANDOM).write_bytes(bytes(200))
         with pytest.raises(
-            InputError, match=rf"{checkpoint.name} is damaged: {RANDOM} has the checksum .*{older}"
+            InputError,
+            match=rf"{checkpoint.name} is damaged: {RANDOM} has the checksum .*; no older .* or skip it$",
         ):
-            check_whole(checkpoint, "take it")
+            check_whole(checkpoint, "take it", "skip it")
     shutil.rmtree(newest_one)
     (folder / "best" / "state.json").unlink()  # as in a conversion, or in a checkpoint of Megatron-LM
-    check_whole(folder / "best", "take it")
+    check_whole(folder / "best", "take it", "skip it")
 
 
 def test_every_flipped_bit_is_found(folder: Path) -> None:

@@ -129,12 +129,15 @@ class WeightSync(ABC):
         finally:
             if session:
                 session.finish()
-        failed = session.failed if session else ()
-        ends = all_gather_objects((time.monotonic() - started, failed))
+        end = (session.failed, session.problem) if session else ((), None)
+        ends = all_gather_objects((time.monotonic() - started, *end))
+        for *_, problem in ends:
+            if problem:
+                raise problem
         return SyncReport(
             max(each.nbytes for each in complete),
-            max(seconds for seconds, _ in ends),
-            tuple(server for _, failed in ends for server in failed),
+            max(seconds for seconds, *_ in ends),
+            tuple(server for _, failed, _ in ends for server in failed),
         )
 
     def check(self, servers: Sequence[Server]) -> None:
@@ -172,7 +175,7 @@ class WeightSync(ABC):
         return _Sent(nbytes, digests)
 
     def _follow(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Take part in the sync on another rank; the caller iterates the remaining tensors."""
+        """Take part in the sync on another rank; the caller iterates the tensors that this leaves."""
         return
 
     def _open(self, session: Session, version: str) -> None:

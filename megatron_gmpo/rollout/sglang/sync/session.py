@@ -1,4 +1,4 @@
-"""HTTP requests from rank 0 to all servers of a weight sync."""
+"""HTTP requests from a rank to the servers that it leads in a weight sync."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Session:
     """The servers of one sync. A server that fails is dropped, and the sync continues with the others.
 
     Args:
-        servers: all servers of the sync.
+        servers: the servers that this rank leads.
         timeout_s: timeout of one request.
 
     Attributes:
