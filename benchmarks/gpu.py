@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: the GPU's data sheet, times, and reports.
+"""The GPU data sheets, the timing and the reports of the GPU benchmarks.
 
 A report is a JSON file with ``tables``, which map a title to rows, and ``not_run``, the names of the parts
 that did not run and why. A row maps a column's heading to a value.

@@ -118,7 +118,8 @@ def download(names: list[str], folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"pip could not download the wheels: {reason}")
+        offline = "connection" in done.stderr.lower()  # of pip's warnings before it tries again
+        raise RunError(f"pip could not {'reach its index' if offline else 'download the wheels'}: {reason}")
 
 
 def unpacked_packages(bundle: Path) -> set[str]:

@@ -90,6 +90,7 @@ class Way(NamedTuple):
     def run(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Compute forward and backward; only the log probabilities have a gradient, as in training."""
         inputs.hidden.grad = inputs.weight.grad = None
+        # the device decides the arithmetic; the benchmark also measures the one that it does not choose
         with mock.patch.object(policy_logprobs, "_arithmetic", return_value=self.arithmetic):
             logprobs, entropy = self(*inputs)
             logprobs.sum().backward()

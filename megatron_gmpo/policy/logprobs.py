@@ -55,7 +55,7 @@ def vocab_parallel_logprobs(
 
 
 class ChunkTokens(NamedTuple):
-    """What the backward pass knows of the T tokens of a chunk; each field is (T,).
+    """The T tokens of a chunk in the backward pass; each field is (T,).
 
     Attributes:
         labels: int64 columns of the logits.

@@ -36,13 +36,13 @@ _MISSING_EARLIER: dict[str, Any] = {
 
 
 class _TrainConfig(SavedState):
-    """What a resume compares with its own ``train`` section."""
+    """The fields of the saved ``train`` section that a resume compares with its own."""
 
     freeze_router: bool = False
 
 
 class _RunConfig(SavedState):
-    """What a resume compares with its own config."""
+    """The sections of the saved config that a resume compares with its own."""
 
     train: _TrainConfig
 

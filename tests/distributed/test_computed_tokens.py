@@ -49,7 +49,7 @@ COMPUTED = 13 + 29 + 40 + 2 + 5
 OLD_LOGPROBS = {("qwen3", 1): 0, ("qwen3", 3): 40 + 2 + 5, ("qwen3_moe", 1): 0, ("qwen3_moe", 3): COMPUTED}
 """(family, minibatches) -> tokens of these sequences in the pass for old log probabilities.
 
-Of three minibatches, the first has three sequences."""
+The first of three minibatches has three sequences."""
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])

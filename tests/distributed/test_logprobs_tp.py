@@ -56,7 +56,7 @@ def outputs_and_gradients(
 
 
 def exact_outputs_and_gradients(vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Return the same of one process in float64, and the gradient of the logits."""
+    """Return the values and gradients of one process in float64, and the gradient of the logits."""
     hidden, weight, labels, weights = make(vocab_size, dtype)
     exact = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = exact[0] @ exact[1][:vocab_size].T

@@ -42,7 +42,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Step:
-    """What a step computed: a loss and gradients for each minibatch, and the rest once.
+    """The results of a step: a loss and gradients for each minibatch, and the rest once.
 
     Attributes:
         losses: the loss of each minibatch.
@@ -134,6 +134,7 @@ def leaving_out(savings: frozenset[str], objective: Objective) -> Iterator[Objec
     """Compute all sequences and all logits unless they are in ``savings``; yield the changed objective."""
     if "sequences" not in savings:
         objective = replace(objective, loss=replace(objective.loss, needs_advantage=False))
+    # no setting brings the logits back, so the plain path replaces the function
     function = schedule.vocab_parallel_logprobs if "logits" in savings else logprobs_from_logits
     with mock.patch.object(schedule, "vocab_parallel_logprobs", function):
         yield objective
@@ -223,7 +224,7 @@ def _float64() -> Iterator[None]:
     def with_float64_gradients(**fields: Any) -> Any:
         return ddp_config(**fields | {"grad_reduce_in_fp32": False})
 
-    with (
+    with (  # a run has no float64, in which a flipped clip cannot hide behind rounding
         mock.patch.object(description, "DTYPES", {"fp32": torch.float64}),
         mock.patch.object(build, "DistributedDataParallelConfig", with_float64_gradients),
     ):

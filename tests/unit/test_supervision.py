@@ -148,6 +148,7 @@ def test_the_end_of_the_job_comes_from_slurm(tmp_path: Path, monkeypatch: pytest
 
 
 def ends_with_a_child(told: Connection) -> None:
+    # outlives the test unless its parent ends it
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
     child.start()
     told.send(child.pid)

@@ -52,7 +52,7 @@ class SyncReport:
 
 @dataclass(frozen=True)
 class _Sent:
-    """What a rank has sent: the bytes, and a digest of the weights that each server holds now."""
+    """The bytes that a rank has sent, and a digest of the weights that each server holds now."""
 
     nbytes: int
     digests: dict[Server, str]
