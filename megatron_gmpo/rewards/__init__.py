@@ -52,12 +52,14 @@ class _Checked:
 
     def __init__(self, function: Callable[[Prompt, str], Any], name: str) -> None:
         self._function, self._name = function, name
+        self._streams = {"stderr": sys.stderr, "stdout": sys.stdout}
+        self._files = {stream: _file_of(self._streams[stream]) for stream in self._streams}
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._function, attribute)  # such as ``timeouts`` and ``close``
 
     def __call__(self, prompt: Prompt, response: str) -> float:
-        name, streams = self._name, _open_streams()
+        name = self._name
         try:
             value = self._function(prompt, response)
         except BaseException as error:  # also SystemExit, which would end the run with the code it names
@@ -67,8 +69,9 @@ class _Checked:
                 f"reward.name = {name!r} raised {raised} for {prompt.id} ({where.filename}:{where.lineno}): "
                 "return a number for every response"
             ) from error
-        for stream in sorted(streams - _open_streams()):
-            raise InputError(f"reward.name = {name!r} closed {stream} for {prompt.id}: leave it open")
+        for stream, file in self._files.items():
+            if _file_of(self._streams[stream]) != file:
+                raise InputError(f"reward.name = {name!r} closed {stream} for {prompt.id}: leave it open")
         try:
             number = float(value)
         except Exception:  # of the value's own __float__, or OverflowError
@@ -80,16 +83,16 @@ class _Checked:
         return number
 
 
-def _open_streams() -> set[str]:
-    return {name for name in ("stdout", "stderr") if _is_open(getattr(sys, name))}
+def _file_of(stream: Any) -> tuple[int, int] | None:
+    """Return the device and inode of the stream's file, None if it is closed.
 
-
-def _is_open(stream: Any) -> bool:
+    A closed descriptor's number goes to the next file that any thread opens, so that it alone tells nothing.
+    """
     try:
-        os.fstat(stream.fileno())
+        status = os.fstat(stream.fileno())
     except (AttributeError, OSError, ValueError):  # None, a closed descriptor, a closed file
-        return False
-    return True
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _shown(value: Any) -> str:

@@ -29,6 +29,7 @@ from .forks import Command, Fork
 
 _CASE_S = 300
 _COLLECTIVE_S = 120
+_OTHERS_S = 5
 
 
 class RankPool:
@@ -51,7 +52,7 @@ class RankPool:
         self._cases = 0
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return the results in rank order; raise AssertionError with the traceback of a rank that failed."""
+        """Return the results in rank order; raise AssertionError with the tracebacks of failed ranks."""
         connections = self._connections[:world_size]
         assert len(connections) == world_size
         self._cases += 1
@@ -61,24 +62,30 @@ class RankPool:
         for connection in connections:
             connection.send_bytes(case)
         results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
         deadline = time.monotonic() + _CASE_S
         while len(results) < world_size:
             waiting = [connection for rank, connection in enumerate(connections) if rank not in results]
             ready = wait(waiting, max(0, deadline - time.monotonic()))
             if not ready:
-                self.close()
-                raise TimeoutError(
-                    f"{function.__name__}: only ranks {sorted(results)} of {world_size} answered"
-                )
+                break
             for connection in ready:
                 rank = connections.index(cast(Connection, connection))
                 try:
                     results[rank], failure = pickle.loads(connections[rank].recv_bytes())
                 except EOFError:
+                    results[rank] = None
                     failure = f"the process ended with exit code {self._processes[rank].wait()}"
                 if failure:
-                    self.close()
-                    raise AssertionError(f"rank {rank} of {world_size}:\n{failure}")
+                    failures[rank] = failure
+                    # the first failure closes the connections of the other ranks, which then fail as well
+                    deadline = min(deadline, time.monotonic() + _OTHERS_S)
+        if failures or len(results) < world_size:
+            self.close()
+        if failures:
+            raise AssertionError("\n".join(f"rank {r} of {world_size}:\n{failures[r]}" for r in failures))
+        if len(results) < world_size:
+            raise TimeoutError(f"{function.__name__}: only ranks {sorted(results)} of {world_size} answered")
         return [results[rank] for rank in range(world_size)]
 
     @property
