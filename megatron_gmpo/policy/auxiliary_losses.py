@@ -44,6 +44,7 @@ class AuxiliaryLosses:
             "z_loss": (z_loss, dense),
         }
         self._divisors = {name: divisor for name, (used, divisor) in named.items() if used}
+        _take_values()  # of an earlier policy of this process, which may have had fewer layers
 
     @property
     def used(self) -> bool:
@@ -71,14 +72,13 @@ class AuxiliaryLosses:
 
 
 def _take_values() -> dict[str, Tensor]:
-    """Return the tracked values by loss, (layers,) each, and clear the tracker."""
+    """Return the tracked values by loss, (layers,) each, and empty the tracker, which has no other user."""
     core: Any = moe_utils
     if hasattr(core, "get_moe_metrics_tracker"):  # since 0.18 (moe_logging.py)
-        tracker = core.get_moe_metrics_tracker()
-        values = {name: entry.values.clone() for name, entry in tracker.metrics.items()}
-        tracker.clear()
-        return values
-    tracker = core.get_moe_layer_wise_logging_tracker()
-    values = {name: entry["values"].clone() for name, entry in tracker.items()}
-    core.clear_aux_losses_tracker()
+        entries = core.get_moe_metrics_tracker().metrics
+        values = {name: entry.values for name, entry in entries.items()}
+    else:
+        entries = core.get_moe_layer_wise_logging_tracker()
+        values = {name: entry["values"] for name, entry in entries.items()}
+    entries.clear()
     return values

@@ -58,9 +58,9 @@ class Reference:
         self._tiny_model, self._tmp, self._known = tiny_model, tmp_path_factory, {}
         self._tokenizer = text_tokenizer()
 
-    def model(self, family: Family, seed: int = 0) -> Path:
+    def model(self, family: Family, seed: int = 0, **others: int) -> Path:
         shape = {"hidden_size": 32, "ffn_hidden_size": 32, "head_dim": 16, "num_experts": 4}
-        return self._tiny_model(family, tokenizer=self._tokenizer, seed=seed, **shape)
+        return self._tiny_model(family, tokenizer=self._tokenizer, seed=seed, **shape, **others)
 
     def __call__(self, family: Family, minibatches: int = 1, **options: Any) -> dict[str, Any]:
         """Train on the first of ``minibatches`` and return the results.

@@ -35,6 +35,16 @@ def test_an_auxiliary_loss_needs_only_its_coefficient(ranks: RankPool, expected:
     assert distance(result["weights"], known) > 1e-2
 
 
+def test_a_later_policy_of_a_process_may_have_more_layers(ranks: RankPool, expected: Reference) -> None:
+    """Megatron keeps the values of auxiliary losses in one place of the process, with a row per layer."""
+    batch = expected("qwen3_moe")["batch"]
+    for layers in (1, 3):
+        model = expected.model("qwen3_moe", num_layers=layers)
+        cfg = config(model, {}, max_tokens=64, megatron={"moe_z_loss_coeff": 0.1})
+        (result,) = ranks.run(1, cases.train, cfg, batch, 1)
+        assert result["history"][0]["moe/z_loss"] > 0
+
+
 @pytest.mark.parametrize("parallel", [{}, {TP: 2}])
 def test_logits_in_fp32_of_a_bf16_model(ranks: RankPool, tmp_path: Path, parallel: dict[str, int]) -> None:
     """With logits that are not rounded to bf16, log probabilities and loss are closer to float64."""
