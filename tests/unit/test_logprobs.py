@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,12 +48,11 @@ def reference(inputs: Inputs, temperature: float, weights: Tensor, vocab: int = 
     return logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
 
-def compute(inputs: Inputs, weights: Tensor, **options: float) -> Outputs:
+def compute(inputs: Inputs, weights: Tensor, **options: Any) -> Outputs:
     """Return what ``reference`` returns, from the function under test."""
     hidden, weight = (tensor.clone().requires_grad_() for tensor in inputs[:2])
-    logprobs, entropy = vocab_parallel_logprobs(  # pyright: ignore
-        hidden, weight, inputs[2], **({"vocab_size": VOCAB, "tp_group": None} | options)
-    )
+    options = {"vocab_size": VOCAB, "tp_group": None} | options
+    logprobs, entropy = vocab_parallel_logprobs(hidden, weight, inputs[2], **options)
     loss = (weights.to(logprobs.dtype) * torch.stack([logprobs, entropy])).sum()
     return logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, (hidden, weight))
 

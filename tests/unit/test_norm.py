@@ -30,7 +30,7 @@ def test_values_and_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, norm.weight)]
     rows = exact[0] / (exact[0].square().mean(-1, keepdim=True) + EPS).sqrt() * exact[1]
     wanted = torch.autograd.grad(rows, exact, grad.double())
-    tolerance = {"atol": 5e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    atol, rtol = (5e-2, 1e-2) if dtype == torch.bfloat16 else (1e-5, 1e-5)
     for got, value in zip(torch.autograd.grad(found, (x, norm.weight), grad), wanted, strict=True):
         assert got.dtype == dtype
-        assert_close(got.double(), value, **tolerance)
+        assert_close(got.double(), value, atol=atol, rtol=rtol)
