@@ -6,14 +6,16 @@ Paths, all from hidden states and the output matrix in bf16, with the logits of 
 
 logits, torch       all logits are stored; the arithmetic on a chunk is plain torch (the former path).
 logits, Triton      all logits are stored; one kernel per chunk and pass (``policy.logprob_kernels``).
-no logits, torch    logits exist for one chunk and are computed again in the backward pass.
+no logits, torch    logits exist for one tile, a chunk of tokens times a block of the vocabulary, and are
+                    computed again in the backward pass.
 no logits, Triton   the same with the kernels: the path of ``policy.logprobs`` on a GPU.
 
 floor               the three matrix products that every path needs, 6 T H V FLOPs, at the GPU's bf16 peak.
 of the FLOPs        share of that peak, with the FLOPs that the path computes: 8 T H V without logits.
 of the bandwidth    share of the memory bandwidth, with the bytes that the path must move: bf16 logits are
                     written and read once per pass and product. Without logits, every chunk also reads the
-                    matrix three times, and reads and writes its fp32 gradient.
+                    matrix three times, and reads and writes its fp32 gradient; every block does the same with
+                    the hidden states.
 off                 distance from float64, ||found - expected|| / ||expected||, the largest of log
                     probabilities, entropies, and gradients of the hidden states and of the matrix, on
                     ``--checked`` tokens. bf16 logits give 1e-3 to 1e-2.
@@ -109,7 +111,9 @@ class Way(NamedTuple):
         if self.logits:  # products and their inputs: 3 reads of the matrix, 1 write of its gradient
             return 6 * 2 * logits + 4 * 2 * matrix
         chunks = -(-options.tokens // self.chunk_tokens)
-        return 7 * 2 * logits + chunks * (3 * 2 + 2 * 4) * matrix
+        blocks = -(-options.vocab // policy_logprobs.tile_columns(torch.device(options.device)))
+        hidden = options.tokens * options.hidden
+        return 7 * 2 * logits + (3 * 2 + 2 * 4) * (chunks * matrix + blocks * hidden)
 
 
 class _FromLogits(torch.autograd.Function):
@@ -231,7 +235,7 @@ def main(options: GpuLogprobs) -> None:
     for logits in (False, True):  # the policy's path first
         for name, arithmetic in reversed(arithmetics.items()):
             title = f"{'logits' if logits else 'no logits'}, {name}"
-            way = Way(logits, arithmetic, min(1024, options.tokens))
+            way = Way(logits, arithmetic, min(2048, options.tokens))
             with report.attempt(title):
                 figures = measure(way, inputs, options, device)
                 report.add("Log probabilities", {"path": title, **figures, "off": off(way, few, wanted)})

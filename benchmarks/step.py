@@ -1,14 +1,14 @@
 """Measure a training step against TRL's GMPOTrainer, and its FLOPs against those that it needs.
 
-Run: python -m benchmarks.step   (about three minutes)
+Run: python -m benchmarks.step   (about five minutes)
 
 Both sides take steps in this process with one thread, on the same model: a Qwen3 with random weights in fp32.
-A step has 8 responses to each prompt and 4 updates. All times are CPU seconds of the process, which equal the
-time of the clock on a quiet machine. There are two shapes:
+A step has 8 responses to each prompt and 4 updates. All times are medians over the measured steps of CPU
+seconds of the process, which equal the time of the clock on a quiet machine. There are two shapes:
 
 equal      16 prompts of 16 tokens. Both sides sample responses of at most 64 tokens (mean 61) and train on
-           them. ``ratio_equal`` is our time of a step over TRL's, with the rollout; ``ratio_equal_training``
-           leaves it out.
+           them. They take turns, step by step. ``ratio_equal`` is the median of our time of a step, with the
+           rollout, over that of TRL's step before it; ``ratio_equal_training`` leaves the rollout out.
 realistic  prompts of 100 to 400 tokens; responses with lognormal lengths, median 150, sigma 0.9, up to 768;
            all responses to 40 % of the prompts have the same reward. Tokens and rewards are random. Both
            sides train on the same given responses, so ``ratio_realistic`` has no rollout.
@@ -43,6 +43,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -208,37 +209,34 @@ def extra_memory(work: Callable[[], Any]) -> tuple[Any, int]:
     return work(), resident(peak=True) - before
 
 
-def fastest(steps: list[Seconds], options: Step) -> Seconds:
-    return min(steps[options.warm_up :], key=lambda seconds: seconds["step"])
+def medians(steps: list[Seconds]) -> Seconds:
+    return {phase: median(step[phase] for step in steps) for phase in steps[0]}
 
 
-def measure_trl(model: Path, shape: Shape, options: Step) -> Measured:
+def take_trl_steps(
+    model: Path, shape: Shape, options: Step, steps: int, after_step: Callable[[], object] = lambda: None
+) -> list[Seconds]:
     with tempfile.TemporaryDirectory() as out:
-        steps, memory = extra_memory(
-            lambda: trl_steps(
-                model,
-                Path(out),
-                prompts=shape.prompts,
-                samples=options.samples,
-                updates=options.updates,
-                microbatch=options.trl_sequences if shape.given else None,
-                steps=options.warm_up + options.steps,
-                max_new_tokens=shape.max_new_tokens,
-                reward=reward_of,
-                given=shape.given,
-            )
+        return trl_steps(
+            model,
+            Path(out),
+            prompts=shape.prompts,
+            samples=options.samples,
+            updates=options.updates,
+            microbatch=options.trl_sequences if shape.given else None,
+            steps=steps,
+            max_new_tokens=shape.max_new_tokens,
+            reward=reward_of,
+            given=shape.given,
+            after_step=after_step,
         )
-    return Measured("TRL", fastest(steps, options), 0, memory)
 
 
-def measure_ours(model: Path, savings: Savings, shape: Shape, options: Step) -> tuple[Measured, OurSide]:
-    def take_steps() -> tuple[OurSide, list[Seconds]]:
-        side = OurSide(model, savings, shape, options)
-        return side, [side.step() for _ in range(options.warm_up + options.steps)]
-
-    (side, steps), memory = extra_memory(take_steps)
-    flops = counted_flops(side.step) if shape.given else 0
-    return Measured(savings, fastest(steps, options), flops, memory), side
+def take_our_steps(
+    model: Path, savings: Savings, shape: Shape, options: Step, steps: int
+) -> tuple[OurSide, list[Seconds]]:
+    side = OurSide(model, savings, shape, options)
+    return side, [side.step() for _ in range(steps)]
 
 
 def difference(side: OurSide, plain: OurSide, updates: int) -> float:
@@ -264,24 +262,41 @@ def show(title: str, rows: list[Measured], needed: int) -> None:
 
 def measure_equal(model: Path, options: Step) -> dict[str, float]:
     shape = equal_shape(options)
-    ours, _ = measure_ours(model, "1+2+3", shape, options)
-    rows = [measure_trl(model, shape, options), ours]
-    show("equal lengths", rows, 1)
-    trl, own = (row.seconds for row in rows)
-    return {
-        "ratio_equal": own["step"] / trl["step"],
-        "ratio_equal_training": (own["step"] - own["rollout"]) / (trl["step"] - trl["rollout"]),
-    }
+    _, memory = extra_memory(lambda: take_trl_steps(model, shape, options, options.warm_up))
+    (side, _), our_memory = extra_memory(
+        lambda: take_our_steps(model, "1+2+3", shape, options, options.warm_up)
+    )
+    own: list[Seconds] = []
+    trl = take_trl_steps(
+        model, shape, options, options.warm_up + options.equal_steps, lambda: own.append(side.step())
+    )
+    trl, own = trl[options.warm_up :], own[options.warm_up :]
+    show(
+        "equal lengths",
+        [Measured("TRL", medians(trl), 0, memory), Measured("1+2+3", medians(own), 0, our_memory)],
+        1,
+    )
+    ratios = [ours["step"] / theirs["step"] for ours, theirs in zip(own, trl, strict=True)]
+    training = [
+        (ours["step"] - ours["rollout"]) / (theirs["step"] - theirs["rollout"])
+        for ours, theirs in zip(own, trl, strict=True)
+    ]
+    print("ratios of the steps:", *(f"{ratio:.2f}" for ratio in sorted(ratios)))
+    return {"ratio_equal": median(ratios), "ratio_equal_training": median(training)}
 
 
 def measure_realistic(model: Path, options: Step) -> dict[str, float]:
     shape = realistic_shape(options)
-    needed = needed_flops(shape, options)
-    rows = [measure_trl(model, shape, options)]
+    needed, count = needed_flops(shape, options), options.warm_up + options.steps
+    steps, memory = extra_memory(lambda: take_trl_steps(model, shape, options, count))
+    rows = [Measured("TRL", medians(steps[options.warm_up :]), 0, memory)]
     plain, worst = None, 0.0
     for savings in LEVELS:
-        row, side = measure_ours(model, savings, shape, options)
-        rows.append(row)
+        (side, steps), memory = extra_memory(
+            lambda savings=savings: take_our_steps(model, savings, shape, options, count)
+        )
+        flops = counted_flops(side.step)
+        rows.append(Measured(savings, medians(steps[options.warm_up :]), flops, memory))
         plain = plain or side
         worst = max(worst, difference(side, plain, options.updates))
     show(f"realistic; needed: {needed / 1e9:.1f} GFLOP", rows, needed)

@@ -39,10 +39,12 @@ class Step(Options):
     """Optimizer steps of a step."""
     trl_sequences: Positive = 5
     """Sequences in TRL's microbatches of the realistic shape; our microbatches hold at most 8,192 tokens."""
+    equal_steps: Positive = 8
+    """Measured steps of equal lengths, in which both sides take turns."""
     steps: Positive = 2
-    """Measured steps; the fastest counts."""
+    """Measured realistic steps of each side."""
     warm_up: Positive = 1
-    """Steps before them."""
+    """Steps before the measured ones."""
 
     @model_validator(mode="after")
     def _whole_microbatches(self) -> Step:

@@ -47,10 +47,16 @@ class TimedTrainer(GMPOTrainer):
 
 
 class StepTimes(TrainerCallback):
-    """Record the seconds of every step by phase; a step has ``updates`` optimizer steps."""
+    """Record the seconds of every step by phase, and call ``after_step``, whose time does not count.
 
-    def __init__(self, updates: int, phases: defaultdict[str, float]) -> None:
+    A step has ``updates`` optimizer steps.
+    """
+
+    def __init__(
+        self, updates: int, phases: defaultdict[str, float], after_step: Callable[[], object]
+    ) -> None:
         self.updates, self.phases, self.steps = updates, phases, list[Seconds]()
+        self.after_step = after_step
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.phases.clear()
@@ -61,8 +67,9 @@ class StepTimes(TrainerCallback):
             now = time.process_time()
             other = sum(self.phases.values())
             self.steps.append({**self.phases, "train": now - self.start - other, "step": now - self.start})
+            self.after_step()
             self.phases.clear()
-            self.start = now
+            self.start = time.process_time()
 
 
 def trl_steps(
@@ -77,6 +84,7 @@ def trl_steps(
     max_new_tokens: int,
     reward: Callable[[list[int]], float],
     given: list[SampleGroup] | None = None,
+    after_step: Callable[[], object] = lambda: None,
 ) -> list[Seconds]:
     """Take ``steps`` steps on all prompts and return the seconds of each by phase.
 
@@ -89,6 +97,7 @@ def trl_steps(
         microbatch: sequences of a microbatch; None means the whole minibatch.
         reward: the reward of a sampled response, from its token ids.
         given: responses to train on instead of sampling, with their rewards.
+        after_step: called after each step; its time does not count.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [tokenizer.decode(prompt) for prompt in prompts]
@@ -137,7 +146,7 @@ def trl_steps(
         rollout_func=rollout if given else None,
     )
     trainer.seconds = defaultdict(float)
-    times = StepTimes(updates, trainer.seconds)
+    times = StepTimes(updates, trainer.seconds, after_step)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(times)
     trainer.train()

@@ -34,7 +34,7 @@ from .errors import NonFiniteError
 from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
 from .losses.advantages import group_advantages
-from .losses.correction import correct, rollout_mismatch, rollout_ratio_warning
+from .losses.correction import correct, rollout_mismatch
 from .losses.objective import make_objective
 from .metrics.figures import Metric, reduce_metrics
 from .metrics.logger import MetricLogger, Timer
@@ -61,7 +61,7 @@ def train(run: Run, attempt: Attempt) -> None:
     )
     clip = make_adaptive_clip(cfg.algorithm, objective)
     run.start()
-    warning = rollout_ratio_warning(cfg, is_moe=run.description.is_moe)
+    warning = cfg.rollout_ratio_warning(is_moe=run.description.is_moe)
     if warning and rank() == 0:
         log.warning(warning)
     run.verify_checkpoint()

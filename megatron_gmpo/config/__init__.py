@@ -166,6 +166,25 @@ class Config(Section):
             return self.model.dtype == "bf16" and not self.rollout.server_urls
         return self.model.fp32_head
 
+    def rollout_ratio_warning(self, *, is_moe: bool) -> str:
+        """Return one line about settings with which ratios to the rollout engine start away from 1, or ""."""
+        rollout, in_flight = self.rollout, self.weight_sync.in_flight
+        replay = self.algorithm.moe_routing_replay
+        causes = {
+            f"rollout.quantization = {rollout.quantization!r}": rollout.quantization != "none",
+            f"rollout.dtype = {rollout.dtype!r}": rollout.dtype not in (None, self.model.dtype),
+            f"rollout.router_noise = {rollout.router_noise:g}": rollout.router_noise > 0,
+            f"weight_sync.in_flight = {in_flight!r}": rollout.max_staleness > 0 and in_flight == "in_place",
+            f"algorithm.moe_routing_replay = {replay!r}": is_moe and replay != "rollout",
+        }
+        found = [cause for cause, applies in causes.items() if applies]
+        if self.algorithm.old_logprobs != "rollout" or not found:
+            return ""
+        return (
+            f"warning: algorithm.old_logprobs = 'rollout' with {', '.join(found)}: ratios start away from 1, "
+            "and the clip may act before the first update; watch policy/clip_fraction_low and _high"
+        )
+
     @property
     def needs_rollout_routing(self) -> bool:
         """Return whether samples must carry ``routed_experts``."""

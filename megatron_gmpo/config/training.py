@@ -163,8 +163,9 @@ class TrainConfig(Section):
     max_tokens_per_microbatch: Positive = 8192
     """Maximum tokens in one packed microbatch, counted over all context-parallel ranks; a longer sequence
     forms a microbatch by itself."""
-    logprob_chunk_tokens: Positive = 128
-    """Number of tokens whose logits are computed at a time, to be converted to log probabilities."""
+    logprob_chunk_tokens: Positive = 2048
+    """Tokens of a tile of logits. Logits exist for one tile at a time, which has 8,192 columns of the
+    vocabulary on a GPU and 512 on a CPU."""
     freeze_router: bool = False
     """Do not train the router weights of a MoE."""
 

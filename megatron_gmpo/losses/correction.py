@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch.columns import TrainBatch
-from ..config import AlgorithmConfig, Config
+from ..config import AlgorithmConfig
 from ..metrics.figures import Metric
 from .tokens import K3_BOUND, k3
 
@@ -46,27 +46,6 @@ def rollout_mismatch(*batches: TrainBatch) -> dict[str, Metric]:
         # the effective sample size does not depend on the scale of the weights; this scale cannot overflow
         "rollout/effective_sample_size": _effective_sample_size((log_ratio - log_ratio.max()).double().exp()),
     }
-
-
-def rollout_ratio_warning(cfg: Config, *, is_moe: bool) -> str:
-    """Return one line about settings with which ratios to the rollout engine start away from 1, or ""."""
-    rollout, in_flight = cfg.rollout, cfg.weight_sync.in_flight
-    causes = {
-        f"rollout.quantization = {rollout.quantization!r}": rollout.quantization != "none",
-        f"rollout.dtype = {rollout.dtype!r}": rollout.dtype not in (None, cfg.model.dtype),
-        f"rollout.router_noise = {rollout.router_noise:g}": rollout.router_noise > 0,
-        f"weight_sync.in_flight = {in_flight!r}": rollout.max_staleness > 0 and in_flight == "in_place",
-        f"algorithm.moe_routing_replay = {cfg.algorithm.moe_routing_replay!r}": (
-            is_moe and cfg.algorithm.moe_routing_replay != "rollout"
-        ),
-    }
-    found = [cause for cause, applies in causes.items() if applies]
-    if cfg.algorithm.old_logprobs != "rollout" or not found:
-        return ""
-    return (
-        f"warning: algorithm.old_logprobs = 'rollout' with {', '.join(found)}: ratios start away from 1, and "
-        "the clip may act before the first update; watch policy/clip_fraction_low and _high"
-    )
 
 
 def importance_weights(

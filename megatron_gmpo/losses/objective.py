@@ -66,7 +66,7 @@ class Objective:
             InputError: a user's loss returned something other than a ``LossOutput``.
         """
         old_logprobs = self._old_logprobs(microbatch)
-        assert old_logprobs is not None
+        assert old_logprobs is not None, "no old log probabilities: call Policy.prepare before train_step"
         uses_entropy = self.entropy_coef != 0 or "entropy" in self.needs
         shift = microbatch.router_shift
         tokens = LossTokens(

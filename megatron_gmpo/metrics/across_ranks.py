@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,8 +13,10 @@ from ..distributed import all_gather_objects, world_size
 from .figures import Metric, Op
 from .histogram import BINS
 
-_SUMMANDS: dict[Op, int] = {"mean": 2, "histogram": BINS + 1, "max": 0, "min": 0}
-"""Number of values of a metric that are added: its total, one number or BINS, and its count."""
+_SUMMANDS: dict[Op, int] = {"mean": 2, "histogram": BINS + 1, "max": 1, "min": 1}
+"""Number of values of a metric that are added: its total, one number or BINS, and its count.
+
+Of an extreme, whether it is NaN: an all-reduce that takes maxima may drop NaN."""
 _SIGNS: dict[Op, float] = {"max": 1.0, "min": -1.0}
 
 
@@ -93,19 +96,20 @@ class RankReduction:
             pieces.append(self._vector(metric is not None))
             if metric is None:
                 pieces.append(self._vector(0, _SUMMANDS[op]))
-            elif _SUMMANDS[op]:
+            elif op in _SIGNS:
+                pieces.append(self._vector(metric.total).isnan().double())
+            else:
                 pieces += [self._vector(metric.total), self._vector(metric.count)]
         return torch.cat(pieces)
 
     def _highest(self, mine: Mapping[str, Metric]) -> Tensor:
-        """Return the known extremes, -inf where absent. Minima are negated."""
+        """Return the known extremes, -inf where absent or NaN. Minima are negated."""
         pieces = [self._vector(0, 0)]
         for name, op in self._ops.items():
             if sign := _SIGNS.get(op):
                 metric = mine.get(name)
-                pieces.append(
-                    self._vector(-torch.inf) if metric is None else sign * self._vector(metric.total)
-                )
+                value = self._vector(-torch.inf) if metric is None else sign * self._vector(metric.total)
+                pieces.append(value.masked_fill(value.isnan(), -torch.inf))
         return torch.cat(pieces)
 
     def _metrics(self, sums: Tensor, highest: Tensor) -> dict[str, Metric]:
@@ -114,13 +118,13 @@ class RankReduction:
         extremes = iter(highest.tolist())
         for name, op in self._ops.items():
             present, values, sums = sums.split([1, _SUMMANDS[op], len(sums) - 1 - _SUMMANDS[op]])
-            total = _SIGNS[op] * next(extremes) if op in _SIGNS else values[:-1]
+            extreme = _SIGNS[op] * next(extremes) if op in _SIGNS else None
             if not present:
                 continue
-            if isinstance(total, float):
-                metrics[name] = Metric(total, op=op)
+            if extreme is not None:
+                metrics[name] = Metric(math.nan if values[0] else extreme, op=op)
             else:
-                total = float(total) if op == "mean" else total.clone()
+                total = float(values[0]) if op == "mean" else values[:-1].clone()
                 metrics[name] = Metric(total, float(values[-1]), op)
         return metrics
 

@@ -102,7 +102,7 @@ class _Reward(_Signal):
 
     best: float | None
     steps: int = Field(ge=0)
-    squares: float
+    squares: float = Field(ge=0)
 
     @model_validator(mode="after")
     def _history_is_counted(self) -> _Reward:

@@ -59,6 +59,30 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
+    def forward(self, x: Tensor) -> Tensor:
+        return _Normed.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
+
+
+class _Normed(torch.autograd.Function):
+    """``rms_norm`` of torch, bit for bit. On a CPU its backward pass takes two to three times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (exact * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        # with n = x * scale: d n / d x = scale * (1 - n n^T / H)
+        grad, normed = grads[0].to(scale.dtype), x * scale
+        products = grad * normed
+        along = (products @ weight.to(scale.dtype)).unsqueeze(-1) / x.shape[-1]
+        of_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
+        return of_x.to(x.dtype), products.flatten(0, -2).sum(0).to(weight.dtype), None
+
 
 class PackedAttention(torch.nn.Module):
     """Causal attention over packed (THD) sequences, distributed zig-zag over the context-parallel ranks.
@@ -120,16 +144,20 @@ class PackedAttention(torch.nn.Module):
             )
 
         outputs = []
-        # The gradient of a split is one concatenation. That of a slice is as long as the whole tensor.
-        queries = query.split([length // cp for length in lengths])
-        sequences = zip(queries, key.split(lengths), value.split(lengths), strict=True)
-        for (q, k, v), mask in zip(sequences, masks, strict=False):
-            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, heads, tokens, d)
+        # (1, tokens, heads, d). The gradient of a split is one concatenation. That of a slice is as long as
+        # the whole tensor.
+        queries = query[None].split([length // cp for length in lengths], 1)
+        keys, values = (x[None].split(lengths, 1) for x in (key, value))
+        for q, k, v, mask in zip(queries, keys, values, masks, strict=False):
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+                *(x.transpose(1, 2) for x in (q, k, v)),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=True,
             )
-            outputs.append(out[0].transpose(0, 1))
-        return torch.cat(outputs).flatten(1)
+            outputs.append(out.transpose(1, 2))
+        return torch.cat(outputs, 1)[0].flatten(1)
 
 
 class LatentAttention(MLASelfAttention):

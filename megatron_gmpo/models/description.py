@@ -39,9 +39,9 @@ class ModelDescription:
         mapping: the name table.
         padded_vocab_size: rows of the embedding, see ``operations.padded_vocab_size``.
         rope: GPTModel's rotary arguments.
-        transformer_engine: version of Transformer Engine, whose layer spec is used; it needs a GPU. None uses
-            the plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the machine
-            supports ``cfg.fp8``.
+        use_transformer_engine: whether Transformer Engine's layer spec is used, which needs a GPU, or the
+            plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the machine supports
+            ``cfg.fp8``.
     """
 
     hf: HFConfig
@@ -49,17 +49,12 @@ class ModelDescription:
     mapping: Mapping
     padded_vocab_size: int
     rope: dict[str, Any]
-    transformer_engine: tuple[int, ...] | None
-
-    @property
-    def use_transformer_engine(self) -> bool:
-        return self.transformer_engine is not None
+    use_transformer_engine: bool
 
     @property
     def fusions(self) -> str:
         """Return which fused kernels are on, for the user; empty without Transformer Engine."""
-        version = self.transformer_engine
-        return describe_fusions(vars(self.transformer), version) if version else ""
+        return describe_fusions(vars(self.transformer)) if self.use_transformer_engine else ""
 
     @property
     def is_moe(self) -> bool:
@@ -93,14 +88,14 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     architecture = architecture_of(hf)
     with _readable(hf):
         check_layout(cfg, architecture, world_size)
-    version = transformer_engine_version() if device.type == "cuda" else None
-    transformer = transformer_config(cfg, architecture, DTYPES[cfg.model.dtype], world_size, version)
+    use_te = device.type == "cuda" and transformer_engine_version() is not None
+    transformer = transformer_config(cfg, architecture, DTYPES[cfg.model.dtype], world_size, use_te)
     vocab_size = padded_vocab_size(hf.vocab_size, cfg.parallel.tensor_model_parallel_size)
     with _readable(hf):
         rows = family.rows(hf, vocab_size)
         mapping = Mapping(rows, tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
         rope = _rope(hf, architecture)
-    return ModelDescription(hf, transformer, mapping, vocab_size, rope, version)
+    return ModelDescription(hf, transformer, mapping, vocab_size, rope, use_te)
 
 
 def architecture_of(hf: HFConfig) -> dict[str, Any]:

@@ -14,12 +14,11 @@ FUSIONS = ("apply_rope_fusion", "bias_activation_fusion", "moe_permute_fusion")
 """Fields of TransformerConfig."""
 
 
-def fusions_off(fields: Mapping[str, Any], version: tuple[int, ...]) -> dict[str, str]:
+def fusions_off(fields: Mapping[str, Any]) -> dict[str, str]:
     """Return each of ``FUSIONS`` that cannot be used, with the reason.
 
     Args:
         fields: fields of TransformerConfig; a missing one has Megatron's default.
-        version: version of Transformer Engine.
     """
     reasons = {
         "apply_rope_fusion": {
@@ -28,22 +27,19 @@ def fusions_off(fields: Mapping[str, Any], version: tuple[int, ...]) -> dict[str
             "Megatron passes rotary_interleaved to no kernel for packed sequences": fields.get(
                 "rotary_interleaved"
             ),
-            "context parallelism needs Transformer Engine 1.12": version < (1, 12)
-            and fields.get("context_parallel_size", 1) > 1,
         },
         "bias_activation_fusion": {
             "use_te_activation_func fuses it otherwise": fields.get("use_te_activation_func"),
         },
         "moe_permute_fusion": {
             "the model has no experts": not fields.get("num_moe_experts"),
-            "it needs Transformer Engine 2.1": version < (2, 1),
         },
     }
     return {name: reason for name in FUSIONS for reason, forbidden in reasons[name].items() if forbidden}
 
 
-def describe_fusions(fields: Mapping[str, Any], version: tuple[int, ...]) -> str:
+def describe_fusions(fields: Mapping[str, Any]) -> str:
     """Return one phrase that says which of ``FUSIONS`` are on, and why the others are off."""
-    off = fusions_off(fields, version)
+    off = fusions_off(fields)
     states = {name: "on" if fields[name] else f"off ({off.get(name, 'in the config')})" for name in FUSIONS}
     return ", ".join(f"{name} {state}" for name, state in states.items())

@@ -64,20 +64,19 @@ def transformer_config(
     architecture: dict[str, Any],
     dtype: torch.dtype,
     world_size: int,
-    transformer_engine: tuple[int, ...] | None,
+    use_te: bool,
 ) -> TransformerConfig:
     """Check the settings and return Megatron's config.
 
     Args:
         architecture: fields of TransformerConfig, from ``Family.architecture``.
         dtype: dtype of weights and activations.
-        transformer_engine: version of Transformer Engine, or None if its layer spec is not used.
+        use_te: whether Transformer Engine's layer spec is used.
 
     Raises:
         InputError: a field is unknown, has a value of another type, contradicts another setting or needs a
             missing library; a setting requires routed experts and the model has none.
     """
-    use_te = transformer_engine is not None
     table = _megatron_table(cfg.megatron, architecture, use_te)
     routing_field = _routing_field(cfg)
     if not architecture.get("num_moe_experts"):
@@ -98,8 +97,8 @@ def transformer_config(
         "moe_enable_routing_replay": routing_field is not None,
     }
     fp8 = fp8_fields(cfg.fp8, architecture, cfg.parallel)
-    if transformer_engine is not None:
-        off = fusions_off(fields | table, transformer_engine)
+    if use_te:
+        off = fusions_off(fields | table)
         fields |= fp8 | {name: name not in off for name in FUSIONS}
     else:  # their fused kernels need Transformer Engine or apex
         fields |= {

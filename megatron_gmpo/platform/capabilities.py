@@ -41,9 +41,21 @@ def capabilities_of(device: torch.device) -> Capabilities:
 
 
 def transformer_engine_version() -> tuple[int, ...] | None:
-    """Return major and minor version of Transformer Engine, or None if it is not installed."""
+    """Return major and minor version of Transformer Engine, or None if it is not installed.
+
+    Raises:
+        InputError: it has no metadata, without which it cannot be imported.
+    """
     found = importlib.util.find_spec("transformer_engine")
-    return _numbers(metadata.version("transformer_engine")) if found else None
+    if found is None:
+        return None
+    try:
+        return _numbers(metadata.version("transformer_engine"))
+    except metadata.PackageNotFoundError:
+        raise InputError(
+            f"the package transformer_engine in {list(found.submodule_search_locations or [])} has no "
+            "metadata (transformer_engine-*.dist-info): install it as docs/install_gpu.md says, or remove it"
+        ) from None
 
 
 def check_apex() -> None:

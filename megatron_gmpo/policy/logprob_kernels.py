@@ -1,4 +1,4 @@
-"""Triton kernels of ``policy.logprobs`` for CUDA tensors: each reads the logits of a chunk once.
+"""Triton kernels of ``policy.logprobs`` for CUDA tensors: each reads the logits of a tile once.
 
 The formulas are those of ``policy.logprobs``. The kernels run in Triton's interpreter in
 tests/unit/test_logprob_kernels.py. They have not run on a GPU yet.

@@ -1,7 +1,8 @@
 """Log probability and entropy of tokens from hidden states and the output matrix, without the logits.
 
-Forward and backward passes process the tokens in chunks, and the backward pass computes the logits of a chunk
-again. Memory holds the logits of one chunk, and never those of all tokens or their gradient.
+Forward and backward passes process tiles, which are chunks of tokens times blocks of the vocabulary. The
+backward pass computes the logits of a tile again. Memory holds the logits of one tile, and never those of all
+tokens or their gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def vocab_parallel_logprobs(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
     temperature: float = 1.0,
-    chunk_tokens: int = 128,
+    chunk_tokens: int = 2048,
     fp32_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return log softmax(hidden @ weight.T / temperature)[label] and the entropy of that softmax.
@@ -40,7 +41,7 @@ def vocab_parallel_logprobs(
         vocab_size: size of the vocabulary without padding; rows beyond it get no probability.
         tp_group: ranks that share the vocabulary, in order; None if this rank has all of it.
         temperature: divides the logits.
-        chunk_tokens: number of tokens per chunk.
+        chunk_tokens: tokens of a tile.
         fp32_head: do not round the logits of bf16 inputs to bf16. Their gradient is rounded to the dtype of
             the inputs in any case, for the products of the backward pass.
 
@@ -55,11 +56,11 @@ def vocab_parallel_logprobs(
 
 
 class ChunkTokens(NamedTuple):
-    """The T tokens of a chunk in the backward pass; each field is (T,).
+    """The T tokens of a tile in the backward pass; each field is (T,).
 
     Attributes:
-        labels: int64 columns of the logits.
-        mine: bool, whether the label is a column of this rank.
+        labels: int64 columns of the tile.
+        mine: bool, whether the label is a column of this tile; if not, ``labels`` has any column.
         highest: largest y of all ranks; ``log_z`` is relative to it.
         log_z: logarithm of the sum of e^y.
         entropy: entropies.
@@ -96,14 +97,19 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         local = labels - first
         mine = (local >= 0) & (local < valid)
-        local = local.clamp(0, max(0, valid - 1))
 
         arithmetic, product = _arithmetic(hidden.device), _product(hidden.dtype, fp32_head)
-        head = _head(weight[:valid], product)
         found = torch.zeros(4, tokens, dtype=dtype, device=hidden.device)
-        for chunk in _chunks(tokens, chunk_tokens) if valid else ():
-            logits = product(hidden[chunk], head.T)
-            found[:, chunk] = arithmetic.statistics(logits, local[chunk], temperature)
+        width = tile_columns(hidden.device)
+        blocks = list(_spans(valid, width))
+        for chunk in _spans(tokens, chunk_tokens) if valid else ():
+            # one tensor, because small ones between the tiles would leave gaps in the heap
+            parts = found.new_empty(len(blocks), 4, len(local[chunk]))
+            for part, block in zip(parts, blocks, strict=True):
+                logits = product(hidden[chunk], weight[block].T)
+                part.copy_(arithmetic.statistics(logits, _within(block, local[chunk])[0], temperature))
+                del logits  # before the product of the next block
+            found[:, chunk] = _merged(parts, local[chunk].clamp(0, valid - 1) // width)
         highest, sums = found[0], found[1:]
         sums[2].mul_(mine)
         if valid == 0:
@@ -113,7 +119,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
         log_z = sums[0].log()
         entropy = log_z - sums[1] / sums[0]
-        ctx.save_for_backward(hidden, weight, local, mine, highest, log_z, entropy)
+        ctx.save_for_backward(hidden, weight, local, highest, log_z, entropy)
         ctx.valid, ctx.temperature, ctx.chunk_tokens, ctx.product = valid, temperature, chunk_tokens, product
         ctx.set_materialize_grads(False)
         return sums[2] - log_z, entropy
@@ -121,34 +127,30 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grads
-        hidden, weight, local, mine, highest, log_z, entropy = ctx.saved_tensors
-        valid, arithmetic = weight[: ctx.valid], _arithmetic(hidden.device)
-        head = _head(valid, ctx.product)
+        hidden, weight, local, highest, log_z, entropy = ctx.saved_tensors
+        arithmetic = _arithmetic(hidden.device)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_z)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(len(hidden), ctx.chunk_tokens) if ctx.valid else ():
-            logits = ctx.product(hidden[chunk], head.T)
-            tokens = ChunkTokens(
-                local[chunk],
-                mine[chunk],
-                highest[chunk],
-                log_z[chunk],
-                entropy[chunk],
-                grad_logprobs[chunk],
-                None if grad_entropy is None else grad_entropy[chunk],
-            )
-            grad = arithmetic.gradient_(logits, tokens, ctx.temperature).to(hidden.dtype)
-            grad_hidden[chunk] = grad @ valid
-            if grad_weight is not None:
-                _add_product(grad_weight[: ctx.valid], grad.T, hidden[chunk])
-            del logits, grad  # before the product of the next chunk
+        for chunk in _spans(len(hidden), ctx.chunk_tokens) if ctx.valid else ():
+            known = (highest, log_z, entropy, grad_logprobs, grad_entropy)
+            of_chunk = [None if column is None else column[chunk] for column in known]
+            total = torch.zeros_like(hidden[chunk], dtype=log_z.dtype)
+            for block in _spans(ctx.valid, tile_columns(hidden.device)):
+                logits = ctx.product(hidden[chunk], weight[block].T)
+                tokens = ChunkTokens(*_within(block, local[chunk]), *of_chunk)  # pyright: ignore[reportArgumentType]
+                grad = arithmetic.gradient_(logits, tokens, ctx.temperature).to(hidden.dtype)
+                _add_product(total, grad, weight[block])
+                if grad_weight is not None:
+                    _add_product(grad_weight[block], grad.T, hidden[chunk])
+                del logits, grad  # before the product of the next block
+            grad_hidden[chunk] = total
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 6
 
 
 class TorchArithmetic:
-    """The arithmetic on the logits of a chunk in plain torch; ``logprob_kernels`` has it for CUDA tensors."""
+    """The arithmetic on the logits of a tile in plain torch; ``logprob_kernels`` has it for CUDA tensors."""
 
     @staticmethod
     def statistics(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -193,15 +195,31 @@ def _product(dtype: torch.dtype, fp32_head: bool) -> Callable[[Tensor, Tensor], 
     return fp32_product if fp32_head and dtype == torch.bfloat16 else torch.matmul
 
 
-def _head(weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return the rows in the dtype in which ``product`` uses them, so that no chunk converts them again."""
-    return weight.float() if product is fp32_product and weight.device.type == "cpu" else weight
-
-
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """Return the logits divided by the temperature, at least fp32; may change them in place."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _within(block: slice, local: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the columns of a block that hold the labels, and whether they do; others get any column."""
+    columns, width = local - block.start, block.stop - block.start
+    return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
+
+
+def _merged(parts: Tensor, owners: Tensor) -> Tensor:
+    """Combine the ``statistics`` of B blocks, (B, 4, T), to those of all their columns, (4, T).
+
+    Args:
+        owners: (T,) int64, the block that has the label.
+    """
+    highest, total, weighted, at_label = parts.unbind(1)
+    overall = highest.amax(0)
+    shift = highest - overall
+    scale = shift.exp()
+    weighted = ((weighted + total * shift) * scale).sum(0)
+    at_label = (at_label + shift).gather(0, owners[None])[0]
+    return torch.stack([overall, (total * scale).sum(0), weighted, at_label])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -225,5 +243,13 @@ def _relative_to_highest(sums: Tensor, highest: Tensor, mine: Tensor, group: dis
     return overall
 
 
-def _chunks(tokens: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, tokens, size))
+def _spans(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def tile_columns(device: torch.device) -> int:
+    """Return the columns of a tile. With 2,048 tokens in fp32, 512 fit in a CPU's cache.
+
+    A GPU needs large products.
+    """
+    return 512 if device.type == "cpu" else 8192

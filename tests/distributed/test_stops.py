@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gmpo.metrics.figures import Metric, value_of
+from megatron_gmpo.metrics.figures import Metric, Op, value_of
 from megatron_gmpo.metrics.histogram import BINS
 from megatron_gmpo.testing import Family
 
@@ -107,6 +108,19 @@ def test_ranks_with_other_names_agree_on_them_once(ranks: RankPool) -> None:
         ]
         assert found == [round_ | {"rank": 1.0} for round_ in expected]
         assert objects == [1, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("op", ["max", "min"])
+def test_nan_on_one_rank_is_the_extreme(ranks: RankPool, which: int, op: Op) -> None:
+    """The maximum of two numbers is not defined if one is NaN, so NaN travels in a sum."""
+    numbers = [math.nan, 2.0] if which == 0 else [2.0, math.nan]
+    parts = [[{"x": Metric(torch.tensor(value), op=op), "y": Metric(value, op=op)} for value in numbers]]
+    parts.append([{"x": Metric(1.0, op=op)}, {"x": Metric(-1.0, op=op)}])
+    for results, _ in ranks.run(2, cases.reduce_over_ranks, parts):
+        assert math.isnan(value_of(results[0]["x"]))
+        assert math.isnan(value_of(results[0]["y"]))
+        assert value_of(results[1]["x"]) == (1.0 if op == "max" else -1.0)
 
 
 VALUES = torch.arange(6.0)

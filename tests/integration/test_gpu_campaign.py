@@ -40,16 +40,16 @@ MACHINE = [
 ]
 """Packages of a bare GPU machine: torch and transformers' dependencies."""
 
+OF_TRANSFORMER_ENGINE = {"einops", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"}
+"""Wheels of the bundle that only Transformer Engine needs; the environment of the tests has none of them."""
+
 
 def bare_python(folder: Path) -> Path:
     """Return the interpreter of an environment with the packages of a bare machine and of the bundle."""
     venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)
     (site,) = folder.glob("lib/python*/site-packages")
-    for name in {*MACHINE, *WHEELS}:
-        try:
-            package = metadata.distribution(name)
-        except metadata.PackageNotFoundError:  # needed by Transformer Engine only
-            continue
+    for name in {*MACHINE, *WHEELS} - OF_TRANSFORMER_ENGINE:
+        package = metadata.distribution(name)
         for top in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
             if not (site / top).exists():  # "google" belongs to several packages
                 (site / top).symlink_to(str(package.locate_file(top)))

@@ -24,7 +24,12 @@ from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.models.transformer_config import fp8_fields
 from megatron_gmpo.platform import check_deterministic
-from megatron_gmpo.platform.capabilities import Capabilities, capabilities_of, check_apex
+from megatron_gmpo.platform.capabilities import (
+    Capabilities,
+    capabilities_of,
+    check_apex,
+    transformer_engine_version,
+)
 from megatron_gmpo.policy.build import check_optimizer
 from megatron_gmpo.policy.fp8 import check_fp8, total_multiple
 
@@ -313,6 +318,20 @@ def test_another_apex_is_told_apart(installed: Callable[..., None]) -> None:
 
 def test_a_cpu_has_nothing() -> None:
     assert capabilities_of(torch.device("cpu")) == Capabilities()
+
+
+def test_transformer_engine_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder on the path that has the package and no record of its installation."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"has no metadata .*install_gpu\.md") as refused:
+        transformer_engine_version()
+    assert str(tmp_path) in str(refused.value)
+    record = tmp_path / "transformer_engine-2.11.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Name: transformer_engine\nVersion: 2.11.0\n")
+    assert transformer_engine_version() == (2, 11)
 
 
 def test_determinism_is_set_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,13 @@ def with_part(name: str, *, remove: str = "", **changes: Any) -> bytes:
     return json.dumps(whole).encode()
 
 
+def with_rewards(**changes: Any) -> bytes:
+    """Return a state.json in which the signal of the reward has other fields."""
+    signals = state()["collapse"]["signals"]
+    signals["reward/mean"] |= changes
+    return with_part("collapse", signals=signals)
+
+
 def resume(content: bytes, signed: bool) -> None:
     """Read what a resume reads of state.json. ``signed`` adds the checksum of the content."""
     checkpoint = FOLDER / "checkpoints" / "iter_0000006"
@@ -246,6 +253,7 @@ def resume(content: bytes, signed: bool) -> None:
 @example(with_part("collapse", remove="rollbacks"), True)
 @example(with_part("collapse", signals=None), True)
 @example(with_part("collapse", rollbacks=10**400), True)
+@example(with_rewards(squares=-5.0), True)
 @example(with_part("clip", low="x"), True)
 @example(with_part("clip", remove="high"), True)
 @example(with_part("clip", start=[]), True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,25 +35,24 @@ def make(tokens: int = 23, dtype: torch.dtype = torch.float32, garbage: float = 
     return hidden.to(dtype), weight.to(dtype), labels
 
 
-def reference(inputs: Inputs, temperature: float, weights: Tensor) -> Outputs:
+def reference(inputs: Inputs, temperature: float, weights: Tensor, vocab: int = VOCAB) -> Outputs:
     """Return log probabilities, entropy and the gradients of their weighted sum, in float64.
 
     Args:
         weights: (2, T) weights of both outputs.
     """
     hidden, weight = (tensor.double().requires_grad_() for tensor in inputs[:2])
-    logp = torch.log_softmax(hidden @ weight[:VOCAB].T / temperature, -1)
+    logp = torch.log_softmax(hidden @ weight[:vocab].T / temperature, -1)
     logprobs, entropy = logp.gather(1, inputs[2][:, None])[:, 0], -(logp.exp() * logp).sum(-1)
     loss = (weights.double() * torch.stack([logprobs, entropy])).sum()
     return logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
 
-def compute(inputs: Inputs, weights: Tensor, **options: float) -> Outputs:
+def compute(inputs: Inputs, weights: Tensor, **options: Any) -> Outputs:
     """Return what ``reference`` returns, from the function under test."""
     hidden, weight = (tensor.clone().requires_grad_() for tensor in inputs[:2])
-    logprobs, entropy = vocab_parallel_logprobs(  # pyright: ignore
-        hidden, weight, inputs[2], vocab_size=VOCAB, tp_group=None, **options
-    )
+    options = {"vocab_size": VOCAB, "tp_group": None} | options
+    logprobs, entropy = vocab_parallel_logprobs(hidden, weight, inputs[2], **options)
     loss = (weights.to(logprobs.dtype) * torch.stack([logprobs, entropy])).sum()
     return logprobs.detach(), entropy.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
@@ -73,6 +74,24 @@ def test_values_and_gradients(temperature: float, chunk_tokens: int) -> None:
     for got, wanted in zip(ours, reference(inputs, temperature, weights), strict=True):
         assert got.dtype == torch.float32
         assert_close(got.double(), wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 128])
+@pytest.mark.parametrize("vocab", [512, 513, 1300])
+def test_blocks_of_the_vocabulary(vocab: int, chunk_tokens: int) -> None:
+    """Blocks of 512 columns differ much in their largest logit; labels lie at the borders of blocks."""
+    hidden, weight, labels = make(dtype=torch.float32)
+    weight = torch.randn(vocab, HIDDEN, generator=torch.Generator().manual_seed(2))
+    weight[:, 0] += torch.linspace(-30, 30, vocab)
+    labels = labels % vocab
+    labels[:5] = torch.tensor([0, 511, 512, 1024, vocab - 1]).clamp(max=vocab - 1)
+    weights, options = mixture(23), {"vocab_size": vocab, "temperature": 0.9}
+    ours = compute((hidden, weight, labels), weights, chunk_tokens=chunk_tokens, **options)
+    wanted = reference((hidden, weight, labels), 0.9, weights, vocab)
+    logits = (hidden @ weight.T / 0.9).abs().max()  # their rounding is that of the largest, above 60
+    assert logits > 60
+    for got, exact in zip(ours, wanted, strict=True):
+        assert_close(got.double(), exact, atol=1e-6 * float(logits), rtol=3e-5)
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -209,8 +228,8 @@ def test_no_tokens() -> None:
     assert torch.equal(grad_weight, torch.zeros(PADDED, HIDDEN))
 
 
-def test_the_logits_of_a_few_chunks_exist_at_a_time() -> None:
-    """No tensor is larger than a chunk of logits, except the matrix and what has the shape of an input."""
+def test_the_logits_of_a_few_tiles_exist_at_a_time() -> None:
+    """No tensor is larger than a tile of logits, except the matrix and what has the shape of an input."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -222,25 +241,26 @@ def test_the_logits_of_a_few_chunks_exist_at_a_time() -> None:
                 self.elements = max(self.elements, out.numel())
             return out
 
-    hidden, weight, labels = make(512)
+    hidden, _, labels = make(512)
+    weight = torch.randn(1200, HIDDEN)
     with Largest() as largest:
         logprobs, entropy = vocab_parallel_logprobs(
             hidden.requires_grad_(),
             weight.requires_grad_(),
             labels,
-            vocab_size=VOCAB,
+            vocab_size=1200,
             tp_group=None,
             chunk_tokens=60,
         )
         (logprobs + entropy).sum().backward()
-    assert largest.elements == 60 * VOCAB
+    assert largest.elements == 60 * 512
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 def test_memory_of_head_and_loss(entropy_coef: float) -> None:
     """Beyond the inputs and their gradients it is below 0.02 of the logits.
 
-    As for 16,384 tokens in chunks of 128, a chunk is 1/128 of the tokens.
+    A tile is 1/256 of the logits. For 16,384 tokens and a vocabulary of 151,936 it is 1/2,374.
     """
     tokens, vocab, sequences = 2048, 8192, 16
     # of width 2, so that gradients that do not exist yet in the forward pass hardly count
@@ -251,7 +271,7 @@ def test_memory_of_head_and_loss(entropy_coef: float) -> None:
 
     def head_and_loss() -> None:
         logprobs, entropy = vocab_parallel_logprobs(
-            hidden, weight, labels, vocab_size=vocab, tp_group=None, chunk_tokens=tokens // 128
+            hidden, weight, labels, vocab_size=vocab, tp_group=None, chunk_tokens=tokens // 16
         )
         packed = LossTokens(
             logprobs,
@@ -267,5 +287,5 @@ def test_memory_of_head_and_loss(entropy_coef: float) -> None:
     extra = peak_of_allocations(head_and_loss) - hidden.nbytes - weight.nbytes
     assert hidden.grad is not None
     assert weight.grad is not None
-    chunk = 4 * vocab * tokens // 128
-    assert chunk < extra < 0.02 * 4 * tokens * vocab
+    logits = 4 * tokens * vocab
+    assert logits / 256 < extra < 0.02 * logits

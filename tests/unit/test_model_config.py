@@ -92,41 +92,28 @@ ALL_ON = "apply_rope_fusion on, bias_activation_fusion on, moe_permute_fusion on
 
 
 @pytest.mark.parametrize(
-    ("fields", "version", "off"),
+    ("fields", "off"),
     [
-        ({"num_moe_experts": 8}, (2, 9), {}),
-        ({"num_moe_experts": 8}, (2, 0), {"moe_permute_fusion": "it needs Transformer Engine 2.1"}),
-        ({}, (2, 9), {"moe_permute_fusion": "the model has no experts"}),
+        ({"num_moe_experts": 8}, {}),
+        ({"num_moe_experts": 8, "context_parallel_size": 2}, {}),
+        ({}, {"moe_permute_fusion": "the model has no experts"}),
         (
             {"num_moe_experts": 8, "multi_latent_attention": True},
-            (2, 9),
             {"apply_rope_fusion": "the kernel of latent attention is experimental"},
         ),
         (
             {"num_moe_experts": 8, "rotary_interleaved": True},
-            (2, 9),
             {"apply_rope_fusion": "Megatron passes rotary_interleaved to no kernel for packed sequences"},
         ),
         (
             {"num_moe_experts": 8, "use_te_activation_func": True},
-            (2, 9),
             {"bias_activation_fusion": "use_te_activation_func fuses it otherwise"},
-        ),
-        (
-            {"num_moe_experts": 8, "context_parallel_size": 2},
-            (1, 11),
-            {
-                "apply_rope_fusion": "context parallelism needs Transformer Engine 1.12",
-                "moe_permute_fusion": "it needs Transformer Engine 2.1",
-            },
         ),
     ],
 )
-def test_fusions_are_on_unless_something_forbids_them(
-    fields: dict[str, Any], version: tuple[int, int], off: dict[str, str]
-) -> None:
-    assert fusions_off(fields, version) == off
-    said = describe_fusions(fields | {name: name not in off for name in FUSIONS}, version)
+def test_fusions_are_on_unless_something_forbids_them(fields: dict[str, Any], off: dict[str, str]) -> None:
+    assert fusions_off(fields) == off
+    said = describe_fusions(fields | {name: name not in off for name in FUSIONS})
     expected = ALL_ON
     for name, reason in off.items():
         expected = expected.replace(f"{name} on", f"{name} off ({reason})")
@@ -135,7 +122,7 @@ def test_fusions_are_on_unless_something_forbids_them(
 
 def test_fusions_that_the_config_turns_off() -> None:
     fields = {"num_moe_experts": 8} | dict.fromkeys(FUSIONS, True) | {"apply_rope_fusion": False}
-    said = describe_fusions(fields, (2, 9))
+    said = describe_fusions(fields)
     assert said == ALL_ON.replace("apply_rope_fusion on", "apply_rope_fusion off (in the config)")
 
 

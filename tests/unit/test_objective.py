@@ -25,7 +25,6 @@ from megatron_gmpo.losses.correction import (
     importance_weights,
     kept_tokens,
     rollout_mismatch,
-    rollout_ratio_warning,
 )
 from megatron_gmpo.losses.objective import Objective, make_objective, minibatches_without_pass
 from megatron_gmpo.losses.registry import LOSSES, default_clips
@@ -280,12 +279,17 @@ def test_the_engines_log_probabilities_are_the_old_ones() -> None:
 def test_a_warning_names_what_moves_the_ratios_to_the_engine(
     fields: dict[str, Any], is_moe: bool, causes: list[str]
 ) -> None:
-    assert rollout_ratio_warning(Config.model_validate(fields), is_moe=is_moe) == ""
+    assert Config.model_validate(fields).rollout_ratio_warning(is_moe=is_moe) == ""
     fields = fields | {"algorithm": {"old_logprobs": "rollout"} | fields.get("algorithm", {})}
-    line = rollout_ratio_warning(Config.model_validate(fields), is_moe=is_moe)
+    line = Config.model_validate(fields).rollout_ratio_warning(is_moe=is_moe)
     assert bool(line) is bool(causes)
     assert all(cause in line for cause in causes)
     assert "\n" not in line
+
+
+def test_without_old_logprobs_the_error_names_the_missing_call() -> None:
+    with pytest.raises(AssertionError, match="call Policy"):
+        ours(objective_of(), replace(microbatch(), old_logprobs=None))
 
 
 def test_without_a_reference_there_is_no_kl() -> None:

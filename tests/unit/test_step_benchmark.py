@@ -33,6 +33,7 @@ SMALLEST = Step(
     samples=2,
     updates=2,
     trl_sequences=1,
+    equal_steps=2,
     steps=1,
 )
 
