@@ -96,7 +96,6 @@ def write_chunks(
             {},
             storage_writer=_Writer(folder, open_file or open_to_write, finish),
             planner=_Planner(chunks, tensors, objects),
-            no_dist=torch.distributed.get_world_size() == 1,
         )
     except CheckpointException as error:
         raise _disk_error(next(cause for cause, _ in error.failures.values())) from None
