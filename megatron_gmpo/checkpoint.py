@@ -6,7 +6,7 @@ A run's checkpoint folder has Megatron-LM's names::
     hf/                                                config.json, tokenizer and chat template of the model
     iter_0000010/
       common.pt, metadata.json, .metadata, *.distcp    tensors: weights under GPTModel's keys, optimizer state
-                                                       under "optimizer.*" (no common.pt from Megatron 0.19)
+                                                       under "optimizer.*"
       state.json                                       step, prompt cursor, updates, config, model identity,
                                                        sizes and checksums of the other files and of itself
       random/rank_00000.safetensors                    random-number states of one rank
@@ -234,7 +234,7 @@ def _write_tensors(
     sharded, _ = save_preprocess(tensors)
     written = [leaf for leaf in nested_values(sharded) if is_main_replica(leaf.replica_id)]
     objects = {leaf.unique_key: leaf.data for leaf in written if isinstance(leaf, ShardedObject)}
-    shards = [leaf for leaf in written if isinstance(leaf, ShardedTensor)]
+    shards: list[Any] = [leaf for leaf in written if isinstance(leaf, ShardedTensor)]
     present = [shard for shard in shards if not shard.data.is_meta]
     promised = [shard for shard in shards if shard.data.is_meta]
     write_chunks(

@@ -234,9 +234,7 @@ class _Writer:
     mine: bool
 
 
-def _spread_over_replicas(
-    sharded: list[ShardedTensor | ShardedTensorFactory], groups: ProcessGroupCollection
-) -> dict[int, _Writer]:
+def _spread_over_replicas(sharded: list[Any], groups: ProcessGroupCollection) -> dict[int, _Writer]:
     """Let each parameter be written by one of its data-parallel replicas, with about the same bytes on each.
 
     Without it, the first replica of everything would write, so the first node would write all experts. The

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ..errors import RunError
 from . import write_files
@@ -28,7 +29,7 @@ class BackgroundFiles:
         self._process: subprocess.Popen[bytes] | None = None
 
     @contextmanager
-    def open(self, path: Path) -> Iterator[BinaryIO]:
+    def open(self, path: Path) -> Iterator[io.BufferedWriter]:
         """Open a new file of the folder, in memory."""
         name = str(path.relative_to(self._folder))
         self._descriptors[name] = os.memfd_create(name)

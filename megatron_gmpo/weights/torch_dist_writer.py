@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -42,7 +42,7 @@ from torch.futures import Future
 from .. import files
 from ..errors import disk_full
 
-OpenFile = Callable[[Path], AbstractContextManager[BinaryIO]]
+OpenFile = Callable[[Path], AbstractContextManager[io.BufferedWriter]]
 """Opens a new file to write, by its path in the checkpoint."""
 
 
@@ -106,7 +106,7 @@ def write_chunks(
 
 
 @contextmanager
-def open_to_write(path: Path) -> Iterator[BinaryIO]:
+def open_to_write(path: Path) -> Iterator[io.BufferedWriter]:
     """Open a new file, and flush it to the disk at the end."""
     with files.named(path), path.open("wb") as file:
         yield file

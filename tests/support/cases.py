@@ -378,7 +378,7 @@ def save_both_ways(cfg: Config, batch: TrainBatch, run_dir: Path, go: Path) -> d
         save._files.close()
         state["clip"]["low"] = -1
         history += _steps(policy, batch, 2)
-        random.random(), np.random.rand(), torch.rand(())
+        assert min(random.random(), np.random.rand(), float(torch.rand(()))) >= 0  # the generators go on
         assert not save.ended(wait=False)
         barrier()
         stored = [path.name for path in stored_checkpoints(run_dir / "background")]
