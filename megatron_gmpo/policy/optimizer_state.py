@@ -11,6 +11,7 @@ do not load in a layout without it (KeyError 'pre_wd_mult').
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,10 @@ def tensors_to_save(
     promised = [
         {name: torch.empty(slot.parameter.shape, device="meta") for name in slot.names} for slot in slots
     ]
-    owners = [(slot, writers[id(slot.parameter)]) for slot in slots]
-    return {**tensors, "optimizer": _sharded_optimizer(slots, by_parameter, promised)}, _gather(owners)
+    sharded = _sharded_optimizer(slots, by_parameter, promised)
+    rounds = _in_rounds([(slot, writers[id(slot.parameter)]) for slot in slots])
+    ordered = {key: sharded[key] for items in rounds for key, *_ in items}
+    return {**tensors, "optimizer": ordered | sharded}, _gather(rounds)
 
 
 def load_training_state(
@@ -228,10 +231,17 @@ def _set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
 
 @dataclass(frozen=True)
 class _Writer:
-    """The rank in a parameter's data-parallel group that writes it; None if another group does."""
+    """The rank that writes a parameter.
+
+    Attributes:
+        index: its rank in the parameter's data-parallel group; None if another group writes the parameter.
+        mine: whether it is this rank.
+        expert: whether the parameter is one of an expert.
+    """
 
     index: int | None
     mine: bool
+    expert: bool
 
 
 def _spread_over_replicas(sharded: list[Any], groups: ProcessGroupCollection) -> dict[int, _Writer]:
@@ -247,34 +257,60 @@ def _spread_over_replicas(sharded: list[Any], groups: ProcessGroupCollection) ->
     writers: dict[int, _Writer] = {}
     written: dict[bool, list[int]] = {False: [0] * groups.dp_cp.size(), True: [0] * groups.expt_dp.size()}
     for each in sorted(sharded, key=lambda each: -each.data.numel()):
-        loads = written[not getattr(each.data, "allreduce", True)]  # Megatron's mark of an expert's parameter
+        expert = not getattr(each.data, "allreduce", True)  # Megatron's mark
+        loads = written[expert]
         index = loads.index(min(loads))
         loads[index] += each.data.numel()
         *others, replica = each.replica_id
         each.replica_id = (*others, (replica - index) % len(loads))
         main = is_main_replica((*others, 0))
-        writers[id(each.data)] = _Writer(index if main else None, is_main_replica(each.replica_id))
+        mine = is_main_replica(each.replica_id)
+        writers[id(each.data)] = _Writer(index if main else None, mine, expert)
     return writers
 
 
-def _gather(slots: list[tuple[Slot, _Writer]]) -> Iterator[Tensor]:
+_Item = tuple[str, str, Slot, _Writer]
+"""A tensor to write: its key in the sharded state dict and in its slot, the slot, and who writes it."""
+
+
+def _in_rounds(slots: list[tuple[Slot, _Writer]]) -> list[list[_Item]]:
+    """Order the optimizer's tensors so that the ranks of a data-parallel group write at the same time.
+
+    A round has one tensor for each of them, of about the same size. Each rank takes part in the sums of a
+    round, then writes its tensor; in another order it would wait while the other ranks write theirs.
+    """
+    queues: dict[tuple[bool, int], list[_Item]] = {}
+    numbered = [(i, slot, writer) for i, (slot, writer) in enumerate(slots)]
+    for i, slot, writer in sorted(numbered, key=lambda item: -item[1].parameter.numel()):
+        if writer.index is not None:
+            queue = queues.setdefault((writer.expert, writer.index), [])
+            queue += [(f"{name}.{i}", name, slot, writer) for name in slot.names]
+    rounds: list[list[_Item]] = []
+    for expert in (False, True):  # their groups differ
+        members = [queues[key] for key in sorted(queues) if key[0] == expert]
+        rounds += [[item for item in items if item] for items in itertools.zip_longest(*members)]
+    return rounds
+
+
+def _gather(rounds: list[list[_Item]]) -> Iterator[Tensor]:
     """Yield the tensors that this rank writes, in the parameter's full shape."""
-    for slot, writer in slots:
-        if writer.index is None:
-            continue
-        for name in slot.names:
-            full = _gathered(slot, name, writer.index)
+    for items in rounds:
+        mine = None
+        for _, name, slot, writer in items:
+            full = _gathered(slot, name, writer)
             if writer.mine:
-                yield full.view(slot.parameter.shape)
+                mine = full.view(slot.parameter.shape)
+        if mine is not None:
+            yield mine
 
 
-def _gathered(slot: Slot, name: str, writer: int) -> Tensor:
+def _gathered(slot: Slot, name: str, writer: _Writer) -> Tensor:
     """Return a flat tensor, which is complete on its writer: the sum over the ranks that share the slot."""
     flat = torch.zeros(slot.parameter.numel(), device=slot.parameter.device)
     if slot.tensors:
         flat[slot.start : slot.stop] = slot.tensors[name].view(-1)
     if slot.group is not None and slot.group.size() > 1:
-        dist.reduce(flat, group=slot.group, group_dst=writer)
+        dist.reduce(flat, group=slot.group, group_dst=writer.index)
     return flat
 
 
