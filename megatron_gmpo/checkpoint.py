@@ -202,10 +202,10 @@ def start_save(
     """
     final = checkpoint_path(folder, step)
     partial = files.partial_path(final)
-    state = {"step": step, "world_size": world_size(), **state}
-    # as text, because training goes on with these objects
     written = BackgroundFiles(partial) if background else None
-    save = Save(final, json.dumps(state), keep_last, continues, written)
+    # as text, because training goes on with the objects in it
+    content = json.dumps({"step": step, "world_size": world_size(), **state})
+    save = Save(final, content, keep_last, continues, written)
     with _removed_after_an_error(partial):
         with agreed():
             if rank() == 0:
