@@ -32,7 +32,6 @@ setup(
         "orjson>=3.10",
         "pandas>=2.2",
         "pillow>=10",
-        # without psutil Megatron's checkpoint writer dies and the save never returns
         "psutil>=6.0",
         "pybase64>=1.4",
         "pydantic>=2.12",

@@ -6,7 +6,7 @@ A run's checkpoint folder has Megatron-LM's names::
     hf/                                                config.json, tokenizer and chat template of the model
     iter_0000010/
       common.pt, metadata.json, .metadata, *.distcp    tensors: weights under GPTModel's keys, optimizer state
-                                                       under "optimizer.*" (no common.pt from Megatron 0.19)
+                                                       under "optimizer.*"
       state.json                                       step, prompt cursor, updates, config, model identity,
                                                        sizes and checksums of the other files and of itself
       random/rank_00000.safetensors                    random-number states of one rank
@@ -18,37 +18,36 @@ code from a checkpoint runs (``weights.pickles``).
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import queue
-import random
+import itertools
+import json
 import re
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.distributed._shard.sharded_tensor.api as sharded_tensor
 import torch.distributed._shard.sharding_spec.api as sharding_spec
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from . import files
-from .distributed import agreed, all_gather_objects, broadcast_object, folder_written_by_all, rank, world_size
-from .errors import DiskFullError, InputError
+from .distributed import agreed, all_gather_objects, rank, world_size
+from .errors import DiskFullError, InputError, disk_full
 from .supervision.records import LATEST, newest_step
-from .supervision.signals import end_with_parent
+from .weights.background_files import BackgroundFiles
 from .weights.checksums import checksums_of
 from .weights.companions import copy_companions
 from .weights.pickles import plain_records_only
+from .weights.random_states import random_file, random_states
 from .weights.run_checkpoint import (
     checkpoint_path,
     read_state,
@@ -57,7 +56,7 @@ from .weights.run_checkpoint import (
     update_state,
     write_state,
 )
-from .weights.torch_dist import is_disk_full
+from .weights.torch_dist_writer import Chunk, OpenFile, open_to_write, write_chunks, write_companions
 
 _IDENTITY = [
     "model_type",
@@ -108,59 +107,162 @@ def checkpoint_size(num_parameters: int, dtype: torch.dtype) -> int:
     return num_parameters * (3 * 4 if dtype is torch.float32 else dtype.itemsize + 3 * 4)
 
 
-def save_checkpoint(
+class Save:
+    """A save that ``start_save`` has started. Its methods are collective.
+
+    Attributes:
+        step: step of the checkpoint.
+        began: ``time.monotonic()`` at the start.
+    """
+
+    def __init__(
+        self,
+        final: Path,
+        state: str,
+        keep_last: int,
+        continues: int | None,
+        files: BackgroundFiles | None,
+    ) -> None:
+        self.step, self.began = step_of(final), time.monotonic()
+        self._final, self._state, self._keep_last = final, state, keep_last
+        self._continues, self._files = continues, files
+
+    def ended(self, *, wait: bool) -> bool:
+        """Return whether all ranks have written their files: one small all-reduce.
+
+        Args:
+            wait: whether to wait for it.
+        """
+        if self._files is None:
+            return True
+        running = torch.tensor(int(not self._files.ended(wait=wait)))
+        if world_size() > 1:
+            dist.all_reduce(running, op=dist.ReduceOp.MAX)
+        return not running
+
+    def finish(self) -> Path:
+        """Make the checkpoint the newest and remove those that are not kept. Call it when the save has ended.
+
+        Returns:
+            The new checkpoint.
+
+        Raises:
+            DiskFullError: the file system is full. The incomplete checkpoint is removed.
+            OSError, RunError: another error of the process that writes, on this or another rank. Likewise.
+        """
+        final, partial = self._final, files.partial_path(self._final)
+        with _removed_after_an_error(partial):
+            with agreed(), _disk_full_errors(partial):
+                mine = self._files.result() if self._files else {}
+                mine |= checksums_of(partial, _files_of_this_rank(partial, but=mine))
+            recorded = {name: about for part in all_gather_objects(mine) for name, about in part.items()}
+            with agreed():
+                if rank() == 0:
+                    write_state(partial, json.loads(self._state) | {"files": recorded})
+                    if final.exists():  # a kill before the update of the text file leaves it
+                        files.remove(final)
+                    files.publish(partial, final)
+        with agreed():
+            if rank() == 0:
+                # such a kill, a fall back and a killed rollback leave later checkpoints that must not count
+                before = newest_step(final.parent) or 0 if self._continues is None else self._continues
+                _remove_after(final.parent, before, keep=final)
+                files.write(final.parent / LATEST, str(self.step))
+                for old in reversed(stored_checkpoints(final.parent)[self._keep_last :]):
+                    files.remove(old)
+        return final
+
+
+def start_save(
     folder: Path,
     step: int,
     tensors: dict[str, Any],
+    gathered: Iterator[Tensor],
     state: dict[str, Any],
     keep_last: int,
     hf: Path,
     continues: int | None = None,
-) -> Path:
-    """Write the checkpoint of ``step``, then remove all except the newest ``keep_last``. Collective.
+    *,
+    background: bool = False,
+) -> Save:
+    """Write the files of the checkpoint of ``step``; ``Save.finish`` completes it. Collective.
 
     Args:
         folder: folder of the ``iter_*`` folders, the same on every rank.
-        tensors: a sharded state dict; see ``policy.optimizer_state.tensors_to_save``.
+        tensors: a sharded state dict; see ``policy.optimizer_state.tensors_to_save``, also for ``gathered``.
         state: the JSON-serializable fields of ``RunState`` that are not known here.
+        keep_last: number of checkpoints that stay, with the new one.
         hf: the model's Hugging Face folder, whose config and tokenizer are copied with the first checkpoint.
         continues: step of the checkpoint that the training continues; None means the one that
             ``latest_checkpointed_iteration.txt`` names. Other checkpoints after it are removed too.
-
-    Returns:
-        The new checkpoint.
+        background: copy the files to memory only, and let a process of each rank write them.
 
     Raises:
         DiskFullError: the file system is full. The incomplete checkpoint is removed.
     """
-    with agreed():
-        if rank() == 0:
-            clear_unfinished(folder)
-            _save_companions(hf, folder)
-    force_all_tensors_to_non_fp8(tensors)
     final = checkpoint_path(folder, step)
-    with folder_written_by_all(final) as partial:
-        with _overlap_check_off(), _disk_full_errors(partial):
-            dist_checkpointing.save(tensors, str(partial))
-        with agreed():
-            (partial / "random").mkdir(exist_ok=True)
-            files.write(_random_file(partial), safetensors.torch.save(_random_states()))
-            mine = checksums_of(partial, _files_of_this_rank(partial))
-        recorded = {name: about for part in all_gather_objects(mine) for name, about in part.items()}
+    partial = files.partial_path(final)
+    written = BackgroundFiles(partial) if background else None
+    # as text, because training goes on with the objects in it
+    content = json.dumps({"step": step, "world_size": world_size(), **state})
+    save = Save(final, content, keep_last, continues, written)
+    with _removed_after_an_error(partial):
         with agreed():
             if rank() == 0:
-                write_state(partial, {"step": step, "world_size": world_size(), **state, "files": recorded})
-                if final.exists():  # a kill before the update of the text file leaves it
-                    files.remove(final)
+                clear_unfinished(folder)
+                _save_companions(hf, folder)
+                (partial / "random").mkdir(parents=True)
+        open_file = written.open if written else open_to_write
+        with _disk_full_errors(partial):
+            _write_tensors(partial, tensors, gathered, open_file)
+        with agreed(), _disk_full_errors(partial):
+            with open_file(random_file(partial)) as file:
+                file.write(random_states())
+            if written:
+                written.start()
+    return save
+
+
+def _write_tensors(
+    partial: Path,
+    tensors: dict[str, Any],
+    gathered: Iterator[Tensor],
+    open_file: OpenFile,
+) -> None:
+    """Write what this rank's main replicas hold, and then what ``gathered`` yields."""
+    force_all_tensors_to_non_fp8(tensors)
+    sharded, _ = save_preprocess(tensors)
+    written = [leaf for leaf in nested_values(sharded) if is_main_replica(leaf.replica_id)]
+    objects = {leaf.unique_key: leaf.data for leaf in written if isinstance(leaf, ShardedObject)}
+    shards: list[Any] = [leaf for leaf in written if isinstance(leaf, ShardedTensor)]
+    present = [shard for shard in shards if not shard.data.is_meta]
+    promised = [shard for shard in shards if shard.data.is_meta]
+    write_chunks(
+        partial,
+        [_chunk(shard) for shard in (*present, *promised)],
+        _contents(present, promised, gathered),
+        objects,
+        open_file,
+        finish=lambda: deque(gathered, maxlen=0),  # other ranks may wait for this one
+    )
     with agreed():
         if rank() == 0:
-            # such a kill, a fall back and a killed rollback leave later checkpoints that must not count
-            before = newest_step(folder) or 0 if continues is None else continues
-            _remove_after(folder, before, keep=final)
-            files.write(folder / LATEST, str(step))
-            for old in reversed(stored_checkpoints(folder)[keep_last:]):
-                files.remove(old)
-    return final
+            write_companions(partial, {})
+
+
+def _contents(present: list[Any], promised: list[Any], gathered: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield the content of each shard. A promised one is a view of the next tensor that is gathered."""
+    yield from (shard.data for shard in present)
+    for _, parts in itertools.groupby(promised, key=lambda shard: shard.data.untyped_storage()._cdata):
+        whole = next(gathered)
+        for part in parts:
+            view = part.data
+            yield whole.as_strided(view.size(), view.stride(), view.storage_offset())
+
+
+def _chunk(shard: Any) -> Chunk:
+    sizes = (*[1] * shard.prepend_axis_num, *shard.local_shape)
+    return Chunk(shard.key, shard.global_shape, shard.global_offset, sizes, shard.dtype)
 
 
 def clear_unfinished(folder: Path) -> None:
@@ -203,93 +305,34 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def restore_random_states(checkpoint: Path) -> None:
-    """Restore this rank's random-number states if the checkpoint has the current number of ranks.
-
-    Raises:
-        InputError: its file is missing or damaged.
-    """
-    if read_state(checkpoint).world_size != world_size():
-        return
-    try:
-        states = safetensors.torch.load_file(_random_file(checkpoint))
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{_random_file(checkpoint)} cannot be read ({error}): use another checkpoint"
-        ) from None
-    random.setstate((3, tuple(int(x) for x in states["python"].numpy().view(np.uint64)), None))
-    *keys, position = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    prefix = "megatron."
-    tracked = {name: value for name, value in states.items() if name.startswith(prefix)}
-    tracker: Any = get_cuda_rng_tracker()
-    tracker.set_states({name.removeprefix(prefix): value for name, value in tracked.items()})
-
-
-def _random_states() -> dict[str, Tensor]:
-    python = np.array(random.getstate()[1], dtype=np.uint64)
-    _, keys, position, *_ = np.random.get_state()
-    states = {
-        "python": torch.from_numpy(python.view(np.uint8).copy()),
-        "numpy": torch.from_numpy(np.append(keys, position).astype(np.int64)),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    tracker: Any = get_cuda_rng_tracker()
-    return states | {f"megatron.{name}": state.clone() for name, state in tracker.get_states().items()}
-
-
-def _random_file(checkpoint: Path) -> Path:
-    return checkpoint / "random" / f"rank_{rank():05d}.safetensors"
-
-
-def _files_of_this_rank(checkpoint: Path) -> list[Path]:
-    """Return the files that this rank has written, which its node still has in memory."""
+def _files_of_this_rank(checkpoint: Path, but: Container[str]) -> list[Path]:
+    """Return the files that this rank has written, which its node still has in memory, except ``but``."""
     others = re.compile(r"__\d+_\d+\.distcp")
-    mine = [_random_file(checkpoint), *checkpoint.glob(f"__{rank()}_*.distcp")]
+    mine = [random_file(checkpoint), *checkpoint.glob(f"__{rank()}_*.distcp")]
     if rank() == 0:
         mine += [path for path in checkpoint.iterdir() if path.is_file() and not others.fullmatch(path.name)]
-    return mine
-
-
-def _write_as_child_of_the_rank() -> None:
-    """Let Megatron's writers end with the rank that forks them, and start no server for their results.
-
-    A save is synchronous, so a queue in this process can hold the results. Without one, Megatron starts a
-    process of about 200 MB that outlives a killed rank (filesystem_async.py).
-    """
-    writers: Any = filesystem_async.FileSystemWriterAsync
-    write = writers.write_preloaded_data
-
-    @functools.wraps(write)
-    def write_until_the_rank_ends(*args: Any, **kwargs: Any) -> Any:
-        if multiprocessing.parent_process():  # Megatron 0.19 writes in threads of the rank
-            end_with_parent()
-        return write(*args, **kwargs)
-
-    writers.write_preloaded_data = staticmethod(write_until_the_rank_ends)
-    filesystem_async._results_queue = queue.Queue()
-
-
-_write_as_child_of_the_rank()
+    return [path for path in mine if str(path.relative_to(checkpoint)) not in but]
 
 
 @contextmanager
 def _disk_full_errors(folder: Path) -> Iterator[None]:
-    """Raise ``DiskFullError`` for Megatron's errors of a full file system, on every rank that has one."""
+    """Raise ``DiskFullError``, which names ``folder``, for an ``OSError`` of a full file system."""
     try:
         yield
-    except CheckpointException as error:  # on every rank, after a collective; rank 0 has the failures of all
-        if broadcast_object(any(is_disk_full(cause) for cause, _ in error.failures.values())):
+    except OSError as error:
+        if disk_full(error):
             raise DiskFullError(folder) from None
         raise
-    except (RuntimeError, OSError) as error:  # of common.pt, metadata.json or .metadata, which rank 0 writes
-        if is_disk_full(error):
-            raise DiskFullError(folder) from None
+
+
+@contextmanager
+def _removed_after_an_error(partial: Path) -> Iterator[None]:
+    """Let rank 0 remove the folder if the block raises."""
+    try:
+        yield
+    except BaseException:
+        if rank() == 0:
+            files.clear(partial)
         raise
 
 

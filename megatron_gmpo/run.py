@@ -356,7 +356,7 @@ class _PrintableLines(logging.Formatter):
 
 
 def _skip_main_in_children() -> None:
-    """Prevent spawned processes (reward workers, checkpoint writers) from importing the main module.
+    """Prevent spawned processes, such as those of a user's reward, from importing the main module.
 
     Each process would import it, with torch and Megatron (multiprocessing/spawn.py:get_preparation_data).
     None of them runs code of that module.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import go_back
+from .checkpoint import Save, go_back
 from .distributed import agreed, rank
 from .errors import CollapseError
 from .losses.adaptive_clip import AdaptiveClip
@@ -28,7 +29,7 @@ class TrainingState:
         policy: the policy with its optimizer.
         objective: the loss with the clip range of the current step.
         collector: collector of the rollouts; None if saved rollouts are replayed.
-        saved_step: completed steps at the last save.
+        saved_step: step of the checkpoint that the training continues, the last one that is complete.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class TrainingState:
         self.step = self.saved_step = 0
         self.objective = objective
         self.policy = run.policy()
+        self._save: Save | None = None
         self._clip = clip
         self._detector = CollapseDetector(run.cfg.collapse)
         if run.checkpoint:
@@ -48,22 +50,48 @@ class TrainingState:
         self._scale_lr()
         self._cut_transcripts()
 
-    def save(self, logger: MetricLogger) -> None:
-        """Write a checkpoint of everything to ``run.checkpoint_dir``. Collective.
+    def save(self, logger: MetricLogger, *, background: bool) -> None:
+        """Save everything to ``run.checkpoint_dir``; ``finish_save`` completes the checkpoint. Collective.
 
         The metrics up to its step are flushed first: a run that resumes from it does not log them again.
+
+        Args:
+            background: copy the state to memory only, and let processes write it while training goes on.
         """
+        assert self._save is None
         with agreed():
             logger.sync()
-        path = self.policy.save(
+        self._save = self.policy.start_save(
             self._run.checkpoint_dir,
             self.step,
             self._records(),
             self._cfg.checkpoint.keep_last,
             continues=self.saved_step,
+            background=background,
         )
-        self.saved_step = self.step
-        logger.event("checkpoint", step=self.step, path=str(path))
+
+    @property
+    def saving(self) -> bool:
+        """Return whether a save is not complete."""
+        return self._save is not None
+
+    def finish_save(self, logger: MetricLogger, *, wait: bool = True) -> float | None:
+        """Complete the save in progress, if any. Collective.
+
+        Args:
+            wait: whether to wait until it is written; else it is only completed if it is.
+
+        Returns:
+            Seconds from its start, if it is complete now.
+        """
+        save = self._save
+        if save is None or not save.ended(wait=wait):
+            return None
+        self._save = None
+        path = save.finish()
+        self.saved_step = save.step
+        logger.event("checkpoint", step=save.step, path=str(path))
+        return time.monotonic() - save.began
 
     def _records(self) -> dict[str, Any]:
         """Return the JSON-serializable state that a checkpoint holds in addition to the policy."""
@@ -87,6 +115,8 @@ class TrainingState:
     def react(self, collapse: Collapse, logger: MetricLogger) -> str:
         """Warn, roll back or stop, according to ``collapse.action``, and return a line that describes it.
 
+        A rollback or a stop waits for the save in progress, which may be the newest from before the collapse.
+
         Raises:
             CollapseError: the action is ``stop``, no checkpoint precedes the collapse, or ``max_rollbacks``
                 is reached.
@@ -98,6 +128,7 @@ class TrainingState:
         logger.event("collapse", step=self.step, began=collapse.began, reason=collapse.reason, action=action)
         if action == "warn":
             return f"warning: {found}"
+        self.finish_save(logger)
         # The figures of a step describe the weights after the step before it. Checkpoints after saved_step
         # are not of this run: it has fallen back to an older one.
         before = min(collapse.began - 1, self.saved_step + 1)

@@ -128,8 +128,9 @@ class Loop:
                 if state.step == 0 and cfg.eval.before and (before := self.evaluate()):
                     progress.note(_results("before training", self.logger.log(0, before)))
                 self.timer.take()
-                while state.step < num_steps and not self.attempt.stops(state.step):
+                while state.step < num_steps and not self.attempt.stops(state.step, saving=state.saving):
                     self.step(progress)
+                self.finish_save()
                 if state.step < num_steps:  # the run was asked to stop
                     self.save()
                     self.attempt.saved(state.step)
@@ -142,6 +143,7 @@ class Loop:
         """Collect groups, train on them and log; evaluate and save at their intervals."""
         cfg, state = self.cfg, self.state
         collected = self.collect()
+        self.finish_save(wait=False)
         batch = self.make_batch(collected.groups)
         learned = self.learn(batch)
         clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
@@ -161,11 +163,12 @@ class Loop:
         progress.update(state.step, figures)
         if results:
             progress.note(_results(f"after step {state.step}", results))
+        self.finish_save(wait=False)
         if collapse := state.find_collapse(figures):
             progress.note(state.react(collapse, self.logger))
         # Save last, because a resumed run repeats the steps that were logged after the checkpoint.
         if _due(cfg.checkpoint.save_interval, state.step) or (last and cfg.checkpoint.save_final):
-            self.save()
+            self.save(background=cfg.checkpoint.async_save and not last)
 
     def collect(self) -> Collected:
         """Return the step's scored groups, sampled now or read from ``rollout.replay_path``."""
@@ -227,11 +230,21 @@ class Loop:
             self.engine.sleep()
         return results
 
-    def save(self) -> None:
-        """Write a checkpoint unless this step already has one."""
+    def save(self, *, background: bool = False) -> None:
+        """Write a checkpoint unless this step already has one. A save in progress is completed first."""
+        self.finish_save()
         if self.state.saved_step != self.state.step:
             with self.timer("checkpoint"):
-                self.state.save(self.logger)
+                self.state.save(self.logger, background=background)
+            self.finish_save(wait=not background)
+
+    def finish_save(self, *, wait: bool = True) -> None:
+        """Complete the save in progress, if any, when all ranks have written it."""
+        if self.state.saving:
+            with self.timer("checkpoint"):
+                seconds = self.state.finish_save(self.logger, wait=wait)
+            if seconds is not None:
+                self.attempt.wrote_checkpoint(seconds)
 
     def _write_rollouts(self, groups: list[SampleGroup]) -> None:
         step, cfg = self.state.step, self.cfg
@@ -241,6 +254,7 @@ class Loop:
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """Write the newest minibatch; return the error with the paths of its file and the last checkpoint."""
+        self.finish_save()
         step = self.state.step + 1
         line = f"step {step}: {error}"
         if self.minibatch is not None and rank() == 0:

@@ -41,7 +41,6 @@ def processes(*, alone: bool = False) -> Iterator[None]:
     _keep_freed_memory()
     # Megatron uses deprecated names of torch.distributed.checkpoint
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         if alone:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

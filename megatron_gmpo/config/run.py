@@ -23,6 +23,9 @@ class CheckpointConfig(Section):
     """If the newest checkpoint is damaged, resume from the newest whole one instead of ending the run."""
     save_final: bool = True
     """Write a checkpoint after the last step."""
+    async_save: bool = False
+    """Write checkpoints while training goes on. A step waits only until its state is copied to host memory,
+    which must have room for what the node's ranks write."""
 
 
 class CollapseConfig(Section):

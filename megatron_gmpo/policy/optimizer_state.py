@@ -11,6 +11,7 @@ do not load in a layout without it (KeyError 'pre_wd_mult').
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,14 @@ from ..weights.parameters import unwrapped
 from .build import TrainableModel
 
 
-def tensors_to_save(model: TrainableModel, groups: ProcessGroupCollection, updates: int) -> dict[str, Any]:
-    """Return the sharded state dict of weights (on their device) and optimizer (fp32, CPU). Collective.
+def tensors_to_save(
+    model: TrainableModel, groups: ProcessGroupCollection, updates: int
+) -> tuple[dict[str, Any], Iterator[Tensor]]:
+    """Return weights and optimizer (fp32) as a sharded state dict, and the optimizer's tensors. Collective.
+
+    In the sharded state dict, the optimizer's tensors are on the device ``meta``. The iterator yields those
+    that this rank writes, in their order, one in memory at a time. It contains collectives: every rank uses
+    it up.
 
     Args:
         updates: number of updates so far.
@@ -43,8 +50,14 @@ def tensors_to_save(model: TrainableModel, groups: ProcessGroupCollection, updat
     # before the first update, the line above has created the moments, without a count
     _set_update_count(model.optimizer, updates)
     by_parameter = _by_parameter(tensors)
-    written = [is_main_replica(by_parameter[id(slot.parameter)].replica_id) for slot in slots]
-    return {**tensors, "optimizer": _sharded_optimizer(slots, by_parameter, _full_state(slots, written))}
+    writers = _spread_over_replicas(list(by_parameter.values()), groups)
+    promised = [
+        {name: torch.empty(slot.parameter.shape, device="meta") for name in slot.names} for slot in slots
+    ]
+    sharded = _sharded_optimizer(slots, by_parameter, promised)
+    rounds = _in_rounds([(slot, writers[id(slot.parameter)]) for slot in slots])
+    ordered = {key: sharded[key] for items in rounds for key, *_ in items}
+    return {**tensors, "optimizer": ordered | sharded}, _gather(rounds)
 
 
 def load_training_state(
@@ -216,25 +229,89 @@ def _set_update_count(optimizer: MegatronOptimizer, updates: int) -> None:
                     group["step"] = updates
 
 
-def _full_state(slots: list[Slot], written: list[bool]) -> list[dict[str, Tensor]]:
-    """Return each slot's tensors in the parameter's full shape, fp32 on the CPU.
+@dataclass(frozen=True)
+class _Writer:
+    """The rank that writes a parameter.
 
-    They are summed over the ranks that share the slot. A slot that this rank does not write gets tensors of
-    that shape without storage.
+    Attributes:
+        index: its rank in the parameter's data-parallel group; None if another group writes the parameter.
+        mine: whether it is this rank.
+        expert: whether the parameter is one of an expert.
     """
-    full: list[dict[str, Tensor]] = []
-    for slot, kept in zip(slots, written, strict=True):
-        whole: dict[str, Tensor] = {}
-        for name in slot.names:
-            flat = torch.zeros(slot.parameter.numel(), device=slot.parameter.device)
-            if slot.tensors:
-                flat[slot.start : slot.stop] = slot.tensors[name].view(-1)
-            if slot.group is not None and slot.group.size() > 1:
-                dist.all_reduce(flat, group=slot.group)
-            shape = slot.parameter.shape
-            whole[name] = flat.view(shape).cpu() if kept else torch.zeros(()).expand(shape)
-        full.append(whole)
-    return full
+
+    index: int | None
+    mine: bool
+    expert: bool
+
+
+def _spread_over_replicas(sharded: list[Any], groups: ProcessGroupCollection) -> dict[int, _Writer]:
+    """Let each parameter be written by one of its data-parallel replicas, with about the same bytes on each.
+
+    Without it, the first replica of everything would write, so the first node would write all experts. The
+    last number of Megatron's ``replica_id`` is the rank in the parameter's data-parallel group. All ranks of
+    a group have parameters of the same shapes in the same order, and so come to the same choice.
+
+    Returns:
+        The writers by the id of the parameter.
+    """
+    writers: dict[int, _Writer] = {}
+    written: dict[bool, list[int]] = {False: [0] * groups.dp_cp.size(), True: [0] * groups.expt_dp.size()}
+    for each in sorted(sharded, key=lambda each: -each.data.numel()):
+        expert = not getattr(each.data, "allreduce", True)  # Megatron's mark
+        loads = written[expert]
+        index = loads.index(min(loads))
+        loads[index] += each.data.numel()
+        *others, replica = each.replica_id
+        each.replica_id = (*others, (replica - index) % len(loads))
+        main = is_main_replica((*others, 0))
+        mine = is_main_replica(each.replica_id)
+        writers[id(each.data)] = _Writer(index if main else None, mine, expert)
+    return writers
+
+
+_Item = tuple[str, str, Slot, _Writer]
+"""A tensor to write: its key in the sharded state dict and in its slot, the slot, and who writes it."""
+
+
+def _in_rounds(slots: list[tuple[Slot, _Writer]]) -> list[list[_Item]]:
+    """Order the optimizer's tensors so that the ranks of a data-parallel group write at the same time.
+
+    A round has one tensor for each of them, of about the same size. Each rank takes part in the sums of a
+    round, then writes its tensor; in another order it would wait while the other ranks write theirs.
+    """
+    queues: dict[tuple[bool, int], list[_Item]] = {}
+    numbered = [(i, slot, writer) for i, (slot, writer) in enumerate(slots)]
+    for i, slot, writer in sorted(numbered, key=lambda item: -item[1].parameter.numel()):
+        if writer.index is not None:
+            queue = queues.setdefault((writer.expert, writer.index), [])
+            queue += [(f"{name}.{i}", name, slot, writer) for name in slot.names]
+    rounds: list[list[_Item]] = []
+    for expert in (False, True):  # their groups differ
+        members = [queues[key] for key in sorted(queues) if key[0] == expert]
+        rounds += [[item for item in items if item] for items in itertools.zip_longest(*members)]
+    return rounds
+
+
+def _gather(rounds: list[list[_Item]]) -> Iterator[Tensor]:
+    """Yield the tensors that this rank writes, in the parameter's full shape."""
+    for items in rounds:
+        mine = None
+        for _, name, slot, writer in items:
+            full = _gathered(slot, name, writer)
+            if writer.mine:
+                mine = full.view(slot.parameter.shape)
+        if mine is not None:
+            yield mine
+
+
+def _gathered(slot: Slot, name: str, writer: _Writer) -> Tensor:
+    """Return a flat tensor, which is complete on its writer: the sum over the ranks that share the slot."""
+    flat = torch.zeros(slot.parameter.numel(), device=slot.parameter.device)
+    if slot.tensors:
+        flat[slot.start : slot.stop] = slot.tensors[name].view(-1)
+    if slot.group is not None and slot.group.size() > 1:
+        dist.reduce(flat, group=slot.group, group_dst=writer.index)
+    return flat
 
 
 def _sharded_weights(chunks: list[torch.nn.Module], groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch, minibatch_bounds
-from ..checkpoint import check_model, model_identity, restore_random_states, save_checkpoint
+from ..checkpoint import Save, check_model, model_identity, start_save
 from ..config import Config
 from ..errors import NonFiniteError
 from ..losses.objective import Objective, minibatches_without_pass, needed_columns
@@ -24,6 +24,7 @@ from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
 from ..weights.export import export_hf
 from ..weights.load import load_hf
+from ..weights.random_states import restore_random_states
 from ..weights.run_checkpoint import RunState, read_state
 from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device, without_logits
@@ -287,15 +288,15 @@ class Policy:
         """Return an iterable of (Hugging Face name, full tensor) that gathers each tensor on every rank."""
         return Export(self)
 
-    def save(
-        self, folder: Path, step: int, state: dict[str, Any], keep_last: int, continues: int | None = None
-    ) -> Path:
-        """Write the checkpoint of ``step`` and keep the newest ``keep_last``, see ``save_checkpoint``."""
+    def start_save(
+        self, folder: Path, step: int, state: dict[str, Any], keep_last: int, **options: Any
+    ) -> Save:
+        """Save the state of ``step``, see ``checkpoint.start_save``, also for ``options``."""
         self.model.finish_update()
-        tensors = tensors_to_save(self.model, self.groups, self.updates)
+        tensors, gathered = tensors_to_save(self.model, self.groups, self.updates)
         state = {"model": self._identity, "updates": self.updates, **state}
         hf = Path(self.cfg.model.path)
-        return save_checkpoint(folder, step, tensors, state, keep_last, hf, continues)
+        return start_save(folder, step, tensors, gathered, state, keep_last, hf, **options)
 
     def load(self, checkpoint: Path) -> RunState:
         """Load weights, optimizer and random states; return the rest of the checkpoint's state.

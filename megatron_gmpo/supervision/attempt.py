@@ -98,11 +98,18 @@ class Attempt:
         """Record the start of a phase. Phases are the names of the run's ``Timer``."""
         assert self._heartbeat
         if self._heartbeat.phase == "checkpoint":
-            self._vote.saved(time.time() - self._heartbeat.since)
+            self._vote.paused(time.time() - self._heartbeat.since)
         self._heartbeat.enter(phase)
 
-    def stops(self, step: int) -> bool:
+    def wrote_checkpoint(self, seconds: float) -> None:
+        """Record how long a save took, from its start to the complete checkpoint."""
+        self._vote.saved(seconds)
+
+    def stops(self, step: int, *, saving: bool = False) -> bool:
         """Return whether the run must save and end after ``step`` completed steps. Collective.
+
+        Args:
+            saving: whether a save is in progress.
 
         Raises:
             InputError: the run folder was removed.
@@ -111,7 +118,7 @@ class Attempt:
         if self._first and not (self._run_dir / LOCK).exists():
             raise self._removed()
         self._heartbeat.step = step
-        self._stop = self._vote.reason()
+        self._stop = self._vote.reason(saving=saving)
         if self._stop:
             self._event("stop_requested", step=step, reason=self._stop)
         return bool(self._stop)

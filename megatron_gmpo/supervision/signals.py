@@ -6,23 +6,20 @@ SIGINT ends the process immediately: silently until ``interrupt_with_one_line`` 
 KeyboardInterrupt, which ``run.start_command`` reports.
 
 SIGUSR1 and SIGTERM are blocked, and a thread waits for them, so that a request arrives even while the main
-thread is in a collective. Child processes (reward workers, servers, checkpoint writers) inherit the mask:
+thread is in a collective. Child processes (reward workers, servers, writers of files) inherit the mask:
 Slurm signals every process of a job step, and a save still needs its writers.
 """
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _REQUESTS = {signal.SIGUSR1, signal.SIGTERM}
 _FORWARDED_S = 2.0
 """Seconds within which two SIGTERMs count as one.
@@ -78,15 +75,6 @@ def _rank_has_ended() -> bool:
     import psutil
 
     return len(psutil.Process(os.getppid()).children()) < int(os.environ["LOCAL_WORLD_SIZE"])
-
-
-def end_with_parent() -> None:
-    """Let the kernel kill this process, a child of ``multiprocessing``, when its parent ends. Linux only."""
-    parent = multiprocessing.parent_process()
-    if sys.platform == "linux" and parent:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent.pid:  # it has already ended
-            os._exit(1)
 
 
 def exit_with_children(code: int) -> NoReturn:

@@ -26,30 +26,37 @@ class StopVote:
 
     Args:
         margin_s: seconds that must be left in the job in addition to the longest of the last 20 steps and the
-            longest of the last 20 saves. Until the first save has been measured, the margin must cover a
-            save.
+            longest of the last 20 saves, which counts twice while a save is in progress. Until the first
+            save has been measured, the margin must cover a save.
     """
 
     def __init__(self, margin_s: float) -> None:
         self._margin_s = margin_s
         self._end = job_end_time() if rank() == 0 else math.inf
         self._began: float | None = None
-        self._saving = 0.0  # seconds of saves since the step began
+        self._paused = 0.0  # seconds of the phase "checkpoint" since the step began
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._saves: deque[float] = deque(maxlen=_RECENT)
 
-    def saved(self, seconds: float) -> None:
-        """Record the duration of a save."""
-        self._saves.append(seconds)
-        self._saving += seconds
+    def paused(self, seconds: float) -> None:
+        """Record that training waited for a save."""
+        self._paused += seconds
 
-    def reason(self) -> str:
-        """Return the reason to stop, or "". Call it between steps. Collective: one small all-reduce."""
+    def saved(self, seconds: float) -> None:
+        """Record the duration of a save, from its start to the complete checkpoint."""
+        self._saves.append(seconds)
+
+    def reason(self, *, saving: bool = False) -> str:
+        """Return the reason to stop, or "". Call it between steps. Collective: one small all-reduce.
+
+        Args:
+            saving: whether a save is in progress. A run that stops waits for it before it saves.
+        """
         now = time.monotonic()
         if self._began is not None:
-            self._steps.append(now - self._began - self._saving)
-        self._began, self._saving = now, 0.0
-        vote = torch.tensor(signals.received or (_TIME_LIMIT if self._left() < self._needed() else 0))
+            self._steps.append(now - self._began - self._paused)
+        self._began, self._paused = now, 0.0
+        vote = torch.tensor(signals.received or (_TIME_LIMIT if self._left() < self._needed(saving) else 0))
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         number = int(vote)
         if number == _TIME_LIMIT:
@@ -59,8 +66,9 @@ class StopVote:
     def _left(self) -> float:
         return self._end - time.time()
 
-    def _needed(self) -> float:
-        return max(self._steps, default=0.0) + max(self._saves, default=0.0) + self._margin_s
+    def _needed(self, saving: bool) -> float:
+        saves = (1 + saving) * max(self._saves, default=0.0)
+        return max(self._steps, default=0.0) + saves + self._margin_s
 
 
 def job_end_time() -> float:

@@ -1,51 +1,32 @@
-"""Read and write Megatron-Core's ``torch_dist`` checkpoints with one tensor in memory at a time.
+"""The parameters of Megatron-Core's ``torch_dist`` checkpoints, with one tensor in memory at a time.
 
 The keys of ``GPTModel.sharded_state_dict`` do not depend on the parallel layout: layers of one kind are
 stacked along a first axis, routed experts along a second axis, and every tensor is complete, as with tensor
-parallel size 1 (transformer_block.py, mlp.py, experts.py of megatron-core). torch.distributed.checkpoint
-writes the files; ``.metadata`` records where each chunk is stored.
+parallel size 1 (transformer_block.py, mlp.py, experts.py of megatron-core). ``.metadata``
+records where each chunk is stored. ``torch_dist_writer`` writes the files.
 """
 
 from __future__ import annotations
 
-import errno
-import io
 import math
-import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from ..errors import InputError, disk_full, one_line
+from ..errors import InputError, one_line
 from ..supervision.records import LATEST, newest_step
 from .pickles import read_metadata
 from .read_ahead import read_ahead
+from .torch_dist_writer import Chunk, write_chunks, write_companions
 
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
@@ -223,6 +204,13 @@ class Piece:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def chunk(self) -> Chunk:
+        """Return the part of the stored tensor that the parameter fills."""
+        index, axes = self.place.index, self.place.axes
+        offsets, sizes = (*index, *[0] * len(self.shape)), (*[1] * len(index), *self.shape)
+        return Chunk(self.place.key, (*axes, *self.shape), offsets, sizes, self.dtype)
+
 
 def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterable[Place]) -> None:
     """Write this rank's pieces into an empty ``iter_*`` folder. Collective.
@@ -235,92 +223,16 @@ def write_torch_dist(folder: Path, pieces: Iterable[Piece], extra_states: Iterab
         InputError: a piece's ``read`` raised it on some rank. Raised on every rank.
         OSError: writing failed on some rank. Raised on every rank.
     """
-    # computing the checksums of torch's file format takes four times as long as writing the files
-    checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
     pieces = list(pieces)
-    try:
-        with closing(read_ahead(pieces, lambda piece: piece.read(), lambda piece: piece.nbytes)) as tensors:
-            writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
-            planner = _StreamingPlanner(pieces, tensors, list(extra_states))
-            dcp.save(
-                {}, storage_writer=writer, planner=planner, no_dist=torch.distributed.get_world_size() == 1
-            )
-        if not torch.distributed.get_rank():
-            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-            torch.save({"iteration": 0, "checkpoint_version": 3.0}, folder / "common.pt")
-    except CheckpointException as error:
-        raise _disk_error(next(cause for cause, _ in error.failures.values())) from None
-    except RuntimeError as error:
-        raise _disk_error(error) from None
-    finally:
-        torch.serialization.set_crc32_options(checksums)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether ``error`` is the OSError of a full disk, or what torch or Megatron raise for it.
-
-    torch's zip writer (caffe2/serialize/inline_container.cc) raises RuntimeErrors, which Megatron's writer
-    quotes.
-    """
-    if isinstance(error, OSError):
-        return disk_full(error) is not None
-    signs = ("inline_container", "iostream", *map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def _disk_error(error: BaseException) -> BaseException:
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if is_disk_full(error) else error
-
-
-class _StreamingPlanner(SavePlanner):
-    """Plan from shapes, and read each tensor when the writer needs it, in the order of the plan."""
-
-    def __init__(
-        self, pieces: list[Piece], tensors: Iterator[tuple[Piece, Tensor]], extra_states: list[Place]
-    ) -> None:
-        self._pieces, self._tensors = pieces, tensors
-        torch.save([None], buffer := io.BytesIO())
-        self._empty_state = buffer.getvalue()
-        self._extra_states = [
-            f"{place.key}/shard_{_dotted(place.index or (0,))}_{_dotted(place.axes or (1,))}"
-            for place in extra_states
-        ]
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        extra = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._extra_states]
-        return SavePlan([*extra, *map(self._item, self._pieces)])
-
-    def _item(self, piece: Piece) -> WriteItem:
-        place, chunk = piece.place, _chunk(piece)
-        data = TensorWriteData(chunk, TensorProperties(piece.dtype), torch.Size((*place.axes, *piece.shape)))
-        return WriteItem(MetadataIndex(place.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type is WriteItemType.BYTE_IO:
-            return io.BytesIO(self._empty_state)
-        piece, tensor = next(self._tensors)
-        assert write_item.tensor_data
-        assert (write_item.index.fqn, write_item.tensor_data.chunk) == (piece.place.key, _chunk(piece))
-        return tensor.view(tuple(write_item.tensor_data.chunk.sizes))
+    objects = {
+        f"{place.key}/shard_{_dotted(place.index or (0,))}_{_dotted(place.axes or (1,))}": None
+        for place in extra_states
+    }
+    with closing(read_ahead(pieces, lambda piece: piece.read(), lambda piece: piece.nbytes)) as tensors:
+        write_chunks(folder, [piece.chunk for piece in pieces], (tensor for _, tensor in tensors), objects)
+    if not torch.distributed.get_rank():
+        write_companions(folder, {"iteration": 0, "checkpoint_version": 3.0})
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
-
-
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    """Return the metadata of the part of the stored tensor that a piece fills."""
-    index = piece.place.index
-    return ChunkStorageMetadata(
-        torch.Size((*index, *[0] * len(piece.shape))), torch.Size((*[1] * len(index), *piece.shape))
-    )

@@ -21,7 +21,8 @@ from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
-from megatron_gmpo.weights.run_checkpoint import checkpoint_before, read_state
+from megatron_gmpo.weights.pickles import read_metadata
+from megatron_gmpo.weights.run_checkpoint import checkpoint_before, full_damage, read_state
 
 from ..support import cases, conversion_cases, reference
 from ..support.ranks import RankPool
@@ -46,6 +47,8 @@ LAYOUTS: dict[str, Layout] = {
     "pp2 cp2": (4, {PP: 2, CP: 2}, False),
     "pp2 vpp2 ep2": (4, {PP: 2, VPP: 2, EP: 2}, True),
     "dp2 tp2 ep2": (4, {TP: 2, EP: 2}, True),
+    "dp4 ep2": (4, {EP: 2}, True),
+    "dp4 ep2 without": (4, {EP: 2}, False),
 }
 
 
@@ -208,6 +211,67 @@ def test_every_generator_goes_on_where_it_was(
     assert numbers[0] != numbers[1]  # ranks have different generators
 
 
+@pytest.mark.parametrize(
+    ("model", "layout", "dtype"),
+    [("qwen3_moe", "dp2 tp2 ep2", "bf16"), ("qwen3_moe", "dp4 ep2", "bf16"), ("qwen3", "one rank", "fp32")],
+)
+def test_a_save_in_the_background_is_one_of_its_step(
+    ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path, model: str, layout: str, dtype: str
+) -> None:
+    path = model_of(model)
+    world_size, cfg = make_config(layout, path, dtype)
+    both = ranks.run(world_size, cases.save_both_ways, cfg, replayed(path), tmp_path, tmp_path / "go")
+    at_once, background = (tmp_path / name / "iter_0000002" for name in ("at_once", "background"))
+    # .metadata holds a random number of torch's; state.json the checksum of .metadata
+    names = {str(file.relative_to(at_once)) for file in at_once.rglob("*") if file.is_file()}
+    assert {"__0_0.distcp", "random/rank_00000.safetensors", "common.pt"} <= names
+    for name in names - {".metadata", "state.json"}:
+        assert (background / name).read_bytes() == (at_once / name).read_bytes(), name
+    states = [json.loads((checkpoint / "state.json").read_text()) for checkpoint in (at_once, background)]
+    for state in states:
+        del state["checksum"], state["files"][".metadata"]
+    assert states[0] == states[1]
+    assert states[0]["clip"] == {"low": 2, "high": 1}
+    assert ranks.run(world_size, full_damage, background) == [""] * world_size
+
+    # the older checkpoint stays until the new one is complete
+    assert all(result["stored"] == ["iter_0000001"] for result in both)
+    assert [file.name for file in (tmp_path / "background").glob("iter_*")] == ["iter_0000002"]
+
+    plain = ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path, 0, 4, [])[0]
+    assert both[0]["history"] == plain["history"]
+
+    # one copy of what the rank writes, and one tensor at a time in fp32 and as it is written
+    largest = 4 * max(tensor.numel() for tensor in reference.saved_tensors(path).values())
+    for rank, result in enumerate(both):
+        mine = [background / f"__{rank}_0.distcp", background / "random" / f"rank_{rank:05d}.safetensors"]
+        assert result["held"] == sum(file.stat().st_size for file in mine)
+        if world_size == 1:  # on more ranks, small tensors are less than the plan that rank 0 gathers
+            assert result["peak"] <= 3 * largest < result["held"] / 3
+
+
+@pytest.mark.parametrize("layout", ["dp4 ep2", "dp4 ep2 without"])
+def test_writers_are_spread_over_the_replicas(
+    ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path, layout: str
+) -> None:
+    """Two expert-parallel ranks, twice: the nodes of ranks 0 and 1, and of ranks 2 and 3.
+
+    Everything is in both nodes, except main weights and moments, which the distributed optimizer spreads.
+    Before, ranks 0 and 1 wrote all experts and rank 0 everything else.
+    """
+    path = model_of("qwen3_moe")
+    world_size, cfg = make_config(layout, path, "bf16")
+    ranks.run(world_size, cases.run_on, cfg, replayed(path), tmp_path, 0, 1, [1])
+    shares: dict[str, list[int]] = {"all": [0] * world_size, "experts": [0] * world_size}
+    for index, place in read_metadata(tmp_path / "iter_0000001" / ".metadata").storage_data.items():
+        rank = int(place.relative_path.split("_")[2])
+        shares["all"][rank] += place.length
+        shares["experts"][rank] += place.length * (".experts." in index.fqn)
+    for name, share in shares.items():
+        assert max(share) < 1.1 * sum(share) / world_size, (name, share)
+        assert sum(share[2:]) == pytest.approx(sum(share) / 2, rel=0.05), (name, share)
+
+
 def test_megatron_alone_reads_a_checkpoint(
     ranks: RankPool,
     straight_runs: Callable[..., tuple[Path, dict[str, Any]]],
@@ -350,7 +414,10 @@ def test_a_damaged_checkpoint_without_checksums_is_one_line(
             assert "\n" not in line
 
 
-def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "killed"), [([], 9), (["background"], 29)], ids=["at once", "background"])
+def test_a_kill_while_saving_loses_nothing_older(
+    model_of: Callable[[str], Path], tmp_path: Path, mode: list[str], killed: int
+) -> None:
     command = [
         sys.executable,
         "-m",
@@ -358,11 +425,12 @@ def test_a_kill_while_saving_loses_nothing_older(model_of: Callable[[str], Path]
         str(model_of("qwen3")),
         str(tmp_path / "run"),
         "0",
+        *mode,
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lives = [line.split() for line in done.stdout.splitlines()]
-    assert len(lives) == 10
+    assert len(lives) == killed + 1
     for life, after in itertools.pairwise(lives):
         assert life[0] == "loaded"
         steps = [int(word) for word in life[1::2]]

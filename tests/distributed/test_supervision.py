@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,7 @@ def test_a_signal_to_one_rank_stops_all(
     assert ranks.run(3, votes_after_signals, received) == [reason] * 3
 
 
-def votes_towards_a_deadline() -> list[str]:
+def votes_towards_a_deadline(*, saving: bool) -> list[str]:
     clock: Any = SimpleNamespace(now=0.0, time=lambda: clock.now, monotonic=lambda: clock.now)
     module: Any = stop
     module.time, real = clock, module.time
@@ -53,7 +54,7 @@ def votes_towards_a_deadline() -> list[str]:
     try:
         vote = stop.StopVote(margin_s=5)
         # Steps take 12, 30, 7 and 1 s and a save takes 8 s. A stop needs 43 s: the longest step, a save and
-        # the margin.
+        # the margin. While a save is in progress, it needs 51 s: that save is completed first.
         for now, save in [
             (0, 0),
             (20, 8),
@@ -64,7 +65,8 @@ def votes_towards_a_deadline() -> list[str]:
             clock.now = now
             if save:
                 vote.saved(save)
-            reasons.append(vote.reason())
+                vote.paused(save)
+            reasons.append(vote.reason(saving=saving))
     finally:
         module.time = real
         os.environ.pop("SLURM_JOB_END_TIME", None)
@@ -72,7 +74,11 @@ def votes_towards_a_deadline() -> list[str]:
 
 
 def test_the_first_rank_stops_all_before_the_longest_step_and_save_no_longer_fit(ranks: RankPool) -> None:
-    assert ranks.run(2, votes_towards_a_deadline) == [["", "", "", "", "the job's time limit"]] * 2
+    limit = "the job's time limit"
+    votes = partial(votes_towards_a_deadline, saving=False)
+    assert ranks.run(2, votes) == [["", "", "", "", limit]] * 2
+    votes = partial(votes_towards_a_deadline, saving=True)
+    assert ranks.run(2, votes) == [["", "", limit, limit, limit]] * 2
 
 
 def problem_of_node(bad: int, wanted_gb: float, run_dir: Path) -> str:

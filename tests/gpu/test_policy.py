@@ -140,9 +140,9 @@ def test_a_checkpoint_brings_the_optimizer_back(
     optimizer = {"lr": 1e-3} | sections.get("optimizer", {})
     with policy_of("qwen3_moe", **(sections | {"optimizer": optimizer})) as policy:
         batch.old_logprobs = policy.logprobs(batch)
-        start = policy.save(tmp_path, 0, records(), 9)  # before any optimizer state exists
+        start = policy.start_save(tmp_path, 0, records(), 9).finish()  # before any optimizer state exists
         losses = steps(policy, batch, 2)
-        saved = policy.save(tmp_path, 2, records(), 9)
+        saved = policy.start_save(tmp_path, 2, records(), 9).finish()
         before, logprobs = optimizer_state(policy), policy.logprobs(batch)
         steps(policy, batch, 1)
         policy.load(saved)

@@ -122,15 +122,15 @@ def test_a_flipped_byte_is_named_and_an_older_checkpoint_taken_on_request(
 ) -> None:
     newest = run_dir / "checkpoints" / f"iter_{STEPS - 1:07d}"
     assert inspect_checkpoint(newest)["whole"] == "yes"
-    flip_a_byte(newest / "__0_1.distcp")
-    assert re.match(r"no: __0_1\.distcp has the checksum ", inspect_checkpoint(newest)["whole"])
+    flip_a_byte(newest / "__0_0.distcp")
+    assert re.match(r"no: __0_0\.distcp has the checksum ", inspect_checkpoint(newest)["whole"])
 
     refused = run_module(TRAIN, *argv, *options(run_dir=run_dir), ranks=2)
     assert outcome(run_dir)["code"] == Exit.BAD_INPUT
     (line,) = error_lines(refused.stderr)
     assert line == f"error: {outcome(run_dir)['reason']}"
     assert re.search(
-        r"iter_0000003 is damaged: __0_1\.distcp has the checksum \w+ instead of \w+; the newest whole "
+        r"iter_0000003 is damaged: __0_0\.distcp has the checksum \w+ instead of \w+; the newest whole "
         r"checkpoint is iter_0000002: set checkpoint\.fall_back = true to go on from it$",
         line,
     )
@@ -145,23 +145,23 @@ def test_a_flipped_byte_is_named_and_an_older_checkpoint_taken_on_request(
     assert figures(run_dir) == figures(undisturbed)
     (event,) = [event for event in events(run_dir) if event["event"] == "fall_back"]
     assert event["step"] == STEPS - 2
-    assert "iter_0000003 is damaged: __0_1.distcp" in event["reason"]
+    assert "iter_0000003 is damaged: __0_0.distcp" in event["reason"]
     # step 3 was repeated and not saved again: the damaged checkpoint does not take a place of keep_last
     stored = sorted((run_dir / "checkpoints").glob("iter_*"))
     assert [path.name for path in stored] == ["iter_0000002", "iter_0000004"]
     assert inspect_checkpoint(stored[0])["whole"] == "yes"
 
-    flip_a_byte(stored[1] / "__0_1.distcp")
+    flip_a_byte(stored[1] / "__0_0.distcp")
     finished = run_module(TRAIN, *argv, *options(run_dir=run_dir))
     assert finished.returncode == Exit.BAD_INPUT, finished.stdout
     (line,) = error_lines(finished.stderr)
-    assert "iter_0000004 is damaged: __0_1.distcp has the checksum " in line
+    assert "iter_0000004 is damaged: __0_0.distcp has the checksum " in line
 
 
 def test_the_other_commands_that_read_weights_compare_checksums(argv: list[str], run_dir: Path) -> None:
     newest, hf = run_dir / "checkpoints" / "iter_0000003", run_dir / "hf"
     convert = [TO_HF, "--megatron", newest.parent, "--hf", hf]
-    flip_a_byte(newest / "__0_1.distcp")
+    flip_a_byte(newest / "__0_0.distcp")
     for command, remedy in (
         ([EVALUATE, *argv, *options(run_dir=run_dir)], "set checkpoint.fall_back = true "),
         (convert, "give that folder as --megatron, or skip the check with --skip_checksums"),
@@ -169,9 +169,9 @@ def test_the_other_commands_that_read_weights_compare_checksums(argv: list[str],
         done = run_module(*command)
         assert done.returncode == Exit.BAD_INPUT, done.stdout
         (line,) = error_lines(done.stderr)
-        assert f"{newest} is damaged: __0_1.distcp has the checksum " in line
+        assert f"{newest} is damaged: __0_0.distcp has the checksum " in line
         assert f"; the newest whole checkpoint is iter_0000002: {remedy}" in line
-    flip_a_byte(newest / "__0_1.distcp")  # back
+    flip_a_byte(newest / "__0_0.distcp")  # back
     flip_a_byte(newest / "random" / "rank_00001.safetensors")  # which a conversion does not read
     assert run_module(*convert).returncode == Exit.BAD_INPUT
     assert not hf.exists()
@@ -217,7 +217,7 @@ def test_each_field_of_a_state_that_is_gone_or_wrong_is_named(run_dir: Path) -> 
 def test_a_replay_must_have_the_steps_after_an_older_checkpoint(
     argv: list[str], run_dir: Path, tmp_path: Path
 ) -> None:
-    flip_a_byte(run_dir / "checkpoints" / "iter_0000003" / "__0_1.distcp")
+    flip_a_byte(run_dir / "checkpoints" / "iter_0000003" / "__0_0.distcp")
     sample = Sample([3, 2, 1], [False, False, True], [0.0, 0.0, -1.0], "", "stop", 0)
     save_groups(tmp_path / "rollouts", 3, [SampleGroup(Prompt("p", answer=""), [sample])])
     chosen = options(
@@ -309,8 +309,12 @@ def test_too_small_a_disk_is_refused_before_the_run(argv: list[str], tmp_path: P
         assert not (disk / "run" / "metrics.jsonl").exists()
 
 
-def test_a_disk_that_fills_up_in_a_checkpoint(argv: list[str], tmp_path: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_disk_that_fills_up_in_a_checkpoint(
+    argv: list[str], tmp_path: Path, undisturbed: Path, background: str
+) -> None:
     """The incomplete checkpoint is removed; with more room the run goes on as if undisturbed."""
+    argv = [*argv, *options(checkpoint__async_save=background)]
     with small_disk(tmp_path / "disk", "9m") as disk:
         run_dir = disk / "run"
         command = [*argv, *options(run_dir=run_dir, supervision__min_free_disk_gb=0)]

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_gmpo.weights.run_checkpoint import update_state
 
-from ..support.commands import error_lines, json_lines, options, run_module
+from ..support.commands import error_lines, json_lines, options, run_module, start_module, wait_until
 from .test_train import EP2, argv
 
 pytestmark = pytest.mark.distributed
@@ -65,8 +65,14 @@ def test_a_collapsed_run_stops(argv: list[str], run_dir: Path) -> None:
     assert event["reason"] in line
 
 
-def test_a_collapsed_run_goes_back_and_on(argv: list[str], run_dir: Path) -> None:
-    """On two ranks, the run goes back to step 4 with a smaller learning rate; then it is resumed."""
+@pytest.mark.parametrize("background", [False, True], ids=["", "with a save in progress"])
+def test_a_collapsed_run_goes_back_and_on(
+    argv: list[str], run_dir: Path, tmp_path: Path, background: bool
+) -> None:
+    """On two ranks, the run goes back to step 4 with a smaller learning rate; then it is resumed.
+
+    In the background, the checkpoint of step 5 is written after the collapse of step 6 was found.
+    """
     chosen = options(
         run_dir=run_dir,
         collapse__action="rollback",
@@ -76,11 +82,23 @@ def test_a_collapsed_run_goes_back_and_on(argv: list[str], run_dir: Path) -> Non
         **EP2,
     )
     first = json_lines(run_dir / "metrics.jsonl")
-    done = run_module("megatron_gmpo.train", *argv, *chosen, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert "step 6: the policy collapsed" in done.stderr
     story = [("resume", 4), ("checkpoint", 5), ("collapse", 6), ("rollback", 4)]
-    assert sorted(events(run_dir)[4:8]) == sorted(story)
+    if background:
+        command = [*argv, *chosen, *options(checkpoint__async_save="true")]
+        go = tmp_path / "go"
+        with start_module("tests.support.held_saves", *command, ranks=2, WRITE_AFTER=str(go)) as run:
+            wait_until(lambda: ("collapse", 6) in events(run_dir), run, "the collapse")
+            assert ("checkpoint", 5) not in events(run_dir)
+            go.touch()
+            _, said = run.communicate(timeout=200)
+        assert run.returncode == 0, said
+        story[1:3] = reversed(story[1:3])
+    else:
+        done = run_module("megatron_gmpo.train", *argv, *chosen, ranks=2)
+        assert done.returncode == 0, done.stderr
+        said = done.stderr
+    assert "step 6: the policy collapsed" in said
+    assert [*events(run_dir)[4:8]] == story
     assert events(run_dir)[7:] == [("rollback", 4), *(("checkpoint", step) for step in (5, 6, 7, 8))]
     figures = json_lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in figures] == [1, 2, 3, 4, 5, 6, 7, 8]

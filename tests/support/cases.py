@@ -5,6 +5,7 @@ The worker processes import this module.
 
 from __future__ import annotations
 
+import os
 import random
 import weakref
 from collections import Counter
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,8 +28,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.checkpoint import Save
 from megatron_gmpo.config import Config
-from megatron_gmpo.distributed import rank, world_size
+from megatron_gmpo.distributed import barrier, rank, world_size
 from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.losses.adaptive_clip import ClipState
 from megatron_gmpo.losses.correction import rollout_mismatch
@@ -39,9 +42,11 @@ from megatron_gmpo.platform import seed_everything
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
+from megatron_gmpo.weights.background_files import BackgroundFiles
 from megatron_gmpo.weights.export import export_hf
-from megatron_gmpo.weights.run_checkpoint import RunState
+from megatron_gmpo.weights.run_checkpoint import RunState, stored_checkpoints
 
+from .held_saves import held
 from .memory import peak_of_allocations
 from .run_states import newest, records
 from .stops import count_objects, watched
@@ -272,7 +277,7 @@ def run_on(
             policy.begin_step(step - 1)
             history += _steps(policy, batch, 1)
             if step in saves:
-                policy.save(run_dir, step, records(clip={"low": step, "high": 1}), keep_last)
+                policy.start_save(run_dir, step, records(clip={"low": step, "high": 1}), keep_last).finish()
         return {"history": history, "weights": weights_on_rank_0(policy)}
 
 
@@ -292,7 +297,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
         _steps(policy, batch.split(2)[0], 1)
         found["exported"] = exported()
         _steps(policy, batch, 1)
-        policy.save(run_dir, 3, records(), 1)
+        policy.start_save(run_dir, 3, records(), 1).finish()
         _steps(policy, batch, 1)
         resume(policy, run_dir)
         return found | {
@@ -338,11 +343,50 @@ def random_numbers(cfg: Config, run_dir: Path) -> tuple[list[float], list[float]
     with opened(cfg) as policy:
         seed_everything(100 + rank())
         draw()
-        policy.save(run_dir, 1, records(), 1)
+        policy.start_save(run_dir, 1, records(), 1).finish()
         before = draw()
         draw()
         resume(policy, run_dir)
         return before, draw()
+
+
+def save_both_ways(cfg: Config, batch: TrainBatch, run_dir: Path, go: Path) -> dict[str, Any]:
+    """Save one state at once and in the background; return metrics of the steps before and after.
+
+    The process that writes in the background waits until training has gone on for two steps.
+
+    Returns:
+        ``history`` of the steps, ``stored`` checkpoints of the background's folder while its second save is
+        written, ``held`` bytes of that save in memory, and the ``peak`` of bytes that this rank allocates
+        while it copies them.
+    """
+    go.unlink(missing_ok=True)
+    with opened(cfg) as policy, held(), patch.dict(os.environ, WRITE_AFTER=str(go)):
+        seed_everything(rank())
+        history = _steps(policy, batch, 2)
+        state = records(clip={"low": 2, "high": 1})
+        policy.start_save(run_dir / "at_once", 2, state, 1).finish()
+        policy.start_save(run_dir / "background", 1, state, 1).finish()
+        saves: list[Save] = []
+        with patch.object(BackgroundFiles, "close", lambda files: None):  # the files stay, to be measured
+            peak = peak_of_allocations(
+                lambda: saves.append(policy.start_save(run_dir / "background", 2, state, 1, background=True))
+            )
+        (save,) = saves
+        assert save._files
+        nbytes = save._files.nbytes
+        save._files.close()
+        state["clip"]["low"] = -1
+        history += _steps(policy, batch, 2)
+        assert min(random.random(), np.random.rand(), float(torch.rand(()))) >= 0  # the generators go on
+        assert not save.ended(wait=False)
+        barrier()
+        stored = [path.name for path in stored_checkpoints(run_dir / "background")]
+        barrier()
+        go.touch()
+        assert save.ended(wait=True)
+        save.finish()
+        return {"history": history, "stored": stored, "held": nbytes, "peak": peak}
 
 
 def load_with_megatron_alone(cfg: Config, checkpoint: Path) -> tuple[set[str], set[str], dict[str, Tensor]]:
@@ -396,7 +440,7 @@ def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool
     """Run two steps of a new policy and return their metrics; ``save`` adds a save before them."""
     with opened(cfg) as policy:
         if save:
-            policy.save(run_dir, 0, records(), 1)
+            policy.start_save(run_dir, 0, records(), 1).finish()
         return _steps(policy, batch, 2)
 
 

@@ -1,8 +1,8 @@
 """Train, and kill a rank with SIGKILL: ``python -m tests.support.killed RANK PHASE STEP CONFIG.toml ...``.
 
 The rank dies when it enters the phase in the step after STEP completed steps. In the phase ``checkpoint`` it
-dies while Megatron's writers write. In the phase ``start`` it dies while weights load: those of the model if
-STEP is 0, else those of a checkpoint.
+dies after some of its tensors are written. In the phase ``start`` it dies while weights load: those of the
+model if STEP is 0, else those of a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ if __name__ == "__main__":
 import os
 import signal
 import sys
-from multiprocessing.context import ForkProcess
 from typing import Any
 
 from megatron_gmpo import train
 from megatron_gmpo.policy import policy
 from megatron_gmpo.run import start_command
 from megatron_gmpo.supervision.attempt import Attempt
+from megatron_gmpo.weights import torch_dist_writer
 
 
 def main(rank: str, phase: str, step: int) -> None:
-    enter, start = Attempt.enter, ForkProcess.start
+    enter, write = Attempt.enter, torch_dist_writer._write_item
     chosen = os.environ.get("RANK", "0") == rank
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def second_writer(process: ForkProcess) -> None:
-        start(process)
-        patched.start = die
+    def write_and_die(*args: Any) -> Any:
+        patched._write_item = die
+        return write(*args)
 
     def enter_or_die(attempt: Attempt, entered: str) -> None:
         enter(attempt, entered)
@@ -41,9 +41,9 @@ def main(rank: str, phase: str, step: int) -> None:
         if (entered, attempt._heartbeat.step) == (phase, step) and chosen:
             if phase != "checkpoint" or rank != "0":  # rank 0 writes the tensors
                 die()
-            patched.start = second_writer
+            patched._write_item = write_and_die
 
-    patched: Any = ForkProcess
+    patched: Any = torch_dist_writer
     patched_attempt: Any = Attempt
     patched_attempt.enter = enter_or_die
     if phase == "start" and chosen:

@@ -96,7 +96,7 @@ class RankPool:
         for process, connection in zip(self._processes, self._connections, strict=True):
             connection.close()
             with suppress(ProcessLookupError):
-                # Megatron's checkpoint writer is in the same process group.
+                # a process that writes a checkpoint is in the same process group
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._folder.cleanup()
@@ -105,9 +105,6 @@ class RankPool:
 def main(rank: int, address: str) -> None:
     os.setpgrp()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    this: Any = sys.modules["__main__"]
-    # Megatron's checkpoint writer is spawned and must not import this module.
-    this.__spec__ = this.__file__ = None
     torch.set_num_threads(1)
     prepare_megatron(torch.device("cpu"))
     with Client(address) as pool, suppress(EOFError):

@@ -1,10 +1,11 @@
 """Repeatedly kill a run with SIGKILL while it saves in a loop.
 
-Run: python -m tests.support.saver MODEL RUN_DIR SEED
+Run: python -m tests.support.saver MODEL RUN_DIR SEED [background]
 
 Each life of the run is a fork of this process, which has imported everything. A life loads the latest
 checkpoint, checks that weights and moments belong to its step, and then saves one step after another. All
-weights and moments of a step are equal to the step. The command prints one line per life.
+weights and moments of a step are equal to the step. The command prints one line per life. With
+``background``, a life changes all weights and moments while a save is written.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.context import ForkProcess
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import psutil
@@ -28,17 +29,24 @@ import torch
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.policy import Policy
+from megatron_gmpo.weights import torch_dist_writer
 
 from ..distributed.test_layouts import config
 from . import cases
 from .run_states import newest, records
 
 SAVES_BEFORE_DEATH = 2
-RANDOM_MOMENTS = 3
+RANDOM_MOMENTS = {False: 3, True: 20}
+"""Lives that are killed at a random moment, by whether they save in the background."""
 
 
 def live(
-    model: Path, run_dir: Path, report: Callable[[str], Any], place: tuple[Any, str, int] | None
+    model: Path,
+    run_dir: Path,
+    report: Callable[[str], Any],
+    place: tuple[Any, str, int] | None,
+    *,
+    background: bool,
 ) -> None:
     """Load, check, and save until killed.
 
@@ -61,7 +69,12 @@ def live(
             if place and step > first + SAVES_BEFORE_DEATH:
                 die_at(*place)
                 place = None
-            policy.save(run_dir, step, records(), keep_last=2)
+            save = policy.start_save(run_dir, step, records(), keep_last=2, background=background)
+            if background:
+                for state in states(policy):
+                    state.fill_(-step)
+                save.ended(wait=True)
+            save.finish()
             report(f"saved {step}")
 
 
@@ -96,22 +109,25 @@ def states(policy: Policy) -> list[torch.Tensor]:
     ]
 
 
-def main(model: Path, run_dir: Path, seed: int) -> None:
-    this: Any = sys.modules["__main__"]
-    # A life spawns Megatron's checkpoint writer, which then does not import this module.
-    this.__spec__ = this.__file__ = None
+def main(model: Path, run_dir: Path, seed: int, *, background: bool) -> None:
     prepare_megatron(cases.CPU)
     torch.set_num_threads(1)
     choose = random.Random(seed)
     places: list[tuple[Any, str, int] | None] = [
-        (Path, "rename", 1),  # Megatron writes the metadata of the new checkpoint
-        (Path, "rename", 3),  # the state is the last file; random states are the second
-        (Path, "rename", 4),  # the new checkpoint is complete but does not have its name
-        (Path, "rename", 5),  # it has its name but is not recorded as the latest
+        (torch_dist_writer, "_write_item", 9),  # some of the tensors are written, or in memory
+        (Path, "rename", 1),  # torch writes the metadata of the new checkpoint
+        (Path, "rename", 2),  # the state is the last file
+        (Path, "rename", 3),  # the new checkpoint is complete but does not have its name
+        (Path, "rename", 4),  # it has its name but is not recorded as the latest
         (shutil, "rmtree", 1),  # it is the latest; the oldest is being removed
-        (ForkProcess, "start", 2),  # one of Megatron's two writers writes
-        *[None] * RANDOM_MOMENTS,
     ]
+    if background:
+        places += [
+            (Popen, "__init__", 1),  # everything is in memory, and no process writes it yet
+            (Popen, "wait", 1),  # the process writes
+            (Popen, "communicate", 1),  # it has written everything
+        ]
+    places += [None] * RANDOM_MOMENTS[background]
     for place in [*places, None]:
         told = run_dir.with_name("told")
         told.write_text("")
@@ -124,7 +140,7 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
         if pid == 0:
             os.setsid()
             try:
-                live(model, run_dir, report, place)
+                live(model, run_dir, report, place, background=background)
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
@@ -145,4 +161,4 @@ def main(model: Path, run_dir: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), background="background" in sys.argv)

@@ -315,6 +315,7 @@ def test_a_rollback_takes_a_whole_checkpoint_of_this_run(
     state = TrainingState.__new__(TrainingState)  # without a policy, which "stop" does not use
     state._cfg, state._run = cfg, Mock(checkpoint_dir=folder)
     state._detector, state.step, state.saved_step = CollapseDetector(cfg.collapse), 8, saved_step
+    state._save = None
     with pytest.raises(CollapseError, match=rf"from before the collapse is .*iter_000000{taken};"):
         state.react(Collapse("entropy", began=7), Mock())
 
@@ -329,13 +330,14 @@ def test_metrics_are_on_the_disk_before_the_checkpoint(
         os, "fsync", lambda number: order.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
     )
     state = TrainingState.__new__(TrainingState)
-    state.policy = Mock(save=lambda *_, **__: order.append("checkpoint"))
+    state.policy = Mock(start_save=lambda *_, **__: order.append("checkpoint"))
     state._cfg, state._run, state._clip, state.collector = Config(), Mock(), None, None
     state._detector, state.step, state.saved_step = CollapseDetector(Config().collapse), 1, 0
+    state._save = None
     logger = MetricLogger(tmp_path, tensorboard=False)
     logger.log(1, {"loss": 1.0})
     logger.event("resume")
-    state.save(logger)
+    state.save(logger, background=False)
     assert {"metrics.jsonl", "events.jsonl"} <= {*order[: order.index("checkpoint")]}
 
 

@@ -1,0 +1,44 @@
+"""The order in which the ranks of a data-parallel group write the optimizer."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from megatron_gmpo.policy.optimizer_state import Slot, _in_rounds, _Writer
+
+
+def slot(numel: int) -> Slot:
+    return Slot(torch.nn.Parameter(torch.empty(numel)), 0, 0, {}, ("exp_avg", "main"), None)
+
+
+def test_the_ranks_of_a_group_write_in_the_same_rounds() -> None:
+    """A rank that waits for others' sums while they write would make the group as slow as one rank."""
+    draw = random.Random(0)
+    slots = [
+        (
+            slot(draw.randrange(1, 100)),
+            _Writer(draw.choice([0, 1, 2, None]), mine=False, expert=number % 3 == 0),
+        )
+        for number in range(60)
+    ]
+    rounds = _in_rounds(slots)
+    for items in rounds:
+        assert len({writer.expert for *_, writer in items}) == 1
+        indices = [writer.index for *_, writer in items]
+        assert indices == sorted({*indices})  # each rank at most once
+    written = [key for items in rounds for key, *_ in items]
+    wanted = [
+        f"{name}.{i}"
+        for i, (each, writer) in enumerate(slots)
+        if writer.index is not None
+        for name in each.names
+    ]
+    assert sorted(written) == sorted(wanted)
+    for expert in (False, True):
+        shares = [
+            sum(writer.index == index and writer.expert == expert for items in rounds for *_, writer in items)
+            for index in range(3)
+        ]
+        assert sum(items[0][-1].expert == expert for items in rounds) == max(shares)
