@@ -69,6 +69,7 @@ from benchmarks.step_work import (
 from benchmarks.trl_step import Seconds, trl_steps
 from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.samples import Prompt, SampleGroup
 from megatron_gmpo.command_line import one_line_errors, parse_options
 from megatron_gmpo.config import Config
@@ -149,7 +150,12 @@ class OurSide:
             times = [time.process_time()]
             groups = self.shape.given or self._sample()
             times.append(time.process_time())
-            batch = make_train_batch(groups, group_advantages(groups, self.objective.advantage))
+            batch = make_train_batch(
+                groups,
+                group_advantages(
+                    StepIndex.gather(dict(enumerate(groups)), len(groups)), self.objective.advantage
+                ),
+            )
             minibatches = self._prepare(batch)
             times.append(time.process_time())
             for minibatch in minibatches:
@@ -170,7 +176,7 @@ class OurSide:
         self.engine.update_weights(self.policy.export_hf(), version=0)
         prompts = [Prompt(str(i), "", input_ids=ids) for i, ids in enumerate(self.shape.prompts)]
         sampling = SamplingParams(n=self.samples, max_new_tokens=self.shape.max_new_tokens)
-        groups = self.engine.generate(prompts, sampling)
+        groups = [group for _, group in sorted(self.engine.generate(prompts, sampling).items())]
         for group in groups:
             for sample in group.samples:
                 sample.reward = reward_of(sample.tokens[sample.response_mask].tolist())

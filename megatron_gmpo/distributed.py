@@ -1,13 +1,17 @@
 """Collectives: sums with a defined gradient, Python objects, errors, and a folder that all ranks write.
 
+``Nodes`` knows which ranks share a node.
+
 ``sum_over_group`` takes a group, or None for a single rank. The other functions use the default process
 group. Without a process group, this process is rank 0 of 1.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +73,79 @@ def broadcast_object(item: Any) -> Any:
     items = [item]
     dist.broadcast_object_list(items, src=0, device=torch.device("cpu"))
     return items[0]
+
+
+def sum_over_ranks(number: int) -> int:
+    """Return the sum of every rank's ``number``, on every rank. Collective."""
+    total = torch.tensor(number)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return int(total)
+
+
+class Nodes:
+    """The ranks by node. Every rank makes one together: the constructor is collective.
+
+    The groups are made at their first use, for which all ranks meet.
+
+    Args:
+        name: name of this rank's node, ``supervision.records.node_name()``.
+        timeout_s: limit for one collective of the groups.
+
+    Attributes:
+        name: name of this rank's node.
+        ranks: by the name of each node, its ranks in ascending order. The nodes are ordered by their lowest
+            rank.
+        here: number of this rank's node in this order.
+    """
+
+    def __init__(self, name: str, timeout_s: float | None = None) -> None:
+        self.name, self._timeout_s = name, timeout_s
+        self.ranks: dict[str, list[int]] = {}
+        for each, of_rank in enumerate(all_gather_objects(name)):
+            self.ranks.setdefault(of_rank, []).append(each)
+        self.here = list(self.ranks).index(name)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def local_ranks(self) -> list[int]:
+        """Return the ranks of this node, in ascending order."""
+        return self.ranks[self.name]
+
+    @property
+    def leader(self) -> int:
+        """Return the first rank of this node, which acts for the node."""
+        return self.local_ranks[0]
+
+    @property
+    def is_leader(self) -> bool:
+        """Return whether this rank is its node's leader."""
+        return rank() == self.leader
+
+    @property
+    def of_rank(self) -> list[int]:
+        """Return the number of the node of each rank."""
+        numbers = {each: n for n, ranks in enumerate(self.ranks.values()) for each in ranks}
+        return [numbers[each] for each in sorted(numbers)]
+
+    @functools.cached_property
+    def group(self) -> dist.ProcessGroup | None:
+        """Return the gloo group of this node's ranks; None without ranks. Collective at its first use."""
+        return self._own_group(list(self.ranks.values()))
+
+    @functools.cached_property
+    def leaders(self) -> dist.ProcessGroup | None:
+        """Return the gloo group of all nodes' leaders, None on other ranks. Collective at its first use."""
+        return self._own_group([[ranks[0] for ranks in self.ranks.values()]])
+
+    def _own_group(self, members: list[list[int]]) -> dist.ProcessGroup | None:
+        if not dist.is_initialized():
+            return None
+        timeout = timedelta(seconds=self._timeout_s) if self._timeout_s else None
+        group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout, backend="gloo")
+        return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def barrier() -> None:

@@ -23,6 +23,7 @@ from contextlib import closing
 from math import comb
 from statistics import fmean
 
+from .batch.index import StepIndex
 from .batch.samples import Prompt, SampleGroup
 from .config import Config, EvalConfig
 from .distributed import rank
@@ -40,7 +41,7 @@ def evaluate(
     cfg: EvalConfig,
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
-    records: dict[str, list[SampleGroup]] | None = None,
+    records: dict[str, dict[int, SampleGroup]] | None = None,
 ) -> dict[str, float]:
     """Sample and score every benchmark. Collective; all ranks get equal results.
 
@@ -52,7 +53,7 @@ def evaluate(
         cfg: number of samples per prompt, temperature and values of k.
         max_new_tokens: maximum length of a response if ``cfg`` does not set one.
         stop: strings that end a response.
-        records: dictionary that receives the scored groups of each benchmark.
+        records: dictionary that receives this rank's scored groups of each benchmark.
 
     Returns:
         The means ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length`` over the
@@ -69,13 +70,12 @@ def evaluate(
     for name, prompts in sets.items():
         groups = engine.generate(prompts, sampling)
         timeouts = score(groups, reward)
-        passed = [sum(value >= cfg.pass_reward for value in group.rewards) for group in groups]
+        index = StepIndex.gather(groups, len(prompts))
+        passed = [int((rewards >= cfg.pass_reward).sum()) for rewards in index.rewards_of_groups()]
         for k in cfg.k:
             results[f"eval/{name}/pass@{k}"] = fmean(pass_at_k(sampling.n, c, k) for c in passed)
-        results[f"eval/{name}/reward"] = fmean(value for group in groups for value in group.rewards)
-        results[f"eval/{name}/response_length"] = fmean(
-            sample.response_length for group in groups for sample in group.samples
-        )
+        results[f"eval/{name}/reward"] = fmean(index.reward.tolist())
+        results[f"eval/{name}/response_length"] = fmean(index.response_length.tolist())
         results[f"eval/{name}/timeouts"] = timeouts
         if records is not None:
             records[name] = groups
@@ -108,16 +108,17 @@ def main(cfg: Config) -> None:
             policy.load_weights(run.checkpoint)
             evaluated = str(run.checkpoint)
         engine.update_weights(policy.export_hf(), version=run.step)
-        records: dict[str, list[SampleGroup]] = {}
+        records: dict[str, dict[int, SampleGroup]] = {}
         results = evaluate(
             engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop, records
         )
-    if rank() == 0:
-        run.run_dir.mkdir(parents=True, exist_ok=True)
-        for name, groups in records.items():
-            file = run.run_dir / f"evaluation_{name}.jsonl"
+    for name, groups in records.items():
+        file = run.run_dir / f"evaluation_{name}.jsonl"
+        if rank() == 0:
+            run.run_dir.mkdir(parents=True, exist_ok=True)
             file.unlink(missing_ok=True)
-            append_transcripts(file, engine.version, groups, len(groups))
+        append_transcripts(file, engine.version, groups, limit=len(run.eval_sets[name]))
+    if rank() == 0:
         print(json.dumps({"evaluated": evaluated, **results}))
 
 

@@ -21,15 +21,17 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 import logging
 from contextlib import closing, nullcontext
+from dataclasses import replace
 
 from safetensors import SafetensorError
 
 from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
+from .batch.index import StepIndex
 from .batch.samples import SampleGroup
 from .checkpoint import clear_unfinished
 from .config import Config
-from .distributed import barrier, rank, world_size
+from .distributed import all_gather_objects, barrier, rank, world_size
 from .errors import NonFiniteError
 from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
@@ -144,7 +146,7 @@ class Loop:
         cfg, state = self.cfg, self.state
         collected = self.collect()
         self.finish_save(wait=False)
-        batch = self.make_batch(collected.groups)
+        batch = self.make_batch(collected)
         learned = self.learn(batch)
         clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
         self.logger.add(learned | clips)
@@ -174,8 +176,10 @@ class Loop:
         """Return the step's scored groups, sampled now or read from ``rollout.replay_path``."""
         state, replay_path = self.state, self.cfg.rollout.replay_path
         if replay_path:
-            groups = load_groups(replay_path, state.step, self.run.description.hf.vocab_size)
-            return Collected(groups, rollout_figures(groups))
+            loaded = load_groups(replay_path, state.step, self.run.description.hf.vocab_size)
+            groups = {p: group for p, group in enumerate(loaded) if p % world_size() == rank()}
+            index = StepIndex.gather(groups, len(loaded))
+            return Collected(groups, index, rollout_figures(index))
         assert self.engine
         assert state.collector
         with self.timer("weight_sync"):
@@ -183,12 +187,14 @@ class Loop:
         with self.timer("rollout"):
             collected = state.collector.collect(steps_left=self.cfg.train.num_steps - state.step)
             self.engine.sleep()
-        return Collected(collected.groups, collected.metrics | self.engine.take_metrics())
+        return replace(collected, metrics=collected.metrics | self.engine.take_metrics())
 
-    def make_batch(self, groups: list[SampleGroup]) -> TrainBatch:
+    def make_batch(self, collected: Collected) -> TrainBatch:
         """Return the step's batch with advantages, log probabilities, corrections and own columns."""
         cfg, policy, objective = self.cfg, self.state.policy, self.state.objective
-        advantages = group_advantages(groups, objective.advantage)
+        advantages = group_advantages(collected.index, objective.advantage)
+        everyone = {p: group for part in all_gather_objects(collected.groups) for p, group in part.items()}
+        groups = [everyone[position] for position in sorted(everyone)]
         routing = self.run.description.routing if cfg.needs_rollout_routing else None
         batch = make_train_batch(groups, advantages, routing, mask_truncated=cfg.algorithm.mask_truncated)
         with self.timer("logprobs"):
@@ -246,7 +252,7 @@ class Loop:
             if seconds is not None:
                 self.attempt.wrote_checkpoint(seconds)
 
-    def _write_rollouts(self, groups: list[SampleGroup]) -> None:
+    def _write_rollouts(self, groups: dict[int, SampleGroup]) -> None:
         step, cfg = self.state.step, self.cfg
         append_transcripts(self.run.transcripts, step, groups, cfg.log.transcripts_per_step)
         if cfg.rollout.save_path:

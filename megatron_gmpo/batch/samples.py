@@ -111,6 +111,13 @@ class Sample:
         return int(self.response_mask.sum())
 
     @property
+    def version_sum(self) -> int:
+        """Return the sum of ``token_versions`` over the response tokens."""
+        if self.version_spans is None:
+            return self.policy_version * self.response_length
+        return int(self.token_versions[self.response_mask].sum(dtype=np.int64))
+
+    @property
     def token_versions(self) -> np.ndarray:
         """Return (L,) int32: the training step whose weights generated each token, -1 before the response."""
         if self.version_spans is None:

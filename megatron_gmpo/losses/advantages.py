@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..batch.samples import SampleGroup
+from ..batch.index import StepIndex
 from ..errors import InputError
 from ..plugins import check_callable, resolve
 
@@ -70,15 +70,15 @@ def resolve_advantage(name: str) -> Advantage:
     return function
 
 
-def group_advantages(groups: list[SampleGroup], name: str = "normalized") -> Tensor:
+def group_advantages(index: StepIndex, name: str = "normalized") -> Tensor:
     """Return one advantage per sample, computed from the rewards of its group.
 
     Args:
-        groups: groups of any size.
+        index: sequences in groups of any size.
         name: see ``resolve_advantage``.
 
     Returns:
-        (S,) fp32 in the order of the samples in ``groups``.
+        (S,) fp32.
 
     Raises:
         InputError: see ``resolve_advantage``; or the function returned something other than one finite number
@@ -86,13 +86,13 @@ def group_advantages(groups: list[SampleGroup], name: str = "normalized") -> Ten
     """
     advantage = resolve_advantage(name)
     found = [torch.empty(0, dtype=torch.float64)]
-    for group in groups:
-        rewards = torch.tensor(group.rewards, dtype=torch.float64)
+    for group in index.rewards_of_groups():
+        rewards = torch.from_numpy(group.copy())  # a user's function may change it
         values = torch.as_tensor(advantage(rewards))
         if values.shape != rewards.shape or not values.isfinite().all():
             raise InputError(
-                f"algorithm.advantage = {name!r} returned {values.tolist()} for the rewards {group.rewards}: "
-                "return one finite number per reward"
+                f"algorithm.advantage = {name!r} returned {values.tolist()} for the rewards "
+                f"{group.tolist()}: return one finite number per reward"
             )
         found.append(values.double())
     return torch.cat(found).float()

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 from statistics import pstdev
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from ..batch.index import StepIndex
 from ..batch.samples import Prompt, SampleGroup
 from ..config import RolloutConfig
-from ..distributed import agreed, all_gather_objects, rank, world_size
+from ..distributed import agreed, sum_over_ranks
 from ..metrics.figures import Metric
 from ..rewards import Reward
 from .engine import RolloutEngine, SamplingParams
+
+Groups = dict[int, SampleGroup]
+"""Groups that this rank holds, by their position in the step. Every position is on exactly one rank."""
 
 
 class Prompts(Protocol):
@@ -29,9 +35,16 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True)
 class Collected:
-    """The scored groups of a step, and metrics over all groups generated for it, including dropped ones."""
+    """The scored groups of a step.
 
-    groups: list[SampleGroup]
+    Attributes:
+        groups: this rank's groups.
+        index: the sequences of all ranks' groups.
+        metrics: metrics over all groups generated for the step, including dropped ones.
+    """
+
+    groups: Groups
+    index: StepIndex
     metrics: dict[str, Metric]
 
 
@@ -55,8 +68,8 @@ class Collector:
             stop=cfg.stop,
             router_noise=cfg.router_noise,
         )
-        # for each step generated ahead: state of the prompt stream before its draw, and its ticket
-        self._ahead: deque[tuple[dict[str, Any], Any]] = deque()
+        # for each step generated ahead: state of the prompt stream before its draw, prompts and ticket
+        self._ahead: deque[tuple[dict[str, Any], list[Prompt], Any]] = deque()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the prompt stream of the first prompt that was not trained on yet."""
@@ -69,10 +82,12 @@ class Collector:
         """
         engine: Any = self._engine
         while self._ahead:
-            engine.wait(self._ahead.popleft()[1])
+            engine.wait(self._ahead.popleft()[2])
 
     def collect(self, steps_left: int = 1) -> Collected:
-        """Generate and score ``cfg.prompts_per_step`` groups. Collective; all ranks get equal results.
+        """Generate and score ``cfg.prompts_per_step`` groups. Collective.
+
+        Every rank keeps the groups that it sampled. All ranks choose the same groups.
 
         A sample's reward is the reward function's value plus ``overlong_penalty``. Dynamic sampling (DAPO,
         arXiv 2503.14476, equation 11) filters groups by the reward function's value alone: a group in which
@@ -85,82 +100,99 @@ class Collector:
         """
         cfg = self.cfg
         rounds = 1 + (cfg.max_resample_rounds if cfg.dynamic_sampling == "resample" else 0)
-        drawn: list[SampleGroup] = []
-        kept: list[SampleGroup] = []
-        raw_rewards: list[float] = []
+        groups: Groups = {}
+        parts: list[StepIndex] = []
+        kept: list[int] = []  # groups that may be trained on
         timeouts = stale = used = 0
         while used < rounds and len(kept) < cfg.prompts_per_step:
             if used == 0 and cfg.max_staleness:
-                groups, stale = self._generated_ahead(steps_left)
+                new, count, stale = self._generated_ahead(steps_left)
             else:
-                groups = self._engine.generate(
-                    self._prompts.next(cfg.prompts_per_step - len(kept)), self._sampling
-                )
-            timeouts += score(groups, self._reward)
-            kept += [g for g in groups if cfg.dynamic_sampling == "off" or len(set(g.rewards)) > 1]
-            for sample in (s for g in groups for s in g.samples):
-                raw_rewards.append(sample.reward)
-                sample.reward += overlong_penalty(sample.response_length, cfg)
-            drawn += groups
+                count = cfg.prompts_per_step - len(kept)
+                new = self._engine.generate(self._prompts.next(count), self._sampling)
+            timeouts += score(new, self._reward)
+            first = sum(part.num_groups for part in parts)
+            groups |= {first + position: group for position, group in new.items()}
+            parts.append(StepIndex.gather(new, count))
+            for number, rewards in enumerate(parts[-1].rewards_of_groups(), first):
+                if cfg.dynamic_sampling == "off" or (rewards != rewards[0]).any():
+                    kept.append(number)
             used += 1
 
-        chosen = kept or drawn[: cfg.prompts_per_step]
-        metrics = rollout_figures(drawn) | {
+        drawn = StepIndex.joined(parts)
+        penalized = replace(drawn, reward=drawn.reward + overlong_penalty(drawn.response_length, cfg))
+        chosen = np.array(kept or range(min(cfg.prompts_per_step, drawn.num_groups)))
+        metrics = rollout_figures(penalized) | {
             "reward/timeouts": Metric(timeouts),
-            "rollout/dropped_groups": Metric(len(drawn) - len(chosen)),
+            "rollout/dropped_groups": Metric(drawn.num_groups - len(chosen)),
             "rollout/resample_rounds": Metric(used - 1),
         }
         if cfg.overlong_buffer:
-            metrics["reward/raw_mean"] = Metric(fsum(raw_rewards), len(raw_rewards))
+            metrics["reward/raw_mean"] = Metric(fsum(drawn.reward.tolist()), len(drawn))
         if cfg.max_staleness:
             metrics |= self._staleness(drawn) | {"rollout/stale_groups": Metric(stale)}
-        if not kept:
-            for sample, raw in zip((s for g in drawn for s in g.samples), raw_rewards, strict=True):
-                sample.reward = raw
-        return Collected(chosen, metrics)
+        return self._chosen(groups, (penalized if kept else drawn).take(chosen), chosen, metrics)
 
-    def _generated_ahead(self, steps_left: int) -> tuple[list[SampleGroup], int]:
-        """Refill the queue; return the groups submitted first and the number of groups that are too stale."""
+    def _chosen(
+        self, drawn: Groups, index: StepIndex, chosen: np.ndarray, metrics: dict[str, Metric]
+    ) -> Collected:
+        """Return this rank's chosen groups with the rewards of the index."""
+        groups = _renumbered(drawn, chosen)
+        rewards = list(index.rewards_of_groups())
+        for position, group in groups.items():
+            for sample, reward in zip(group.samples, rewards[position].tolist(), strict=True):
+                sample.reward = reward
+        return Collected(groups, index, metrics)
+
+    def _generated_ahead(self, steps_left: int) -> tuple[Groups, int, int]:
+        """Refill the queue; return the groups submitted first, and the numbers of fresh and of stale groups.
+
+        If all groups are too stale, their prompts are sampled again.
+        """
         engine: Any = self._engine  # the config allows max_staleness only for engines with submit and wait
         while len(self._ahead) < min(1 + self.cfg.max_staleness, steps_left):
-            state = self._prompts.state_dict()
-            self._ahead.append(
-                (state, engine.submit(self._prompts.next(self.cfg.prompts_per_step), self._sampling))
-            )
-        _, ticket = self._ahead.popleft()
-        groups: list[SampleGroup] = engine.wait(ticket)
-        oldest = self._engine.version - self.cfg.max_staleness
-        fresh = [group for group in groups if all(s.policy_version >= oldest for s in group.samples)]
-        stale = len(groups) - len(fresh)
-        return fresh or engine.generate([group.prompt for group in groups], self._sampling), stale
+            state, prompts = self._prompts.state_dict(), self._prompts.next(self.cfg.prompts_per_step)
+            self._ahead.append((state, prompts, engine.submit(prompts, self._sampling)))
+        _, prompts, ticket = self._ahead.popleft()
+        groups: Groups = engine.wait(ticket)
+        index = StepIndex.gather(groups, len(prompts))
+        oldest = np.minimum.reduceat(index.oldest_version, index.group_bounds[:-1])
+        fresh = np.flatnonzero(oldest >= self._engine.version - self.cfg.max_staleness)
+        if len(fresh):
+            return _renumbered(groups, fresh), len(fresh), len(prompts) - len(fresh)
+        return engine.generate(prompts, self._sampling), len(prompts), len(prompts)
 
-    def _staleness(self, groups: list[SampleGroup]) -> dict[str, Metric]:
+    def _staleness(self, index: StepIndex) -> dict[str, Metric]:
         """Return the age in steps of the weights that generated the response tokens."""
-        samples = [sample for group in groups for sample in group.samples]
-        ages = self._engine.version - np.concatenate([s.token_versions[s.response_mask] for s in samples])
+        version, tokens = self._engine.version, int(index.response_length.sum())
+        oldest = index.oldest_version[index.response_length > 0].min()
         return {
-            "rollout/staleness_mean": Metric(float(ages.sum()), len(ages)),
-            "rollout/staleness_max": Metric(float(ages.max()), op="max"),
+            "rollout/staleness_mean": Metric(float(version * tokens - index.version_sum.sum()), tokens),
+            "rollout/staleness_max": Metric(float(version - oldest), op="max"),
         }
 
 
-def rollout_figures(groups: list[SampleGroup]) -> dict[str, Metric]:
+def _renumbered(groups: Groups, chosen: np.ndarray) -> Groups:
+    """Return the groups at these positions, which become 0, 1, 2 and so on."""
+    return {new: groups[old] for new, old in enumerate(chosen.tolist()) if old in groups}
+
+
+def rollout_figures(index: StepIndex) -> dict[str, Metric]:
     """Return rewards and lengths of scored groups; ``reward/std`` is the mean over groups."""
-    samples = [s for g in groups for s in g.samples]
-    lengths = [s.response_length for s in samples]
     # fsum rounds once. The built-in sum does so since Python 3.12 only, so resumed runs would differ across
     # versions.
+    deviations = [pstdev(rewards.tolist()) for rewards in index.rewards_of_groups()]
     return {
-        "reward/mean": Metric(fsum(s.reward for s in samples), len(samples)),
-        "reward/std": Metric(fsum(pstdev(g.rewards) for g in groups), len(groups)),
-        "response_length/mean": Metric(sum(lengths), len(samples)),
-        "response_length/max": Metric(max(lengths), op="max"),
-        "rollout/truncated_fraction": Metric(sum(s.finish_reason == "length" for s in samples), len(samples)),
+        "reward/mean": Metric(fsum(index.reward.tolist()), len(index)),
+        "reward/std": Metric(fsum(deviations), len(deviations)),
+        "response_length/mean": Metric(int(index.response_length.sum()), len(index)),
+        "response_length/max": Metric(int(index.response_length.max()), op="max"),
+        "rollout/truncated_fraction": Metric(int(index.truncated.sum()), len(index)),
     }
 
 
-def score(groups: list[SampleGroup], reward: Reward) -> int:
-    """Set ``reward`` of every sample. Collective: each rank scores its share of the groups.
+def score(groups: Mapping[int, SampleGroup], reward: Reward) -> int:
+    """Set ``reward`` of every sample of this rank's groups. Collective.
 
     Returns:
         The number of timeouts on all ranks. A reward with a time limit counts its timeouts in the attribute
@@ -170,33 +202,29 @@ def score(groups: list[SampleGroup], reward: Reward) -> int:
         RunError: the reward raised it on some rank; see ``agreed``.
     """
     before: int = getattr(reward, "timeouts", 0)
-    mine: list[list[float]] = []
     pool = ThreadPoolExecutor()
     with agreed():
         try:
             pending = [
-                [pool.submit(reward, g.prompt, s.text) for s in g.samples]
-                for g in groups[rank() :: world_size()]
+                (sample, pool.submit(reward, group.prompt, sample.text))
+                for group in groups.values()
+                for sample in group.samples
             ]
-            mine = [[float(p.result()) for p in row] for row in pending]
+            for sample, value in pending:
+                sample.reward = float(value.result())
         finally:  # an error, or SIGINT, does not wait for the other responses
             pool.shutdown(wait=False, cancel_futures=True)
-    timeouts = 0
-    for r, (rows, late) in enumerate(all_gather_objects((mine, getattr(reward, "timeouts", 0) - before))):
-        for group, values in zip(groups[r :: world_size()], rows, strict=True):
-            for sample, value in zip(group.samples, values, strict=True):
-                sample.reward = value
-        timeouts += late
-    return timeouts
+    return sum_over_ranks(getattr(reward, "timeouts", 0) - before)
 
 
-def overlong_penalty(response_length: int, cfg: RolloutConfig) -> float:
-    """Return DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
+def overlong_penalty(response_length: ArrayLike, cfg: RolloutConfig) -> np.ndarray:
+    """Return DAPO's soft overlong punishment (arXiv 2503.14476, equation 13) of each response length.
 
     It is 0 up to ``max_new_tokens - overlong_buffer`` tokens and falls linearly to ``-overlong_penalty`` at
     ``max_new_tokens``.
     """
+    lengths = np.asarray(response_length)
     if cfg.overlong_buffer == 0:
-        return 0.0
-    excess = response_length - (cfg.max_new_tokens - cfg.overlong_buffer)
-    return -cfg.overlong_penalty * max(0, excess) / cfg.overlong_buffer
+        return np.zeros(lengths.shape)
+    excess = lengths - (cfg.max_new_tokens - cfg.overlong_buffer)
+    return -cfg.overlong_penalty * np.maximum(0, excess) / cfg.overlong_buffer

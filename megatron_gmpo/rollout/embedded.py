@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from ..batch.samples import Prompt, Sample, SampleGroup
-from ..distributed import agreed, all_gather_objects, rank, world_size
+from ..distributed import agreed, rank, world_size
 from ..errors import InputError, NonFiniteError
 from ..metrics.figures import Metric
 from ..models import fp8_blocks
@@ -28,7 +28,7 @@ from .engine import SamplingParams
 class EmbeddedEngine:
     """A ``RolloutEngine`` that samples with a transformers causal language model.
 
-    The ranks share the responses evenly. Samples and router noise depend only on the weights, the prompts,
+    The ranks share the prompts evenly. Samples and router noise depend only on the weights, the prompts,
     ``seed``, the policy version, the number of ``generate`` calls since ``update_weights``, ``batch_size``
     and the rank. So a resumed run draws the same samples as an uninterrupted run.
 
@@ -76,7 +76,7 @@ class EmbeddedEngine:
             head = self.model.get_output_embeddings()
             head.forward = partial(_fp32_logits, head)
 
-    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         """See ``RolloutEngine.generate``.
 
         ``rollout_logprobs`` refer to the distribution after temperature and before top-k and top-p, like
@@ -87,23 +87,20 @@ class EmbeddedEngine:
         Raises:
             NonFiniteError: the weights give logits that are NaN or infinite.
         """
-        # prompts of similar length share a batch; each rank takes every world_size-th response
+        # prompts of similar length share a batch; each rank takes every world_size-th prompt
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
-        mine = [(i, s) for i in by_length for s in range(sampling.n)][rank() :: world_size()]
-        drawn: dict[tuple[int, int], Sample] = {}
+        groups = {i: SampleGroup(prompts[i], []) for i in by_length[rank() :: world_size()]}
+        mine = [i for i in groups for _ in range(sampling.n)]
         with agreed():
             for number, start in enumerate(range(0, len(mine), self.batch_size)):
                 batch = mine[start : start + self.batch_size]
                 key = np.random.SeedSequence([self.seed, self.version, self._calls, number, rank()])
                 generator = torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
-                samples = self._decode([prompts[i].input_ids for i, _ in batch], sampling, generator)
-                drawn.update(zip(batch, samples, strict=True))
+                samples = self._decode([prompts[i].input_ids for i in batch], sampling, generator)
+                for i, sample in zip(batch, samples, strict=True):
+                    groups[i].samples.append(sample)
         self._calls += 1
-        everyone = {at: sample for part in all_gather_objects(drawn) for at, sample in part.items()}
-        return [
-            SampleGroup(prompt, [everyone[i, s] for s in range(sampling.n)])
-            for i, prompt in enumerate(prompts)
-        ]
+        return groups
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -49,11 +49,12 @@ class RolloutEngine(Protocol):
 
     version: int
 
-    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         """Sample ``sampling.n`` responses to the ``input_ids`` of each prompt; rewards stay 0.
 
         Returns:
-            One group per prompt, in the order of ``prompts``, on every rank.
+            The groups that this rank sampled, by the position of their prompt in ``prompts``. Every position
+            is on exactly one rank.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -16,20 +16,25 @@ from pydantic import TypeAdapter
 
 from .. import files
 from ..batch.samples import FinishReason, Prompt, Sample, SampleGroup, version_spans_of
-from ..distributed import rank
+from ..distributed import all_gather_objects, rank
 from ..errors import InputError
 
 _PROMPT = TypeAdapter(Prompt)
 
 
-def save_groups(folder: str | Path, step: int, groups: list[SampleGroup]) -> None:
-    """Write ``folder/step_000000.jsonl``, one group per line, without rounding. Atomic; rank 0 only."""
+def save_groups(folder: str | Path, step: int, groups: Mapping[int, SampleGroup]) -> None:
+    """Write ``folder/step_000000.jsonl``, one group per line, without rounding. Atomic. Collective.
+
+    Args:
+        groups: this rank's groups by their position in the step. Rank 0 writes those of all ranks.
+    """
+    everyone = {p: group for part in all_gather_objects(groups) for p, group in part.items()}
     if rank() != 0:
         return
     path = _step_file(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.written_aside(path) as aside, aside.open("w") as file:
-        for group in groups:
+        for _, group in sorted(everyone.items()):
             file.write(json.dumps(asdict(group), default=_encode_array) + "\n")
 
 
@@ -94,29 +99,33 @@ def load_groups(
     return groups
 
 
-def append_transcripts(path: str | Path, step: int, groups: list[SampleGroup], limit: int) -> None:
-    """Append the first ``limit`` groups to a transcript, one JSON object per line; rank 0 only."""
-    if rank() != 0:
-        return
-    with files.named(Path(path)), Path(path).open("a") as file:
-        for group in islice(groups, limit):
-            samples = [
-                {
-                    "text": s.text,
-                    "reward": s.reward,
-                    "finish_reason": s.finish_reason,
-                    "length": s.response_length,
-                }
-                for s in group.samples
-            ]
-            record = {
-                "step": step,
-                "prompt_id": group.prompt.id,
-                "prompt": group.prompt.messages or group.prompt.text,
-                "answer": group.prompt.answer,
-                "samples": samples,
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def append_transcripts(path: str | Path, step: int, groups: Mapping[int, SampleGroup], limit: int) -> None:
+    """Append the first ``limit`` groups to a transcript, one JSON object per line. Collective.
+
+    Args:
+        groups: this rank's groups by their position in the step. Rank 0 writes those of all ranks.
+    """
+    mine = {p: _transcript(step, group) for p, group in groups.items() if p < limit}
+    records = {p: record for part in all_gather_objects(mine) for p, record in part.items()}
+    if rank() == 0:
+        with files.named(Path(path)), Path(path).open("a") as file:
+            for _, record in sorted(records.items()):
+                file.write(record + "\n")
+
+
+def _transcript(step: int, group: SampleGroup) -> str:
+    samples = [
+        {"text": s.text, "reward": s.reward, "finish_reason": s.finish_reason, "length": s.response_length}
+        for s in group.samples
+    ]
+    record = {
+        "step": step,
+        "prompt_id": group.prompt.id,
+        "prompt": group.prompt.messages or group.prompt.text,
+        "answer": group.prompt.answer,
+        "samples": samples,
+    }
+    return json.dumps(record, ensure_ascii=False)
 
 
 def _step_file(folder: str | Path, step: int) -> Path:

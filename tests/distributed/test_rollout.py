@@ -1,10 +1,12 @@
-"""Ranks share the rollout work: each response and reward is computed once, and every rank receives all."""
+"""Ranks share the rollout work: each keeps and scores the groups that it sampled; all have the same index."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +14,14 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
+from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
-from megatron_gmpo.distributed import all_gather_objects, rank, sum_over_group, world_size
+from megatron_gmpo.distributed import Nodes, all_gather_objects, rank, sum_over_group, world_size
 from megatron_gmpo.metrics.logger import MetricLogger
 from megatron_gmpo.rollout.collect import score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.replay import append_transcripts, save_groups
+from megatron_gmpo.rollout.replay import append_transcripts, load_groups, save_groups
 
 from ..support.ranks import RankPool
 
@@ -27,7 +30,9 @@ pytestmark = pytest.mark.distributed
 TEXTS = ["1", "07+45=", "3 - 2 + 10 = 8 + 8 - 5", "12+1="]
 
 
-def generate(folder: Path, texts: list[str], sampling: SamplingParams, batch_size: int) -> list[SampleGroup]:
+def generate(
+    folder: Path, texts: list[str], sampling: SamplingParams, batch_size: int
+) -> dict[int, SampleGroup]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     engine = EmbeddedEngine(
         str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=0
@@ -44,31 +49,30 @@ def test_greedy_answers_are_those_of_one_process(
     folder = tiny_model("qwen3_moe", num_layers=2, initializer_range=0.15)
     greedy = SamplingParams(n=2, max_new_tokens=8, temperature=0)
     alone = generate(folder, TEXTS, greedy, batch_size=64)
-    for groups in ranks.run(world_size, generate, folder, TEXTS, greedy, 3):
-        assert [g.prompt for g in groups] == [g.prompt for g in alone]
-        for a, b in zip(
-            (s for g in groups for s in g.samples), (s for g in alone for s in g.samples), strict=True
-        ):
+    shares = ranks.run(world_size, generate, folder, TEXTS, greedy, 3)
+    assert sorted(position for share in shares for position in share) == list(range(len(TEXTS)))
+    for position, group in (item for share in shares for item in share.items()):
+        assert group.prompt == alone[position].prompt
+        for a, b in zip(group.samples, alone[position].samples, strict=True):
             zeros = np.zeros(len(a.tokens))
             assert replace(a, rollout_logprobs=zeros) == replace(b, rollout_logprobs=zeros)
             assert a.rollout_logprobs == pytest.approx(b.rollout_logprobs, abs=2e-5)
 
 
-def test_ranks_hold_the_same_samples_and_draw_their_own(
-    ranks: RankPool, tiny_model: Callable[..., Path]
-) -> None:
+def test_ranks_draw_samples_of_their_own(ranks: RankPool, tiny_model: Callable[..., Path]) -> None:
     folder = tiny_model("qwen3", num_layers=2)
     sampling = SamplingParams(n=4, max_new_tokens=12)
-    results = ranks.run(4, generate, folder, ["07+45="], sampling, 8)  # one response per rank
-    assert results[1:] == results[:1] * 3
-    assert len({tuple(s.tokens) for s in results[0][0].samples}) == 4
-    assert ranks.run(4, generate, folder, ["07+45="], sampling, 8) == results
+    results = ranks.run(2, generate, folder, ["07+45="] * 2, sampling, 8)  # one prompt per rank
+    assert [list(share) for share in results] == [[0], [1]]
+    drawn = [tuple(s.tokens) for share in results for g in share.values() for s in g.samples]
+    assert len(set(drawn)) == 8
+    assert ranks.run(2, generate, folder, ["07+45="] * 2, sampling, 8) == results
 
 
-def test_ranks_without_a_response_take_part(ranks: RankPool, tiny_model: Callable[..., Path]) -> None:
+def test_ranks_without_a_prompt_take_part(ranks: RankPool, tiny_model: Callable[..., Path]) -> None:
     folder = tiny_model("qwen3", num_layers=2)
     results = ranks.run(4, generate, folder, ["07+45="], SamplingParams(n=1, max_new_tokens=4), 8)
-    assert results[1:] == results[:1] * 3
+    assert results[1:] == [{}] * 3
     assert results[0][0].samples[0].response_length > 0
 
 
@@ -82,17 +86,35 @@ class ScoredBy:
         return 1000 * rank() + int(text)
 
 
-def scored() -> tuple[list[list[float]], int]:
-    samples = iter(Sample([1, 2], [False, True], [0.0, -1.0], str(i), "stop", 0) for i in range(15))
+def scored(owners: list[int]) -> tuple[dict[str, Any], int]:
+    samples = iter(
+        Sample([1] * (i + 2), [False, *[True] * (i + 1)], [0.0] * (i + 2), str(i), "length", i)
+        for i in range(15)
+    )
     groups = [SampleGroup(Prompt(str(i), ""), [next(samples) for _ in range(3)]) for i in range(5)]
-    timeouts = score(groups, ScoredBy())
-    return [g.rewards for g in groups], timeouts
+    mine = {i: group for i, group in enumerate(groups) if owners[i] == rank()}
+    timeouts = score(mine, ScoredBy())
+    return {name: column.tolist() for name, column in vars(StepIndex.gather(mine, 5)).items()}, timeouts
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_each_group_is_scored_once_and_known_everywhere(ranks: RankPool, world_size: int) -> None:
-    rewards = [[1000 * (i % world_size) + 3 * i + j for j in range(3)] for i in range(5)]
-    assert ranks.run(world_size, scored) == [(rewards, 5)] * world_size
+@pytest.mark.parametrize("owners", [[0] * 5, [1, 0, 1, 1, 0], [3, 3, 0, 2, 3]])
+def test_each_group_is_scored_where_it_is_and_indexed_everywhere(ranks: RankPool, owners: list[int]) -> None:
+    everyone = ranks.run(4, scored, owners)
+    assert everyone[1:] == everyone[:1] * 3
+    index, timeouts = everyone[0]
+    assert timeouts == 5
+    numbers = range(15)
+    assert index == {
+        "group": [i // 3 for i in numbers],
+        "length": [i + 2 for i in numbers],
+        "response_length": [i + 1 for i in numbers],
+        "reward": [1000 * owners[i // 3] + i for i in numbers],
+        "truncated": [True] * 15,
+        "oldest_version": list(numbers),
+        "version_sum": [i * (i + 1) for i in numbers],
+        "owner": [owners[i // 3] for i in numbers],
+        "expert_bytes": [0] * 15,
+    }
 
 
 def collectives() -> tuple[float, float, list[int]]:
@@ -106,20 +128,40 @@ def test_collectives(ranks: RankPool) -> None:
     assert ranks.run(3, collectives) == [(6.0, 3.0, [0, 10, 20])] * 3
 
 
+def nodes(names: list[str]) -> tuple[Any, ...]:
+    found = Nodes(names[rank()], timeout_s=60)
+    members = [group and dist.get_process_group_ranks(group) for group in (found.group, found.leaders)]
+    return found.here, found.leader, found.of_rank, *members
+
+
+def test_nodes(ranks: RankPool) -> None:
+    """Ranks need not follow the order of the nodes; the nodes are ordered by their lowest rank."""
+    assert ranks.run(4, nodes, ["b", "a", "b", "a"]) == [
+        (0, 0, [0, 1, 0, 1], [0, 2], [0, 1]),
+        (1, 1, [0, 1, 0, 1], [1, 3], [0, 1]),
+        (0, 0, [0, 1, 0, 1], [0, 2], None),
+        (1, 1, [0, 1, 0, 1], [1, 3], None),
+    ]
+    assert ranks.run(2, nodes, ["x", "x"]) == [(0, 0, [0, 0], [0, 1], [0]), (0, 0, [0, 0], [0, 1], None)]
+
+
 def write_everything(folder: Path) -> dict[str, float]:
-    group = SampleGroup(Prompt("p", ""), [Sample([1, 2], [False, True], [0.0, -1.0], str(rank()), "stop", 0)])
+    sample = Sample([1, 2], [False, True], [0.0, -1.0], str(rank()), "stop", 0)
+    groups = {2 - rank(): SampleGroup(Prompt("p", ""), [sample])}
     logger = MetricLogger(folder)
     figures = logger.log(1, {"loss": float(world_size())})
     logger.event("done")
     logger.close()
-    save_groups(folder, 0, [group])
-    append_transcripts(folder / "transcripts.jsonl", 1, [group], limit=1)
+    save_groups(folder, 0, groups)
+    append_transcripts(folder / "transcripts.jsonl", 1, groups, limit=2)
     return figures
 
 
 def test_the_first_rank_alone_writes(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(3, write_everything, tmp_path) == [{"loss": 3.0}] * 3
-    for name in ("metrics.jsonl", "events.jsonl", "step_000000.jsonl", "transcripts.jsonl"):
+    for name in ("metrics.jsonl", "events.jsonl"):
         assert len((tmp_path / name).read_text().splitlines()) == 1, name
-    assert '"text": "0"' in (tmp_path / "step_000000.jsonl").read_text()
+    assert [g.samples[0].text for g in load_groups(tmp_path, 0, 10)] == ["2", "1", "0"]
+    lines = map(json.loads, (tmp_path / "transcripts.jsonl").read_text().splitlines())
+    assert [line["samples"][0]["text"] for line in lines] == ["2", "1"]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1

@@ -21,6 +21,7 @@ from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support import cases, reference
+from ..support.groups import in_order
 from ..support.ranks import RankPool
 from .test_layouts import (
     CLIP,
@@ -292,7 +293,8 @@ def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: 
     ]
     found = {}
     for noise, kind in ((0.0, "none"), (1.0, "none"), (1.0, "rollout")):
-        groups = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=12, router_noise=noise))
+        sampling = SamplingParams(n=4, max_new_tokens=12, router_noise=noise)
+        groups = in_order(engine.generate(prompts, sampling))
         recorded = make_train_batch(groups, torch.ones(12), RoutingShape(2, (0, 1), 4, 2))
         assert recorded.routed_experts is not None
         cfg = config(

@@ -219,7 +219,7 @@ def test_a_replay_must_have_the_steps_after_an_older_checkpoint(
 ) -> None:
     flip_a_byte(run_dir / "checkpoints" / "iter_0000003" / "__0_0.distcp")
     sample = Sample([3, 2, 1], [False, False, True], [0.0, 0.0, -1.0], "", "stop", 0)
-    save_groups(tmp_path / "rollouts", 3, [SampleGroup(Prompt("p", answer=""), [sample])])
+    save_groups(tmp_path / "rollouts", 3, {0: SampleGroup(Prompt("p", answer=""), [sample])})
     chosen = options(
         run_dir=run_dir, checkpoint__fall_back="true", rollout__replay_path=tmp_path / "rollouts"
     )

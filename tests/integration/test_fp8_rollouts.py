@@ -134,12 +134,12 @@ def test_engine(fp8_on_cpu: None, tiny_model: Callable[..., Path], tmp_path: Pat
     engine = start_sglang(cfg, AutoConfig.from_pretrained(old), AutoTokenizer.from_pretrained(old), CPU)
     try:
         engine.update_weights(tensors_of(new), version=1)
-        (group,) = engine.generate(
+        groups = engine.generate(
             [Prompt(id="0", answer="", input_ids=PROMPT)], SamplingParams(n=4, max_new_tokens=16)
         )
     finally:
         engine.close()
-    for sample in group.samples:
+    for sample in groups[0].samples:
         assert sample.policy_version == 1
         response = len(PROMPT)
         right, before, wrong = differences(

@@ -61,7 +61,7 @@ def write_groups(model: Path, folder: Path) -> Path:
         SampleGroup(Prompt(id=str(i), answer="", input_ids=ids), [sample(ids, 9), sample(ids, 14)])
         for i, ids in enumerate(prompts)
     ]
-    save_groups(folder, 0, made)
+    save_groups(folder, 0, dict(enumerate(made)))
     return folder
 
 

@@ -37,6 +37,7 @@ from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support import conversion_cases
 from ..support.commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
+from ..support.groups import in_order
 from ..support.ranks import RankPool
 from ..support.sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_for, wait_until_gone
 
@@ -101,7 +102,7 @@ def engine(
 
 
 def samples(engine: SGLangEngine, prompts: list[Prompt] = PROMPTS, **sampling: Any) -> list[Sample]:
-    groups = engine.generate(prompts, SamplingParams(**sampling))
+    groups = in_order(engine.generate(prompts, SamplingParams(**sampling)))
     assert [g.prompt for g in groups] == prompts
     return [s for g in groups for s in g.samples]
 
@@ -232,7 +233,7 @@ def during(served: SGLangEngine, weights: Weights, version: int, ticket: Any) ->
     wait_for_running(served, ticket)
     assert not ticket.future.done()
     served.update_weights(weights.items(), version)
-    return [s for g in served.wait(ticket) for s in g.samples]
+    return [s for g in in_order(served.wait(ticket)) for s in g.samples]
 
 
 @pytest.mark.parametrize("in_flight", ["retract", "abort"])
@@ -322,7 +323,7 @@ def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
         while not ticket.future.done() and served.version < 40:
             if running(served):
                 served.update_weights(weights[0].items(), served.version + 1)
-        drawn = [s for g in served.wait(ticket) for s in g.samples]
+        drawn = [s for g in in_order(served.wait(ticket)) for s in g.samples]
         for sample in drawn:
             assert_ends_where_it_should(sample, served, stop)
         if temperature == 0:
@@ -353,7 +354,7 @@ def test_a_new_request_after_a_sync_in_place_computes_its_own_cache(
         assert_made_by(sample, models, prompt_length=64)
     assert before.future
     assert not before.future.done()
-    old = [s for g in served.wait(before) for s in g.samples]
+    old = [s for g in in_order(served.wait(before)) for s in g.samples]
     for sample in old:
         with pytest.raises(AssertionError, match="not close"):
             assert_made_by(sample, models, prompt_length=64)
@@ -458,7 +459,7 @@ def test_one_server_killed_and_one_hung_during_a_rollout(
     time.sleep(0.5)
     os.killpg(killed, signal.SIGKILL)
     os.killpg(hung, signal.SIGSTOP)
-    groups = pair.wait(ticket)
+    groups = in_order(pair.wait(ticket))
     assert [len(g.samples) for g in groups] == [8] * 4
     for sample in (s for g in groups for s in g.samples):
         assert_made_by(sample, models)

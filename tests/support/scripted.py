@@ -30,9 +30,10 @@ class ScriptedEngine:
         self.calls: list[tuple[list[str], SamplingParams]] = []
         self._taken = dict.fromkeys(script, 0)
 
-    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         self.calls.append(([p.id for p in prompts], sampling))
-        return [SampleGroup(p, [self._sample(p, sampling) for _ in range(sampling.n)]) for p in prompts]
+        groups = [SampleGroup(p, [self._sample(p, sampling) for _ in range(sampling.n)]) for p in prompts]
+        return dict(enumerate(groups))
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.version = version

@@ -9,17 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.losses.advantages import group_advantages
 
+from ..support.groups import index_of, rewarded
+
 KINDS = ["normalized", "mean", "leave_one_out"]
-
-
-def group(rewards: list[float]) -> SampleGroup:
-    samples = [
-        Sample([1, 2], [False, True], [0.0, -1.0], "x", "stop", 0, reward=reward) for reward in rewards
-    ]
-    return SampleGroup(Prompt("p", "a", text="q"), samples)
 
 
 def definition(rewards: list[float], kind: str) -> list[float]:
@@ -39,7 +33,7 @@ def definition(rewards: list[float], kind: str) -> list[float]:
     )
 )
 def test_matches_the_definition_in_group_order(kind: str, rewards: list[list[float]]):
-    advantages = group_advantages([group(row) for row in rewards], kind)
+    advantages = group_advantages(index_of(rewarded(rewards)), kind)
     assert advantages.dtype == torch.float32
     assert advantages.tolist() == pytest.approx(
         [a for row in rewards for a in definition(row, kind)], rel=1e-6, abs=1e-7
@@ -51,14 +45,16 @@ def test_normalized_uses_trl_std():
 
     rewards = torch.tensor([0.0, 1.0, 1.0, 0.3])
     expected = (rewards - rewards.mean()) / (nanstd(rewards) + 1e-8)
-    torch.testing.assert_close(group_advantages([group(rewards.tolist())], "normalized"), expected)
+    torch.testing.assert_close(
+        group_advantages(index_of(rewarded([rewards.tolist()])), "normalized"), expected
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rewards", [[0.1] * 7, [1e8 / 3] * 3, [0.7]])
 def test_without_variance_exactly_zero(kind: str, rewards: list[float]):
-    assert group_advantages([group(rewards)], kind).tolist() == [0.0] * len(rewards)
+    assert group_advantages(index_of(rewarded([rewards])), kind).tolist() == [0.0] * len(rewards)
 
 
 def test_no_groups():
-    assert group_advantages([], "mean").shape == (0,)
+    assert group_advantages(index_of([]), "mean").shape == (0,)

@@ -33,6 +33,7 @@ from megatron_gmpo.rollout.sglang.sync import SyncReport
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support.fake_sglang import Answer, FakeProcesses, FakeServer, answer_of
+from ..support.groups import in_order
 
 NONCE = "run"
 PROMPT = [5, 6, 7]
@@ -699,7 +700,7 @@ def test_samples_of_deterministic_servers_differ_and_are_drawn_again_after_a_res
 
     def draw(engine: SGLangEngine) -> list[tuple[int, ...]]:
         groups = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=8))
-        return [tuple(s.tokens) for group in groups for s in group.samples]
+        return [tuple(s.tokens) for group in in_order(groups) for s in group.samples]
 
     def at(engine: SGLangEngine, version: int) -> list[list[tuple[int, ...]]]:
         engine.update_weights([], version)

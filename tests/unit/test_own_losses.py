@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.batch.packing import pack
-from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import AlgorithmConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.losses import Loss
@@ -24,6 +23,7 @@ from megatron_gmpo.losses.objective import Objective, make_objective, needed_col
 from megatron_gmpo.losses.registry import LOSSES, resolve_loss
 from megatron_gmpo.metrics.figures import value_of
 
+from ..support.groups import index_of, rewarded
 from ..support.losses import documented_losses
 
 MODULE = """
@@ -295,11 +295,7 @@ def test_every_built_in_loss_fits() -> None:
 
 
 def test_an_advantage_of_the_users_own() -> None:
-    def group(rewards: list[float]) -> SampleGroup:
-        samples = [Sample([1, 2], [False, True], [0.0, -1.0], "x", "stop", 0, reward=r) for r in rewards]
-        return SampleGroup(Prompt("p", "a", text="q"), samples)
-
-    groups = [group([1.0, 0.0]), group([1.0])]
+    groups = index_of(rewarded([[1.0, 0.0], [1.0]]))
     assert group_advantages(groups, "own:centered").tolist() == [0.5, -0.5, 0.5]
     for name, returned in (("one_number", "0.5"), ("not_finite", r"\[inf, nan\]")):
         line = rf"advantage = 'own:{name}' returned {returned} for the rewards \[1\.0, 0\.0\]: return one"

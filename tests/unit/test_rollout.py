@@ -37,6 +37,7 @@ from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
 
 from ..support import large_logits
+from ..support.groups import in_order, index_of
 from ..support.reference import load_float64
 from ..support.scripted import ScriptedEngine
 
@@ -106,7 +107,7 @@ def test_logprobs_are_those_of_a_full_forward(family: str, folder_of: Callable[.
     folder = folder_of(family)
     prompts = prompts_of(folder, TEXTS)
     sampling = SamplingParams(n=3, max_new_tokens=16, temperature=0.7)
-    groups = engine_of(folder, batch_size=7).generate(prompts, sampling)
+    groups = in_order(engine_of(folder, batch_size=7).generate(prompts, sampling))
     assert [g.prompt for g in groups] == prompts
     assert [len(g.samples) for g in groups] == [3] * len(prompts)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -143,7 +144,9 @@ def test_logits_in_fp32_of_a_bf16_model(tmp_path: Path) -> None:
             fp32_head=fp32_head,
         )
         engine.update_weights(load_file(folder / "model.safetensors").items(), version=0)
-        (group,) = engine.generate(prompts_of(folder, ["12+1="]), SamplingParams(n=32, max_new_tokens=16))
+        (group,) = in_order(
+            engine.generate(prompts_of(folder, ["12+1="]), SamplingParams(n=32, max_new_tokens=16))
+        )
         found, wanted = [], []
         for sample in group.samples:
             tokens = torch.from_numpy(sample.tokens).long()
@@ -159,7 +162,9 @@ def test_logits_in_fp32_of_a_bf16_model(tmp_path: Path) -> None:
 
 def test_the_end_token_stays_and_ends_the_response(folder_of: Callable[..., Path]) -> None:
     folder = folder_of("qwen3")
-    groups = engine_of(folder).generate(prompts_of(folder, TEXTS), SamplingParams(n=8, max_new_tokens=10))
+    groups = in_order(
+        engine_of(folder).generate(prompts_of(folder, TEXTS), SamplingParams(n=8, max_new_tokens=10))
+    )
     samples = [s for g in groups for s in g.samples]
     seen = dict.fromkeys(("stop", "length"), 0)
     for sample, response in zip(samples, responses(groups), strict=True):
@@ -193,7 +198,7 @@ def test_truncated_sampling_reports_the_whole_distribution(
     sampling = SamplingParams(
         n=4, max_new_tokens=8, temperature=1.3, top_k=0 if top_k == 16 else top_k, top_p=top_p
     )
-    groups = engine_of(folder).generate(prompts_of(folder, TEXTS), sampling)
+    groups = in_order(engine_of(folder).generate(prompts_of(folder, TEXTS), sampling))
     cut = []
     for sample in (s for g in groups for s in g.samples):
         logits, response = response_logits(folder, sample)
@@ -211,8 +216,10 @@ def test_samples_follow_the_distribution(top_k: int, top_p: float, folder_of: Ca
     folder = folder_of("qwen3")
     (prompt,) = prompts_of(folder, ["12+1="])
     n = 10_000
-    (group,) = engine_of(folder, batch_size=n).generate(
-        [prompt], SamplingParams(n=n, max_new_tokens=1, temperature=1.5, top_k=top_k, top_p=top_p)
+    (group,) = in_order(
+        engine_of(folder, batch_size=n).generate(
+            [prompt], SamplingParams(n=n, max_new_tokens=1, temperature=1.5, top_k=top_k, top_p=top_p)
+        )
     )
     counts = torch.bincount(torch.tensor([s.tokens[-1] for s in group.samples]), minlength=16).double()
     logits, _ = response_logits(folder, group.samples[0])
@@ -237,7 +244,7 @@ def test_seed_version_and_call_decide_the_samples(folder_of: Callable[..., Path]
     prompts = prompts_of(folder, TEXTS)
 
     def draw(engine: EmbeddedEngine) -> list[list[int]]:
-        return responses(engine.generate(prompts, SamplingParams(n=2, max_new_tokens=8)))
+        return responses(in_order(engine.generate(prompts, SamplingParams(n=2, max_new_tokens=8))))
 
     def at(engine: EmbeddedEngine, version: int) -> list[list[int]]:
         engine.update_weights(weights.items(), version)
@@ -267,7 +274,7 @@ def early_stops(folder_of: Callable[..., Path], tmp_path: Path) -> Path:
 def test_greedy_decoding_is_that_of_generate(early_stops: Path) -> None:
     prompts = prompts_of(early_stops, [*TEXTS, "5", "44-3", "80+ ", "== 6"])
     engine = engine_of(early_stops)
-    groups = engine.generate(prompts, SamplingParams(max_new_tokens=12, temperature=0))
+    groups = in_order(engine.generate(prompts, SamplingParams(max_new_tokens=12, temperature=0)))
     model = model_of(early_stops)
     for prompt, response in zip(prompts, responses(groups), strict=True):
         ids = torch.tensor([prompt.input_ids])
@@ -290,8 +297,8 @@ def test_greedy_decoding_is_that_of_generate(early_stops: Path) -> None:
 def test_answers_do_not_depend_on_the_batch(batch_size: int, early_stops: Path) -> None:
     prompts = prompts_of(early_stops, [*TEXTS, "5", "44-3", "80+ ", "== 6"])
     greedy = SamplingParams(max_new_tokens=12, temperature=0)
-    together = engine_of(early_stops).generate(prompts, greedy)
-    apart = engine_of(early_stops, batch_size=batch_size).generate(prompts, greedy)
+    together = in_order(engine_of(early_stops).generate(prompts, greedy))
+    apart = in_order(engine_of(early_stops, batch_size=batch_size).generate(prompts, greedy))
     assert len({len(r) for r in responses(together)}) > 2  # rows leave the batch at different times
     for (one,), (other,) in zip((g.samples for g in together), (g.samples for g in apart), strict=True):
         assert without_logprobs(one) == without_logprobs(other)
@@ -307,9 +314,9 @@ def test_stop_strings_end_responses_and_leave_the_text(
     folder = folder_of("qwen3")
     prompts = prompts_of(folder, ["3 - 2 + 10 = 8"])
     free = SamplingParams(n=12, max_new_tokens=24)
-    unstopped = engine_of(folder, batch_size=1).generate(prompts, free)[0].samples
+    unstopped = in_order(engine_of(folder, batch_size=1).generate(prompts, free))[0].samples
     stop = stop_of(next(s.text for s in unstopped if len(s.text) == 24 and "  " not in s.text))
-    stopped = engine_of(folder, batch_size=1).generate(prompts, replace(free, stop=stop))[0].samples
+    stopped = in_order(engine_of(folder, batch_size=1).generate(prompts, replace(free, stop=stop)))[0].samples
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cuts = 0
     # A batch of one draws the same tokens until it stops.
@@ -341,7 +348,7 @@ def test_a_stop_string_that_is_a_special_token(stop: str, folder_of: Callable[..
     sampling = SamplingParams(n=40, max_new_tokens=24, stop=(stop,))
     engine = engine_of(folder, batch_size=60, routed_experts=False)
     stopped = 0
-    for sample in (s for g in engine.generate(prompts, sampling) for s in g.samples):
+    for sample in (s for g in in_order(engine.generate(prompts, sampling)) for s in g.samples):
         pieces = engine.tokenizer.convert_ids_to_tokens(sample.tokens[sample.response_mask])
         assert stop not in "".join(pieces[:-1])
         ends = pieces[-1] == "<eos>" or "".join(pieces).endswith(stop)
@@ -357,7 +364,7 @@ def test_a_stop_string_that_is_a_special_token(stop: str, folder_of: Callable[..
 def test_routed_experts_are_those_of_a_full_forward(batch_size: int, early_stops: Path) -> None:
     """Prompts differ in length, samples share prompts, and rows leave the batch."""
     engine = engine_of(early_stops, batch_size=batch_size, routed_experts=True)
-    groups = engine.generate(prompts_of(early_stops, TEXTS), SamplingParams(n=3, max_new_tokens=12))
+    groups = in_order(engine.generate(prompts_of(early_stops, TEXTS), SamplingParams(n=3, max_new_tokens=12)))
     samples = [s for g in groups for s in g.samples]
     assert len({s.response_length for s in samples}) > 3
     for sample in samples:
@@ -393,7 +400,7 @@ def test_router_noise_disturbs_the_choice_that_is_recorded(
             lambda _, args, out, layer=layer: seen[layer].append((args[0].flatten(0, -2), *out))
         )
     (prompt,) = prompts_of(folder, ["3 - 2 + 10 = 8"])
-    (group,) = engine.generate([prompt], SamplingParams(max_new_tokens=200, router_noise=0.7))
+    (group,) = in_order(engine.generate([prompt], SamplingParams(max_new_tokens=200, router_noise=0.7)))
     (sample,) = group.samples
     assert sample.routed_experts is not None
 
@@ -428,7 +435,9 @@ def test_router_noise_is_drawn_as_the_samples_are_and_0_is_none(folder_of: Calla
     def draw(engine: EmbeddedEngine, sampling: SamplingParams) -> list[str]:
         engine.update_weights(load_file(folder / "model.safetensors").items(), 5)
         # str() shows the exact floats.
-        return [str(sample) for group in engine.generate(prompts, sampling) for sample in group.samples]
+        return [
+            str(sample) for group in in_order(engine.generate(prompts, sampling)) for sample in group.samples
+        ]
 
     engine, untouched = engine_of(folder), engine_of(folder)
     for layer in untouched.model.model.layers:
@@ -445,7 +454,7 @@ def test_routed_experts_of_a_model_with_dense_layers(tiny_model: Callable[..., P
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model("qwen3_moe")).save_pretrained(tmp_path)
     engine = engine_of(tmp_path, routed_experts=True)
-    (group,) = engine.generate(prompts_of(tmp_path, ["07+45="]), SamplingParams(max_new_tokens=4))
+    (group,) = in_order(engine.generate(prompts_of(tmp_path, ["07+45="]), SamplingParams(max_new_tokens=4)))
     experts = group.samples[0].routed_experts
     assert experts is not None
     assert experts.shape[1:] == (4, 2)
@@ -496,7 +505,9 @@ def test_new_weights_make_the_other_model(family: str, options: dict, folder_of:
     with torch.no_grad():
         assert torch.equal(engine.model(tokens).logits, model_of(other)(tokens).logits)
         assert not torch.allclose(model_of(folder)(tokens).logits, model_of(other)(tokens).logits, atol=0.1)
-    for sample in (s for g in engine.generate(prompts, SamplingParams(max_new_tokens=4)) for s in g.samples):
+    for sample in (
+        s for g in in_order(engine.generate(prompts, SamplingParams(max_new_tokens=4))) for s in g.samples
+    ):
         logits, response = response_logits(other, sample)
         expected = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
         assert_close(torch.tensor(sample.rollout_logprobs)[-len(response) :], expected, atol=2e-5, rtol=0)
@@ -564,8 +575,8 @@ def collected(order: list[str], **options) -> tuple[Collected, ScriptedEngine]:
     return Collector(protocol, prompts, arithmetic_reward, cfg).collect(), engine
 
 
-def names(groups: list[SampleGroup]) -> list[str]:
-    return [g.prompt.id for g in groups]
+def names(groups: dict[int, SampleGroup] | list[SampleGroup]) -> list[str]:
+    return [g.prompt.id for g in (in_order(groups) if isinstance(groups, dict) else groups)]
 
 
 def values(result: Collected) -> dict[str, float]:
@@ -584,7 +595,10 @@ def test_collect_hands_the_sampling_on_and_scores() -> None:
     result, engine = collected(["right", "mixed", "wrong"], **chosen)
     sampling = SamplingParams(n=2, **chosen)
     assert engine.calls == [(["right", "mixed"], sampling)]
-    assert [(g.prompt.id, g.rewards) for g in result.groups] == [("right", [1.0, 1.0]), ("mixed", [1.0, 0.0])]
+    assert [(g.prompt.id, g.rewards) for g in in_order(result.groups)] == [
+        ("right", [1.0, 1.0]),
+        ("mixed", [1.0, 0.0]),
+    ]
     assert values(result) == pytest.approx(
         {
             "reward/mean": 0.75,
@@ -669,8 +683,8 @@ def test_the_filter_judges_the_reward_before_the_penalty(mode: str) -> None:
     """DAPO's equation 11: a group stays if some of its responses, but not all, are right."""
     wrong, mixed = ["bbb", "bbbb", "bbbbbb"], ["b", "bb", "a"]
     result = penalized({"wrong": wrong, "mixed": mixed}, mode)
-    assert names(result.groups[:1]) == (["wrong"] if mode == "off" else ["mixed"])
-    rewards = {g.prompt.id: g.rewards for g in result.groups}
+    assert names(result.groups)[:1] == (["wrong"] if mode == "off" else ["mixed"])
+    rewards = {g.prompt.id: g.rewards for g in in_order(result.groups)}
     assert rewards["mixed"] == [0.0, 0.0, 1.0]
     assert mode != "off" or rewards["wrong"] == [0.0, -0.25, -0.5]
 
@@ -689,7 +703,7 @@ def test_a_filtered_step_never_trains_on_length_alone(groups: list[list[str]]) -
     both = [name for name, texts in script.items() if 0 < texts.count("a") < 3]
     assert names(result.groups) == (both or list(script))
     if not both:  # kept without their penalties: the advantages are 0
-        assert all(len(set(group.rewards)) == 1 for group in result.groups)
+        assert all(len(set(group.rewards)) == 1 for group in result.groups.values())
 
 
 @pytest.mark.parametrize(("buffer", "fits"), [(0, True), (9, True), (10, True), (11, False), (2**40, False)])
@@ -724,7 +738,7 @@ def test_figures_of_scored_groups() -> None:
         for i, row in enumerate(rewards)
     ]
     groups[0].samples[1].finish_reason = groups[1].samples[0].finish_reason = "length"
-    found = {name: value_of(metric) for name, metric in rollout_figures(groups).items()}
+    found = {name: value_of(metric) for name, metric in rollout_figures(index_of(groups)).items()}
     assert found == pytest.approx(
         {
             "reward/mean": mean(value for row in rewards for value in row),
@@ -738,13 +752,13 @@ def test_figures_of_scored_groups() -> None:
 
 def test_scores_keep_their_place_however_long_they_take() -> None:
     engine = ScriptedEngine({name: [f"{name}{i}" for i in range(4)] for name in "pqr"})
-    groups = engine.generate([Prompt(name, "") for name in "pqr"], SamplingParams(n=4))
+    groups = in_order(engine.generate([Prompt(name, "") for name in "pqr"], SamplingParams(n=4)))
 
     def slow_first(prompt: Prompt, text: str) -> float:
         time.sleep(0.01 * (3 - int(text[1])))
         return 10.0 * "pqr".index(prompt.id) + int(text[1])
 
-    assert score(groups, slow_first) == 0
+    assert score(dict(enumerate(groups)), slow_first) == 0
     assert [g.rewards for g in groups] == [[0, 1, 2, 3], [10, 11, 12, 13], [20, 21, 22, 23]]
 
 
@@ -773,14 +787,14 @@ class AheadEngine(ScriptedEngine):
         self.late = late or {}
         self.submitted: list[tuple[int, list[str]]] = []
 
-    def submit(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+    def submit(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         self.submitted.append((self.version, [p.id for p in prompts]))
         groups = self.generate(prompts, sampling)
-        for group in groups:
+        for group in groups.values():
             group.samples[0].policy_version -= self.late.get(group.prompt.id, 0)
         return groups
 
-    def wait(self, ticket: list[SampleGroup]) -> list[SampleGroup]:
+    def wait(self, ticket: dict[int, SampleGroup]) -> dict[int, SampleGroup]:
         return ticket
 
 
@@ -851,7 +865,7 @@ def test_staleness_is_counted_by_token() -> None:
     )
     wait = engine.wait
 
-    def partial_rollout(ticket: list[SampleGroup]) -> list[SampleGroup]:
+    def partial_rollout(ticket: dict[int, SampleGroup]) -> dict[int, SampleGroup]:
         sample = ticket[0].samples[0]
         sample.version_spans, sample.policy_version = version_spans_of([3, 3, 5], start=1), 3
         return wait(ticket)
@@ -863,9 +877,9 @@ def test_staleness_is_counted_by_token() -> None:
 
 
 def test_an_error_in_the_reward_is_not_swallowed() -> None:
-    groups = ScriptedEngine(SCRIPT).generate([Prompt("right", "")], SamplingParams(n=2))
+    groups = in_order(ScriptedEngine(SCRIPT).generate([Prompt("right", "")], SamplingParams(n=2)))
     with pytest.raises(ZeroDivisionError):
-        score(groups, lambda prompt, text: 1 / 0)
+        score(dict(enumerate(groups)), lambda prompt, text: 1 / 0)
 
 
 # --- rollouts on disk ---
@@ -914,7 +928,7 @@ def groups_to_save() -> list[SampleGroup]:
 
 def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
     groups = groups_to_save()
-    save_groups(tmp_path / "new" / "folder", 12, groups)
+    save_groups(tmp_path / "new" / "folder", 12, dict(enumerate(groups)))
     loaded = load_groups(tmp_path / "new" / "folder", 12, VOCAB)
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["step_000012.jsonl"]
     for a, b in zip(
@@ -959,8 +973,8 @@ def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    save_groups(tmp_path, 0, groups_to_save())
-    save_groups(tmp_path, 0, groups_to_save()[1:])
+    save_groups(tmp_path, 0, dict(enumerate(groups_to_save())))
+    save_groups(tmp_path, 0, dict(enumerate(groups_to_save()[1:])))
     assert names(load_groups(tmp_path, 0, VOCAB)) == ["set/2"]
 
 
@@ -971,7 +985,7 @@ def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
     ):
         load_groups(tmp_path / "nowhere", 3, VOCAB)
     for step in (2, 3, 10):
-        save_groups(tmp_path, step, groups_to_save())
+        save_groups(tmp_path, step, dict(enumerate(groups_to_save())))
     check_groups(tmp_path, [2, 3, 10])
     with pytest.raises(InputError, match="has no groups for step 4, it has steps 2 to 10") as error:
         check_groups(tmp_path, range(2, 11))
@@ -1002,7 +1016,7 @@ def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) -> None:
-    save_groups(tmp_path, 1, groups_to_save()[::-1])
+    save_groups(tmp_path, 1, dict(enumerate(groups_to_save()[::-1])))
     file = tmp_path / "step_000001.jsonl"
     first, second = file.read_text().splitlines()
     assert broken(second) != second
@@ -1016,7 +1030,7 @@ def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) ->
 
 
 def test_only_the_groups_that_are_asked_for_are_read(tmp_path: Path) -> None:
-    save_groups(tmp_path, 1, groups_to_save())
+    save_groups(tmp_path, 1, dict(enumerate(groups_to_save())))
     file = tmp_path / "step_000001.jsonl"
     file.write_text(file.read_text().splitlines()[0] + "\nbroken\n")
     assert load_groups(tmp_path, 1, VOCAB, limit=1) == groups_to_save()[:1]
@@ -1087,7 +1101,7 @@ def test_a_sample_that_cannot_be_trained_on_is_named(
     change: Callable[[Record], Any], reason: str, tmp_path: Path
 ) -> None:
     """The sample is the second of the first group. The reasons follow from the docstring of ``Sample``."""
-    save_groups(tmp_path, 1, groups_to_save())
+    save_groups(tmp_path, 1, dict(enumerate(groups_to_save())))
     file = tmp_path / "step_000001.jsonl"
     first, second = map(json.loads, file.read_text().splitlines())
     change(first["samples"][1])
@@ -1126,9 +1140,9 @@ def test_a_file_that_holds_no_groups_is_named(content: bytes, reason: str, tmp_p
 def test_transcripts_are_for_people(tmp_path: Path) -> None:
     file = tmp_path / "transcripts.jsonl"
     groups = groups_to_save()
-    append_transcripts(file, 1, groups, limit=1)
-    append_transcripts(file, 2, groups, limit=9)
-    append_transcripts(file, 3, groups, limit=0)
+    append_transcripts(file, 1, dict(enumerate(groups)), limit=1)
+    append_transcripts(file, 2, dict(enumerate(groups)), limit=9)
+    append_transcripts(file, 3, dict(enumerate(groups)), limit=0)
     assert "Zoë 🍎" in file.read_text()
     lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
     assert [(line["step"], line["prompt_id"]) for line in lines] == [(1, "set/1"), (2, "set/1"), (2, "set/2")]

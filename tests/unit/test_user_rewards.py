@@ -114,7 +114,7 @@ def test_scoring_raises_the_error_of_the_function(
     reward = defined_by(body, tmp_path, monkeypatch)
     sample = Sample.from_response([1], [2], [0.0], text="x", finish_reason="stop", policy_version=0)
     with pytest.raises(RunError, match="for set/7"):
-        score([SampleGroup(PROMPT, [sample])], reward)
+        score({0: SampleGroup(PROMPT, [sample])}, reward)
 
 
 @pytest.mark.parametrize("body", ["1 / 0", "sys.exit(3)", "raise RuntimeError('two\\nlines')"])

@@ -82,7 +82,7 @@ class SGLangEngine:
         self._figures: dict[str, Metric] = {}
         self._counted = dict.fromkeys(self._counts(), 0)
 
-    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> list[SampleGroup]:
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         """See ``RolloutEngine.generate``.
 
         ``rollout_logprobs`` refer to the distribution after temperature and before top-k and top-p.
@@ -105,22 +105,20 @@ class SGLangEngine:
         future = self._client and self._client.submit([p.input_ids for p in prompts], sampling, ending)
         return Ticket(prompts, sampling, ending, future)
 
-    def wait(self, ticket: Ticket) -> list[SampleGroup]:
-        """Return the groups of a ticket, on every rank. Raises the errors of ``generate``."""
+    def wait(self, ticket: Ticket) -> dict[int, SampleGroup]:
+        """Return the groups of a ticket that this rank sampled: all on rank 0. See ``generate``."""
+        groups: dict[int, SampleGroup] = {}
 
-        def finished() -> list[list[Sample]] | None:
+        def finished() -> bool:
             if not (ticket.future and ticket.future.done()):
-                return None
-            rows = zip(ticket.prompts, ticket.future.result(), strict=True)
-            return [
-                [self._sample_of(prompt.input_ids, response, ticket) for response in responses]
-                for prompt, responses in rows
-            ]
+                return False
+            for i, (prompt, responses) in enumerate(zip(ticket.prompts, ticket.future.result(), strict=True)):
+                samples = [self._sample_of(prompt.input_ids, response, ticket) for response in responses]
+                groups[i] = SampleGroup(prompt, samples)
+            return True
 
-        return [
-            SampleGroup(prompt, samples)
-            for prompt, samples in zip(ticket.prompts, self._until(finished), strict=True)
-        ]
+        self._until(finished)
+        return groups
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``RolloutEngine.update_weights``. ``named_tensors`` is kept for servers that restart.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch.distributed as dist
 
-from ....distributed import all_gather_objects, rank
+from ....distributed import Nodes, rank
 from ....errors import InputError
 from ....supervision.records import node_name
 from ..servers import Server
@@ -23,11 +23,8 @@ class Places:
     """
 
     def __init__(self) -> None:
-        self.node = node_name()
-        self._nodes: dict[str, list[int]] = {}
-        for each, name in enumerate(all_gather_objects(self.node)):
-            self._nodes.setdefault(name, []).append(each)
-        self.ranks = self._nodes[self.node]
+        nodes = Nodes(node_name())
+        self.node, self._nodes, self.ranks = nodes.name, nodes.ranks, nodes.local_ranks
 
     @property
     def is_first(self) -> bool:
