@@ -76,7 +76,7 @@ def released(name: str, device: torch.device, work: Callable[[], object]) -> Row
 
 def measure_reference(model: Path, options: GpuMemory) -> list[Row]:
     policy = open_policy({"algorithm": {"kl_coef": 0.01}}, model, options)
-    device, batch = policy.device, random_batch(options)
+    device, batch = policy.device, policy.share(random_batch(options))
     chunks = policy.reference
     assert chunks is not None
     empty_cache(device)
@@ -92,7 +92,8 @@ def measure_reference(model: Path, options: GpuMemory) -> list[Row]:
 
     rows = [released("reference to the host", device, to_host)]
     rows.append(released("reference for one pass", device, one_pass))
-    batch.ref_logprobs = batch.old_logprobs = policy.logprobs(batch)
+    policy.set_old_logprobs(batch)
+    batch.ref_logprobs = batch.old_logprobs
     train(policy, batch, options)
     rows.append(released("caches after a step", device, lambda: empty_cache(device)))
     return rows
@@ -101,8 +102,8 @@ def measure_reference(model: Path, options: GpuMemory) -> list[Row]:
 def measure_peak(fraction: float, model: Path, options: GpuMemory) -> Row:
     """Return the peak of a second step, beyond what is allocated between steps, and what is allocated."""
     policy = open_policy({"optimizer": {"offload_fraction": fraction}}, model, options)
-    device, batch = policy.device, random_batch(options)
-    batch.old_logprobs = policy.logprobs(batch)
+    device, batch = policy.device, policy.share(random_batch(options))
+    policy.set_old_logprobs(batch)
     train(policy, batch, options)  # the optimizer allocates its state
     empty_cache(device)
     between = in_use(device)

@@ -162,7 +162,8 @@ def measure(recipe: Recipe, model: Path, options: GpuStep) -> tuple[Row, list[Ro
     bytes, and the peak of the GPU's memory in bytes.
     """
     policy = open_policy({} if recipe == "bf16" else {"fp8": {"recipe": recipe}}, model, options)
-    device, batch = policy.device, random_batch(options)
+    device, whole = policy.device, random_batch(options)
+    batch = policy.share(whole)
     objective = make_objective(policy.cfg.algorithm, is_moe=True, max_new_tokens=options.length)
 
     def seconds(work: Callable[[], object], times: int = 1) -> float:
@@ -173,8 +174,8 @@ def measure(recipe: Recipe, model: Path, options: GpuStep) -> tuple[Row, list[Ro
         wait(device)
         return (time.perf_counter() - start) / times
 
-    batch.old_logprobs = policy.logprobs(batch)
-    found: Row = {"logprobs": seconds(lambda: policy.logprobs(batch))}
+    policy.set_old_logprobs(batch)
+    found: Row = {"logprobs": seconds(lambda: policy.logprobs(whole))}
     for _ in range(WARM_UP_STEPS):
         policy.train_step(batch, objective)
     found["step"] = seconds(lambda: policy.train_step(batch, objective), options.steps)

@@ -69,10 +69,12 @@ from benchmarks.step_work import (
 from benchmarks.trl_step import Seconds, trl_steps
 from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.batch.exchange import Exchange
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.samples import Prompt, SampleGroup
 from megatron_gmpo.command_line import one_line_errors, parse_options
 from megatron_gmpo.config import Config
+from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.losses.advantages import group_advantages
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.metrics.figures import value_of
@@ -129,6 +131,7 @@ class OurSide:
         self.policy = Policy(self.cfg, describe_model(self.cfg, 1, CPU), groups, CPU)
         self.objective = make_objective(self.cfg.algorithm, is_moe=False, max_new_tokens=shape.max_new_tokens)
         self.savings, self.shape, self.samples = LEVELS.index(savings), shape, options.samples
+        self.exchange = Exchange(Nodes("here"), self.policy.replica, "", self.cfg.distributed_timeout_s)
         self.losses, self.gradient = list[float](), torch.empty(0)
         self.engine = (
             None
@@ -150,13 +153,7 @@ class OurSide:
             times = [time.process_time()]
             groups = self.shape.given or self._sample()
             times.append(time.process_time())
-            batch = make_train_batch(
-                groups,
-                group_advantages(
-                    StepIndex.gather(dict(enumerate(groups)), len(groups)), self.objective.advantage
-                ),
-            )
-            minibatches = self._prepare(batch)
+            minibatches = self._prepare(groups)
             times.append(time.process_time())
             for minibatch in minibatches:
                 loss = self.policy.train_step(minibatch, self.objective)["loss"]
@@ -182,14 +179,18 @@ class OurSide:
                 sample.reward = reward_of(sample.tokens[sample.response_mask].tolist())
         return groups
 
-    def _prepare(self, batch: TrainBatch) -> list[TrainBatch]:
+    def _prepare(self, groups: list[SampleGroup]) -> list[TrainBatch]:
+        index = StepIndex.gather(dict(enumerate(groups)), len(groups))
+        advantages = group_advantages(index, self.objective.advantage)
+        # without the first saving, sequences with advantage 0 are computed too
+        planned_for = advantages if self.savings else torch.ones(len(advantages))
+        plan = self.policy.plan(index.length, index.response_length, planned_for, self.objective)
+        batch = make_train_batch(dict(enumerate(groups)), index, advantages, plan, self.exchange, None)
         if self.savings >= 2:
-            self.policy.prepare(batch, self.objective)
+            self.policy.prepare(batch)
             return self.policy.minibatches(batch)
-        if self.savings == 1:
-            batch.has_gradient = batch.advantages != 0
         self.policy.set_old_logprobs(batch)
-        return batch.split(self.cfg.train.minibatches_per_step)
+        return [batch.minibatch(number) for number in range(len(batch.plan))]
 
     def _gradient(self) -> Tensor:
         parameters = (p for chunk in self.policy.chunks for p in chunk.parameters())

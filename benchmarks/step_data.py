@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_gmpo.batch.assembly import make_train_batch, stack_routed_experts
+from megatron_gmpo.batch.assembly import check_routed_experts, whole_batch
 from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 
@@ -80,13 +80,14 @@ def assemble_lists(samples: list[ListSample], routing: RoutingShape | None) -> l
         )
     ]
     if routing:
-        flat.append(stack_routed_experts(samples, routing))  # pyright: ignore[reportArgumentType]
+        flat.append(torch.cat([torch.tensor(sample.routed_experts) for sample in samples]))
     return flat
 
 
 def assemble_arrays(samples: list[Sample], routing: RoutingShape | None) -> Any:
-    group = SampleGroup(Prompt("p", ""), samples)
-    return make_train_batch([group], torch.zeros(len(samples)), routing)
+    if routing:
+        check_routed_experts(dict(enumerate(samples)), routing)
+    return whole_batch([SampleGroup(Prompt("p", ""), samples)])
 
 
 def bytes_of(make: Callable[[], Any]) -> int:

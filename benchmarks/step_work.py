@@ -10,7 +10,7 @@ import torch
 from pydantic import model_validator
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_gmpo.batch.columns import minibatch_bounds
+from megatron_gmpo.batch.plan import minibatch_bounds
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.command_line import Options
 from megatron_gmpo.config import Positive

@@ -24,14 +24,15 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
-from .batch.index import StepIndex
+from .batch.exchange import Exchange
 from .batch.samples import SampleGroup
 from .checkpoint import clear_unfinished
 from .config import Config
-from .distributed import all_gather_objects, barrier, rank, world_size
+from .distributed import Nodes, barrier, rank, world_size
 from .errors import NonFiniteError
 from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
@@ -41,17 +42,18 @@ from .losses.objective import make_objective
 from .metrics.figures import Metric, reduce_metrics
 from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
-from .rollout.collect import Collected, rollout_figures
+from .rollout.collect import Collected, replayed
 from .rollout.engine import RolloutEngine
 from .rollout.replay import append_transcripts, check_groups, load_groups, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
+from .supervision.records import node_name
 from .weights.run_checkpoint import checkpoint_path
 
 log = logging.getLogger("megatron_gmpo.train")  # __name__ is "__main__" when this module runs as the command
 
-WORK = ("rollout", "logprobs", "train", "weight_sync")
+WORK = ("rollout", "exchange", "logprobs", "train", "weight_sync")
 """Phases of a step that throughput counts; evaluation and checkpoints are excluded."""
 
 
@@ -110,6 +112,8 @@ class Loop:
             config=run.cfg.model_dump(mode="json"),
             resume_step=state.step,
         )
+        nodes = Nodes(node_name(), run.cfg.distributed_timeout_s)
+        self.exchange = Exchange(nodes, state.policy.replica, "", run.cfg.distributed_timeout_s)
         # the newest minibatch, which is written to the run folder if it causes an error
         self.minibatch: TrainBatch | None = None
 
@@ -146,11 +150,11 @@ class Loop:
         cfg, state = self.cfg, self.state
         collected = self.collect()
         self.finish_save(wait=False)
-        batch = self.make_batch(collected)
-        learned = self.learn(batch)
+        advantages = group_advantages(collected.index, state.objective.advantage)
+        learned = self.learn(self.make_batch(collected, advantages))
         clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
         self.logger.add(learned | clips)
-        if batch.advantages.any():  # else the clip fractions say nothing
+        if advantages.any():  # else the clip fractions say nothing
             state.adapt_clip(learned)
         state.step += 1
         self.logger.add(collected.metrics)
@@ -159,7 +163,8 @@ class Loop:
         results = self.evaluate() if last or _due(cfg.eval.interval, state.step) else {}
         seconds = self.timer.take()
         worked = sum(seconds.get(f"time/{name}", 0) for name in WORK)
-        self.logger.add({"throughput/tokens_per_second": len(batch.tokens) / worked} | seconds)
+        tokens = int(collected.index.length.sum())
+        self.logger.add({"throughput/tokens_per_second": tokens / worked} | seconds)
         self._write_rollouts(collected.groups)
         figures = self.logger.log(state.step, results)
         progress.update(state.step, figures)
@@ -176,10 +181,7 @@ class Loop:
         """Return the step's scored groups, sampled now or read from ``rollout.replay_path``."""
         state, replay_path = self.state, self.cfg.rollout.replay_path
         if replay_path:
-            loaded = load_groups(replay_path, state.step, self.run.description.hf.vocab_size)
-            groups = {p: group for p, group in enumerate(loaded) if p % world_size() == rank()}
-            index = StepIndex.gather(groups, len(loaded))
-            return Collected(groups, index, rollout_figures(index))
+            return replayed(load_groups(replay_path, state.step, self.run.description.hf.vocab_size))
         assert self.engine
         assert state.collector
         with self.timer("weight_sync"):
@@ -189,17 +191,17 @@ class Loop:
             self.engine.sleep()
         return replace(collected, metrics=collected.metrics | self.engine.take_metrics())
 
-    def make_batch(self, collected: Collected) -> TrainBatch:
-        """Return the step's batch with advantages, log probabilities, corrections and own columns."""
+    def make_batch(self, collected: Collected, advantages: Tensor) -> TrainBatch:
+        """Return this replica's batch with log probabilities, corrections and own columns."""
         cfg, policy, objective = self.cfg, self.state.policy, self.state.objective
-        advantages = group_advantages(collected.index, objective.advantage)
-        everyone = {p: group for part in all_gather_objects(collected.groups) for p, group in part.items()}
-        groups = [everyone[position] for position in sorted(everyone)]
+        index = collected.index.without_truncated() if cfg.algorithm.mask_truncated else collected.index
         routing = self.run.description.routing if cfg.needs_rollout_routing else None
-        batch = make_train_batch(groups, advantages, routing, mask_truncated=cfg.algorithm.mask_truncated)
+        plan = policy.plan(index.length, index.response_length, advantages, objective)
+        with self.timer("exchange"):
+            batch = make_train_batch(collected.groups, index, advantages, plan, self.exchange, routing)
         with self.timer("logprobs"):
-            self.logger.add(policy.prepare(batch, objective))
-            self.logger.add(correct(batch, cfg.algorithm))
+            self.logger.add(policy.prepare(batch))
+            self.logger.add(policy.over_replicas(correct(batch, cfg.algorithm)))
             if "ref_logprobs" in objective.needs:
                 batch.ref_logprobs = policy.reference_logprobs(batch)
             objective.add_columns(batch)
@@ -216,7 +218,7 @@ class Loop:
                 self.minibatch = minibatch
                 updates.append(policy.train_step(minibatch, objective))
         known = [minibatch for minibatch in minibatches if minibatch.old_logprobs is not None]
-        return reduce_metrics(updates) | rollout_mismatch(*known)
+        return reduce_metrics(updates) | policy.over_replicas(rollout_mismatch(*known))
 
     def evaluate(self) -> dict[str, float]:
         """Return the results on every benchmark of ``eval.sets``."""

@@ -1,4 +1,4 @@
-"""The data of one optimizer step: the flat batch on every rank, and the packed microbatches cut from it.
+"""The sequences that a replica trains: their flat batch, and the packed microbatches cut from it.
 
 A column is declared once, as a field with a ``Column`` in its metadata. The code that checks, splits, packs,
 moves and saves columns, and selects a rank's share of the routing, reads this declaration. To add a column,
@@ -7,9 +7,8 @@ add one field to ``OptionalColumns``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,19 +35,20 @@ class Column:
         aligned_to: what one row describes.
         padding: value of a packed slot without such a token, and of the only sequence of a dummy microbatch.
         dims: names of the dimensions after the first; () for one value per row.
+        narrow: a second dtype that the values of a ``TrainBatch`` may have, which ``dtype`` includes.
     """
 
     dtype: torch.dtype
     aligned_to: Alignment
     padding: float = 0
     dims: tuple[str, ...] = ()
+    narrow: torch.dtype | None = None
 
     @property
     def per_layer(self) -> bool:
         """Return whether a row has values for every decoder layer.
 
-        Such a column is too large for a device. It stays on the host until ``Routing.cut`` selects a rank's
-        slots and layers.
+        ``pack`` leaves such a column out: ``Routing.cut`` reads the slots and the layers of a rank only.
         """
         return "layers" in self.dims
 
@@ -59,7 +59,11 @@ class Column:
             InputError: one of them differs from this declaration.
         """
         expected = (rows, *self.dims)
-        if values.dtype != self.dtype or values.shape[:1] != (rows,) or values.dim() != len(expected):
+        if (
+            values.dtype not in (self.dtype, self.narrow)
+            or values.shape[:1] != (rows,)
+            or values.dim() != len(expected)
+        ):
             kind = "sequence" if self.aligned_to == "sequence" else "token"
             raise InputError(
                 f"column {name!r} has dtype {values.dtype} and shape {tuple(values.shape)}, "
@@ -67,11 +71,9 @@ class Column:
             )
 
 
-def column(
-    dtype: torch.dtype, aligned_to: Alignment, padding: float = 0, dims: tuple[str, ...] = ()
-) -> dict[str, Column]:
+def column(dtype: torch.dtype, aligned_to: Alignment, **others: Any) -> dict[str, Column]:
     """Return the metadata of a field that is a column; see ``Column`` for the arguments."""
-    return {"column": Column(dtype, aligned_to, padding, dims)}
+    return {"column": Column(dtype, aligned_to, **others)}
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,34 @@ class RoutingShape:
     num_experts: int
     topk: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the narrowest dtype of an expert's number."""
+        return torch.uint8 if self.num_experts <= 256 else torch.int16
 
-def minibatch_bounds(count: int, parts: int) -> list[tuple[int, int]]:
-    """Return (start, end) of at most ``parts`` ranges of ``count`` sequences, equal in size to within 1."""
-    parts = min(parts, count)
-    bounds = [round(i * count / parts) for i in range(parts + 1)]
-    return list(pairwise(bounds))
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The plan of one optimizer step for one replica.
+
+    Attributes:
+        rows: (first, end) of its sequences in the replica's batch.
+        microbatches: ascending rows of the sequences in each microbatch; [] is a dummy. All replicas have
+            equally many.
+        first_microbatch: number of the first of these microbatches in the step.
+        sequences: number of its sequences with response tokens, on all replicas.
+        response_tokens: their number of response tokens.
+        tokens: tokens of all its sequences.
+        computed_tokens: tokens of the sequences that some replica computes.
+    """
+
+    rows: tuple[int, int]
+    microbatches: list[list[int]]
+    first_microbatch: int
+    sequences: int
+    response_tokens: int
+    tokens: int
+    computed_tokens: int
 
 
 @dataclass(kw_only=True)
@@ -105,43 +129,33 @@ class OptionalColumns:
     Shapes refer to a ``TrainBatch``. Outside ``response_mask``, log probabilities are 0 and weights are 1.
 
     Attributes:
-        has_gradient: (S,) sequences that forward and backward passes compute; None means all. The others have
-            a zero gradient, and count in the loss's divisor.
         old_logprobs: (L,) log probabilities under the policy before the step's first update.
         ref_logprobs: (L,) log probabilities under the reference policy.
         sequence_weights: (S,) importance weights that multiply each sequence's loss; None means 1.
         token_weights: (L,) importance weights that multiply each token's loss; None means 1.
         kept_tokens: (L,) tokens of ``response_mask`` that count in the policy term of the loss; None means
             all.
-        routed_experts: (L, layers, topk) experts of each input token; None if they were not recorded. They
-            are -1 in layers without experts, and on last tokens if the rollout engine recorded them.
-        router_scores: (L, layers, topk) log scores that the old policy's routers gave the experts of each
-            input token, in ascending order of the experts; 0 in layers without experts.
         router_shift: (L,) shift of the routing of each input token since the old policy
             (``losses.rspo``'s gamma). The ratio of token t + 1 depends on input token t; the value of a
             sequence's last token has no meaning.
         extra: columns of a user's loss, by name; ``TrainBatch.extra_columns`` declares them.
     """
 
-    has_gradient: Tensor | None = field(default=None, metadata=column(torch.bool, "sequence"))
     old_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
     ref_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
     sequence_weights: Tensor | None = field(default=None, metadata=column(torch.float32, "sequence"))
     token_weights: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
     kept_tokens: Tensor | None = field(default=None, metadata=column(torch.bool, "predicted"))
-    routed_experts: Tensor | None = field(
-        default=None, metadata=column(torch.int16, "input", padding=-1, dims=("layers", "topk"))
-    )
-    router_scores: Tensor | None = field(
-        default=None, metadata=column(torch.float32, "input", dims=("layers", "topk"))
-    )
     router_shift: Tensor | None = field(default=None, metadata=column(torch.float32, "input"))
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class TrainBatch(OptionalColumns):
-    """The concatenated sequences of a step, on the host of every rank (S sequences, L tokens in total).
+    """Concatenated sequences on the host (S sequences, L tokens): those that this rank's replica trains.
+
+    In a step of the training loop, the ranks of a replica hold its share of the step, with a plan. A batch
+    without a plan is complete on every rank; ``Policy.share`` makes the shares of it.
 
     Row t of a per-token column describes token t: ``old_logprobs[t]`` is the log probability of ``tokens[t]``
     given the tokens before it in its sequence. Every assignment of a column checks its dtype and shape.
@@ -153,17 +167,36 @@ class TrainBatch(OptionalColumns):
         advantages: (S,) advantage of each sequence.
         rollout_logprobs: (L,) log probabilities that the rollout engine reported, 0 outside
             ``response_mask``.
+        routed_experts: (L, layers, topk) experts of each input token that the rollout engine recorded, or
+            None. Layers without experts and the last token of a sequence have no meaning.
+        numbers: (S,) numbers of the sequences in the step, ascending.
+        plan: the optimizer steps of a share, in order; () without a plan.
+        own_experts: the experts that this rank's routers chose in the pass of the old log probabilities:
+            (layer, microbatch of the step) -> (T', topk) uint8 or int16, for the T' slots that this rank's
+            routers see. Empty if they were not recorded. Training replays them instead of
+            ``routed_experts``.
+        own_scores: the log scores that these routers gave these experts, fp32 of the same shapes, in
+            ascending order of the experts.
         extra_columns: the declaration of each column in ``extra``.
 
     Raises:
         InputError: the dtype or shape of a column differs from its declaration.
     """
 
-    tokens: Tensor = field(metadata=column(torch.int64, "input"))
+    tokens: Tensor = field(metadata=column(torch.int64, "input", narrow=torch.int32))
     lengths: Tensor = field(metadata=column(torch.int64, "sequence"))
     response_mask: Tensor = field(metadata=column(torch.bool, "predicted"))
     advantages: Tensor = field(metadata=column(torch.float32, "sequence"))
     rollout_logprobs: Tensor = field(metadata=column(torch.float32, "predicted"))
+    routed_experts: Tensor | None = field(
+        default=None,
+        metadata=column(torch.int16, "input", dims=("layers", "topk"), narrow=torch.uint8),
+        kw_only=True,
+    )
+    numbers: Tensor | None = field(default=None, metadata=column(torch.int64, "sequence"), kw_only=True)
+    plan: Sequence[Minibatch] = field(default=(), kw_only=True)
+    own_experts: dict[tuple[int, int], Tensor] = field(default_factory=dict, kw_only=True)
+    own_scores: dict[tuple[int, int], Tensor] = field(default_factory=dict, kw_only=True)
     extra_columns: dict[str, Column] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -200,20 +233,8 @@ class TrainBatch(OptionalColumns):
         owners = torch.repeat_interleave(torch.arange(len(self)), self.lengths)
         return torch.zeros_like(self.lengths).index_add(0, owners, self.response_mask.long())
 
-    @property
-    def computed(self) -> Tensor:
-        """Return (L,) bool: the tokens of the sequences of ``has_gradient``."""
-        if self.has_gradient is None:
-            return torch.ones_like(self.response_mask)
-        return torch.repeat_interleave(self.has_gradient, self.lengths)
-
-    @property
-    def trained_mask(self) -> Tensor:
-        """Return (L,) bool: the tokens of ``response_mask`` in the sequences of ``has_gradient``."""
-        return self.response_mask & self.computed
-
     def add_extra(self, name: str, column: Column, values: Tensor) -> None:
-        """Add a column of a user's loss. ``split`` and ``pack`` then process it too.
+        """Add a column of a user's loss. ``minibatch`` and ``pack`` then process it too.
 
         Raises:
             InputError: ``name`` is a column of every batch, or the dtype or shape of ``values`` differs from
@@ -235,20 +256,33 @@ class TrainBatch(OptionalColumns):
             "extra": {name: change(self.extra_columns[name], values) for name, values in self.extra.items()},
         }
 
-    def split(self, parts: int) -> list[TrainBatch]:
-        """Split into at most ``parts`` minibatches of consecutive sequences, equal in size to within 1."""
+    def token_index(self, sequences: Tensor) -> Tensor:
+        """Return the indices of the tokens of these rows in the flat columns, (tokens,) int64."""
+        lengths = self.lengths[sequences]
+        ends = lengths.cumsum(0)
+        start = torch.repeat_interleave(self.starts[sequences] - (ends - lengths), lengths)
+        return start + torch.arange(len(start))
+
+    def take(self, sequences: Tensor) -> TrainBatch:
+        """Return a batch of these rows, with copies of their columns and without a plan."""
+        tokens = self.token_index(sequences)
+        taken = self.mapped(lambda column, v: v[sequences if column.aligned_to == "sequence" else tokens])
+        return TrainBatch(**taken, extra_columns=self.extra_columns)
+
+    def minibatch(self, number: int) -> TrainBatch:
+        """Return views of the sequences of one optimizer step of the plan."""
+        part = self.plan[number]
+        first, end = part.rows
         starts = [*self.starts.tolist(), len(self.tokens)]
-
-        def part(lo: int, hi: int) -> TrainBatch:
-            sequences, tokens = slice(lo, hi), slice(starts[lo], starts[hi])
-            cut = self.mapped(lambda column, v: v[sequences if column.aligned_to == "sequence" else tokens])
-            return TrainBatch(**cut, extra_columns=self.extra_columns)
-
-        return [part(lo, hi) for lo, hi in minibatch_bounds(len(self), parts)]
-
-    def without_layers(self) -> TrainBatch:
-        """Return the batch without the columns that only routing replay and the routers use."""
-        return replace(self, **dict.fromkeys(PER_LAYER_COLUMNS))
+        sequences, tokens = slice(first, end), slice(starts[first], starts[end])
+        rows = [[row - first for row in members] for members in part.microbatches]
+        return TrainBatch(
+            **self.mapped(lambda column, v: v[sequences if column.aligned_to == "sequence" else tokens]),
+            extra_columns=self.extra_columns,
+            plan=[replace(part, rows=(0, end - first), microbatches=rows)],
+            own_experts=self.own_experts,
+            own_scores=self.own_scores,
+        )
 
     def save(self, path: Path) -> None:
         """Write all columns to a safetensors file by name; columns in ``extra`` are called ``extra.NAME``."""
@@ -259,8 +293,6 @@ class TrainBatch(OptionalColumns):
 
 COLUMNS: dict[str, Column] = {f.name: f.metadata["column"] for f in fields(TrainBatch) if f.metadata}
 """The declaration of every column of a ``TrainBatch``, except columns in ``extra``."""
-
-PER_LAYER_COLUMNS = tuple(name for name, column in COLUMNS.items() if column.per_layer)
 
 
 @dataclass
@@ -286,6 +318,9 @@ class Microbatch(OptionalColumns):
         input_index: (T,) int64, index of the input token, -1 on padding.
         advantages: (S,) fp32.
         rollout_logprobs: (T,) fp32 or None.
+        routed_experts: (T', MoE layers of a chunk, topk) int16 experts to replay or compare, for the slots
+            that this rank's routers see; -1 where they are not known. ``Routing.cut`` sets them.
+        router_scores: the old policy's log scores of these experts, fp32, or None.
     """
 
     tokens: Tensor
@@ -300,6 +335,8 @@ class Microbatch(OptionalColumns):
     input_index: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor | None = None
+    routed_experts: Tensor | None = None
+    router_scores: Tensor | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Microbatch:
         """Return the microbatch with ``change`` of every tensor."""

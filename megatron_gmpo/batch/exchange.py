@@ -44,7 +44,7 @@ class Exchange:
     """
 
     def __init__(self, nodes: Nodes, replica: int, folder: str, timeout_s: float) -> None:
-        self._replica = replica
+        self.replica = replica
 
     def distribute(self, mine: Mapping[int, Sample], index: StepIndex, replica_of: np.ndarray) -> Columns:
         """Return the columns of the sequences of this rank's replica. Collective.
@@ -55,7 +55,7 @@ class Exchange:
             replica_of: (S,) int32 replica that trains each sequence; -1 means nobody.
         """
         everyone = {number: sample for part in all_gather_objects(mine) for number, sample in part.items()}
-        chosen = np.flatnonzero(replica_of == self._replica)
+        chosen = np.flatnonzero(replica_of == self.replica)
         samples = [everyone[number] for number in chosen.tolist()]
         experts = None
         if len(chosen) and (nbytes := int(index.expert_bytes[chosen].max())):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -95,6 +95,10 @@ class StepIndex:
     def rewards_of_groups(self) -> Iterator[np.ndarray]:
         """Yield the rewards of each group, (samples,) float64."""
         return iter(np.split(self.reward, self.group_bounds[1:-1]))
+
+    def without_truncated(self) -> StepIndex:
+        """Return an index in which truncated sequences have no response tokens."""
+        return replace(self, response_length=np.where(self.truncated, np.int32(0), self.response_length))
 
     def take(self, groups: np.ndarray) -> StepIndex:
         """Return the rows of these ascending positions of groups, which become 0, 1, 2 and so on."""

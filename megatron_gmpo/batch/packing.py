@@ -14,11 +14,12 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .columns import Microbatch, TrainBatch
+from .columns import Column, Microbatch, TrainBatch
 
 _ATTENTION_EQUALS_REST = 32768
 """Sequence length at which attention costs as much as the rest of a layer.
@@ -149,11 +150,15 @@ def pack(
     input_index = torch.where(position < length, first + position, -1)
     flat_index = torch.where(position + 1 < length, first + position + 1, -1)
     index = {"input": input_index, "predicted": flat_index, "sequence": chosen}
-    packed = batch.mapped(lambda column, values: _take(values, index[column.aligned_to], column.padding))
+
+    def slots(column: Column, values: Tensor) -> Tensor:
+        return _take(values, index[column.aligned_to], column.padding).to(column.dtype)
+
+    packed = replace(batch, routed_experts=None, numbers=None).mapped(slots)
     del packed["lengths"]  # cu_seqlens and position_ids replace it
     mask = packed.pop("response_mask")
     return Microbatch(
-        labels=_take(batch.tokens, flat_index),
+        labels=_take(batch.tokens, flat_index).long(),
         position_ids=position,
         cu_seqlens=cu_seqlens.int(),
         bounds=cu_seqlens.tolist(),

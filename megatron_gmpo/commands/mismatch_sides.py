@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch.assembly import make_train_batch
+from ..batch.assembly import whole_batch
 from ..batch.samples import SampleGroup
 from ..config import Config
 from ..data.prompts import load_tokenizer
@@ -86,7 +86,7 @@ def measure(
         elif side in SERVERS:
             found[side] = own_server_side(cfg, groups, device, SERVERS[side])
         elif side == "recorded":
-            batch = make_train_batch(groups, torch.zeros(sum(len(group.samples) for group in groups)))
+            batch = whole_batch(groups)
             found[side] = Side(batch.rollout_logprobs[batch.response_mask])
         elif side != "policy":
             found[side] = server_side(external_servers((side,))[0], groups, cfg.sglang.request_timeout_s)
@@ -151,14 +151,14 @@ def policy_side(cfg: Config, groups: list[SampleGroup], device: torch.device, la
     start_process_group(device, cfg.distributed_timeout_s)
     parallel = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     policy = Policy(cfg, description, parallel, device, trainable=False)
-    batch = make_train_batch(groups, torch.zeros(sum(len(group.samples) for group in groups)))
+    batch = whole_batch(groups)
     logprobs = policy.logprobs(batch)[batch.response_mask]
     one_each = [SampleGroup(group.prompt, [sample]) for group in groups for sample in group.samples][:layers]
     kept: list[list[Tensor]] = []
     for group in one_each:
         decoder_layers = (layer for chunk in policy.chunks for layer in unwrapped(chunk).decoder.layers)
         with _kept_states(decoder_layers) as states:
-            policy.logprobs(make_train_batch([group], torch.zeros(1)))
+            policy.logprobs(whole_batch([group]))
         kept.append(states)
     return Side(logprobs, _by_layer(kept, [len(group.samples[0].tokens) for group in one_each]))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..batch.columns import TrainBatch
 from ..config import AlgorithmConfig
-from ..metrics.figures import Metric
+from ..metrics.figures import Metric, weights_metric
 from .tokens import K3_BOUND, k3
 
 FAR = 0.1
@@ -19,7 +19,7 @@ Rounding in a bf16 engine causes much smaller differences."""
 
 
 def rollout_mismatch(*batches: TrainBatch) -> dict[str, Metric]:
-    """Compare the log probabilities of the policy and of the rollout engine over trained response tokens.
+    """Compare the log probabilities of the policy and of the rollout engine over a replica's response tokens.
 
     The policy's values are ``old_logprobs``, and the engine's values are ``rollout_logprobs``.
 
@@ -32,7 +32,7 @@ def rollout_mismatch(*batches: TrainBatch) -> dict[str, Metric]:
         share of their number. Nothing if no response token is trained: with ``old_logprobs = "rollout"`` the
         first minibatch, the only one with ``old_logprobs``, may have no sequence with an advantage.
     """
-    log_ratio = torch.cat([_log_ratio(batch)[batch.trained_mask] for batch in batches])
+    log_ratio = torch.cat([torch.zeros(0), *(_log_ratio(batch)[batch.response_mask] for batch in batches)])
     difference = log_ratio.abs()
     count = log_ratio.numel()
     if count == 0:
@@ -43,8 +43,7 @@ def rollout_mismatch(*batches: TrainBatch) -> dict[str, Metric]:
         "rollout/logprob_diff_far": Metric(float((difference > FAR).sum()), count),
         "rollout/k3_kl": Metric(float(k3(log_ratio).sum()), count),
         "rollout/k3_kl_bounded": Metric(float((log_ratio > K3_BOUND).sum()), count),
-        # the effective sample size does not depend on the scale of the weights; this scale cannot overflow
-        "rollout/effective_sample_size": _effective_sample_size((log_ratio - log_ratio.max()).double().exp()),
+        "rollout/effective_sample_size": weights_metric(log_ratio),
     }
 
 
@@ -62,17 +61,17 @@ def importance_weights(
         without response tokens. The metrics are the share of truncated weights, the mean, and the effective
         sample size as a share of the number of weights.
     """
-    log_ratio, counted = _log_ratio(batch), batch.trained_mask
+    log_ratio, counted = _log_ratio(batch), batch.response_mask
     if level != "token":
         log_ratio, counted = _sequence_log_ratio(batch, mean=level == "geometric"), batch.response_lengths > 0
-        if batch.has_gradient is not None:
-            counted &= batch.has_gradient
     weights = log_ratio.exp().clamp(max=cap).float()
     count = int(counted.sum())
+    used = weights[counted]
+    sums = torch.stack([torch.zeros(()).double(), used.double().sum(), (used.double() ** 2).sum()])
     return weights, {
-        "rollout/weight_mean": Metric(float(weights[counted].sum()), count),
-        "rollout/weight_truncated": Metric(float((weights[counted] >= cap).sum()), count),
-        "rollout/weight_effective_sample_size": _effective_sample_size(weights[counted]),
+        "rollout/weight_mean": Metric(float(used.sum()), count),
+        "rollout/weight_truncated": Metric(float((used >= cap).sum()), count),
+        "rollout/weight_effective_sample_size": Metric(sums, count, "weights"),  # capped: they need no scale
     }
 
 
@@ -90,7 +89,7 @@ def kept_tokens(batch: TrainBatch, mask: Literal["icepop", "geometric"], low: fl
 
 
 def correct(batch: TrainBatch, cfg: AlgorithmConfig) -> dict[str, Metric]:
-    """Set the importance weights and the mask of ``cfg`` on the batch, and return their metrics.
+    """Set the importance weights and the mask of ``cfg`` on a replica's batch, and return its metrics.
 
     Off-policy masking depends on the current policy, so the loss applies it.
     """
@@ -106,16 +105,10 @@ def correct(batch: TrainBatch, cfg: AlgorithmConfig) -> dict[str, Metric]:
     return metrics
 
 
-def _effective_sample_size(weights: Tensor) -> Metric:
-    """Return Kish's effective sample size as a share of the number of weights."""
-    weights = weights.double()
-    return Metric(float(weights.sum() ** 2), float(len(weights) * (weights**2).sum()))
-
-
 def _log_ratio(batch: TrainBatch) -> Tensor:
-    """Return (L,) fp32 log pi_old - log pi_rollout, 0 outside ``trained_mask``."""
+    """Return (L,) fp32 log pi_old - log pi_rollout, 0 outside ``response_mask``."""
     assert batch.old_logprobs is not None
-    return torch.where(batch.trained_mask, batch.old_logprobs - batch.rollout_logprobs, 0)
+    return torch.where(batch.response_mask, batch.old_logprobs - batch.rollout_logprobs, 0)
 
 
 def _sequence_log_ratio(batch: TrainBatch, mean: bool) -> Tensor:

@@ -117,10 +117,9 @@ class Objective:
                 seen = replace(batch, old_logprobs=self._old_logprobs(batch))
                 batch.add_extra(need.name, need.column, need.make(seen))
 
-    def count(self, response_lengths: Tensor) -> int:
-        """Return the divisor of the SUM over sequences with these (S,) response lengths."""
-        per_token = self.loss.divisor == "tokens"
-        return int(response_lengths.sum() if per_token else (response_lengths > 0).sum())
+    def count(self, sequences: int, tokens: int) -> int:
+        """Return the divisor of the SUM over so many sequences with response tokens and so many of these."""
+        return tokens if self.loss.divisor == "tokens" else sequences
 
 
 def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -> Objective:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import all_gather_objects, world_size
-from .figures import Metric, Op
+from .figures import Metric, Op, rescaled
 from .histogram import BINS
 
-_SUMMANDS: dict[Op, int] = {"mean": 2, "histogram": BINS + 1, "max": 1, "min": 1}
-"""Number of values of a metric that are added: its total, one number or BINS, and its count.
+_SUMMANDS: dict[Op, int] = {"mean": 2, "histogram": BINS + 1, "max": 1, "min": 1, "weights": 3}
+"""Number of values of a metric that are added: its total, one number, two or BINS, and its count.
 
 Of an extreme, whether it is NaN: an all-reduce that takes maxima may drop NaN."""
-_SIGNS: dict[Op, float] = {"max": 1.0, "min": -1.0}
+_SIGNS: dict[Op, float] = {"max": 1.0, "min": -1.0, "weights": 1.0}
+"""Metrics of which the maximum is taken: extremes, negated for a minimum, and the scales of weights."""
+Key = TypeVar("Key")
 
 
-def fetch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fetch(tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
     """Copy tensors to the host with one wait for the device. A tensor on the host is returned as it is."""
     # from a GPU, this copies into pinned memory without waiting; not run on a GPU yet
     host = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
@@ -30,7 +33,7 @@ def fetch(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class RankReduction:
-    """Reduce metrics over all ranks: one all-reduce adds, one takes the maximum of the extremes.
+    """Reduce metrics over all ranks: one all-reduce takes the maximum of the extremes, one adds.
 
     The vectors of these all-reduces have the same layout on all ranks, although only ranks of the last
     pipeline stage have metrics of the loss. The ranks gather their metrics' names as objects the first time,
@@ -48,7 +51,7 @@ class RankReduction:
         self,
         mine: Mapping[str, Metric],
         summed: Mapping[str, Tensor] | None = None,
-        replicated: Mapping[str, Tensor] | None = None,
+        fetched: Mapping[str, Tensor] | None = None,
     ) -> tuple[dict[str, Metric], dict[str, Tensor]]:
         """Reduce this rank's metrics, and fetch other tensors with them. Collective.
 
@@ -56,19 +59,21 @@ class RankReduction:
             mine: metrics of this rank, with tensors of any device. Totals, counts and histograms are added,
                 extremes take the extreme. A name may be absent on some ranks.
             summed: other tensors that are added over all ranks, in float64.
-            replicated: other tensors, which all ranks have in equal form.
+            fetched: other tensors, of which every rank gets its own.
 
         Returns:
             The metrics that some rank has, with floats or host tensors, and the host copies of the other
             tensors.
         """
-        summed, replicated = summed or {}, replicated or {}
-        sums = torch.cat([self._sums(mine), *(tensor.flatten().double() for tensor in summed.values())])
+        summed, fetched = summed or {}, fetched or {}
         highest = self._highest(mine)
         if world_size() > 1:
-            dist.all_reduce(sums)
             dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-        host = fetch({"sums": sums, "highest": highest, **replicated})
+        flat = [tensor.flatten().double() for tensor in summed.values()]
+        sums = torch.cat([self._sums(mine, highest), *flat])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        host = fetch({"sums": sums, "highest": highest, **fetched})
         sizes = [tensor.numel() for tensor in summed.values()]
         own, *rest = host.pop("sums").split([len(sums) - sum(sizes), *sizes])
         highest = host.pop("highest")
@@ -88,14 +93,19 @@ class RankReduction:
             for name, op in ops.items():
                 assert self._ops.setdefault(name, op) == op, f"{name} is both {self._ops[name]} and {op}"
 
-    def _sums(self, mine: Mapping[str, Metric]) -> Tensor:
+    def _sums(self, mine: Mapping[str, Metric], highest: Tensor) -> Tensor:
         """Return the number of new names, and for each known name whether it is present and its summands."""
         pieces = [self._vector(sum(self._ops.get(name) != metric.op for name, metric in mine.items()))]
+        extremes = iter(highest)
         for name, op in self._ops.items():
             metric = mine.get(name)
+            extreme = next(extremes) if op in _SIGNS else None
             pieces.append(self._vector(metric is not None))
             if metric is None:
                 pieces.append(self._vector(0, _SUMMANDS[op]))
+            elif op == "weights":
+                assert extreme is not None
+                pieces += [rescaled(self._vector(metric.total), extreme), self._vector(metric.count)]
             elif op in _SIGNS:
                 pieces.append(self._vector(metric.total).isnan().double())
             else:
@@ -108,7 +118,7 @@ class RankReduction:
         for name, op in self._ops.items():
             if sign := _SIGNS.get(op):
                 metric = mine.get(name)
-                value = self._vector(-torch.inf) if metric is None else sign * self._vector(metric.total)
+                value = self._vector(-torch.inf) if metric is None else sign * self._vector(metric.total)[:1]
                 pieces.append(value.masked_fill(value.isnan(), -torch.inf))
         return torch.cat(pieces)
 
@@ -118,14 +128,16 @@ class RankReduction:
         extremes = iter(highest.tolist())
         for name, op in self._ops.items():
             present, values, sums = sums.split([1, _SUMMANDS[op], len(sums) - 1 - _SUMMANDS[op]])
-            extreme = _SIGNS[op] * next(extremes) if op in _SIGNS else None
+            extreme = _SIGNS[op] * next(extremes) if op in _SIGNS else 0.0
             if not present:
                 continue
-            if extreme is not None:
+            if op in ("max", "min"):
                 metrics[name] = Metric(math.nan if values[0] else extreme, op=op)
+            elif op == "mean":
+                metrics[name] = Metric(float(values[0]), float(values[1]))
             else:
-                total = float(values[0]) if op == "mean" else values[:-1].clone()
-                metrics[name] = Metric(total, float(values[-1]), op)
+                scale = values.new_tensor([extreme] if op == "weights" else [])
+                metrics[name] = Metric(torch.cat([scale, values[:-1]]), float(values[-1]), op)
         return metrics
 
     def _vector(self, value: Tensor | float, size: int = 1) -> Tensor:

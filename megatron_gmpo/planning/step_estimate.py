@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..batch.columns import minibatch_bounds
 from ..batch.packing import plan_microbatches
+from ..batch.plan import minibatch_bounds
 from ..config import Config
 from ..losses.objective import minibatches_without_pass, needed_columns
 from ..models.fp8_blocks import BLOCK

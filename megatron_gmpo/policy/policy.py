@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from ..batch.columns import Microbatch, RoutingShape, TrainBatch, minibatch_bounds
+from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..batch.plan import StepPlan, planned
 from ..checkpoint import Save, check_model, model_identity, start_save
 from ..config import Config
 from ..errors import NonFiniteError
@@ -100,61 +102,89 @@ class Policy:
         load_hf(chunks, self.description.mapping, path, self.groups)
         return chunks
 
-    def logprobs(self, batch: TrainBatch) -> Tensor:
-        """Return (L,) fp32 on the host: log probability of every response token, 0 elsewhere.
+    @property
+    def replica(self) -> int:
+        """Return the number of the data-parallel replica that this rank belongs to."""
+        return self.groups.dp.rank()
 
-        Logits are divided by the rollout temperature. Routing replay uses the batch's ``routed_experts`` if
-        present.
-        """
-        return self.schedule.logprobs(
-            self.chunks, batch, self._routing_pass(batch, replay=batch.routed_experts is not None)
-        )
-
-    def prepare(self, batch: TrainBatch, objective: Objective) -> dict[str, Metric]:
-        """Set the ``has_gradient`` and ``old_logprobs`` of a step's batch; leave out what changes nothing.
+    def plan(
+        self, lengths: np.ndarray, response_lengths: np.ndarray, advantages: Tensor, objective: Objective
+    ) -> StepPlan:
+        """Plan a step's updates and leave out what changes nothing. Needs no message.
 
         A sequence without response tokens or with advantage 0 has no gradient. It is computed only if a term
         of the loss, an auxiliary loss, an update of the routers' bias or the routing of other tokens uses it,
         or if no sequence has a gradient, so that figures of the policy exist.
 
-        The minibatches of ``minibatches_without_pass`` get no ``old_logprobs`` here. ``train_step`` sets
-        those of the first minibatch.
+        Args:
+            lengths, response_lengths: (S,) tokens of each sequence of the step, see ``StepPlan``.
+            advantages: (S,).
+        """
+        transformer = self.description.transformer
+        every_token = (
+            self.auxiliary.used or transformer.moe_router_bias_update_rate or routes_together(transformer)
+        )
+        computed = (advantages != 0).numpy() & (response_lengths > 0)
+        if every_token or not objective.needs_advantage or not computed.any():
+            computed = np.ones(len(lengths), np.bool_)
+        return self.schedule.plan(lengths, response_lengths, computed, self._num_minibatches)
+
+    def share(self, batch: TrainBatch, minibatches: int = 1) -> TrainBatch:
+        """Return this replica's share of a batch that every rank holds whole; every sequence is computed."""
+        lengths, responses = batch.lengths.numpy(), batch.response_lengths.numpy()
+        plan = self.schedule.plan(lengths, responses, np.ones(len(batch), np.bool_), minibatches)
+        return planned(batch, plan, self.replica)
+
+    def logprobs(self, batch: TrainBatch) -> Tensor:
+        """Return (L,) fp32 on the host: log probability of every response token, 0 elsewhere.
+
+        Every rank holds the batch whole, and gets the whole result. Logits are divided by the rollout
+        temperature. Routing replay uses the batch's ``routed_experts`` if present.
+        """
+        share = self.share(batch)
+        routing = self._routing_pass(share, replay=batch.routed_experts is not None)
+        found = self.schedule.logprobs(self.chunks, share, routing)
+        assert share.numbers is not None
+        flat = torch.zeros(len(batch.tokens), device=self.device)
+        flat[batch.token_index(share.numbers).to(self.device)] = found.to(self.device)
+        dist.all_reduce(flat, group=self.groups.dp)
+        return flat.cpu()
+
+    def prepare(self, batch: TrainBatch) -> dict[str, Metric]:
+        """Set the ``old_logprobs`` of a step's batch.
+
+        The minibatches of ``minibatches_without_pass`` get none here. ``train_step`` sets those of the first
+        minibatch.
 
         Returns:
             The metrics of ``set_old_logprobs``; ``train/computed_tokens``, the share of the tokens that are
             computed; ``train/saved``, the share of the step's passes over tokens that is left out. A token's
             old log probability is one pass, its training three.
         """
-        transformer = self.description.transformer
-        every_token = (
-            self.auxiliary.used or transformer.moe_router_bias_update_rate or routes_together(transformer)
-        )
-        chosen = (batch.advantages != 0) & (batch.response_lengths > 0)
-        if objective.needs_advantage and not every_token and chosen.any():
-            batch.has_gradient = chosen
         self._weights_are_old = True
-        bounds = minibatch_bounds(len(batch), self._num_minibatches)
-        first = sum(end - start for start, end in bounds[: self._without_pass])
-        tokens, computed = len(batch.tokens), int(batch.computed.sum())
-        passed = int(batch.computed[int(batch.lengths[:first].sum()) :].sum())
+        tokens = sum(part.tokens for part in batch.plan)
+        computed = sum(part.computed_tokens for part in batch.plan)
+        passed = sum(part.computed_tokens for part in batch.plan[self._without_pass :])
         metrics = {
             "train/computed_tokens": Metric(computed, tokens),
             "train/saved": Metric(4 * tokens - 3 * computed - passed, 4 * tokens),
         }
-        return metrics | (self.set_old_logprobs(batch, first) if first < len(batch) else {})
+        if self._without_pass < len(batch.plan):
+            metrics |= self.set_old_logprobs(batch, self._without_pass)
+        return metrics
 
     def minibatches(self, batch: TrainBatch) -> list[TrainBatch]:
         """Split a batch of ``prepare`` into the minibatches of the step's updates."""
-        minibatches = batch.split(self._num_minibatches)
+        minibatches = [batch.minibatch(number) for number in range(len(batch.plan))]
         for minibatch in minibatches[: self._without_pass]:
             minibatch.old_logprobs = None
         return minibatches
 
     def set_old_logprobs(self, batch: TrainBatch, first: int = 0) -> dict[str, Metric]:
-        """Set the batch's ``old_logprobs`` and, if routing is recorded here, its ``routed_experts``.
+        """Set the batch's ``old_logprobs`` and what this rank's routers record for training.
 
         Args:
-            first: leave out the sequences before this number.
+            first: leave out the optimizer steps before this number.
 
         Returns:
             For a MoE, load and entropy of the routers, see ``OldRouters.metrics``. If the rollout engine
@@ -163,25 +193,25 @@ class Policy:
             see ``RoutingPass.metrics``.
         """
         kind, shifts = self.cfg.algorithm.moe_routing_replay, "router_shift" in self._needs
+        batch.own_experts, batch.own_scores = {}, {}
         routing = self._routing_pass(batch, replay=kind == "rollout", record=kind != "rollout")
         routers = self._old_routers(batch, keep_scores=shifts)
         batch.old_logprobs = self.schedule.logprobs(self.chunks, batch, routing, routers, first)
         self._weights_are_old = True
-        _, host = self._over_ranks({}, *_figures_of(routing, routers))
+        _, host = self._over_ranks({}, _figures_of(routing, routers))
         metrics = self._moe_metrics(host, routing, routers, "moe/routing_differs")
         if routing and routing.record:
-            batch.routed_experts = routing.gather()
+            batch.own_experts = routing.recorded()
         if routers and shifts:
-            batch.router_scores = routers.gather_scores()
+            batch.own_scores = routers.scores()
         return metrics
 
     def router_shift(self, batch: TrainBatch) -> Tensor:
         """Return ``TrainBatch.router_shift`` under the current weights, (L,) fp32 on the host.
 
-        The batch must have ``router_scores``. Costs one forward pass with the routing of training, except
-        before the first update after ``set_old_logprobs``, when the shift is 1.
+        The batch must have passed ``set_old_logprobs``. Costs one forward pass with the routing of training,
+        except before the first update after it, when the shift is 1.
         """
-        assert batch.router_scores is not None
         if self._weights_are_old:
             return torch.ones(len(batch.tokens))
         shift = RouterShift(*self._routers_of(batch))
@@ -189,10 +219,18 @@ class Policy:
         return shift.gather()
 
     def reference_logprobs(self, batch: TrainBatch) -> Tensor:
-        """Return ``logprobs`` of the reference policy; the loss must need the column ``ref_logprobs``."""
+        """Return (L,) fp32 on the host: the reference policy's log probability of every response token.
+
+        The loss must need the column ``ref_logprobs``.
+        """
         assert self.reference is not None
         with on_device(self.reference, self.device) if self.cfg.model.reference_offload else nullcontext():
             return self.schedule.logprobs(self.reference, batch)
+
+    def over_replicas(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        """Reduce metrics that every rank of a replica has of its replica's batch. Collective."""
+        first = max(group.rank() for group in (self.groups.tp, self.groups.cp, self.groups.pp)) == 0
+        return self._over_ranks(metrics if first else {})[0]
 
     def begin_step(self, step: int) -> None:
         """Put the learning-rate schedule at the first optimizer step after ``step`` steps of the run.
@@ -204,7 +242,7 @@ class Policy:
         self.model.scheduler.num_steps = step * self.cfg.train.minibatches_per_step
 
     def train_step(self, minibatch: TrainBatch, objective: Objective) -> dict[str, Metric]:
-        """Make one optimizer step on the minibatch.
+        """Make one optimizer step on the minibatch, a batch whose plan has one.
 
         Before the first update of a step, the current policy is the old one. If the minibatch then has no
         ``old_logprobs``, this pass sets them; a ratio that divides by them is 1.
@@ -215,7 +253,7 @@ class Policy:
 
         Returns:
             Over all ranks: ``loss``, ``grad_norm``, ``learning_rate``, the objective's metrics and those of
-            ``AuxiliaryLosses``. If the minibatch has ``routed_experts``, also ``moe/routing_drift`` and
+            ``AuxiliaryLosses``. If the minibatch knows experts, also ``moe/routing_drift`` and
             ``moe/routing_drift_tokens``: the difference between them and the current weights' own routing.
             If this pass sets ``old_logprobs``, the metrics of ``set_old_logprobs`` instead of these two.
 
@@ -223,17 +261,15 @@ class Policy:
             NonFiniteError: the loss or the gradient norm is not finite.
         """
         if "router_shift" in self._needs:
-            minibatch = replace(minibatch, router_shift=self.router_shift(minibatch), router_scores=None)
-        plan = self.schedule.plan(minibatch)
-        count = objective.count(minibatch.response_lengths)
-        scale = self.groups.dp.size() * len(plan) / max(1, count)
+            minibatch = replace(minibatch, router_shift=self.router_shift(minibatch), own_scores={})
+        (part,) = minibatch.plan
+        count = objective.count(part.sequences, part.response_tokens)
+        scale = self.groups.dp.size() * len(part.microbatches) / max(1, count)
         is_old = minibatch.old_logprobs is None and self._weights_are_old
         routers = self._old_routers(minibatch) if is_old else None
         found: list[tuple[Tensor, Tensor]] = []
 
-        def loss(
-            logprobs: Tensor, entropy: Tensor, microbatch: Microbatch, place: int
-        ) -> tuple[Tensor, dict[str, Any]]:
+        def loss(logprobs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Any]]:
             if is_old:
                 microbatch = replace(microbatch, old_logprobs=logprobs.detach())
                 found.append(response_logprobs(logprobs, microbatch))
@@ -246,24 +282,22 @@ class Policy:
         optimizer: Any = self.model.optimizer
         optimizer.zero_grad()
         routing = None
-        if minibatch.routed_experts is not None:
+        if minibatch.routed_experts is not None or minibatch.own_experts:
             # R2 would replay the old policy's routing, which is that of this pass
             replay = not is_old or self.cfg.algorithm.moe_routing_replay == "rollout"
             routing = self._routing_pass(minibatch, replay=replay)
-        kept = self.schedule.run(self.chunks, minibatch, plan, loss, routing, routers)
-        summed, replicated = _figures_of(routing, routers)
-        summed["auxiliary"] = self.auxiliary.take()
-        if is_old:
-            replicated["old_logprobs"] = self.schedule.gather(found, len(minibatch.tokens))
+        kept = self.schedule.run(self.chunks, minibatch, loss, routing, routers)
+        summed = _figures_of(routing, routers) | {"auxiliary": self.auxiliary.take()}
+        fetched = {"old_logprobs": self.schedule.gather(found, len(minibatch.tokens))} if is_old else {}
         # one rank of each tensor-parallel group has the metrics; this is the only wait before the optimizer
         mine = reduce_metrics(kept) if self.groups.tp.rank() == 0 else {}
-        metrics, host = self._over_ranks(mine, summed, replicated)
+        metrics, host = self._over_ranks(mine, summed, fetched)
         # every context-parallel rank has the whole loss of its sequences
         metrics["loss"] = Metric(metrics["loss"].total / self.groups.cp.size(), count)
         metrics |= self._moe_metrics(
             host, routing, routers, "moe/routing_differs" if is_old else "moe/routing_drift"
         )
-        metrics |= self.auxiliary.metrics(host["auxiliary"], len(plan))
+        metrics |= self.auxiliary.metrics(host["auxiliary"], len(part.microbatches))
         if is_old:
             minibatch.old_logprobs = host["old_logprobs"]
         _check_finite("loss", metrics["loss"])
@@ -329,7 +363,7 @@ class Policy:
         if self.routing is None:
             return None
         replay = replay and self.cfg.algorithm.moe_routing_replay != "none"
-        return RoutingPass(self.routing, batch, self.device, replay, record)
+        return RoutingPass(self.routing, batch, self.groups.pp, replay, record)
 
     def _old_routers(self, batch: TrainBatch, *, keep_scores: bool = False) -> OldRouters | None:
         return (
@@ -346,11 +380,13 @@ class Policy:
         """Return the metrics of a pass from the host copies of its ``_figures_of``."""
         per_layer = self.description.transformer.moe_per_layer_logging
         metrics = routers.metrics(host["routers"], per_layer=per_layer) if routers else {}
-        return metrics | (routing.metrics(differences, host["routing"]) if routing else {})
+        return metrics | (routing.metrics(differences, host["routing"]) if "routing" in host else {})  # pyright: ignore[reportOptionalMemberAccess]
 
-    def _routers_of(self, batch: TrainBatch) -> tuple[RoutingShape, dist.ProcessGroup, int, torch.device]:
+    def _routers_of(
+        self, batch: TrainBatch
+    ) -> tuple[RoutingShape, ProcessGroupCollection, int, torch.device]:
         """Return the arguments of a ``RouterPass`` over the batch."""
-        return self.description.routing, self.groups.tp, len(batch.tokens), self.device
+        return self.description.routing, self.groups, len(batch.tokens), self.device
 
 
 @dataclass(frozen=True)
@@ -365,12 +401,10 @@ class Export:
         return export_hf(self.policy.chunks, self.policy.description.mapping, self.policy.groups)
 
 
-def _figures_of(
-    routing: RoutingPass | None, routers: OldRouters | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a pass's figures on the device: those to add over ranks, and those equal on all. Collective."""
-    summed = {"routers": routers.sums} if routers else {}
-    return summed, {"routing": routing.differences()} if routing else {}
+def _figures_of(routing: RoutingPass | None, routers: OldRouters | None) -> dict[str, Tensor]:
+    """Return a pass's figures on the device, to add over ranks. Collective."""
+    figures = {"routers": routers.sums} if routers else {}
+    return figures | ({"routing": routing.figures()} if routing and routing.compares else {})
 
 
 def _check_finite(name: str, metric: Metric) -> None:

@@ -7,18 +7,19 @@ rank sees a (token, MoE layer) pair, so sums over all ranks count it once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape
 from ..losses.rspo import log_router_shift
+from ..metrics.across_ranks import fetch
 from ..metrics.figures import Metric
 
 
@@ -56,42 +57,27 @@ def routes_together(config: TransformerConfig) -> bool:
     )
 
 
-def sum_pieces(
-    pieces: list[tuple[Tensor, Tensor]], length: int, topk: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Combine all ranks' (index, values) for some of the tokens. Collective.
-
-    Returns:
-        (L, topk) on the host of every rank, 0 for tokens without values.
-    """
-    # index -1, which is padding, selects the extra last row
-    share = torch.zeros(length + 1, topk, dtype=dtype, device=device)
-    for index, values in pieces:
-        share[index] = values
-    # only one rank has values for a token, so the sum of bytes is exact; NCCL has no int16
-    dist.all_reduce(share.view(torch.uint8))
-    return share[:-1].cpu()
-
-
 class RouterPass(ABC):
-    """One pass of a batch of L tokens that observes every router. Recomputation is not observed.
+    """One pass of a replica's batch of L tokens that observes every router. Recomputation is not observed.
 
     Args:
         shape: dimensions of the model's routing.
-        tp_group: tensor-parallel group, see ``own_slots``.
+        groups: the process groups of the model.
         length: L.
         device: device of the model.
     """
 
     def __init__(
-        self, shape: RoutingShape, tp_group: dist.ProcessGroup, length: int, device: torch.device
+        self, shape: RoutingShape, groups: ProcessGroupCollection, length: int, device: torch.device
     ) -> None:
-        self.shape, self.length, self.device, self._tp_group = shape, length, device, tp_group
+        self.shape, self.length, self.device, self.groups = shape, length, device, groups
+        self.number = -1
 
     @contextmanager
-    def of(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Iterator[None]:
-        """Wrap the forward pass of one microbatch through one chunk."""
-        index = own_slots(microbatch.input_index, self._tp_group)
+    def of(self, chunk: torch.nn.Module, microbatch: Microbatch, number: int) -> Iterator[None]:
+        """Wrap the forward pass of a microbatch, of this number in the step, through one chunk."""
+        self.number = number
+        index = own_slots(microbatch.input_index, self.groups.tp)
         with ExitStack() as hooks:
             for place, (layer, router) in enumerate(routers_of(chunk).items()):
 
@@ -151,8 +137,8 @@ class OldRouters(RouterPass):
     def __init__(self, *arguments, keep_scores: bool) -> None:
         super().__init__(*arguments)
         self._keep_scores = keep_scores
-        # layer -> (index, (T', topk)) of each microbatch
-        self._scores: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        # (layer, microbatch) -> (T', topk)
+        self._scores: dict[tuple[int, int], Tensor] = {}
         # by layer: number of tokens of each expert, the sum of the tokens' entropies, number of tokens
         self.sums = torch.zeros(
             self.shape.num_layers, self.shape.num_experts + 2, dtype=torch.float64, device=self.device
@@ -175,7 +161,7 @@ class OldRouters(RouterPass):
             # in ascending order; nonzero() would wait for the device
             numbers = torch.arange(self.shape.num_experts, device=routed.device).expand(routed.shape)
             experts = numbers.where(routed, self.shape.num_experts).sort(1).values[:, : self.shape.topk]
-            self._scores[layer].append((index, log_scores.gather(1, experts)))
+            self._scores[layer, self.number] = log_scores.gather(1, experts)
 
     def metrics(self, sums: Tensor, *, per_layer: bool) -> dict[str, Metric]:
         """Return figures over the observed tokens, without padding, from all ranks' ``sums``, on the host.
@@ -218,18 +204,13 @@ class OldRouters(RouterPass):
                 }
         return metrics
 
-    def gather_scores(self) -> Tensor:
-        """Return ``TrainBatch.router_scores``. Collective, layer by layer like ``RoutingPass.gather``."""
-        everything = torch.zeros(self.length, self.shape.num_layers, self.shape.topk)
-        for layer in self.shape.moe_layers:
-            everything[:, layer] = sum_pieces(
-                self._scores[layer], self.length, self.shape.topk, torch.float32, self.device
-            )
-        return everything
+    def scores(self) -> dict[tuple[int, int], Tensor]:
+        """Return ``TrainBatch.own_scores``: the scores that this rank computed, on the host."""
+        return fetch(self._scores)
 
 
 class RouterShift(RouterPass):
-    """A pass under the current weights over a batch with ``routed_experts`` and ``router_scores``."""
+    """A pass under the current weights over a batch with known experts and ``own_scores``."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -253,6 +234,7 @@ class RouterShift(RouterPass):
         )
 
     def gather(self) -> Tensor:
-        """Return ``TrainBatch.router_shift``. Collective."""
-        dist.all_reduce(self._log_shift)
+        """Return ``TrainBatch.router_shift`` on every rank of the replica. Collective."""
+        for group in (self.groups.tp, self.groups.cp, self.groups.pp):
+            dist.all_reduce(self._log_shift, group=group)
         return torch.exp(self._log_shift[:-1] / len(self.shape.moe_layers)).cpu()

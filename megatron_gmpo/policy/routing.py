@@ -8,7 +8,6 @@ the order of its forward passes.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,9 +17,10 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
-from ..batch.columns import PER_LAYER_COLUMNS, Microbatch, RoutingShape, TrainBatch
+from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..metrics.across_ranks import fetch
 from ..metrics.figures import Metric
-from .routers import own_slots, routers_of, sum_pieces
+from .routers import own_slots, routers_of
 
 
 class _Hook(RouterReplay):
@@ -73,13 +73,38 @@ class Routing:
         """Return the slots that this rank's routers see, see ``own_slots``."""
         return own_slots(slots, self._tp_group)
 
-    def cut(self, microbatch: Microbatch, chunk: torch.nn.Module) -> Microbatch:
-        """Reduce the per-layer columns to this rank's slots and the MoE layers of ``chunk``."""
-        whole = {name: getattr(microbatch, name) for name in PER_LAYER_COLUMNS}
+    def known(self, batch: TrainBatch, microbatch: Microbatch) -> Tensor:
+        """Return (T',) bool: the slots of this rank's routers whose experts the batch knows.
+
+        The rollout engine recorded none for the last token of a sequence.
+        """
+        return self.own(microbatch.input_index if batch.own_experts else microbatch.flat_index) >= 0
+
+    def cut(
+        self, batch: TrainBatch, microbatch: Microbatch, chunk: torch.nn.Module, number: int
+    ) -> Microbatch:
+        """Add the experts and scores of the slots and MoE layers that this rank computes in ``chunk``.
+
+        Args:
+            number: number of the microbatch in the step.
+        """
         layers = list(self.hooks[chunk])
+        if not layers or not (batch.own_experts or batch.routed_experts is not None):
+            return microbatch
+        if batch.own_experts:
+            experts = torch.stack([batch.own_experts[layer, number] for layer in layers], 1)
+        else:
+            assert batch.routed_experts is not None
+            # the slice leaves the layers of other stages unread
+            span = batch.routed_experts[:, layers[0] : layers[-1] + 1]
+            experts = span[self.own(microbatch.input_index).clamp(min=0)]
+            experts = experts[:, [layer - layers[0] for layer in layers]]
+        unknown = ~self.known(batch, microbatch)
+        scores = [batch.own_scores[layer, number] for layer in layers] if batch.own_scores else None
         return replace(
             microbatch,
-            **{name: self.own(tensor)[:, layers] for name, tensor in whole.items() if tensor is not None},
+            routed_experts=experts.short().masked_fill(unknown[:, None, None], -1),
+            router_scores=torch.stack(scores, 1) if scores else None,
         )
 
 
@@ -89,31 +114,34 @@ class RoutingPass:
 
     Attributes:
         routing: the replay hooks.
-        batch: the L tokens. The routers' own choices are compared with its ``routed_experts`` if present.
-        device: device of the model.
-        replay: make the routers repeat the batch's ``routed_experts``.
-        record: keep the routers' choices for ``gather``.
+        batch: the L tokens. The routers' own choices are compared with the experts that it knows, if any.
+        pp_group: pipeline-parallel group, whose ranks see the same slots in other layers.
+        replay: make the routers repeat the experts that the batch knows.
+        record: keep the routers' choices for ``recorded``.
     """
 
     routing: Routing
     batch: TrainBatch
-    device: torch.device
+    pp_group: dist.ProcessGroup
     replay: bool
     record: bool = False
-    # layer -> (index, experts) of each microbatch
-    _recorded: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    # (layer, microbatch) -> (T', topk)
+    _recorded: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    # microbatch -> (T',) bool, and (T',) number of this rank's layers whose choice differs
+    _known: dict[int, Tensor] = field(default_factory=dict)
+    _differs: dict[int, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        assert self.batch.routed_experts is not None or not self.replay
-        # by token: number of layers whose choice differs
-        self._differs = torch.zeros(len(self.batch.tokens), dtype=torch.int32, device=self.device)
+    @property
+    def compares(self) -> bool:
+        """Return whether the batch knows experts to compare with."""
+        return bool(self.batch.own_experts) or self.batch.routed_experts is not None
 
     @contextmanager
-    def of(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Iterator[None]:
-        """Wrap the forward pass of one microbatch through one chunk, after ``Routing.cut``."""
+    def of(self, chunk: torch.nn.Module, microbatch: Microbatch, number: int) -> Iterator[None]:
+        """Wrap the forward pass of a microbatch of this number through one chunk, after ``Routing.cut``."""
         hooks = self.routing.hooks[chunk]
         experts = microbatch.routed_experts  # (T', layers of the chunk, topk)
-        if self.replay:
+        if self.replay and hooks:
             assert experts is not None
             targets = torch.where(experts < 0, self._spread(microbatch)[:, None], experts)
             for place, hook in enumerate(hooks.values()):
@@ -123,14 +151,17 @@ class RoutingPass:
                 RouterReplayAction.REPLAY_FORWARD if self.replay else RouterReplayAction.RECORD
             )
         yield
-        index = self.routing.own(microbatch.input_index)
+        if self.compares and number not in self._known:
+            self._known[number] = self.routing.known(self.batch, microbatch)
+            self._differs[number] = torch.zeros_like(self._known[number], dtype=torch.int32)
         for place, (layer, hook) in enumerate(hooks.items()):
             chosen = hook.get_recorded_indices()
             assert chosen is not None
             if experts is not None:
-                self._compare(index, chosen, experts[:, place])
+                differs = (chosen.sort().values != experts[:, place].sort().values).any(1)
+                self._differs[number] += differs & self._known[number]
             if self.record:
-                self._recorded[layer].append((index, chosen.short()))
+                self._recorded[layer, number] = chosen.to(self.routing.shape.dtype)
             hook.recorded_topk_idx = hook.target_topk_idx = None
             # a later call of the router is a recomputation
             hook.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD if self.replay else None)  # pyright: ignore[reportArgumentType]
@@ -143,50 +174,34 @@ class RoutingPass:
             assert not hook.replay_backward_list, "a microbatch was not recomputed"
             hook.clear_router_replay_action()
 
-    def gather(self) -> Tensor:
-        """Return the recorded choice for every input token, on the host of every rank. Collective.
+    def recorded(self) -> dict[tuple[int, int], Tensor]:
+        """Return ``TrainBatch.own_experts``: this rank's choices, on the host. They stay with the rank."""
+        return fetch(self._recorded)
 
-        One all-reduce per layer combines the ranks' shares, so the device holds one whole layer at a time.
-
-        Returns:
-            (L, layers, topk) int16, -1 in layers without experts and for tokens that were not computed.
-        """
-        shape, length = self.routing.shape, len(self.batch.tokens)
-        everything = torch.full((length, shape.num_layers, shape.topk), -1, dtype=torch.int16)
-        for layer in shape.moe_layers:
-            pieces = [(index, chosen + 1) for index, chosen in self._recorded[layer]]
-            everything[:, layer] = sum_pieces(pieces, length, shape.topk, torch.int16, self.device) - 1
-        routed = (everything[:, list(shape.moe_layers)] >= 0).all(-1).all(-1)
-        assert routed[self.batch.computed].all(), "a token was not routed"
-        return everything
-
-    def differences(self) -> Tensor:
-        """Compare the routers' own choice, as a set, with the batch's ``routed_experts``. Collective.
+    def figures(self) -> Tensor:
+        """Compare the routers' own choice, as a set, with the experts that the batch knows. Collective.
 
         Returns:
-            (2,) int64 on every rank's device: number of (token, MoE layer) pairs that differ, and of tokens
-            with at least one such layer.
+            (3,) float64 on the device, to add over all ranks: number of (token, MoE layer) pairs that differ,
+            of tokens with at least one such layer, and of tokens with known experts.
         """
-        if self.batch.routed_experts is not None:
-            dist.all_reduce(self._differs)
-        return torch.stack([self._differs.sum(), (self._differs > 0).sum()])
+        numbers = sorted(self._known)
+        known, differs = (torch.cat([by[n] for n in numbers]) for by in (self._known, self._differs))
+        pairs = differs.sum()
+        if self.pp_group.size() > 1:
+            dist.all_reduce(differs, group=self.pp_group)
+        counts = torch.stack([pairs, (differs > 0).sum(), known.sum()]).double()
+        return counts if self.pp_group.rank() == 0 else counts * counts.new_tensor([1, 0, 0])
 
-    def metrics(self, name: str, differences: Tensor) -> dict[str, Metric]:
-        """Return metrics from the host's copy of ``differences``.
+    def metrics(self, name: str, figures: Tensor) -> dict[str, Metric]:
+        """Return metrics from the host's copy of all ranks' sum of ``figures``.
 
         The metric ``name`` is the share of the pairs that differ, ``{name}_tokens`` the share of the tokens.
         Tokens without known experts do not count.
         """
-        if self.batch.routed_experts is None:
-            return {}
-        layers = self.routing.shape.moe_layers
-        known = int(((self.batch.routed_experts[:, layers[0], 0] >= 0) & self.batch.computed).sum())
-        pairs, tokens = differences.tolist()
-        return {name: Metric(pairs, known * len(layers)), f"{name}_tokens": Metric(tokens, known)}
-
-    def _compare(self, index: Tensor, chosen: Tensor, experts: Tensor) -> None:
-        differs = (chosen.sort().values != experts.sort().values).any(1) & (experts[:, 0] >= 0)
-        self._differs.index_add_(0, index.clamp(min=0), differs.int())  # padding adds 0
+        pairs, tokens, known = figures.tolist()
+        layers = len(self.routing.shape.moe_layers)
+        return {name: Metric(pairs, known * layers), f"{name}_tokens": Metric(tokens, known)}
 
     def _spread(self, microbatch: Microbatch) -> Tensor:
         """Return (T', topk) int64 experts for slots without known ones: padding and last tokens.

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..batch.columns import Microbatch, TrainBatch
 from ..batch.packing import pack, plan_microbatches
+from ..batch.plan import StepPlan, plan_step
 from ..config import Config
 from ..models.attention import packing_of
 from ..models.description import ModelDescription
@@ -25,8 +27,8 @@ from .prefetch import prefetched
 from .routers import RouterPass
 from .routing import RoutingPass
 
-MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch, int], tuple[Tensor, dict[str, Any]]]
-"""(logprobs (T,), entropy (T,), microbatch, its place in the plan) -> (scaled loss, anything to keep).
+MicrobatchLoss = Callable[[Tensor, Tensor, Microbatch], tuple[Tensor, dict[str, Any]]]
+"""(logprobs (T,), entropy (T,), microbatch) -> (scaled loss, anything to keep).
 
 Both are 0 on slots without loss. Runs on the last pipeline stage."""
 
@@ -52,43 +54,46 @@ class Schedule:
     ) -> None:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
 
-    def plan(self, batch: TrainBatch, first: int = 0) -> list[list[int]]:
-        """Return the microbatches of this data-parallel rank, each as numbers of sequences.
+    def plan(
+        self, lengths: np.ndarray, response_lengths: np.ndarray, computed: np.ndarray, minibatches: int
+    ) -> StepPlan:
+        """Return the plan of a step for all replicas, see ``plan_step``. Needs no message."""
 
-        Args:
-            first: leave out the sequences before this number.
-        """
-        computed = torch.ones(len(batch), dtype=torch.bool)
-        if batch.has_gradient is not None:
-            computed = batch.has_gradient.clone()
-        computed[:first] = False
-        numbers: list[int] = computed.nonzero()[:, 0].tolist()
-        plan = plan_microbatches(
-            batch.lengths[computed].tolist(),
-            max_tokens=self.cfg.train.max_tokens_per_microbatch,
-            data_parallel_size=self.groups.dp.size(),
-            sequence_multiple=self.cfg.parallel.sequence_multiple,
-            count_multiple=self.cfg.parallel.microbatch_multiple,
-        )
-        return [[numbers[i] for i in members] for members in plan[self.groups.dp.rank()]]
+        def assign(numbers: np.ndarray) -> list[list[list[int]]]:
+            plan = plan_microbatches(
+                lengths[numbers].tolist(),
+                max_tokens=self.cfg.train.max_tokens_per_microbatch,
+                data_parallel_size=self.groups.dp.size(),
+                sequence_multiple=self.cfg.parallel.sequence_multiple,
+                count_multiple=self.cfg.parallel.microbatch_multiple,
+            )
+            return [[numbers[members].tolist() for members in microbatches] for microbatches in plan]
+
+        return plan_step(lengths, response_lengths, computed, minibatches, assign)
 
     def run(
         self,
         chunks: list[torch.nn.Module],
         batch: TrainBatch,
-        plan: list[list[int]],
         loss: MicrobatchLoss,
         routing: RoutingPass | None = None,
         routers: RouterPass | None = None,
         forward_only: bool = False,
+        first: int = 0,
     ) -> list[dict[str, Any]]:
-        """Run the planned microbatches forward and, unless ``forward_only``, backward.
+        """Run the microbatches of the batch's plan forward and, unless ``forward_only``, backward.
+
+        Args:
+            first: leave out the optimizer steps before this number.
 
         Returns:
             On the last pipeline stage, the second result of ``loss`` for each microbatch; [] on other stages.
         """
         schedule = get_forward_backward_func()
-        iterators = [self._microbatches(batch, plan, chunk, routing) for chunk in chunks]
+        steps = batch.plan[first:]
+        plan = [members for step in steps for members in step.microbatches]
+        places = [step.first_microbatch + i for step in steps for i in range(len(step.microbatches))]
+        iterators = [self._microbatches(batch, plan, places, chunk, routing) for chunk in chunks]
         kept = schedule(
             forward_step_func=partial(self._forward_step, loss, routing, routers),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -112,48 +117,49 @@ class Schedule:
         routers: RouterPass | None = None,
         first: int = 0,
     ) -> Tensor:
-        """Return (L,) fp32 on every rank's host: log probability of every token of ``trained_mask``.
+        """Return (L,) fp32 on the host of every rank of the replica: log probability of every response token.
 
         Other tokens have 0.
 
         Args:
-            first: leave out the sequences before this number.
+            first: leave out the optimizer steps before this number.
         """
         found: list[tuple[Tensor, Tensor]] = []
 
-        def keep(
-            logprobs: Tensor, _: Tensor, microbatch: Microbatch, place: int
-        ) -> tuple[Tensor, dict[str, Any]]:
+        def keep(logprobs: Tensor, _: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Any]]:
             found.append(response_logprobs(logprobs, microbatch))
             return logprobs.new_zeros(()), {}
 
         for chunk in chunks:
             chunk.eval()
-        self.run(chunks, batch, self.plan(batch, first), keep, routing, routers, forward_only=True)
+        self.run(chunks, batch, keep, routing, routers, forward_only=True, first=first)
         return self.gather(found, len(batch.tokens)).cpu()
 
     def gather(self, found: list[tuple[Tensor, Tensor]], length: int) -> Tensor:
-        """Combine the ``response_logprobs`` of all ranks' microbatches. Collective.
+        """Combine the ``response_logprobs`` of the microbatches of a replica's ranks. Collective.
 
         Returns:
-            (L,) fp32 on every rank's device, 0 for tokens that no rank has.
+            (L,) fp32 on the device of every rank of the replica, 0 for tokens that no rank has.
         """
         flat = torch.zeros(length, device=self.device)
         for index, logprobs in found:
             flat[index] = logprobs.float()
         pp = self.groups.pp
         if pp.rank() == pp.size() - 1:
-            dist.all_reduce(flat, group=self.groups.dp_cp)
+            dist.all_reduce(flat, group=self.groups.cp)
         if pp.size() > 1:
             dist.broadcast(flat, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
         return flat
 
     def _microbatches(
-        self, batch: TrainBatch, plan: list[list[int]], chunk: torch.nn.Module, routing: RoutingPass | None
+        self,
+        batch: TrainBatch,
+        plan: list[list[int]],
+        places: list[int],
+        chunk: torch.nn.Module,
+        routing: RoutingPass | None,
     ) -> Iterator[tuple[int, Microbatch]]:
         cp = self.groups.cp
-        if routing is None:
-            batch = batch.without_layers()
 
         def packed(place: int) -> Microbatch:
             microbatch = pack(
@@ -164,9 +170,9 @@ class Schedule:
                 sequence_multiple=self.cfg.parallel.sequence_multiple,
                 total_multiple=total_multiple(self.cfg),
             )
-            return routing.routing.cut(microbatch, chunk) if routing else microbatch
+            return routing.routing.cut(batch, microbatch, chunk, places[place]) if routing else microbatch
 
-        return enumerate(prefetched(packed, len(plan), self.device))
+        return zip(places, prefetched(packed, len(plan), self.device), strict=True)
 
     def _forward_step(
         self,
@@ -178,8 +184,8 @@ class Schedule:
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
         place, microbatch = next(microbatches)
         with (
-            routing.of(model, microbatch) if routing else nullcontext(),
-            routers.of(model, microbatch) if routers else nullcontext(),
+            routing.of(model, microbatch, place) if routing else nullcontext(),
+            routers.of(model, microbatch, place) if routers else nullcontext(),
         ):
             output = model(
                 microbatch.tokens[None],
@@ -203,6 +209,6 @@ class Schedule:
             logprobs, entropy = (
                 values.new_zeros(len(microbatch.tokens)).index_copy(0, slots, values) for values in found
             )
-            return loss(logprobs, entropy, microbatch, place)
+            return loss(logprobs, entropy, microbatch)
 
         return output, loss_of_hidden

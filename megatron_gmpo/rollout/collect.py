@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from ..batch.index import StepIndex
 from ..batch.samples import Prompt, SampleGroup
 from ..config import RolloutConfig
-from ..distributed import agreed, sum_over_ranks
+from ..distributed import agreed, rank, sum_over_ranks, world_size
 from ..metrics.figures import Metric
 from ..rewards import Reward
 from .engine import RolloutEngine, SamplingParams
@@ -175,6 +175,13 @@ class Collector:
 def _renumbered(groups: Groups, chosen: np.ndarray) -> Groups:
     """Return the groups at these positions, which become 0, 1, 2 and so on."""
     return {new: groups[old] for new, old in enumerate(chosen.tolist()) if old in groups}
+
+
+def replayed(groups: list[SampleGroup]) -> Collected:
+    """Return the share of each rank in a step's saved groups, which every rank has read. Collective."""
+    mine = {p: group for p, group in enumerate(groups) if p % world_size() == rank()}
+    index = StepIndex.gather(mine, len(groups))
+    return Collected(mine, index, rollout_figures(index))
 
 
 def rollout_figures(index: StepIndex) -> dict[str, Metric]:

@@ -25,6 +25,7 @@ from megatron_gmpo.weights.pickles import read_metadata
 from megatron_gmpo.weights.run_checkpoint import checkpoint_before, full_damage, read_state
 
 from ..support import cases, conversion_cases, reference
+from ..support.batches import split
 from ..support.ranks import RankPool
 from ..support.run_states import newest
 from .test_layouts import CP, EP, ETP, PP, TP, VPP, config, make_batch
@@ -313,7 +314,7 @@ def test_another_model_or_precision_is_refused(
 def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path], tmp_path: Path) -> None:
     path = model_of("qwen3")
     world_size, cfg = make_config("dp2", path)
-    batch = replayed(path).split(5)[0]
+    batch = split(replayed(path), 5)[0]
 
     def folders() -> list[str]:
         return sorted(item.name for item in tmp_path.iterdir() if item.name != "hf")

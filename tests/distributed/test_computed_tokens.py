@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from megatron_gmpo.batch.columns import TrainBatch
 
 from ..support import cases, reference
+from ..support.batches import split
 from ..support.ranks import RankPool
 from .test_layouts import (
     CLIP,
@@ -183,12 +184,12 @@ def test_the_rollout_engines_log_probabilities_are_the_old_ones(
         algorithm={"old_logprobs": "rollout"},
     )
     known, start = [], path
-    for number, minibatch in enumerate(batch.split(2)):
+    for number, minibatch in enumerate(split(batch, 2)):
         settings = {"loss": "gmpo", "clip_low": CLIP, "clip_high": CLIP, "kl_coef": 0.0, "entropy_coef": 0.0}
         settings |= {"lr": LR, "eps": EPS, "clip_grad": CLIP_GRAD}
         old = replace(minibatch, old_logprobs=minibatch.rollout_logprobs)
         known.append(reference.train(start, old, 1, start := tmp_path / str(number), **settings))
-    first = batch.split(2)[0]
+    first = split(batch, 2)[0]
     trained = first.response_mask & computed_tokens()[: len(first.tokens)]
     differences = (own[: len(trained)] - first.rollout_logprobs.double())[trained].abs()
     for result in ranks.run(world_size, cases.learn, cfg, batch, 1, False):

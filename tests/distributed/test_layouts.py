@@ -22,6 +22,7 @@ from megatron_gmpo.testing import Family
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support import cases, reference
+from ..support.batches import split
 from ..support.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -69,7 +70,7 @@ class Reference:
         """
         key = (family, minibatches, *sorted(options.items()))
         if key not in self._known:
-            path, batch = self.model(family), make_batch().split(minibatches)[0]
+            path, batch = self.model(family), split(make_batch(), minibatches)[0]
             settings = {
                 "loss": "gmpo",
                 "clip_low": CLIP,

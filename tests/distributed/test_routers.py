@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from megatron_gmpo.batch.columns import TrainBatch
 
 from ..support import cases, reference
+from ..support.batches import split
 from ..support.ranks import RankPool
 from .test_layouts import CLIP, CLIP_GRAD, EPS, LR, STEPS, Reference, check
 from .test_routing import LAYOUTS, RECOMPUTE, batch, replaying, train_forced
@@ -154,4 +155,4 @@ def test_an_expert_without_tokens_is_dead(ranks: RankPool, expected: Reference, 
 
 def one_token(batch: TrainBatch) -> TrainBatch:
     """Return the sequence of one token."""
-    return next(part for part in batch.split(len(batch)) if len(part.tokens) == 1)
+    return next(part for part in split(batch, len(batch)) if len(part.tokens) == 1)

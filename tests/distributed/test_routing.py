@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_gmpo.batch.assembly import make_train_batch
-from megatron_gmpo.batch.columns import RoutingShape, TrainBatch
+from megatron_gmpo.batch.assembly import whole_batch
+from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
@@ -295,7 +295,7 @@ def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: 
     for noise, kind in ((0.0, "none"), (1.0, "none"), (1.0, "rollout")):
         sampling = SamplingParams(n=4, max_new_tokens=12, router_noise=noise)
         groups = in_order(engine.generate(prompts, sampling))
-        recorded = make_train_batch(groups, torch.ones(12), RoutingShape(2, (0, 1), 4, 2))
+        recorded = whole_batch(groups)
         assert recorded.routed_experts is not None
         cfg = config(
             path, {}, max_tokens=64, algorithm={"moe_routing_replay": kind}, rollout={"routed_experts": True}
@@ -309,7 +309,7 @@ def test_what_a_disturbed_engine_chose_is_replayed(ranks: RankPool, tiny_model: 
     assert min(free["rollout/logprob_diff_mean"], replayed["rollout/logprob_diff_mean"]) > 0.05
 
     experts = recorded.routed_experts.long()
-    experts[experts[:, 0, 0] < 0] = torch.tensor([0, 1])  # last tokens, which predict nothing
+    experts[recorded.lengths.cumsum(0) - 1] = torch.tensor([0, 1])  # last tokens, which predict nothing
     model = reference.load_float64(path)
     reference.force_experts(model, lambda layer: experts[span, layer])
     for span in reference.spans(recorded):

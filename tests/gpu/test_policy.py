@@ -34,7 +34,8 @@ FAMILIES = ["qwen3", "qwen3_moe"]
 def steps(policy: Policy, batch: TrainBatch, count: int) -> list[float]:
     """Run ``count`` optimizer steps on the batch, which has ``old_logprobs``, and return their losses."""
     objective = make_objective(policy.cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
-    return [value_of(policy.train_step(batch, objective)["loss"]) for _ in range(count)]
+    share = batch if batch.plan else policy.share(batch)
+    return [value_of(policy.train_step(share, objective)["loss"]) for _ in range(count)]
 
 
 def difference(a: torch.Tensor, b: torch.Tensor, batch: TrainBatch) -> float:
@@ -66,6 +67,7 @@ def test_logprobs_are_those_of_transformers(policy_of: Open, batch: TrainBatch, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_wait_in_our_own_code(policy_of: Open, batch: TrainBatch, family: str) -> None:
     with policy_of(family, train={"max_tokens_per_microbatch": 100}) as policy:
+        batch = policy.share(batch)
         policy.set_old_logprobs(batch)
         steps(policy, batch, 1)
         with warnings.catch_warnings(record=True) as waits:
@@ -189,7 +191,7 @@ def test_memory_is_free_after_each_phase(policy_of: Open, fp8: dict[str, Any]) -
             held = []
             batch.old_logprobs = policy.logprobs(batch)
             held.append(torch.cuda.memory_allocated())
-            batch.ref_logprobs = policy.reference_logprobs(batch)
+            batch.ref_logprobs = policy.reference_logprobs(policy.share(batch))
             held.append(torch.cuda.memory_allocated())
             steps(policy, batch, 1)
             held.append(torch.cuda.memory_allocated())

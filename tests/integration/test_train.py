@@ -51,6 +51,7 @@ STABLE_METRICS = [
     "rollout/k3_kl",
     "time/step",
     "time/rollout",
+    "time/exchange",
     "time/logprobs",
     "time/train",
     "time/weight_sync",

@@ -46,6 +46,7 @@ from megatron_gmpo.weights.background_files import BackgroundFiles
 from megatron_gmpo.weights.export import export_hf
 from megatron_gmpo.weights.run_checkpoint import RunState, stored_checkpoints
 
+from .batches import lean_share, recorded_experts, split, whole
 from .held_saves import held
 from .memory import peak_of_allocations
 from .run_states import newest, records
@@ -86,10 +87,10 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
     steps.
     """
     with opened(cfg) as policy:
-        logprobs = policy.logprobs(batch)
+        logprobs, share = policy.logprobs(batch), policy.share(batch)
         if policy.reference:
-            batch.ref_logprobs = policy.reference_logprobs(batch)
-        history = _steps(policy, batch, steps)
+            share.ref_logprobs = policy.reference_logprobs(share)
+        history = _steps(policy, share, steps)
         return {"logprobs": logprobs, "history": history, "weights": weights_on_rank_0(policy)}
 
 
@@ -120,24 +121,30 @@ def learn(cfg: Config, batch: TrainBatch, steps: int, everything: bool) -> dict[
         objective = _objective(policy)
         history: list[dict[str, float]] = []
         for _ in range(steps):
-            batch.old_logprobs = batch.has_gradient = None
-            if policy.reference:
-                batch.ref_logprobs = policy.reference_logprobs(batch)
+            batch.old_logprobs = None
             if everything:
-                figures = policy.set_old_logprobs(batch)
-                minibatches = batch.split(cfg.train.minibatches_per_step)
+                share = policy.share(batch, cfg.train.minibatches_per_step)
+                figures = policy.set_old_logprobs(share)
+                minibatches = [share.minibatch(number) for number in range(len(share.plan))]
             else:
-                figures = policy.prepare(batch, objective)
-                minibatches = policy.minibatches(batch)
+                share = lean_share(policy, batch, objective)
+                figures = policy.prepare(share)
+                minibatches = policy.minibatches(share)
+            if policy.reference:
+                for minibatch in minibatches:
+                    minibatch.ref_logprobs = policy.reference_logprobs(minibatch)
             for minibatch in minibatches:
                 metrics = policy.train_step(minibatch, objective)
                 history.append({name: value_of(metric) for name, metric in metrics.items()})
         known = [minibatch for minibatch in minibatches if minibatch.old_logprobs is not None]
-        figures |= rollout_mismatch(*known)
+        figures |= policy.over_replicas(rollout_mismatch(*known))
+        tokens = sum(minibatch.plan[0].tokens for minibatch in known)  # of all sequences
+        old = torch.cat([torch.zeros(0), *(minibatch.old_logprobs for minibatch in known)])
+        share.old_logprobs = torch.cat([old, torch.zeros(len(share.tokens) - len(old))])
         return {
             "history": history,
             "figures": {name: value_of(metric) for name, metric in figures.items()},
-            "old_logprobs": torch.cat([minibatch.old_logprobs for minibatch in known]),
+            "old_logprobs": whole(batch, share, share.old_logprobs)[:tokens],
             "weights": weights_on_rank_0(policy),
         }
 
@@ -152,26 +159,28 @@ def replay(
     (token, layer) -> sets of experts.
     """
     with opened(cfg) as policy:
-        compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(batch).items()}
-        logprobs = batch.old_logprobs
-        batch.old_logprobs = logprobs if old_logprobs is None else old_logprobs
+        share = policy.share(batch, minibatches)
+        compared = {name: value_of(metric) for name, metric in policy.set_old_logprobs(share).items()}
+        logprobs = share.old_logprobs
+        if old_logprobs is not None:
+            share.old_logprobs = old_logprobs[batch.token_index(share.numbers)]
         if policy.reference:
-            batch.ref_logprobs = policy.reference_logprobs(batch)
+            share.ref_logprobs = policy.reference_logprobs(share)
         chosen = watch_routers(policy)
         history = [
             step
             for _ in range(steps)
-            for minibatch in batch.split(minibatches)
-            for step in _steps(policy, minibatch, 1)
+            for number in range(len(share.plan))
+            for step in _steps(policy, share.minibatch(number), 1)
         ]
         return {
-            "logprobs": logprobs,
-            "ref_logprobs": batch.ref_logprobs,
-            "routed_experts": batch.routed_experts,
+            "logprobs": whole(batch, share, logprobs),
+            "ref_logprobs": whole(batch, share, share.ref_logprobs) if policy.reference else None,
+            "routed_experts": recorded_experts(policy, batch, share) if share.own_experts else None,
             "compared": compared,
             "history": history,
             "chosen": chosen,
-            "router_shift": None if batch.router_scores is None else policy.router_shift(batch),
+            "router_shift": whole(batch, share, policy.router_shift(share)) if share.own_scores else None,
             "weights": weights_on_rank_0(policy),
         }
 
@@ -181,8 +190,9 @@ def stops(cfg: Config, batch: TrainBatch) -> list[dict[str, Any]]:
     with opened(cfg) as policy:
         objective, found = _objective(policy), []
         for step in range(2):
-            policy.prepare(batch, objective)
-            for minibatch in policy.minibatches(batch):
+            share = lean_share(policy, batch, objective)
+            policy.prepare(share)
+            for minibatch in policy.minibatches(share):
                 with watched(policy) if step else nullcontext() as stops:
                     policy.train_step(minibatch, objective)
                 if stops:
@@ -205,8 +215,9 @@ def reduce_over_ranks(parts: list[list[dict[str, Metric]]]) -> tuple[list[dict[s
 def policy_mismatch(cfg: Config, batch: TrainBatch) -> dict[str, Any]:
     """Return the policy's old log probabilities and the metrics of its mismatch with the rollout."""
     with opened(cfg) as policy:
-        figures = policy.set_old_logprobs(batch) | rollout_mismatch(batch)
-        return {"old_logprobs": batch.old_logprobs} | {
+        share = policy.share(batch)
+        figures = policy.set_old_logprobs(share) | policy.over_replicas(rollout_mismatch(share))
+        return {"old_logprobs": whole(batch, share, share.old_logprobs)} | {
             name: value_of(metric) for name, metric in figures.items()
         }
 
@@ -242,7 +253,7 @@ def watch_routers(policy: Policy) -> dict[tuple[int, int], set[tuple[int, ...]]]
 def router_gradients(cfg: Config, batch: TrainBatch) -> list[Tensor]:
     """Return the gradient of each layer's router after one step without gradient clipping, on one rank."""
     with opened(cfg) as policy:
-        _steps(policy, batch, 1)
+        _steps(policy, policy.share(batch), 1)
         return [
             module.weight.main_grad.clone()
             for module in policy.chunks[0].modules()
@@ -273,9 +284,10 @@ def run_on(
             state = resume(policy, run_dir)
             assert (state.step, state.clip) == (first, ClipState(low=first, high=1))
         history: list[dict[str, float]] = []
+        share = policy.share(batch)
         for step in range(first + 1, last + 1):
             policy.begin_step(step - 1)
-            history += _steps(policy, batch, 1)
+            history += _steps(policy, share, 1)
             if step in saves:
                 policy.start_save(run_dir, step, records(clip={"low": step, "high": 1}), keep_last).finish()
         return {"history": history, "weights": weights_on_rank_0(policy)}
@@ -292,13 +304,14 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
         def exported() -> dict[str, Tensor]:
             return {name: tensor.clone() for name, tensor in policy.export_hf()}
 
-        _steps(policy, batch, 1)
+        share = policy.share(batch)
+        _steps(policy, share, 1)
         found: dict[str, Any] = {"logprobs": policy.logprobs(batch)}
-        _steps(policy, batch.split(2)[0], 1)
+        _steps(policy, policy.share(split(batch, 2)[0]), 1)
         found["exported"] = exported()
-        _steps(policy, batch, 1)
-        policy.start_save(run_dir, 3, records(), 1).finish()
-        _steps(policy, batch, 1)
+        _steps(policy, share, 1)
+        policy.save(run_dir, 3, records(), 1)
+        _steps(policy, share, 1)
         resume(policy, run_dir)
         return found | {
             "loaded": exported(),
@@ -423,7 +436,7 @@ def exports(cfg: Config, batch_bytes: tuple[int, ...]) -> list[dict[str, Tensor]
 def failure(cfg: Config, batch: TrainBatch) -> str:
     """Return the error message with which a training step stops."""
     with opened(cfg) as policy, pytest.raises(NonFiniteError) as error:
-        _steps(policy, batch, 1)
+        _steps(policy, policy.share(batch), 1)
     return str(error.value)
 
 
@@ -440,8 +453,8 @@ def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool
     """Run two steps of a new policy and return their metrics; ``save`` adds a save before them."""
     with opened(cfg) as policy:
         if save:
-            policy.start_save(run_dir, 0, records(), 1).finish()
-        return _steps(policy, batch, 2)
+            policy.save(run_dir, 0, records(), 1)
+        return _steps(policy, policy.share(batch), 2)
 
 
 def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
@@ -452,13 +465,13 @@ def memory(cfg: Config, batch: TrainBatch) -> dict[str, int]:
     maximum of allocated memory.
     """
     with opened(cfg) as policy:
-        weights = _storages(_weights(policy.chunks))
-        _steps(policy, batch, 1)  # creates the optimizer's moments
+        weights, share = _storages(_weights(policy.chunks)), policy.share(batch)
+        _steps(policy, share, 1)  # creates the optimizer's moments
         saved = _SavedTensors(weights)
         for chunk in policy.chunks:
             chunk.register_forward_hook(saved.note)
         with saved:
-            peak = peak_of_allocations(lambda: _steps(policy, batch, 1))
+            peak = peak_of_allocations(lambda: _steps(policy, share, 1))
         chunks: Any = policy.chunks
         buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         optimizers = getattr(policy.model.optimizer, "chained_optimizers", [policy.model.optimizer])

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gmpo.batch.assembly import make_train_batch
+from megatron_gmpo.batch.assembly import whole_batch
 from megatron_gmpo.batch.columns import TrainBatch
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import Config
@@ -32,6 +32,8 @@ from megatron_gmpo.policy import build, schedule
 from megatron_gmpo.policy.policy import Policy
 
 from . import cases, reference
+from .batches import lean_share, split, whole
+from .groups import index_of
 
 SAVINGS = ("sequences", "first pass", "logits")
 COMBINATIONS = [frozenset(chosen) for size in range(4) for chosen in combinations(SAVINGS, size)]
@@ -119,7 +121,8 @@ def random_batch(seed: int, policy: Policy) -> TrainBatch:
         prompt = draw.integers(1, vocab, int(np.clip(draw.lognormal(1.5, 1), 1, 100))).tolist()
         samples = [sample(prompt) for _ in range(int(16 ** draw.random() + 0.5))]
         groups.append(SampleGroup(Prompt(str(number), ""), samples))
-    batch = make_train_batch(groups, group_advantages(groups))
+    batch = whole_batch(groups)
+    batch.advantages = group_advantages(index_of(groups))
     noise = torch.from_numpy(draw.normal(size=len(batch.tokens), scale=0.2)).float()
     batch.rollout_logprobs = torch.where(batch.response_mask, policy.logprobs(batch) + noise, 0.0)
     if policy.cfg.algorithm.moe_routing_replay == "rollout":
@@ -149,19 +152,20 @@ def logprobs_from_logits(
 
 def _step(policy: Policy, batch: TrainBatch, objective: Objective, leave_out_pass: bool) -> Step:
     """Do what ``train.Loop`` does with a batch, or compute all old log probabilities before the updates."""
-    figures = policy.prepare(batch, objective)
+    share = lean_share(policy, batch, objective)
+    figures = policy.prepare(share)
     if not leave_out_pass:
-        policy.set_old_logprobs(batch)
-    correct(batch, policy.cfg.algorithm)
+        policy.set_old_logprobs(share)
+    correct(share, policy.cfg.algorithm)
     if policy.reference:
-        batch.ref_logprobs = policy.reference_logprobs(batch)
-    objective.add_columns(batch)
+        share.ref_logprobs = policy.reference_logprobs(share)
+    objective.add_columns(share)
     losses, gradients = [], []
     policy.begin_step(0)
     if leave_out_pass:
-        minibatches = policy.minibatches(batch)
+        minibatches = policy.minibatches(share)
     else:
-        minibatches = batch.split(policy.cfg.train.minibatches_per_step)
+        minibatches = [share.minibatch(number) for number in range(len(share.plan))]
     for minibatch in minibatches:
         loss = policy.train_step(minibatch, objective)["loss"]
         losses.append(float(loss.total / max(1, loss.count)))
@@ -172,6 +176,7 @@ def _step(policy: Policy, batch: TrainBatch, objective: Objective, leave_out_pas
             for minibatch in minibatches
         ]
     )
+    old = whole(batch, share, old)
     computed = figures["train/computed_tokens"]
     return Step(losses, gradients, old, _exported(policy), computed.total / computed.count)
 
@@ -281,7 +286,7 @@ class Reference:
         if self._loss["kl_coef"]:
             batch.ref_logprobs = self._logprobs(self._frozen, batch).float()
         losses, gradients = [], []
-        for minibatch in batch.split(self._minibatches):
+        for minibatch in split(batch, self._minibatches):
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
             losses.append(0.0)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from torch import Tensor
+
+from megatron_gmpo.batch.assembly import make_train_batch
+from megatron_gmpo.batch.columns import RoutingShape, TrainBatch
+from megatron_gmpo.batch.exchange import Exchange
 from megatron_gmpo.batch.index import StepIndex
+from megatron_gmpo.batch.plan import plan_step
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.distributed import Nodes
 
 
 def in_order(groups: Mapping[int, SampleGroup]) -> list[SampleGroup]:
@@ -15,8 +23,37 @@ def in_order(groups: Mapping[int, SampleGroup]) -> list[SampleGroup]:
 
 
 def index_of(groups: Sequence[SampleGroup]) -> StepIndex:
-    """Return the index of groups that this process holds."""
-    return StepIndex.gather(dict(enumerate(groups)), len(groups))
+    """Return the index of groups that one rank holds."""
+    samples = [(number, sample) for number, group in enumerate(groups) for sample in group.samples]
+    experts = [sample.routed_experts for _, sample in samples]
+    return StepIndex(
+        group=np.array([number for number, _ in samples], np.int32),
+        length=np.array([len(sample.tokens) for _, sample in samples], np.int32),
+        response_length=np.array([sample.response_mask.sum() for _, sample in samples], np.int32),
+        reward=np.array([sample.reward for _, sample in samples], np.float64),
+        truncated=np.array([sample.finish_reason == "length" for _, sample in samples], np.bool_),
+        oldest_version=np.array([sample.policy_version for _, sample in samples], np.int32),
+        version_sum=np.array([sample.token_versions[sample.response_mask].sum() for _, sample in samples]),
+        owner=np.zeros(len(samples), np.int32),
+        expert_bytes=np.array([0 if record is None else record.itemsize for record in experts], np.uint8),
+    )
+
+
+def step_batch(
+    groups: Sequence[SampleGroup],
+    advantages: Tensor,
+    routing: RoutingShape | None = None,
+    *,
+    mask_truncated: bool = False,
+) -> TrainBatch:
+    """Return the batch that a single process makes of a step, with one microbatch."""
+    index = index_of(groups)
+    if mask_truncated:
+        index = index.without_truncated()
+    everything = np.ones(len(index), np.bool_)
+    plan = plan_step(index.length, index.response_length, everything, 1, lambda ns: [[ns.tolist()]])
+    exchange = Exchange(Nodes("here"), 0, "", 60.0)
+    return make_train_batch(dict(enumerate(groups)), index, advantages, plan, exchange, routing)
 
 
 def rewarded(rewards: Sequence[Sequence[float]]) -> list[SampleGroup]:

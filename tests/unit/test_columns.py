@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from megatron_gmpo.batch.columns import (
     COLUMNS,
-    PER_LAYER_COLUMNS,
     Column,
     Microbatch,
     OptionalColumns,
     TrainBatch,
 )
 from megatron_gmpo.batch.packing import pack
+from megatron_gmpo.batch.plan import plan_step, planned
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.policy.routing import Routing
 
@@ -61,17 +62,42 @@ def value(of: TrainBatch | Microbatch, name: str) -> Tensor:
 
 
 @quick
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 10))
-def test_split_cuts_every_column(lengths: list[int], parts: int) -> None:
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 10), st.integers(1, 3), st.data())
+def test_shares_and_minibatches_cut_every_column(
+    lengths: list[int], parts: int, replicas: int, data: st.DataObject
+) -> None:
+    """Each replica's minibatches together are the sequences that it computes, in ascending order."""
     batch = batch_of(lengths)
-    split = batch.split(parts)
-    for name, column in ALL.items():
-        whole = value(batch, name)
-        assert torch.equal(torch.cat([value(part, name) for part in split]), whole), name
-        for part in split:
-            rows = len(part) if column.aligned_to == "sequence" else int(part.lengths.sum())
-            assert value(part, name).shape == (rows, *whole.shape[1:])
-    assert all(part.extra_columns == EXTRA for part in split)
+    owners = data.draw(st.lists(st.integers(-1, replicas - 1), min_size=len(lengths), max_size=len(lengths)))
+    computed = np.array(owners) >= 0
+
+    def assign(numbers: np.ndarray) -> list[list[list[int]]]:
+        return [[[int(n) for n in numbers if owners[n] == replica]] for replica in range(replicas)]
+
+    plan = plan_step(np.array(lengths), np.array(lengths) - 1, computed, parts, assign)
+    assert plan.replica_of.tolist() == owners
+    for replica in range(replicas):
+        share = planned(batch, plan, replica)
+        minibatches = [share.minibatch(number) for number in range(len(share.plan))]
+        chosen = [number for number, owner in enumerate(owners) if owner == replica]
+        assert share.numbers.tolist() == chosen
+        of_token = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)])
+        for name, column in ALL.items():
+            if name == "numbers":
+                continue
+            whole = value(batch, name)
+            rows = torch.arange(len(lengths)) if column.aligned_to == "sequence" else of_token
+            expected = whole[torch.isin(rows, torch.tensor(chosen))]
+            assert torch.equal(value(share, name), expected), name
+            assert torch.equal(torch.cat([value(part, name) for part in minibatches]), expected), name
+        for part in minibatches:
+            ((members,),) = (step.microbatches for step in part.plan)
+            assert members == list(range(len(part)))
+    assert share.extra_columns == minibatches[0].extra_columns == EXTRA
+    total = sum(step.response_tokens for step in share.plan)
+    assert total == sum(lengths) - len(lengths)  # on all replicas, computed or not
+    assert sum(step.sequences for step in share.plan) == sum(length > 1 for length in lengths)
+    assert sum(step.computed_tokens for step in share.plan) == sum(np.array(lengths)[computed])
 
 
 @quick
@@ -92,7 +118,7 @@ def test_pack_takes_and_pads_every_column(data: st.DataObject) -> None:
             "sequence": sequences or [-1],
         }
         for name, column in ALL.items():
-            if name == "lengths":
+            if name in ("lengths", "numbers", "routed_experts"):
                 continue
             found, whole = value(packed, "mask" if name == "response_mask" else name), value(batch, name)
             padding = torch.full(whole.shape[1:], column.padding, dtype=column.dtype)
@@ -105,34 +131,57 @@ def test_pack_takes_and_pads_every_column(data: st.DataObject) -> None:
 
 def test_every_tensor_of_a_microbatch_moves() -> None:
     moved = pack(batch_of([3, 5]), [1, 0]).to(torch.device("meta"))
-    tensors = [getattr(moved, f.name) for f in fields(moved) if f.name not in ("extra", "bounds")]
-    assert len(tensors) == len(fields(Microbatch)) - 2
+    others = ("extra", "bounds", "routed_experts", "router_scores")
+    tensors = [getattr(moved, f.name) for f in fields(moved) if f.name not in others]
+    assert len(tensors) == len(fields(Microbatch)) - len(others)
     assert all(tensor.is_meta for tensor in [*tensors, *moved.extra.values()])
     assert moved.extra.keys() == EXTRA.keys()
 
 
-def test_columns_of_layers_are_cut_to_a_ranks_slots_and_layers() -> None:
-    packed = pack(batch_of([3, 5]), [1, 0])
+def routing_of(layers: list[int], tp_rank: int) -> tuple[Any, Any]:
+    """Return a ``Routing`` of one chunk with these MoE layers on one of two tensor-parallel ranks."""
     chunk: Any = object()
     routing: Any = object.__new__(Routing)
-    routing.hooks = {chunk: {0: None, 2: None}}
-    routing._tp_group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
-    cut = routing.cut(packed, chunk)
-    assert set(PER_LAYER_COLUMNS) == {"routed_experts", "router_scores"}
-    for name in ALL.keys() - {"lengths", "response_mask"}:
-        whole = value(packed, name)
-        assert torch.equal(value(cut, name), whole[4:, [0, 2]] if name in PER_LAYER_COLUMNS else whole), name
+    routing.hooks = {chunk: dict.fromkeys(layers)}
+    routing._tp_group = SimpleNamespace(size=lambda: 2, rank=lambda: tp_rank)
+    return routing, chunk
 
 
-def test_without_layers() -> None:
+@pytest.mark.parametrize("layers", [[0], [1, 2], [0, 2]])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_a_rank_reads_its_slots_and_layers_of_the_engines_record(
+    layers: list[int], dtype: torch.dtype
+) -> None:
+    """The last token of a sequence has no known experts, and padding has none."""
     batch = batch_of([3, 5])
-    rest = batch.without_layers()
-    for name in ALL:
-        assert value(rest, name) is (None if name in PER_LAYER_COLUMNS else value(batch, name)), name
+    batch.routed_experts = batch.routed_experts.to(dtype)
+    packed = pack(batch, [1, 0], total_multiple=10)
+    for tp_rank in range(2):
+        routing, chunk = routing_of(layers, tp_rank)
+        found = routing.cut(batch, packed, chunk, 0).routed_experts
+        # tokens of sequence 1, then of sequence 0, then padding; -1 for last tokens
+        tokens = [3, 4, 5, 6, -1, 0, 1, -1, -1, -1][5 * tp_rank : 5 * tp_rank + 5]
+        unknown = torch.full((len(layers), 2), -1, dtype=torch.int16)
+        wanted = [batch.routed_experts[token, layers].short() if token >= 0 else unknown for token in tokens]
+        assert found.dtype == torch.int16
+        assert torch.equal(found, torch.stack(wanted))
+
+
+def test_a_rank_keeps_what_its_routers_recorded() -> None:
+    """Its own record has the last tokens too, and goes before the engine's."""
+    batch = batch_of([3, 5])
+    packed = pack(batch, [1, 0], total_multiple=10)
+    routing, chunk = routing_of([0, 2], 1)
+    batch.own_experts = {(layer, 7): torch.arange(10).reshape(5, 2).byte() + layer for layer in (0, 2)}
+    batch.own_scores = {(layer, 7): torch.ones(5, 2) * layer for layer in (0, 2)}
+    cut = routing.cut(batch, packed, chunk, 7)
+    experts = [[[2 * t, 2 * t + 1], [2 * t + 2, 2 * t + 3]] for t in range(3)] + [[[-1, -1]] * 2] * 2
+    assert cut.routed_experts.tolist() == experts
+    assert cut.router_scores.tolist() == [[[0.0, 0.0], [2.0, 2.0]]] * 5
 
 
 def test_save_writes_every_column(tmp_path: Path) -> None:
-    batch = batch_of([3, 5, 2]).split(2)[1]
+    batch = batch_of([3, 5, 2]).take(torch.tensor([1, 2]))
     batch.ref_logprobs = None
     batch.save(tmp_path / "batch.safetensors")
     found = load_file(tmp_path / "batch.safetensors")
@@ -169,7 +218,7 @@ def enter(batch: TrainBatch, name: str, values: Tensor) -> None:
 @pytest.mark.parametrize("name", ["tokens", "lengths"])
 def test_tokens_and_lengths_of_a_wrong_type_are_refused(name: str) -> None:
     values = {name: getattr(batch_of([3, 5]), name) for name in COLUMNS}
-    for bad in (values[name].int(), values[name][:, None]):
+    for bad in (values[name].short(), values[name][:, None]):
         with pytest.raises(InputError, match=f"column '{name}' has dtype .* and shape .*, not torch.int64"):
             TrainBatch(**values | {name: bad})
 
@@ -188,4 +237,5 @@ def test_an_extra_column_is_added() -> None:
 def test_every_optional_field_is_a_column() -> None:
     shared = {field.name for field in fields(OptionalColumns)}
     assert shared - COLUMNS.keys() == {"extra"}
-    assert COLUMNS.keys() - shared == {"tokens", "lengths", "response_mask", "advantages", "rollout_logprobs"}
+    own = {"tokens", "lengths", "response_mask", "advantages", "rollout_logprobs"}
+    assert COLUMNS.keys() - shared == own | {"routed_experts", "numbers"}

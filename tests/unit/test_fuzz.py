@@ -21,7 +21,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import RoutingShape
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.checkpoint import check_model
@@ -50,6 +49,7 @@ from ..support.fuzzing import (
     model,
     read_or_refused,
 )
+from ..support.groups import index_of, step_batch
 from ..support.run_states import newest
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -308,8 +308,8 @@ def train_on(line: bytes, routing: bool) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "step_000003.jsonl").write_bytes(line)
     groups = load_groups(folder, 3, vocab_size=10)
-    save_groups(FOLDER / "saved", 3, groups)
-    make_train_batch(groups, group_advantages(groups), ROUTING if routing else None)
+    save_groups(FOLDER / "saved", 3, dict(enumerate(groups)))
+    step_batch(groups, group_advantages(index_of(groups)), ROUTING if routing else None)
 
 
 def with_versions(versions: Any) -> bytes:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import Microbatch, TrainBatch
 from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
@@ -29,6 +28,9 @@ from megatron_gmpo.losses.correction import (
 from megatron_gmpo.losses.objective import Objective, make_objective, minibatches_without_pass
 from megatron_gmpo.losses.registry import LOSSES, default_clips
 from megatron_gmpo.metrics.figures import value_of
+
+from ..support.batches import split
+from ..support.groups import step_batch
 
 SLOTS, SEQUENCES = 24, 4
 
@@ -300,10 +302,10 @@ def test_without_a_reference_there_is_no_kl() -> None:
 
 
 def test_the_divisor_is_sequences_or_tokens() -> None:
-    lengths = torch.tensor([3, 0, 5, 1])
-    assert [objective_of(loss=loss).count(lengths) for loss in ("gmpo", "grpo", "dr_grpo", "gspo")] == [3] * 4
-    assert [objective_of(loss=loss).count(lengths) for loss in ("dapo", "cispo")] == [9] * 2
-    assert objective_of().count(torch.tensor([0, 0])) == 0
+    for loss in ("gmpo", "grpo", "dr_grpo", "gspo"):
+        assert objective_of(loss=loss).count(sequences=3, tokens=9) == 3
+    for loss in ("dapo", "cispo"):
+        assert objective_of(loss=loss).count(sequences=3, tokens=9) == 9
 
 
 def test_an_unknown_loss_is_refused() -> None:
@@ -426,7 +428,7 @@ def test_importance_weights_are_the_formulas_in_float64() -> None:
     assert batch.token_weights is None
     assert_close(batch.sequence_weights, torch.tensor(expected["geometric"]))
     correct(batch, AlgorithmConfig(correction="token", correction_cap=cap))
-    assert_close(batch.split(3)[2].token_weights, torch.tensor(expected["token"][5:]))
+    assert_close(split(batch, 3)[2].token_weights, torch.tensor(expected["token"][5:]))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -449,7 +451,7 @@ def test_truncated_samples_leave_the_step_as_if_they_were_not_in_it(loss: str, t
     def step(kept: list[int], *, mask_truncated: bool) -> tuple[float, Tensor]:
         """Return the loss of the step and the gradient of the log probabilities of samples not truncated."""
         group = SampleGroup(Prompt("p", ""), [samples[i] for i in kept])
-        batch = make_train_batch([group], advantages[kept], mask_truncated=mask_truncated)
+        batch = step_batch([group], advantages[kept], mask_truncated=mask_truncated)
         batch.old_logprobs = 2 * batch.rollout_logprobs
         batch.ref_logprobs = 3 * batch.rollout_logprobs
         packed = pack(batch, list(range(len(kept))))
@@ -457,9 +459,9 @@ def test_truncated_samples_leave_the_step_as_if_they_were_not_in_it(loss: str, t
         logprobs = (1.5 * packed.rollout_logprobs - 0.1).requires_grad_()
         entropy = torch.ones_like(logprobs, requires_grad=True)
         packed.router_shift = torch.full_like(logprobs, 0.9)
-        value = objective(logprobs, entropy, packed, None).loss / max(
-            1, objective.count(batch.response_lengths)
-        )
+        (part,) = batch.plan
+        count = objective.count(part.sequences, part.response_tokens)
+        value = objective(logprobs, entropy, packed, None).loss / max(1, count)
         value.backward()
         owners = torch.tensor(kept)[packed.sequence_ids]
         here = packed.mask & ~torch.isin(owners, torch.tensor(truncated))
@@ -526,7 +528,7 @@ def test_the_mask_of_the_config_reaches_the_minibatches() -> None:
     correct(batch, AlgorithmConfig(mask="off_policy"))  # the loss applies this mask
     assert batch.kept_tokens is None
     correct(batch, AlgorithmConfig(mask="icepop", mask_low=0.8, mask_high=1.2))
-    assert_close(batch.split(3)[2].kept_tokens, kept_tokens(batch, "icepop", 0.8, 1.2)[5:])
+    assert_close(split(batch, 3)[2].kept_tokens, kept_tokens(batch, "icepop", 0.8, 1.2)[5:])
     correct(batch, AlgorithmConfig(mask="geometric"))
     assert_close(batch.kept_tokens, kept_tokens(batch, "geometric", 0.99, 1.01))
 

@@ -23,6 +23,7 @@ from megatron_gmpo.losses.objective import Objective, make_objective, needed_col
 from megatron_gmpo.losses.registry import LOSSES, resolve_loss
 from megatron_gmpo.metrics.figures import value_of
 
+from ..support.batches import split
 from ..support.groups import index_of, rewarded
 from ..support.losses import documented_losses
 
@@ -128,7 +129,7 @@ def test_a_plain_function_takes_the_defaults_of_an_entry_and_of_its_signature() 
         "advantage normalized (default of own:plain)"
     )
     assert needed_columns(AlgorithmConfig(loss="own:plain")) == frozenset()
-    assert objective.count(torch.tensor([3, 0, 2])) == 2
+    assert objective.count(sequences=2, tokens=5) == 2
 
     # Log probabilities of the predicted tokens.
     logprobs = torch.tensor([-0.9, -2.5, 0, 0, -1, -1, 0], requires_grad=True)
@@ -145,7 +146,7 @@ def test_an_entry_says_the_rest() -> None:
     assert make_objective(cfg, is_moe=True, max_new_tokens=8).description.endswith(
         "0.2 (experts), advantage leave_one_out (default of own:LATE)"
     )
-    assert objective.count(torch.tensor([3, 0, 2])) == 5
+    assert objective.count(sequences=2, tokens=5) == 5
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])
@@ -153,7 +154,7 @@ def test_columns_of_the_users_own_reach_the_loss(cp_size: int) -> None:
     """Columns go through split and pack to the slots of each context-parallel rank."""
     batch, objective = two_sequences(), objective_of("own:LATE")
     objective.add_columns(batch)
-    for sequence, minibatch in enumerate(batch.split(2)):
+    for sequence, minibatch in enumerate(split(batch, 2)):
         total = 0.0
         for rank in range(cp_size):
             microbatch = pack(minibatch, [0], cp_size=cp_size, cp_rank=rank, sequence_multiple=2 * cp_size)
@@ -184,7 +185,7 @@ def test_the_documented_losses_are_their_formulas(tmp_path: Path) -> None:
         objective.add_columns(batch)
         output = objective(logprobs, torch.zeros(7), pack(batch, [0, 1]), None)
         assert float(output.loss.detach()) == pytest.approx(value, rel=1e-6)
-        assert objective.count(batch.response_lengths) == {"harmonic": 2, "ramped": 4}[name]
+        assert objective.count(sequences=2, tokens=4) == {"harmonic": 2, "ramped": 4}[name]
 
 
 def test_columns_of_the_trainer_are_made_on_request() -> None:

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import packing as benchmark
-from megatron_gmpo.batch.assembly import make_train_batch, stack_routed_experts
+from megatron_gmpo.batch.assembly import check_routed_experts
 from megatron_gmpo.batch.columns import Microbatch, RoutingShape, TrainBatch
 from megatron_gmpo.batch.packing import cost, pack, plan_microbatches
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.policy.prefetch import prefetched
+
+from ..support.groups import step_batch
 
 quick = settings(deadline=None, max_examples=80)
 
@@ -126,7 +128,6 @@ def batch_of(lengths: list[int], seed: int = 0, **absent: None) -> TrainBatch:
         "sequence_weights": torch.rand(len(lengths), generator=generator),
         "kept_tokens": torch.rand(total, generator=generator) < 0.5,
         "routed_experts": torch.randint(0, 8, (total, 3, 2), generator=generator).short(),
-        "router_scores": torch.randn(total, 3, 2, generator=generator),
         "router_shift": torch.rand(total, generator=generator),
     }
     return TrainBatch(**fields | absent)
@@ -153,12 +154,6 @@ def reference_slots(
             slot: dict[str, Any] = {"position_ids": t, "sequence_ids": s, "flat_index": -1}
             slot["tokens"] = int(batch.tokens[first + t]) if t < lengths[s] else 0
             slot["input_index"] = first + t if t < lengths[s] else -1
-            slot["routed_experts"] = (
-                batch.routed_experts[first + t].tolist() if t < lengths[s] else [[-1, -1]] * 3
-            )
-            slot["router_scores"] = (
-                batch.router_scores[first + t].tolist() if t < lengths[s] else [[0.0, 0.0]] * 3
-            )
             slot["router_shift"] = float(batch.router_shift[first + t]) if t < lengths[s] else 0.0
             for field in (
                 "labels",
@@ -287,15 +282,11 @@ def test_dummy_microbatch(cp_size: int) -> None:
 
 
 def test_absent_tensors_stay_absent() -> None:
-    batch = batch_of([5, 3], old_logprobs=None, ref_logprobs=None, sequence_weights=None, routed_experts=None)
+    batch = batch_of([5, 3], old_logprobs=None, ref_logprobs=None, sequence_weights=None)
     for sequences in ([1, 0], []):
         packed = pack(batch, sequences)
-        assert (packed.old_logprobs, packed.ref_logprobs, packed.sequence_weights, packed.routed_experts) == (
-            None,
-            None,
-            None,
-            None,
-        )
+        assert (packed.old_logprobs, packed.ref_logprobs, packed.sequence_weights) == (None,) * 3
+        assert packed.routed_experts is None  # Routing.cut reads it
         assert packed.rollout_logprobs is not None
 
 
@@ -315,7 +306,7 @@ def test_make_train_batch() -> None:
         SampleGroup(Prompt("a/0", answer=""), [sample([3, 9, 4, 11], 2), sample([3, 9], 2)]),
         SampleGroup(Prompt("a/1", answer=""), [sample([7, 8, 2], 1)]),
     ]
-    batch = make_train_batch(groups, torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64))
+    batch = step_batch(groups, torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64))
     assert batch.tokens.tolist() == [3, 9, 4, 11, 3, 9, 7, 8, 2]
     assert batch.lengths.tolist() == [4, 2, 3]
     assert batch.response_mask.tolist() == [False, False, True, True, False, False, False, True, True]
@@ -323,8 +314,9 @@ def test_make_train_batch() -> None:
     assert batch.advantages.dtype == torch.float32
     assert batch.response_lengths.tolist() == [2, 0, 2]
     assert batch.old_logprobs is None
-    with pytest.raises(AssertionError):
-        make_train_batch(groups, torch.zeros(2))
+    assert batch.numbers.tolist() == [0, 1, 2]
+    (part,) = batch.plan
+    assert (part.rows, part.sequences, part.response_tokens, part.tokens) == ((0, 3), 2, 4, 9)
 
 
 ROUTING = RoutingShape(num_layers=3, moe_layers=(0, 2), num_experts=8, topk=2)
@@ -345,17 +337,21 @@ def routed(length: int, seed: int = 0) -> Sample:
     )
 
 
-def test_routed_experts_lie_beside_their_input_tokens() -> None:
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_routed_experts_lie_beside_their_input_tokens(dtype: type) -> None:
     samples = [routed(4), routed(1), routed(3, seed=1)]
-    record = stack_routed_experts(samples, ROUTING)
-    assert record.dtype == torch.int16
+    for sample in samples:
+        assert sample.routed_experts is not None
+        sample.routed_experts = sample.routed_experts.astype(dtype)
+    group = SampleGroup(Prompt("p", ""), samples)
+    record = step_batch([group], torch.zeros(3), ROUTING).routed_experts
+    assert record.numpy().dtype == dtype
     assert record.shape == (8, 3, 2)
     for start, sample in ((0, samples[0]), (5, samples[2])):
         assert sample.routed_experts is not None
         known = slice(start, start + len(sample.tokens) - 1)
-        assert np.array_equal(record[known, [0, 2]].numpy(), sample.routed_experts[:, [0, 2]])
-    assert (record[:, 1] == -1).all()
-    assert (record[[3, 4, 7]] == -1).all()
+        assert np.array_equal(record[known].numpy(), sample.routed_experts)
+    assert step_batch([group], torch.zeros(3)).routed_experts is None  # training needs no record
 
 
 @pytest.mark.parametrize(
@@ -377,7 +373,7 @@ def test_a_wrong_record_of_routed_experts_is_refused(change: Any, words: str) ->
     sample = routed(4)
     sample.routed_experts = change(sample.routed_experts)
     with pytest.raises(InputError, match=f"sample 1.*{words}") as error:
-        stack_routed_experts([routed(2), sample], ROUTING)
+        check_routed_experts({0: routed(2), 1: sample}, ROUTING)
     assert "\n" not in str(error.value)
 
 
