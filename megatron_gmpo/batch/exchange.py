@@ -1,30 +1,59 @@
-"""Move the columns of a step's sequences to the ranks that train them.
+"""Move a step's tokens from the ranks that hold the samples to the nodes that train them.
 
-This form sends every sample to every rank as an object.
+Every node that has a rank of a sequence's data-parallel replica gets the sequence's columns once, in a file
+in shared memory that the ranks of the node map. The file has a section for each replica with a rank on the
+node, and a temporary outbox::
+
+    section: tokens | rollout_logprobs | routed_experts | response_mask      outbox: sequence | sequence | ...
+
+The file has no name. The leader of the node makes it with ``tempfile.TemporaryFile``, and the other ranks
+open it through the leader's ``/proc/PID/fd``. So the kernel frees it even if every process is killed.
+
+A rank writes its samples into the sections of its node. It writes samples for other nodes into the outbox, in
+which the columns of a sequence lie one after another. The leaders send the outbox in rounds, which bounds its
+size and that of the leaders' buffers. All sizes and offsets follow from the index, so no metadata is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from io import FileIO
+from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
-from ..distributed import Nodes, all_gather_objects
+from .. import files
+from ..distributed import Nodes, agreed, all_gather_objects
+from ..errors import InputError, disk_full
+from .columns import RoutingShape
+from .exchange_plan import Block, Layout, Record, Round, Routes
 from .index import StepIndex
 from .samples import Sample
+
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The flat columns of the L tokens of some sequences, in ascending order of their numbers.
+    """The flat columns of the sequences that one replica trains, in ascending order of their numbers.
+
+    The arrays are mapped from the node's file. A write to an array changes only this process's copy.
 
     Attributes:
         tokens: (L,) int32.
         response_mask: (L,) bool.
         rollout_logprobs: (L,) float32.
-        routed_experts: (L, layers, topk) uint8 or int16, or None without a record. The row of a sequence's
-            last token is 0 and has no meaning.
+        routed_experts: (L, layers, topk), uint8 if the model has at most 256 experts, else int16; None if
+            they are not exchanged. The row of a sequence's last token is 0 and has no meaning.
     """
 
     tokens: np.ndarray
@@ -34,39 +63,193 @@ class Columns:
 
 
 class Exchange:
-    """Distribute the sequences of each step. Every rank makes one together.
+    """Give every node the columns of the sequences that it trains. The constructor is collective.
 
     Args:
         nodes: the ranks by node.
-        replica: number of the data-parallel replica that this rank belongs to.
-        folder: folder of the files that a node's ranks map; "" means /dev/shm.
-        timeout_s: limit for one collective.
+        replica: this rank's data-parallel rank.
+        folder: folder of the files, on every node; it should be in memory. "" means /dev/shm.
+        timeout_s: limit for one message between two nodes.
+        routing: the shape of the samples' routed experts; None leaves them out.
+
+    Raises:
+        InputError: the folder of some node cannot be written.
     """
 
-    def __init__(self, nodes: Nodes, replica: int, folder: str, timeout_s: float) -> None:
-        self.replica = replica
+    def __init__(
+        self, nodes: Nodes, replica: int, folder: str, timeout_s: float, routing: RoutingShape | None = None
+    ) -> None:
+        self._nodes, self._replica, self._folder = nodes, replica, folder or _SHARED_MEMORY
+        self._group, self._leaders = nodes.group, nodes.leaders
+        self._leader_of = [ranks[0] for ranks in nodes.ranks.values()]
+        self._timeout = timedelta(seconds=timeout_s)
+        self._record = Record(routing)
+        self._routes = Routes(nodes.of_rank, all_gather_objects(replica), nodes.here)
+        self._new_file(0).close()
 
-    def distribute(self, mine: Mapping[int, Sample], index: StepIndex, replica_of: np.ndarray) -> Columns:
-        """Return the columns of the sequences of this rank's replica. Collective.
+    def distribute(self, mine: dict[int, Sample], index: StepIndex, replica_of: np.ndarray) -> Columns:
+        """Return the columns of the sequences that this rank's replica trains. Collective.
 
         Args:
-            mine: this rank's samples by the number of their sequence.
-            index: all sequences.
-            replica_of: (S,) int32 replica that trains each sequence; -1 means nobody.
+            mine: this rank's samples by the number of their sequence. The samples are removed one after
+                another, so that their memory is free unless the caller keeps them elsewhere.
+            index: the sequences of the step, equal on all ranks.
+            replica_of: (S,) the data-parallel rank that trains each sequence, equal on all ranks; -1 if none
+                does, and the sequence is not moved.
+
+        Raises:
+            InputError: a sample has no record of its routed experts or one that does not fit, or a node has
+                too little room for its file. Nothing has been written, and ``mine`` is complete.
+            DiskFullError: other processes have filled the folder meanwhile.
         """
-        everyone = {number: sample for part in all_gather_objects(mine) for number, sample in part.items()}
-        chosen = np.flatnonzero(replica_of == self.replica)
-        samples = [everyone[number] for number in chosen.tolist()]
-        experts = None
-        if len(chosen) and (nbytes := int(index.expert_bytes[chosen].max())):
-            dtype = np.uint8 if nbytes == 1 else np.int16
-            padded = [np.pad(s.routed_experts, ((0, 1), (0, 0), (0, 0))) for s in samples]  # pyright: ignore[reportArgumentType, reportCallIssue]
-            experts = np.concatenate(padded).astype(dtype)
-        return Columns(
-            tokens=np.concatenate([np.empty(0, np.int32), *(s.tokens for s in samples)]),
-            response_mask=np.concatenate([np.empty(0, np.bool_), *(s.response_mask for s in samples)]),
-            rollout_logprobs=np.concatenate(
-                [np.empty(0, np.float32), *(s.rollout_logprobs for s in samples)]
-            ),
-            routed_experts=experts,
-        )
+        with agreed():
+            for number, sample in mine.items():
+                self._record.check(number, sample)
+        lengths = index.length.astype(np.int64)
+        layout = Layout(lengths, replica_of, self._routes.replicas_here, self._record)
+        rounds = self._routes.rounds(index.owner, replica_of, self._record.nbytes(lengths))
+        outbox = max((turn.outbox_bytes for turn in rounds), default=0)
+        with self._new_file(layout.nbytes + outbox) as file:
+            writer = _Writer(file, self._folder, layout, self._record)
+            self._move(writer, mine, rounds, lengths)
+            with agreed():
+                if self._nodes.is_leader:
+                    os.ftruncate(file.fileno(), layout.nbytes)
+                if writer.failure:
+                    raise disk_full(writer.failure) or writer.failure
+            return self._columns(file, *layout.sections[self._replica])
+
+    def _move(
+        self, writer: _Writer, mine: dict[int, Sample], rounds: list[Round], lengths: np.ndarray
+    ) -> None:
+        """Write this rank's samples, exchange the others between the leaders, and write what arrives."""
+        leaving = {number for turn in rounds for block in turn.sent for number in block.numbers}
+        for number in sorted(mine.keys() - leaving):
+            writer.put_columns(number, self._record.parts(mine.pop(number)))
+        for turn in rounds:
+            at = writer.layout.nbytes
+            for number in (number for block in turn.sent for number in block.numbers):
+                if number in mine:
+                    parts = self._record.parts(mine.pop(number))
+                    writer.put(parts, at)
+                    writer.put_columns(number, parts)
+                at += int(self._record.nbytes(lengths[number]))
+            if turn.sent:
+                self._wait_for_node()  # the outbox is complete
+            requests, arriving = self._start(turn, writer) if self._nodes.is_leader else ([], [])
+            if turn.sent:
+                self._wait_for_node()  # the outbox has been read
+            for request in requests:
+                request.wait(self._timeout)
+            for block, data in arriving:
+                writer.put_block(block.numbers, lengths, data)
+
+    def _start(self, turn: Round, writer: _Writer) -> tuple[list[Any], list[tuple[Block, np.ndarray]]]:
+        """Start the messages of a round; return the requests, and the buffers of the blocks that arrive."""
+        requests: list[Any] = []
+        arriving: list[tuple[Block, np.ndarray]] = []
+        for block in turn.received:
+            data = torch.empty(block.nbytes, dtype=torch.uint8)
+            requests.append(dist.irecv(data, self._leader_of[block.source], self._leaders, block.home))
+            arriving.append((block, data.numpy()))
+        at = writer.layout.nbytes
+        for block in turn.sent:
+            data = torch.from_numpy(writer.read(at, block.nbytes))
+            at += block.nbytes
+            for node in block.targets:
+                requests.append(dist.isend(data, self._leader_of[node], self._leaders, block.home))
+        return requests, arriving
+
+    def _columns(self, file: FileIO, start: int, rows: int) -> Columns:
+        record = self._record
+        nbytes = rows * sum(record.widths)
+        data = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY, offset=start) if rows else b""
+        columns: list[np.ndarray] = []
+        at = 0
+        for width, dtype in zip(record.widths, record.dtypes, strict=True):
+            columns.append(np.frombuffer(data, dtype, rows * width // np.dtype(dtype).itemsize, at))
+            at += rows * width
+        tokens, logprobs, experts, mask = columns
+        return Columns(tokens, mask, logprobs, experts.reshape(rows, *record.shape) if record.shape else None)
+
+    def _wait_for_node(self) -> None:
+        if self._group:
+            dist.barrier(self._group)
+
+    def _new_file(self, nbytes: int) -> FileIO:
+        """Return a new file of zeros that all ranks of this node have open. Collective.
+
+        Raises:
+            InputError: the folder cannot be written, or has too little room.
+        """
+        address = torch.zeros(2, dtype=torch.int64)
+        file: Any = None
+        setting = f"rollout.exchange_folder = {self._folder!r} of node {self._nodes.name!r}"
+        with agreed():
+            if self._nodes.is_leader:
+                with files.writable(setting, "choose another folder"):
+                    free = shutil.disk_usage(self._folder).free
+                    file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
+                if free < nbytes:
+                    raise InputError(
+                        f"{setting} has {free / 1e9:.4f} GB free, and the tokens of this step need "
+                        f"{nbytes / 1e9:.4f} GB: enlarge that file system, choose another folder, or lower "
+                        "rollout.prompts_per_step"
+                    )
+                os.ftruncate(file.fileno(), nbytes)
+                address = torch.tensor([os.getpid(), file.fileno()])
+        if self._group:
+            dist.broadcast(address, self._nodes.leader, self._group)
+        with agreed():  # the leader keeps its file open until all ranks have opened it
+            if not self._nodes.is_leader:
+                process, descriptor = address.tolist()
+                file = FileIO(f"/proc/{process}/fd/{descriptor}", "r+")
+        return file
+
+
+class _Writer:
+    """Writes into the node's file. After a failure it writes nothing, but the exchange goes on to its end.
+
+    The file is not mapped for writing, because a full file system would then kill the process with SIGBUS.
+
+    Attributes:
+        failure: the first error.
+    """
+
+    def __init__(self, file: FileIO, folder: str, layout: Layout, record: Record) -> None:
+        self.layout = layout
+        self._file, self._folder, self._record = file.fileno(), folder, record
+        self.failure: OSError | None = None
+
+    def put(self, parts: Sequence[Any], offset: int) -> None:
+        """Write buffers one after another."""
+        if self.failure:
+            return
+        try:
+            written = os.pwritev(self._file, parts, offset)
+        except OSError as error:
+            self.failure = OSError(error.errno, error.strerror, self._folder)
+        else:
+            if written < sum(memoryview(part).nbytes for part in parts):
+                self.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._folder)
+
+    def put_columns(self, number: int, parts: Sequence[Any]) -> None:
+        """Write the columns of a sequence into their section, if the node trains it."""
+        if self.layout.offsets[number, 0] >= 0:
+            for part, offset in zip(parts, self.layout.offsets[number].tolist(), strict=True):
+                self.put([part], offset)
+
+    def put_block(self, numbers: Iterable[int], lengths: np.ndarray, data: np.ndarray) -> None:
+        """Write the columns of the sequences of a message."""
+        at = 0
+        for number in numbers:
+            length = int(lengths[number])
+            end = at + int(self._record.nbytes(length))
+            self.put_columns(number, self._record.split(length, data[at:end]))
+            at = end
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray:
+        """Return (nbytes,) uint8."""
+        data = np.empty(nbytes, np.uint8)
+        os.preadv(self._file, [data], offset)
+        return data

@@ -107,6 +107,10 @@ class RolloutConfig(Section):
     soft overlong punishment), at most max_new_tokens. 0 disables it."""
     overlong_penalty: NonNegative = 1.0
     """Penalty of a response with max_new_tokens tokens; used if overlong_buffer is set."""
+    exchange_folder: PathText = ""
+    """Folder for the tokens of a step that a node trains, in a file without a name that the ranks of the node
+    map; empty means /dev/shm. A node needs about 9 bytes of room for a token, and with recorded experts one
+    more, or two above 256 experts, for each layer and expert of the token. A folder on a disk is slower."""
     save_path: PathText = ""
     """Folder to which the groups of every step are written; empty disables it."""
     replay_path: PathText = ""

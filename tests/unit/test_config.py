@@ -111,6 +111,7 @@ MAY_BE_EMPTY = {
     "data.template": "no text around the prompt",
     "data.system_prompt": "no system message",
     "rollout.servers_file": "no file",
+    "rollout.exchange_folder": "/dev/shm",
     "rollout.save_path": "save nothing",
     "rollout.replay_path": "no replay",
     "weight_sync.folder": "a folder in run_dir",
