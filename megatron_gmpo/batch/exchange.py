@@ -16,6 +16,7 @@ size and that of the leaders' buffers. All sizes and offsets follow from the ind
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -40,6 +41,8 @@ from .index import StepIndex
 from .samples import Sample
 
 _SHARED_MEMORY = "/dev/shm"
+_TRIM_BYTES = 16 << 20
+"""Bytes of samples after which their memory is given back to the system."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ class _Writer:
         self.layout = layout
         self._file, self._folder, self._record = file.fileno(), folder, record
         self.failure: OSError | None = None
+        self._untrimmed = 0
 
     def put(self, parts: Sequence[Any], offset: int) -> None:
         """Write buffers one after another."""
@@ -235,6 +239,7 @@ class _Writer:
 
     def put_columns(self, number: int, parts: Sequence[Any]) -> None:
         """Write the columns of a sequence into their section, if the node trains it."""
+        self._trim(sum(memoryview(part).nbytes for part in parts))
         if self.layout.offsets[number, 0] >= 0:
             for part, offset in zip(parts, self.layout.offsets[number].tolist(), strict=True):
                 self.put([part], offset)
@@ -247,6 +252,13 @@ class _Writer:
             end = at + int(self._record.nbytes(length))
             self.put_columns(number, self._record.split(length, data[at:end]))
             at = end
+
+    def _trim(self, nbytes: int) -> None:
+        """Give back memory of the samples that are written. glibc keeps it while later memory is in use."""
+        self._untrimmed += nbytes
+        if self._untrimmed > _TRIM_BYTES:
+            ctypes.CDLL(None).malloc_trim(0)
+            self._untrimmed = 0
 
     def read(self, offset: int, nbytes: int) -> np.ndarray:
         """Return (nbytes,) uint8."""

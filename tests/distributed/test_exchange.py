@@ -154,8 +154,8 @@ def test_too_little_room_is_refused_before_anything_is_written(ranks: RankPool, 
     (error,) = errors
     assert error == (
         f"InputError with 2 samples: rollout.exchange_folder = '{folder}' of node 'node0' has 0.0010 GB "
-        "free, and the tokens of this step need 0.0023 GB: enlarge that file system, choose another folder, or "
-        "lower rollout.prompts_per_step"
+        "free, and the tokens of this step need 0.0023 GB: enlarge that file system, choose another folder, "
+        "or lower rollout.prompts_per_step"
     )
 
 
