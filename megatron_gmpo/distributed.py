@@ -66,6 +66,29 @@ def all_gather_objects(item: Any) -> list[Any]:
     return gathered
 
 
+def gather_bytes(data: bytes) -> list[bytes]:
+    """Return every rank's ``data``, in rank order, on rank 0, and [] on the others. Collective.
+
+    Unlike ``gather_object`` of torch, it does not pad all messages to the longest one.
+    """
+    if world_size() == 1:
+        return [data]
+    sizes = torch.zeros(world_size(), dtype=torch.int64)
+    sizes[rank()] = len(data)
+    dist.all_reduce(sizes)
+    if rank():
+        if data:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0)
+        return []
+    received = [data]
+    for source, size in enumerate(sizes.tolist()[1:], 1):
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if size:
+            dist.recv(buffer, source)
+        received.append(buffer.numpy().tobytes())
+    return received
+
+
 def broadcast_object(item: Any) -> Any:
     """Return rank 0's ``item`` on every rank. Collective."""
     if world_size() == 1:

@@ -207,7 +207,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
         if on_rank_0 and step < cfg.train.num_steps:
-            load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size, limit=1)
+            load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size, slice(1))
     samples = train and not cfg.rollout.replay_path
     return Run(
         cfg=cfg,

@@ -44,7 +44,7 @@ from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
 from .rollout.collect import Collected, replayed
 from .rollout.engine import RolloutEngine
-from .rollout.replay import append_transcripts, check_groups, load_groups, save_groups
+from .rollout.replay import append_transcripts, check_groups, load_share, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
@@ -181,7 +181,7 @@ class Loop:
         """Return the step's scored groups, sampled now or read from ``rollout.replay_path``."""
         state, replay_path = self.state, self.cfg.rollout.replay_path
         if replay_path:
-            return replayed(load_groups(replay_path, state.step, self.run.description.hf.vocab_size))
+            return replayed(load_share(replay_path, state.step, self.run.description.hf.vocab_size))
         assert self.engine
         assert state.collector
         with self.timer("weight_sync"):

@@ -74,7 +74,7 @@ def measure(
         InputError: a side is unknown, or not supported with these arguments; the rollouts do not exist.
     """
     _check(cfg, sides, layers)
-    groups = load_groups(folder, step, read_hf_config(cfg.model.path).vocab_size)[:num_groups]
+    groups = load_groups(folder, step, read_hf_config(cfg.model.path).vocab_size, slice(num_groups))
     device = choose_device(cfg.device)
     cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"temperature": 1.0})})
     found: dict[str, Side] = {}

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from ..batch.index import StepIndex
 from ..batch.samples import Prompt, SampleGroup
 from ..config import RolloutConfig
-from ..distributed import agreed, rank, sum_over_ranks, world_size
+from ..distributed import agreed, sum_over_ranks
 from ..metrics.figures import Metric
 from ..rewards import Reward
 from .engine import RolloutEngine, SamplingParams
@@ -177,11 +177,10 @@ def _renumbered(groups: Groups, chosen: np.ndarray) -> Groups:
     return {new: groups[old] for new, old in enumerate(chosen.tolist()) if old in groups}
 
 
-def replayed(groups: list[SampleGroup]) -> Collected:
-    """Return the share of each rank in a step's saved groups, which every rank has read. Collective."""
-    mine = {p: group for p, group in enumerate(groups) if p % world_size() == rank()}
-    index = StepIndex.gather(mine, len(groups))
-    return Collected(mine, index, rollout_figures(index))
+def replayed(groups: Groups) -> Collected:
+    """Return the saved groups of a step, of which each rank has read a share. Collective."""
+    index = StepIndex.gather(groups, sum_over_ranks(len(groups)))
+    return Collected(groups, index, rollout_figures(index))
 
 
 def rollout_figures(index: StepIndex) -> dict[str, Metric]:

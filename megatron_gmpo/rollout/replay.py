@@ -5,37 +5,52 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from .. import files
 from ..batch.samples import FinishReason, Prompt, Sample, SampleGroup, version_spans_of
-from ..distributed import all_gather_objects, rank
+from ..distributed import agreed, folder_written_by_all, gather_bytes, rank, world_size
 from ..errors import InputError
 
+_INDEX = "index.json"
 _PROMPT = TypeAdapter(Prompt)
+_PLACES = TypeAdapter(list[tuple[Annotated[str, Field(pattern=r"^rank_\d+\.jsonl$")], NonNegativeInt]])
 
 
 def save_groups(folder: str | Path, step: int, groups: Mapping[int, SampleGroup]) -> None:
-    """Write ``folder/step_000000.jsonl``, one group per line, without rounding. Atomic. Collective.
+    """Write the groups of a step into the folder ``folder/step_000000``, without rounding. Collective.
+
+    Each rank with groups writes a shard ``rank_00000.jsonl`` with a group per line. ``index.json`` has the
+    shard and the offset of each group, in the order of the step. The folder appears when it is complete. All
+    nodes must see it.
 
     Args:
-        groups: this rank's groups by their position in the step. Rank 0 writes those of all ranks.
+        groups: this rank's groups by their position in the step.
     """
-    everyone = {p: group for part in all_gather_objects(groups) for p, group in part.items()}
-    if rank() != 0:
-        return
-    path = _step_file(folder, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.written_aside(path) as aside, aside.open("w") as file:
-        for _, group in sorted(everyone.items()):
-            file.write(json.dumps(asdict(group), default=_encode_array) + "\n")
+    final, name = _step_folder(folder, step), f"rank_{rank():05d}.jsonl"
+    with folder_written_by_all(final) as partial:
+        places: list[tuple[int, str, int]] = []  # position, shard and offset of each group
+        with agreed(), files.named(partial / name):
+            if groups:
+                with (partial / name).open("wb") as file:
+                    for position, group in sorted(groups.items()):
+                        places.append((position, name, file.tell()))
+                        file.write(json.dumps(asdict(group), default=_encode_array).encode() + b"\n")
+        everywhere = gather_bytes(json.dumps(places).encode())
+        with agreed(), files.named(partial / _INDEX):
+            if rank() == 0:
+                ordered = sorted(place for part in everywhere for place in json.loads(part))
+                (partial / _INDEX).write_text(json.dumps([place[1:] for place in ordered]))
+                if final.exists():
+                    files.remove(final)
 
 
 def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
@@ -45,8 +60,10 @@ def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
         InputError: a step is missing; the message names the first missing step and the existing steps.
     """
     for step in steps:
-        if not _step_file(folder, step).exists():
-            found = sorted(int(p.stem.removeprefix("step_")) for p in Path(folder).glob("step_*.jsonl"))
+        if not (_step_folder(folder, step) / _INDEX).exists() and not _step_file(folder, step).exists():
+            stored = [p.parent for p in Path(folder).glob(f"step_*/{_INDEX}")]
+            stored += Path(folder).glob("step_*.jsonl")
+            found = sorted(int(p.stem.removeprefix("step_")) for p in stored)
             there = f"it has steps {found[0]} to {found[-1]}" if found else "it has no steps at all"
             raise InputError(
                 f"rollout.replay_path = {str(folder)!r} has no groups for step {step}, {there}: "
@@ -54,49 +71,84 @@ def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
             )
 
 
+def load_share(folder: str | Path, step: int, vocab_size: int) -> dict[int, SampleGroup]:
+    """Read this rank's share of the groups of a step, by position. Collective.
+
+    Raises:
+        InputError: see ``load_groups``. Raised on every rank.
+    """
+    with agreed():
+        groups = load_groups(folder, step, vocab_size, slice(rank(), None, world_size()))
+    return {rank() + number * world_size(): group for number, group in enumerate(groups)}
+
+
 def load_groups(
-    folder: str | Path, step: int, vocab_size: int, limit: int | None = None
+    folder: str | Path, step: int, vocab_size: int, chosen: slice = slice(None)
 ) -> list[SampleGroup]:
-    """Read the groups of a step, written by ``save_groups``.
+    """Read groups of a step, written by ``save_groups`` or by an earlier version, on any number of nodes.
 
     Args:
         vocab_size: number of token ids of the model that is trained on the groups.
-        limit: number of groups to read from the start of the file; None reads all.
+        chosen: positions of the groups to read.
 
     Raises:
-        InputError: the folder has no such step, its file has no groups, or a line or sample of the file is
-            broken or does not fit the model.
+        InputError: the folder has no such step, it has no groups, or a line or sample of a file is broken or
+            does not fit the model.
     """
     check_groups(folder, [step])
-    path = _step_file(folder, step)
     groups: list[SampleGroup] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(islice(file, limit), 1):
-            place = f"line {number}"
-            try:
-                record = json.loads(line)
-                group = SampleGroup(_PROMPT.validate_python(record["prompt"]), [])
-                for i, fields in enumerate(record["samples"]):
-                    place = f"line {number}, sample {i}"
-                    group.samples.append(_decode_sample(fields))
-                    _check_sample(group.samples[-1], vocab_size)
-                groups.append(group)
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                ArithmeticError,
-                RecursionError,
-            ) as error:
-                reason = " ".join(str(error).split())
-                raise InputError(
-                    f"rollout.replay_path: {place} of {path} is broken ({reason}): "
-                    "save the step again, with the model of model.path"
-                ) from None
-    if not all(group.samples for group in groups) or not groups:
-        raise InputError(f"rollout.replay_path: {path} has no groups, or one without samples: save it again")
+    for path, number, line in _lines(folder, step, chosen):
+        place = f"line {number}"
+        try:
+            record = json.loads(line)
+            group = SampleGroup(_PROMPT.validate_python(record["prompt"]), [])
+            for i, fields in enumerate(record["samples"]):
+                place = f"line {number}, sample {i}"
+                group.samples.append(_decode_sample(fields))
+                _check_sample(group.samples[-1], vocab_size)
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"rollout.replay_path: {place} of {path} is broken ({reason}): "
+                "save the step again, with the model of model.path"
+            ) from None
+        if not group.samples:
+            raise _empty(path)
+        groups.append(group)
     return groups
+
+
+def _lines(folder: str | Path, step: int, chosen: slice) -> Iterator[tuple[Path, int, bytes]]:
+    """Yield the file, the number and the content of the line of each chosen group."""
+    index = _step_folder(folder, step) / _INDEX
+    if not index.exists():  # an earlier version wrote all groups into one file
+        path = _step_file(folder, step)
+        if path.stat().st_size == 0:
+            raise _empty(path)
+        with path.open("rb") as file:
+            for number, line in islice(enumerate(file, 1), chosen.start, chosen.stop, chosen.step):
+                yield path, number, line
+        return
+    try:
+        places = _PLACES.validate_json(index.read_bytes())
+    except ValidationError:
+        raise InputError(f"rollout.replay_path: {index} is broken: save the step again") from None
+    if not places:
+        raise _empty(index)
+    offsets: dict[str, list[int]] = {}
+    for name, offset in sorted(places):
+        offsets.setdefault(name, []).append(offset)
+    for name, offset in places[chosen]:
+        path = index.with_name(name)
+        if not path.exists():
+            raise InputError(f"rollout.replay_path: {path} is missing, which {_INDEX} names: copy all files")
+        with path.open("rb") as file:
+            file.seek(offset)
+            yield path, bisect_right(offsets[name], offset), file.readline()
+
+
+def _empty(path: Path) -> InputError:
+    return InputError(f"rollout.replay_path: {path} has no groups, or one without samples: save it again")
 
 
 def append_transcripts(path: str | Path, step: int, groups: Mapping[int, SampleGroup], limit: int) -> None:
@@ -106,10 +158,11 @@ def append_transcripts(path: str | Path, step: int, groups: Mapping[int, SampleG
         groups: this rank's groups by their position in the step. Rank 0 writes those of all ranks.
     """
     mine = {p: _transcript(step, group) for p, group in groups.items() if p < limit}
-    records = {p: record for part in all_gather_objects(mine) for p, record in part.items()}
+    everywhere = gather_bytes(json.dumps(sorted(mine.items())).encode())
     if rank() == 0:
+        records = sorted(record for part in everywhere for record in json.loads(part))
         with files.named(Path(path)), Path(path).open("a") as file:
-            for _, record in sorted(records.items()):
+            for _, record in records:
                 file.write(record + "\n")
 
 
@@ -126,6 +179,10 @@ def _transcript(step: int, group: SampleGroup) -> str:
         "samples": samples,
     }
     return json.dumps(record, ensure_ascii=False)
+
+
+def _step_folder(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step_{step:06d}"
 
 
 def _step_file(folder: str | Path, step: int) -> Path:

@@ -16,12 +16,20 @@ from transformers import AutoTokenizer
 
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
-from megatron_gmpo.distributed import Nodes, all_gather_objects, rank, sum_over_group, world_size
+from megatron_gmpo.distributed import (
+    Nodes,
+    all_gather_objects,
+    gather_bytes,
+    rank,
+    sum_over_group,
+    world_size,
+)
+from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics.logger import MetricLogger
 from megatron_gmpo.rollout.collect import score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.replay import append_transcripts, load_groups, save_groups
+from megatron_gmpo.rollout.replay import append_transcripts, load_groups, load_share, save_groups
 
 from ..support.ranks import RankPool
 
@@ -157,11 +165,66 @@ def write_everything(folder: Path) -> dict[str, float]:
     return figures
 
 
-def test_the_first_rank_alone_writes(ranks: RankPool, tmp_path: Path) -> None:
+def test_rank_0_writes_figures_and_transcripts_and_each_rank_its_groups(
+    ranks: RankPool, tmp_path: Path
+) -> None:
     assert ranks.run(3, write_everything, tmp_path) == [{"loss": 3.0}] * 3
-    for name in ("metrics.jsonl", "events.jsonl"):
+    for name in ("metrics.jsonl", "events.jsonl", *(f"step_000000/rank_0000{r}.jsonl" for r in range(3))):
         assert len((tmp_path / name).read_text().splitlines()) == 1, name
     assert [g.samples[0].text for g in load_groups(tmp_path, 0, 10)] == ["2", "1", "0"]
     lines = map(json.loads, (tmp_path / "transcripts.jsonl").read_text().splitlines())
     assert [line["samples"][0]["text"] for line in lines] == ["2", "1"]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def save_twice(folder: Path, owners: list[int]) -> None:
+    for text in ("old", "new"):
+        groups = {
+            position: SampleGroup(
+                Prompt(f"{position}", ""),
+                [Sample([1, 2], [False, True], [0.0, -1.0], f"{text} {i}", "stop", 0) for i in range(3)],
+            )
+            for position, owner in enumerate(owners)
+            if owner == rank()
+        }
+        save_groups(folder, 7, groups)
+
+
+def read_share(folder: Path) -> dict[int, list[str]]:
+    return {p: [group.prompt.id, group.samples[2].text] for p, group in load_share(folder, 7, 10).items()}
+
+
+@pytest.mark.parametrize("readers", [1, 2, 4])
+def test_groups_saved_by_many_ranks_are_replayed_on_another_number(
+    ranks: RankPool, tmp_path: Path, readers: int
+) -> None:
+    """Rank 2 saves no group, and the second save replaces the first."""
+    owners = [3, 0, 1, 0, 3, 3, 1]
+    ranks.run(4, save_twice, tmp_path, owners)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000007"]
+    shares = ranks.run(readers, read_share, tmp_path)
+    for reader, share in enumerate(shares):
+        assert share == {p: [str(p), "new 2"] for p in range(reader, len(owners), readers)}
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(InputError) as error:
+        load_share(folder, 7, 10)
+    return str(error.value)
+
+
+def test_a_broken_line_in_the_share_of_one_rank_is_refused_on_all(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, save_twice, tmp_path, [0, 1])
+    shard = tmp_path / "step_000007" / "rank_00001.jsonl"
+    shard.write_text(shard.read_text()[:100])
+    first, second = ranks.run(2, refused, tmp_path)
+    assert first == second
+    assert first.startswith(f"rollout.replay_path: line 1 of {shard} is broken")
+
+
+def gathered() -> list[int]:
+    return [len(data) for data in gather_bytes(b"x" * (rank() % 3 * 1000))]
+
+
+def test_bytes_are_gathered_on_rank_0(ranks: RankPool) -> None:
+    assert ranks.run(4, gathered) == [[0, 1000, 2000, 0], [], [], []]

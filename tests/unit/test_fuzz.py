@@ -285,8 +285,8 @@ def group() -> dict[str, Any]:
         [1, 2], [3], [-0.5], text="8", finish_reason="length", policy_version=1, routed_experts=None
     )
     prompt = Prompt("set/1", "7", messages=[{"role": "user", "content": "3 + 4"}], input_ids=[1, 2])
-    save_groups(FOLDER / "valid", 0, [SampleGroup(prompt, [made, other])])
-    record = json.loads((FOLDER / "valid" / "step_000000.jsonl").read_text())
+    save_groups(FOLDER / "valid", 0, {0: SampleGroup(prompt, [made, other])})
+    record = json.loads((FOLDER / "valid" / "step_000000" / "rank_00000.jsonl").read_text())
     columns = {
         "tokens": [1, 2, 3],
         "response_mask": [False, False, True],

@@ -930,7 +930,8 @@ def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
     groups = groups_to_save()
     save_groups(tmp_path / "new" / "folder", 12, dict(enumerate(groups)))
     loaded = load_groups(tmp_path / "new" / "folder", 12, VOCAB)
-    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["step_000012.jsonl"]
+    found = sorted(str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*.json*"))
+    assert found == ["folder/step_000012/index.json", "folder/step_000012/rank_00000.jsonl"]
     for a, b in zip(
         (s for g in groups for s in g.samples), (s for g in loaded for s in g.samples), strict=True
     ):
@@ -1017,13 +1018,13 @@ def test_steps_that_are_missing_are_named(tmp_path: Path) -> None:
 )
 def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) -> None:
     save_groups(tmp_path, 1, dict(enumerate(groups_to_save()[::-1])))
-    file = tmp_path / "step_000001.jsonl"
+    file = tmp_path / "step_000001" / "rank_00000.jsonl"
     first, second = file.read_text().splitlines()
     assert broken(second) != second
     file.write_text(f"{first}\n{broken(second)}\n")
     with pytest.raises(
         InputError,
-        match=r"rollout\.replay_path: line 2(, sample 0)? of .*step_000001\.jsonl is broken \(.*\): save ",
+        match=r"rollout\.replay_path: line 2(, sample 0)? of .*rank_00000\.jsonl is broken \(.*\): save ",
     ) as error:
         load_groups(tmp_path, 1, VOCAB)
     assert "\n" not in str(error.value)
@@ -1031,11 +1032,11 @@ def test_a_broken_line_is_named(broken: Callable[[str], str], tmp_path: Path) ->
 
 def test_only_the_groups_that_are_asked_for_are_read(tmp_path: Path) -> None:
     save_groups(tmp_path, 1, dict(enumerate(groups_to_save())))
-    file = tmp_path / "step_000001.jsonl"
+    file = tmp_path / "step_000001" / "rank_00000.jsonl"
     file.write_text(file.read_text().splitlines()[0] + "\nbroken\n")
-    assert load_groups(tmp_path, 1, VOCAB, limit=1) == groups_to_save()[:1]
+    assert load_groups(tmp_path, 1, VOCAB, slice(1)) == groups_to_save()[:1]
     with pytest.raises(InputError, match="line 2 of"):
-        load_groups(tmp_path, 1, VOCAB, limit=2)
+        load_groups(tmp_path, 1, VOCAB, slice(2))
 
 
 def with_field(name: str, value: Any) -> Callable[[Record], None]:
@@ -1102,13 +1103,13 @@ def test_a_sample_that_cannot_be_trained_on_is_named(
 ) -> None:
     """The sample is the second of the first group. The reasons follow from the docstring of ``Sample``."""
     save_groups(tmp_path, 1, dict(enumerate(groups_to_save())))
-    file = tmp_path / "step_000001.jsonl"
+    file = tmp_path / "step_000001" / "rank_00000.jsonl"
     first, second = map(json.loads, file.read_text().splitlines())
     change(first["samples"][1])
     file.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
     with pytest.raises(InputError) as error:
         load_groups(tmp_path, 1, VOCAB)
-    line = rf"rollout\.replay_path: line 1, sample 1 of .*step_000001\.jsonl is broken \(.*({reason}).*\): "
+    line = rf"rollout\.replay_path: line 1, sample 1 of .*rank_00000\.jsonl is broken \(.*({reason}).*\): "
     assert re.match(line, str(error.value)), error.value
     assert "\n" not in str(error.value)
 
@@ -1133,6 +1134,28 @@ def test_a_sample_that_cannot_be_trained_on_is_named(
 def test_a_file_that_holds_no_groups_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "step_000001.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=rf"^rollout\.replay_path: .*{reason}") as error:
+        load_groups(tmp_path, 1, VOCAB)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        (b"", "index.json is broken: save the step again"),
+        (b"[", "index.json is broken: save the step again"),
+        (b'[["../step_000000/rank_00000.jsonl", 0]]', "index.json is broken: save the step again"),
+        (b'[["rank_00000.jsonl", -1]]', "index.json is broken: save the step again"),
+        (b'[["rank_00000.jsonl"]]', "index.json is broken: save the step again"),
+        (b"[]", "index.json has no groups, or one without samples: save it again"),
+        (b'[["rank_00007.jsonl", 0]]', "rank_00007.jsonl is missing, which index.json names: copy all files"),
+        (b'[["rank_00000.jsonl", 3]]', "line 1 of .*rank_00000.jsonl is broken .*: save "),
+        (b'[["rank_00000.jsonl", 9000000]]', "line 1 of .*rank_00000.jsonl is broken .*: save "),
+    ],
+)
+def test_a_broken_index_of_shards_is_refused(index: bytes, line: str, tmp_path: Path) -> None:
+    save_groups(tmp_path, 1, dict(enumerate(groups_to_save())))
+    (tmp_path / "step_000001" / "index.json").write_bytes(index)
+    with pytest.raises(InputError, match=rf"^rollout\.replay_path: .*{line}") as error:
         load_groups(tmp_path, 1, VOCAB)
     assert "\n" not in str(error.value)
 
