@@ -184,8 +184,8 @@ class OurSide:
         advantages = group_advantages(index, self.objective.advantage)
         # without the first saving, sequences with advantage 0 are computed too
         planned_for = advantages if self.savings else torch.ones(len(advantages))
-        plan = self.policy.plan(index.length, index.response_length, planned_for, self.objective)
-        batch = make_train_batch(dict(enumerate(groups)), index, advantages, plan, self.exchange, None)
+        plan = self.policy.plan(index, planned_for, self.objective)
+        batch = make_train_batch(dict(enumerate(groups)), index, advantages, plan, self.exchange, 0)
         if self.savings >= 2:
             self.policy.prepare(batch)
             return self.policy.minibatches(batch)

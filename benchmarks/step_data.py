@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_gmpo.batch.assembly import check_routed_experts, whole_batch
+from megatron_gmpo.batch.assembly import whole_batch
 from megatron_gmpo.batch.columns import RoutingShape
+from megatron_gmpo.batch.experts import check_experts
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 
 QWEN3_30B_A3B = RoutingShape(num_layers=48, moe_layers=tuple(range(48)), num_experts=128, topk=8)
@@ -86,7 +87,8 @@ def assemble_lists(samples: list[ListSample], routing: RoutingShape | None) -> l
 
 def assemble_arrays(samples: list[Sample], routing: RoutingShape | None) -> Any:
     if routing:
-        check_routed_experts(dict(enumerate(samples)), routing)
+        for number, sample in enumerate(samples):
+            check_experts(number, sample, routing)
     return whole_batch([SampleGroup(Prompt("p", ""), samples)])
 
 

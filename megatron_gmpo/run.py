@@ -20,13 +20,14 @@ import torch.distributed as dist
 import transformers
 
 from . import files
+from .batch.exchange import Exchange
 from .batch.samples import Prompt
 from .checkpoint import check_model, checkpoint_size, model_identity, room_to_save
 from .command_line import load_config, one_line_errors
 from .config import Config
 from .data.prompts import check_lengths, load_prompts, load_tokenizer
 from .data.stream import PromptStream
-from .distributed import broadcast_object, rank
+from .distributed import Nodes, broadcast_object, rank
 from .errors import Exit, InputError, StopRequest, printable
 from .metrics.logger import check_wandb
 from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
@@ -48,6 +49,7 @@ from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
 from .supervision import signals
+from .supervision.records import node_name
 from .weights.run_checkpoint import choose_whole, find_candidates, full_damage, read_state, step_of
 from .weights.safetensors_folder import SafetensorsFolder
 
@@ -134,6 +136,13 @@ class Run:
         """Make the model-parallel groups and return the policy with the weights of ``model.path``."""
         groups = start_model_parallel(self.cfg.parallel, self.cfg.seed, self.cfg.distributed_timeout_s)
         return Policy(self.cfg, self.description, groups, self.device, trainable)
+
+    def exchange(self, replica: int) -> Exchange:
+        """Return what moves a step's tokens to the ranks that train them. Collective."""
+        cfg, timeout_s = self.cfg, self.cfg.distributed_timeout_s
+        routing = self.description.routing if cfg.needs_rollout_routing else None
+        nodes = Nodes(node_name(), timeout_s)
+        return Exchange(nodes, replica, cfg.rollout.exchange_folder, timeout_s, routing)
 
     def engine(self) -> RolloutEngine:
         """Return the rollout engine.

@@ -28,11 +28,10 @@ from torch import Tensor
 
 from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
-from .batch.exchange import Exchange
 from .batch.samples import SampleGroup
 from .checkpoint import clear_unfinished
 from .config import Config
-from .distributed import Nodes, barrier, rank, world_size
+from .distributed import barrier, rank, world_size
 from .errors import NonFiniteError
 from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
@@ -48,7 +47,6 @@ from .rollout.replay import append_transcripts, check_groups, load_share, save_g
 from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
-from .supervision.records import node_name
 from .weights.run_checkpoint import checkpoint_path
 
 log = logging.getLogger("megatron_gmpo.train")  # __name__ is "__main__" when this module runs as the command
@@ -112,8 +110,7 @@ class Loop:
             config=run.cfg.model_dump(mode="json"),
             resume_step=state.step,
         )
-        nodes = Nodes(node_name(), run.cfg.distributed_timeout_s)
-        self.exchange = Exchange(nodes, state.policy.replica, "", run.cfg.distributed_timeout_s)
+        self.exchange = run.exchange(state.policy.replica)
         # the newest minibatch, which is written to the run folder if it causes an error
         self.minibatch: TrainBatch | None = None
 
@@ -195,10 +192,9 @@ class Loop:
         """Return this replica's batch with log probabilities, corrections and own columns."""
         cfg, policy, objective = self.cfg, self.state.policy, self.state.objective
         index = collected.index.without_truncated() if cfg.algorithm.mask_truncated else collected.index
-        routing = self.run.description.routing if cfg.needs_rollout_routing else None
-        plan = policy.plan(index.length, index.response_length, advantages, objective)
+        plan = policy.plan(index, advantages, objective)
         with self.timer("exchange"):
-            batch = make_train_batch(collected.groups, index, advantages, plan, self.exchange, routing)
+            batch = make_train_batch(collected.groups, index, advantages, plan, self.exchange, policy.replica)
         with self.timer("logprobs"):
             self.logger.add(policy.prepare(batch))
             self.logger.add(policy.over_replicas(correct(batch, cfg.algorithm)))

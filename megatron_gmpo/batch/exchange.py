@@ -166,7 +166,9 @@ class Exchange:
     def _columns(self, file: FileIO, start: int, rows: int) -> Columns:
         record = self._record
         nbytes = rows * sum(record.widths)
-        data = mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY, offset=start) if rows else b""
+        data = (
+            mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_COPY, offset=start) if rows else bytearray()
+        )
         columns: list[np.ndarray] = []
         at = 0
         for width, dtype in zip(record.widths, record.dtypes, strict=True):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
 from .columns import RoutingShape
+from .experts import check_experts
 from .samples import Sample
 
 ROUND_BYTES = 8 << 20
@@ -27,6 +27,7 @@ class Record:
     """
 
     def __init__(self, routing: RoutingShape | None) -> None:
+        self._routing = routing
         self.shape = (routing.num_layers, routing.topk) if routing else ()
         experts = np.dtype(np.uint8 if not routing or routing.num_experts <= 256 else np.int16)
         self.dtypes = tuple(map(np.dtype, (np.int32, np.float32, experts, np.bool_)))
@@ -34,21 +35,9 @@ class Record:
         self.widths = (4, 4, expert_bytes, 1)
 
     def check(self, number: int, sample: Sample) -> None:
-        """Raise an InputError unless the sample has the experts of this record."""
-        if not self.shape:
-            return
-        found, expected = sample.routed_experts, (len(sample.tokens) - 1, *self.shape)
-        if found is None:
-            raise InputError(
-                f"sample {number} has no record of its routed experts: "
-                "generate with rollout.routed_experts = true"
-            )
-        if found.shape != expected or found.itemsize > self.dtypes[2].itemsize:
-            raise InputError(
-                f"sample {number}: routed experts of shape {found.shape} and dtype {found.dtype}, not "
-                f"{expected} (tokens - 1, layers, topk) and {self.dtypes[2]}: "
-                "generate with the model of model.path"
-            )
+        """Raise an InputError unless the sample has the experts of this record, see ``check_experts``."""
+        if self._routing:
+            check_experts(number, sample, self._routing)
 
     def nbytes(self, lengths: Any) -> Any:
         """Return the bytes of a sequence of each length; its last token has no experts."""

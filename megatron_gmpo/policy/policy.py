@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..batch.index import StepIndex
 from ..batch.plan import StepPlan, planned
 from ..checkpoint import Save, check_model, model_identity, start_save
 from ..config import Config
@@ -107,9 +108,7 @@ class Policy:
         """Return the number of the data-parallel replica that this rank belongs to."""
         return self.groups.dp.rank()
 
-    def plan(
-        self, lengths: np.ndarray, response_lengths: np.ndarray, advantages: Tensor, objective: Objective
-    ) -> StepPlan:
+    def plan(self, index: StepIndex, advantages: Tensor, objective: Objective) -> StepPlan:
         """Plan a step's updates and leave out what changes nothing. Needs no message.
 
         A sequence without response tokens or with advantage 0 has no gradient. It is computed only if a term
@@ -117,17 +116,17 @@ class Policy:
         or if no sequence has a gradient, so that figures of the policy exist.
 
         Args:
-            lengths, response_lengths: (S,) tokens of each sequence of the step, see ``StepPlan``.
-            advantages: (S,).
+            index: the sequences of the step.
+            advantages: (S,), one per sequence.
         """
         transformer = self.description.transformer
         every_token = (
             self.auxiliary.used or transformer.moe_router_bias_update_rate or routes_together(transformer)
         )
-        computed = (advantages != 0).numpy() & (response_lengths > 0)
+        computed = (advantages != 0).numpy() & (index.response_length > 0)
         if every_token or not objective.needs_advantage or not computed.any():
-            computed = np.ones(len(lengths), np.bool_)
-        return self.schedule.plan(lengths, response_lengths, computed, self._num_minibatches)
+            computed = np.ones(len(index), np.bool_)
+        return self.schedule.plan(index.length, index.response_length, computed, self._num_minibatches)
 
     def share(self, batch: TrainBatch, minibatches: int = 1) -> TrainBatch:
         """Return this replica's share of a batch that every rank holds whole; every sequence is computed."""

@@ -55,7 +55,11 @@ class Schedule:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
 
     def plan(
-        self, lengths: np.ndarray, response_lengths: np.ndarray, computed: np.ndarray, minibatches: int
+        self,
+        lengths: np.ndarray,
+        response_lengths: np.ndarray,
+        computed: np.ndarray,
+        minibatches: int,
     ) -> StepPlan:
         """Return the plan of a step for all replicas, see ``plan_step``. Needs no message."""
 

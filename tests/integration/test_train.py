@@ -208,7 +208,8 @@ def test_replayed_rollouts_train_the_same_in_another_layout(
     for a, b in zip(expected[1:], found, strict=True):
         assert abs(a["loss"]) > 1e-4
         for name in ("loss", "grad_norm", "policy/log_ratio_max", "policy/entropy", "reward/mean"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+            # the loss is a mean of fp32 terms around 1 that cancel
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), name
 
 
 def test_dr_grpo_alone_is_the_papers_loss_without_truncated_samples(

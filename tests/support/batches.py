@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.batch.plan import planned
 from megatron_gmpo.distributed import all_gather_objects
@@ -26,8 +29,12 @@ def split(batch: TrainBatch, parts: int) -> list[TrainBatch]:
 
 def lean_share(policy: Policy, batch: TrainBatch, objective: Objective) -> TrainBatch:
     """Return this replica's share of a whole batch, without the sequences that a step leaves out."""
-    lengths, responses = batch.lengths.numpy(), batch.response_lengths.numpy()
-    return planned(batch, policy.plan(lengths, responses, batch.advantages, objective), policy.replica)
+    zeros = np.zeros(len(batch), np.int32)
+    index = StepIndex(
+        **dict.fromkeys((f.name for f in fields(StepIndex)), zeros)
+        | {"length": batch.lengths.numpy(), "response_length": batch.response_lengths.numpy()}
+    )
+    return planned(batch, policy.plan(index, batch.advantages, objective), policy.replica)
 
 
 def whole(batch: TrainBatch, share: TrainBatch, values: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def step_batch(
         index = index.without_truncated()
     everything = np.ones(len(index), np.bool_)
     plan = plan_step(index.length, index.response_length, everything, 1, lambda ns: [[ns.tolist()]])
-    exchange = Exchange(Nodes("here"), 0, "", 60.0)
-    return make_train_batch(dict(enumerate(groups)), index, advantages, plan, exchange, routing)
+    exchange = Exchange(Nodes("here"), 0, "", 60.0, routing)
+    return make_train_batch(dict(enumerate(groups)), index, advantages, plan, exchange, 0)
 
 
 def rewarded(rewards: Sequence[Sequence[float]]) -> list[SampleGroup]:

@@ -88,13 +88,12 @@ def test_columns_of_a_node_do_not_overlap(routing: RoutingShape | None) -> None:
         (None, "sample 7 has no record of its routed experts: generate with rollout.routed_experts = true"),
         (
             np.zeros((2, 3, 1), np.uint8),
-            "sample 7: routed experts of shape (2, 3, 1) and dtype uint8, not (2, 3, 2) (tokens - 1, layers, "
-            "topk) and uint8: generate with the model of model.path",
+            "sample 7: routed experts of shape (2, 3, 1), not (2, 3, 2) (tokens - 1, layers, topk): generate "
+            "with the model of model.path",
         ),
         (
             np.full((2, 3, 2), 256),
-            "sample 7: routed experts of shape (2, 3, 2) and dtype int16, not (2, 3, 2) (tokens - 1, layers, "
-            "topk) and uint8: generate with the model of model.path",
+            "sample 7: routed expert 256 of 8: generate with the model of model.path",
         ),
     ],
 )
