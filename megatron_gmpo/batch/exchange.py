@@ -197,8 +197,8 @@ class Exchange:
                     file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
                 if free < nbytes:
                     raise InputError(
-                        f"{setting} has {free / 1e9:.4f} GB free, and the tokens of this step need "
-                        f"{nbytes / 1e9:.4f} GB: enlarge that file system, choose another folder, or lower "
+                        f"{setting} has {free / 1e6:.3f} MB free, and the tokens of this step need "
+                        f"{nbytes / 1e6:.3f} MB: enlarge that file system, choose another folder, or lower "
                         "rollout.prompts_per_step"
                     )
                 os.ftruncate(file.fileno(), nbytes)
@@ -265,5 +265,5 @@ class _Writer:
     def read(self, offset: int, nbytes: int) -> np.ndarray:
         """Return (nbytes,) uint8."""
         data = np.empty(nbytes, np.uint8)
-        os.preadv(self._file, [data], offset)
+        os.preadv(self._file, [data.data], offset)
         return data

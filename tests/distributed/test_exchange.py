@@ -153,8 +153,8 @@ def test_too_little_room_is_refused_before_anything_is_written(ranks: RankPool, 
         assert shutil.disk_usage(folder).used == 0
     (error,) = errors
     assert error == (
-        f"InputError with 2 samples: rollout.exchange_folder = '{folder}' of node 'node0' has 0.0010 GB "
-        "free, and the tokens of this step need 0.0023 GB: enlarge that file system, choose another folder, "
+        f"InputError with 2 samples: rollout.exchange_folder = '{folder}' of node 'node0' has 1.049 MB "
+        "free, and the tokens of this step need 2.252 MB: enlarge that file system, choose another folder, "
         "or lower rollout.prompts_per_step"
     )
 

@@ -276,7 +276,8 @@ def test_a_run_killed_in_every_phase_equals_an_undisturbed_one(
         whole = tmp_path / "whole"
         assert run_module(TRAIN, *argv, *options(run_dir=whole)).returncode == 0
     kills = [(1, "start", 0), (0, "weight_sync", 0), (0, "checkpoint", 0), (1, "rollout", 1)]
-    kills += [(0, "start", 1), (1, "logprobs", 1), (1, "checkpoint", 1), (0, "checkpoint", 2)]
+    kills += [(0, "start", 1), (1, "exchange", 1), (1, "logprobs", 1), (1, "checkpoint", 1)]
+    kills += [(0, "checkpoint", 2)]
     kills += [(0, "train", 3), (1, "evaluation", 3)]
     for rank, phase, step in kills:
         done = run_module(
@@ -293,6 +294,23 @@ def test_a_run_killed_in_every_phase_equals_an_undisturbed_one(
 
 
 # --- full disks ---------------------------------------------------------------------------------------------
+
+
+def test_too_little_shared_memory_ends_the_run_with_one_line(argv: list[str], tmp_path: Path) -> None:
+    """The disk has one page, and each of the two replicas needs one."""
+    with small_disk(tmp_path / "disk", "4k") as disk:
+        small = options(run_dir=tmp_path / "run", rollout__exchange_folder=disk)
+        done = run_module(TRAIN, *argv, *small, ranks=2)
+        assert not list(disk.iterdir())
+    assert done.returncode != 0
+    (line,) = error_lines(done.stderr)
+    assert re.search(
+        rf"rollout\.exchange_folder = '{disk}' of node '.+' has 0\.004 MB free, and the tokens of this step "
+        r"need 0\.008 MB: enlarge that file system, choose another folder, or lower rollout\.prompts_per_s",
+        line,
+    ), line
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome["code"] == Exit.BAD_INPUT
 
 
 def test_too_small_a_disk_is_refused_before_the_run(argv: list[str], tmp_path: Path) -> None:
