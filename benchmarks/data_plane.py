@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -282,18 +282,21 @@ def measure(case: Case) -> Cost:
         ]
         for worker in workers:
             worker.start()
+        for _, sender in pipes:
+            sender.close()
         before = [receiver.recv() for receiver, _ in pipes]
         peak = [0] * case.nodes
         members = [range(node * RANKS, (node + 1) * RANKS) for node in range(case.nodes)]
         done: dict[int, tuple[float, int]] = {}
         while len(done) < len(workers):
-            for receiver in wait([pipe for n, (pipe, _) in enumerate(pipes) if n not in done], _POLL_S):
-                (number,) = (n for n, (pipe, _) in enumerate(pipes) if pipe is receiver)
-                done[number] = receiver.recv()  # pyright: ignore[reportAttributeAccessIssue]
+            for number, (receiver, _) in enumerate(pipes):
+                if number not in done and receiver.poll():
+                    done[number] = receiver.recv()
             for node, ranks in enumerate(members):
                 pids = [workers[r].pid or 0 for r in ranks]
                 now = sum(private_bytes(p) for p in pids) + file_bytes(pids[0], folder + "/#")
                 peak[node] = max(peak[node], now)
+            time.sleep(_POLL_S)
         for worker in workers:
             worker.join()
     costs = [

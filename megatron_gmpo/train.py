@@ -147,6 +147,7 @@ class Loop:
         cfg, state = self.cfg, self.state
         collected = self.collect()
         self.finish_save(wait=False)
+        self._write_rollouts(collected.groups)  # before training, which takes the samples
         advantages = group_advantages(collected.index, state.objective.advantage)
         learned = self.learn(self.make_batch(collected, advantages))
         clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
@@ -162,7 +163,6 @@ class Loop:
         worked = sum(seconds.get(f"time/{name}", 0) for name in WORK)
         tokens = int(collected.index.length.sum())
         self.logger.add({"throughput/tokens_per_second": tokens / worked} | seconds)
-        self._write_rollouts(collected.groups)
         figures = self.logger.log(state.step, results)
         progress.update(state.step, figures)
         if results:
@@ -252,9 +252,9 @@ class Loop:
 
     def _write_rollouts(self, groups: dict[int, SampleGroup]) -> None:
         step, cfg = self.state.step, self.cfg
-        append_transcripts(self.run.transcripts, step, groups, cfg.log.transcripts_per_step)
+        append_transcripts(self.run.transcripts, step + 1, groups, cfg.log.transcripts_per_step)
         if cfg.rollout.save_path:
-            save_groups(cfg.rollout.save_path, step - 1, groups)
+            save_groups(cfg.rollout.save_path, step, groups)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """Write the newest minibatch; return the error with the paths of its file and the last checkpoint."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .samples import SampleGroup
 
 
 def make_train_batch(
-    groups: Mapping[int, SampleGroup],
+    groups: dict[int, SampleGroup],
     index: StepIndex,
     advantages: Tensor,
     plan: StepPlan,
@@ -28,7 +28,8 @@ def make_train_batch(
     The tokens stay in the memory that the exchange maps.
 
     Args:
-        groups: this rank's groups by their position in the step.
+        groups: this rank's groups by their position in the step. They are removed, so that the memory of
+            their samples is free as soon as these are written.
         index: the sequences of all ranks. A sequence without response tokens in it carries no loss.
         advantages: (S,), one per sequence of the step.
         plan: the plan of the step.
@@ -37,7 +38,9 @@ def make_train_batch(
     Raises:
         InputError: see ``Exchange.distribute``. Raised on every rank.
     """
-    columns = exchange.distribute(samples_of(groups, index), index, plan.replica_of)
+    samples = samples_of(groups, index)
+    groups.clear()
+    columns = exchange.distribute(samples, index, plan.replica_of)
     numbers = plan.numbers(replica)
     lengths = index.length[numbers]
     mask, logprobs = columns.response_mask, columns.rollout_logprobs

@@ -172,7 +172,7 @@ class Exchange:
         columns: list[np.ndarray] = []
         at = 0
         for width, dtype in zip(record.widths, record.dtypes, strict=True):
-            columns.append(np.frombuffer(data, dtype, rows * width // np.dtype(dtype).itemsize, at))
+            columns.append(np.frombuffer(data, dtype, rows * width // dtype.itemsize, at))
             at += rows * width
         tokens, logprobs, experts, mask = columns
         return Columns(tokens, mask, logprobs, experts.reshape(rows, *record.shape) if record.shape else None)

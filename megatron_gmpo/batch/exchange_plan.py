@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,9 @@ class Record:
     def __init__(self, routing: RoutingShape | None) -> None:
         self._routing = routing
         self.shape = (routing.num_layers, routing.topk) if routing else ()
-        experts = np.dtype(np.uint8 if not routing or routing.num_experts <= 256 else np.int16)
-        self.dtypes = tuple(map(np.dtype, (np.int32, np.float32, experts, np.bool_)))
-        expert_bytes = int(np.prod(self.shape)) * experts.itemsize if routing else 0
-        self.widths = (4, 4, expert_bytes, 1)
+        experts = np.dtype(np.int16 if routing and routing.num_experts > 256 else np.uint8)
+        self.dtypes: list[np.dtype[Any]] = [np.dtype("i4"), np.dtype("f4"), experts, np.dtype("?")]
+        self.widths = (4, 4, math.prod(self.shape) * experts.itemsize if routing else 0, 1)
 
     def check(self, number: int, sample: Sample) -> None:
         """Raise an InputError unless the sample has the experts of this record, see ``check_experts``."""

@@ -38,8 +38,8 @@ def sampled(sequences: int, ranks: int, routing: RoutingShape | None) -> tuple[l
         response = int(random.integers(0, length))
         experts = None
         if routing:
-            shape = (length - 1, routing.num_layers, routing.topk)
-            experts = random.integers(routing.num_experts, size=shape, dtype=np.int16)
+            scores = random.random((length - 1, routing.num_layers, routing.num_experts))
+            experts = scores.argsort(-1)[..., : routing.topk]  # no token has the same expert twice
         samples.append(
             Sample.from_response(
                 random.integers(1000, size=length - response).tolist(),
