@@ -27,7 +27,7 @@ from .command_line import load_config, one_line_errors
 from .config import Config
 from .data.prompts import check_lengths, load_prompts, load_tokenizer
 from .data.stream import PromptStream
-from .distributed import Nodes, broadcast_object, rank
+from .distributed import Nodes, broadcast_object, rank, world_size
 from .errors import Exit, InputError, StopRequest, printable
 from .metrics.logger import check_wandb
 from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
@@ -95,6 +95,19 @@ class Run:
     @property
     def transcripts(self) -> Path:
         return self.run_dir / "transcripts.jsonl"
+
+    def headline(self, loss: str) -> str:
+        """Return one line that says what the run trains, with the description of its loss."""
+        kind = "MoE" if self.description.is_moe else "dense"
+        problems = (
+            f"{len(self.prompts)} problems" if self.prompts else f"replay of {self.cfg.rollout.replay_path}"
+        )
+        resumed = f"; resumed at step {self.step}" if self.step else ""
+        fusions = f"; {self.description.fusions}" if self.description.fusions else ""
+        return (
+            f"{self.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; "
+            f"run_dir {self.run_dir}{resumed}{fusions}"
+        )
 
     def start(self) -> None:
         """Join the process group and seed every random generator."""

@@ -31,7 +31,7 @@ from .batch.columns import TrainBatch
 from .batch.samples import SampleGroup
 from .checkpoint import clear_unfinished
 from .config import Config
-from .distributed import barrier, rank, world_size
+from .distributed import barrier, rank
 from .errors import NonFiniteError
 from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
@@ -125,7 +125,7 @@ class Loop:
             self.logger.event("resume", step=state.step, checkpoint=str(self.run.checkpoint))
         if self.run.damage:
             self.logger.event("fall_back", step=state.step, reason=self.run.damage)
-        log.info(_headline(self.run, state.objective.description))
+        log.info(self.run.headline(state.objective.description))
         with Progress(num_steps, done=state.step, enabled=cfg.log.progress) as progress:
             try:
                 if state.step == 0 and cfg.eval.before and (before := self.evaluate()):
@@ -257,12 +257,13 @@ class Loop:
             save_groups(cfg.rollout.save_path, step, groups)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
-        """Write the newest minibatch; return the error with the paths of its file and the last checkpoint."""
+        """Write the newest minibatch of each replica; return the error with the files' paths."""
         self.finish_save()
         step = self.state.step + 1
         line = f"step {step}: {error}"
-        if self.minibatch is not None and rank() == 0:
-            file = self.run.run_dir / f"nonfinite_step_{step:06d}.safetensors"
+        if self.minibatch is not None and self.state.policy.leads_replica:
+            suffix = f"_replica_{replica}" if (replica := self.state.policy.replica) else ""
+            file = self.run.run_dir / f"nonfinite_step_{step:06d}{suffix}.safetensors"
             try:
                 self.minibatch.save(file)
                 line += f"; the last minibatch is in {file}"
@@ -276,17 +277,6 @@ class Loop:
 
 def _due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _headline(run: Run, loss: str) -> str:
-    kind = "MoE" if run.description.is_moe else "dense"
-    problems = f"{len(run.prompts)} problems" if run.prompts else f"replay of {run.cfg.rollout.replay_path}"
-    resumed = f"; resumed at step {run.step}" if run.step else ""
-    fusions = f"; {run.description.fusions}" if run.description.fusions else ""
-    return (
-        f"{run.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; "
-        f"run_dir {run.run_dir}{resumed}{fusions}"
-    )
 
 
 def _results(when: str, figures: dict[str, float]) -> str:

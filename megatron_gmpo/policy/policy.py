@@ -34,7 +34,7 @@ from .build import build_chunks, make_trainable, move_to_host, on_device, withou
 from .fp8 import drop_initial_values
 from .optimizer_state import load_training_state, load_weights, tensors_to_save
 from .routers import OldRouters, RouterShift, freeze_routers, routes_together
-from .routing import Routing, RoutingPass
+from .routing import Routing, RoutingPass, pass_figures, pass_metrics
 from .schedule import Schedule, response_logprobs
 
 
@@ -107,6 +107,11 @@ class Policy:
     def replica(self) -> int:
         """Return the number of the data-parallel replica that this rank belongs to."""
         return self.groups.dp.rank()
+
+    @property
+    def leads_replica(self) -> bool:
+        """Return whether this rank is the first one of its replica."""
+        return self.groups.tp.rank() == self.groups.cp.rank() == self.groups.pp.rank() == 0
 
     def plan(self, index: StepIndex, advantages: Tensor, objective: Objective) -> StepPlan:
         """Plan a step's updates and leave out what changes nothing. Needs no message.
@@ -197,8 +202,8 @@ class Policy:
         routers = self._old_routers(batch, keep_scores=shifts)
         batch.old_logprobs = self.schedule.logprobs(self.chunks, batch, routing, routers, first)
         self._weights_are_old = True
-        _, host = self._over_ranks({}, _figures_of(routing, routers))
-        metrics = self._moe_metrics(host, routing, routers, "moe/routing_differs")
+        _, host = self._over_ranks({}, pass_figures(routing, routers))
+        metrics = pass_metrics(host, routing, routers, "moe/routing_differs")
         if routing and routing.record:
             batch.own_experts = routing.recorded()
         if routers and shifts:
@@ -228,8 +233,7 @@ class Policy:
 
     def over_replicas(self, metrics: dict[str, Metric]) -> dict[str, Metric]:
         """Reduce metrics that every rank of a replica has of its replica's batch. Collective."""
-        first = max(group.rank() for group in (self.groups.tp, self.groups.cp, self.groups.pp)) == 0
-        return self._over_ranks(metrics if first else {})[0]
+        return self._over_ranks(metrics if self.leads_replica else {})[0]
 
     def begin_step(self, step: int) -> None:
         """Put the learning-rate schedule at the first optimizer step after ``step`` steps of the run.
@@ -286,14 +290,14 @@ class Policy:
             replay = not is_old or self.cfg.algorithm.moe_routing_replay == "rollout"
             routing = self._routing_pass(minibatch, replay=replay)
         kept = self.schedule.run(self.chunks, minibatch, loss, routing, routers)
-        summed = _figures_of(routing, routers) | {"auxiliary": self.auxiliary.take()}
+        summed = pass_figures(routing, routers) | {"auxiliary": self.auxiliary.take()}
         fetched = {"old_logprobs": self.schedule.gather(found, len(minibatch.tokens))} if is_old else {}
         # one rank of each tensor-parallel group has the metrics; this is the only wait before the optimizer
         mine = reduce_metrics(kept) if self.groups.tp.rank() == 0 else {}
         metrics, host = self._over_ranks(mine, summed, fetched)
         # every context-parallel rank has the whole loss of its sequences
         metrics["loss"] = Metric(metrics["loss"].total / self.groups.cp.size(), count)
-        metrics |= self._moe_metrics(
+        metrics |= pass_metrics(
             host, routing, routers, "moe/routing_differs" if is_old else "moe/routing_drift"
         )
         metrics |= self.auxiliary.metrics(host["auxiliary"], len(part.microbatches))
@@ -365,21 +369,10 @@ class Policy:
         return RoutingPass(self.routing, batch, self.groups.pp, replay, record)
 
     def _old_routers(self, batch: TrainBatch, *, keep_scores: bool = False) -> OldRouters | None:
-        return (
-            OldRouters(*self._routers_of(batch), keep_scores=keep_scores) if self.description.is_moe else None
-        )
-
-    def _moe_metrics(
-        self,
-        host: dict[str, Tensor],
-        routing: RoutingPass | None,
-        routers: OldRouters | None,
-        differences: str,
-    ) -> dict[str, Metric]:
-        """Return the metrics of a pass from the host copies of its ``_figures_of``."""
-        per_layer = self.description.transformer.moe_per_layer_logging
-        metrics = routers.metrics(host["routers"], per_layer=per_layer) if routers else {}
-        return metrics | (routing.metrics(differences, host["routing"]) if "routing" in host else {})  # pyright: ignore[reportOptionalMemberAccess]
+        if not self.description.is_moe:
+            return None
+        per_layer: bool = self.description.transformer.moe_per_layer_logging
+        return OldRouters(*self._routers_of(batch), keep_scores=keep_scores, per_layer=per_layer)
 
     def _routers_of(
         self, batch: TrainBatch
@@ -398,12 +391,6 @@ class Export:
         if self.policy.trainable:
             self.policy.model.finish_update()
         return export_hf(self.policy.chunks, self.policy.description.mapping, self.policy.groups)
-
-
-def _figures_of(routing: RoutingPass | None, routers: OldRouters | None) -> dict[str, Tensor]:
-    """Return a pass's figures on the device, to add over ranks. Collective."""
-    figures = {"routers": routers.sums} if routers else {}
-    return figures | ({"routing": routing.figures()} if routing and routing.compares else {})
 
 
 def _check_finite(name: str, metric: Metric) -> None:

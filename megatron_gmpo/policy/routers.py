@@ -130,13 +130,15 @@ def _log_scores(router: TopKRouter, hidden: Tensor) -> Tensor:
 class OldRouters(RouterPass):
     """Observe the pass of the old log probabilities: load, entropy and, if ``keep_scores``, scores.
 
+    ``per_layer`` adds the figures of each layer to the metrics.
+
     Attributes:
         sums: (layers, experts + 2) float64, this rank's share of what ``metrics`` needs.
     """
 
-    def __init__(self, *arguments, keep_scores: bool) -> None:
+    def __init__(self, *arguments, keep_scores: bool, per_layer: bool) -> None:
         super().__init__(*arguments)
-        self._keep_scores = keep_scores
+        self._keep_scores, self._per_layer = keep_scores, per_layer
         # (layer, microbatch) -> (T', topk)
         self._scores: dict[tuple[int, int], Tensor] = {}
         # by layer: number of tokens of each expert, the sum of the tokens' entropies, number of tokens
@@ -163,7 +165,7 @@ class OldRouters(RouterPass):
             experts = numbers.where(routed, self.shape.num_experts).sort(1).values[:, : self.shape.topk]
             self._scores[layer, self.number] = log_scores.gather(1, experts)
 
-    def metrics(self, sums: Tensor, *, per_layer: bool) -> dict[str, Metric]:
+    def metrics(self, sums: Tensor) -> dict[str, Metric]:
         """Return figures over the observed tokens, without padding, from all ranks' ``sums``, on the host.
 
         - ``moe/load_max``: tokens of the expert with the most tokens divided by the mean over experts, in the
@@ -196,7 +198,7 @@ class OldRouters(RouterPass):
             "moe/dead_experts": Metric(int(by_layer["dead_experts"].sum())),
             "moe/router_entropy": Metric(float(by_layer["router_entropy"].mean())),
         }
-        if per_layer:
+        if self._per_layer:
             for name, values in by_layer.items():
                 metrics |= {
                     f"moe/layer_{n:02d}/{name}": Metric(float(v))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch
 from ..metrics.across_ranks import fetch
 from ..metrics.figures import Metric
-from .routers import own_slots, routers_of
+from .routers import OldRouters, own_slots, routers_of
 
 
 class _Hook(RouterReplay):
@@ -212,3 +212,21 @@ class RoutingPass:
         shape = self.routing.shape
         start = self.routing.own(microbatch.position_ids)[:, None] * shape.topk
         return (start + torch.arange(shape.topk, device=start.device)) % shape.num_experts
+
+
+def pass_figures(routing: RoutingPass | None, routers: OldRouters | None) -> dict[str, Tensor]:
+    """Return the figures of a pass on the device, to add over all ranks. Collective."""
+    figures = {"routers": routers.sums} if routers else {}
+    return figures | ({"routing": routing.figures()} if routing and routing.compares else {})
+
+
+def pass_metrics(
+    host: dict[str, Tensor], routing: RoutingPass | None, routers: OldRouters | None, differences: str
+) -> dict[str, Metric]:
+    """Return the metrics of a pass from the host copies of its ``pass_figures``.
+
+    Args:
+        differences: name of the metric of the routings that differ.
+    """
+    metrics = routers.metrics(host["routers"]) if routers else {}
+    return metrics | (routing.metrics(differences, host["routing"]) if routing and routing.compares else {})

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.config import RolloutConfig
+from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.distributed import (
     Nodes,
     all_gather_objects,
@@ -25,13 +27,15 @@ from megatron_gmpo.distributed import (
     world_size,
 )
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.metrics.logger import MetricLogger
-from megatron_gmpo.rollout.collect import score
+from megatron_gmpo.rollout.collect import Collector, score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, load_groups, load_share, save_groups
 
 from ..support.ranks import RankPool
+from ..support.scripted import ScriptedEngine
 
 pytestmark = pytest.mark.distributed
 
@@ -134,6 +138,40 @@ def collectives() -> tuple[float, float, list[int]]:
 
 def test_collectives(ranks: RankPool) -> None:
     assert ranks.run(3, collectives) == [(6.0, 3.0, [0, 10, 20])] * 3
+
+
+class Shared(ScriptedEngine):
+    """A ``ScriptedEngine`` whose prompts lie with the ranks in turn."""
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
+        groups = super().generate(prompts, sampling)
+        return {p: group for p, group in groups.items() if (p + len(self.calls)) % world_size() == rank()}
+
+
+SCRIPT = {"right": "aaa", "wrong": "bb", "mixed": "ab", "mixed too": "ba", "wrong too": "bc", "mixed 3": "ba"}
+
+
+def collect(mode: str) -> tuple[dict[str, Any], dict[str, float], dict[int, tuple[str, list[float]]]]:
+    prompts = PromptStream([Prompt(name, "a", input_ids=[1]) for name in SCRIPT], seed=0, shuffle=False)
+    cfg = RolloutConfig(
+        prompts_per_step=3, samples_per_prompt=2, dynamic_sampling=mode, max_resample_rounds=3
+    )
+    found = Collector(Shared(SCRIPT), prompts, lambda _, text: float(text == "a"), cfg).collect()
+    index = {name: column.tolist() for name, column in vars(found.index).items() if name != "owner"}
+    held = {position: (group.prompt.id, group.rewards) for position, group in found.groups.items()}
+    return index, {name: value_of(metric) for name, metric in found.metrics.items()}, held
+
+
+@pytest.mark.parametrize("mode", ["off", "drop", "resample"])
+def test_ranks_choose_the_same_groups_wherever_they_lie(ranks: RankPool, mode: str) -> None:
+    """The choice, its order and the figures equal those of one process; each group is on one rank."""
+    index, figures, groups = collect(mode)
+    results = ranks.run(3, collect, mode)
+    for result in results:
+        assert result[:2] == (index, figures)
+    everyone = [item for result in results for item in result[2].items()]
+    assert len(everyone) == len(groups)
+    assert dict(everyone) == groups
 
 
 def nodes(names: list[str]) -> tuple[Any, ...]:

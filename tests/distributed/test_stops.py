@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_gmpo.metrics.figures import Metric, Op, value_of
+from megatron_gmpo.metrics.figures import Metric, Op, value_of, weights_metric
 from megatron_gmpo.metrics.histogram import BINS
 from megatron_gmpo.testing import Family
 
@@ -121,6 +121,15 @@ def test_nan_on_one_rank_is_the_extreme(ranks: RankPool, which: int, op: Op) -> 
         assert math.isnan(value_of(results[0]["x"]))
         assert math.isnan(value_of(results[0]["y"]))
         assert value_of(results[1]["x"]) == (1.0 if op == "max" else -1.0)
+
+
+def test_ranks_with_other_scales_of_weights_agree_on_the_effective_sample_size(ranks: RankPool) -> None:
+    """Two ranks have weights of 1, 2 and 4 times e^1000: (1 + 2 + 4)^2 / (3 (1 + 4 + 16)) = 7 / 9."""
+    logs = [[1000.0, 1000.0 + math.log(4)], [1000.0 + math.log(2)]]
+    rows = [torch.tensor(row, dtype=torch.float64) for row in logs]
+    parts = [[{"size": weights_metric(row)} for row in rows] + [{}]] * 2
+    for results, _ in ranks.run(3, cases.reduce_over_ranks, parts):
+        assert [value_of(result["size"]) for result in results] == pytest.approx([7 / 9] * 2, rel=1e-9)
 
 
 VALUES = torch.arange(6.0)

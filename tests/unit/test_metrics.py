@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics import plots
 from megatron_gmpo.metrics.across_ranks import RankReduction
-from megatron_gmpo.metrics.figures import Metric, reduce_metrics, value_of
+from megatron_gmpo.metrics.figures import Metric, reduce_metrics, value_of, weights_metric
 from megatron_gmpo.metrics.histogram import BINS
 from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after
 from megatron_gmpo.metrics.plots import PANELS, plot_run, read_metrics
@@ -104,6 +104,20 @@ def test_any_split_merges_to_the_same(pairs: list[tuple[float, int]], data: st.D
     totals, counts = zip(*pairs, strict=True)
     assert value_of(merged["mean"]) == pytest.approx(math.fsum(totals) / sum(counts), abs=1e-6)
     assert (value_of(merged["max"]), value_of(merged["min"])) == (max(totals), min(totals))
+
+
+@given(st.lists(st.lists(st.floats(-2000, 2000), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_the_effective_sample_size_does_not_depend_on_the_split(parts: list[list[float]]) -> None:
+    """Kish: (sum w)^2 / (n sum w^2). Weights up to e^2000 are exact fractions of the largest."""
+    logs = [x for part in parts for x in part]
+    weights = [math.exp(x - max(logs)) for x in logs]
+    expected = math.fsum(weights) ** 2 / (len(logs) * math.fsum(w * w for w in weights))
+    merged = reduce_metrics(
+        [{"w": weights_metric(torch.tensor(part, dtype=torch.float64))} for part in parts]
+    )
+    assert value_of(merged["w"]) == pytest.approx(expected, rel=1e-9)
+    reduced, _ = RankReduction(torch.device("cpu"))(merged)
+    assert value_of(reduced["w"]) == pytest.approx(expected, rel=1e-9)
 
 
 def test_one_name_has_one_kind() -> None:
