@@ -139,7 +139,7 @@ def pack(
     """
     assert cp_size == 1 or sequence_multiple % (2 * cp_size) == 0
     chosen = torch.tensor(sequences or [-1], dtype=torch.int64, device=batch.tokens.device)
-    lengths, firsts = _take(batch.lengths, chosen), _take(batch.starts, chosen)
+    lengths, firsts = take(batch.lengths, chosen), take(batch.starts, chosen)
     padded = (lengths + sequence_multiple - 1) // sequence_multiple * sequence_multiple
     total = int(padded.sum())
     multiple = math.lcm(sequence_multiple, total_multiple)
@@ -152,13 +152,13 @@ def pack(
     index = {"input": input_index, "predicted": flat_index, "sequence": chosen}
 
     def slots(column: Column, values: Tensor) -> Tensor:
-        return _take(values, index[column.aligned_to], column.padding).to(column.dtype)
+        return take(values, index[column.aligned_to], column.padding).to(column.dtype)
 
     packed = replace(batch, routed_experts=None, numbers=None).mapped(slots)
     del packed["lengths"]  # cu_seqlens and position_ids replace it
     mask = packed.pop("response_mask")
     return Microbatch(
-        labels=_take(batch.tokens, flat_index).long(),
+        labels=take(batch.tokens, flat_index).long(),
         position_ids=position,
         cu_seqlens=cu_seqlens.int(),
         bounds=cu_seqlens.tolist(),
@@ -188,7 +188,9 @@ def _local_slots(padded: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Te
     return owner, position, cu_seqlens
 
 
-def _take(values: Tensor, index: Tensor, padding: float = 0) -> Tensor:
+def take(values: Tensor, index: Tensor, padding: float = 0) -> Tensor:
     """Return ``values`` at ``index``, and ``padding`` where the index is -1."""
+    if not len(values):  # a replica without sequences
+        return values.new_full((len(index), *values.shape[1:]), padding)
     absent = (index < 0).view(-1, *[1] * (values.dim() - 1))
     return values[index.clamp(min=0)].masked_fill(absent, padding)

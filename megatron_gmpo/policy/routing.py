@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..batch.packing import take
 from ..metrics.across_ranks import fetch
 from ..metrics.figures import Metric
 from .routers import OldRouters, own_slots, routers_of
@@ -97,7 +98,7 @@ class Routing:
             assert batch.routed_experts is not None
             # the slice leaves the layers of other stages unread
             span = batch.routed_experts[:, layers[0] : layers[-1] + 1]
-            experts = span[self.own(microbatch.input_index).clamp(min=0)]
+            experts = take(span, self.own(microbatch.input_index))
             experts = experts[:, [layer - layers[0] for layer in layers]]
         unknown = ~self.known(batch, microbatch)
         scores = [batch.own_scores[layer, number] for layer in layers] if batch.own_scores else None

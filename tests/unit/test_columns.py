@@ -167,6 +167,13 @@ def test_a_rank_reads_its_slots_and_layers_of_the_engines_record(
         assert torch.equal(found, torch.stack(wanted))
 
 
+def test_a_replica_without_sequences_reads_no_record() -> None:
+    batch = batch_of([3, 5]).take(torch.arange(0))
+    routing, chunk = routing_of([0, 2], 0)
+    cut = routing.cut(batch, pack(batch, [], total_multiple=8), chunk, 0)
+    assert cut.routed_experts.tolist() == [[[-1, -1]] * 2] * 4
+
+
 def test_a_rank_keeps_what_its_routers_recorded() -> None:
     """Its own record has the last tokens too, and goes before the engine's."""
     batch = batch_of([3, 5])

@@ -263,9 +263,10 @@ def slots(packed: Microbatch) -> int:
     return len(packed.tokens)
 
 
+@pytest.mark.parametrize("sequences", [2, 0])
 @pytest.mark.parametrize("cp_size", [1, 2])
-def test_dummy_microbatch(cp_size: int) -> None:
-    batch = batch_of([5, 3])
+def test_dummy_microbatch(cp_size: int, sequences: int) -> None:
+    batch = batch_of([5, 3]).take(torch.arange(sequences))  # a replica may have no sequence of a step
     multiple = 2 * cp_size if cp_size > 1 else 1
     packed = pack(
         batch, [], cp_size=cp_size, cp_rank=cp_size - 1, sequence_multiple=multiple, total_multiple=6
