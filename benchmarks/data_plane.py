@@ -63,7 +63,7 @@ class Choices(Options):
 
     tokens: Positive = 4_000_000
     """Tokens that a node trains, without routed experts."""
-    tokens_r3: Positive = 600_000
+    tokens_r3: Positive = 1_000_000
     """Tokens that a node trains, with routed experts."""
     length: Positive = 2000
     """Mean length of a sequence."""
@@ -99,7 +99,7 @@ class Case:
 
 
 class Cost(NamedTuple):
-    """CPU microseconds and bytes of a node for each token that it trains, and CPU seconds of a process."""
+    """CPU microseconds and bytes of a node for each token that it trains; mean CPU seconds of a process."""
 
     us: float
     nbytes: float
@@ -304,7 +304,7 @@ def measure(case: Case) -> Cost:
             us=1e6 * sum(done[r][0] for r in ranks) / case.tokens,
             nbytes=(max(peak[node], sum(done[r][1] for r in ranks)) - sum(before[r] for r in ranks))
             / case.tokens,
-            process_s=max(done[r][0] for r in ranks),
+            process_s=sum(seconds for seconds, _ in done.values()) / len(done),
         )
         for node, ranks in enumerate(members)
     ]

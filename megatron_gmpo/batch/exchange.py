@@ -41,7 +41,7 @@ from .index import StepIndex
 from .samples import Sample
 
 _SHARED_MEMORY = "/dev/shm"
-_TRIM_BYTES = 16 << 20
+_TRIM_BYTES = 8 << 20
 """Bytes of samples after which their memory is given back to the system."""
 
 
@@ -107,7 +107,8 @@ class Exchange:
         """
         with agreed():
             for number, sample in mine.items():
-                self._record.check(number, sample)
+                if replica_of[number] >= 0:
+                    self._record.check(number, sample)
         lengths = index.length.astype(np.int64)
         layout = Layout(lengths, replica_of, self._routes.replicas_here, self._record)
         rounds = self._routes.rounds(index.owner, replica_of, self._record.nbytes(lengths))
@@ -130,22 +131,32 @@ class Exchange:
         for number in sorted(mine.keys() - leaving):
             writer.put_columns(number, self._record.parts(mine.pop(number)))
         for turn in rounds:
-            at = writer.layout.nbytes
-            for number in (number for block in turn.sent for number in block.numbers):
-                if number in mine:
-                    parts = self._record.parts(mine.pop(number))
-                    writer.put(parts, at)
-                    writer.put_columns(number, parts)
-                at += int(self._record.nbytes(lengths[number]))
             if turn.sent:
+                self._fill_outbox(writer, mine, turn, lengths)
                 self._wait_for_node()  # the outbox is complete
-            requests, arriving = self._start(turn, writer) if self._nodes.is_leader else ([], [])
-            if turn.sent:
-                self._wait_for_node()  # the outbox has been read
-            for request in requests:
-                request.wait(self._timeout)
-            for block, data in arriving:
-                writer.put_block(block.numbers, lengths, data)
+            self._exchange(writer, turn, lengths)
+
+    def _fill_outbox(
+        self, writer: _Writer, mine: dict[int, Sample], turn: Round, lengths: np.ndarray
+    ) -> None:
+        """Write this rank's samples of the round into the outbox, and into sections of this node."""
+        at = writer.layout.nbytes
+        for number in (number for block in turn.sent for number in block.numbers):
+            if number in mine:
+                parts = self._record.parts(mine.pop(number))
+                writer.put(parts, at)
+                writer.put_columns(number, parts)
+            at += int(self._record.nbytes(lengths[number]))
+
+    def _exchange(self, writer: _Writer, turn: Round, lengths: np.ndarray) -> None:
+        """Let the leader send the outbox, and receive and write what arrives in the round."""
+        requests, arriving = self._start(turn, writer) if self._nodes.is_leader else ([], [])
+        if turn.sent:
+            self._wait_for_node()  # the outbox has been read
+        for request in requests:
+            request.wait(self._timeout)
+        for block, data in arriving:
+            writer.put_block(block.numbers, lengths, data)
 
     def _start(self, turn: Round, writer: _Writer) -> tuple[list[Any], list[tuple[Block, np.ndarray]]]:
         """Start the messages of a round; return the requests, and the buffers of the blocks that arrive."""

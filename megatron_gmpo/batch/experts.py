@@ -29,16 +29,21 @@ def check_experts(number: int, sample: Sample, routing: RoutingShape) -> None:
             f"sample {number}: routed experts of shape {found.shape}, not {expected} "
             "(tokens - 1, layers, topk): generate with the model of model.path"
         )
-    experts = found[:, list(routing.moe_layers)]
+    moe = list(routing.moe_layers)
     # (topk, slots), contiguous, because the checks below compare whole rows
-    ranked = np.ascontiguousarray(experts.reshape(-1, routing.topk).T)
-    if ranked.size and not 0 <= ranked.min() <= ranked.max() < routing.num_experts:
-        outside = ranked[(ranked < 0) | (ranked >= routing.num_experts)]
+    ranked = np.ascontiguousarray(found.reshape(-1, routing.topk).T)
+    outside = (ranked.min(0) < 0) | (ranked.max(0) >= routing.num_experts)
+    twice = np.zeros(ranked.shape[1], np.bool_)
+    for one, other in combinations(ranked, 2):
+        twice |= one == other
+    if outside.reshape(-1, routing.num_layers)[:, moe].any():
+        experts = found[:, moe]
+        wrong = experts[(experts < 0) | (experts >= routing.num_experts)]
         raise InputError(
-            f"sample {number}: routed expert {outside[0]} of {routing.num_experts}: "
+            f"sample {number}: routed expert {wrong[0]} of {routing.num_experts}: "
             "generate with the model of model.path"
         )
-    if any((one == other).any() for one, other in combinations(ranked, 2)):
+    if twice.reshape(-1, routing.num_layers)[:, moe].any():
         raise InputError(
             f"sample {number}: a token has the same routed expert twice: "
             "generate with the model of model.path"
