@@ -20,7 +20,7 @@ import torch.distributed as dist
 import transformers
 
 from . import files
-from .batch.exchange import Exchange
+from .batch.exchange import Exchange, check_folder
 from .batch.samples import Prompt
 from .checkpoint import check_model, checkpoint_size, model_identity, room_to_save
 from .command_line import load_config, one_line_errors
@@ -192,8 +192,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
 
     Raises:
         InputError: the run folder contains another run, is not a folder or cannot be written; or see
-            ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_deterministic``, ``load_prompts``,
-            ``check_lengths``, ``check_groups``, ``load_groups``, ``resolve_reward``.
+            ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_folder``, ``check_deterministic``,
+            ``load_prompts``, ``check_lengths``, ``check_groups``, ``load_groups``, ``resolve_reward``.
     """
     _check_run_dir(cfg.run_dir)
     device = choose_device(cfg.device)
@@ -203,6 +203,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     check_fp8(cfg, description.transformer, machine)
     if train:
         check_optimizer(cfg.optimizer, machine)
+        check_folder(cfg.rollout.exchange_folder)
     check_deterministic(description.transformer.deterministic_mode, device)
     weights = SafetensorsFolder(cfg.model.path)
     identity = model_identity(description.hf, cfg.model.dtype)

@@ -65,6 +65,16 @@ class Columns:
     routed_experts: np.ndarray | None
 
 
+def check_folder(folder: str) -> None:
+    """Check that this node can write into the folder of an exchange.
+
+    Raises:
+        InputError: it cannot.
+    """
+    with files.writable(f"rollout.exchange_folder = {folder!r}", "choose another folder"):
+        tempfile.TemporaryFile(dir=folder or _SHARED_MEMORY).close()
+
+
 class Exchange:
     """Give every node the columns of the sequences that it trains. The constructor is collective.
 
@@ -74,9 +84,6 @@ class Exchange:
         folder: folder of the files, on every node; it should be in memory. "" means /dev/shm.
         timeout_s: limit for one message between two nodes.
         routing: the shape of the samples' routed experts; None leaves them out.
-
-    Raises:
-        InputError: the folder of some node cannot be written.
     """
 
     def __init__(
@@ -88,7 +95,6 @@ class Exchange:
         self._timeout = timedelta(seconds=timeout_s)
         self._record = Record(routing)
         self._routes = Routes(nodes.of_rank, all_gather_objects(replica), nodes.here)
-        self._new_file(0).close()
 
     def distribute(self, mine: dict[int, Sample], index: StepIndex, replica_of: np.ndarray) -> Columns:
         """Return the columns of the sequences that this rank's replica trains. Collective.
@@ -196,22 +202,20 @@ class Exchange:
         """Return a new file of zeros that all ranks of this node have open. Collective.
 
         Raises:
-            InputError: the folder cannot be written, or has too little room.
+            InputError: the folder has too little room.
         """
         address = torch.zeros(2, dtype=torch.int64)
         file: Any = None
-        setting = f"rollout.exchange_folder = {self._folder!r} of node {self._nodes.name!r}"
         with agreed():
             if self._nodes.is_leader:
-                with files.writable(setting, "choose another folder"):
-                    free = shutil.disk_usage(self._folder).free
-                    file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
+                free = shutil.disk_usage(self._folder).free
                 if free < nbytes:
                     raise InputError(
-                        f"{setting} has {free / 1e6:.3f} MB free, and the tokens of this step need "
-                        f"{nbytes / 1e6:.3f} MB: enlarge that file system, choose another folder, or lower "
-                        "rollout.prompts_per_step"
+                        f"rollout.exchange_folder = {self._folder!r} of node {self._nodes.name!r} has "
+                        f"{free / 1e6:.3f} MB free, and the tokens of this step need {nbytes / 1e6:.3f} MB: "
+                        "enlarge that file system, choose another folder, or lower rollout.prompts_per_step"
                     )
+                file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
                 os.ftruncate(file.fileno(), nbytes)
                 address = torch.tensor([os.getpid(), file.fileno()])
         if self._group:

@@ -170,12 +170,6 @@ def test_a_folder_that_fills_up_ends_all_ranks_with_one_line(ranks: RankPool, tm
     )
 
 
-def test_a_missing_folder_is_refused_at_the_start(ranks: RankPool, tmp_path: Path) -> None:
-    missing = str(tmp_path / "missing")
-    with pytest.raises(AssertionError, match="cannot be written \\(No such file or directory\\): choose"):
-        ranks.run(2, exchanged, [0, 1], missing, 10)
-
-
 def test_a_killed_rank_ends_the_others_and_leaves_nothing(ranks: RankPool, tmp_path: Path) -> None:
     """Rank 1 is no leader and dies between two writes; the pool waits 5 s for the errors of the others."""
     with small_disk(tmp_path / "small", "4m") as folder:

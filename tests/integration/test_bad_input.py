@@ -226,6 +226,10 @@ CASES: dict[str, tuple[Case, str]] = {
         case(rollout__replay_path="{tmp}/rollouts", train__num_steps=2),
         r"rollout\.replay_path: .*step_000000\.jsonl has no groups",
     ),
+    "no folder for the tokens": (
+        case(rollout__exchange_folder="{tmp}/nowhere"),
+        r"rollout\.exchange_folder = '.*nowhere' cannot be written \(No such file or directory\): choose",
+    ),
     "negative seed": (case(seed=-7), r"seed = '-7': .*greater than or equal to 0"),
     "no replay": (
         case(rollout__replay_path="nowhere"),
