@@ -156,6 +156,10 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 
 
+OF_THE_OLD_POLICY = ("rollout/", "train/", "moe/load", "moe/router", "moe/routing_differs", "moe/dead")
+"""Figures from before the first update."""
+
+
 def names_of(result: dict[str, Any]) -> set[str]:
     return result["figures"].keys()
 
@@ -187,14 +191,15 @@ def test_a_step_on_nodes_equals_the_step_of_one_process(
     (wanted,) = ranks.run(1, step, alone, [0] * 6, ["here"])
     names, owners = PLACES[place]
     results = ranks.run(4, step, cfg, owners, names)
-    before = {"grad_norm", "loss", "learning_rate"}
     for result in results:
         assert names_of(result) == names_of(wanted)
         for update, wanted_update in zip(result["updates"], wanted["updates"], strict=True):
-            for name in before:
+            for name in ("loss", "grad_norm", "learning_rate"):
                 assert update[name] == pytest.approx(wanted_update[name], rel=2e-4, abs=1e-7), name
         for name, value in wanted["figures"].items():
-            assert result["figures"][name] == pytest.approx(value, rel=2e-3, abs=2e-5, nan_ok=True), name
+            # after an update, rounding moves a token over a threshold or into the next bin
+            near = {"rel": 1e-4} if name.startswith(OF_THE_OLD_POLICY) else {"rel": 0.03, "abs": 5e-3}
+            assert result["figures"][name] == pytest.approx(value, nan_ok=True, **near), name
     for name, tensor in wanted["weights"].items():
         assert_close(results[0]["weights"][name], tensor, atol=2e-4, rtol=0)
     # each sequence lies with one replica
