@@ -41,6 +41,8 @@ from .schedule import Schedule, response_logprobs
 class Policy:
     """This rank's share of the policy. Every method is collective: all ranks call it with equal arguments.
 
+    Only the batches differ: the ranks of a data-parallel replica have the batch of their replica.
+
     Args:
         cfg: the run's config.
         description: the model, from ``models.description.describe_model``.
