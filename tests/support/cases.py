@@ -310,7 +310,7 @@ def read_weights(cfg: Config, batch: TrainBatch, run_dir: Path) -> dict[str, Any
         _steps(policy, policy.share(split(batch, 2)[0]), 1)
         found["exported"] = exported()
         _steps(policy, share, 1)
-        policy.save(run_dir, 3, records(), 1)
+        policy.start_save(run_dir, 3, records(), 1).finish()
         _steps(policy, share, 1)
         resume(policy, run_dir)
         return found | {
@@ -453,7 +453,7 @@ def steps_after_saving(cfg: Config, batch: TrainBatch, run_dir: Path, save: bool
     """Run two steps of a new policy and return their metrics; ``save`` adds a save before them."""
     with opened(cfg) as policy:
         if save:
-            policy.save(run_dir, 0, records(), 1)
+            policy.start_save(run_dir, 0, records(), 1).finish()
         return _steps(policy, policy.share(batch), 2)
 
 
