@@ -1,6 +1,7 @@
 """Measure weight syncs of 200 MB to SGLang on this CPU, and the overhead of our client.
 
-Run: python -m benchmarks.rollout [--only sync|client]   (needs make sglang; about two minutes each)
+Run: python -m benchmarks.rollout [--only sync|client|answers]   (sync and client need make sglang and about
+two minutes each)
 
 sync: compares each route with a memcpy of the same bytes. A sync is the whole ``update``: it pauses the
 server, packs and sends the weights, waits until the server has copied them into its parameters, checks the
@@ -14,6 +15,9 @@ on a machine with two cores.
 client: CPU seconds of the client's thread over wall seconds, with 64 in-flight requests to a server of a
 tiny model, which spends little time on each request. The target is below 0.05. CPU milliseconds per request
 depend less on the server's speed.
+
+answers: microseconds per token to read an answer into columns, without and with routed experts of 48 layers
+and top-8. The target with routed experts is below 2. orjson alone, which makes Python lists, is the peer.
 """
 
 from __future__ import annotations
@@ -26,9 +30,12 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import httpx
+import numpy as np
+import orjson
+import pybase64
 import torch
 from torch import multiprocessing
 
@@ -36,6 +43,7 @@ from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.config import Positive, SGLangConfig, WeightSyncConfig
 from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.sglang.answer import parse_answer
 from megatron_gmpo.rollout.sglang.client import RolloutClient
 from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
@@ -49,6 +57,7 @@ ROUNDS = 12
 TENSOR_LIMIT = 0.4
 CONCURRENT, NEW_TOKENS = 64, 64
 CLIENT_LIMIT = 0.05
+ANSWER_TOKENS, ANSWER_LIMIT = 8000, 2.0
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -168,11 +177,32 @@ def measure_client(folder: Path) -> None:
     print(json.dumps(result))
 
 
+def measure_answers(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 150_000, ANSWER_TOKENS).tolist()
+    logprobs = random.standard_exponential(ANSWER_TOKENS, np.float32).tolist()
+    about: dict[str, Any] = {"weight_version": "benchmark-0", "finish_reason": {"type": "length"}}
+    about["output_token_logprobs"] = [[-x, token, None] for x, token in zip(logprobs, tokens, strict=True)]
+    answer = {"text": "x" * 4 * ANSWER_TOKENS, "output_ids": tokens, "meta_info": about}
+    plain = orjson.dumps(answer)
+    experts = random.integers(0, 128, ANSWER_TOKENS * 48 * 8).astype("<i4")
+    about["routed_experts"] = pybase64.b64encode(experts.tobytes()).decode()
+    routed = orjson.dumps(answer)
+    result: dict[str, Any] = {"benchmark": "answers"}
+    for name, content in (("", plain), ("_r3", routed)):
+        readers = {"": partial(parse_answer, content, "benchmark"), "orjson_": partial(orjson.loads, content)}
+        for reader, read in readers.items():
+            best = min(seconds(read) for _ in range(ROUNDS))
+            result[f"{reader}us_per_token{name}"] = round(1e6 * best / ANSWER_TOKENS, 2)
+    result["within_limit"] = result["us_per_token_r3"] < ANSWER_LIMIT
+    print(json.dumps(result))
+
+
 class Benchmark(Options):
     """Measure weight syncs and the client's overhead with a server on this CPU."""
 
-    only: Literal["sync", "client"] | None = None
-    """Part to measure; None measures both."""
+    only: Literal["sync", "client", "answers"] | None = None
+    """Part to measure; None measures all."""
     bucket_megabytes: Positive = 128
     """``weight_sync.bucket_bytes`` in MiB."""
 
@@ -181,6 +211,7 @@ def main(options: Benchmark) -> None:
     for name, measure in (
         ("sync", partial(measure_sync, bucket_bytes=options.bucket_megabytes * 2**20)),
         ("client", measure_client),
+        ("answers", measure_answers),
     ):
         if options.only in (None, name):
             with tempfile.TemporaryDirectory() as folder:

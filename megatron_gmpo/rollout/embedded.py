@@ -190,7 +190,7 @@ class EmbeddedEngine:
                 prompt,
                 response,
                 logprobs[i, : len(response)].cpu().numpy(),
-                text=ending.text(response.tolist()),
+                text=ending.text(response),
                 finish_reason="length" if end is None else "stop",
                 policy_version=self.version,
                 routed_experts=routed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,16 @@ class Ending:
         """Return how many of (T,) ``tokens`` make the response; None if they do not end it."""
         ends = np.flatnonzero(np.isin(tokens, list(self.end_ids)))
         length = int(ends[0]) + 1 if len(ends) else None
-        stopped = self._stops_at(tokens[:length].tolist()) if self.stop else None
+        stopped = self._stops_at(tokens[:length]) if self.stop else None
         return length if stopped is None else stopped
 
-    def text(self, response: Sequence[int]) -> str:
-        """Return the text for the reward: no end token, no special tokens, up to the first stop string."""
-        content = response[:-1] if response[-1] in self.end_ids else response
+    def text(self, response: np.ndarray) -> str:
+        """Return the text of (R,) tokens for the reward.
+
+        It has no end token and no special tokens, and ends before the first stop string.
+        """
+        # a memoryview, unlike an array, becomes no list of Python integers (transformers' to_py_obj)
+        content = memoryview(response[:-1] if response[-1] in self.end_ids else response)
         text: str = self.tokenizer.decode(content, skip_special_tokens=True)
         if not self.stop:
             return text
@@ -53,11 +57,11 @@ class Ending:
                 rest = rest.replace(token.content, "")
         return text[: len(text) - len(rest)]
 
-    def _stops_at(self, tokens: list[int]) -> int | None:
+    def _stops_at(self, tokens: np.ndarray) -> int | None:
         """Return how many tokens complete the first stop string; None if there is none."""
 
         def completed(low: int, high: int) -> bool:
-            text = self.tokenizer.decode(tokens[max(0, low - self.window) : high])
+            text = self.tokenizer.decode(memoryview(tokens[max(0, low - self.window) : high]))
             return any(string in text for string in self.stop)
 
         # tokens[:high] contain a stop string, tokens[:low] do not; each turn decodes half as many tokens

@@ -27,7 +27,7 @@ from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang import sampler
 from megatron_gmpo.rollout.sglang.client import RolloutClient, _allow_open_files
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
-from megatron_gmpo.rollout.sglang.sampler import Response, versions_of
+from megatron_gmpo.rollout.sglang.sampler import Response
 from megatron_gmpo.rollout.sglang.server_state import ServerState
 from megatron_gmpo.rollout.sglang.sync import SyncReport
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
@@ -772,23 +772,6 @@ def test_routed_experts_of_a_response_that_ends_in_an_aborted_answer(
     assert response.finish_reason == ("stop" if limit == 20 else "length")
     assert response.routed_experts is not None
     assert np.array_equal(response.routed_experts, record.reshape(-1, 4)[: 3 + kept - 1])
-
-
-def test_versions_of_an_answer() -> None:
-    spans = [{"version": "run-3", "start": 0, "end": 2}, {"version": "other-4", "start": 2, "end": 3}]
-    for about, count, versions in (
-        ({"weight_versions": spans, "weight_version": "other-4"}, 3, [3, 3, -1]),
-        ({"weight_version": "run-12"}, 2, [12, 12]),
-        ({"weight_version": "run-12"}, 0, [12]),
-        (
-            {"weight_versions": [{"version": "run-1", "start": 0, "end": 0}], "weight_version": "run-2"},
-            0,
-            [2],
-        ),
-        ({"weight_version": "default"}, 1, [-1]),
-        ({"weight_version": "run-x"}, 1, [-1]),
-    ):
-        assert versions_of({"meta_info": about, "output_ids": [0] * count}, NONCE).tolist() == versions
 
 
 def test_as_many_files_may_be_open_as_there_are_requests() -> None:

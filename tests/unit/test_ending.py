@@ -53,7 +53,7 @@ def test_a_response_ends_at_its_first_end_token_or_stop_string(
     special = [hidden for piece, hidden in pieces for _ in piece]
     start = min((whole.index(string) for string in stop if string in whole), default=len(whole))
     shown = [char for char, hidden in zip(whole, special, strict=True) if not hidden]
-    assert ending.text(response) == "".join(
+    assert ending.text(np.array(response, np.int32)) == "".join(
         shown[: len(shown) - sum(not hidden for hidden in special[start:])]
     )
 
@@ -107,7 +107,7 @@ def test_a_stop_string_in_pieces(
             assert found == repeated + 3  # the space is no longer the first character
             continue
         assert found == (None if length is None else repeated + length)
-        assert ending.text((before + tokens)[:found]) == "n" * repeated + text
+        assert ending.text(np.array(before + tokens)[:found]) == "n" * repeated + text
 
 
 @pytest.mark.parametrize(

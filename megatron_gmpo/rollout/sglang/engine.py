@@ -220,7 +220,7 @@ class SGLangEngine:
             prompt,
             response.tokens,
             response.logprobs,
-            text=ticket.ending.text(response.tokens.tolist()),
+            text=ticket.ending.text(response.tokens),
             finish_reason="stop" if response.finish_reason == "stop" else "length",
             policy_version=int(response.versions.min()),
             version_spans=version_spans_of(response.versions, start=len(prompt)),

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import aiohttp
 import numpy as np
 import orjson
-import pybase64
 
-from ...batch.samples import narrow_experts
 from ...config import SGLangConfig
 from ...errors import InputError, ServerError
 from ..ending import Ending
 from ..engine import SamplingParams
+from .answer import Answer, parse_answer
 from .server_state import ServerEvent
 from .servers import PROBE_TIMEOUT_S, Server
 from .watcher import Member, Watcher
@@ -155,7 +154,7 @@ class Sampler:
             start, version = len(response.tokens), self._watcher.version
             body = {
                 "rid": f"{self._nonce}-{uuid.uuid4().hex}",
-                "input_ids": prompt + response.tokens.tolist(),
+                "input_ids": np.append(np.array(prompt, np.int32), response.tokens),
                 "sampling_params": parameters | {"max_new_tokens": limit - start},
                 "return_logprob": True,
                 "return_routed_experts": self._return_routed_experts,
@@ -179,7 +178,7 @@ class Sampler:
                     ) from None
         return response
 
-    async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, body: dict[str, Any]) -> Answer:
         """Return the answer of a server with the current weights.
 
         The request is sent again while servers reply HTTP 429 or 5xx. The weights' version is the key of the
@@ -212,25 +211,24 @@ class Sampler:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    def _read(self, reply: _Reply, member: Member, version: int) -> dict[str, Any]:
+    def _read(self, reply: _Reply, member: Member, version: int) -> Answer:
         """Return the answer of ``member`` to a request that was sent at ``version``.
 
         Raises:
             _RetryError: older weights sampled a token, or the numbers of tokens, log probabilities and
                 versions differ.
         """
-        answer = orjson.loads(reply.content)  # routed experts make the answer several megabytes
-        versions = versions_of(answer, self._nonce)
-        if versions.min() < version:
+        answer = parse_answer(reply.content, self._nonce)
+        if answer.versions.min() < version:
             self._watcher.report(member, ServerEvent.REQUEST_FAILED)
             raise _RetryError(f"{member.server.url} answered from old weights")
-        tokens, logprobs = len(answer["output_ids"]), len(answer["meta_info"]["output_token_logprobs"])
-        if (logprobs, len(versions)) != (tokens, max(1, tokens)):
+        tokens, logprobs, versions = map(len, (answer.tokens, answer.logprobs, answer.versions))
+        if (logprobs, versions) != (tokens, max(1, tokens)):
             raise _RetryError(
                 f"{member.server.url} answered {tokens} tokens with {logprobs} log probabilities and weight "
-                f"versions of {len(versions)} tokens"
+                f"versions of {versions} tokens"
             )
-        self.old_cache_tokens += int((versions[:tokens] > version).sum())
+        self.old_cache_tokens += int((answer.versions[:tokens] > version).sum())
         return answer
 
     async def _request(self, member: Member, body: dict[str, Any]) -> _Reply:
@@ -262,50 +260,27 @@ class Sampler:
     async def _post(self, server: Server, body: dict[str, Any]) -> _Reply:
         async with self._http.post(
             f"{server.url}/generate",
-            data=orjson.dumps(body),
+            data=orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY),
             headers={"Content-Type": "application/json"} | server.headers,
         ) as reply:
             return _Reply(reply.status, await reply.read())
 
-    def _append(self, response: Response, answer: dict[str, Any], limit: int, ending: Ending) -> None:
+    def _append(self, response: Response, answer: Answer, limit: int, ending: Ending) -> None:
         """Add the tokens of ``answer`` up to the end of the response, and set its ``finish_reason``."""
-        about, output = answer["meta_info"], answer["output_ids"]
-        tokens = np.append(response.tokens, np.array(output, np.int32))
-        finish_reason, end = about["finish_reason"]["type"], ending.length(tokens)
+        tokens = np.append(response.tokens, answer.tokens)
+        finish_reason, end = answer.finish_reason, ending.length(tokens)
         if end is not None:
             finish_reason = "stop"
         elif finish_reason == "abort":
             finish_reason = "length" if len(tokens) == limit else ""
         # an unfinished response is routed again as a longer prompt, under the newer weights
         if self._return_routed_experts and finish_reason:
-            flat = narrow_experts(np.frombuffer(pybase64.b64decode(about.get("routed_experts", "")), "<i4"))
-            routed = about.get("prompt_tokens", 0) + len(output) - 1
+            flat, routed = answer.routed_experts, answer.prompt_tokens + len(answer.tokens) - 1
             if not len(flat) or len(flat) % routed:
                 raise _RetryError(f"the record has {len(flat)} routed experts for {routed} tokens")
             surplus = 0 if end is None else len(tokens) - end
             response.routed_experts = flat.reshape(routed, -1)[: routed - surplus]
-        logprobs = np.array([logprob for logprob, *_ in about["output_token_logprobs"]], np.float32)
-        versions = versions_of(answer, self._nonce)[: len(output)]
         response.tokens = tokens[:end]
-        response.logprobs = np.append(response.logprobs, logprobs)[:end]
-        response.versions = np.append(response.versions, versions)[:end]
+        response.logprobs = np.append(response.logprobs, answer.logprobs)[:end]
+        response.versions = np.append(response.versions, answer.versions[: len(answer.tokens)])[:end]
         response.finish_reason = finish_reason
-
-
-def versions_of(answer: dict[str, Any], nonce: str) -> np.ndarray:
-    """Return (tokens,) int32: the training step of the weights behind each output token.
-
-    Weights of another run are -1. An answer without tokens gives one entry, the server's current weights.
-    """
-    about, count = answer["meta_info"], len(answer["output_ids"])
-    spans = about.get("weight_versions") or [
-        {"version": about["weight_version"], "start": 0, "end": max(1, count)}
-    ]
-    steps = [_step(span["version"], nonce) for span in spans]
-    versions = np.repeat(np.array(steps, np.int32), [span["end"] - span["start"] for span in spans])
-    return versions if len(versions) else np.array([_step(about["weight_version"], nonce)], np.int32)
-
-
-def _step(version: str, nonce: str) -> int:
-    run, _, step = version.rpartition("-")
-    return int(step) if run == nonce and step.isdigit() else -1
