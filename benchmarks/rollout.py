@@ -37,6 +37,7 @@ import numpy as np
 import orjson
 import pybase64
 import torch
+import torch.distributed as dist
 from torch import multiprocessing
 
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
@@ -138,12 +139,13 @@ def measure_client(folder: Path) -> None:
     make_tiny_model(folder / "model", family="qwen3", dtype=torch.bfloat16)
     cfg = SGLangConfig(max_concurrent_requests=CONCURRENT)
     local = LocalServers(str(folder / "model"), 1, cfg, folder / "servers", dtype="bf16", seed=0, device=CPU)
-    client = RolloutClient(local.servers, local, cfg, "benchmark")
+    client = RolloutClient(local.servers, local, cfg, "benchmark", dist.HashStore())
     try:
         local.wait_ready()
         client.expect(0)
-        while not (servers := client.servers_to_sync()):
+        while not (servers := client.standing().outdated):
             time.sleep(0.1)
+        client.start_sync(servers)
         update = {"new_version": "benchmark-0", "abort_all_requests": False}
         server = local.servers[0]
         httpx.post(
@@ -154,10 +156,10 @@ def measure_client(folder: Path) -> None:
         sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
         ending = Ending(text_tokenizer(), set())
         # Warm up the server and the connections.
-        client.submit(prompts[:CONCURRENT], sampling, ending).result(600)
+        client.submit("warm up", prompts[:CONCURRENT], sampling, ending).result(600)
         start = time.perf_counter()
         in_client = client.cpu_seconds()
-        answers = client.submit(prompts, sampling, ending).result(1800)
+        answers = client.submit("measured", prompts, sampling, ending).result(1800).values()
         total, in_client = time.perf_counter() - start, client.cpu_seconds() - in_client
     finally:
         client.close()

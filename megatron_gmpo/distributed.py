@@ -163,6 +163,20 @@ class Nodes:
         """Return the gloo group of all nodes' leaders, None on other ranks. Collective at its first use."""
         return self._own_group([[ranks[0] for ranks in self.ranks.values()]])
 
+    def from_leaders(self, item: Any) -> list[Any]:
+        """Return the ``item`` of each node's leader, in the order of the nodes, on every rank. Collective."""
+        items = [item]
+        if len(self) > 1:
+            leaders = self.leaders
+            if leaders:
+                items *= len(self)
+                dist.all_gather_object(items, item, group=leaders)
+        if world_size() > len(self):
+            shared = [items]
+            dist.broadcast_object_list(shared, src=self.leader, group=self.group, device=torch.device("cpu"))
+            items = shared[0]
+        return items
+
     def _own_group(self, members: list[list[int]]) -> dist.ProcessGroup | None:
         if not dist.is_initialized():
             return None

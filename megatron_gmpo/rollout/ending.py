@@ -45,7 +45,7 @@ class Ending:
         It has no end token and no special tokens, and ends before the first stop string.
         """
         # a memoryview, unlike an array, becomes no list of Python integers (transformers' to_py_obj)
-        content = memoryview(response[:-1] if response[-1] in self.end_ids else response)
+        content = (response[:-1] if response[-1] in self.end_ids else response).data
         text: str = self.tokenizer.decode(content, skip_special_tokens=True)
         if not self.stop:
             return text
@@ -61,7 +61,7 @@ class Ending:
         """Return how many tokens complete the first stop string; None if there is none."""
 
         def completed(low: int, high: int) -> bool:
-            text = self.tokenizer.decode(memoryview(tokens[max(0, low - self.window) : high]))
+            text = self.tokenizer.decode(tokens[max(0, low - self.window) : high].data)
             return any(string in text for string in self.stop)
 
         # tokens[:high] contain a stop string, tokens[:low] do not; each turn decodes half as many tokens

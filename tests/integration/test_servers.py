@@ -22,7 +22,12 @@ from megatron_gmpo.config import Config, SGLangConfig
 from megatron_gmpo.errors import InputError, ServerError
 from megatron_gmpo.rollout.sglang import start
 from megatron_gmpo.rollout.sglang.processes import LocalServers
-from megatron_gmpo.rollout.sglang.servers import Server, external_servers, published_servers
+from megatron_gmpo.rollout.sglang.servers import (
+    Server,
+    external_servers,
+    published_addresses,
+    published_servers,
+)
 from megatron_gmpo.supervision.records import node_name
 
 from ..support.commands import CONFIG, ROOT, command_line, error_lines, options
@@ -349,7 +354,8 @@ def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(
         [*command, "--rollout.engine", "sglang"], cwd=ROOT, env=os.environ | slurm, stderr=subprocess.PIPE
     ) as node:
         try:
-            (server,) = published_servers(tmp_path / "servers.json", 300)
+            file = tmp_path / "servers.json"
+            (server,) = published_servers(file, published_addresses(file, 300))
             ((log,),) = [list(tmp_path.glob("servers/*/server_0.log"))]
             hung = psutil.Process(node.pid).children()[0].children()[0].pid
             os.killpg(hung, signal.SIGSTOP)
@@ -367,7 +373,7 @@ def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(
     with pytest.raises(
         ServerError, match="the rollout servers of the job did not start: every SGLang server of"
     ):
-        published_servers(tmp_path / "servers.json", 1)
+        published_addresses(tmp_path / "servers.json", 1)
 
 
 def test_published_servers_are_not_the_users_to_correct(tmp_path: Path) -> None:
@@ -376,14 +382,16 @@ def test_published_servers_are_not_the_users_to_correct(tmp_path: Path) -> None:
     with pytest.raises(
         ServerError, match=r"rollout\.servers_file = .* did not appear within sglang\.start_timeout_s = 0\.1"
     ):
-        published_servers(file, 0.1)
+        published_addresses(file, 0.1)
     file.write_text('[{"url": "http://127.0.0.1:9", "node": "node2"}]')
+    addresses = published_addresses(file, 1)
+    assert addresses == [("http://127.0.0.1:9", "node2")]
     with pytest.raises(
         ServerError, match=r"rollout\.servers_file: 'http://127\.0\.0\.1:9' cannot be reached"
     ):
-        published_servers(file, 1)
+        published_servers(file, addresses)
     file.write_text(
         '{"error": "rollout.num_servers = 3 cannot be divided among 2 nodes: choose a multiple", "code": 2}'
     )
     with pytest.raises(InputError, match=r"rollout\.num_servers = 3 cannot be divided"):
-        published_servers(file, 1)
+        published_addresses(file, 1)

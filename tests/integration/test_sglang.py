@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.batch.samples import Prompt, Sample
 from megatron_gmpo.config import Config
+from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.errors import ServerError
 from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rollout.engine import SamplingParams
@@ -33,6 +34,7 @@ from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.server_state import ServerState
 from megatron_gmpo.rollout.sglang.start import start_sglang
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
+from megatron_gmpo.supervision.records import node_name
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support import conversion_cases
@@ -93,7 +95,8 @@ def engine(
         cfg = config(sglang_model, tmp_path, **sections)
         sync = make_weight_sync(cfg.weight_sync, "disaggregated", CPU, tmp_path)
         tokenizer = AutoTokenizer.from_pretrained(sglang_model)
-        made.append(SGLangEngine(cfg, sglang_server.servers, None, sync, tokenizer, routed_experts))
+        nodes = Nodes(node_name())
+        made.append(SGLangEngine(cfg, sglang_server.servers, None, sync, tokenizer, nodes, routed_experts))
         return made[-1]
 
     yield make

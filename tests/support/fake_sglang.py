@@ -80,6 +80,7 @@ class FakeServer:
             app.router.add_get("/health_generate", self._health_generate)
             app.router.add_post("/generate", self._generate)
             app.router.add_post("/abort_request", self._abort_request)
+            app.router.add_post("/update_weight_version", self._update_weight_version)
             self._runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
             await self._runner.setup()
             await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
@@ -134,6 +135,10 @@ class FakeServer:
     async def _abort_request(self, request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == "Bearer admin"
         self.aborted.append((await request.json())["rid"])
+        return web.Response()
+
+    async def _update_weight_version(self, request: web.Request) -> web.Response:
+        self.weight_version = (await request.json())["new_version"]
         return web.Response()
 
 

@@ -41,6 +41,7 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._processes: list[Fork] = []
         self._connections: list[Connection] = []
         for rank in range(size):
@@ -56,9 +57,8 @@ class RankPool:
         connections = self._connections[:world_size]
         assert len(connections) == world_size
         self._cases += 1
-        store = str(Path(self._folder.name) / f"store{self._cases}")
         # pickled here: Connection.send would share each tensor through a file descriptor
-        case = pickle.dumps((store, world_size, function, args))
+        case = pickle.dumps((self._store.port, self._cases, world_size, function, args))
         for connection in connections:
             connection.send_bytes(case)
         results: dict[int, Any] = {}
@@ -115,13 +115,16 @@ def main(rank: int, address: str) -> None:
 def _answer(rank: int, case: bytes) -> bytes:
     """Return the pickled result of a case, and the traceback if it failed."""
     try:
-        store, world_size, function, args = pickle.loads(case)
+        port, number, world_size, function, args = pickle.loads(case)
+        timeout = timedelta(seconds=_COLLECTIVE_S)
+        # the kind of store that torchrun's ranks have
+        store = dist.TCPStore("127.0.0.1", port, timeout=timeout, wait_for_workers=False)
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{store}",
+            store=dist.PrefixStore(str(number), store),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=_COLLECTIVE_S),
+            timeout=timeout,
         )
         result = function(*args)
         dist.barrier()

@@ -105,6 +105,7 @@ def test_the_objects_of_a_response_do_not_grow_with_its_tokens(
         content, response = json.dumps(answer).encode(), Response()
         tracemalloc.start()
         sampler._append(response, parse_answer(content, NONCE), count, ending)
+        assert response.routed_experts is not None
         sample = Sample.from_response(
             PROMPT,
             response.tokens,

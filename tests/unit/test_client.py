@@ -7,29 +7,36 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import random
 import resource
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from aiohttp import web
 from transformers import AutoTokenizer
 
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config, SGLangConfig
+from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.errors import InputError, ServerError
 from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang import sampler
+from megatron_gmpo.rollout.sglang.batches import Responses
 from megatron_gmpo.rollout.sglang.client import RolloutClient, _allow_open_files
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.sampler import Response
 from megatron_gmpo.rollout.sglang.server_state import ServerState
+from megatron_gmpo.rollout.sglang.servers import Server
 from megatron_gmpo.rollout.sglang.sync import SyncReport
+from megatron_gmpo.supervision.records import node_name
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support.fake_sglang import Answer, FakeProcesses, FakeServer, answer_of
@@ -38,6 +45,7 @@ from ..support.groups import in_order
 NONCE = "run"
 PROMPT = [5, 6, 7]
 ENDLESS = Ending(None, frozenset())
+NUMBERS = itertools.count()
 TEXT = text_tokenizer()
 
 pytestmark = pytest.mark.timeout(60)
@@ -72,7 +80,9 @@ def client(fakes: list[FakeServer]) -> Iterator[Callable[..., RolloutClient]]:
         if not own:
             for fake in fakes[:count]:
                 fake.start()
-        made.append(RolloutClient([f.server for f in fakes[:count]], local, cfg, NONCE, experts))
+        made.append(
+            RolloutClient([f.server for f in fakes[:count]], local, cfg, NONCE, dist.HashStore(), experts)
+        )
         return made[-1]
 
     yield make
@@ -100,12 +110,19 @@ def states(client: RolloutClient) -> list[ServerState]:
     return [member.state for member in client._watcher.members]
 
 
+def start_sync(client: RolloutClient) -> list[Server]:
+    """Begin a sync to the servers that need it."""
+    servers = list(client.standing().outdated)
+    client.start_sync(servers)
+    return servers
+
+
 def sync(client: RolloutClient, fakes: list[FakeServer], version: int, failed: tuple[int, ...] = ()) -> None:
     """Wait until every server of the client needs weights, then give them ``version``."""
     client.expect(version)
     count = len(client._watcher.members)
     wait_for(lambda: states(client) == [ServerState.STALE] * count)
-    servers = client.servers_to_sync()
+    servers = start_sync(client)
     assert servers == [fake.server for fake in fakes[:count]]
     for fake in fakes[:count]:
         fake.weight_version = f"{NONCE}-{version}"
@@ -114,7 +131,14 @@ def sync(client: RolloutClient, fakes: list[FakeServer], version: int, failed: t
 
 def sample(client: RolloutClient, count: int = 1, n: int = 1, tokens: int = 4) -> list[list[Response]]:
     sampling = SamplingParams(n=n, max_new_tokens=tokens)
-    return client.submit([[*PROMPT, i] for i in range(count)], sampling, Ending(None, {2})).result(30)
+    rows = submit(client, [[*PROMPT, i] for i in range(count)], sampling, Ending(None, {2})).result(30)
+    return [rows[position] for position in range(count)]
+
+
+def submit(
+    client: RolloutClient, prompts: list[list[int]], sampling: SamplingParams, ending: Ending = ENDLESS
+) -> Future[Responses]:
+    return client.submit(f"batch{next(NUMBERS)}", prompts, sampling, ending)
 
 
 async def hang(body: dict[str, Any]) -> Answer:
@@ -210,7 +234,7 @@ def sampled_during_a_sync(
         return generate(body)
 
     fakes[0].generate = generate_later
-    future = served.submit([PROMPT], SamplingParams(max_new_tokens=8), ENDLESS)
+    future = submit(served, [PROMPT], SamplingParams(max_new_tokens=8))
     wait_for(lambda: fakes[0].bodies)
     sync(served, fakes, 1)
     fakes[0]._loop.call_soon_threadsafe(synced.set)
@@ -294,7 +318,7 @@ def test_a_response_ends_at_its_first_end_token_or_stop_string(
     """Nothing after it is kept, and nothing more is asked for."""
     scripted(fakes[0], *answers)
     ending = Ending(TEXT, {EOS}, ("END", "<|im_start|>"))
-    ((response,),) = served.submit([PROMPT], SamplingParams(max_new_tokens=20), ending).result(20)
+    ((response,),) = submit(served, [PROMPT], SamplingParams(max_new_tokens=20), ending).result(20).values()
     assert response.tokens.tolist() == expected
     assert len(response.logprobs) == len(response.versions) == len(expected)
     assert response.finish_reason == "stop"
@@ -389,10 +413,10 @@ def test_answers_from_other_weights_are_discarded(
     sync(served, fakes, 3)
     for retries, version in enumerate(("other-3", f"{NONCE}-2", "incomplete"), start=1):
         fakes[0].weight_version = version
-        future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), ENDLESS)
+        future = submit(served, [PROMPT], SamplingParams(max_new_tokens=4))
         wait_for(lambda: states(served) == [ServerState.STALE])
         assert not future.done()
-        servers = served.servers_to_sync()
+        servers = start_sync(served)
         fakes[0].weight_version = f"{NONCE}-3"
         served.synced(servers, [])
         assert future.result(20)[0][0].versions.tolist() == [3] * 4
@@ -476,13 +500,13 @@ def test_a_server_whose_scheduler_hangs_is_restarted(
     served = client(own=True, request_timeout_s=0.2, hang_timeout_s=0.5)
     sync(served, fakes, 0)
     fakes[0].generate, fakes[0].generates = hang, False
-    future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), ENDLESS)
+    future = submit(served, [PROMPT], SamplingParams(max_new_tokens=4))
     wait_for(lambda: states(served) == [ServerState.SILENT])
-    assert served.servers_to_sync() == []
+    assert served.standing().outdated == ()
     wait_for(lambda: served.restarts == 1)
     fakes[0].generate, fakes[0].generates = fakes[0].answer, True
     wait_for(lambda: states(served) == [ServerState.STALE])
-    servers = served.servers_to_sync()
+    servers = start_sync(served)
     fakes[0].weight_version = f"{NONCE}-0"
     served.synced(servers, [])
     assert future.result(20)[0][0].versions.tolist() == [0] * 4
@@ -513,21 +537,21 @@ def test_a_server_that_dies_is_restarted_and_synced(
     sync(served, fakes, 0)
     assert served.local
     fakes[0].generate = hang
-    future = served.submit([[*PROMPT, i] for i in range(4)], SamplingParams(max_new_tokens=4), ENDLESS)
+    future = submit(served, [[*PROMPT, i] for i in range(4)], SamplingParams(max_new_tokens=4))
     wait_for(lambda: fakes[0].bodies)
     served.local.kill(0)  # pyright: ignore[reportAttributeAccessIssue]
-    assert [row[0].tokens.tolist() for row in future.result(20)] == [tokens_from(4, 4)] * 4
+    assert [row[0].tokens.tolist() for row in future.result(20).values()] == [tokens_from(4, 4)] * 4
     assert states(served)[1] is ServerState.READY
     wait_for(lambda: states(served)[0] is ServerState.STALE)
     assert (served.restarts, served.retries) == (1, 2)
 
-    before = served.servers_to_sync()
+    before = start_sync(served)
     assert before == [fakes[0].server]
     served.local.kill(0)  # pyright: ignore[reportAttributeAccessIssue]
     wait_for(lambda: served.restarts == 2 and states(served)[0] is ServerState.STALE)
     served.synced(before, [])
     assert states(served)[0] is ServerState.STALE
-    served.synced(served.servers_to_sync(), [])
+    served.synced(start_sync(served), [])
     assert states(served) == [ServerState.READY] * 2
     assert [member.life.losses for member in served._watcher.members] == [0, 0]
 
@@ -539,18 +563,17 @@ def test_the_version_of_a_failed_sync_is_not_trusted(
     served = client(max_restarts=1)
     sync(served, fakes, 0, failed=(0,))
     wait_for(lambda: states(served) == [ServerState.STALE])
-    assert not served.any_ready()
-    served.synced(served.servers_to_sync(), [])
+    assert not served.standing().ready
+    served.synced(start_sync(served), [])
     assert states(served) == [ServerState.READY]
     for _ in range(2):
         served.expect(1)
-        wait_for(served.servers_to_sync)
+        wait_for(lambda: start_sync(served))
         served.synced([fakes[0].server], [fakes[0].server])
     wait_for(lambda: states(served) == [ServerState.GIVEN_UP])
-    with pytest.raises(
-        ServerError, match=r"^every SGLang server was lost 2 times in a row: see the log of the last"
-    ):
-        served.servers_to_sync()
+    assert served.standing().lost == (
+        f"every SGLang server was lost 2 times in a row: see the log of the last one, {fakes[0].server.url}"
+    )
 
 
 def test_servers_that_keep_dying_are_given_up(
@@ -565,15 +588,14 @@ def test_servers_that_keep_dying_are_given_up(
     local.kill(0)
     wait_for(lambda: states(served)[0] is ServerState.GIVEN_UP)
     assert states(served) == [ServerState.GIVEN_UP, ServerState.READY]
-    assert served.servers_to_sync() == []
+    assert served.standing().outdated == ()
     assert sample(served)[0][0].versions.tolist() == [0] * 4
     local.broken = True
     local.kill(1)
     wait_for(lambda: states(served)[1] is ServerState.GIVEN_UP)
-    with pytest.raises(
-        ServerError, match=f"^every SGLang server was lost 2 times in a row: .*{fakes[1].server.url}$"
-    ):
-        served.servers_to_sync()
+    assert served.standing().lost == (
+        f"every SGLang server was lost 2 times in a row: see the log of the last one, {fakes[1].server.url}"
+    )
     assert served.restarts == 2
 
 
@@ -586,7 +608,7 @@ def test_a_first_start_that_fails_ends_the_run(
     served = client(own=True, count=2)
     wait_for(lambda: states(served) == [ServerState.GIVEN_UP] * 2)
     with pytest.raises(ServerError, match=r"^no GPU$"):
-        served.servers_to_sync()
+        served.standing()
     assert served.restarts == 0
 
 
@@ -602,10 +624,11 @@ def test_no_sync_before_all_of_our_own_servers_are_up(
     served = client(own=True, count=2)
     served.expect(0)
     wait_for(lambda: states(served) == [ServerState.STALE, ServerState.STARTING])
-    assert served.servers_to_sync() == []
+    assert served.standing().starting
     up[1] = True
     wait_for(lambda: states(served) == [ServerState.STALE] * 2)
-    assert len(served.servers_to_sync()) == 2
+    assert len(served.standing().outdated) == 2
+    assert not served.standing().starting
 
 
 def test_external_servers_that_do_not_answer_end_the_run(
@@ -616,14 +639,14 @@ def test_external_servers_that_do_not_answer_end_the_run(
     sync(served, fakes, 0)
     fakes[0].stop()
     wait_for(lambda: states(served) == [ServerState.CHECKING])
-    assert served.servers_to_sync() == []
-    future = served.submit([PROMPT], SamplingParams(max_new_tokens=4), ENDLESS)
+    assert served.standing().outdated == ()
+    future = submit(served, [PROMPT], SamplingParams(max_new_tokens=4))
     fakes[0].start()
     assert future.result(20)[0][0].versions.tolist() == [0] * 4
     fakes[0].stop()
     wait_for(lambda: states(served) == [ServerState.CHECKING])
-    with pytest.raises(ServerError, match=f"^no SGLang server has answered for 2 s: {fakes[0].server.url}$"):
-        wait_for(served.servers_to_sync)
+    lost = wait_for(lambda: served.standing().lost)
+    assert lost == f"no SGLang server has answered for 2 s: {fakes[0].server.url}"
     assert [
         record.message.startswith(f"SGLang server {fakes[0].server.url} has not answered for")
         for record in caplog.records
@@ -636,14 +659,14 @@ def test_a_bug_in_a_watcher_ends_the_run(served: RolloutClient, fakes: list[Fake
 
     served._watcher._found = fail  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        wait_for(served.servers_to_sync)
+        wait_for(lambda: served.standing().lost)
 
 
 def test_closing_aborts_the_requests_on_external_servers(
     served: RolloutClient, fakes: list[FakeServer]
 ) -> None:
     fakes[0].generate = hang
-    future = served.submit([PROMPT] * 3, SamplingParams(), ENDLESS)
+    future = submit(served, [PROMPT] * 3, SamplingParams())
     wait_for(lambda: len(fakes[0].bodies) == 3)
     served.close()
     assert future.cancelled()
@@ -670,7 +693,14 @@ def engine(fakes: list[FakeServer], text_model: Path, tmp_path: Path) -> Iterato
         cfg = Config.model_validate({"run_dir": str(tmp_path), **sections})
         sync: Any = Sync()
         made.append(
-            SGLangEngine(cfg, [fakes[0].server], None, sync, AutoTokenizer.from_pretrained(text_model))
+            SGLangEngine(
+                cfg,
+                [fakes[0].server],
+                None,
+                sync,
+                AutoTokenizer.from_pretrained(text_model),
+                Nodes(node_name()),
+            )
         )
         return made[-1]
 
@@ -767,7 +797,7 @@ def test_routed_experts_of_a_response_that_ends_in_an_aborted_answer(
 
     fakes[0].generate = generate
     sampling = SamplingParams(max_new_tokens=limit)
-    ((response,),) = served.submit([PROMPT], sampling, Ending(None, {EOS})).result(20)
+    ((response,),) = submit(served, [PROMPT], sampling, Ending(None, {EOS})).result(20).values()
     assert len(response.tokens) == kept
     assert response.finish_reason == ("stop" if limit == 20 else "length")
     assert response.routed_experts is not None

@@ -1,6 +1,7 @@
-"""The client of a set of SGLang servers, on rank 0. It samples in the background during training.
+"""The client of a node's SGLang servers, on the node's first rank. It samples in the background.
 
-The trainer calls ``RolloutClient``; an event loop in another thread runs its ``Sampler`` and ``Watcher``.
+The trainer calls ``RolloutClient``; an event loop in another thread runs its ``Batches``, ``Sampler`` and
+``Watcher``.
 """
 
 from __future__ import annotations
@@ -14,29 +15,34 @@ from concurrent.futures import Future
 from typing import Any
 
 import aiohttp
+import torch.distributed as dist
 
 from ...config import SGLangConfig
 from ...errors import InputError
 from ..ending import Ending
 from ..engine import SamplingParams
+from .batches import Batches, Responses
 from .processes import LocalServers
-from .sampler import Response, Sampler
-from .server_state import ServerState
+from .sampler import Sampler
 from .servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server, certificates
-from .watcher import Watcher
+from .watcher import Standing, Watcher
 
 _OTHER_FILES = 1024
 
 
 class RolloutClient:
-    """Sample from SGLang servers and track their weights. Every method is called from the trainer's thread.
+    """Sample from a node's servers and track their weights. Every method is called from the trainer's thread.
+
+    The clients of all nodes meet before the first ``submit``, because each announces its servers in ``store``
+    when it is made.
 
     Args:
-        servers: the servers to use.
+        servers: the node's servers; there may be none.
         local: their processes if the run starts them; the client starts, watches and restarts them.
         cfg: timeouts and limits.
         nonce: prefix of this run's weight versions, ``"{nonce}-{step}"``, which distinguishes them from the
-            versions of other runs on the same servers.
+            versions of other runs on the same servers. Equal on all nodes.
+        store: a store that all nodes reach, in which they share the prompts of a batch.
         return_routed_experts: request the experts of every token.
 
     Raises:
@@ -49,6 +55,7 @@ class RolloutClient:
         local: LocalServers | None,
         cfg: SGLangConfig,
         nonce: str,
+        store: dist.Store,
         return_routed_experts: bool = False,
     ) -> None:
         _allow_open_files(len(servers) * cfg.max_concurrent_requests)
@@ -58,10 +65,15 @@ class RolloutClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout client", daemon=True)
         self._thread.start()
-        self._call(self._open(servers, cfg, nonce, return_routed_experts))
+        self._call(self._open(servers, cfg, nonce, store, return_routed_experts))
 
     async def _open(
-        self, servers: Sequence[Server], cfg: SGLangConfig, nonce: str, return_routed_experts: bool
+        self,
+        servers: Sequence[Server],
+        cfg: SGLangConfig,
+        nonce: str,
+        store: dist.Store,
+        return_routed_experts: bool,
     ) -> None:
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=certificates()),
@@ -72,6 +84,10 @@ class RolloutClient:
         )
         self._watcher = Watcher(servers, self.local, cfg, nonce, self._http)
         self._sampler = Sampler(self._watcher, self._http, cfg, nonce, return_routed_experts)
+        # a connection of its own, because the main thread may wait in another operation
+        own: dist.Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+        self._batches = Batches(self._watcher, self._sampler, own)
+        self._batches.announce()
 
     def close(self) -> None:
         """End all requests (also on external servers), the servers started by the run, and the thread."""
@@ -98,11 +114,11 @@ class RolloutClient:
     # samples
 
     def submit(
-        self, prompts: list[list[int]], sampling: SamplingParams, ending: Ending
-    ) -> Future[list[list[Response]]]:
-        """Start ``Sampler.sample_all`` and return at once."""
+        self, name: str, prompts: list[list[int]], sampling: SamplingParams, ending: Ending
+    ) -> Future[Responses]:
+        """Start ``Batches.sample`` and return at once."""
         return asyncio.run_coroutine_threadsafe(
-            self._sampler.sample_all(prompts, sampling, ending), self._loop
+            self._batches.sample(name, prompts, sampling, ending), self._loop
         )
 
     # weights
@@ -111,13 +127,13 @@ class RolloutClient:
         """Sample only from servers with the weights of training step ``version`` from now on."""
         self._call(self._watcher.expect(version))
 
-    def servers_to_sync(self) -> list[Server]:
-        """See ``Watcher.servers_to_sync``."""
-        return self._call(self._watcher.servers_to_sync())
+    def standing(self) -> Standing:
+        """See ``Watcher.standing``."""
+        return self._call(self._watcher.standing())
 
-    def any_ready(self) -> bool:
-        """Return whether a server has the current weights."""
-        return any(member.state is ServerState.READY for member in self._watcher.members)
+    def start_sync(self, servers: Sequence[Server]) -> None:
+        """Record that a sync to ``servers`` begins."""
+        self._call(self._watcher.start_sync(servers))
 
     def synced(self, servers: Sequence[Server], failed: Sequence[Server]) -> None:
         """Record a sync to ``servers``; all except ``failed`` have the current weights."""

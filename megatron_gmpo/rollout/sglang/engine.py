@@ -1,51 +1,57 @@
-"""The rollout engine over SGLang servers: rank 0 sends requests, every rank syncs weights."""
+"""The rollout engine over SGLang servers: one rank of each node sends requests, every rank syncs weights."""
 
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from ...batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 from ...config import Config
-from ...distributed import barrier, broadcast_object, rank
-from ...errors import InputError, ServerError
+from ...distributed import Nodes, agreed, barrier, broadcast_object, rank, sum_over_ranks
+from ...errors import InputError, RunError, ServerError
 from ...metrics.figures import Metric
 from ..ending import Ending, end_token_ids
 from ..engine import SamplingParams
+from .agreement import News, Rounds, agree
+from .batches import Responses
 from .client import RolloutClient
 from .memory import release_memory, resume_memory
 from .processes import LocalServers
+from .prompt_queue import PromptQueue
 from .sampler import Response
 from .servers import Server
 from .sync import WeightSync
 
-_POLL_S = 0.2
-"""Interval at which rank 0's client is polled for samples, servers that need a sync, and errors."""
-_NEWS_S = 20.0
-"""Maximum seconds between broadcasts of rank 0, so that the waiting ranks' collective does not time out."""
+_LAST_S = 20.0
+"""Seconds within which every client learns that a batch is finished on all nodes."""
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A submitted batch, to be passed to ``wait``. The future exists on rank 0 only."""
+    """A submitted batch, to be passed to ``wait``. The future exists on ranks with a client."""
 
+    name: str
     prompts: list[Prompt]
     sampling: SamplingParams
     ending: Ending
-    future: Future[list[list[Response]]] | None
+    future: Future[Responses] | None
 
 
 class SGLangEngine:
     """A ``RolloutEngine`` over SGLang servers, which may generate while the trainer trains.
+
+    The first rank of each node has a client of the node's servers. The clients share the prompts of a batch,
+    and each keeps the groups that it samples.
 
     A restarted server does not have the current weights. All ranks sync it together while they wait for
     samples, so the weights must not change between ``update_weights`` and the ``generate`` or ``wait`` calls
@@ -53,10 +59,11 @@ class SGLangEngine:
 
     Args:
         cfg: config of the run.
-        servers: the servers to use.
-        local: their processes, on rank 0, if the run starts them.
+        servers: on the first rank of each node, the servers of its client; there may be none.
+        local: their processes there, if the run starts them.
         sync: the route of the weights.
         tokenizer: the model's tokenizer, to decode responses.
+        nodes: the nodes of the ranks.
         routed_experts: (layers, topk) to record every token's experts, or None.
     """
 
@@ -67,20 +74,26 @@ class SGLangEngine:
         local: LocalServers | None,
         sync: WeightSync,
         tokenizer: Any,
+        nodes: Nodes,
         routed_experts: tuple[int, int] | None = None,
     ) -> None:
         self.version = -1
-        self._cfg, self._servers, self._sync = cfg, servers, sync
+        self._cfg, self._servers, self._sync, self._nodes = cfg, servers, sync, nodes
         self._tokenizer, self._routed_experts = tokenizer, routed_experts
         self._end_ids = _end_ids(cfg.model.path, tokenizer)
-        self._nonce = secrets.token_hex(4)
+        self._nonce: str = broadcast_object(secrets.token_hex(4))
+        self._store = dist.PrefixStore(f"rollout/{self._nonce}", _store())
+        self._rounds = Rounds(nodes, self._store)
         self._client = None
-        if rank() == 0:
-            self._client = RolloutClient(servers, local, cfg.sglang, self._nonce, bool(routed_experts))
+        with agreed():  # every client has announced its servers
+            if nodes.is_leader:
+                self._client = RolloutClient(
+                    servers, local, cfg.sglang, self._nonce, self._store, bool(routed_experts)
+                )
         self._asleep = False
-        self._submits = 0
+        self._batches = self._submits = 0
         self._figures: dict[str, Metric] = {}
-        self._counted = dict.fromkeys(self._counts(), 0)
+        self._counted = self._counts()
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         """See ``RolloutEngine.generate``.
@@ -101,23 +114,24 @@ class SGLangEngine:
         """
         sampling = replace(sampling, seed=(self._cfg.seed, max(0, self.version), self._submits))
         self._submits += 1
+        self._batches += 1
+        name = f"batch/{self._batches}"
         ending = Ending(self._tokenizer, self._end_ids, sampling.stop)
-        future = self._client and self._client.submit([p.input_ids for p in prompts], sampling, ending)
-        return Ticket(prompts, sampling, ending, future)
+        future = self._client and self._client.submit(name, [p.input_ids for p in prompts], sampling, ending)
+        return Ticket(name, prompts, sampling, ending, future)
 
     def wait(self, ticket: Ticket) -> dict[int, SampleGroup]:
-        """Return the groups of a ticket that this rank sampled: all on rank 0. See ``generate``."""
+        """Return the groups of a ticket that this rank sampled. See ``generate``."""
+        self._until(ticket)
         groups: dict[int, SampleGroup] = {}
-
-        def finished() -> bool:
-            if not (ticket.future and ticket.future.done()):
-                return False
-            for i, (prompt, responses) in enumerate(zip(ticket.prompts, ticket.future.result(), strict=True)):
-                samples = [self._sample_of(prompt.input_ids, response, ticket) for response in responses]
-                groups[i] = SampleGroup(prompt, samples)
-            return True
-
-        self._until(finished)
+        with agreed():
+            if ticket.future:
+                for position, responses in ticket.future.result(_LAST_S).items():
+                    prompt = ticket.prompts[position]
+                    samples = [self._sample_of(prompt.input_ids, response, ticket) for response in responses]
+                    groups[position] = SampleGroup(prompt, samples)
+        if rank() == 0:
+            PromptQueue(self._store, ticket.name, 0).delete()
         return groups
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -132,21 +146,22 @@ class SGLangEngine:
         self.version, self._named_tensors = version, named_tensors
         if self._client:
             self._client.expect(version)
-        self._until(lambda: self._client and self._client.any_ready() and not self._client.servers_to_sync())
+        self._until(None)
 
     def sleep(self) -> None:
         """Release the memory of colocated servers; no request may be in flight."""
         if self._cfg.rollout.placement == "colocated" and not self._asleep:
-            if self._client:
-                release_memory(self._servers, self._cfg.weight_sync.timeout_s)
-            broadcast_object(None)  # other ranks must not allocate before this
+            with agreed():  # other ranks must not allocate before the end of this block
+                if self._client:
+                    release_memory(self._servers, self._cfg.weight_sync.timeout_s)
             self._asleep = True
 
     def take_metrics(self) -> dict[str, Metric]:
         """See ``RolloutEngine.take_metrics``."""
         taken, self._figures = self._figures, {}
         before, self._counted = self._counted, self._counts()
-        return taken | {name: Metric(count - before[name]) for name, count in self._counted.items()}
+        news = {name: sum_over_ranks(count - before[name]) for name, count in self._counted.items()}
+        return taken | {name: Metric(count) for name, count in news.items()}
 
     def close(self) -> None:
         """End unfinished requests and the servers started by the run."""
@@ -155,58 +170,61 @@ class SGLangEngine:
         self._sync.close()
 
     def _counts(self) -> dict[str, int]:
-        """Return the client's counts since its start, by the names of their metrics."""
-        if not self._client:
-            return {}
-        counts = {"rollout/retries": self._client.retries, "rollout/server_restarts": self._client.restarts}
+        """Return this rank's counts since its start, by the names of their metrics."""
+        client = self._client
+        counts = {
+            "rollout/retries": client.retries if client else 0,
+            "rollout/server_restarts": client.restarts if client else 0,
+        }
         if self._cfg.weight_sync.in_flight == "in_place":
-            counts["rollout/old_cache_tokens"] = self._client.old_cache_tokens
+            counts["rollout/old_cache_tokens"] = client.old_cache_tokens if client else 0
         return counts
 
-    def _until(self, finished: Callable[[], Any]) -> Any:
-        """Wait until ``finished`` returns a true value on rank 0, and return it on every rank.
+    def _until(self, ticket: Ticket | None) -> None:
+        """Wait until a batch is finished; without a ticket, until a server has the current weights.
 
         Servers that need the current weights are synced in the meantime.
         """
+        future = ticket and ticket.future
+        told = None
         while True:
-            news, result = broadcast_object(self._news(finished) if self._client else None)
-            if news == "finished":
-                return result
-            if news == "failed":
-                raise result
-            if news == "sync":
-                self._sync_weights(result)
+            look = partial(self._news, self._client, future) if self._client else None
+            everyone = self._rounds.wait(look, told, future)
+            told = self._client and everyone[self._nodes.here]
+            found = agree(everyone)
+            if found.outdated:
+                self._sync_weights(found.outdated)
+            elif found.sampled or (found.ready and not ticket):
+                return
 
-    def _news(self, finished: Callable[[], Any]) -> tuple[str, Any]:
-        assert self._client
-        deadline = time.monotonic() + _NEWS_S
+    def _news(self, client: RolloutClient, future: Future[Responses] | None) -> News:
         try:
-            while time.monotonic() < deadline:
-                if servers := self._client.servers_to_sync():
-                    return "sync", servers
-                if result := finished():
-                    return "finished", result
-                time.sleep(_POLL_S)
-        except (InputError, ServerError) as error:  # raised on every rank: the others wait for a broadcast
-            return "failed", error
-        return "waiting", None
+            standing = client.standing() if self._servers else None
+            return News(standing, sampled=bool(future and future.done() and future.result() is not None))
+        except RunError as error:
+            return News(error=error)
 
     def _sync_weights(self, servers: list[Server]) -> None:
+        timeout_s = self._cfg.weight_sync.timeout_s
+        here = [server for server in servers if server in self._servers]
+        if self._client:
+            self._client.start_sync(here)
         asleep, self._asleep = self._asleep, False
         resumed: tuple[Server, ...] = ()
         if asleep:
             _empty_cache()
-            if self._client:
-                resumed = resume_memory(servers, ("weights",), self._cfg.weight_sync.timeout_s)
-            broadcast_object(None)
+            with agreed():
+                if here:
+                    resumed = resume_memory(here, ("weights",), timeout_s)
         report = self._sync.update(servers, self._named_tensors, f"{self._nonce}-{self.version}")
         if asleep:
             _empty_cache()
-        if resumed:
-            resume_memory(resumed, ("kv_cache",), self._cfg.weight_sync.timeout_s)
+            with agreed():
+                if resumed:
+                    resume_memory(resumed, ("kv_cache",), timeout_s)
         self._figures["weight_sync/gigabytes_per_second"] = Metric(report.nbytes / 1e9, report.seconds)
         if self._client:
-            self._client.synced(servers, report.failed)
+            self._client.synced(here, report.failed)
 
     def _sample_of(self, prompt: list[int], response: Response, ticket: Ticket) -> Sample:
         limit = ticket.sampling.max_new_tokens
@@ -239,6 +257,11 @@ class SGLangEngine:
                 "check that it serves model.path"
             )
         return response.routed_experts.reshape(-1, layers, topk)
+
+
+def _store() -> dist.Store:
+    """Return a store that all ranks reach."""
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else dist.HashStore()
 
 
 def _end_ids(model: str, tokenizer: Any) -> set[int]:

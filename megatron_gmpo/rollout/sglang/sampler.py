@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -90,24 +89,27 @@ class Sampler:
         self._return_routed_experts = return_routed_experts
         self._timeout = f"sglang.request_timeout_s = {cfg.request_timeout_s:g}"
 
-    async def sample_all(
-        self, prompts: Sequence[list[int]], sampling: SamplingParams, ending: Ending
-    ) -> list[list[Response]]:
-        """Return ``sampling.n`` responses for each prompt, in order.
+    async def sample(
+        self, prompt: list[int], sampling: SamplingParams, seed: int, ending: Ending
+    ) -> Response:
+        """Return one response, which ends where ``ending`` says.
 
-        Every response ends where ``ending`` says. A server ends most of them there, but misses an end token
-        in an aborted answer, and a stop string that spans two requests or has more tokens than its encoding.
+        A server ends most of them there, but misses an end token in an aborted answer, and a stop string that
+        spans two requests or has more tokens than its encoding.
 
-        Every sample has its own seed, drawn from ``sampling.seed``. SGLang reads it if
-        ``enable_deterministic_inference`` or ``rl_on_policy_target`` is set, and uses 42 where it is missing
-        (sampling_batch_info.py). It adds noise to each token that depends on seed and position only, so a
-        continued response keeps its seed.
+        The next request after an abort sends the sampled tokens as the end of a longer prompt. Discarding
+        them would favor short responses, which are rarely unfinished at a sync.
+
+        SGLang reads ``seed`` if ``enable_deterministic_inference`` or ``rl_on_policy_target`` is set, and
+        uses 42 where it is missing (sampling_batch_info.py). It adds noise to each token that depends on seed
+        and position only, so a continued response keeps its seed.
 
         Raises:
             InputError: a server refuses a request or the API key.
-            ServerError: ``ATTEMPTS`` consecutive requests of a sample brought no token, or a server refused
-                requests for ``request_timeout_s``.
+            ServerError: ``ATTEMPTS`` consecutive requests brought no token, or a server refused requests for
+                ``request_timeout_s``.
         """
+        limit = sampling.max_new_tokens
         parameters = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -117,37 +119,8 @@ class Sampler:
             "ignore_eos": not ending.end_ids,
             "no_stop_trim": True,
             "skip_special_tokens": False,
+            "sampling_seed": seed,
         }
-        self._watcher.expect_answers()
-        n, limit = sampling.n, sampling.max_new_tokens
-        bits = np.random.SeedSequence(sampling.seed).generate_state(len(prompts) * n, np.uint64)
-        responses = await asyncio.gather(
-            *(
-                self._sample(prompts[i // n], limit, parameters | {"sampling_seed": seed}, ending)
-                for i, seed in enumerate((bits >> np.uint64(1)).tolist())  # SGLang takes int64
-            )
-        )
-        return [responses[at : at + n] for at in range(0, len(responses), n)]
-
-    async def abort(self, server: Server, rid: str) -> None:
-        """Ask the server to abort a request; ignore a server that does not answer."""
-        with suppress(aiohttp.ClientError, TimeoutError):
-            async with self._http.post(
-                f"{server.url}/abort_request",
-                json={"rid": rid},
-                headers=server.admin_headers,
-                timeout=aiohttp.ClientTimeout(PROBE_TIMEOUT_S),
-            ):
-                pass
-
-    async def _sample(
-        self, prompt: list[int], limit: int, parameters: dict[str, Any], ending: Ending
-    ) -> Response:
-        """Return one response.
-
-        The next request after an abort sends the sampled tokens as the end of a longer prompt. Discarding
-        them would favor short responses, which are rarely unfinished at a sync.
-        """
         response = Response()
         failures = 0
         while not response.finish_reason:
@@ -177,6 +150,17 @@ class Sampler:
                         f"a sample failed {ATTEMPTS} times in a row, the last time: {error}"
                     ) from None
         return response
+
+    async def abort(self, server: Server, rid: str) -> None:
+        """Ask the server to abort a request; ignore a server that does not answer."""
+        with suppress(aiohttp.ClientError, TimeoutError):
+            async with self._http.post(
+                f"{server.url}/abort_request",
+                json={"rid": rid},
+                headers=server.admin_headers,
+                timeout=aiohttp.ClientTimeout(PROBE_TIMEOUT_S),
+            ):
+                pass
 
     async def _ask(self, body: dict[str, Any]) -> Answer:
         """Return the answer of a server with the current weights.

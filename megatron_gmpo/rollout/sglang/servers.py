@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -81,7 +82,7 @@ class Server:
             return False
 
 
-def external_servers(urls: tuple[str, ...]) -> list[Server]:
+def external_servers(urls: Iterable[str]) -> list[Server]:
     """Check running servers and return them. SGLANG_API_KEY and SGLANG_ADMIN_API_KEY hold their keys.
 
     Raises:
@@ -93,15 +94,13 @@ def external_servers(urls: tuple[str, ...]) -> list[Server]:
     return [_external_server(url.rstrip("/"), api_key, admin_key, "rollout.server_urls") for url in urls]
 
 
-def published_servers(file: Path, timeout_s: float) -> list[Server]:
-    """Wait for ``file``, in which another job step publishes its servers, and return them (``serve.py``).
+def published_addresses(file: Path, timeout_s: float) -> list[tuple[str, str]]:
+    """Wait for ``file``, in which another job step publishes its servers; return their URLs and nodes.
 
-    The file holds ``[{"url", "node"}, ...]``, or ``{"error", "code"}``. The keys ``{"api_key", "admin_key"}``
-    are in ``server_keys.json`` in the same folder.
+    The file holds ``[{"url", "node"}, ...]``, or ``{"error", "code"}`` (``serve.py``).
 
     Raises:
-        ServerError: the file does not appear within ``timeout_s``, reports a failed start, or names a server
-            that does not answer.
+        ServerError: the file does not appear within ``timeout_s``, or reports a failed start.
         InputError: the file reports wrong settings.
     """
     deadline = time.monotonic() + timeout_s
@@ -116,13 +115,22 @@ def published_servers(file: Path, timeout_s: float) -> list[Server]:
     if isinstance(published, dict):
         kind = InputError if published["code"] == Exit.BAD_INPUT else ServerError
         raise kind(f"the rollout servers of the job did not start: {published['error']}")
+    return [(entry["url"], entry["node"]) for entry in published]
+
+
+def published_servers(file: Path, addresses: Iterable[tuple[str, str]]) -> list[Server]:
+    """Check these servers of ``file`` and return them.
+
+    The keys ``{"api_key", "admin_key"}`` are in ``server_keys.json`` in the same folder.
+
+    Raises:
+        ServerError: a server does not answer.
+    """
     keys = json.loads(file.with_name("server_keys.json").read_text())
     try:
         return [
-            _external_server(
-                entry["url"], keys["api_key"], keys["admin_key"], "rollout.servers_file", entry["node"]
-            )
-            for entry in published
+            _external_server(url, keys["api_key"], keys["admin_key"], "rollout.servers_file", node)
+            for url, node in addresses
         ]
     except InputError as error:  # the user did not write this file
         raise ServerError(str(error)) from None

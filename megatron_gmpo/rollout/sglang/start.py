@@ -12,13 +12,21 @@ import torch
 import torch.cuda.nccl as nccl
 
 from ...config import Config
-from ...distributed import agreed, rank, world_size
+from ...distributed import Nodes, agreed, world_size
 from ...errors import InputError, RunError
 from ...models import fp8_blocks
+from ...supervision.records import node_name
 from ...weights.companions import copy_companions
 from .engine import SGLangEngine
 from .processes import LocalServers
-from .servers import Server, external_servers, published_servers
+from .servers import (
+    Server,
+    address_towards,
+    external_servers,
+    node_of,
+    published_addresses,
+    published_servers,
+)
 from .sync import make_weight_sync
 
 _IMPORT_TIMEOUT_S = 300.0
@@ -85,9 +93,10 @@ def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None
 
 
 def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
-    """Start or reach the servers of ``cfg``, and return their engine. Collective; rank 0 does the work.
+    """Start or reach the servers of ``cfg``, and return their engine. Collective.
 
-    The servers that it starts may not be ready when it returns, except colocated servers on GPUs.
+    The first rank of each node starts the node's servers, or reaches its share of running servers. Started
+    servers may not be ready when this returns, except colocated servers on GPUs.
 
     Args:
         hf: the model's Hugging Face config.
@@ -96,19 +105,23 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
 
     Raises:
         InputError: see ``LocalServers``, ``make_weight_sync`` and ``WeightSync.check``; or colocated servers
-            need more GPUs than the trainer has.
-        ServerError: see ``published_servers``; or colocated servers do not start.
+            need more GPUs than the trainer has, or cannot be divided among its nodes.
+        ServerError: see ``published_addresses``; or colocated servers do not start.
     """
     rollout, run_dir = cfg.rollout, Path(cfg.run_dir)
     colocated_on_gpus = device.type == "cuda" and rollout.placement == "colocated"
     gpus = rollout.num_servers * cfg.sglang.tensor_parallel_size
     if colocated_on_gpus:
         check_colocated_gpus(rollout.num_servers, gpus, world_size())
-    servers: list[Server] = []
+    nodes = Nodes(node_name(), cfg.distributed_timeout_s)
     local: LocalServers | None = None
-    with agreed():
-        if rank() == 0:
-            servers, local = _servers(cfg, device)
+    if rollout.server_urls or rollout.servers_file:
+        servers = _share_of_running_servers(cfg, nodes)
+    else:
+        with agreed():
+            if nodes.is_leader:
+                local = _servers_of_node(cfg, device, nodes)
+        servers = local.servers if local else []
     weight_sync = cfg.weight_sync
     # no request is in flight at a sync, and a server paused to retract uses a full CPU core
     if not rollout.max_staleness:
@@ -116,24 +129,67 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     sync = make_weight_sync(
         weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8"
     )
+    everywhere = nodes.from_leaders(servers)
     with agreed():
-        sync.check(servers)
+        sync.check([server for of_node in everywhere for server in of_node])
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
-    engine = SGLangEngine(cfg, servers, local, sync, tokenizer, routed_experts)
+    engine = SGLangEngine(cfg, servers, local, sync, tokenizer, nodes, routed_experts)
     if colocated_on_gpus:
         _wait_ready(engine, local)
     return engine
 
 
-def _servers(cfg: Config, device: torch.device) -> tuple[list[Server], LocalServers | None]:
-    rollout = cfg.rollout
-    if rollout.server_urls:
-        return external_servers(rollout.server_urls), None
-    if rollout.servers_file:
-        return published_servers(Path(rollout.servers_file), cfg.sglang.start_timeout_s), None
-    first_gpu = 0 if rollout.placement == "colocated" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    local = local_servers(cfg, device, Path(cfg.run_dir) / "servers", first_gpu=first_gpu)
-    return local.servers, local
+def _share_of_running_servers(cfg: Config, nodes: Nodes) -> list[Server]:
+    """Check this node's share of the running servers and return it, on its leader. Collective.
+
+    Colocated servers belong to their own node. The others are dealt out to the nodes one by one.
+    """
+    rollout, file = cfg.rollout, Path(cfg.rollout.servers_file)
+    addresses: list[tuple[str, str]] = []
+    with agreed():
+        if nodes.is_leader and rollout.servers_file:
+            addresses = published_addresses(file, cfg.sglang.start_timeout_s)
+        elif nodes.is_leader:
+            addresses = [(url, node_of(url)) for url in rollout.server_urls]
+    # only a server's own node knows its name there from its URL
+    found = nodes.from_leaders(addresses)
+    owners = [number % len(nodes) for number in range(len(found[0]))]
+    if rollout.placement == "colocated":
+        for here, (name, places) in enumerate(zip(nodes.ranks, found, strict=True)):
+            owners = [here if node == name else o for o, (_, node) in zip(owners, places, strict=True)]
+    servers: list[Server] = []
+    with agreed():
+        if nodes.is_leader:
+            mine = [addresses[number] for number, owner in enumerate(owners) if owner == nodes.here]
+            if rollout.servers_file:
+                servers = published_servers(file, mine)
+            else:
+                servers = external_servers(url for url, _ in mine)
+    return servers
+
+
+def _servers_of_node(cfg: Config, device: torch.device, nodes: Nodes) -> LocalServers:
+    """Return this node's share of the servers that the run starts. They are not started yet."""
+    count, colocated = cfg.rollout.num_servers, cfg.rollout.placement == "colocated"
+    share, rest = divmod(count, len(nodes))
+    if rest and colocated:
+        raise InputError(
+            f"rollout.num_servers = {count} cannot be divided among {len(nodes)} nodes: "
+            f"choose a multiple of {len(nodes)}"
+        )
+    log_dir, sglang, here = Path(cfg.run_dir) / "servers", cfg.sglang, nodes.here
+    if len(nodes) > 1:
+        log_dir /= nodes.name
+        if not colocated:  # ranks of other nodes send them weights
+            sglang = sglang.model_copy(update={"host": address_towards(os.environ["MASTER_ADDR"])})
+    mine = cfg.model_copy(
+        update={
+            "rollout": cfg.rollout.model_copy(update={"num_servers": share + (here < rest)}),
+            "seed": cfg.seed + share * here + min(here, rest),
+            "sglang": sglang,
+        }
+    )
+    return local_servers(mine, device, log_dir, first_gpu=0 if colocated else len(nodes.local_ranks))
 
 
 def _wait_ready(engine: SGLangEngine, local: LocalServers | None) -> None:

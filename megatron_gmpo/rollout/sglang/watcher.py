@@ -24,17 +24,42 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Member:
-    """A server of the set, its ``index`` in the set, and its in-flight requests with their ids."""
+    """A server of the set.
+
+    Attributes:
+        index: its number in the set.
+        requests: its in-flight requests with their ids.
+        in_service: False from its loss until it answers again.
+    """
 
     server: Server
     index: int
     life: Lifecycle
+    in_service: bool = True
     requests: dict[asyncio.Task[Any], str] = field(default_factory=dict)
     check_now: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def state(self) -> ServerState:
         return self.life.state
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the nodes tell each other about their servers.
+
+    Attributes:
+        outdated: servers that answer and need the current weights.
+        ready: whether a server has the current weights.
+        starting: whether a server of the run's own starts for the first time; no sync begins before, so that
+            one sync updates all.
+        lost: the line that ends the run if no other node has a server; "" while a server is left.
+    """
+
+    outdated: tuple[Server, ...]
+    ready: bool
+    starting: bool
+    lost: str
 
 
 class Watcher:
@@ -70,6 +95,7 @@ class Watcher:
         self._local, self._cfg, self._nonce, self._http = local, cfg, nonce, http
         self._changed = asyncio.Condition()  # a server became ready or finished a request
         self._problem: BaseException | None = None
+        self._all_given_up = ""
         self._nothing_answers_since = time.monotonic()
         self._tasks = [asyncio.create_task(self._watch(member)) for member in self.members]
         for task in self._tasks:
@@ -80,7 +106,7 @@ class Watcher:
     async def acquire(self) -> Member:
         """Return the ready server with the fewest requests. Wait while all are full or none is ready.
 
-        The wait has no timeout, because ``servers_to_sync`` raises an error when no server answers.
+        The wait has no timeout: ``standing`` tells when no server answers.
         """
         limit = self._cfg.max_concurrent_requests
         async with self._changed:
@@ -94,6 +120,17 @@ class Watcher:
         """Notify one waiting ``acquire`` after a request has finished."""
         async with self._changed:
             self._changed.notify()
+
+    @property
+    def capacity(self) -> int:
+        """Return the number of requests that the ready servers take at a time."""
+        ready = sum(member.state is ServerState.READY for member in self.members)
+        return ready * self._cfg.max_concurrent_requests
+
+    @property
+    def in_service(self) -> int:
+        """Return the number of servers that are not lost."""
+        return sum(member.in_service for member in self.members)
 
     def report(self, member: Member, event: ServerEvent) -> None:
         """Record a failed request and check the server immediately."""
@@ -112,31 +149,40 @@ class Watcher:
         """Restart the timeout within which a server must answer."""
         self._nothing_answers_since = time.monotonic()
 
-    async def servers_to_sync(self) -> list[Server]:
-        """Return the servers that need the current weights, and mark them ``SYNCING``.
-
-        The list is empty while the run's own servers start for the first time, so that one sync updates all.
+    async def standing(self) -> Standing:
+        """Return the standing of this node's servers.
 
         Raises:
-            ServerError: a server cannot be started, all servers were given up, or no server has answered for
-                ``start_timeout_s``.
+            ServerError: a server cannot be started.
         """
         if self._problem:
             raise self._problem
         states = {member.state for member in self.members}
-        if ServerState.STARTING in states:
-            return []
-        if states & {ServerState.READY, ServerState.STALE, ServerState.SYNCING}:
+        if states & {ServerState.STARTING, ServerState.READY, ServerState.STALE, ServerState.SYNCING}:
             self._nothing_answers_since = time.monotonic()
-        elif not self._local:  # the run's own servers have timeouts of their own
-            limit = self._cfg.start_timeout_s
-            if time.monotonic() - self._nothing_answers_since > limit:
-                urls = ", ".join(member.server.url for member in self.members)
-                raise ServerError(f"no SGLang server has answered for {limit:g} s: {urls}")
-        outdated = [m for m in self.members if m.state in (ServerState.STALE, ServerState.SYNCING)]
-        for member in outdated:
-            member.life.apply(ServerEvent.SYNC_STARTED)
-        return [member.server for member in outdated]
+        return Standing(
+            outdated=tuple(
+                m.server for m in self.members if m.state in (ServerState.STALE, ServerState.SYNCING)
+            ),
+            ready=ServerState.READY in states,
+            starting=ServerState.STARTING in states,
+            lost=self._loss(),
+        )
+
+    def _loss(self) -> str:
+        """Return the line of ``Standing.lost``."""
+        limit = self._cfg.start_timeout_s
+        # the run's own servers have timeouts of their own
+        if self._all_given_up or self._local or time.monotonic() - self._nothing_answers_since <= limit:
+            return self._all_given_up
+        urls = ", ".join(member.server.url for member in self.members)
+        return f"no SGLang server has answered for {limit:g} s: {urls}"
+
+    async def start_sync(self, servers: Sequence[Server]) -> None:
+        """Record that a sync to ``servers`` begins."""
+        for member in self.members:
+            if member.server in servers and member.state in (ServerState.STALE, ServerState.SYNCING):
+                member.life.apply(ServerEvent.SYNC_STARTED)
 
     async def synced(self, servers: set[Server], failed: set[Server]) -> None:
         """Record a sync to ``servers``; all except ``failed`` have the current weights."""
@@ -176,7 +222,7 @@ class Watcher:
             "SGLang server %s was lost %d times without a weight sync in between: given up", url, losses
         )
         if all(other.state is ServerState.GIVEN_UP for other in self.members):
-            self._problem = ServerError(
+            self._all_given_up = (
                 f"every SGLang server was lost {losses} times in a row: see the log of the last one, {url}"
             )
 
@@ -217,6 +263,7 @@ class Watcher:
 
     async def _found(self, member: Member, version: str) -> None:
         # a server that failed during a sync may already report the new version
+        member.in_service = True
         current = version == f"{self._nonce}-{self.version}" and not member.life.losses
         member.life.apply(ServerEvent.FOUND_CURRENT if current else ServerEvent.FOUND_STALE)
         await self._wake_all()
@@ -224,6 +271,7 @@ class Watcher:
     def _remove(self, member: Member, event: ServerEvent, why: str) -> None:
         """Take the server out of service. Its requests are sent to other servers."""
         log.warning("SGLang server %s %s", member.server.url, why)
+        member.in_service = False
         member.life.apply(event)
         for request in member.requests:
             request.cancel()

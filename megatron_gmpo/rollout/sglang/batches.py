@@ -1,0 +1,187 @@
+"""The batches of prompts that the clients of all nodes sample together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
+
+import numpy as np
+import torch.distributed as dist
+
+from ..ending import Ending
+from ..engine import SamplingParams
+from .prompt_queue import PromptQueue
+from .sampler import Response, Sampler
+from .watcher import Watcher
+
+_POLL_S = 0.2
+"""Interval at which the store is asked for returned prompts and for the end of a batch."""
+_PAUSE_S = 0.02
+"""Minimum interval between two draws, so that many short responses do not flood the store."""
+
+Responses = dict[int, list[Response]]
+"""The responses to each prompt that this node sampled, by the prompt's position in its batch."""
+
+
+@dataclass(eq=False)
+class _Batch:
+    """A batch in progress.
+
+    Attributes:
+        held: tasks that sample the prompts that this node has drawn, by position.
+        sampled: responses to the prompts that this node has finished.
+        unreported: number of finished prompts that the queue does not know of yet.
+        result: ``sampled``, once all prompts are finished on all nodes.
+    """
+
+    queue: PromptQueue
+    prompts: Sequence[list[int]]
+    sampling: SamplingParams
+    ending: Ending
+    seeds: np.ndarray
+    result: asyncio.Future[Responses]
+    held: dict[int, asyncio.Task[list[Response]]] = field(default_factory=dict)
+    sampled: Responses = field(default_factory=dict)
+    unreported: int = 0
+
+    def fail(self, error: BaseException) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)
+        for responses in self.held.values():
+            responses.cancel()
+
+
+class Batches:
+    """Draw prompts while this node's servers have room, and sample them. Older batches come first.
+
+    A node holds at most its share of a batch at a time, by the number of its servers, so that the node that
+    draws first leaves some to the others. It draws more as it finishes, so a slow node takes fewer. A node
+    without a server in service gives its unfinished prompts back, unless all nodes are without. All methods
+    run in the event loop's thread; the store is called in other threads.
+
+    Args:
+        watcher: the servers of this node.
+        sampler: samples from them.
+        store: a connection to the run's store, for this object alone. ``in_service`` in it is the number of
+            servers in service on all nodes. Every node calls ``announce`` before the first one draws.
+    """
+
+    def __init__(self, watcher: Watcher, sampler: Sampler, store: dist.Store) -> None:
+        self._watcher, self._sampler, self._store = watcher, sampler, store
+        self._open: list[_Batch] = []
+        self._samples: set[asyncio.Task[Response]] = set()  # that are not finished
+        self._changed = asyncio.Event()
+        self._announced = 0
+        self._task = asyncio.create_task(self._run())
+
+    def announce(self) -> int:
+        """Add this node's servers in service to those of the other nodes; return the sum."""
+        change = self._watcher.in_service - self._announced
+        self._announced += change
+        return self._store.add("in_service", change)
+
+    async def sample(
+        self, name: str, prompts: Sequence[list[int]], sampling: SamplingParams, ending: Ending
+    ) -> Responses:
+        """Take part in a batch until all of its prompts are finished on all nodes.
+
+        Every sample has its own seed, drawn from ``sampling.seed`` and its place in the batch, so that the
+        batch does not depend on which node samples what.
+
+        Raises:
+            InputError, ServerError: see ``Sampler.sample``.
+        """
+        bits = np.random.SeedSequence(sampling.seed).generate_state(len(prompts) * sampling.n, np.uint64)
+        seeds = (bits >> np.uint64(1)).reshape(len(prompts), sampling.n)  # SGLang takes int64
+        queue = PromptQueue(self._store, name, len(prompts))
+        result: asyncio.Future[Responses] = asyncio.get_running_loop().create_future()
+        self._watcher.expect_answers()
+        self._open.append(_Batch(queue, prompts, sampling, ending, seeds, result))
+        self._changed.set()
+        return await result
+
+    async def _run(self) -> None:
+        """Serve the open batches; an error here, e.g. of the store, is the error of each of them."""
+        while True:
+            await self._changed.wait()
+            try:
+                while self._open:
+                    await self._serve()
+                    await asyncio.sleep(_PAUSE_S)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._changed.wait(), _POLL_S)
+            except Exception as error:
+                for batch in self._open:
+                    batch.fail(error)
+                self._open.clear()
+
+    async def _serve(self) -> None:
+        self._changed.clear()
+        everywhere = await asyncio.to_thread(self.announce)
+        here = self._watcher.in_service
+        for batch in list(self._open):
+            if everywhere and not here:
+                await self._give_back(batch)
+            count = self._wanted(batch, here / everywhere if everywhere else 0)
+            unreported, batch.unreported = batch.unreported, 0
+            positions, finished = await asyncio.to_thread(_advance, batch.queue, unreported, count)
+            for position in positions:
+                self._start(batch, position)
+            if finished and not batch.result.done():
+                batch.result.set_result(batch.sampled)
+            if batch.result.done():
+                self._open.remove(batch)
+
+    def _wanted(self, batch: _Batch, share: float) -> int:
+        """Return how many prompts to draw: what fits into the servers, up to this node's share."""
+        if batch.result.done():
+            return 0
+        room = self._watcher.capacity - len(self._samples)
+        of_share = ceil(batch.queue.size * share) - len(batch.held)
+        return max(0, min(ceil(room / batch.sampling.n), of_share))
+
+    def _start(self, batch: _Batch, position: int) -> None:
+        prompt = batch.prompts[position]
+        samples = [
+            asyncio.create_task(self._sampler.sample(prompt, batch.sampling, seed, batch.ending))
+            for seed in batch.seeds[position].tolist()
+        ]
+        self._samples.update(samples)
+        for sample in samples:
+            sample.add_done_callback(self._samples.discard)
+        responses = asyncio.create_task(_all(samples))
+        batch.held[position] = responses
+        responses.add_done_callback(partial(self._end, batch, position))
+
+    def _end(self, batch: _Batch, position: int, responses: asyncio.Task[list[Response]]) -> None:
+        if responses.cancelled():
+            return
+        del batch.held[position]
+        if error := responses.exception():
+            batch.fail(error)
+        else:
+            batch.sampled[position] = responses.result()
+            batch.unreported += 1
+        self._changed.set()
+
+    async def _give_back(self, batch: _Batch) -> None:
+        """Let other nodes sample what this node has not finished."""
+        for responses in batch.held.values():
+            responses.cancel()
+        await asyncio.gather(*batch.held.values(), return_exceptions=True)
+        positions = list(batch.held)
+        batch.held.clear()
+        if not batch.result.done():
+            await asyncio.to_thread(batch.queue.give_back, positions)
+
+
+async def _all(samples: list[asyncio.Task[Response]]) -> list[Response]:
+    return await asyncio.gather(*samples)
+
+
+def _advance(queue: PromptQueue, finished: int, count: int) -> tuple[list[int], bool]:
+    return queue.draw(count), queue.finish(finished)
