@@ -107,20 +107,19 @@ class Batches:
     async def _run(self) -> None:
         """Serve the open batches; an error here, e.g. of the store, is the error of each of them."""
         while True:
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_S if self._open else None):
+                    await self._changed.wait()
+            self._changed.clear()
             try:
-                while self._open:
-                    await self._serve()
-                    await asyncio.sleep(_PAUSE_S)
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._changed.wait(), _POLL_S)
+                await self._serve()
             except Exception as error:
                 for batch in self._open:
                     batch.fail(error)
                 self._open.clear()
+            await asyncio.sleep(_PAUSE_S)
 
     async def _serve(self) -> None:
-        self._changed.clear()
         everywhere = await asyncio.to_thread(self.announce)
         here = self._watcher.in_service
         for batch in list(self._open):

@@ -259,7 +259,9 @@ class Watcher:
             if member.state is ServerState.LOST:
                 return
             with suppress(TimeoutError):
-                await asyncio.wait_for(member.check_now.wait(), self._cfg.health_interval_s)
+                # asyncio.wait_for of Python 3.11 loses a cancellation that comes together with the event
+                async with asyncio.timeout(self._cfg.health_interval_s):
+                    await member.check_now.wait()
 
     async def _found(self, member: Member, version: str) -> None:
         # a server that failed during a sync may already report the new version
