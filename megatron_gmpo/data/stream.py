@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from ..batch.samples import Prompt
 from ..config.saved import SavedState
@@ -16,6 +18,9 @@ from ..errors import InputError
 
 _DIGEST = 16
 """Bytes of a hash."""
+
+
+_Span = Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]
 
 
 class Fingerprint(SavedState):
@@ -35,7 +40,9 @@ class StreamState(SavedState):
     seed: int
     epoch: int = Field(ge=0)
     position: int = Field(ge=0)
-    """Prompts drawn in this epoch."""
+    """Place in this epoch of the first prompt that was not trained on."""
+    trained: list[_Span] = Field(default_factory=list)
+    """Places ``[start, stop]`` after it that were trained on, see ``PromptStream.place``."""
     num_prompts: int = Field(ge=1)
     shuffle: bool | None = None
     fingerprint: Fingerprint | None = None
@@ -51,6 +58,8 @@ class StreamState(SavedState):
 class PromptStream:
     """An endless stream of prompts, reshuffled every epoch. The order depends only on ``seed`` and the epoch.
 
+    A prompt's place in the stream is its number in this endless order.
+
     Args:
         prompts: the prompts of an epoch, at least one.
         seed: seed of the order.
@@ -62,11 +71,17 @@ class PromptStream:
         self.prompts = prompts
         self.seed = seed
         self.shuffle = shuffle
+        self._trained: list[list[int]] = []  # places after a restored position that are left out
         self._start_epoch(0)
 
     def __len__(self) -> int:
         """Return the number of prompts of an epoch."""
         return len(self.prompts)
+
+    @property
+    def place(self) -> int:
+        """Return the place of the next prompt. Every draw ends at the place where the next one starts."""
+        return self.epoch * len(self.prompts) + self.position
 
     def next(self, n: int) -> list[Prompt]:
         """Return the next ``n`` prompts, which may come from several epochs."""
@@ -74,18 +89,37 @@ class PromptStream:
         while len(taken) < n:
             if self.position == len(self.order):
                 self._start_epoch(self.epoch + 1)
-            part = self.order[self.position : self.position + n - len(taken)]
+            place = self.place
+            left_out = max((stop - place for start, stop in self._trained if start <= place), default=0)
+            if left_out > 0:
+                epoch, position = divmod(place + left_out, len(self.prompts))
+                if epoch > self.epoch:
+                    self._start_epoch(epoch)
+                self.position = position
+                continue
+            until = min((start - place for start, _ in self._trained if start > place), default=n)
+            part = self.order[self.position : self.position + min(until, n - len(taken))]
             self.position += len(part)
             taken += [self.prompts[index] for index in part]
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position of the stream and the fingerprint of its data, ready for JSON."""
+    def state_dict(self, pending: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+        """Return the position of the stream and the fingerprint of its data, ready for JSON.
+
+        Args:
+            pending: ``place`` before and after each draw that was not trained on yet, ascending. A restored
+                stream draws them again, and no other prompt that this one has drawn.
+        """
+        size, ends = len(self.prompts), [*pending, (self.place, self.place)]
+        first = ends[0][0]
+        gaps = [[stop, start] for (_, stop), (start, _) in pairwise(ends) if stop < start]
+        trained = [span for span in [*self._trained, *gaps] if span[1] > first]
         return StreamState(
             seed=self.seed,
-            epoch=self.epoch,
-            position=self.position,
-            num_prompts=len(self.prompts),
+            epoch=first // size if pending else self.epoch,
+            position=first % size if pending else self.position,
+            trained=trained,
+            num_prompts=size,
             shuffle=self.shuffle,
             fingerprint=self._fingerprint,
         ).model_dump()
@@ -112,9 +146,10 @@ class PromptStream:
         self.seed = saved.seed
         if saved.num_prompts == len(self.prompts):
             self._start_epoch(saved.epoch)
-            self.position = saved.position
+            self.position, self._trained = saved.position, saved.trained
         else:
             self._start_epoch(saved.epoch + 1)
+            self._trained = []
         return changed
 
     def _difference(self, saved: StreamState) -> str:

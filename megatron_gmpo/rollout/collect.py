@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import fsum
@@ -26,11 +26,14 @@ Groups = dict[int, SampleGroup]
 
 
 class Prompts(Protocol):
-    """A stream of prompts, equal on every rank."""
+    """A stream of prompts, equal on every rank; see ``PromptStream``."""
+
+    @property
+    def place(self) -> int: ...
 
     def next(self, n: int) -> list[Prompt]: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self, pending: Sequence[tuple[int, int]] = ()) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,12 @@ class Collector:
             stop=cfg.stop,
             router_noise=cfg.router_noise,
         )
-        # for each step generated ahead: state of the prompt stream before its draw, prompts and ticket
-        self._ahead: deque[tuple[dict[str, Any], list[Prompt], Any]] = deque()
+        # for each step generated ahead: places of its draw in the prompt stream, prompts and ticket
+        self._ahead: deque[tuple[tuple[int, int], list[Prompt], Any]] = deque()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the prompt stream of the first prompt that was not trained on yet."""
-        return self._ahead[0][0] if self._ahead else self._prompts.state_dict()
+        """Return the state of the prompt stream from which the steps generated ahead are drawn again."""
+        return self._prompts.state_dict([places for places, *_ in self._ahead])
 
     def drop_ahead(self) -> None:
         """Wait for the responses generated ahead and discard them with their prompts.
@@ -151,8 +154,9 @@ class Collector:
         """
         engine: Any = self._engine  # the config allows max_staleness only for engines with submit and wait
         while len(self._ahead) < min(1 + self.cfg.max_staleness, steps_left):
-            state, prompts = self._prompts.state_dict(), self._prompts.next(self.cfg.prompts_per_step)
-            self._ahead.append((state, prompts, engine.submit(prompts, self._sampling)))
+            start, prompts = self._prompts.place, self._prompts.next(self.cfg.prompts_per_step)
+            places = (start, self._prompts.place)
+            self._ahead.append((places, prompts, engine.submit(prompts, self._sampling)))
         _, prompts, ticket = self._ahead.popleft()
         groups: Groups = engine.wait(ticket)
         index = StepIndex.gather(groups, len(prompts))

@@ -1180,3 +1180,37 @@ def test_transcripts_are_for_people(tmp_path: Path) -> None:
         ],
     }
     assert lines[2]["prompt"] == '"quoted"\n'
+
+
+def test_a_resume_draws_what_was_not_trained_on(tmp_path: Path) -> None:
+    """After any step, with resampling and steps generated ahead: the next steps train on the same prompts."""
+    script = {f"{i}": ["a", "b"] if i % 5 % 2 else ["b", "b"] for i in range(40)}  # two of five vary
+    cfg = RolloutConfig(
+        engine="sglang",
+        prompts_per_step=3,
+        samples_per_prompt=2,
+        max_staleness=2,
+        dynamic_sampling="resample",
+        max_resample_rounds=2,
+    )
+
+    def run(state: str, steps: range) -> tuple[list[list[str]], list[str], int]:
+        """Return the prompts of each step, the state after each step, and the number of prompts drawn."""
+        engine = AheadEngine(script)
+        stream = PromptStream([Prompt(name, answer="a") for name in script], seed=1, shuffle=True)
+        if state:
+            stream.load_state_dict(StreamState.model_validate(json.loads(state)))
+        collector = Collector(engine, stream, arithmetic_reward, cfg)
+        trained, states = [], []
+        for step in steps:
+            engine.update_weights([], step)
+            trained.append(names(collector.collect(steps_left=8 - step).groups))
+            states.append(json.dumps(collector.state_dict()))
+        return trained, states, sum(len(drawn) for drawn, _ in engine.calls)
+
+    trained, states, drawn = run("", range(8))
+    assert drawn > 8 * 3  # prompts were drawn between those that were generated ahead
+    assert len({name for step in trained for name in step}) == sum(map(len, trained))
+    for step in range(1, 8):
+        resumed, _, _ = run(states[step - 1], range(step, 8))
+        assert resumed == trained[step:]

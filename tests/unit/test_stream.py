@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.data.stream import PromptStream, StreamState
@@ -42,6 +44,50 @@ def test_stream_resumes_exactly(taken: int, shuffle: bool) -> None:
     resumed.load_state_dict(state)
     assert ids(resumed.next(33)) == ids(stream.next(33))
     assert resumed.state_dict() == stream.state_dict()
+
+
+@settings(max_examples=60)
+@given(
+    # the size of each draw, whether it is settled at once, and how many pending draws are settled after it
+    runs=st.lists(
+        st.lists(st.tuples(st.integers(1, 7), st.booleans(), st.integers(0, 2)), max_size=8),
+        min_size=2,
+        max_size=4,
+    ),
+    size=st.integers(1, 9),
+)
+def test_no_prompt_is_skipped_or_drawn_twice_over_resumes(
+    runs: list[list[tuple[int, bool, int]]], size: int
+) -> None:
+    """Each run ends after some draws, of which the pending ones are drawn again by the next run.
+
+    The truth is the endless order itself: what all runs have settled, and what is pending at the end.
+    """
+    endless = ids(PromptStream(prompts_of(size), seed=5, shuffle=True).next(300))
+    stream = PromptStream(prompts_of(size), seed=5, shuffle=True)
+    settled: list[str] = []
+    for draws in runs:
+        pending: list[tuple[tuple[int, int], list[str]]] = []
+        for count, at_once, done in draws:
+            start = stream.place
+            drawn = ids(stream.next(count))
+            if at_once:
+                settled += drawn
+            else:
+                pending.append(((start, stream.place), drawn))
+            for _, earlier in pending[:done]:
+                settled += earlier
+            del pending[:done]
+        state = json.loads(json.dumps(stream.state_dict([places for places, _ in pending])))
+        stream = PromptStream(prompts_of(size), seed=0, shuffle=True)
+        stream.load_state_dict(StreamState.model_validate(state))
+        again = PromptStream(prompts_of(size), seed=0, shuffle=True)
+        again.load_state_dict(StreamState.model_validate(state))
+        for _, drawn in pending:
+            assert ids(again.next(len(drawn))) == drawn
+    settled += [name for _, drawn in pending for name in drawn]
+    assert sorted(settled) == sorted(endless[: len(settled)])
+    assert ids(again.next(10)) == endless[len(settled) :][:10]
 
 
 SUMS = [Prompt(f"p/{i}", answer=str(i), input_ids=[i, i + 1, 300_000]) for i in range(10)]
