@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup, version_spans_of
 from megatron_gmpo.config import RolloutConfig
-from megatron_gmpo.data.stream import PromptStream
+from megatron_gmpo.data.stream import PromptStream, StreamState
 from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
@@ -1184,7 +1184,7 @@ def test_transcripts_are_for_people(tmp_path: Path) -> None:
 
 def test_a_resume_draws_what_was_not_trained_on(tmp_path: Path) -> None:
     """After any step, with resampling and steps generated ahead: the next steps train on the same prompts."""
-    script = {f"{i}": ["a", "b"] if i % 5 % 2 else ["b", "b"] for i in range(40)}  # two of five vary
+    script = {f"{i}": ["a", "b"] if i % 5 % 2 else ["b", "b"] for i in range(90)}  # two of five vary
     cfg = RolloutConfig(
         engine="sglang",
         prompts_per_step=3,
