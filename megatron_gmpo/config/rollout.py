@@ -57,8 +57,8 @@ class RolloutConfig(Section):
     engine: Literal["embedded", "sglang"] = "embedded"
     """``embedded`` runs transformers in the trainer's processes; ``sglang`` uses SGLang servers."""
     num_servers: Positive = 1
-    """Number of SGLang servers to start, each with its own copy of the weights. They run on the machine of
-    rank 0, or are divided among the rollout nodes of a Slurm job."""
+    """Number of SGLang servers to start, each with its own copy of the weights. They are divided among the
+    trainer's nodes, or among the rollout nodes of a Slurm job."""
     server_urls: tuple[Text, ...] = ()
     """URLs of running SGLang servers to use instead, e.g. ["http://10.0.0.7:30000"]. Their keys are read from
     the environment variables SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""

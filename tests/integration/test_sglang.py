@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -521,6 +522,66 @@ def test_servers_that_keep_dying_end_the_run(
         os.killpg(process_group(engine._client.local), signal.SIGKILL)
         with pytest.raises(ServerError, match="every SGLang server was lost"):
             engine.wait(ticket)
+
+
+# --- two nodes ---
+
+
+def sample_on_a_node(
+    cfg: Config, folders: list[Path]
+) -> tuple[list[dict[int, list[Sample]]], float, list[str]]:
+    """Sample three batches on one of two nodes with colocated servers; node b loses its in the first.
+
+    Returns this rank's samples of each batch, the restarts on all nodes, and the URLs of its servers.
+    """
+    os.environ["SLURMD_NODENAME"] = "ab"[dist.get_rank()]
+    hf = AutoConfig.from_pretrained(cfg.model.path)
+    batches: list[dict[int, list[Sample]]] = []
+    try:
+        with closing(start_sglang(cfg, hf, AutoTokenizer.from_pretrained(cfg.model.path), CPU)) as engine:
+            assert engine._client
+            assert engine._client.local
+            for version, folder in enumerate(folders):
+                engine.update_weights(load_file(folder / "model.safetensors").items(), version)
+                ticket = engine.submit(PROMPTS, SamplingParams(n=4, max_new_tokens=120))
+                if version == 0 and dist.get_rank() == 1:
+                    time.sleep(0.5)
+                    os.killpg(process_group(engine._client.local), signal.SIGKILL)
+                groups = engine.wait(ticket)
+                batches.append({position: group.samples for position, group in groups.items()})
+            deadline = time.monotonic() + 300
+            while not engine._nodes.from_leaders(engine._client.standing().ready)[1]:  # until node b is back
+                assert time.monotonic() < deadline
+                engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=2))
+                time.sleep(0.5)
+            groups = engine.generate(PROMPTS, SamplingParams(n=4, max_new_tokens=20))
+            batches.append({position: group.samples for position, group in groups.items()})
+            restarts = value_of(engine.take_metrics()["rollout/server_restarts"])
+            return batches, restarts, [server.url for server in engine._servers]
+    finally:
+        del os.environ["SLURMD_NODENAME"]
+
+
+def test_two_nodes_share_a_batch_and_one_loses_its_server(
+    ranks: RankPool, sglang_model: Path, models: list[Any], tmp_path: Path
+) -> None:
+    """Each node starts a server and syncs it. Nothing is lost or doubled, and the weights are right."""
+    cfg = config(sglang_model, tmp_path, rollout={"num_servers": 2, "placement": "colocated"})
+    outcomes = ranks.run(2, sample_on_a_node, cfg, [model.folder for model in models[:2]])
+    for batch, version in enumerate((0, 1, 1)):
+        of_a, of_b = (batches[batch] for batches, *_ in outcomes)
+        assert sorted([*of_a, *of_b]) == list(range(len(PROMPTS)))
+        for samples_of_prompt in [*of_a.values(), *of_b.values()]:
+            assert len(samples_of_prompt) == 4
+            for sample in samples_of_prompt:
+                assert sample.policy_version == version
+                assert_made_by(sample, models)
+    assert of_a
+    assert of_b
+    assert [restarts for _, restarts, _ in outcomes] == [1, 1]
+    assert {len(urls) for *_, urls in outcomes} == {1}
+    assert (tmp_path / "servers/a/server_0.log").exists()
+    assert (tmp_path / "servers/b/server_0.log").exists()
 
 
 # --- whole runs ---
