@@ -176,6 +176,7 @@ def test_ranks_choose_the_same_groups_wherever_they_lie(ranks: RankPool, mode: s
 
 def nodes(names: list[str]) -> tuple[Any, ...]:
     found = Nodes(names[rank()], timeout_s=60)
+    assert found.from_leaders(rank()) == [ranks[0] for ranks in found.ranks.values()]
     members = [group and dist.get_process_group_ranks(group) for group in (found.group, found.leaders)]
     return found.here, found.leader, found.of_rank, *members
 

@@ -7,6 +7,7 @@ prompt and the seed of its sample only, as on a server with deterministic infere
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -20,16 +21,21 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 import torch.distributed as dist
 from aiohttp import web
 from transformers import AutoTokenizer
 
-from megatron_gmpo.batch.samples import Prompt
+from megatron_gmpo.batch.index import StepIndex
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import Nodes
-from megatron_gmpo.errors import RunError
+from megatron_gmpo.errors import InputError, RunError
 from megatron_gmpo.metrics.figures import value_of
+from megatron_gmpo.rewards.math import MathReward
+from megatron_gmpo.rollout.collect import score
 from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.sglang import start
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.servers import Server
 from megatron_gmpo.rollout.sglang.sync import SyncReport
@@ -329,3 +335,71 @@ def test_a_killed_client_ends_the_other_ranks(fakes: list[FakeServer], text_mode
     assert "rank 2 of 4:\nthe process ended with exit code -9" in str(failure.value)
     assert "rank 3 of 4" in str(failure.value)
     assert time.monotonic() < start + 50
+
+
+def share_on_a_rank(nodes: Sequence[str], file: Path, placement: str) -> list[str]:
+    rollout = {"engine": "sglang", "servers_file": str(file), "placement": placement}
+    cfg = Config.model_validate({"run_dir": str(file.parent), "model": {"path": "m"}, "rollout": rollout})
+    return [s.url for s in start._share_of_running_servers(cfg, Nodes(nodes[dist.get_rank()], 60.0))]
+
+
+def test_running_servers_are_divided_among_the_nodes(
+    ranks: RankPool, fakes: list[FakeServer], tmp_path: Path
+) -> None:
+    fakes[1].start()
+    places = zip((fake.server.url for fake in fakes), "bbba", strict=True)
+    file = tmp_path / "servers.json"
+    file.write_text(json.dumps([{"url": url, "node": node} for url, node in places]))
+    (tmp_path / "server_keys.json").write_text('{"api_key": "user", "admin_key": "admin"}')
+    urls = [fake.server.url for fake in fakes]
+    assert ranks.run(4, share_on_a_rank, NODES, file, "disaggregated") == [urls[::2], [], urls[1::2], []]
+    assert ranks.run(4, share_on_a_rank, NODES, file, "colocated") == [urls[3:], [], urls[:3], []]
+
+
+def started_on_a_rank(nodes: Sequence[str], run_dir: Path, placement: str, count: int) -> Any:
+    rollout = {"engine": "sglang", "num_servers": count, "placement": placement}
+    cfg = Config.model_validate(
+        {"run_dir": str(run_dir), "model": {"path": "m"}, "rollout": rollout, "seed": 10}
+    )
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    here = Nodes(nodes[dist.get_rank()], 60.0)
+    try:
+        local = start._servers_of_node(cfg, torch.device("cpu"), here)
+    except InputError as error:
+        return str(error)
+    seeds = [options["random_seed"] for options in local._options]
+    return seeds, [server.first_gpu for server in local.servers], str(local._log_dir.relative_to(run_dir))
+
+
+def test_servers_of_the_run_are_divided_among_the_nodes(ranks: RankPool, tmp_path: Path) -> None:
+    """Disaggregated ones use GPUs after those of the node's ranks."""
+    found = ranks.run(4, started_on_a_rank, NODES, tmp_path, "disaggregated", 3)
+    assert found[::2] == [([10, 11], [2, 3], "servers/a"), ([12], [2], "servers/b")]
+    found = ranks.run(4, started_on_a_rank, NODES, tmp_path, "colocated", 4)
+    assert found[::2] == [([10, 11], [0, 1], "servers/a"), ([12, 13], [0, 1], "servers/b")]
+    found = ranks.run(2, started_on_a_rank, NODES, tmp_path, "colocated", 1)
+    assert found == [([10], [0], "servers")] * 2
+    line = "rollout.num_servers = 3 cannot be divided among 2 nodes: choose a multiple of 2"
+    assert ranks.run(4, started_on_a_rank, NODES, tmp_path, "colocated", 3) == [line] * 4
+
+
+def score_on_a_rank(texts: dict[int, list[str]]) -> tuple[int, list[float]]:
+    """Score responses of the ranks by position; return the timeouts and the rewards of all ranks."""
+    mine = {
+        dist.get_rank(): SampleGroup(
+            Prompt("p", "72"),
+            [Sample([1], [True], [0.0], text, "stop", 0) for text in texts.get(dist.get_rank(), [])],
+        )
+    }
+    mine = {position // 2: group for position, group in mine.items() if group.samples}
+    with MathReward(timeout_s=2, workers=2) as reward:
+        timeouts = score(mine, reward)
+    return timeouts, StepIndex.gather(mine, 2).reward.tolist()
+
+
+@pytest.mark.slow
+def test_a_reward_that_hangs_on_one_node(ranks: RankPool) -> None:
+    """It counts as wrong there; nothing else is lost."""
+    right, endless = "\\boxed{72}", "\\boxed{\\pi^{\\pi^{\\pi^{\\pi^{\\pi}}}}}"
+    found = ranks.run(4, score_on_a_rank, {0: [right, right], 2: [endless, right, "no"]})
+    assert found == [(1, [1.0, 1.0, 0.0, 1.0, 0.0])] * 4

@@ -81,6 +81,7 @@ class FakeServer:
             app.router.add_post("/generate", self._generate)
             app.router.add_post("/abort_request", self._abort_request)
             app.router.add_post("/update_weight_version", self._update_weight_version)
+            app.router.add_get("/server_info", self._server_info)
             self._runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
             await self._runner.setup()
             await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
@@ -138,8 +139,12 @@ class FakeServer:
         return web.Response()
 
     async def _update_weight_version(self, request: web.Request) -> web.Response:
-        self.weight_version = (await request.json())["new_version"]
+        if await request.read():
+            self.weight_version = (await request.json())["new_version"]
         return web.Response()
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"tp_size": 1, "base_gpu_id": 0})
 
 
 class FakeProcesses:
