@@ -216,7 +216,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
             _check_resume(cfg, checkpoint)
     check_wandb(cfg.log.wandb_project)
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
-    on_rank_0 = os.environ.get("RANK", "0") == "0"  # only rank 0 sends requests to servers
+    on_rank_0 = os.environ.get("RANK", "0") == "0"  # the others would find the same
     if cfg.rollout.engine == "sglang" and generates and on_rank_0:
         check_servers(cfg, description.hf, device)
     tokenizer = load_tokenizer(cfg.model.path)

@@ -151,10 +151,14 @@ class Batches:
         ]
         self._samples.update(samples)
         for sample in samples:
-            sample.add_done_callback(self._samples.discard)
+            sample.add_done_callback(self._make_room)
         responses = asyncio.create_task(_all(samples))
         batch.held[position] = responses
         responses.add_done_callback(partial(self._end, batch, position))
+
+    def _make_room(self, sample: asyncio.Task[Response]) -> None:
+        self._samples.discard(sample)
+        self._changed.set()
 
     def _end(self, batch: _Batch, position: int, responses: asyncio.Task[list[Response]]) -> None:
         if responses.cancelled():

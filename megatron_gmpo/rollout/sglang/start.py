@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,20 +152,23 @@ def _share_of_running_servers(cfg: Config, nodes: Nodes) -> list[Server]:
             addresses = published_addresses(file, cfg.sglang.start_timeout_s)
         elif nodes.is_leader:
             addresses = [(url, node_of(url)) for url in rollout.server_urls]
-    # only a server's own node knows its name there from its URL
-    found = nodes.from_leaders(addresses)
-    owners = [number % len(nodes) for number in range(len(found[0]))]
-    if rollout.placement == "colocated":
-        for here, (name, places) in enumerate(zip(nodes.ranks, found, strict=True)):
-            owners = [here if node == name else o for o, (_, node) in zip(owners, places, strict=True)]
+    # only a server's own node knows from the URL that the server is there
+    found = zip(nodes.ranks, nodes.from_leaders(addresses), strict=True)
+    places = {url: name for name, of_node in found for url, node in of_node if node == name}
+    names = list(nodes.ranks)
     servers: list[Server] = []
     with agreed():
-        if nodes.is_leader:
-            mine = [addresses[number] for number, owner in enumerate(owners) if owner == nodes.here]
+        for number, (url, node) in enumerate(addresses):
+            node = places.get(url, node)
+            owner = number % len(nodes)
+            if rollout.placement == "colocated" and node in names:
+                owner = names.index(node)
+            if owner != nodes.here:
+                continue
             if rollout.servers_file:
-                servers = published_servers(file, mine)
+                servers += published_servers(file, [(url, node)])
             else:
-                servers = external_servers(url for url, _ in mine)
+                servers += [replace(server, node=node) for server in external_servers([url])]
     return servers
 
 
