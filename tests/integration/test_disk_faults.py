@@ -183,6 +183,7 @@ def test_the_other_commands_that_read_weights_compare_checksums(argv: list[str],
 OPTIONAL = {  # earlier versions did not write them
     ("prompts", "shuffle"),
     ("prompts", "fingerprint"),
+    ("prompts", "trained"),
     ("clip", "loss"),
     ("clip", "start"),
     ("clip", "start", "low"),
