@@ -227,7 +227,7 @@ def test_what_a_node_without_servers_leaves_is_sampled_by_the_others(
 ) -> None:
     """Both servers of node b end in the first batch, and come back while the second one is sampled."""
     a, b, c = fakes[0], fakes[2], fakes[3]
-    first = threading.Lock()
+    first, back = threading.Lock(), threading.Lock()
 
     async def end(body: dict[str, Any]) -> Answer:
         if len(b.bodies) + len(c.bodies) > 4:
@@ -237,14 +237,12 @@ def test_what_a_node_without_servers_leaves_is_sampled_by_the_others(
         return answer_of(body, b.weight_version, tokens=response(body))
 
     async def start_others(body: dict[str, Any]) -> Answer:
-        await asyncio.sleep(0.05)
-        if len(a.bodies) == 2 * len(PROMPTS) + 2:
-            for fake in (b, c):
-                fake.generate = paced(fake, 0.01)
-                fake.weight_version = "default"
-                threading.Thread(target=fake.start).start()
-        if len(a.bodies) > 2 * len(PROMPTS) + 4:
-            await asyncio.sleep(0.5)
+        second = a.weight_version.endswith("-1")
+        for fake in (b, c) if second and back.acquire(blocking=False) else ():
+            fake.generate = paced(fake, 0.01)
+            fake.weight_version = "default"
+            threading.Thread(target=fake.start).start()
+        await asyncio.sleep(0.5 if second else 0.05)
         return answer_of(body, a.weight_version, tokens=response(body))
 
     a.generate, b.generate, c.generate = start_others, end, end
@@ -256,9 +254,9 @@ def test_what_a_node_without_servers_leaves_is_sampled_by_the_others(
     for batch in range(2):
         assert merged(outcomes, NODES, batch) == merged(expected, ("a",), batch)
     assert outcomes[2].batches[1]
-    both, (first, *later) = {b.server.url, c.server.url}, outcomes[0].synced
-    assert first == [a.server.url, *sorted(both, key=[b.server.url, c.server.url].index)]
-    assert {url for urls in later for url in urls} >= both
+    together, *later = outcomes[0].synced
+    assert together == [a.server.url, b.server.url, c.server.url]
+    assert {url for urls in later for url in urls} == set(together)
     assert outcomes[0].metrics == outcomes[3].metrics
     assert outcomes[0].metrics["rollout/retries"] >= 1
 
@@ -266,13 +264,12 @@ def test_what_a_node_without_servers_leaves_is_sampled_by_the_others(
 def test_a_node_that_joins_late_samples_what_is_left(
     ranks: RankPool, fakes: list[FakeServer], text_model: Path
 ) -> None:
-    a, late = fakes[0], fakes[1]
+    a, late, first = fakes[0], fakes[1], threading.Lock()
 
     async def start_the_late_one(body: dict[str, Any]) -> Answer:
-        if len(a.bodies) == 2:
+        if first.acquire(blocking=False):
             threading.Thread(target=late.start).start()
-        if len(a.bodies) > 4:
-            await asyncio.sleep(0.7)
+        await asyncio.sleep(0.5)
         return answer_of(body, a.weight_version, tokens=response(body))
 
     a.generate = start_the_late_one
@@ -286,7 +283,6 @@ def test_only_the_loss_of_all_nodes_ends_the_run(
     ranks: RankPool, fakes: list[FakeServer], text_model: Path
 ) -> None:
     """Every rank raises the line."""
-
     first = threading.Lock()
 
     async def end(body: dict[str, Any]) -> Answer:
