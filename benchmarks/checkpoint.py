@@ -34,8 +34,11 @@ from transformers.utils import logging
 from benchmarks import throttled_write
 from benchmarks.step_work import HEAD_WIDTH, VOCABULARY, Step, realistic_shape
 from megatron_gmpo.batch.assembly import make_train_batch
+from megatron_gmpo.batch.exchange import Exchange
+from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.config import Config, Positive
+from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.losses.advantages import group_advantages
 from megatron_gmpo.losses.objective import make_objective
 from megatron_gmpo.models.description import describe_model
@@ -81,13 +84,17 @@ def make_step(options: Checkpoint, folder: Path) -> tuple[Policy, Callable[[], f
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     policy = Policy(cfg, describe_model(cfg, 1, CPU), groups, CPU)
     objective = make_objective(cfg.algorithm, is_moe=False, max_new_tokens=768)
+    exchange = Exchange(Nodes("here"), policy.replica, "", cfg.distributed_timeout_s)
     given = realistic_shape(Step(shrink=4)).given
     assert given
 
     def step() -> float:
         began = time.perf_counter()
-        batch = make_train_batch(given, group_advantages(given, objective.advantage))
-        policy.prepare(batch, objective)
+        index = StepIndex.gather(dict(enumerate(given)), len(given))
+        advantages = group_advantages(index, objective.advantage)
+        plan = policy.plan(index, advantages, objective)
+        batch = make_train_batch(dict(enumerate(given)), index, advantages, plan, exchange, 0)
+        policy.prepare(batch)
         for minibatch in policy.minibatches(batch):
             policy.train_step(minibatch, objective)
         return time.perf_counter() - began

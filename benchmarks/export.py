@@ -32,7 +32,7 @@ from megatron_gmpo.platform import prepare_megatron
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.testing.tiny_models import make_tiny_model
-from megatron_gmpo.weights.export import export_hf
+from megatron_gmpo.weights.export import Export
 from megatron_gmpo.weights.parameters import local_parameters
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ class Choices(Options):
 def export_one_by_one(
     chunks: list[torch.nn.Module], mapping: Mapping, groups: Any
 ) -> Iterator[tuple[str, Tensor]]:
-    """Gather every parameter by itself, the peer of ``export_hf``."""
+    """Gather every parameter by itself, the peer of ``Export``."""
     mine = {parameter.name: parameter for parameter in local_parameters(chunks, groups)}
     local = {
         name: (groups.pp.rank(), groups.ep.rank() * p.is_expert, p.tensor.shape, p.tensor.dtype, p.is_expert)
@@ -122,7 +122,7 @@ def measure(index: int, store: str, model: str, results: Any) -> None:
         groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
         chunks = build_chunks(description, groups, CPU)
         found: dict[str, Any] = {"layout": layout}
-        for kind, export in (("one by one", export_one_by_one), ("export_hf", export_hf)):
+        for kind, export in (("one by one", export_one_by_one), ("Export", Export)):
             times = []
             for _ in range(ROUNDS):
                 counts.clear()
@@ -138,7 +138,8 @@ def measure(index: int, store: str, model: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
-def main(choices: Choices) -> None:
+def measure_export(choices: Choices) -> dict[str, Any]:
+    """Print a line for each layout, and return the worst of them."""
     results = multiprocessing.get_context("spawn").SimpleQueue()
     worst = {"collectives": 0.0, "times": float("inf")}
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +150,7 @@ def main(choices: Choices) -> None:
         multiprocessing.spawn(measure, (f"{folder}/store", str(model), results), nprocs=RANKS)
     for _ in LAYOUTS:
         found = results.get()
-        old, new = found["one by one"], found["export_hf"]
+        old, new = found["one by one"], found["Export"]
         share = new["collectives"] / old["collectives"]
         faster = old["seconds"] / new["seconds"]
         print(
@@ -159,15 +160,15 @@ def main(choices: Choices) -> None:
         )
         worst["collectives"] = max(worst["collectives"], share)
         worst["times"] = min(worst["times"], faster)
-    result = {
+    return {
         "benchmark": "export",
         "share_of_collectives": round(worst["collectives"], 4),
         "times_as_fast": round(worst["times"], 1),
         "within_limit": worst["collectives"] <= 0.05 and worst["times"] >= 5,
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_options(Choices, sys.argv[1:], "python -m benchmarks.export"))
+        choices = parse_options(Choices, sys.argv[1:], "python -m benchmarks.export")
+        print(json.dumps(measure_export(choices)))

@@ -3,9 +3,8 @@
 Run: python -m benchmarks.gpu_sync [--out FOLDER]
 
 The trainer's side is ``rollout.sglang.sync`` with ``weight_sync.route = "tensor"``. The receiver is another
-process with SGLang's HTTP routes. Like SGLang, it maps the bucket whose handle a request carries, copies the
-tensors into its own parameters, and closes the bucket. After the last sync, a checksum shows that the
-receiver has every byte. On a CPU the buckets are shared memory instead.
+process with a ``testing.weight_receiver``, which maps and copies the buckets as SGLang does. After the last
+sync, a checksum shows that the receiver has every byte. On a CPU the buckets are shared memory instead.
 
 floor        two copies of the weights, into a bucket and into the parameters, at the GPU's bandwidth:
              4 bytes of memory traffic for every byte.
@@ -14,21 +13,14 @@ not returned GPU memory that is still missing after the sync, when the trainer h
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import pickle
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, multiprocessing
-from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from benchmarks.gpu import Report, hardware_of, median_seconds
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
@@ -37,6 +29,7 @@ from megatron_gmpo.errors import RunError
 from megatron_gmpo.platform import choose_device, start_process_group
 from megatron_gmpo.rollout.sglang.servers import Server
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
+from megatron_gmpo.testing.weight_receiver import WeightReceiver
 
 START_S = 120.0
 
@@ -60,69 +53,14 @@ class GpuSync(Options):
     """Folder that receives the figures."""
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return _rebuild if name == "rebuild_cuda_tensor" else super().find_class(module, name)
-
-
-def _rebuild(*args: Any) -> Tensor:
-    """Open a CUDA IPC handle on this process's GPU; argument 6 is the GPU's UUID, see ``sync.shared``."""
-    values = list(args)
-    values[6] = torch.cuda.current_device()
-    return rebuild_cuda_tensor(*values)
-
-
-class _Receiver(BaseHTTPRequestHandler):
-    """SGLang's routes of a weight sync; ``parameters`` and ``version`` belong to the process."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one packet an answer: two would wait for the client's delayed acknowledgement
-    parameters: dict[str, Tensor] = {}  # noqa: RUF012
-    version = "default"
-
-    def do_GET(self) -> None:
-        self._answer({"weight_version": _Receiver.version})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/update_weights_from_tensor":
-            for handle in body["serialized_named_tensors"]:
-                self._load(_Unpickler(io.BytesIO(base64.b64decode(handle))).load())
-            _Receiver.version = body["weight_version"]
-        self._answer({"success": True})
-
-    def log_message(self, format: str, *args: Any) -> None:
-        return
-
-    @classmethod
-    def _load(cls, bucket: dict[str, Any]) -> None:
-        data: Tensor = bucket.pop("flattened_tensor")
-        for found in bucket["metadata"]:
-            tensor = data[found.start_idx : found.end_idx].view(found.dtype).view(found.shape)
-            if found.name in cls.parameters:
-                cls.parameters[found.name].copy_(tensor)
-            else:
-                cls.parameters[found.name] = tensor.clone()
-        if data.is_cuda:
-            torch.cuda.synchronize()
-
-    def _answer(self, body: dict[str, Any]) -> None:
-        text = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-
 def receive(connection: Connection, device: str) -> None:
     """Serve until the trainer asks for the checksum of the parameters."""
     choose_device(device)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Receiver)
-    connection.send(server.server_address[1])
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    receiver = WeightReceiver()
+    connection.send(receiver.server.url)
     connection.recv()
-    connection.send(checksum(sorted(_Receiver.parameters.items())))
-    server.shutdown()
+    connection.send(checksum(sorted(receiver.weights[0].items())))
+    receiver.close()
 
 
 def checksum(named: list[tuple[str, Tensor]]) -> int:
@@ -158,7 +96,7 @@ def main(options: GpuSync) -> None:
         (f"layers.{index:04}.weight", torch.randn(shape, dtype=torch.bfloat16, device=device))
         for index in range(options.tensors)
     ]
-    server = Server(f"http://127.0.0.1:{ours.recv()}")
+    server = Server(ours.recv())
     cfg = WeightSyncConfig(route="tensor", bucket_bytes=options.bucket_bytes, timeout_s=START_S)
     sync = make_weight_sync(cfg, "colocated", device, options.out)
     versions: Iterator[str] = (f"run-{index}" for index in range(10**6))

@@ -1,7 +1,7 @@
 """Measure weight syncs of 200 MB to SGLang on this CPU, and the overhead of our client.
 
-Run: python -m benchmarks.rollout [--only sync|client|answers]   (sync and client need make sglang and about
-two minutes each)
+Run: python -m benchmarks.rollout [--only sync|client|answers]   (sync and client need make sglang and two to
+six minutes each)
 
 sync: compares each route with a memcpy of the same bytes. A sync is the whole ``update``: it pauses the
 server, packs and sends the weights, waits until the server has copied them into its parameters, checks the
@@ -10,7 +10,8 @@ is the minimum that a receiver can do: another process maps the bytes from /dev/
 The measurements alternate, and the best round of each counts. The tensor route should reach at least 0.4 of
 the memcpy's bandwidth. A scheduler that is paused with ``retract`` spins on a core (SGLang's
 event_loop_normal). The syncs pause with ``abort`` instead: nothing is in flight, so ``abort`` costs nothing
-on a machine with two cores.
+on a machine with two cores. Then it measures several senders (``benchmarks.weight_sync``) and the export of a
+model of 18,867 tensors (``benchmarks.export``).
 
 client: CPU seconds of the client's thread over wall seconds, with 64 in-flight requests to a server of a
 tiny model, which spends little time on each request. The target is below 0.05. CPU milliseconds per request
@@ -40,6 +41,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from benchmarks.export import Choices, measure_export
+from benchmarks.weight_sync import measure_nodes, measure_senders
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.config import Positive, SGLangConfig, WeightSyncConfig
 from megatron_gmpo.rollout.ending import Ending
@@ -85,6 +88,17 @@ def make_model(folder: Path) -> None:
 
 def measure_sync(folder: Path, bucket_bytes: int) -> None:
     make_model(folder / "model")
+    result = {
+        "benchmark": "weight_sync",
+        **measure_routes(folder, bucket_bytes),
+        **measure_nodes(folder),
+        **measure_senders(folder / "model", folder / "senders"),
+        "export": measure_export(Choices()),
+    }
+    print(json.dumps(result))
+
+
+def measure_routes(folder: Path, bucket_bytes: int) -> dict[str, Any]:
     model = SafetensorsFolder(folder / "model")
     tensors = [(name, model.get(name)) for name in model.names]
     source = torch.cat([tensor.view(-1).view(torch.uint8) for _, tensor in tensors])
@@ -125,14 +139,12 @@ def measure_sync(folder: Path, bucket_bytes: int) -> None:
     for name in taken:
         print(f"{name:12} {speed[name] / 1e9:7.2f} GB/s {speed[name] / speed['memcpy']:7.3f} of memcpy")
     ratios = {name: round(speed[name] / speed["memcpy"], 3) for name in taken if name != "memcpy"}
-    result = {
-        "benchmark": "weight_sync",
+    return {
         "megabytes": round(len(source) / 1e6),
         "memcpy_gb_per_s": round(speed["memcpy"] / 1e9, 2),
         "of_memcpy": ratios,
         "within_limit": ratios["tensor"] >= TENSOR_LIMIT,
     }
-    print(json.dumps(result))
 
 
 def measure_client(folder: Path) -> None:

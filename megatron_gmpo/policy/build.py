@@ -71,6 +71,16 @@ class TrainableModel:
             if chunk.ddp_config.overlap_param_gather:  # pyright: ignore[reportAttributeAccessIssue]
                 chunk.start_param_sync(force_sync=True)  # pyright: ignore[reportCallIssue]
 
+    def free_gradients(self) -> None:
+        """Free the memory of the gradient buffers until ``restore_gradients``. Not run on a GPU yet."""
+        for chunk in self.chunks:
+            chunk.offload_grad_buffers()  # pyright: ignore[reportCallIssue]
+
+    def restore_gradients(self) -> None:
+        """Allocate freed gradient buffers again, filled with zeros. Otherwise do nothing."""
+        for chunk in self.chunks:
+            chunk.restore_grad_buffers(synchronize=False)  # pyright: ignore[reportCallIssue]
+
 
 class HiddenStatesLayer(ColumnParallelLinear):
     """An output layer that returns its inputs, complete on every tensor-parallel rank, instead of logits.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..losses.objective import Objective, minibatches_without_pass, needed_colum
 from ..metrics.across_ranks import RankReduction
 from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
-from ..weights.export import export_hf
+from ..weights.export import Export
 from ..weights.load import load_hf
 from ..weights.random_states import restore_random_states
 from ..weights.run_checkpoint import RunState, read_state
@@ -281,6 +281,7 @@ class Policy:
             output = objective(logprobs, entropy, microbatch, self.groups.cp)
             return output.loss * scale, {"loss": Metric(output.loss.detach()), **output.metrics}
 
+        self.model.restore_gradients()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()  # pyright: ignore[reportCallIssue]
@@ -324,8 +325,18 @@ class Policy:
             group["max_lr"], group["min_lr"] = lr, min_lr
 
     def export_hf(self) -> Export:
-        """Return an iterable of (Hugging Face name, full tensor) that gathers each tensor on every rank."""
-        return Export(self)
+        """Return an iterable of (Hugging Face name, full tensor) that gathers the current weights.
+
+        Colocated servers need memory from then on, so the gradient buffers are freed until ``train_step``.
+        """
+        if self.trainable and self.cfg.rollout.placement == "colocated":
+            self.model.free_gradients()
+        return self._export
+
+    @cached_property
+    def _export(self) -> Export:
+        finish = self.model.finish_update if self.trainable else nullcontext
+        return Export(self.chunks, self.description.mapping, self.groups, prepare=finish)
 
     def start_save(
         self, folder: Path, step: int, state: dict[str, Any], keep_last: int, **options: Any
@@ -381,18 +392,6 @@ class Policy:
     ) -> tuple[RoutingShape, ProcessGroupCollection, int, torch.device]:
         """Return the arguments of a ``RouterPass`` over the batch."""
         return self.description.routing, self.groups, len(batch.tokens), self.device
-
-
-@dataclass(frozen=True)
-class Export:
-    """Iterate over a policy's current weights, any number of times. All ranks must finish each iteration."""
-
-    policy: Policy
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        if self.policy.trainable:
-            self.policy.model.finish_update()
-        return export_hf(self.policy.chunks, self.policy.description.mapping, self.policy.groups)
 
 
 def _check_finite(name: str, metric: Metric) -> None:

@@ -2,14 +2,17 @@
 
 The ranks of a pipeline stage put their shards of many parameters end to end and exchange them with one
 all-gather: a dense parameter's shards over the tensor-parallel group, an expert's over the group of all
-tensor and expert ranks. One broadcast then hands the gathered bytes to the other stages.
+tensor and expert ranks. One broadcast then hands the gathered bytes to the other stages, unless each stage
+exports its own parameters only. The next batch is gathered while the caller uses the tensors of the current.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -19,6 +22,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from ..distributed import broadcast_object
 from ..models.mapping import Mapping
 from .parameters import LocalParameter, local_parameters
 
@@ -28,28 +32,75 @@ BATCH_BYTES = 256 * 2**20
 _ALIGNMENT = 16  # bytes; every dtype may be viewed at such an offset
 
 
-@torch.no_grad()
-def export_hf(
-    chunks: list[torch.nn.Module],
-    mapping: Mapping,
-    groups: ProcessGroupCollection,
-    batch_bytes: int = BATCH_BYTES,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(Hugging Face name, complete tensor)`` in the model's dtype on every rank.
+class Export:
+    """A model's current weights: iterate over ``(Hugging Face name, complete tensor)``, any number of times.
 
-    Collective: every rank must exhaust the iterator, which gathers about ``batch_bytes`` at a time. A tied
-    output layer is yielded once, as the embedding.
+    Every iteration is collective: all ranks must exhaust it. The tensors have the model's dtype and are on
+    every rank; use each before the next. A tied output layer is yielded once, as the embedding.
+
+    Args:
+        chunks: this rank's model chunks.
+        mapping: the model's names.
+        groups: the process groups.
+        batch_bytes: bytes of complete tensors to gather at once. Two such batches are in memory.
+        prepare: called before each iteration.
     """
-    device = next(chunks[0].parameters()).device
-    mine = {parameter.name: parameter for parameter in local_parameters(chunks, groups)}
-    owners = _owners(mine, groups)
-    if mapping.tied:
-        owners = {name: o for name, o in owners.items() if mapping.find(name).hf != ("lm_head.weight",)}
-    for shards, batch in _batches(owners, groups, batch_bytes):
-        for name, parts in _gather(batch, shards, mine, groups.pp, device):
-            match = mapping.find(name)
+
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        mapping: Mapping,
+        groups: ProcessGroupCollection,
+        batch_bytes: int = BATCH_BYTES,
+        prepare: Callable[[], object] = nullcontext,
+    ) -> None:
+        self._chunks, self._mapping, self._groups = chunks, mapping, groups
+        self._batch_bytes, self._prepare = batch_bytes, prepare
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._tensors(self._batches, self._groups.pp)
+
+    def of_stage(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of this rank's pipeline stage only; nothing is sent from stage to stage.
+
+        The ranks of ``senders`` together yield each tensor once.
+        """
+        stage = self._groups.pp.rank()
+        return self._tensors([batch for batch in self._batches if batch.stage == stage], None)
+
+    @cached_property
+    def senders(self) -> list[int]:
+        """One rank of each pipeline stage, in the order of the stages; the first is rank 0. Collective."""
+        return broadcast_object(dist.get_process_group_ranks(self._groups.pp))
+
+    @torch.no_grad()
+    def _tensors(self, batches: list[_Batch], pp: dist.ProcessGroup | None) -> Iterator[tuple[str, Tensor]]:
+        self._prepare()
+        mine = {parameter.name: parameter for parameter in local_parameters(self._chunks, self._groups)}
+        gathered: _Gathered | None = None
+        for batch in batches:
+            ahead = _Gathered(batch, mine, pp)
+            if gathered:
+                yield from self._converted(gathered)
+            gathered = ahead
+        if gathered:
+            yield from self._converted(gathered)
+
+    def _converted(self, gathered: _Gathered) -> Iterator[tuple[str, Tensor]]:
+        for name, parts in gathered.parameters():
+            match = self._mapping.find(name)
             full = match.operation.unshard(parts)
             yield from zip(match.hf, match.operation.separate(full), strict=True)
+
+    @cached_property
+    def _batches(self) -> list[_Batch]:
+        """The batches of all stages, equal on all ranks. Collective, once for all iterations."""
+        mine = {parameter.name: parameter for parameter in local_parameters(self._chunks, self._groups)}
+        owners = _owners(mine, self._groups)
+        if self._mapping.tied:
+            head = ("lm_head.weight",)
+            owners = {name: o for name, o in owners.items() if self._mapping.find(name).hf != head}
+        return list(_batches(owners, self._groups, self._batch_bytes))
 
 
 @dataclass(frozen=True)
@@ -114,9 +165,34 @@ class _Shards:
         return [self._positions[owner.ep_rank, tp_rank] for tp_rank in range(self.tp_size)]
 
 
-def _batches(
-    owners: dict[str, _Owner], groups: ProcessGroupCollection, batch_bytes: int
-) -> Iterator[tuple[_Shards, dict[str, _Owner]]]:
+@dataclass(frozen=True)
+class _Batch:
+    """Parameters of a stage that one all-gather collects, end to end in a row of bytes on each rank.
+
+    Attributes:
+        stage: the pipeline rank that holds the parameters.
+        starts: first byte of each parameter in the row of a rank that holds it.
+        nbytes: size of a row.
+    """
+
+    stage: int
+    shards: _Shards
+    owners: dict[str, _Owner]
+    starts: dict[str, int]
+    nbytes: int
+
+    @classmethod
+    def of(cls, stage: int, shards: _Shards, owners: dict[str, _Owner]) -> _Batch:
+        """Lay the parameters out in rows."""
+        starts: dict[str, int] = {}
+        ends: dict[int, int] = {}
+        for name, owner in owners.items():
+            starts[name] = ends.get(owner.ep_rank, 0)
+            ends[owner.ep_rank] = starts[name] + -(-owner.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return cls(stage, shards, owners, starts, max(ends.values()))
+
+
+def _batches(owners: dict[str, _Owner], groups: ProcessGroupCollection, batch_bytes: int) -> Iterator[_Batch]:
     """Yield the parameters in batches of one stage and kind, in the same order on all ranks."""
     for is_expert in sorted({owner.is_expert for owner in owners.values()}):
         shards = (
@@ -131,12 +207,12 @@ def _batches(
             for name in _alternating(kept, stage):
                 complete = kept[name].nbytes * shards.tp_size
                 if batch and nbytes + complete > batch_bytes:
-                    yield shards, batch
+                    yield _Batch.of(stage, shards, batch)
                     batch, nbytes = {}, 0
                 batch[name] = kept[name]
                 nbytes += complete
             if batch:
-                yield shards, batch
+                yield _Batch.of(stage, shards, batch)
 
 
 def _alternating(owners: dict[str, _Owner], stage: int) -> Iterator[str]:
@@ -148,38 +224,47 @@ def _alternating(owners: dict[str, _Owner], stage: int) -> Iterator[str]:
     return (name for names in zip_longest(*per_rank.values()) for name in names if name is not None)
 
 
-def _gather(
-    batch: dict[str, _Owner],
-    shards: _Shards,
-    mine: dict[str, LocalParameter],
-    pp: dist.ProcessGroup,
-    device: torch.device,
-) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield each parameter of a batch with all its shards, on every rank.
+class _Gathered:
+    """A batch that this rank has begun to gather.
 
     Args:
+        batch: the batch.
         mine: the parameters of this rank by name.
+        pp: the stages that receive the batch; None if only its own stage does.
     """
-    if shards.group.size() == pp.size() == 1:
-        yield from ((name, [_values(mine[name].tensor)]) for name in batch)
-        return
-    starts: dict[str, int] = {}
-    ends: dict[int, int] = {}
-    for name, owner in batch.items():
-        starts[name] = ends.get(owner.ep_rank, 0)
-        ends[owner.ep_rank] = starts[name] + -(-owner.nbytes // _ALIGNMENT) * _ALIGNMENT
-    stage = next(iter(batch.values())).pp_rank
-    gathered = torch.empty(shards.group.size(), max(ends.values()), dtype=torch.uint8, device=device)
-    if pp.rank() == stage:
-        own = torch.empty_like(gathered[0])
-        for name, owner in batch.items():
-            if name in mine:
-                _view(own, starts[name], owner).copy_(_values(mine[name].tensor))
-        dist.all_gather_into_tensor(gathered.view(-1), own, group=shards.group)
-    if pp.size() > 1:
-        dist.broadcast(gathered, src=dist.get_global_rank(pp, stage), group=pp)
-    for name, owner in batch.items():
-        yield name, [_view(gathered[i], starts[name], owner) for i in shards.positions(owner)]
+
+    def __init__(self, batch: _Batch, mine: dict[str, LocalParameter], pp: dist.ProcessGroup | None) -> None:
+        self._batch, self._mine = batch, mine
+        self._rows: Tensor | None = None
+        self._work: Any = None
+        stages = pp.size() if pp else 1
+        if batch.shards.group.size() == stages == 1:
+            return
+        device = next(iter(mine.values())).tensor.device
+        self._rows = torch.empty(batch.shards.group.size(), batch.nbytes, dtype=torch.uint8, device=device)
+        if pp is None or pp.rank() == batch.stage:
+            own = torch.empty_like(self._rows[0])
+            for name, owner in batch.owners.items():
+                if name in mine:
+                    _view(own, batch.starts[name], owner).copy_(_values(mine[name].tensor))
+            self._work = dist.all_gather_into_tensor(
+                self._rows.view(-1), own, group=batch.shards.group, async_op=True
+            )
+        if pp is not None and stages > 1:
+            if self._work:
+                self._work.wait()
+            source = dist.get_global_rank(pp, batch.stage)
+            self._work = dist.broadcast(self._rows, src=source, group=pp, async_op=True)
+
+    def parameters(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """Yield each parameter of the batch with all its shards."""
+        if self._rows is None:
+            yield from ((name, [_values(self._mine[name].tensor)]) for name in self._batch.owners)
+            return
+        self._work.wait()
+        for name, owner in self._batch.owners.items():
+            rows = self._batch.shards.positions(owner)
+            yield name, [_view(self._rows[row], self._batch.starts[name], owner) for row in rows]
 
 
 def _view(buffer: Tensor, start: int, owner: _Owner) -> Tensor:

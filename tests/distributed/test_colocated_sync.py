@@ -5,7 +5,6 @@ The servers have no model: they keep the tensors that they map. A "GPU" is a ran
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_gmpo.config import WeightSyncConfig
+from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.sglang.servers import Server
 from megatron_gmpo.rollout.sglang.sync.route import SyncReport
 from megatron_gmpo.rollout.sglang.sync.shared import CudaIpcSync, SharedMemorySync
+from megatron_gmpo.testing.weight_receiver import WeightReceiver
 
-from ..support.fake_weights import FakeWeights
 from ..support.ranks import RankPool
 
 CPU = torch.device("cpu")
@@ -32,9 +32,14 @@ Outcome = SyncReport | str
 
 
 def export() -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors whose values are this rank's number, so that they show whose memory a server mapped."""
+    """Yield tensors whose values are this rank's number, so that they show whose memory a server mapped.
+
+    Each is made by a collective of all ranks, as in the export of a model.
+    """
     for i, shape in enumerate(SHAPES):
-        yield f"weight_{i}", torch.full(shape, float(dist.get_rank()))
+        ranks = torch.empty(dist.get_world_size())
+        dist.all_gather_into_tensor(ranks, torch.tensor([float(dist.get_rank())]))
+        yield f"weight_{i}", ranks[dist.get_rank()].expand(shape).contiguous()
 
 
 def sync_on_a_rank(
@@ -47,11 +52,7 @@ def sync_on_a_rank(
     """Sync to each list of servers in turn; return the reports, or the lines of errors."""
     cfg = WeightSyncConfig(bucket_bytes=BUCKET_BYTES, timeout_s=30.0, verify=verify)
     torch.multiprocessing.set_sharing_strategy("file_system")  # descriptors reach child processes only
-    os.environ["SLURMD_NODENAME"] = nodes[dist.get_rank()]
-    try:
-        sync = kind(cfg, CPU, False)
-    finally:
-        del os.environ["SLURMD_NODENAME"]
+    sync = kind(cfg, CPU, False, Nodes(nodes[dist.get_rank()], 30.0))
     outcomes: list[Outcome] = []
     for number, servers in enumerate(syncs):
         try:
@@ -62,12 +63,12 @@ def sync_on_a_rank(
 
 
 @pytest.fixture
-def fakes() -> Iterator[Callable[..., FakeWeights]]:
+def fakes() -> Iterator[Callable[..., WeightReceiver]]:
     """Return ``fake(node, first_gpu, tensor_parallel_size)``; the servers end with the test."""
-    made: list[FakeWeights] = []
+    made: list[WeightReceiver] = []
 
-    def make(*args: Any) -> FakeWeights:
-        made.append(FakeWeights(*args))
+    def make(*args: Any) -> WeightReceiver:
+        made.append(WeightReceiver(*args))
         return made[-1]
 
     yield make
@@ -75,7 +76,7 @@ def fakes() -> Iterator[Callable[..., FakeWeights]]:
         fake.close()
 
 
-def sources(fake: FakeWeights) -> list[float]:
+def sources(fake: WeightReceiver) -> list[float]:
     """Return the trainer rank whose memory each of the server's ranks mapped."""
     for weights in fake.weights:
         assert [(name, tuple(tensor.shape)) for name, tensor in weights.items()] == [
@@ -86,7 +87,7 @@ def sources(fake: FakeWeights) -> list[float]:
 
 
 def test_each_server_maps_the_gpus_of_its_own_node(
-    ranks: RankPool, fakes: Callable[..., FakeWeights]
+    ranks: RankPool, fakes: Callable[..., WeightReceiver]
 ) -> None:
     """Whatever server is ready first, the server on GPU i of a node maps the memory of the node's rank i."""
     of_a, of_b, rest_of_b = fakes("a", 0, 2), fakes("b", 1), fakes("b", 0)
@@ -105,7 +106,7 @@ def test_each_server_maps_the_gpus_of_its_own_node(
     "nodes", [("a",) * 4, ("a", "a", "b", "b"), ("a", "b", "b", "b"), ("a", "b", "c", "d")], ids="-".join
 )
 def test_on_a_cpu_the_first_rank_of_each_node_sends(
-    nodes: tuple[str, ...], ranks: RankPool, fakes: Callable[..., FakeWeights]
+    nodes: tuple[str, ...], ranks: RankPool, fakes: Callable[..., WeightReceiver]
 ) -> None:
     servers = {node: [fakes(node, 0, 2), fakes(node)] for node in sorted(set(nodes), reverse=True)}
     everywhere = [fake.server for each in servers.values() for fake in each]
@@ -115,7 +116,7 @@ def test_on_a_cpu_the_first_rank_of_each_node_sends(
         assert sources(one_rank) == [nodes.index(node)]
 
 
-def test_a_server_that_fails_on_one_node(ranks: RankPool, fakes: Callable[..., FakeWeights]) -> None:
+def test_a_server_that_fails_on_one_node(ranks: RankPool, fakes: Callable[..., WeightReceiver]) -> None:
     good, bad = fakes("a"), fakes("b")
     bad.status = 400
     outcomes = ranks.run(4, sync_on_a_rank, NODES, CudaIpcSync, [[good.server, bad.server]] * 2)
@@ -142,10 +143,11 @@ def test_a_server_that_fails_on_one_node(ranks: RankPool, fakes: Callable[..., F
 
 
 def same_export() -> Iterator[tuple[str, Tensor]]:
-    return ((f"weight_{i}", torch.ones(shape)) for i, shape in enumerate(SHAPES))
+    """Yield tensors that are equal on all ranks."""
+    return ((name, torch.ones_like(tensor)) for name, tensor in export())
 
 
-def test_weights_are_compared_across_nodes(ranks: RankPool, fakes: Callable[..., FakeWeights]) -> None:
+def test_weights_are_compared_across_nodes(ranks: RankPool, fakes: Callable[..., WeightReceiver]) -> None:
     """No node finds the wrong server among its own; two of three servers are right, but not one of two."""
     first, second, wrong = fakes("a"), fakes("b"), fakes("b")
     wrong.is_wrong = True

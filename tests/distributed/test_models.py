@@ -176,6 +176,25 @@ def test_every_rank_gets_the_export_in_batches_of_any_size(
         assert_same_tensors(weights, reference.saved_tensors(path))
 
 
+@pytest.mark.parametrize("layout", ["tp2 pp2", "pp2 vpp2 ep2", "tp2 ep2 etp2"])
+def test_each_stage_exports_its_own_tensors(
+    ranks: RankPool, model_folder: Callable[[str], Path], layout: str
+) -> None:
+    """The senders together have each tensor once; no data passes between stages; metadata is sent once."""
+    path = model_folder("qwen3 tied" if layout == "tp2 pp2" else "qwen3_moe")
+    world_size, parallel = LAYOUTS[layout]
+    results = ranks.run(world_size, cases.exports_of_stages, config(path, parallel, max_tokens=64))
+    senders = results[0][0]
+    assert senders[0] == 0
+    assert len(senders) == parallel.get(PP, 1)
+    union: dict[str, Tensor] = {}
+    for sender in senders:
+        assert not union.keys() & results[sender][1].keys()
+        union |= results[sender][1]
+    assert_same_tensors(union, reference.saved_tensors(path))
+    assert all(found == senders and calls == [] for found, _, calls in results)
+
+
 def test_stages_of_unequal_length(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
     """Stages of unequal length work, which the 61 layers of DeepSeek-V3 require."""
     path, batch = model_folder("deepseek_v3"), make_batch()

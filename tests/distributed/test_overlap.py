@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.testing import assert_close
@@ -51,6 +52,28 @@ def test_weights_are_whole_wherever_they_are_read(
         for name in ("logprobs", "exported", "loaded", "logprobs_after_load"):
             assert_close(result[name], other[name], atol=1e-6, rtol=1e-5)
         assert result["updates"] == other["updates"] == 3  # loading also restored the number of updates
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_freed_while_colocated_servers_generate(
+    ranks: RankPool, expected: Reference, layout: str
+) -> None:
+    """No byte of the buffers is allocated from an export to the next step; results equal to the last bit."""
+    known = expected("qwen3_moe")
+    world_size, parallel = LAYOUTS[layout]
+    results: dict[str, list[Any]] = {}
+    for placement in ("disaggregated", "colocated"):
+        rollout = {"engine": "sglang", "placement": placement}
+        cfg = config(known["path"], parallel, max_tokens=40, optimizer=OVERLAP, rollout=rollout)
+        results[placement] = ranks.run(world_size, cases.train_beside_servers, cfg, known["batch"], 3)
+    for apart, together in zip(*results.values(), strict=True):
+        history, weights, sizes = together
+        assert history == apart[0]
+        assert_close(weights, apart[1], atol=0, rtol=0)
+        size = apart[2][0]
+        assert size > 0
+        assert apart[2] == [size] * 6
+        assert sizes == [0, size] * 3
 
 
 def test_a_reference_in_host_memory(ranks: RankPool, expected: Reference) -> None:

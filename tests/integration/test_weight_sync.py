@@ -451,3 +451,65 @@ def test_a_server_that_hangs_times_out(
     finally:
         os.killpg(process_group(pair, 1), signal.SIGCONT)
     assert_serves(alive, dense[1], dense[0], "hung-0")
+
+
+class Halves:
+    """Weights of two pipeline stages: each of two ranks has every second tensor, and sends it itself.
+
+    The second stage calls ``interrupt`` when it has exported five tensors.
+    """
+
+    senders = (0, 1)
+
+    def __init__(self, model: Path, interrupt: Callable[[], None] = lambda: None) -> None:
+        self._tensors, self._interrupt = tensors_of(model), interrupt
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        raise AssertionError("a stage exports the tensors of all stages")
+
+    def of_stage(self) -> Iterator[tuple[str, Tensor]]:
+        for i, named in enumerate(self._tensors[dist.get_rank() :: 2]):
+            if i == 5 and dist.get_rank() == 1:
+                self._interrupt()
+            yield named
+
+
+def sync_from_two_stages(servers: list[Server], models: tuple[Path, Path]) -> list[Any]:
+    """Sync from one of two ranks; a server leaves the update in the third sync, an error ends the fifth."""
+    cfg = WeightSyncConfig(bucket_bytes=BUCKET_BYTES, timeout_s=60.0)
+    sync = make_weight_sync(cfg, "disaggregated", CPU, Path("unused"))
+
+    def end_update() -> None:
+        wait_for(lambda: version_of(servers[1]) == INCOMPLETE)
+        post(servers[1], "end_weight_update")
+
+    def fail() -> None:
+        raise InputError("an error of the second stage")
+
+    old, new = models
+    results: list[Any] = []
+    for i, weights in enumerate(
+        [Halves(old), Halves(new), Halves(old, end_update), Halves(new), Halves(old, fail), Halves(new)]
+    ):
+        try:
+            results.append(sync.update(servers, weights, f"stages-{i}"))
+        except InputError as error:
+            results.append(str(error))
+    sync.close()
+    return results
+
+
+def test_each_stage_sends_its_own_tensors(
+    two_ranks: RankPool, pair: LocalServers, dense: tuple[Path, Path]
+) -> None:
+    """Two senders with a group each, whose buckets arrive in turns; all senders drop a server that fails."""
+    first, second = two_ranks.run(2, sync_from_two_stages, pair.servers, dense)
+    assert first == second
+    refused, error = first.pop(2), first.pop(3)
+    assert refused.failed == (pair.servers[1],)
+    assert error == "an error of the second stage"
+    for report in first:
+        assert report.failed == ()
+        assert report.nbytes == sum(tensor.nbytes for _, tensor in tensors_of(dense[1]))
+    for server in pair.servers:
+        assert_serves(server, dense[1], dense[0], "stages-5")

@@ -9,7 +9,7 @@ import os
 import random
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -43,7 +44,7 @@ from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.weights.background_files import BackgroundFiles
-from megatron_gmpo.weights.export import export_hf
+from megatron_gmpo.weights.export import Export
 from megatron_gmpo.weights.run_checkpoint import RunState, stored_checkpoints
 
 from .batches import lean_share, recorded_experts, split, whole
@@ -92,6 +93,32 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
             share.ref_logprobs = policy.reference_logprobs(share)
         history = _steps(policy, share, steps)
         return {"logprobs": logprobs, "history": history, "weights": weights_on_rank_0(policy)}
+
+
+def train_beside_servers(
+    cfg: Config, batch: TrainBatch, steps: int
+) -> tuple[list[Any], dict[str, Tensor] | None, list[int]]:
+    """Export and take a step, ``steps`` times.
+
+    Returns the metrics, the weights on rank 0, and the bytes of the gradient buffers after each export and
+    each step.
+    """
+    sizes: list[int] = []
+
+    def note(policy: Policy) -> None:
+        chunks: Any = policy.chunks
+        buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        sizes.append(sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers))
+
+    history: list[Any] = []
+    with opened(cfg) as policy:
+        for _ in range(steps):
+            for _ in policy.export_hf():
+                pass
+            note(policy)
+            history += _steps(policy, batch, 1)
+            note(policy)
+        return history, weights_on_rank_0(policy), sizes
 
 
 def _objective(policy: Policy) -> Objective:
@@ -409,7 +436,7 @@ def load_with_megatron_alone(cfg: Config, checkpoint: Path) -> tuple[set[str], s
     try:
         (model,) = build_chunks(description, groups, CPU)
         model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(checkpoint)))
-        weights = {name: tensor.clone() for name, tensor in export_hf([model], description.mapping, groups)}
+        weights = {name: tensor.clone() for name, tensor in Export([model], description.mapping, groups)}
         tensors = model.sharded_state_dict()
         apply_factories(tensors)
         names = {value.key for value in nested_values(tensors) if isinstance(value, ShardedTensor)}
@@ -428,9 +455,30 @@ def exports(cfg: Config, batch_bytes: tuple[int, ...]) -> list[dict[str, Tensor]
     with opened(cfg) as policy:
         model, mapping, groups = policy.chunks, policy.description.mapping, policy.groups
         return [
-            {name: tensor.clone() for name, tensor in export_hf(model, mapping, groups, nbytes)}
+            {name: tensor.clone() for name, tensor in Export(model, mapping, groups, nbytes)}
             for nbytes in batch_bytes
         ]
+
+
+def exports_of_stages(cfg: Config) -> tuple[list[int], dict[str, Tensor], list[str]]:
+    """Return the senders, the weights that this rank exports alone, and the calls that other stages see.
+
+    The export is the second one, which needs no more metadata.
+    """
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        call = getattr(dist, name)
+        return lambda *args, **kwargs: (calls.append(name), call(*args, **kwargs))[1]
+
+    with opened(cfg) as policy, pytest.MonkeyPatch.context() as patch:
+        export = policy.export_hf()
+        senders = export.senders
+        for _ in export.of_stage():
+            pass
+        for name in ("broadcast", "all_gather_object"):
+            patch.setattr(dist, name, counted(name))
+        return senders, {name: tensor.clone() for name, tensor in export.of_stage()}, calls
 
 
 def failure(cfg: Config, batch: TrainBatch) -> str:

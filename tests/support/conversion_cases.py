@@ -33,7 +33,7 @@ from megatron_gmpo.models.attention import PackedAttention
 from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.policy.build import build_chunks
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
-from megatron_gmpo.weights.export import export_hf
+from megatron_gmpo.weights.export import Export
 from megatron_gmpo.weights.hf_to_megatron import HFToMegatron
 from megatron_gmpo.weights.megatron_to_hf import MegatronToHF
 from megatron_gmpo.weights.parameters import unwrapped
@@ -88,7 +88,7 @@ def weights_loaded_by_megatron(cfg: Config, checkpoint: Path) -> dict[str, Tenso
                 {"model": gpt.sharded_state_dict()}, str(checkpoint_folder(checkpoint))
             )
             gpt.load_state_dict(loaded["model"])
-        weights = {name: tensor.clone() for name, tensor in export_hf(chunks, description.mapping, groups)}
+        weights = {name: tensor.clone() for name, tensor in Export(chunks, description.mapping, groups)}
         return weights if rank() == 0 else None
     finally:
         stop_model_parallel()

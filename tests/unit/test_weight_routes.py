@@ -10,6 +10,7 @@ import torch
 
 from megatron_gmpo.config import WeightSyncConfig
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.rollout.sglang import start
 from megatron_gmpo.rollout.sglang.servers import node_of
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from megatron_gmpo.rollout.sglang.sync.broadcast import BroadcastSync
@@ -50,6 +51,20 @@ def test_route(
     sync = make_weight_sync(cfg, placement, torch.device(device), tmp_path)
     assert type(sync) is kind
     assert sync._packer._capacity == bucket
+
+
+@pytest.mark.parametrize("route", ["auto", "distributed"])
+def test_different_nccl_names_the_route_as_it_was_set(
+    route: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 2.27.3\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(start.nccl, "version", lambda: (2, 28, 9))
+    with pytest.raises(
+        InputError, match=rf"^weight_sync\.route = '{route}' broadcasts .* 2\.28\.9 .* 2\.27\.3: set it to"
+    ):
+        start._check_nccl(str(python), route)
 
 
 def test_node_of_a_server() -> None:

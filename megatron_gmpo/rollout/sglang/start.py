@@ -59,10 +59,10 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
         )
     route = cfg.weight_sync.route_to(cfg.rollout.placement)
     if route == "distributed" and device.type == "cuda" and not cfg.rollout.server_urls:
-        _check_nccl(cfg.sglang.python)
+        _check_nccl(cfg.sglang.python, cfg.weight_sync.route)
 
 
-def _check_nccl(python: str) -> None:
+def _check_nccl(python: str, route: str) -> None:
     """Check that the NCCL versions are equal. NCCL connects only processes of one version (its init.cc)."""
     question = "import torch.cuda.nccl as nccl; print(*nccl.version(), sep='.')"
     try:
@@ -74,9 +74,9 @@ def _check_nccl(python: str) -> None:
     ours = ".".join(map(str, nccl.version()))
     if theirs and theirs != ours:
         raise InputError(
-            f"weight_sync.route = 'distributed' needs the same NCCL on both sides, but the trainer's torch "
-            f"has {ours} and that of sglang.python has {theirs}: set it to 'disk', or install a torch with "
-            "the same NCCL"
+            f"weight_sync.route = {route!r} broadcasts to these servers, which needs the same NCCL on both "
+            f"sides, but the trainer's torch has {ours} and that of sglang.python has {theirs}: "
+            "set it to 'disk', or install a torch with the same NCCL"
         )
 
 
@@ -128,7 +128,12 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     if not rollout.max_staleness:
         weight_sync = weight_sync.model_copy(update={"in_flight": "abort"})
     sync = make_weight_sync(
-        weight_sync, rollout.placement, device, run_dir, quantized=rollout.quantization == "fp8"
+        weight_sync,
+        rollout.placement,
+        device,
+        run_dir,
+        nodes=nodes,
+        quantized=rollout.quantization == "fp8",
     )
     everywhere = nodes.from_leaders(servers)
     with agreed():

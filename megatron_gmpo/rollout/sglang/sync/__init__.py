@@ -13,7 +13,9 @@ from urllib.parse import quote
 import torch
 
 from ....config import WeightSyncConfig
+from ....distributed import Nodes
 from ....errors import InputError
+from ....supervision.records import node_name
 from .broadcast import BroadcastSync
 from .disk import DiskSync
 from .route import SyncReport, WeightSync
@@ -28,6 +30,7 @@ def make_weight_sync(
     device: torch.device,
     run_dir: Path,
     *,
+    nodes: Nodes | None = None,
     quantized: bool = False,
 ) -> WeightSync:
     """Make the weight sync of ``cfg.route``. Collective.
@@ -37,6 +40,7 @@ def make_weight_sync(
         placement: ``rollout.placement``.
         device: this rank's device.
         run_dir: the run's folder; the disk route writes below it unless ``cfg.folder`` is set.
+        nodes: the ranks by node; None makes them.
         quantized: send block-wise FP8; the servers must have been started for it.
 
     Raises:
@@ -62,4 +66,6 @@ def make_weight_sync(
         case "distributed":
             return BroadcastSync(cfg, device, quantized)
         case "tensor":
-            return (CudaIpcSync if is_cuda else SharedMemorySync)(cfg, device, quantized)
+            return (CudaIpcSync if is_cuda else SharedMemorySync)(
+                cfg, device, quantized, nodes or Nodes(node_name())
+            )

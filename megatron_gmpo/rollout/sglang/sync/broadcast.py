@@ -1,10 +1,13 @@
-"""Route ``distributed``: broadcast from rank 0 to all ranks of all servers, over NCCL or gloo."""
+"""Route ``distributed``: broadcast to all ranks of all servers, over NCCL or gloo.
+
+One rank of each pipeline stage sends the tensors of its stage. Without stages rank 0 sends all.
+"""
 
 from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
 from typing import Any
@@ -15,22 +18,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ....config import WeightSyncConfig
+from ....distributed import rank
 from ..servers import Server, address_towards
 from .buckets import Bucket
-from .route import WeightSync
+from .route import INCOMPLETE, Sent, StagedWeights, WeightSync
 from .session import BEST_EFFORT_TIMEOUT_S, Session, SyncError
+from .turns import Turn, Turns
 
 _CONNECTION_ERRORS = ("Failed to receive weights", "Failed to initialize custom process group")
 """SGLang's messages for an error in the group's communication, which another member may have caused."""
 
 
 class BroadcastSync(WeightSync):
-    """Broadcast every bucket over a process group of rank 0 and the servers' ranks.
+    """Broadcast every bucket over a process group of the sender and the servers' ranks.
 
-    The group is kept between syncs while its members stay the same. When a server fails during a broadcast,
-    the other servers wait for data or for that server. Rank 0 then closes its connections, which ends their
-    waits, forms a new group without the failed server and sends the bucket again. This recovery was tested
-    with gloo, not with NCCL.
+    Each sender has a group of its own, and keeps it between syncs while its members stay the same. When a
+    server fails during a broadcast, the other servers wait for data or for that server. The sender then
+    closes its connections, which ends their waits, forms a new group without the failed server and sends the
+    bucket again. This recovery was tested with gloo, not with NCCL.
     """
 
     def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
@@ -39,25 +44,85 @@ class BroadcastSync(WeightSync):
         self._name = self._version = ""
         self._store: dist.Store | None = None
         self._group: Any = None
+        self._turns: Turns | None = None
+        self._is_checked = False  # whether the group's members are known to be alive since the sync began
 
     def close(self) -> None:
         if self._members:
             session = Session(self._members, BEST_EFFORT_TIMEOUT_S)
             self._disband(session)
             session.finish()
+        if self._turns:
+            self._turns.close()
 
-    def _begin(self, session: Session, version: str) -> None:
-        super()._begin(session, version)
-        versions = {reply.json()["weight_version"] for reply in session.request("/model_info").values()}
-        # another version means that a server restarted since the last sync and left the group
-        if (self._members, {self._version}) != (tuple(session.servers), versions):
-            self._disband(session)
+    def _share_of(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        staged = weights if isinstance(weights, StagedWeights) else None
+        senders = staged.senders if staged else [0]
+        if self._turns is None or self._turns.senders != senders:
+            # a sender waits for one bucket of each other sender, for which a server may get four requests
+            self._turns = Turns(senders, 4 * len(senders) * self._cfg.timeout_s)
+        return staged.of_stage() if staged else weights
 
-    def _end(self, session: Session, version: str) -> None:
+    def _total(self, nbytes: list[int]) -> int:
+        return sum(nbytes)  # each sender has tensors of its own
+
+    def _led(self, servers: Sequence[Server]) -> list[Server]:
+        assert self._turns
+        return list(servers) if self._turns.is_sender else []
+
+    def _lead(self, session: Session, tensors: Iterator[tuple[str, Tensor]], version: str) -> Sent:
+        assert self._turns
+        self._turns.join()
+        self._is_checked = False
+        try:
+            return super()._lead(session, tensors, version)
+        finally:
+            self._turns.leave()
+
+    def _open(self, session: Session, version: str) -> None:
+        assert self._turns
+        if self._turns.is_first:
+            super()._open(session, version)
+
+    def _conclude(self, session: Session, version: str) -> dict[Server, str]:
+        assert self._turns
         self._version = version
-        super()._end(session, version)
+        if (turn := self._turns.leave()) is None:
+            return {}
+        _drop(session, turn.failed)
+        if turn.is_over:
+            session.servers.clear()  # their weights are a mix of old and new weights
+            return {}
+        return super()._conclude(session, version)
 
     def _send(self, session: Session, payload: Bucket, fields: dict[str, Any], last: bool) -> None:
+        assert self._turns
+        if self._turns.is_over:
+            return
+        with self._turns.turn(last=last) as turn:
+            if self._turns.is_first and not self._is_checked:
+                turn.versions = {
+                    reply.json()["weight_version"] for reply in session.request("/model_info").values()
+                }
+            self._check_group(session, turn)
+            if not (last and turn.waiting == [rank()]):
+                fields = {"weight_version": INCOMPLETE, "flush_cache": False}
+            if not turn.is_over:
+                self._send_bucket(session, payload, fields)
+            turn.failed, turn.is_over = session.failed, turn.is_over or session.problem is not None
+
+    def _check_group(self, session: Session, turn: Turn) -> None:
+        """Leave a group that has lost a member."""
+        _drop(session, turn.failed)
+        is_lost = not set(self._members) <= set(session.servers)
+        # another version means that a server restarted since the last sync and left the group
+        if not self._is_checked:
+            is_lost |= (self._members, {self._version}) != (tuple(session.servers), turn.versions)
+        if is_lost:
+            self._disband(session)
+        self._is_checked = True
+
+    def _send_bucket(self, session: Session, payload: Bucket, fields: dict[str, Any]) -> None:
         body = {
             "names": [name for name, *_ in payload.contents],
             "dtypes": [str(dtype).removeprefix("torch.") for _, dtype, *_ in payload.contents],
@@ -73,7 +138,7 @@ class BroadcastSync(WeightSync):
                 return
 
     def _connect(self, session: Session) -> bool:
-        """Form a group of rank 0 and the servers' ranks, as SGLang's ``init_custom_process_group`` does.
+        """Form a group of this rank and the servers' ranks, as SGLang's ``init_custom_process_group`` does.
 
         Source: srt/utils/common.py of SGLang. Returns whether all members joined.
         """
@@ -172,6 +237,12 @@ class BroadcastSync(WeightSync):
 
     def _destroy_group_on(self, servers: Iterable[Server], session: Session) -> None:
         session.attempt(servers, ("/destroy_weights_update_group", {"group_name": self._name}))
+
+
+def _drop(session: Session, servers: Iterable[Server]) -> None:
+    for server in servers:
+        if server in session.servers:
+            session.drop(server, "failed while another rank sent to it")
 
 
 def _address_for(servers: Iterable[Server]) -> str:

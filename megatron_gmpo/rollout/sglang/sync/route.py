@@ -1,9 +1,9 @@
 """The steps of a weight sync that all routes share.
 
 Every rank iterates the policy's export, which is collective. A rank that leads servers packs the tensors into
-buckets and sends requests to them: rank 0, or with colocated servers the first rank of each node. It packs
-the next bucket while the servers load the current bucket. The requests follow the API of SGLang 0.5.23
-(sglang/srt/entrypoints/http_server.py).
+buckets and sends requests to them: rank 0, with colocated servers the first rank of each node, and with the
+route ``distributed`` one rank of each pipeline stage. It packs the next bucket while the servers load the
+current bucket. The requests follow the API of SGLang 0.5.23 (sglang/srt/entrypoints/http_server.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +35,18 @@ _BUCKET_BYTES = {"cuda": 4 * 2**30, "cpu": 512 * 2**20}
 """Default of ``weight_sync.bucket_bytes`` by the type of the policy's device."""
 
 
+@runtime_checkable
+class StagedWeights(Protocol):
+    """Weights that the pipeline stages can send separately, see ``weights.export.Export``."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def of_stage(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    @property
+    def senders(self) -> list[int]: ...
+
+
 @dataclass(frozen=True)
 class SyncReport:
     """The outcome of a sync, equal on all ranks.
@@ -51,7 +64,7 @@ class SyncReport:
 
 
 @dataclass(frozen=True)
-class _Sent:
+class Sent:
     """The bytes that a rank has sent, and a digest of the weights that each server holds now."""
 
     nbytes: int
@@ -102,7 +115,7 @@ class WeightSync(ABC):
         """
         self.check(servers)
         started = time.monotonic()
-        tensors = iter(named_tensors)
+        tensors = iter(self._share_of(named_tensors))
         led = self._led(servers)
         session = Session(led, self._cfg.timeout_s) if led else None
         try:
@@ -110,6 +123,8 @@ class WeightSync(ABC):
                 sent = self._lead(session, tensors, version) if session else self._follow(servers, tensors)
             except (InputError, NonFiniteError) as error:
                 sent = error
+                if session:
+                    session.servers.clear()  # their weights are a mix of old and new weights
             for _ in tensors:  # the export is collective: the other ranks wait in it after an error here
                 pass
             everywhere = all_gather_objects(sent)
@@ -135,9 +150,9 @@ class WeightSync(ABC):
             if problem:
                 raise problem
         return SyncReport(
-            max(each.nbytes for each in complete),
+            self._total([each.nbytes for each in complete]),
             max(seconds for seconds, *_ in ends),
-            tuple(server for _, failed, _ in ends for server in failed),
+            tuple(dict.fromkeys(server for _, failed, _ in ends for server in failed)),
         )
 
     def check(self, servers: Sequence[Server]) -> None:
@@ -152,27 +167,38 @@ class WeightSync(ABC):
         """Remove folders and process groups that the syncs created."""
         return
 
+    def _share_of(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """Return the tensors that this rank iterates. Collective."""
+        return weights
+
+    def _total(self, nbytes: list[int]) -> int:
+        """Return the size of the weights from the bytes that each leading rank has sent."""
+        return max(nbytes)  # each node gets all tensors
+
     def _led(self, servers: Sequence[Server]) -> list[Server]:
         """Return the servers to which this rank sends requests."""
         return list(servers) if rank() == 0 else []
 
-    def _lead(self, session: Session, tensors: Iterator[tuple[str, Tensor]], version: str) -> _Sent:
+    def _lead(self, session: Session, tensors: Iterator[tuple[str, Tensor]], version: str) -> Sent:
         """Send the weights to the servers that this rank leads; generation stays paused."""
         nbytes = 0
         pending = session.submit(self._open, session, version)
-        for bucket, last in self._packer.pack(tensors):
-            pending.result()
-            fields = {
-                "weight_version": version if last else INCOMPLETE,
-                "flush_cache": last and self._cfg.in_flight != "in_place",
-            }
-            pending = session.submit(self._send, session, self._payload(bucket), fields, last)
-            nbytes += bucket.nbytes
+        try:
+            for bucket, last in self._packer.pack(tensors):
+                pending.result()
+                fields = {
+                    "weight_version": version if last else INCOMPLETE,
+                    "flush_cache": last and self._cfg.in_flight != "in_place",
+                }
+                pending = session.submit(self._send, session, self._payload(bucket), fields, last)
+                nbytes += bucket.nbytes
+        finally:
+            wait([pending])
         pending.result()
         digests = self._conclude(session, version)
         if session.problem:
             raise session.problem
-        return _Sent(nbytes, digests)
+        return Sent(nbytes, digests)
 
     def _follow(self, servers: Sequence[Server], tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Take part in the sync on another rank; the caller iterates the tensors that this leaves."""

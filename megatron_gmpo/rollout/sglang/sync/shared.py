@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from ....config import WeightSyncConfig
-from ....distributed import rank
+from ....distributed import Nodes, rank
 from ....errors import InputError
 from ..servers import Server
 from .buckets import Bucket
-from .places import Places
+from .places import check_places
 from .route import SyncReport, WeightSync
 from .session import Session
 
@@ -41,16 +41,22 @@ class _SharedBucketSync(WeightSync):
     """
 
     def __init__(
-        self, cfg: WeightSyncConfig, device: torch.device, quantized: bool, *, reuse_buffers: bool
+        self,
+        cfg: WeightSyncConfig,
+        device: torch.device,
+        quantized: bool,
+        nodes: Nodes,
+        *,
+        reuse_buffers: bool,
     ) -> None:
         super().__init__(cfg, device, quantized, reuse_buffers=reuse_buffers)
-        self._places = Places()
+        self._nodes = nodes
 
     def _led(self, servers: Sequence[Server]) -> list[Server]:
-        return self._here(servers) if self._places.is_first else []
+        return self._here(servers) if self._nodes.is_leader else []
 
     def _here(self, servers: Sequence[Server]) -> list[Server]:
-        return [server for server in servers if server.node == self._places.node]
+        return [server for server in servers if server.node == self._nodes.name]
 
     def _send(self, session: Session, payload: Any, fields: dict[str, Any], last: bool) -> None:
         handles = {server: self._handles(payload, server) for server in session.servers}
@@ -71,11 +77,11 @@ class _SharedBucketSync(WeightSync):
 class SharedMemorySync(_SharedBucketSync):
     """Keep the buckets of each node's first rank in /dev/shm, where the servers of the node map them."""
 
-    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
-        super().__init__(cfg, device, quantized, reuse_buffers=True)
+    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool, nodes: Nodes) -> None:
+        super().__init__(cfg, device, quantized, nodes, reuse_buffers=True)
 
     def check(self, servers: Sequence[Server]) -> None:
-        self._places.check(servers, gpus=False)
+        check_places(servers, self._nodes, gpus=False)
 
     def _allocate(self, nbytes: int) -> Tensor:
         free = shutil.disk_usage(_SHARED_MEMORY).free
@@ -101,19 +107,19 @@ class CudaIpcSync(_SharedBucketSync):
     This route has not been tested on GPUs yet.
     """
 
-    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool) -> None:
+    def __init__(self, cfg: WeightSyncConfig, device: torch.device, quantized: bool, nodes: Nodes) -> None:
         # torch frees a buffer after its last reader has closed it
-        super().__init__(cfg, device, quantized, reuse_buffers=False)
-        self._node_group = self._places.new_node_group()
+        super().__init__(cfg, device, quantized, nodes, reuse_buffers=False)
+        self._node_group = nodes.group  # made here, where all ranks meet
         self._is_read = False
 
     def check(self, servers: Sequence[Server]) -> None:
-        self._places.check(servers, gpus=True)
+        check_places(servers, self._nodes, gpus=True)
 
     def update(
         self, servers: Sequence[Server], named_tensors: Iterable[tuple[str, Tensor]], version: str
     ) -> SyncReport:
-        gpu = self._places.ranks.index(rank())
+        gpu = self._nodes.local_ranks.index(rank())
         self._is_read = any(gpu in server.gpus for server in self._here(servers))
         return super().update(servers, named_tensors, version)
 
@@ -130,10 +136,12 @@ class CudaIpcSync(_SharedBucketSync):
         handle = _handle(bucket.data) if self._is_read else None
         if self._node_group is None:
             return bucket, [handle]
-        first = self._places.ranks[0]
-        handles: list[Any] = [None] * len(self._places.ranks)
+        handles: list[Any] = [None] * len(self._nodes.local_ranks)
         dist.gather_object(
-            handle, handles if self._places.is_first else None, dst=first, group=self._node_group
+            handle,
+            handles if self._nodes.is_leader else None,
+            dst=self._nodes.leader,
+            group=self._node_group,
         )
         return bucket, handles
 

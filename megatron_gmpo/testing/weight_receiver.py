@@ -1,26 +1,33 @@
-"""An SGLang server without a model that keeps the weights of ``/update_weights_from_tensor``."""
+"""An SGLang server without a model, which keeps the weights of ``/update_weights_from_tensor``."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import pickle
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from megatron_gmpo.rollout.sglang.servers import Server
+from ..rollout.sglang.servers import Server
 
 
-class FakeWeights:
-    """Server in a thread with the endpoints of a weight sync.
+class WeightReceiver:
+    """Server in a thread with the routes of a weight sync.
+
+    Like SGLang, it maps the bucket whose handle a request carries, copies the tensors into its own and closes
+    the bucket. A CUDA handle is opened on this process's GPU.
 
     Args:
         node, first_gpu, tensor_parallel_size: see ``Server``.
+        bytes_per_second: if set, the least time of an update; stands for a processor of its own.
 
     Attributes:
         server: its address.
@@ -30,24 +37,32 @@ class FakeWeights:
         paths: paths of the requests so far.
     """
 
-    def __init__(self, node: str, first_gpu: int = 0, tensor_parallel_size: int = 1) -> None:
+    def __init__(
+        self,
+        node: str = "",
+        first_gpu: int = 0,
+        tensor_parallel_size: int = 1,
+        bytes_per_second: float = float("inf"),
+    ) -> None:
         self.weights: list[dict[str, Tensor]] = [{} for _ in range(tensor_parallel_size)]
         self.status, self.is_wrong, self.paths = 200, False, list[str]()
         self.version = "default"
-        fake = self
+        self._bytes_per_second = bytes_per_second
+        receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # one packet an answer: two would wait for the client's delayed acknowledgement
 
             def log_message(self, format: str, *args: Any) -> None:  # pyright: ignore[reportIncompatible]
                 return
 
             def do_GET(self) -> None:
-                self._reply(200, {"weight_version": fake.version})
+                self._reply(200, {"weight_version": receiver.version})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self._reply(*fake._answer(self.path, body))
+                self._reply(*receiver._answer(self.path, body))
 
             def _reply(self, status: int, answer: Any) -> None:
                 content = json.dumps(answer).encode()
@@ -66,6 +81,7 @@ class FakeWeights:
         )
 
     def close(self) -> None:
+        """End the server."""
         self._http.shutdown()
         self._http.server_close()
 
@@ -78,11 +94,19 @@ class FakeWeights:
             return 200, {"ranks": [{"checksums": self._checksums(weights)} for weights in self.weights]}
         if path != "/update_weights_from_tensor":
             return 200, {}
+        started = time.monotonic()
         for weights, handle in zip(self.weights, body["serialized_named_tensors"], strict=True):
-            bucket = pickle.loads(base64.b64decode(handle))
+            bucket = _Unpickler(io.BytesIO(base64.b64decode(handle))).load()
+            data: Tensor = bucket["flattened_tensor"]
             for about in bucket["metadata"]:
-                data = bucket["flattened_tensor"][about.start_idx : about.end_idx]
-                weights[about.name] = data.view(about.dtype).view(about.shape).clone()
+                tensor = data[about.start_idx : about.end_idx].view(about.dtype).view(about.shape)
+                if about.name in weights:
+                    weights[about.name].copy_(tensor)
+                else:
+                    weights[about.name] = tensor.clone()
+            if data.is_cuda:
+                torch.cuda.synchronize()
+            time.sleep(max(0.0, started + len(data) / self._bytes_per_second - time.monotonic()))
         if self.status == 200:
             self.version = body["weight_version"]
         return self.status, {}
@@ -91,3 +115,17 @@ class FakeWeights:
         """Return one checksum of all weights. Without any, it is that of noise."""
         content = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in weights.values())
         return {"all weights": hashlib.sha256(content).hexdigest() + "x" * (self.is_wrong and bool(content))}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Opens handles of ``rollout.sglang.sync.shared``, which come from a process of this program."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _rebuild if name == "rebuild_cuda_tensor" else super().find_class(module, name)
+
+
+def _rebuild(*args: Any) -> Tensor:
+    """Open a CUDA IPC handle on this process's GPU; argument 6 is the GPU's UUID."""
+    values = list(args)
+    values[6] = torch.cuda.current_device()
+    return rebuild_cuda_tensor(*values)
