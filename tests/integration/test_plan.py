@@ -21,7 +21,7 @@ BIG = "examples/moe/qwen3_30b_a3b.toml"
 # Billions of parameters on the model cards; the active ones have two digits there.
 PUBLISHED = [
     ("qwen3_30b_a3b", 32, 30.5, 3.3),
-    ("qwen3_235b_a22b", 80, 235, 22),
+    ("qwen3_235b_a22b", 64, 235, 22),
     ("deepseek_r1_distill_qwen_7b", 8, 7.6, None),
 ]
 
