@@ -219,6 +219,10 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     on_rank_0 = os.environ.get("RANK", "0") == "0"  # the others would find the same
     if cfg.rollout.engine == "sglang" and generates and on_rank_0:
         check_servers(cfg, description.hf, device)
+    parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
+    if cfg.rollout.engine == "embedded" and generates and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        check_embedded_fits(cfg, parameters, int(os.environ.get("WORLD_SIZE", "1")), memory, train=train)
     tokenizer = load_tokenizer(cfg.model.path)
     _check_vocabulary(cfg.model.path, tokenizer, description.hf.vocab_size)
     positions: int = description.hf.max_position_embeddings
@@ -243,9 +247,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         checkpoint=checkpoint,
         damage=damage,
         step=step,
-        checkpoint_bytes=checkpoint_size(
-            sum(math.prod(weights.shape(name)) for name in weights.names), DTYPES[cfg.model.dtype]
-        ),
+        checkpoint_bytes=checkpoint_size(parameters, DTYPES[cfg.model.dtype]),
     )
 
 
@@ -286,6 +288,26 @@ def _check_run_dir(run_dir: str) -> None:
         raise InputError(f"run_dir = {run_dir!r}: {existing} is not a folder: choose another run_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"run_dir = {run_dir!r}: {existing} cannot be written: choose another run_dir")
+
+
+def check_embedded_fits(cfg: Config, parameters: int, world_size: int, memory: int, *, train: bool) -> None:
+    """Check that the embedded engine's whole model has room beside this rank's share of the policy.
+
+    The share is the smallest one possible: an equal part of the weights and, for training, of fp32 gradients,
+    main weights and moments. ``megatron-gmpo plan`` counts what the layout really needs.
+
+    Args:
+        parameters: elements of the model.
+        memory: bytes of a GPU.
+    """
+    engine = parameters * DTYPES[cfg.rollout.dtype or cfg.model.dtype].itemsize
+    per_parameter = DTYPES[cfg.model.dtype].itemsize + (4 + 12 if train else 0)
+    share = parameters * per_parameter // world_size
+    if engine + share > memory:
+        raise InputError(
+            f"rollout.engine = 'embedded' holds the whole model on each GPU: {engine / 2**30:.1f} GiB and at "
+            f"least {share / 2**30:.1f} GiB of the policy, do not fit into {memory / 2**30:.1f}: use 'sglang'"
+        )
 
 
 def _check_vocabulary(path: str, tokenizer: Any, vocab_size: int) -> None:

@@ -9,10 +9,12 @@ from pydantic import Field, TypeAdapter
 from ..config import Config
 from ..config.values import parse_value
 from ..errors import InputError
+from ..models.description import DTYPES
 from ..rollout.sglang.start import check_colocated_gpus
 from .hardware import GIB, RESERVED, SERVER_MEMORY, Hardware
+from .model_size import Model
 from .rank_plan import RankPlan
-from .step_estimate import Model, Servers
+from .step_estimate import Servers
 
 
 def check_trainer(plans: list[RankPlan], hardware: Hardware) -> None:
@@ -48,7 +50,7 @@ def plan_servers(
     """
     longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
     if cfg.rollout.engine == "embedded":  # each rank holds the whole model, and so serves by itself
-        return Servers(world_size, 1, cfg.rollout.batch_size * longest)
+        return _embedded_engines(cfg, world_size, model, plans, hardware)
     count, gpus = number_of_servers(cfg), cfg.sglang.tensor_parallel_size
     taken = int(_memory_share(cfg) * hardware.memory)
     if cfg.rollout.placement == "colocated":
@@ -68,6 +70,22 @@ def plan_servers(
             "raise sglang.tensor_parallel_size or sglang.args.mem_fraction_static"
         )
     return Servers(count, gpus, cache_tokens)
+
+
+def _embedded_engines(
+    cfg: Config, world_size: int, model: Model, plans: list[RankPlan], hardware: Hardware
+) -> Servers:
+    cache_tokens = cfg.rollout.batch_size * (cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens)
+    weights = model.parameters * DTYPES[cfg.rollout.dtype or cfg.model.dtype].itemsize
+    engine = weights + cache_tokens * model.kv_bytes_on(1)
+    plan = max(plans, key=lambda plan: plan.resident)
+    over = engine + plan.resident + RESERVED - hardware.memory
+    if over > 0:
+        raise InputError(
+            f"rollout.engine = 'embedded' needs {gib(engine)} GiB beside the {gib(plan.resident)} GiB of "
+            f"rank {plan.rank}: {gib(over)} too much for the GPU; lower rollout.batch_size, or use 'sglang'"
+        )
+    return Servers(world_size, 1, cache_tokens)
 
 
 def number_of_servers(cfg: Config) -> int:

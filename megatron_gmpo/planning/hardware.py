@@ -51,8 +51,16 @@ TP_LATENCY_S = 20e-6
 """Time of one layer's two all-reduces in decoding, for a server with several GPUs."""
 DISK_BANDWIDTH = 2e9
 """Bytes per second with which one process writes to a shared file system or reads from it."""
-HOST_COPY_BANDWIDTH = 10e9
-"""Bytes per second of a copy through the shared memory of a host."""
+BUCKET_S = 0.02
+"""Time of a bucket of a weight sync besides its copies: a request, and the loading of its tensors by name."""
+STOP_S = 30e-6
+"""Time that a rank loses when the host waits for the GPU: the copy, and the launches that follow it.
+
+A MoE layer does so once in a forward pass: the host needs the number of tokens of each expert."""
+COLUMNS_S = 0.3e-6
+"""Seconds of a node for the columns of a token, from the answer to the rank (``benchmarks.data_plane``)."""
+EXPERTS_S = 3e-9
+"""Seconds of a node for a byte of a token's routed experts (``benchmarks.data_plane``)."""
 RESERVED = 5 * GIB
 """Memory for the CUDA context, NCCL buffers, library workspaces and fragmentation."""
 SERVER_MEMORY = 0.85

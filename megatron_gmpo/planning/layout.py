@@ -16,9 +16,10 @@ from ..policy.fp8 import total_multiple
 from .checks import check_trainer, plan_servers
 from .dry_run import dry_run
 from .hardware import HARDWARE
+from .model_size import Model, model_of
 from .rank_plan import RankPlan
 from .report import headline, memory_table, print_step
-from .step_estimate import Batch, Model, StepEstimate, StepTraffic, draw_batch, model_of
+from .step_estimate import Batch, StepEstimate, StepTraffic, draw_batch
 
 
 def print_plan(

@@ -10,8 +10,9 @@ from ..config import Config
 from ..models.description import ModelDescription
 from .checks import gib, number_of_servers
 from .hardware import GPUS_PER_NODE, RESERVED, Hardware
+from .model_size import Model
 from .rank_plan import RankPlan
-from .step_estimate import Model, StepEstimate, StepTraffic
+from .step_estimate import StepEstimate, StepTraffic
 
 
 def headline(cfg: Config, description: ModelDescription, model: Model, world_size: int, machine: str) -> str:
@@ -105,6 +106,8 @@ def traffic_table(step: StepTraffic) -> Table:
         table.add_row(traffic.operation, traffic.group, ranks, nodes, sent)
     if boundary := step.boundary():
         table.add_row("send and receive", "pp", str(len(step.plans)), "", f"{boundary / 1e9:.2f}")
+    data = step.data_path
+    table.add_row("data, over a node", "", "", "", f"{data.nbytes / 1e9:.2f}")
     sent = f"{step.model.served_weights / 1e9:.2f}"
     table.add_row("weight sync", "world", str(step.world_size), "", sent)
     return table

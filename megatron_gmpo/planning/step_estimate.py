@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -17,59 +16,23 @@ from ..batch.packing import plan_microbatches
 from ..batch.plan import minibatch_bounds
 from ..config import Config
 from ..losses.objective import minibatches_without_pass, needed_columns
-from ..models.fp8_blocks import BLOCK
+from ..rollout.sglang.sync.route import BUCKET_BYTES
+from .data_path import data_path
 from .hardware import (
+    BUCKET_S,
     COMPUTE_EFFICIENCY,
     DECODE_EFFICIENCY,
     DISK_BANDWIDTH,
     GPUS_PER_NODE,
-    HOST_COPY_BANDWIDTH,
     LAYER_LATENCY_S,
     LINK_EFFICIENCY,
     PREFILL_EFFICIENCY,
+    STOP_S,
     TP_LATENCY_S,
     Hardware,
 )
+from .model_size import Model
 from .rank_plan import RankPlan, Traffic, Work
-
-
-@dataclass(frozen=True)
-class Model:
-    """The size of the whole model.
-
-    Attributes:
-        parameters: elements of all parameters.
-        active_parameters: elements that one token uses.
-        expert_parameters: elements of routed experts.
-        kv_heads: number of key-value heads.
-        kv_head_bytes: bytes of one token's keys and values in one head, summed over layers.
-        num_layers: number of layers.
-        num_experts: experts per MoE layer; 0 for a dense model.
-        topk: experts per token; 0 for a dense model.
-        served_weights: bytes of the weights on a server, and of a weight sync.
-    """
-
-    parameters: int
-    active_parameters: int
-    expert_parameters: int
-    kv_heads: int
-    kv_head_bytes: int
-    num_layers: int
-    num_experts: int
-    topk: int
-    served_weights: int
-
-    @property
-    def weights(self) -> int:
-        """Return the bytes of the weights in bf16."""
-        return 2 * self.parameters
-
-    def kv_bytes_on(self, gpus: int) -> int:
-        """Return the bytes of one token in the caches of all GPUs of a server.
-
-        Each GPU holds whole heads, at least one.
-        """
-        return self.kv_head_bytes * max(self.kv_heads, gpus)
 
 
 @dataclass(frozen=True)
@@ -158,6 +121,7 @@ class StepTraffic:
         replicas = world_size // cfg.parallel.model_parallel_size
         # ratio of the tokens of a training microbatch to the tokens of the dry run's microbatch
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
+        self._slots = slots
         self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
         minibatches, is_moe = cfg.train.minibatches_per_step, model.num_experts > 0
         without = minibatches_without_pass(cfg.algorithm, minibatches, is_moe=is_moe)
@@ -165,6 +129,7 @@ class StepTraffic:
         """Forward passes before the updates: for old log probabilities, and for the reference policy."""
         if "ref_logprobs" in needed_columns(cfg.algorithm):
             self.passes += 1
+        self.data_path = data_path(cfg, batch.tokens, model.expert_bytes, world_size)
 
     def traffic(self) -> list[Traffic]:
         """Return the traffic of the busiest rank of each group in a step."""
@@ -217,6 +182,7 @@ class StepEstimate(StepTraffic):
         self.seconds = {
             "rollout": self._rollout(),
             "weight_sync": self._weight_sync(),
+            "data": self.data_path.seconds,
             "logprobs": self.passes
             * self._pipeline(batch.forward_microbatches, self._forward_filled, training=False),
             "train": sum(
@@ -228,7 +194,7 @@ class StepEstimate(StepTraffic):
     @property
     def step(self) -> float:
         """Return the seconds of a step; with ``rollout.max_staleness`` generation overlaps training."""
-        trainer = self.seconds["logprobs"] + self.seconds["train"]
+        trainer = self.seconds["data"] + self.seconds["logprobs"] + self.seconds["train"]
         both = (
             max(trainer, self.seconds["rollout"])
             if self.cfg.rollout.max_staleness
@@ -264,13 +230,32 @@ class StepEstimate(StepTraffic):
         """
         stages, chunks = len(self.plans), self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
         slowest = max(self._seconds(plan.training if training else plan.forward) for plan in self.plans)
+        slowest += self._head(training=training)
         slowest += (
             max(plan.boundary for plan in self.plans)
             * chunks
             * (2 if training else 1)
             / (self._stage_link * LINK_EFFICIENCY)
         )
-        return (microbatches + (stages - 1) / chunks) * slowest * filled
+        return (microbatches + (stages - 1) / chunks) * (slowest * filled + self._stops(training=training))
+
+    def _head(self, *, training: bool) -> float:
+        """Return the time to read and write the chunks of logits of the dry run's microbatch.
+
+        The products of the head are among the FLOPs. In a forward pass a product writes the fp32 logits and
+        the kernel of ``policy.logprob_kernels`` reads them. The backward pass computes them again, replaces
+        them by their gradient, and reads it in two products.
+        """
+        elements = self._slots / self.cfg.parallel.context_parallel_size * self.model.vocab_size
+        elements /= self.cfg.parallel.tensor_model_parallel_size
+        return elements * 4 * (2 + 5 * training) / self.hardware.bandwidth
+
+    def _stops(self, *, training: bool) -> float:
+        """Return the time that the host's waiting in the MoE layers of a stage costs."""
+        if not self.model.num_experts:
+            return 0.0
+        again = training and self.cfg.megatron.get("recompute_granularity") == "full"
+        return self.model.num_layers / len(self.plans) * (1 + again) * STOP_S
 
     @property
     def _stage_link(self) -> float:
@@ -306,20 +291,26 @@ class StepEstimate(StepTraffic):
         )
 
     def _weight_sync(self) -> float:
-        """Return the time of a weight sync.
+        """Return the time of a weight sync, whose buckets are sent while the next ones are gathered.
 
-        Every rank gathers all weights once, and rank 0 sends them to the servers.
+        Every rank gathers all weights. On the route ``distributed``, a sender of each stage gathers and sends
+        the stage's weights at the same time as the other senders. On the route ``tensor``, the servers copy
+        the weights within their GPUs.
         """
         link = self.hardware.network if self.world_size > GPUS_PER_NODE else self.hardware.nvlink
-        gathered = self.model.weights / (link * LINK_EFFICIENCY)
+        gathered, served = self.model.weights / (link * LINK_EFFICIENCY), self.model.served_weights
         if self.cfg.rollout.engine == "embedded":
             return gathered
-        route = {
-            "disk": 2 * self.model.served_weights / DISK_BANDWIDTH,
-            "distributed": self.model.served_weights / (self.hardware.network * LINK_EFFICIENCY),
-            "tensor": self.model.served_weights / HOST_COPY_BANDWIDTH,
-        }
-        return gathered + route[self.cfg.weight_sync.route_to(self.cfg.rollout.placement)]
+        buckets = served / ((self.cfg.weight_sync.bucket_bytes or BUCKET_BYTES["cuda"]) / 2)
+        match self.cfg.weight_sync.route_to(self.cfg.rollout.placement):
+            case "disk":
+                return gathered + 2 * served / DISK_BANDWIDTH
+            case "tensor":
+                copied = 2 * served / self.servers.gpus / self.hardware.bandwidth
+                return max(gathered, copied + buckets * BUCKET_S)
+            case "distributed":
+                sent = served / (self.hardware.network * LINK_EFFICIENCY)
+                return max(gathered, sent + buckets * BUCKET_S) / len(self.plans)
 
     def _rollout(self) -> float:
         """Return the time of the slowest server: prefill of its prompts, then decoding in a full batch."""
@@ -364,30 +355,3 @@ class StepEstimate(StepTraffic):
         computing = 2 * model.active_parameters * batch / (servers.gpus * hardware.flops * PREFILL_EFFICIENCY)
         latency = model.num_layers * (LAYER_LATENCY_S + (TP_LATENCY_S if servers.gpus > 1 else 0.0))
         return max(reading, computing) + latency
-
-
-def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, quantized: bool) -> Model:
-    """Return the size of the whole model from the plans of its stages.
-
-    Args:
-        padding: number of elements that pad the vocabulary.
-        quantized: whether the servers hold the weights in block-wise FP8.
-    """
-    parameters = sum(plan.stage_parameters for plan in plans) - padding
-    experts = sum(plan.stage_expert_parameters for plan in plans)
-    count, topk = (
-        transformer.num_moe_experts or 0,
-        transformer.moe_router_topk if transformer.num_moe_experts else 0,
-    )
-    idle = experts * (count - topk) // count if count else 0
-    if getattr(transformer, "multi_latent_attention", False):
-        kv_heads, kv = 1, 2 * (hf.kv_lora_rank + hf.qk_rope_head_dim)  # latents, which all heads share
-    else:
-        kv_heads, kv = transformer.num_query_groups, 2 * 2 * transformer.kv_channels
-    layers = transformer.num_layers
-    # embeddings and routers stay in bf16; norms are small
-    wide = hf.hidden_size * (hf.vocab_size * (1 if hf.tie_word_embeddings else 2) + layers * count)
-    served = 2 * wide + (parameters - wide) * (1 + 4 / BLOCK**2) if quantized else 2 * parameters
-    return Model(
-        parameters, parameters - idle, experts, kv_heads, kv * layers, layers, count, topk, round(served)
-    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gmpo.planning.step_estimate import Model
+from megatron_gmpo.planning.model_size import Model
 
 from ..support.commands import CONFIG, ROOT, error_lines, options, run_module
 
@@ -21,7 +21,7 @@ BIG = "examples/moe/qwen3_30b_a3b.toml"
 # Billions of parameters on the model cards; the active ones have two digits there.
 PUBLISHED = [
     ("qwen3_30b_a3b", 32, 30.5, 3.3),
-    ("qwen3_235b_a22b", 80, 235, 22),
+    ("qwen3_235b_a22b", 64, 235, 22),
     ("deepseek_r1_distill_qwen_7b", 8, 7.6, None),
 ]
 
@@ -94,6 +94,12 @@ def test_a_big_model_fits_and_has_the_published_size(
             {"world_size": 32, "sglang__args__mem_fraction_static": 0.15},
             r"a server's 4 GPUs give it 47\.4 GiB, too little",
         ),
+        (
+            BIG,
+            {"world_size": 32, "rollout__engine": "embedded", "rollout__placement": "disaggregated"},
+            # 30.5 B parameters in bf16 are 56.9 GiB, and 64 sequences of 9,216 tokens of 96 KiB are 54 GiB
+            r"rollout\.engine = 'embedded' needs 110\.9 GiB beside the 39\.5 GiB of rank 0: .*'sglang'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -154,6 +160,7 @@ def test_a_server_of_more_gpus_than_heads_repeats_the_heads() -> None:
         kv_heads=4,
         kv_head_bytes=2 * 2 * 128 * 48,
         num_layers=48,
+        vocab_size=151_936,
         num_experts=128,
         topk=8,
         served_weights=0,
@@ -166,6 +173,7 @@ def test_a_server_of_more_gpus_than_heads_repeats_the_heads() -> None:
         kv_heads=1,
         kv_head_bytes=2 * 576 * 61,
         num_layers=61,
+        vocab_size=129_280,
         num_experts=256,
         topk=8,
         served_weights=0,

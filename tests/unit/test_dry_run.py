@@ -16,8 +16,9 @@ import torch.distributed as dist
 from megatron_gmpo.config import Config
 from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.planning.dry_run import dry_run
+from megatron_gmpo.planning.model_size import Model
 from megatron_gmpo.planning.rank_plan import RankPlan, Traffic
-from megatron_gmpo.planning.step_estimate import Batch, Model, StepTraffic
+from megatron_gmpo.planning.step_estimate import Batch, StepTraffic
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 EP = "expert_model_parallel_size"
@@ -171,5 +172,5 @@ def test_forward_passes_before_the_updates(
             "train": {"minibatches_per_step": minibatches},
         }
     )
-    model = Model(*[1] * 6, num_experts=0, topk=0, served_weights=1)
+    model = Model(*[1] * 7, num_experts=0, topk=0, served_weights=1)
     assert StepTraffic(cfg, model, [], Batch([8], [4], [1], 1), 1, 8).passes == passes

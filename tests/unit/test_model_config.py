@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -25,6 +26,7 @@ from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import ModelDescription, describe_model
 from megatron_gmpo.models.fusions import FUSIONS, describe_fusions, fusions_off
 from megatron_gmpo.models.layout import check_layout
+from megatron_gmpo.run import check_embedded_fits
 
 CPU = torch.device("cpu")
 TP, PP, VPP = (
@@ -620,3 +622,23 @@ def test_nothing_but_config_json_is_needed(describe: Describe, tmp_path: Path) -
     describe()
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]
     shutil.rmtree(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "world_size", "train", "fits"),
+    [
+        # 2 bytes on each GPU; shared by all GPUs 2 bytes, and 16 of gradients, main weights and moments
+        (20 * 10**9, 8, True, False),  # 40 + 45 GB
+        (20 * 10**9, 16, True, True),  # 40 + 22.5 GB
+        (20 * 10**9, 8, False, True),  # 40 + 5 GB
+        (41 * 10**9, 1024, False, False),  # 82 GB
+    ],
+)
+def test_the_embedded_engine_needs_room_beside_the_policy(
+    parameters: int, world_size: int, train: bool, fits: bool
+) -> None:
+    cfg = Config.model_validate({"model": {"path": "m", "dtype": "bf16"}})
+    with (
+        nullcontext() if fits else pytest.raises(InputError, match=r"rollout\.engine = 'embedded'.*'sglang'")
+    ):
+        check_embedded_fits(cfg, parameters, world_size, 80 * 10**9, train=train)

@@ -31,7 +31,7 @@ INCOMPLETE = "incomplete"
 
 Tokens with this version belong to no policy version."""
 
-_BUCKET_BYTES = {"cuda": 4 * 2**30, "cpu": 512 * 2**20}
+BUCKET_BYTES = {"cuda": 4 * 2**30, "cpu": 512 * 2**20}
 """Default of ``weight_sync.bucket_bytes`` by the type of the policy's device."""
 
 
@@ -85,7 +85,7 @@ class WeightSync(ABC):
         self, cfg: WeightSyncConfig, device: torch.device, quantized: bool, *, reuse_buffers: bool = True
     ) -> None:
         self._cfg, self._device = cfg, device
-        self._bucket_bytes = cfg.bucket_bytes or _BUCKET_BYTES[device.type]
+        self._bucket_bytes = cfg.bucket_bytes or BUCKET_BYTES[device.type]
         # half of it, because one bucket is packed while another is sent
         self._packer = BucketPacker(
             self._bucket_bytes // 2, self._allocate, quantized=quantized, reuse_buffers=reuse_buffers
