@@ -403,7 +403,8 @@ def save_both_ways(cfg: Config, batch: TrainBatch, run_dir: Path, go: Path) -> d
     go.unlink(missing_ok=True)
     with opened(cfg) as policy, held(), patch.dict(os.environ, WRITE_AFTER=str(go)):
         seed_everything(rank())
-        history = _steps(policy, batch, 2)
+        share = policy.share(batch)
+        history = _steps(policy, share, 2)
         state = records(clip={"low": 2, "high": 1})
         policy.start_save(run_dir / "at_once", 2, state, 1).finish()
         policy.start_save(run_dir / "background", 1, state, 1).finish()
@@ -417,7 +418,7 @@ def save_both_ways(cfg: Config, batch: TrainBatch, run_dir: Path, go: Path) -> d
         nbytes = save._files.nbytes
         save._files.close()
         state["clip"]["low"] = -1
-        history += _steps(policy, batch, 2)
+        history += _steps(policy, share, 2)
         assert min(random.random(), np.random.rand(), float(torch.rand(()))) >= 0  # the generators go on
         assert not save.ended(wait=False)
         barrier()

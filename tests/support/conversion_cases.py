@@ -110,7 +110,7 @@ def save_as_megatron_lm(
         (chunk,) = policy.chunks
         gpt: Any = unwrapped(chunk)
         random_states = [{"random_rng_state": random.getstate(), "torch_rng_state": torch.get_rng_state()}]
-        cases._steps(policy, batch, 1)  # creates the moments
+        cases._steps(policy, policy.share(batch), 1)  # creates the moments
         model = gpt.sharded_state_dict(metadata=metadata)
         for extra_state in nested_values(model):
             if isinstance(extra_state, ShardedObject):
