@@ -55,11 +55,11 @@ def plan_servers(
     taken = int(_memory_share(cfg) * hardware.memory)
     if cfg.rollout.placement == "colocated":
         check_colocated_gpus(count, count * gpus, world_size)
-        plan = max(plans, key=lambda plan: plan.resident)
-        over = taken + plan.resident + RESERVED - hardware.memory
+        plan = max(plans, key=lambda plan: plan.while_sampling)
+        over = taken + plan.while_sampling + RESERVED - hardware.memory
         if over > 0:
             raise InputError(
-                f"colocated servers take {gib(taken)} GiB beside the {gib(plan.resident)} GiB of rank "
+                f"colocated servers take {gib(taken)} GiB beside the {gib(plan.while_sampling)} GiB of rank "
                 f"{plan.rank}: {gib(over)} too much for the GPU; lower sglang.args.mem_fraction_static"
             )
     cache_tokens = (taken * gpus - model.served_weights) // model.kv_bytes_on(gpus)

@@ -57,9 +57,9 @@ STOP_S = 30e-6
 """Time that a rank loses when the host waits for the GPU: the copy, and the launches that follow it.
 
 A MoE layer does so once in a forward pass: the host needs the number of tokens of each expert."""
-COLUMNS_S = 0.3e-6
+COLUMNS_S = 0.03e-6
 """Seconds of a node for the columns of a token, from the answer to the rank (``benchmarks.data_plane``)."""
-EXPERTS_S = 3e-9
+EXPERTS_S = 2.7e-9
 """Seconds of a node for a byte of a token's routed experts (``benchmarks.data_plane``)."""
 RESERVED = 5 * GIB
 """Memory for the CUDA context, NCCL buffers, library workspaces and fragmentation."""

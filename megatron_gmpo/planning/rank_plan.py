@@ -87,6 +87,11 @@ class RankPlan:
         return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
+    def while_sampling(self) -> int:
+        """Return the bytes that stay allocated while colocated servers generate, without the gradients."""
+        return self.resident - self.gradients
+
+    @property
     def total(self) -> int:
         """Return the bytes at the peak of a training step."""
         return self.resident + self.activations + self.temporaries

@@ -42,14 +42,13 @@ class Batch:
     Attributes:
         lengths: tokens per sequence.
         responses: tokens per response.
-        microbatches: for each optimizer step, the number of microbatches on a rank.
-        forward_microbatches: number of microbatches on a rank in a forward pass over the whole batch.
+        microbatches: for each optimizer step, the number of microbatches on a rank. A forward pass over the
+            whole batch has the same ones.
     """
 
     lengths: list[int]
     responses: list[int]
     microbatches: list[int]
-    forward_microbatches: int
 
     @property
     def tokens(self) -> int:
@@ -83,7 +82,7 @@ def draw_batch(cfg: Config, world_size: int, prompt_tokens: int, response_tokens
 
     bounds = minibatch_bounds(count, cfg.train.minibatches_per_step)
     per_update = [microbatches(lengths[start:end]) for start, end in bounds]
-    return Batch(lengths, responses, per_update, microbatches(lengths))
+    return Batch(lengths, responses, per_update)
 
 
 @dataclass(frozen=True)
@@ -119,10 +118,9 @@ class StepTraffic:
     ) -> None:
         self.cfg, self.model, self.plans, self.batch, self.world_size = cfg, model, plans, batch, world_size
         replicas = world_size // cfg.parallel.model_parallel_size
-        # ratio of the tokens of a training microbatch to the tokens of the dry run's microbatch
+        # ratio of the tokens of a microbatch to the tokens of the dry run's microbatch
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._slots = slots
-        self._forward_filled = batch.tokens / (replicas * batch.forward_microbatches * slots)
         minibatches, is_moe = cfg.train.minibatches_per_step, model.num_experts > 0
         without = minibatches_without_pass(cfg.algorithm, minibatches, is_moe=is_moe)
         self.passes = 1 - without / minibatches
@@ -138,7 +136,7 @@ class StepTraffic:
             sent: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
             for work, times in (
                 (plan.training.traffic, sum(self.batch.microbatches) * self._filled),
-                (plan.forward.traffic, self.passes * self.batch.forward_microbatches * self._forward_filled),
+                (plan.forward.traffic, self.passes * sum(self.batch.microbatches) * self._filled),
                 (plan.gradient_sync, len(self.batch.microbatches)),
             ):
                 for traffic in work:
@@ -154,7 +152,7 @@ class StepTraffic:
         sent = max(plan.boundary for plan in self.plans) * (
             self.cfg.parallel.virtual_pipeline_model_parallel_size or 1
         )
-        forward = self.passes * self.batch.forward_microbatches * self._forward_filled
+        forward = self.passes * sum(self.batch.microbatches) * self._filled
         return int(sent * (2 * sum(self.batch.microbatches) * self._filled + forward))
 
 
@@ -184,9 +182,9 @@ class StepEstimate(StepTraffic):
             "weight_sync": self._weight_sync(),
             "data": self.data_path.seconds,
             "logprobs": self.passes
-            * self._pipeline(batch.forward_microbatches, self._forward_filled, training=False),
+            * self._pipeline(sum(batch.microbatches), training=False),
             "train": sum(
-                self._pipeline(count, self._filled, training=True) + self._update()
+                self._pipeline(count, training=True) + self._update()
                 for count in batch.microbatches
             ),
         }
@@ -223,7 +221,7 @@ class StepEstimate(StepTraffic):
             / (self.seconds["train"] * self.hardware.flops)
         )
 
-    def _pipeline(self, microbatches: int, filled: float, *, training: bool) -> float:
+    def _pipeline(self, microbatches: int, *, training: bool) -> float:
         """Return the time of the slowest stage with the pipeline bubble.
 
         This is the time of ``microbatches + (stages - 1) / chunks`` passes.
@@ -237,7 +235,7 @@ class StepEstimate(StepTraffic):
             * (2 if training else 1)
             / (self._stage_link * LINK_EFFICIENCY)
         )
-        return (microbatches + (stages - 1) / chunks) * (slowest * filled + self._stops(training=training))
+        return (microbatches + (stages - 1) / chunks) * (slowest * self._filled + self._stops(training=training))
 
     def _head(self, *, training: bool) -> float:
         """Return the time to read and write the chunks of logits of the dry run's microbatch.

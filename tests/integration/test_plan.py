@@ -86,8 +86,8 @@ def test_a_big_model_fits_and_has_the_published_size(
         ),
         (
             BIG,
-            {"world_size": 32, "sglang__args__mem_fraction_static": 0.6},
-            r"colocated servers take 47\.4 GiB .*mem_fraction_static",
+            {"world_size": 32, "sglang__args__mem_fraction_static": 0.72},
+            r"colocated servers take 56\.9 GiB .*mem_fraction_static",
         ),
         (
             BIG,

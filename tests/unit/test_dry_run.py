@@ -173,4 +173,4 @@ def test_forward_passes_before_the_updates(
         }
     )
     model = Model(*[1] * 7, num_experts=0, topk=0, served_weights=1)
-    assert StepTraffic(cfg, model, [], Batch([8], [4], [1], 1), 1, 8).passes == passes
+    assert StepTraffic(cfg, model, [], Batch([8], [4], [1]), 1, 8).passes == passes

@@ -57,7 +57,7 @@ def benchmarks() -> tuple[ScriptedEngine, dict[str, list[Prompt]]]:
 def test_every_benchmark_has_its_figures() -> None:
     engine, sets = benchmarks()
     cfg = EvalConfig(samples_per_prompt=4, k=(1, 2, 4), temperature=0.6, top_p=0.95)
-    records: dict[str, list[SampleGroup]] = {}
+    records: dict[str, dict[int, SampleGroup]] = {}
     results = evaluate(engine, sets, arithmetic_reward, cfg, max_new_tokens=9, stop=("\n",), records=records)
     assert results == pytest.approx(
         {
@@ -77,7 +77,7 @@ def test_every_benchmark_has_its_figures() -> None:
     )
     sampling = SamplingParams(n=4, max_new_tokens=9, temperature=0.6, top_p=0.95, stop=("\n",))
     assert engine.calls == [(["a", "b", "c"], sampling), (["d"], sampling)]
-    assert {name: [g.rewards for g in groups] for name, groups in records.items()} == {
+    assert {name: [g.rewards for g in groups.values()] for name, groups in records.items()} == {
         "first": [[1.0] * 4, [0.0, 1.0, 0.0, 0.0], [0.0] * 4],
         "second": [[1.0, 0.0, 0.0, 1.0]],
     }
