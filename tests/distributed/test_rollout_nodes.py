@@ -195,7 +195,8 @@ def test_a_batch_does_not_depend_on_who_samples_it(
         contents.append([merged(outcomes, nodes, batch) for batch in range(2)])
         assert all(outcome.synced == outcomes[0].synced for outcome in outcomes)
         urls = [fakes[number].server.url for number in numbers]
-        assert outcomes[0].synced == [urls, urls]  # one sync of all servers a step
+        # each server once a step; in the first one, a server may be ready before the others
+        assert sorted(sum(outcomes[0].synced, [])) == sorted(2 * urls)
     assert all(content == contents[0] for content in contents)
     assert contents[0][0] != contents[0][1]
 

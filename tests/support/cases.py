@@ -116,7 +116,7 @@ def train_beside_servers(
             for _ in policy.export_hf():
                 pass
             note(policy)
-            history += _steps(policy, batch, 1)
+            history += _steps(policy, policy.share(batch), 1)
             note(policy)
         return history, weights_on_rank_0(policy), sizes
 
