@@ -181,11 +181,9 @@ class StepEstimate(StepTraffic):
             "rollout": self._rollout(),
             "weight_sync": self._weight_sync(),
             "data": self.data_path.seconds,
-            "logprobs": self.passes
-            * self._pipeline(sum(batch.microbatches), training=False),
+            "logprobs": self.passes * self._pipeline(sum(batch.microbatches), training=False),
             "train": sum(
-                self._pipeline(count, training=True) + self._update()
-                for count in batch.microbatches
+                self._pipeline(count, training=True) + self._update() for count in batch.microbatches
             ),
         }
 
@@ -235,7 +233,9 @@ class StepEstimate(StepTraffic):
             * (2 if training else 1)
             / (self._stage_link * LINK_EFFICIENCY)
         )
-        return (microbatches + (stages - 1) / chunks) * (slowest * self._filled + self._stops(training=training))
+        return (microbatches + (stages - 1) / chunks) * (
+            slowest * self._filled + self._stops(training=training)
+        )
 
     def _head(self, *, training: bool) -> float:
         """Return the time to read and write the chunks of logits of the dry run's microbatch.

@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_a_batch_does_not_depend_on_who_samples_it(
         assert all(outcome.synced == outcomes[0].synced for outcome in outcomes)
         urls = [fakes[number].server.url for number in numbers]
         # each server once a step; in the first one, a server may be ready before the others
-        assert sorted(sum(outcomes[0].synced, [])) == sorted(2 * urls)
+        assert sorted(chain.from_iterable(outcomes[0].synced)) == sorted(2 * urls)
     assert all(content == contents[0] for content in contents)
     assert contents[0][0] != contents[0][1]
 
