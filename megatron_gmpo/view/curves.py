@@ -79,7 +79,7 @@ def curves(runs: list[Metrics], first: int, last: int) -> dict[str, Any]:
     """Return the panels that have data, and each run's points in them.
 
     Returns:
-        ``panels``: title, kind, smoothed, log and ``metrics`` (metric -> name in the legend) of each panel;
+        ``panels``: title, kind, log and ``metrics`` (metric -> name in the legend) of each panel;
         ``runs``: for each run, metric -> {x, y} and, for a pass@k, ``low`` and ``high`` of its 95 % interval.
     """
     series = [run.series(first, last) for run in runs]
@@ -92,8 +92,7 @@ def curves(runs: list[Metrics], first: int, last: int) -> dict[str, Any]:
         elif kind == "stack":
             names = present - {"time/step"}
         if chosen := panel.choose(names):
-            shown = {"title": panel.title, "kind": kind, "smoothed": panel.smoothed, "log": panel.log}
-            panels.append(shown | {"metrics": chosen})
+            panels.append({"title": panel.title, "kind": kind, "log": panel.log, "metrics": chosen})
     return {"panels": panels, "runs": [_points(found) for found in series]}
 
 

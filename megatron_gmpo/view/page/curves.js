@@ -80,7 +80,7 @@ function linesOf(panel) {
       if (p.low) {
         found.push({ x: p.x, y: p.low, label: "", color, edge: "low" }, { x: p.x, y: p.high, label: "", color, edge: "high" });
       }
-      const smooth = curves.smooth > 0 && panel.smoothed && p.y.length > 20;
+      const smooth = curves.smooth > 0 && panel.kind === "lines" && p.y.length > 20;
       if (smooth) found.push({ x: p.x, y: p.y, label: "", color: color + "40", dash, width: 1 });
       found.push({ x: p.x, y: smooth ? smoothed(p.y) : p.y, label, color, dash, width: 1.6 });
     });
