@@ -130,7 +130,7 @@ def write_records(folder: Path, step: int, about: dict[str, Any], records: Seque
         about: what the first line says of the step beside its number, e.g. loss, clip_low and clip_high.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:06d}.jsonl"
+    path = _file_of(folder, step)
     header = orjson.dumps({"step": step, **about}, option=orjson.OPT_SERIALIZE_NUMPY)
     files.write(
         path, b"".join(line + b"\n" for line in [header, *(r.to_json() for r in records)]), durable=False
@@ -141,3 +141,14 @@ def write_records(folder: Path, step: int, about: dict[str, Any], records: Seque
         if kept > FOLDER_BYTES and file != path:
             file.unlink()
     return path
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Remove the records of the steps after ``step``, for a run that resumes from it or rolled back to it."""
+    for file in folder.glob("step_*.jsonl"):
+        if file > _file_of(folder, step):
+            file.unlink()
+
+
+def _file_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}.jsonl"

@@ -50,7 +50,8 @@ def page(browser: Any) -> Iterator[Any]:
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     yield page
     context.close()
-    assert wrong == []
+    # a test may end its server while the page still asks for news
+    assert [line for line in wrong if "ERR_CONNECTION_REFUSED" not in line] == []
 
 
 @contextmanager

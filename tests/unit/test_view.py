@@ -27,7 +27,7 @@ from megatron_gmpo.commands import view
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics import token_records
 from megatron_gmpo.metrics.logger import MetricLogger
-from megatron_gmpo.metrics.token_records import Record, choose, write_records
+from megatron_gmpo.metrics.token_records import Record, choose, remove_after, write_records
 from megatron_gmpo.rollout.replay import append_transcripts
 from megatron_gmpo.view import curves
 from megatron_gmpo.view.answers import answer, to_json
@@ -36,7 +36,7 @@ from megatron_gmpo.view.folder import RunFolder, named_runs
 from megatron_gmpo.view.page import export
 from megatron_gmpo.view.samples import explain
 from megatron_gmpo.view.server import make_app
-from megatron_gmpo.view.tokens import summary
+from megatron_gmpo.view.tokens import recorded_steps, summary
 
 from ..support.view_runs import MARKUP, write_run
 
@@ -276,6 +276,14 @@ def test_the_folder_of_records_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(token_records, "FOLDER_BYTES", 1)
     write_records(tmp_path, 7, {}, [record([0.1])])
     assert [file.name for file in tmp_path.iterdir()] == ["step_000007.jsonl"]  # the newest always stays
+
+
+def test_a_run_that_goes_back_has_no_records_of_later_steps(tmp_path: Path) -> None:
+    for step in (0, 2, 10, 11):
+        write_records(tmp_path, step, {}, [record([0.1])])
+    remove_after(tmp_path, 10)
+    assert recorded_steps(tmp_path) == [0, 2, 10]
+    remove_after(tmp_path / "nowhere", 0)
 
 
 # folders that are not whole
