@@ -151,7 +151,7 @@ function drawHistograms(into, found) {
   into.replaceChildren(el("div", { className: "legend" }, el("i", { className: "chip", style: { background: COLORS[0] } }), "tokens (before)", el("i", { className: "chip", style: { background: COLORS[1] } }), "samples (after: mean of the clipped log ratios)"));
   const bars = uPlot.paths.bars({ size: [0.9, 40] });
   new uPlot({ width: Math.min(900, byId("main").clientWidth - 40), height: 200, legend: { show: false }, cursor: { show: false },
-    scales: { x: { time: false, range: () => [edges[0], edges.at(-1)] }, y: { distr: 3 } },
+    scales: { x: { time: false, range: () => [edges[0], edges.at(-1)] }, y: { distr: 3, range: (_, low) => [low / 3, 1] } },
     axes: [{ label: "log ratio", labelSize: 18, size: 28 }, { label: "share, log scale", labelSize: 18, size: 60, values: (_, ticks) => ticks.map((t) => (t === null ? "" : number(t, 2))) }],
     series: [{}, { fill: COLORS[0] + "90", paths: bars, points: { show: false } }, { fill: COLORS[1] + "90", paths: bars, points: { show: false } }],
   }, [centres, share(before), share(after)], into);
