@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_gmpo", "megatron_gmpo.*"]),
     entry_points={"console_scripts": ["megatron-gmpo = megatron_gmpo.commands:main"]},
-    package_data={"megatron_gmpo": ["py.typed", "lab/templates/*.html"]},
+    package_data={"megatron_gmpo": ["py.typed", "lab/templates/*.html", "view/page/*"]},
     install_requires=[
         "aiohttp>=3.11,<4",
         "datasets>=4.0",
@@ -53,6 +53,7 @@ setup(
         "dev": [
             "hypothesis>=6.130",
             "import-linter>=2.3",
+            "playwright>=1.50",  # drives Chromium in the tests of the page
             "pyright[nodejs]>=1.1.400",  # node from a wheel: lint needs no network after installation
             "pytest>=8.3",
             "pytest-timeout>=2.3",

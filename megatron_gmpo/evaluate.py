@@ -57,7 +57,8 @@ def evaluate(
 
     Returns:
         The means ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length`` over the
-        benchmark, and ``eval/{set}/timeouts``, the number of responses whose check exceeded its time limit.
+        benchmark, ``eval/{set}/timeouts``, the number of responses whose check exceeded its time limit, and
+        ``eval/{set}/problems``.
     """
     sampling = SamplingParams(
         n=cfg.samples_per_prompt,
@@ -77,6 +78,7 @@ def evaluate(
         results[f"eval/{name}/reward"] = fmean(index.reward.tolist())
         results[f"eval/{name}/response_length"] = fmean(index.response_length.tolist())
         results[f"eval/{name}/timeouts"] = timeouts
+        results[f"eval/{name}/problems"] = len(prompts)
         if records is not None:
             records[name] = groups
     return results

@@ -15,6 +15,7 @@ from .losses.objective import Objective
 from .metrics.collapse import Collapse, CollapseDetector
 from .metrics.figures import Metric
 from .metrics.logger import MetricLogger, cut_after
+from .metrics.token_records import remove_after
 from .rollout.collect import Collector
 from .rollout.engine import RolloutEngine
 from .run import Run
@@ -48,7 +49,7 @@ class TrainingState:
             Collector(engine, run.prompts, run.reward, run.cfg.rollout) if engine and run.prompts else None
         )
         self._scale_lr()
-        self._cut_transcripts()
+        self._cut_rollouts()
 
     def save(self, logger: MetricLogger, *, background: bool) -> None:
         """Save everything to ``run.checkpoint_dir``; ``finish_save`` completes the checkpoint. Collective.
@@ -157,7 +158,7 @@ class TrainingState:
         self._scale_lr()
         go_back(checkpoint, self._records())
         logger.rewind(self.step)
-        self._cut_transcripts()
+        self._cut_rollouts()
         logger.event("rollback", step=self.step, from_step=came_from, rollbacks=rollbacks)
 
     def _restore(self, checkpoint: Path) -> None:
@@ -173,6 +174,7 @@ class TrainingState:
     def _scale_lr(self) -> None:
         self.policy.scale_lr(self._cfg.collapse.rollback_lr_scale**self._detector.rollbacks)
 
-    def _cut_transcripts(self) -> None:
+    def _cut_rollouts(self) -> None:
         if rank() == 0:
             cut_after(self._run.transcripts, self.step)
+            remove_after(self._run.run_dir / "tokens", self.step)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
+from .batch.index import StepIndex
 from .batch.samples import SampleGroup
 from .checkpoint import clear_unfinished
 from .config import Config
@@ -37,10 +38,11 @@ from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
 from .losses.advantages import group_advantages
 from .losses.correction import correct, rollout_mismatch
-from .losses.objective import make_objective
+from .losses.objective import Objective, make_objective
 from .metrics.figures import Metric, reduce_metrics
 from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
+from .policy.observed import Observed, Seen, record_tokens
 from .rollout.collect import Collected, replayed
 from .rollout.engine import RolloutEngine
 from .rollout.replay import append_transcripts, check_groups, load_share, save_groups
@@ -149,7 +151,11 @@ class Loop:
         self.finish_save(wait=False)
         self._write_rollouts(collected.groups)  # before training, which takes the samples
         advantages = group_advantages(collected.index, state.objective.advantage)
-        learned = self.learn(self.make_batch(collected, advantages))
+        prompt_ids = {position: group.prompt.id for position, group in collected.groups.items()}
+        objective = Observed.of(state.objective) if cfg.log.tokens_per_step else state.objective
+        learned = self.learn(self.make_batch(collected, advantages), objective)
+        if isinstance(objective, Observed):
+            self._record_tokens(objective.seen, collected.index, prompt_ids)
         clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
         self.logger.add(learned | clips)
         if advantages.any():  # else the clip fractions say nothing
@@ -203,9 +209,9 @@ class Loop:
             objective.add_columns(batch)
         return batch
 
-    def learn(self, batch: TrainBatch) -> dict[str, Metric]:
+    def learn(self, batch: TrainBatch, objective: Objective) -> dict[str, Metric]:
         """Make one optimizer step per minibatch and return the metrics of all minibatches."""
-        policy, objective = self.state.policy, self.state.objective
+        policy = self.state.policy
         updates: list[dict[str, Metric]] = []
         policy.begin_step(self.state.step)
         minibatches = policy.minibatches(batch)
@@ -255,6 +261,19 @@ class Loop:
         append_transcripts(self.run.transcripts, step + 1, groups, cfg.log.transcripts_per_step)
         if cfg.rollout.save_path:
             save_groups(cfg.rollout.save_path, step, groups)
+
+    def _record_tokens(self, seen: list[Seen], index: StepIndex, prompt_ids: dict[int, str]) -> None:
+        with self.timer("record"):
+            record_tokens(
+                self.run.run_dir / "tokens",
+                self.state.step + 1,
+                self.cfg.log.tokens_per_step,
+                seen,
+                index,
+                prompt_ids,
+                self.run.tokenizer,
+                self.state.policy.leads_replica,
+            )
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """Write the newest minibatch of each replica; return the error with the files' paths."""

@@ -19,6 +19,7 @@ NAMES = (
     "lab",
     "plan",
     "watch",
+    "view",
     "plot_metrics",
     "mismatch",
     "serve",

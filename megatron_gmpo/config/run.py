@@ -92,5 +92,8 @@ class LogConfig(Section):
     """Weights & Biases project to log to (needs the ``wandb`` extra); empty disables it."""
     transcripts_per_step: Annotated[int, Field(ge=0)] = 4
     """Number of prompt groups per step whose responses are written to transcripts.jsonl."""
+    tokens_per_step: Annotated[int, Field(ge=0, le=64)] = 0
+    """Number of samples per step whose tokens are recorded in tokens/ for ``megatron-gmpo view``; 0 turns it
+    off. Half of them have the largest log ratios of the step, the others are drawn at random."""
     progress: bool = True
     """Show a progress line for each step."""

@@ -15,7 +15,7 @@ from ..errors import InputError
 from .advantages import resolve_advantage
 from .registry import Loss, NewColumn, default_clips, resolve_loss
 from .signature import check_options
-from .tokens import LossOutput, LossTokens
+from .tokens import LossOutput, LossTokens, log_interval
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Objective:
         Raises:
             InputError: a user's loss returned something other than a ``LossOutput``.
         """
-        old_logprobs = self._old_logprobs(microbatch)
+        old_logprobs = self.old_logprobs_of(microbatch)
         assert old_logprobs is not None, "no old log probabilities: call Policy.prepare before train_step"
         uses_entropy = self.entropy_coef != 0 or "entropy" in self.needs
         shift = microbatch.router_shift
@@ -96,8 +96,16 @@ class Objective:
             )
         return output
 
-    def _old_logprobs(self, columns: TrainBatch | Microbatch) -> Tensor | None:
+    def old_logprobs_of(self, columns: TrainBatch | Microbatch) -> Tensor | None:
+        """Return the log probabilities that the ratio divides by; None before they are computed."""
         return columns.rollout_logprobs if self.old_logprobs == "rollout" else columns.old_logprobs
+
+    @property
+    def log_clip(self) -> tuple[float, float]:
+        """Return the bounds that the clips mean for a log ratio."""
+        if self.loss.clip_space == "log_ratio":
+            return -self.clip_low, self.clip_high
+        return log_interval(self.clip_low, self.clip_high)
 
     @property
     def needs_advantage(self) -> bool:
@@ -114,7 +122,7 @@ class Objective:
         """
         for need in self.loss.needs:
             if isinstance(need, NewColumn):
-                seen = replace(batch, old_logprobs=self._old_logprobs(batch))
+                seen = replace(batch, old_logprobs=self.old_logprobs_of(batch))
                 batch.add_extra(need.name, need.column, need.make(seen))
 
     def count(self, sequences: int, tokens: int) -> int:

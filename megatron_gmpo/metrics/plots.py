@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,78 +14,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import InputError
+from .panels import PANELS, Panel
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 """Metric name -> (steps, values) of the steps that have a value."""
 
 COLORS = ("#2f6fb2", "#d9772b", "#3a9a5c", "#b8405e", "#7b5ea7", "#8a6d3b", "#3aa6a6", "#6b6b6b")
 INK, MUTED, GRID = "#22262b", "#6a727c", "#e4e7eb"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One panel of the page.
-
-    Attributes:
-        title: title with the unit.
-        metrics: metric, or a pattern with ``*`` -> name in the legend; "" uses the text that ``*`` matched.
-        kind: ``band`` fills the range between two metrics, ``stack`` stacks the parts of a total.
-        smoothed: draw a running mean over the raw values.
-        log: use a logarithmic y axis.
-    """
-
-    title: str
-    metrics: dict[str, str]
-    kind: Literal["lines", "band", "stack"] = "lines"
-    smoothed: bool = False
-    log: bool = False
-
-
-PANELS = (
-    Panel("Reward, mean of a step", {"reward/mean": ""}, smoothed=True),
-    Panel("Evaluation, pass@k", {"eval/*pass@*": ""}),
-    Panel("Response length, tokens", {"response_length/mean": "mean", "response_length/max": "longest"}),
-    Panel("Policy loss", {"loss": ""}, smoothed=True),
-    Panel("Gradient norm", {"grad_norm": ""}, smoothed=True),
-    Panel("Policy entropy, nats a token", {"policy/entropy": ""}, smoothed=True),
-    Panel(
-        "Log ratio to the old policy, range over tokens",
-        {"policy/log_ratio_min": "", "policy/log_ratio_max": ""},
-        kind="band",
-    ),
-    Panel(
-        "Log ratio, 0.1 % to 99.9 % of tokens",
-        {"policy/log_ratio_q001": "", "policy/log_ratio_q999": ""},
-        kind="band",
-    ),
-    Panel(
-        "Clipped tokens, fraction", {"policy/clip_fraction_high": "high", "policy/clip_fraction_low": "low"}
-    ),
-    Panel("Clip", {"policy/clip_high": "high", "policy/clip_low": "low"}),
-    Panel(
-        "Left out of the policy term, fraction",
-        {"policy/masked_fraction": "tokens", "policy/masked_sequences": "sequences"},
-    ),
-    Panel("KL, nats a token", {"policy/kl_old": "to the old policy", "policy/kl_ref": "to the reference"}),
-    Panel(
-        "Rollout against trainer",
-        {
-            "rollout/logprob_diff_mean": "mean |Δ log p|",
-            "rollout/logprob_diff_max": "largest",
-            "rollout/k3_kl": "k3 KL",
-        },
-        log=True,
-    ),
-    Panel(
-        "MoE load over the mean expert's",
-        {"moe/load_max": "fullest expert", "moe/load_cv": "standard deviation"},
-    ),
-    Panel("MoE experts without a token", {"moe/dead_experts": ""}),
-    Panel("MoE router entropy, nats", {"moe/router_entropy": ""}),
-    Panel("MoE routings that differ, fraction", {"moe/routing_*": ""}),
-    Panel("MoE auxiliary losses", {"moe/*_loss": ""}, log=True),
-    Panel("Time of a step, seconds", {"time/*": ""}, kind="stack"),
-)
 
 
 def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> list[str]:
@@ -162,12 +94,7 @@ def _choose(panel: Panel, runs: Mapping[str, Series]) -> dict[str, str]:
         if len(runs) > 1:
             return {"time/step": ""} if "time/step" in present else {}
         present.discard("time/step")
-    chosen: dict[str, str] = {}
-    for pattern, label in panel.metrics.items():
-        head, star, _ = pattern.partition("*")
-        matches = sorted(fnmatch.filter(present, pattern), key=lambda name: (name == "time/other", name))
-        chosen |= {name: label or (name.removeprefix(head) if star else "") for name in matches}
-    return chosen
+    return panel.choose(present)
 
 
 def verbatim(label: str) -> str:

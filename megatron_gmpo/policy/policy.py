@@ -32,6 +32,7 @@ from ..weights.run_checkpoint import RunState, read_state
 from .auxiliary_losses import AuxiliaryLosses
 from .build import build_chunks, make_trainable, move_to_host, on_device, without_logits
 from .fp8 import drop_initial_values
+from .observed import Observed
 from .optimizer_state import load_training_state, load_weights, tensors_to_save
 from .routers import OldRouters, RouterShift, freeze_routers, routes_together
 from .routing import Routing, RoutingPass, pass_figures, pass_metrics
@@ -220,7 +221,7 @@ class Policy:
         """
         if self._weights_are_old:
             return torch.ones(len(batch.tokens))
-        shift = RouterShift(*self._routers_of(batch))
+        shift = RouterShift(*self._routers(batch))
         self.schedule.logprobs(self.chunks, batch, self._routing_pass(batch, replay=True), shift)
         return shift.gather()
 
@@ -293,6 +294,8 @@ class Policy:
             replay = not is_old or self.cfg.algorithm.moe_routing_replay == "rollout"
             routing = self._routing_pass(minibatch, replay=replay)
         kept = self.schedule.run(self.chunks, minibatch, loss, routing, routers)
+        if isinstance(objective, Observed):
+            objective.end(self.schedule, minibatch, routing)
         summed = pass_figures(routing, routers) | {"auxiliary": self.auxiliary.take()}
         fetched = {"old_logprobs": self.schedule.gather(found, len(minibatch.tokens))} if is_old else {}
         # one rank of each tensor-parallel group has the metrics; this is the only wait before the optimizer
@@ -385,11 +388,9 @@ class Policy:
         if not self.description.is_moe:
             return None
         per_layer: bool = self.description.transformer.moe_per_layer_logging
-        return OldRouters(*self._routers_of(batch), keep_scores=keep_scores, per_layer=per_layer)
+        return OldRouters(*self._routers(batch), keep_scores=keep_scores, per_layer=per_layer)
 
-    def _routers_of(
-        self, batch: TrainBatch
-    ) -> tuple[RoutingShape, ProcessGroupCollection, int, torch.device]:
+    def _routers(self, batch: TrainBatch) -> tuple[RoutingShape, ProcessGroupCollection, int, torch.device]:
         """Return the arguments of a ``RouterPass`` over the batch."""
         return self.description.routing, self.groups, len(batch.tokens), self.device
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
@@ -131,6 +132,8 @@ class RoutingPass:
     # microbatch -> (T',) bool, and (T',) number of this rank's layers whose choice differs
     _known: dict[int, Tensor] = field(default_factory=dict)
     _differs: dict[int, Tensor] = field(default_factory=dict)
+    # microbatch -> (T',) index of the input tokens of these slots, -1 on padding
+    _inputs: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def compares(self) -> bool:
@@ -154,6 +157,7 @@ class RoutingPass:
         yield
         if self.compares and number not in self._known:
             self._known[number] = self.routing.known(self.batch, microbatch)
+            self._inputs[number] = self.routing.own(microbatch.input_index)
             self._differs[number] = torch.zeros_like(self._known[number], dtype=torch.int32)
         for place, (layer, hook) in enumerate(hooks.items()):
             chosen = hook.get_recorded_indices()
@@ -193,6 +197,23 @@ class RoutingPass:
             dist.all_reduce(differs, group=self.pp_group)
         counts = torch.stack([pairs, (differs > 0).sum(), known.sum()]).double()
         return counts if self.pp_group.rank() == 0 else counts * counts.new_tensor([1, 0, 0])
+
+    def rerouted(self, groups: ProcessGroupCollection) -> Tensor:
+        """Return (L,) int32 on the device of every rank of the replica. Collective.
+
+        Row t is the number of MoE layers whose experts for token t - 1, which predicts token t, differ from
+        those that the batch knows.
+        """
+        device = next(iter(self._differs.values())).device
+        counts = torch.zeros(len(self.batch.tokens) + 1, dtype=torch.int32, device=device)
+        for number, differs in self._differs.items():
+            inputs = self._inputs[number]
+            counts[inputs[inputs >= 0] + 1] = differs[inputs >= 0]
+        dist.all_reduce(counts, group=groups.pp)
+        # the ranks of these groups see other slots, or the same
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=groups.tp)
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=groups.cp)
+        return counts[:-1]
 
     def metrics(self, name: str, figures: Tensor) -> dict[str, Metric]:
         """Return metrics from the host's copy of all ranks' sum of ``figures``.

@@ -33,16 +33,30 @@ def countdown_reward(prompt: Prompt, response: str) -> float:
     Raises:
         InputError: the prompt's answer does not have this form.
     """
+    return float(not mistake(prompt, response))
+
+
+def mistake(prompt: Prompt, response: str) -> str:
+    """Return in one sentence why the response is no solution, or "" if it is; see ``countdown_reward``."""
     numbers, target = _read(prompt)
-    expression = response.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    expression = answer_in(response)
     if not re.fullmatch(rf"[-0-9+*/() ]{{1,{MAX_LENGTH}}}", expression):
-        return 0.0
+        return "The answer is not an expression of numbers, + - * / and parentheses."
     used: list[int] = []
     try:
         value = _value(ast.parse(expression, mode="eval").body, used)
-    except (SyntaxError, ZeroDivisionError):
-        return 0.0
-    return float(value == target and sorted(used) == numbers)
+    except SyntaxError:
+        return "The expression cannot be read."
+    except ZeroDivisionError:
+        return "The expression divides by zero."
+    if value != target:
+        return f"The value is {value}, not {target}."
+    return "" if sorted(used) == numbers else f"The numbers are {sorted(used)}, not {numbers}."
+
+
+def answer_in(response: str) -> str:
+    """Return the content of the last ``<answer> </answer>``, or the whole response without one."""
+    return response.rpartition("<answer>")[2].partition("</answer>")[0].strip()
 
 
 def _read(prompt: Prompt) -> tuple[list[int], int]:

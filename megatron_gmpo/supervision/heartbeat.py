@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from .. import files
 from .records import node_name, rank_file
 
@@ -23,7 +25,8 @@ class Heartbeat:
     """Write a heartbeat every ``interval_s``, and detect phases that take too long.
 
     The file is ``heartbeats/rank_00003.json``, with rank, node, pid, ``step`` (completed steps), ``phase``,
-    ``since`` (Unix time at which the phase began) and ``time`` (Unix time of the write).
+    ``since`` (Unix time at which the phase began), ``time`` (Unix time of the write) and ``memory`` (resident
+    bytes of the process).
 
     Args:
         run_dir: the run folder.
@@ -103,6 +106,7 @@ class Heartbeat:
             "pid": os.getpid(),
             "step": self.step,
             "phase": self.phase,
+            "memory": psutil.Process().memory_info().rss,
         }
         content = json.dumps(beat | {"since": self.since, "time": time.time()})
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
 import safetensors.torch
@@ -17,6 +18,7 @@ import torch
 
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.command_line import load_config
+from megatron_gmpo.metrics.token_records import Record
 from megatron_gmpo.rewards.countdown import countdown_reward
 from megatron_gmpo.rollout.replay import load_groups
 from megatron_gmpo.testing.arithmetic import write_addition_problems
@@ -90,6 +92,7 @@ def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
             optimizer__lr=1e-3,
             optimizer__lr_schedule="constant",
             log__tensorboard="false",
+            log__tokens_per_step=64,  # every sample of a step
         ),
     ]
 
@@ -152,6 +155,43 @@ def test_a_run_leaves_its_figures_transcripts_and_checkpoint(two_steps: Path) ->
     assert (two_steps / "checkpoints" / "iter_0000002" / "state.json").is_file()
 
 
+def recorded_tokens(run_dir: Path, step: int) -> dict[tuple[str, int], Record]:
+    """Return the records of a step by prompt and number of the sample."""
+    lines = (run_dir / "tokens" / f"step_{step:06d}.jsonl").read_bytes().splitlines()[1:]
+    return {(record.prompt_id, record.index): record for record in map(Record.from_json, lines)}
+
+
+def test_the_recorded_tokens_have_the_figures_of_the_step(two_steps: Path) -> None:
+    """The metrics are reduced on the device over all ranks, and every sample is recorded here."""
+    transcripts = {
+        (line["step"], line["prompt_id"], index): sample
+        for line in json_lines(two_steps / "transcripts.jsonl")
+        for index, sample in enumerate(line["samples"])
+    }
+    for line in json_lines(two_steps / "metrics.jsonl")[1:]:
+        records = recorded_tokens(two_steps, line["step"])
+        log_ratio, clipped, entropy = (
+            np.concatenate([getattr(record, name) for record in records.values()])
+            for name in ("log_ratio", "clipped", "entropy")
+        )
+        assert log_ratio.max() == pytest.approx(line["policy/log_ratio_max"], abs=1e-5)
+        assert log_ratio.min() == pytest.approx(line["policy/log_ratio_min"], abs=1e-5)
+        assert entropy.mean() == pytest.approx(line["policy/entropy"], abs=1e-5)
+        fractions = line["policy/clip_fraction_high"] + line["policy/clip_fraction_low"]
+        assert clipped.mean() == pytest.approx(fractions)
+        ratios = [record.sequence_ratio for record in records.values()]
+        assert max(ratios) == pytest.approx(line["policy/sequence_ratio_max"], rel=1e-5)
+        assert min(ratios) == pytest.approx(line["policy/sequence_ratio_min"], rel=1e-5)
+        for (prompt_id, index), record in records.items():
+            assert abs(record.rollout_difference).max() < 1e-4  # the engine has the policy's weights
+            if sample := transcripts.get((line["step"], prompt_id, index)):
+                assert record.reward == pytest.approx(sample["reward"])
+                assert len(record.ids) == sample["length"]
+                text = "".join(record.text)
+                assert re.sub("<(pad|bos|eos)>", "", text).strip() == sample["text"].strip()
+        assert any((line["step"], *key) in transcripts for key in records)
+
+
 def test_plot_metrics_draws_the_run(two_steps: Path, tmp_path: Path) -> None:
     done = run_module("tools.plot_metrics", two_steps, "--out", tmp_path / "curves.png")
     assert done.returncode == 0, done.stderr
@@ -210,6 +250,19 @@ def test_replayed_rollouts_train_the_same_in_another_layout(
         for name in ("loss", "grad_norm", "policy/log_ratio_max", "policy/entropy", "reward/mean"):
             # the loss is a mean of fp32 terms around 1 that cancel
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), name
+    for step in (1, 2):
+        assert_equal_records(recorded_tokens(two_steps, step), recorded_tokens(tmp_path, step))
+
+
+def assert_equal_records(expected: dict[Any, Record], found: dict[Any, Record]) -> None:
+    assert found.keys() == expected.keys()
+    for key, record in expected.items():
+        other = found[key]
+        assert other.text == record.text
+        assert other.prompt == record.prompt
+        for name in ("log_ratio", "entropy", "rollout_difference"):
+            np.testing.assert_allclose(getattr(other, name), getattr(record, name), atol=1e-4)
+        assert (other.layers_rerouted is None) == (record.layers_rerouted is None)
 
 
 def test_dr_grpo_alone_is_the_papers_loss_without_truncated_samples(
@@ -274,6 +327,19 @@ def test_the_rollouts_routing_is_replayed_in_another_layout(
         for name in ("grad_norm", "policy/log_ratio_max", "policy/entropy"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
     assert found[-1]["moe/routing_drift"] > 0  # the replay has an effect
+    for step in (1, 2):
+        records = [recorded_tokens(tmp_path / name, step) for name in ("ep2", "pp2")]
+        assert_equal_records(*records)
+        counts = [
+            np.concatenate(
+                [r.layers_rerouted for _, r in sorted(part.items()) if r.layers_rerouted is not None]
+            )
+            for part in records
+        ]
+        # the choice between two experts with nearly equal scores may depend on rounding
+        assert (counts[0] != counts[1]).mean() < 0.01
+        assert counts[0].max() <= 2
+        assert counts[0].any()
     without = options(run_dir=tmp_path / "none", rollout__replay_path=two_steps / "rollouts")
     done = run_module("megatron_gmpo.train", *argv, *replay, *without)
     assert done.returncode == 2

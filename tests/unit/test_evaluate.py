@@ -67,12 +67,14 @@ def test_every_benchmark_has_its_figures() -> None:
             "eval/first/reward": 5 / 12,
             "eval/first/response_length": (4 + 6 + 6) / 12,
             "eval/first/timeouts": 0,
+            "eval/first/problems": 3,
             "eval/second/pass@1": 1 / 2,
             "eval/second/pass@2": 1 - 1 / 6,
             "eval/second/pass@4": 1,
             "eval/second/reward": 1 / 2,
             "eval/second/response_length": 1,
             "eval/second/timeouts": 0,
+            "eval/second/problems": 1,
         }
     )
     sampling = SamplingParams(n=4, max_new_tokens=9, temperature=0.6, top_p=0.95, stop=("\n",))
@@ -89,7 +91,7 @@ def test_defaults_are_one_greedy_answer() -> None:
     assert set(results) == {
         f"eval/{name}/{figure}"
         for name in sets
-        for figure in ("pass@1", "reward", "response_length", "timeouts")
+        for figure in ("pass@1", "reward", "response_length", "timeouts", "problems")
     }
     assert results["eval/first/pass@1"] == pytest.approx(1 / 3)
     assert engine.calls[0][1] == SamplingParams(n=1, max_new_tokens=9, temperature=0.0)

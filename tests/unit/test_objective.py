@@ -28,6 +28,7 @@ from megatron_gmpo.losses.correction import (
 from megatron_gmpo.losses.objective import Objective, make_objective, minibatches_without_pass
 from megatron_gmpo.losses.registry import LOSSES, default_clips
 from megatron_gmpo.metrics.figures import value_of
+from megatron_gmpo.policy.observed import Observed
 
 from ..support.batches import split
 from ..support.groups import step_batch
@@ -225,6 +226,28 @@ def test_penalties(loss: str, kl_coef: float, entropy_coef: float) -> None:
         assert found[1][1] is None
     # The metrics are logged even if they are not part of the loss.
     assert {"policy/kl_ref", "policy/entropy"} <= bare[0].metrics.keys()
+
+
+@pytest.mark.parametrize("penalties", [{}, {"kl_coef": 0.3, "entropy_coef": 0.1}], ids=["none", "both"])
+def test_an_observed_loss_is_the_same_and_keeps_the_gradient_of_its_policy_term(penalties) -> None:
+    """The gradient is that of the paper's equation in float64, exactly 0 for the tokens that GMPO clips."""
+    batch = replace(microbatch(), sequence_weights=None, kept_tokens=None)
+    plain = objective_of(loss="gmpo", clip_low=0.4, clip_high=0.4, **penalties)
+    observed = Observed.of(plain)
+    assert_same(ours(observed, batch), ours(plain, batch))
+    assert batch.old_logprobs is not None
+    delta = (predicted()[0].detach() - batch.old_logprobs).double()
+    expected = []
+    for sequence, advantage in enumerate(batch.advantages.double()):
+        of_sequence = delta[6 * sequence + 2 : 6 * sequence + 6]
+        bounded = of_sequence.clamp(max=0.4) if advantage > 0 else of_sequence.clamp(min=-0.4)
+        weight = bounded.mean().exp() / 4
+        expected.append(torch.where(bounded == of_sequence, -advantage * weight, 0.0))
+    (gradient,) = observed._values["gradient"]
+    assert_close(gradient.double(), torch.cat(expected), rtol=1e-5, atol=0)
+    assert ((gradient == 0) == (torch.cat(expected) == 0)).all()
+    assert 0 < int((gradient == 0).sum()) < len(gradient)
+    assert torch.equal(observed._values["logprobs"][0], predicted()[0].detach()[batch.loss_slots])
 
 
 def test_off_policy_masking_reaches_the_loss() -> None:

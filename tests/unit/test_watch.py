@@ -12,6 +12,7 @@ from rich.console import Console
 from megatron_gmpo.commands import watch
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.metrics.logger import MetricLogger
+from megatron_gmpo.view import snapshot
 
 NOW = 1_000_000.0
 
@@ -160,7 +161,7 @@ def test_half_written_files_are_left_out(run_dir: Path) -> None:
 
 
 def test_only_the_end_of_long_files_is_read(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "TAIL_BYTES", 300)
+    monkeypatch.setattr(snapshot, "TAIL_BYTES", 300)
     assert [line["step"] for line in watch.read(run_dir).steps] == [4]
     assert "step 4/10" in shown(run_dir)
 

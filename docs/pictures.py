@@ -1,0 +1,60 @@
+"""Make the pictures of docs/view.md with headless Chromium.
+
+Usage::
+
+    python docs/pictures.py RUN_DIR
+
+RUN_DIR is a run with ``log.tokens_per_step`` above 0. The pictures are written to docs/pictures/.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from megatron_gmpo.commands.view import main as view
+
+FOLDER = Path(__file__).with_name("pictures")
+SIZE = {"width": 1200, "height": 720}
+
+
+def main(run_dir: str) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as made, sync_playwright() as started:
+        exported = Path(made) / "page.html"
+        view([run_dir, "--export", str(exported)])
+        browser = started.chromium.launch(
+            executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport=SIZE)
+        page.goto(exported.as_uri())
+        page.wait_for_selector(".panel canvas")
+        take(page, "curves")
+        for name in ("Samples", "Machine", "Tokens"):
+            page.get_by_role("tab", name=name).click()
+            if name == "Tokens":  # the largest ratios are those of the first updates
+                page.get_by_label("Step", exact=True).fill("1")
+                page.get_by_label("Step", exact=True).press("Enter")
+            page.wait_for_timeout(300)
+            take(page, name.lower())
+        page.locator("#worst tr.pick").first.click()
+        page.locator(".tokens span.pinned").hover()
+        take(page, "microscope")
+        browser.close()
+
+
+def take(page: Any, name: str) -> None:
+    """Write a picture with 64 colours, which is a third of the size."""
+    file = FOLDER / f"view_{name}.png"
+    page.screenshot(path=file)
+    Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,90 @@
+// The tab Samples: the groups of a step, side by side.
+
+const samples = { run: 0, step: null, sort: "group" };
+const SORTS = {
+  group: ["in groups", null],
+  reward: ["reward", (s) => -s.reward],
+  length: ["length", (s) => -s.length],
+  advantage: ["advantage (reward over the group's mean)", (s) => -s.over_mean],
+  loss: ["advantage, lowest first", (s) => s.over_mean],
+  ratio: ["largest |log ratio| (recorded samples)", (s) => -(s.largest ?? -1)],
+};
+
+tabs.Samples = {
+  open: () => showSamples(),
+  update: () => { if (!byId("groups")) showSamples(); else if (samples.follows) showSamples(); },
+};
+
+async function showSamples() {
+  const run = state.runs[samples.run];
+  const steps = run?.samples || [];
+  const main = byId("main");
+  if (!steps.length) {
+    main.replaceChildren(...[runBar(samples, showSamples), nothing("There are no samples: the run has written no transcripts.jsonl (log.transcripts_per_step).")].filter(Boolean));
+    return;
+  }
+  const newest = steps.at(-1);
+  if (samples.step === null || !steps.includes(samples.step)) samples.step = newest;
+  const groups = el("div", { id: "groups" });
+  const bar = el("div", { className: "bar" }, runChoice(samples.run, (at) => { samples.run = at; samples.step = null; showSamples(); }),
+    stepChoice(steps, samples.step, (step) => { samples.step = step; showSamples(); }),
+    choice("Sort by", Object.entries(SORTS).map(([name, [shown]]) => [name, shown]), samples.sort, (by) => { samples.sort = by; showSamples(); }));
+  main.replaceChildren(bar, groups);
+  await shown(groups, async () => {
+    const found = await load(`samples/${samples.run}/${samples.step}`);
+    const recorded = run.tokens?.includes(samples.step) ? (await load(`tokens/${samples.run}/${samples.step}`)).samples : [];
+    return samples.sort === "group" ? found.map((group) => groupBox(group, recorded)) : sorted(found, recorded);
+  });
+}
+
+const runBar = (tab, again) => (state.runs.length > 1
+  ? el("div", { className: "bar" }, runChoice(tab.run, (at) => { tab.run = at; tab.step = null; again(); })) : null);
+
+function recordOf(group, sample, recorded) {
+  return recorded.find((r) => r.prompt_id === group.prompt_id && r.index === sample.index);
+}
+
+function sorted(groups, recorded) {
+  const flat = groups.filter((group) => group.samples).flatMap((group) => group.samples.map((sample, index) => {
+    const record = recordOf(group, { index }, recorded);
+    return { ...sample, index, group, record, largest: record?.largest };
+  }));
+  flat.sort((a, b) => SORTS[samples.sort][1](a) - SORTS[samples.sort][1](b));
+  return flat.map((sample) => el("div", { className: "group" }, promptBox(sample.group), el("div", { className: "samples" }, sampleBox(sample, sample.record))));
+}
+
+function groupBox(group, recorded) {
+  if (group.problem) return el("p", { className: "bad", textContent: group.problem });
+  const boxes = group.samples.map((sample, index) => sampleBox(sample, recordOf(group, { index }, recorded)));
+  return el("div", { className: "group" }, promptBox(group), el("div", { className: "samples" }, ...boxes));
+}
+
+function promptBox(group) {
+  return el("div", {}, el("div", { className: "facts" }, "Prompt ", el("b", { textContent: group.prompt_id }), "  truth ", el("b", { textContent: group.answer })), turns(group.prompt));
+}
+
+// A prompt is text, or turns whose content is text or parts with images.
+function turns(prompt) {
+  if (!Array.isArray(prompt)) return el("pre", { className: "prompt", textContent: prompt });
+  return el("div", {}, ...prompt.map((turn) => el("div", { className: "turn" },
+    el("div", { className: "facts", textContent: turn.role }), ...(Array.isArray(turn.content) ? turn.content.map(part) : [el("pre", { className: "prompt", textContent: turn.content })]))));
+}
+
+function part(content) {
+  const url = content?.image_url?.url ?? content?.image;
+  if (typeof url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(url)) return el("img", { src: url, alt: "image of the prompt" });
+  return el("pre", { textContent: content?.text ?? (url ? `image ${url}` : JSON.stringify(content)) });
+}
+
+function sampleBox(sample, record) {
+  const facts = [["reward", number(sample.reward)], ["over the mean", number(sample.over_mean)], ["tokens", number(sample.length)], ["end", sample.finish_reason]];
+  if (record) facts.push(["largest |log ratio|", number(record.largest)], ["advantage", number(record.advantage)]);
+  const line = el("div", { className: "facts" });
+  for (const [name, value] of facts) line.append(`${name} `, el("b", { textContent: value }), "   ");
+  const box = el("div", { className: `sample ${sample.reward > 0 ? "right" : "wrong"}` }, line,
+    Array.isArray(sample.turns) ? turns(sample.turns) : el("pre", { className: "response", textContent: sample.text }),
+    sample.extracted === null || sample.extracted === undefined ? null : el("div", { className: "facts" }, "extracted answer ", el("b", { textContent: sample.extracted })),
+    el("div", { className: "facts", textContent: sample.why }));
+  if (record) box.append(el("button", { textContent: "Tokens", onclick: () => openTab("Tokens", { run: samples.run, step: samples.step, sample: record.sample }) }));
+  return box;
+}

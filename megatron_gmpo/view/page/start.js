@@ -1,0 +1,56 @@
+// The header and the refresh.
+
+const REFRESH_MS = 3000;
+
+function drawHeader() {
+  byId("tabs").replaceChildren(...Object.keys(tabs).map((name) => el("button", {
+    textContent: name, role: "tab", ariaSelected: String(name === state.tab), onclick: () => openTab(name),
+  })));
+  byId("runs").replaceChildren(...state.runs.map((run, i) => {
+    const box = el("input", { type: "checkbox", checked: !state.hidden.has(i), hidden: state.runs.length < 2 });
+    box.onchange = () => { state.hidden[box.checked ? "delete" : "add"](i); redraw(); };
+    const left = run.outcome ? (run.outcome.code === 0 ? "finished" : `ended with exit code ${run.outcome.code}`) : isNumber(run.seconds_left) ? `${duration(run.seconds_left)} left` : "";
+    return el("label", {}, box, state.runs.length > 1 ? el("i", { className: "chip", style: { background: COLORS[i % COLORS.length] } }) : null,
+      el("strong", { textContent: run.name }), run.now === undefined ? "" : `  step ${run.done} of ${run.num_steps ?? "?"}  ${left}`);
+  }));
+  byId("problems").replaceChildren(...state.runs.flatMap((run) => run.problems.map((line) => el("p", { textContent: state.runs.length > 1 ? `${run.name}: ${line}` : line }))));
+}
+
+function redraw() {
+  drawHeader();
+  if (state.tab === "Curves") drawCurves();
+  else tabs[state.tab].update();
+}
+
+async function openTab(name, place) {
+  hideTip();
+  state.tab = name;
+  drawHeader();
+  await tabs[name].open(place);
+}
+
+async function refresh() {
+  try {
+    state.runs = await load("state");
+    drawHeader();
+    await tabs[state.tab].update();
+  } catch (error) {
+    byId("problems").replaceChildren(el("p", { textContent: `The server does not answer (${error.message}). The page shows its last data.` }));
+  }
+  setTimeout(refresh, REFRESH_MS);
+}
+
+async function start() {
+  try {
+    state.runs = await load("state");
+  } catch (error) {
+    byId("problems").replaceChildren(el("p", { textContent: `The run cannot be shown: ${error.message}` }));
+    return;
+  }
+  document.title = `${state.runs.map((run) => run.name).join(", ")} – megatron_gmpo`;
+  await openTab("Curves");
+  if (!EMBEDDED) setTimeout(refresh, REFRESH_MS);
+  addEventListener("resize", () => { clearTimeout(state.resize); state.resize = setTimeout(() => state.tab === "Curves" && drawCurves(), 200); });
+}
+
+start();
