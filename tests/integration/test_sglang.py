@@ -297,7 +297,7 @@ def test_forty_syncs_change_no_text_and_no_response_runs_past_its_end(
     has a complete record of its experts, or the engine raises an error.
     """
     # syncs follow each other faster than a short answer ends; the default interval would miss most answers
-    monkeypatch.setattr("megatron_gmpo.rollout.sglang.engine._POLL_S", 0.005)
+    monkeypatch.setattr("megatron_gmpo.rollout.sglang.agreement._POLL_S", 0.005)
     # a loaded machine may not sample a token within the short timeout
     monkeypatch.setattr("megatron_gmpo.rollout.sglang.sampler.ATTEMPTS", 1000)
     prompts = [Prompt(str(i), "", input_ids=[2 + i // 8, 2 + i % 8, 5, 6]) for i in range(64)]
