@@ -10,7 +10,7 @@ of a step gathers the index, moves the columns (``batch/exchange.py``) and reads
 - Growth is the CPU time of a process on four nodes, divided by that on two nodes with half of the tokens,
   minus 1.
 
-The peer is the former way, also on two nodes: samples of Python lists with routed experts in int16, gathered
+The peer, also on two nodes, has samples of Python lists with routed experts in int16, gathered
 as pickled objects on all ranks, each of which joins all of them.
 
 Run: python -m benchmarks.data_plane [--extrapolate]    (about a minute)
@@ -81,7 +81,7 @@ class Case:
         nodes: number of nodes.
         groups: groups of a rank.
         trained: False if no replica trains the sequences.
-        lists: True for the former way.
+        lists: True for the peer.
     """
 
     nodes: int
@@ -108,7 +108,7 @@ class Cost(NamedTuple):
 
 @dataclass
 class ListSample:
-    """A sample of Python lists, as this project's were."""
+    """A sample of Python lists, for the peer."""
 
     tokens: list[int]
     response_mask: list[bool]
@@ -172,7 +172,7 @@ def lists_of(case: Case, random: np.random.Generator) -> list[ListSample]:
 
 
 class ByExchange:
-    """A step as it is."""
+    """A step with ``Exchange``."""
 
     def __init__(self, case: Case, folder: str) -> None:
         self.case = case
@@ -198,7 +198,7 @@ class ByExchange:
 
 
 class ByLists:
-    """A step as it was."""
+    """A step of the peer, with Python lists."""
 
     def __init__(self, case: Case, folder: str) -> None:
         self.case = case

@@ -45,7 +45,7 @@ def main(run_dir: str) -> None:
             take(page, name.lower())
         page.locator("#worst tr.pick").first.click()
         page.locator(".tokens span.pinned").hover()
-        take(page, "microscope")
+        take(page, "sample_tokens")
         browser.close()
 
 

@@ -1,4 +1,4 @@
-"""The token microscope: the records of tokens/step_000012.jsonl, which ``metrics.token_records`` writes."""
+"""The data of the tab Tokens: records in tokens/step_000012.jsonl, which ``metrics.token_records`` writes."""
 
 from __future__ import annotations
 

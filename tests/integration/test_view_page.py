@@ -155,7 +155,7 @@ def test_a_newcomer_finds_the_token_with_the_largest_ratio_and_whether_it_was_cl
     assert said in text_of(page, "#step > p")
 
 
-def test_the_microscope(finished: tuple[Path, str], page: Any) -> None:
+def test_the_tokens_of_a_sample(finished: tuple[Path, str], page: Any) -> None:
     folder, address = finished
     line = (folder / "tokens" / "step_000040.jsonl").read_bytes().splitlines()[2]
     record = Record.from_json(line)

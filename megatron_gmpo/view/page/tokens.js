@@ -1,4 +1,4 @@
-// The tab Tokens: the token microscope.
+// The tab Tokens: the recorded tokens of a step.
 
 const tokens = { run: 0, step: null, sample: null, at: null, order: "largest", color: "log_ratio", page: 0 };
 const PAGE = 3000; // tokens that are shown at a time
