@@ -5,7 +5,6 @@ Each rank has the groups that it sampled. The ranks of a replica get its sequenc
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,8 @@ from megatron_gmpo.supervision.records import node_name
 
 from ..support import cases
 from ..support.ranks import RankPool
-from .test_layouts import CP, EP, PP, TP, VOCAB, Reference, config
+from .test_layouts import CP, DENSE, EP, MOE, PP, TP, VOCAB, Family, Reference, config
+from .test_layouts import LAYOUTS as BASIC
 
 pytestmark = pytest.mark.distributed
 
@@ -156,6 +156,12 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 
 
+EVERY_LAYOUT: dict[Family, dict[str, tuple[int, dict[str, int], bool]]] = {
+    family: {name: layout for name, layout in layouts.items() if layout[0] > 1}
+    for family, layouts in {"qwen3": BASIC | DENSE, "qwen3_moe": BASIC | MOE}.items()
+}
+
+
 OF_THE_OLD_POLICY = ("rollout/", "train/", "moe/load", "moe/router", "moe/routing_differs", "moe/dead")
 """Figures from before the first update."""
 
@@ -181,16 +187,43 @@ def names_of(result: dict[str, Any]) -> set[str]:
     ],
 )
 def test_a_step_on_nodes_equals_the_step_of_one_process(
-    ranks: RankPool, expected: Reference, case: str, layout: str, place: str, tmp_path: Path
+    ranks: RankPool, expected: Reference, case: str, layout: str, place: str
 ) -> None:
     family = "qwen3_moe" if case in MOE_ONLY or "ep" in layout else "qwen3"
     cfg, alone = (
         config(expected.model(family), parallel, max_tokens=40, **CASES[case])
         for parallel in (LAYOUTS[layout], {})
     )
+    compare(ranks, cfg, alone, *PLACES[place])
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "nodes"),
+    [
+        (family, layout, nodes)
+        for family, layouts in EVERY_LAYOUT.items()
+        for layout, (world_size, _, _) in layouts.items()
+        for nodes in (["ab"] if world_size == 2 else ["aabb", "abcd"])
+    ],
+)
+def test_every_layout_on_nodes(
+    ranks: RankPool, expected: Reference, family: Family, layout: str, nodes: str
+) -> None:
+    """The MoE replays the rollout engine's routing (R3)."""
+    _, parallel, distributed = EVERY_LAYOUT[family][layout]
+    case = CASES["R3, sequence weights" if family == "qwen3_moe" else "gmpo"]
+    optimizer = {"use_distributed_optimizer": distributed}
+    cfg, alone = (
+        config(expected.model(family), each, max_tokens=40, optimizer=optimizer, **case)
+        for each in (parallel, {})
+    )
+    compare(ranks, cfg, alone, list(nodes), [number % len(nodes) for number in (1, 3, 0, 2, 1, 3)])
+
+
+def compare(ranks: RankPool, cfg: Config, alone: Config, names: list[str], owners: list[int]) -> None:
+    """Compare a step of ranks on the nodes ``names`` with the step of one process."""
     (wanted,) = ranks.run(1, step, alone, [0] * 6, ["here"])
-    names, owners = PLACES[place]
-    results = ranks.run(4, step, cfg, owners, names)
+    results = ranks.run(len(names), step, cfg, owners, names)
     for result in results:
         assert names_of(result) == names_of(wanted)
         for update, wanted_update in zip(result["updates"], wanted["updates"], strict=True):
