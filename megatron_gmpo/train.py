@@ -33,7 +33,7 @@ from .batch.samples import SampleGroup
 from .checkpoint import clear_unfinished
 from .config import Config
 from .distributed import barrier, rank
-from .errors import NonFiniteError
+from .errors import NonFiniteError, RunError
 from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
 from .losses.advantages import group_advantages
@@ -197,6 +197,7 @@ class Loop:
     def make_batch(self, collected: Collected, advantages: Tensor) -> TrainBatch:
         """Return this replica's batch with log probabilities, corrections and own columns."""
         cfg, policy, objective = self.cfg, self.state.policy, self.state.objective
+        self.minibatch = None  # its columns keep the last step's file in memory
         index = collected.index.without_truncated() if cfg.algorithm.mask_truncated else collected.index
         plan = policy.plan(index, advantages, objective)
         with self.timer("exchange"):
@@ -277,7 +278,6 @@ class Loop:
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """Write the newest minibatch of each replica; return the error with the files' paths."""
-        self.finish_save()
         step = self.state.step + 1
         line = f"step {step}: {error}"
         if self.minibatch is not None and self.state.policy.leads_replica:
@@ -288,6 +288,10 @@ class Loop:
                 line += f"; the last minibatch is in {file}"
             except (OSError, SafetensorError) as failure:
                 line += f"; the last minibatch cannot be written ({failure})"
+        try:
+            self.finish_save()
+        except (OSError, RunError) as failure:
+            line += f"; the save in progress failed ({failure})"
         if kept := self.state.saved_step:
             line += f"; the last checkpoint is {checkpoint_path(self.run.checkpoint_dir, kept)}"
         self.logger.event("nonfinite", step=step, reason=line)

@@ -202,9 +202,9 @@ class Exchange:
         """Return a new file of zeros that all ranks of this node have open. Collective.
 
         Raises:
-            InputError: the folder has too little room.
+            InputError: the folder has too little room, or the ranks have different PID namespaces.
         """
-        address = torch.zeros(2, dtype=torch.int64)
+        address = torch.zeros(4, dtype=torch.int64)  # process, descriptor, device and inode
         file: Any = None
         with agreed():
             if self._nodes.is_leader:
@@ -217,14 +217,28 @@ class Exchange:
                     )
                 file = tempfile.TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
                 os.ftruncate(file.fileno(), nbytes)
-                address = torch.tensor([os.getpid(), file.fileno()])
+                status = os.fstat(file.fileno())
+                address = torch.tensor([os.getpid(), file.fileno(), status.st_dev, status.st_ino])
         if self._group:
             dist.broadcast(address, self._nodes.leader, self._group)
         with agreed():  # the leader keeps its file open until all ranks have opened it
             if not self._nodes.is_leader:
-                process, descriptor = address.tolist()
-                file = FileIO(f"/proc/{process}/fd/{descriptor}", "r+")
+                file = self._open(*address.tolist())
         return file
+
+    def _open(self, process: int, descriptor: int, device: int, inode: int) -> FileIO:
+        """Open the file that the leader's process has open."""
+        try:
+            file = FileIO(f"/proc/{process}/fd/{descriptor}", "r+")
+            status = os.fstat(file.fileno())
+            if (status.st_dev, status.st_ino) == (device, inode):
+                return file
+        except OSError:
+            pass
+        raise InputError(
+            f"the ranks of node {self._nodes.name!r} do not see each other's processes: "
+            "start all ranks of a node in one container"
+        )
 
 
 class _Writer:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..batch.columns import Microbatch, TrainBatch
 from ..batch.index import StepIndex
-from ..distributed import gather_bytes, rank, world_size
+from ..distributed import agreed, gather_bytes, rank, world_size
 from ..losses.objective import Objective
 from ..losses.tokens import LossOutput
 from ..metrics.across_ranks import fetch
@@ -169,32 +169,34 @@ def record_tokens(
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     chosen = choose(largest.where(largest >= 0, torch.nan).numpy(), count, seed=step)
     bounds, records = index.group_bounds, dict[int, str]()
-    for one in seen if leads_replica else ():
-        assert one.minibatch.numbers is not None
-        for row, number in enumerate(one.minibatch.numbers.tolist()):
-            if number in chosen:
-                record = one.record(
-                    row,
-                    tokenizer,
-                    prompt_id="",
-                    index=number - int(bounds[index.group[number]]),
-                    chosen=chosen[number],
-                    reward=float(index.reward[number]),
-                )
-                records[number] = record.to_json().decode()
+    with agreed():
+        for one in seen if leads_replica else ():
+            assert one.minibatch.numbers is not None
+            for row, number in enumerate(one.minibatch.numbers.tolist()):
+                if number in chosen:
+                    record = one.record(
+                        row,
+                        tokenizer,
+                        prompt_id="",
+                        index=number - int(bounds[index.group[number]]),
+                        chosen=chosen[number],
+                        reward=float(index.reward[number]),
+                    )
+                    records[number] = record.to_json().decode()
     groups = {int(index.group[number]) for number in chosen}
     names = {position: name for position, name in prompt_ids.items() if position in groups}
     mine = orjson.dumps([names, records], option=orjson.OPT_NON_STR_KEYS)
     everywhere = [orjson.loads(part) for part in gather_bytes(mine)]
-    if rank() == 0:
-        all_names, all_records = ({k: v for part in everywhere for k, v in part[i].items()} for i in (0, 1))
-        found = [
-            replace(Record.from_json(all_records[str(n)]), prompt_id=all_names[str(index.group[n])])
-            for n in chosen
-        ]
-        about = {"sequences": len(index), "tokens": int(index.response_length.sum())}
-        loss = seen[0].objective.description if seen else ""
-        write_records(folder, step, {"loss": loss} | about, found)
+    with agreed():
+        if rank() == 0:
+            names, all_records = ({k: v for part in everywhere for k, v in part[i].items()} for i in (0, 1))
+            found = [
+                replace(Record.from_json(all_records[str(n)]), prompt_id=names[str(index.group[n])])
+                for n in chosen
+            ]
+            about = {"sequences": len(index), "tokens": int(index.response_length.sum())}
+            loss = seen[0].objective.description if seen else ""
+            write_records(folder, step, {"loss": loss} | about, found)
 
 
 def pieces(tokenizer: Any, ids: np.ndarray) -> list[str]:

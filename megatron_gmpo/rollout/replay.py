@@ -159,11 +159,12 @@ def append_transcripts(path: str | Path, step: int, groups: Mapping[int, SampleG
     """
     mine = {p: _transcript(step, group) for p, group in groups.items() if p < limit}
     everywhere = gather_bytes(json.dumps(sorted(mine.items())).encode())
-    if rank() == 0:
-        records = sorted(record for part in everywhere for record in json.loads(part))
-        with files.named(Path(path)), Path(path).open("a") as file:
-            for _, record in records:
-                file.write(record + "\n")
+    records = sorted(record for part in everywhere for record in json.loads(part))
+    with agreed():
+        if rank() == 0:
+            with files.named(Path(path)), Path(path).open("a") as file:
+                for _, record in records:
+                    file.write(record + "\n")
 
 
 def _transcript(step: int, group: SampleGroup) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -34,6 +35,8 @@ from .sync import WeightSync
 
 _LAST_S = 20.0
 """Seconds within which every client learns that a batch is finished on all nodes."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,10 @@ class SGLangEngine:
             return News(standing, sampled=bool(future and future.done() and future.result() is not None))
         except RunError as error:
             return News(error=error)
+        except Exception as error:  # all ranks must learn of it, because they wait for these news
+            log.exception("the rollout client failed")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return News(error=ServerError(f"the rollout client of rank {rank()} failed with {reason}"))
 
     def _sync_weights(self, servers: list[Server]) -> None:
         timeout_s = self._cfg.weight_sync.timeout_s
