@@ -17,6 +17,7 @@ from megatron_gmpo.rollout.sglang.servers import Server
 from megatron_gmpo.rollout.sglang.watcher import Standing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, 7, 200])
 def test_each_position_is_finished_once(size: int) -> None:
     """Eight clients at once, each of which gives back a third of what it draws."""
