@@ -296,7 +296,7 @@ def measure(case: Case) -> Cost:
                 pids = [workers[r].pid or 0 for r in ranks]
                 now = sum(private_bytes(p) for p in pids) + file_bytes(pids[0], folder + "/#")
                 peak[node] = max(peak[node], now)
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # interval of the samples of memory
         for worker in workers:
             worker.join()
     costs = [

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
     def throttled(*arguments: object) -> int:
         count: int = read(*arguments)  # pyright: ignore[reportArgumentType]
-        time.sleep(count / rate)
+        time.sleep(count / rate)  # the time that a disk of this speed needs
         return count
 
     os.preadv = throttled  # pyright: ignore[reportAttributeAccessIssue]

@@ -45,7 +45,10 @@ class Record:
 
     def parts(self, sample: Sample) -> list[Any]:
         """Return the buffers of a sample's columns."""
-        experts = b"" if not self.shape else sample.routed_experts.astype(self.dtypes[2], copy=False)  # pyright: ignore
+        experts: Any = b""
+        if self.shape:
+            assert sample.routed_experts is not None
+            experts = sample.routed_experts.astype(self.dtypes[2], copy=False)
         return [sample.tokens, sample.rollout_logprobs, experts, sample.response_mask]
 
     def split(self, length: int, data: np.ndarray) -> list[np.ndarray]:

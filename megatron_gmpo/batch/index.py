@@ -30,7 +30,7 @@ ROW = np.dtype(
 
 @dataclass(frozen=True, eq=False)
 class StepIndex:
-    """What all ranks know of the S sequences of a step, ordered by group, then by sample.
+    """The S sequences of a step: one row each, ordered by group, then by sample; equal on all ranks.
 
     Advantages, the choice of groups and the plan of a step follow from it alone, so all ranks agree on them
     without a message.

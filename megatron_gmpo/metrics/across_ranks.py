@@ -17,7 +17,7 @@ from .histogram import BINS
 _SUMMANDS: dict[Op, int] = {"mean": 2, "histogram": BINS + 1, "max": 1, "min": 1, "weights": 3}
 """Number of values of a metric that are added: its total, one number, two or BINS, and its count.
 
-Of an extreme, whether it is NaN: an all-reduce that takes maxima may drop NaN."""
+For an extreme, the value states whether it is NaN, because an all-reduce of maxima may drop NaN."""
 _SIGNS: dict[Op, float] = {"max": 1.0, "min": -1.0, "weights": 1.0}
 """Metrics of which the maximum is taken: extremes, negated for a minimum, and the scales of weights."""
 Key = TypeVar("Key")

@@ -139,7 +139,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             total = torch.zeros_like(hidden[chunk], dtype=log_z.dtype)
             for block in _spans(ctx.valid, tile_columns(hidden.device)):
                 logits = ctx.product(hidden[chunk], weight[block].T)
-                tokens = ChunkTokens(*_within(block, local[chunk]), *of_chunk)  # pyright: ignore[reportArgumentType]
+                inside = _within(block, local[chunk])
+                tokens = ChunkTokens(*inside, *of_chunk)  # pyright: ignore[reportArgumentType]
                 grad = arithmetic.gradient_(logits, tokens, ctx.temperature).to(hidden.dtype)
                 _add_product(total, grad, weight[block])
                 if grad_weight is not None:

@@ -1,4 +1,4 @@
-"""What the updates of a step see of each token, and the records of a few samples, see ``token_records``."""
+"""Keep the values of each token in the updates of a step, and record a few samples (``token_records``)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Observed(Objective):
 
 @dataclass(frozen=True)
 class Seen:
-    """What one update saw of a replica's minibatch.
+    """The values of the tokens of a replica's minibatch in one update.
 
     Attributes:
         minibatch: S sequences, L tokens.

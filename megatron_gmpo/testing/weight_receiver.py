@@ -106,6 +106,7 @@ class WeightReceiver:
                     weights[about.name] = tensor.clone()
             if data.is_cuda:
                 torch.cuda.synchronize()
+            # the time that a receiver of this speed needs
             time.sleep(max(0.0, started + len(data) / self._bytes_per_second - time.monotonic()))
         if self.status == 200:
             self.version = body["weight_version"]

@@ -1,4 +1,4 @@
-"""What the small files of a run folder say at one time: progress, ranks, events, and how the run ended."""
+"""Read the state of a run from the small files of its folder: progress, ranks, events and its end."""
 
 from __future__ import annotations
 

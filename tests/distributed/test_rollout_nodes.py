@@ -73,7 +73,7 @@ class Sync:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank saw.
+    """The results of one rank.
 
     Attributes:
         batches: its responses of each batch, by position; the line of an error instead of the last one.
@@ -115,7 +115,7 @@ def sample_on_a_rank(
                 while len(tickets) <= min(step + ahead, batches - 1):
                     tickets.append(engine.submit(PROMPTS, SAMPLING))
                 if dist.get_rank() == killed_rank:
-                    time.sleep(0.5)
+                    time.sleep(0.5)  # so that requests are in flight
                     os.kill(os.getpid(), signal.SIGKILL)
                 groups = engine.wait(tickets[step])
                 assert all(group.prompt == PROMPTS[i] for i, group in groups.items())

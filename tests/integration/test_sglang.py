@@ -545,7 +545,7 @@ def sample_on_a_node(
                 engine.update_weights(load_file(folder / "model.safetensors").items(), version)
                 ticket = engine.submit(PROMPTS, SamplingParams(n=4, max_new_tokens=120))
                 if version == 0 and dist.get_rank() == 1:
-                    time.sleep(0.5)
+                    time.sleep(0.5)  # so that requests are in flight
                     os.killpg(process_group(engine._client.local), signal.SIGKILL)
                 groups = engine.wait(ticket)
                 batches.append({position: group.samples for position, group in groups.items()})
@@ -553,7 +553,7 @@ def sample_on_a_node(
             while not engine._nodes.from_leaders(engine._client.standing().ready)[1]:  # until node b is back
                 assert time.monotonic() < deadline
                 engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=2))
-                time.sleep(0.5)
+                time.sleep(0.5)  # interval of the question whether the server is back
             groups = engine.generate(PROMPTS, SamplingParams(n=4, max_new_tokens=20))
             batches.append({position: group.samples for position, group in groups.items()})
             restarts = value_of(engine.take_metrics()["rollout/server_restarts"])

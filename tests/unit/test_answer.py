@@ -92,6 +92,7 @@ def test_the_objects_of_a_response_do_not_grow_with_its_tokens(
     """From the bytes of an answer to the sample. A list of the tokens would have an object for each."""
     parsed: list[int] = []
     loads = orjson.loads
+    # the real parser, which also notes the size of its input
     monkeypatch.setattr(orjson, "loads", lambda content: (parsed.append(len(content)), loads(content))[1])
     no_servers: Any = None
     sampler = Sampler(no_servers, no_servers, SGLangConfig(), NONCE, return_routed_experts=True)

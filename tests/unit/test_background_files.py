@@ -119,7 +119,7 @@ def test_it_ends_with_its_parent_and_ignores_requests_to_stop(tmp_path: Path) ->
         "with files.open(pathlib.Path(sys.argv[1]) / 'a') as file: file.write(b'a')\n"
         "files.start()\n"
         "print(files._process.pid, flush=True)\n"
-        "time.sleep(100)\n"
+        "time.sleep(100)\n"  # the test kills this process
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)],

@@ -103,7 +103,7 @@ def test_metrics_are_read_on_and_read_again_after_a_rollback(tmp_path: Path) -> 
 
 def test_the_parts_of_a_step_share_their_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacking adds the parts of one step, so that a thinned part must not lack a step of the others."""
-    monkeypatch.setattr(curves, "POINTS", 10)
+    monkeypatch.setattr(curves, "POINTS", 10)  # a few steps are then thinned
     found = ask(folder, "curves")
     parts = {name: part["x"] for name, part in found["runs"][0].items() if name.startswith("time/")}
     assert len(parts) == 5
@@ -267,13 +267,13 @@ def test_which_samples_are_recorded(largest: list[float], count: int) -> None:
 
 def test_the_folder_of_records_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = len(write_records(tmp_path, 0, {}, [record([0.1])]).read_bytes())
-    monkeypatch.setattr(token_records, "FOLDER_BYTES", 3 * one + 20)
+    monkeypatch.setattr(token_records, "FOLDER_BYTES", 3 * one + 20)  # instead of 256 MiB of records
     for step in range(1, 7):
         write_records(tmp_path, step, {}, [record([0.1])])
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         f"step_{step:06d}.jsonl" for step in (4, 5, 6)
     ]
-    monkeypatch.setattr(token_records, "FOLDER_BYTES", 1)
+    monkeypatch.setattr(token_records, "FOLDER_BYTES", 1)  # less than one record
     write_records(tmp_path, 7, {}, [record([0.1])])
     assert [file.name for file in tmp_path.iterdir()] == ["step_000007.jsonl"]  # the newest always stays
 
@@ -402,6 +402,7 @@ def test_the_policy_allows_the_scripts_of_the_page_alone(folder: Path) -> None:
 def test_an_exported_page_has_the_newest_steps_that_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # instead of 30 MiB of a long run
     monkeypatch.setattr("megatron_gmpo.view.page.EXPORT_BYTES", 150_000)
     page = export([RunFolder(folder, "run")])
     data = json.loads(re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)[0])

@@ -161,7 +161,7 @@ def test_half_written_files_are_left_out(run_dir: Path) -> None:
 
 
 def test_only_the_end_of_long_files_is_read(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "TAIL_BYTES", 300)
+    monkeypatch.setattr(snapshot, "TAIL_BYTES", 300)  # so that a short file is a long one
     assert [line["step"] for line in watch.read(run_dir).steps] == [4]
     assert "step 4/10" in shown(run_dir)
 

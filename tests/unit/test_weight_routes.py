@@ -60,6 +60,7 @@ def test_different_nccl_names_the_route_as_it_was_set(
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 2.27.3\n")
     python.chmod(0o700)
+    # torch without CUDA has no NCCL to ask
     monkeypatch.setattr(start.nccl, "version", lambda: (2, 28, 9))
     with pytest.raises(
         InputError, match=rf"^weight_sync\.route = '{route}' broadcasts .* 2\.28\.9 .* 2\.27\.3: set it to"

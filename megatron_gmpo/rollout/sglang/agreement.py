@@ -1,4 +1,4 @@
-"""What the clients of all nodes tell each other while the ranks wait for samples or for weights."""
+"""Exchange news between the rollout clients of all nodes while the ranks wait for samples or weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NEWS_S = 20.0
 
 @dataclass(frozen=True)
 class News:
-    """What the client of one node tells.
+    """The state of one node's rollout client, as it sends it to the other nodes.
 
     Attributes:
         standing: standing of its servers; None if it has none.
@@ -38,7 +38,7 @@ class News:
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know after a round.
+    """The conclusion from the news of all nodes, equal on all ranks.
 
     Attributes:
         sampled: whether the awaited batch is finished.
@@ -115,7 +115,7 @@ class Rounds:
             if pending and not pending.done():
                 wait([pending], _POLL_S)
             else:
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_S)  # the store has no wait that news of this client could end
 
     def _key(self, count: int) -> str:
         return f"news/{count}"

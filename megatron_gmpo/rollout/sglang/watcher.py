@@ -46,7 +46,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Standing:
-    """What the nodes tell each other about their servers.
+    """The state of one node's servers, as the node sends it to the others.
 
     Attributes:
         outdated: servers that answer and need the current weights.
