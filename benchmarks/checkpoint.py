@@ -32,7 +32,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks import throttled_write
-from benchmarks.step_work import HEAD_WIDTH, VOCABULARY, Step, realistic_shape
+from benchmarks.step_work import Step, make_model, realistic_shape
 from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.exchange import Exchange
 from megatron_gmpo.batch.index import StepIndex
@@ -45,8 +45,6 @@ from megatron_gmpo.models.description import describe_model
 from megatron_gmpo.platform import prepare_megatron, start_process_group
 from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
-from megatron_gmpo.testing.tiny_models import make_tiny_model
-from megatron_gmpo.testing.tiny_tokenizers import character_tokenizer
 from megatron_gmpo.weights import write_files
 
 LIMIT = 0.2
@@ -71,15 +69,7 @@ class Checkpoint(Options):
 def make_step(options: Checkpoint, folder: Path) -> tuple[Policy, Callable[[], float]]:
     """Return a policy and a function that trains one step and returns its seconds."""
     model = folder / "model"
-    make_tiny_model(
-        model,
-        family="qwen3",
-        tokenizer=character_tokenizer("".join(map(chr, range(0x4E00, 0x4E00 + VOCABULARY - 2)))),
-        num_layers=options.layers,
-        hidden_size=options.hidden,
-        ffn_hidden_size=3 * options.hidden,
-        head_dim=HEAD_WIDTH,
-    )
+    make_model(model, options.layers, options.hidden)
     cfg = Config.model_validate({"model": {"path": str(model), "dtype": "fp32"}, "optimizer": {"lr": 1e-6}})
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     policy = Policy(cfg, describe_model(cfg, 1, CPU), groups, CPU)

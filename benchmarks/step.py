@@ -56,12 +56,11 @@ from transformers.utils import logging
 
 from benchmarks.logprobs import reset_peak, resident
 from benchmarks.step_work import (
-    HEAD_WIDTH,
-    VOCABULARY,
     Shape,
     Step,
     counted_flops,
     equal_shape,
+    make_model,
     needed_flops,
     realistic_shape,
     reward_of,
@@ -85,8 +84,6 @@ from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_paral
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.testing.tiny_models import make_tiny_model
-from megatron_gmpo.testing.tiny_tokenizers import character_tokenizer
 
 CPU = torch.device("cpu")
 LIMITS = {"ratio_equal": 1.0, "ratio_realistic": 0.4, "flops_over_needed": 1.05, "max_difference": 1e-5}
@@ -322,15 +319,7 @@ def main(options: Step) -> None:
     start_process_group(CPU, 600)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        make_tiny_model(
-            model,
-            family="qwen3",
-            tokenizer=character_tokenizer("".join(map(chr, range(0x4E00, 0x4E00 + VOCABULARY - 2)))),
-            num_layers=options.layers,
-            hidden_size=options.hidden,
-            ffn_hidden_size=3 * options.hidden,
-            head_dim=HEAD_WIDTH,
-        )
+        make_model(model, options.layers, options.hidden)
         figures = measure_equal(model, options) | measure_realistic(model, options)
     result = {
         "benchmark": "step",

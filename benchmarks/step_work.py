@@ -1,9 +1,10 @@
-"""The data of the steps that benchmarks/step.py takes, and the FLOPs that they need and take."""
+"""The data of the steps that benchmarks/step.py takes, their model, and the FLOPs that they need and take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from megatron_gmpo.batch.plan import minibatch_bounds
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.command_line import Options
 from megatron_gmpo.config import Positive
+from megatron_gmpo.testing.tiny_models import make_tiny_model
+from megatron_gmpo.testing.tiny_tokenizers import character_tokenizer
 
 VOCABULARY = 512
 HEADS, KV_HEADS, HEAD_WIDTH = 4, 2, 64
@@ -56,6 +59,19 @@ class Step(Options):
                     f"{parts}, which is updates times the sequences of a microbatch"
                 )
         return self
+
+
+def make_model(folder: Path, layers: int, hidden: int) -> None:
+    """Write a Qwen3 with random weights, whose MLP has three times the width of its residual stream."""
+    make_tiny_model(
+        folder,
+        family="qwen3",
+        tokenizer=character_tokenizer("".join(map(chr, range(0x4E00, 0x4E00 + VOCABULARY - 2)))),
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=3 * hidden,
+        head_dim=HEAD_WIDTH,
+    )
 
 
 @dataclass(frozen=True)
