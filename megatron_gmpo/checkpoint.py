@@ -108,7 +108,7 @@ def checkpoint_size(num_parameters: int, dtype: torch.dtype) -> int:
 
 
 class Save:
-    """A save that ``start_save`` has started. Its methods are collective.
+    """A save that ``start_save`` has started. ``ended`` and ``finish`` are collective.
 
     Attributes:
         step: step of the checkpoint.
@@ -151,7 +151,7 @@ class Save:
             OSError, RunError: another error of the process that writes, on this or another rank. Likewise.
         """
         final, partial = self._final, files.partial_path(self._final)
-        with _removed_after_an_error(partial):
+        with self.abandoned_after_an_error():
             with agreed(), _disk_full_errors(partial):
                 mine = self._files.result() if self._files else {}
                 mine |= checksums_of(partial, _files_of_this_rank(partial, but=mine))
@@ -171,6 +171,22 @@ class Save:
                 for old in reversed(stored_checkpoints(final.parent)[self._keep_last :]):
                     files.remove(old)
         return final
+
+    def abandon(self) -> None:
+        """End this rank's writing; rank 0 removes the incomplete checkpoint. Not collective."""
+        if self._files:
+            self._files.cancel()
+        if rank() == 0:
+            files.clear(files.partial_path(self._final))
+
+    @contextmanager
+    def abandoned_after_an_error(self) -> Iterator[None]:
+        """Call ``abandon`` if the block raises."""
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
 
 
 def start_save(
@@ -206,7 +222,7 @@ def start_save(
     # as text, because training goes on with the objects in it
     content = json.dumps({"step": step, "world_size": world_size(), **state})
     save = Save(final, content, keep_last, continues, written)
-    with _removed_after_an_error(partial):
+    with save.abandoned_after_an_error():
         with agreed():
             if rank() == 0:
                 clear_unfinished(folder)
@@ -322,17 +338,6 @@ def _disk_full_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if disk_full(error):
             raise DiskFullError(folder) from None
-        raise
-
-
-@contextmanager
-def _removed_after_an_error(partial: Path) -> Iterator[None]:
-    """Let rank 0 remove the folder if the block raises."""
-    try:
-        yield
-    except BaseException:
-        if rank() == 0:
-            files.clear(partial)
         raise
 
 

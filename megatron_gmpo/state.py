@@ -94,6 +94,11 @@ class TrainingState:
         logger.event("checkpoint", step=save.step, path=str(path))
         return time.monotonic() - save.began
 
+    def close(self) -> None:
+        """Abandon the save in progress, if an error has ended the run. Not collective."""
+        if self._save:
+            self._save.abandon()
+
     def _records(self) -> dict[str, Any]:
         """Return the JSON-serializable state that a checkpoint holds in addition to the policy."""
         return {

@@ -84,8 +84,8 @@ def train(run: Run, attempt: Attempt) -> None:
     with (
         closing_reward(run.reward),
         closing(run.engine()) if run.prompts or run.eval_sets else nullcontext() as engine,
+        closing(TrainingState(run, objective, clip, engine)) as state,  # loads weights while servers start
     ):
-        state = TrainingState(run, objective, clip, engine)  # loads weights while servers start
         run.write_config()
         Loop(run, attempt, state, engine).run_steps()
 

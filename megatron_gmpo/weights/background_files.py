@@ -86,6 +86,13 @@ class BackgroundFiles:
             f"the process that writes {self._folder} ended with {self._process.returncode} {last}".strip()
         )
 
+    def cancel(self) -> None:
+        """Kill the process, if it runs, and release the memory."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        self.close()
+
     def close(self) -> None:
         """Release this process's hold on the memory."""
         for descriptor in self._descriptors.values():

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_gmpo.errors import Exit
+from megatron_gmpo.files import partial_path
 from megatron_gmpo.supervision.records import LATEST
 from megatron_gmpo.weights.inspection import inspect_checkpoint
+from megatron_gmpo.weights.run_checkpoint import checkpoint_path
 
 from ..support.commands import json_lines, options, outcome, run_module, start_module, tiny_run, wait_until
 
@@ -106,6 +108,19 @@ def test_a_stop_waits_for_the_save_in_progress(argv: list[str], undisturbed: Pat
     done = run_module(TRAIN, *command, ranks=2)
     assert done.returncode == 0, done.stderr
     assert figures(run_dir) == figures(undisturbed)
+
+
+def test_an_error_during_a_save_abandons_it(argv: list[str], tmp_path: Path) -> None:
+    """The files of the save would otherwise fill the disk while the outcome is written."""
+    partial = partial_path(checkpoint_path(tmp_path / "checkpoints", 1))
+    reward = "tests.support.rewards:raises_when_a_file_exists"
+    command = [*argv, *options(run_dir=tmp_path, reward__name=reward, checkpoint__save_interval=1), *ASYNC]
+    environment = {"RAISE_WHEN": str(partial), "WRITE_AFTER": str(tmp_path / "never")}
+    with start_module(HELD, *command, ranks=2, **environment) as run:
+        _, said = run.communicate(timeout=200)
+    assert "ValueError: no verdict" in outcome(tmp_path)["reason"], said
+    assert not partial.exists()
+    assert (tmp_path / "checkpoints" / LATEST).read_text() == "0"
 
 
 def test_a_rank_killed_during_a_save_loses_only_that_save(

@@ -41,6 +41,13 @@ def raises_on_rank_1(prompt: Prompt, response: str) -> float:
     return 0.0
 
 
+def raises_when_a_file_exists(prompt: Prompt, response: str) -> float:
+    """Raise when the file named by the environment variable RAISE_WHEN exists."""
+    if os.path.exists(os.environ["RAISE_WHEN"]):
+        raise ValueError("no verdict")
+    return share_of_digits(prompt, response)
+
+
 def exits(prompt: Prompt, response: str) -> float:
     sys.exit(0)
 
