@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 FinishReason = Literal["stop", "length", "abort"]
+EpisodeEnd = Literal["done", "turns", "tokens", "error"]
 
 
 @dataclass
@@ -31,19 +32,51 @@ class Prompt:
     input_ids: list[int] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class Sample:
-    """One sampled response and the records of its generation that training needs.
-
-    The columns are contiguous numpy arrays. The constructor also accepts lists, and arrays of another width.
+@dataclass(frozen=True)
+class Episode:
+    """What an environment made of a sample whose turns it answered.
 
     Attributes:
-        tokens: (L,) int32 token ids of prompt and response.
+        ended: why the episode ended: ``done`` (the environment said so), ``turns`` or ``tokens`` (a limit) or
+            ``error`` (the environment failed).
+        name: the environment's name of the task, which splits the metrics; empty for none.
+        reward: sum of the rewards of all steps.
+        success: the environment's last word on success, or None if it said nothing.
+        tool_calls: number of calls of tools.
+        tool_errors: number of those that failed or were malformed.
+        seconds: time within the environment's calls.
+        messages: the conversation after the prompt, as text: turns and observations in order. The last
+            observation has no tokens, because no turn follows it.
+        error: why the environment failed, in one line.
+    """
+
+    ended: EpisodeEnd
+    name: str = ""
+    reward: float = 0.0
+    success: bool | None = None
+    tool_calls: int = 0
+    tool_errors: int = 0
+    seconds: float = 0.0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass(eq=False)
+class Sample:
+    """One sampled response, or episode of several turns, and the records that training needs of it.
+
+    The columns are contiguous numpy arrays. The constructor also accepts lists, and arrays of another width.
+    The turns of an episode are the runs of True in ``response_mask``: between two turns lies at least one
+    token of an observation.
+
+    Attributes:
+        tokens: (L,) int32 token ids of prompt and response; of an episode, also those of its observations.
         response_mask: (L,) bool; True for tokens that the policy generated.
         rollout_logprobs: (L,) float32 log probability of each token under the distribution it was sampled
-            from, 0 on the prompt.
-        text: the response, decoded without special tokens.
-        finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``.
+            from, 0 on all tokens that were not sampled.
+        text: the response, decoded without special tokens; of an episode, its turns joined by newlines.
+        finish_reason: ``stop`` (end token or stop string), ``length`` (token limit) or ``abort``. An episode
+            has ``stop`` if it is done, ``length`` at a limit of turns or tokens, ``abort`` after an error.
         policy_version: the training step whose weights generated the response; the oldest step if there are
             several.
         reward: the reward, set by ``rollout.collect.score``.
@@ -52,7 +85,8 @@ class Sample:
             row. All decoder layers have values; in layers without experts they have no meaning.
         version_spans: (spans, 2) int32 rows ``(start, version)``: the training step whose weights generated
             the tokens from ``start`` up to the start of the next span. None means that ``policy_version``
-            generated the whole response.
+            generated the whole response. A span of an episode may include observations.
+        episode: the environment's record, or None for a response without an environment.
 
     Raises:
         ValueError: a column has a wrong number of rows, or its type cannot be converted without loss.
@@ -67,6 +101,7 @@ class Sample:
     reward: float = 0.0
     routed_experts: np.ndarray | None = None
     version_spans: np.ndarray | None = None
+    episode: Episode | None = None
 
     def __post_init__(self) -> None:
         self.tokens = _column("tokens", self.tokens, np.int32, (None,))
@@ -109,6 +144,12 @@ class Sample:
     def response_length(self) -> int:
         """Return the number of generated tokens."""
         return int(self.response_mask.sum())
+
+    @property
+    def num_turns(self) -> int:
+        """Return the number of runs of generated tokens."""
+        mask = self.response_mask
+        return int(mask[:1].sum() + (mask[1:] & ~mask[:-1]).sum())
 
     @property
     def version_sum(self) -> int:

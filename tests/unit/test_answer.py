@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from megatron_gmpo.batch.samples import Sample, version_spans_of
 from megatron_gmpo.config import SGLangConfig
 from megatron_gmpo.rollout.ending import Ending
+from megatron_gmpo.rollout.response import Response
 from megatron_gmpo.rollout.sglang.answer import parse_answer
-from megatron_gmpo.rollout.sglang.sampler import Response, Sampler
+from megatron_gmpo.rollout.sglang.sampler import Sampler
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support.fake_sglang import answer_of

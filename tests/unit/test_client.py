@@ -28,11 +28,11 @@ from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.errors import InputError, ServerError
 from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.response import Response
 from megatron_gmpo.rollout.sglang import sampler
 from megatron_gmpo.rollout.sglang.batches import Responses
 from megatron_gmpo.rollout.sglang.client import RolloutClient, _allow_open_files
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
-from megatron_gmpo.rollout.sglang.sampler import Response
 from megatron_gmpo.rollout.sglang.server_state import ServerState
 from megatron_gmpo.rollout.sglang.servers import Server
 from megatron_gmpo.rollout.sglang.sync import SyncReport

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from ..ending import Ending
 from ..engine import SamplingParams
+from ..response import Response
 from .prompt_queue import PromptQueue
-from .sampler import Response, Sampler
+from .sampler import Sampler
 from .watcher import Watcher
 
 _POLL_S = 0.2

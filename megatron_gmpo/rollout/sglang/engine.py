@@ -23,13 +23,13 @@ from ...errors import InputError, RunError, ServerError
 from ...metrics.figures import Metric
 from ..ending import Ending, end_token_ids
 from ..engine import SamplingParams
+from ..response import Response
 from .agreement import News, Rounds, agree
 from .batches import Responses
 from .client import RolloutClient
 from .memory import release_memory, resume_memory
 from .processes import LocalServers
 from .prompt_queue import PromptQueue
-from .sampler import Response
 from .servers import Server
 from .sync import WeightSync
 

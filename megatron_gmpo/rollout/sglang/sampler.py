@@ -6,7 +6,6 @@ import asyncio
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -17,6 +16,7 @@ from ...config import SGLangConfig
 from ...errors import InputError, ServerError
 from ..ending import Ending
 from ..engine import SamplingParams
+from ..response import Response
 from .answer import Answer, parse_answer
 from .server_state import ServerEvent
 from .servers import PROBE_TIMEOUT_S, Server
@@ -25,25 +25,6 @@ from .watcher import Member, Watcher
 ATTEMPTS = 5
 """Maximum consecutive requests of one sample that bring no token; answers HTTP 429 and 5xx do not count."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
-
-
-@dataclass
-class Response:
-    """One sampled response, joined from all its requests.
-
-    Attributes:
-        tokens: R response token ids, including the end token.
-        logprobs: R log probabilities, after temperature and before top-p and top-k.
-        versions: R training steps, one per token: the step whose weights sampled the token.
-        finish_reason: ``stop``, ``length``, or empty while the response is unfinished.
-        routed_experts: (prompt + R - 1, layers * topk) uint8 or int16 expert ids, if requested.
-    """
-
-    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
-    versions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    finish_reason: str = ""
-    routed_experts: np.ndarray | None = None
 
 
 class _Reply(NamedTuple):
