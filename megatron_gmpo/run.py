@@ -44,7 +44,7 @@ from .policy.fp8 import check_fp8
 from .policy.parallel import start_model_parallel
 from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
-from .rollout.embedded import EmbeddedEngine
+from .rollout.embedded import EmbeddedEngine, check_embedded_fits
 from .rollout.engine import RolloutEngine
 from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
@@ -288,26 +288,6 @@ def _check_run_dir(run_dir: str) -> None:
         raise InputError(f"run_dir = {run_dir!r}: {existing} is not a folder: choose another run_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"run_dir = {run_dir!r}: {existing} cannot be written: choose another run_dir")
-
-
-def check_embedded_fits(cfg: Config, parameters: int, world_size: int, memory: int, *, train: bool) -> None:
-    """Check that the embedded engine's whole model has room beside this rank's share of the policy.
-
-    The share is the smallest one possible: an equal part of the weights and, for training, of fp32 gradients,
-    main weights and moments. ``megatron-gmpo plan`` counts what the layout really needs.
-
-    Args:
-        parameters: elements of the model.
-        memory: bytes of a GPU.
-    """
-    engine = parameters * DTYPES[cfg.rollout.dtype or cfg.model.dtype].itemsize
-    per_parameter = DTYPES[cfg.model.dtype].itemsize + (4 + 12 if train else 0)
-    share = parameters * per_parameter // world_size
-    if engine + share > memory:
-        raise InputError(
-            f"rollout.engine = 'embedded' holds the whole model on each GPU: {engine / 2**30:.1f} GiB and at "
-            f"least {share / 2**30:.1f} GiB of the policy, do not fit into {memory / 2**30:.1f}: use 'sglang'"
-        )
 
 
 def _check_vocabulary(path: str, tokenizer: Any, vocab_size: int) -> None:

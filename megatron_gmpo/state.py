@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from .batch.columns import TrainBatch
 from .checkpoint import Save, go_back
 from .distributed import agreed, rank
-from .errors import CollapseError
+from .errors import CollapseError, NonFiniteError, RunError
 from .losses.adaptive_clip import AdaptiveClip
 from .losses.objective import Objective
 from .metrics.collapse import Collapse, CollapseDetector
@@ -19,7 +22,7 @@ from .metrics.token_records import remove_after
 from .rollout.collect import Collector
 from .rollout.engine import RolloutEngine
 from .run import Run
-from .weights.run_checkpoint import checkpoint_before
+from .weights.run_checkpoint import checkpoint_before, checkpoint_path
 
 
 class TrainingState:
@@ -93,6 +96,36 @@ class TrainingState:
         self.saved_step = save.step
         logger.event("checkpoint", step=save.step, path=str(path))
         return time.monotonic() - save.began
+
+    def stopped_by(
+        self, error: NonFiniteError, minibatch: TrainBatch | None, logger: MetricLogger
+    ) -> NonFiniteError:
+        """Write the newest minibatch of each replica and complete the save in progress, if any. Collective.
+
+        Args:
+            minibatch: this replica's newest minibatch, if the step has one.
+
+        Returns:
+            The error with the step and the paths of what is written.
+        """
+        step, run_dir = self.step + 1, self._run.run_dir
+        line = f"step {step}: {error}"
+        if minibatch is not None and self.policy.leads_replica:
+            suffix = f"_replica_{replica}" if (replica := self.policy.replica) else ""
+            file = run_dir / f"nonfinite_step_{step:06d}{suffix}.safetensors"
+            try:
+                minibatch.save(file)
+                line += f"; the last minibatch is in {file}"
+            except (OSError, SafetensorError) as failure:
+                line += f"; the last minibatch cannot be written ({failure})"
+        try:
+            self.finish_save(logger)
+        except (OSError, RunError) as failure:
+            line += f"; the save in progress failed ({failure})"
+        if kept := self.saved_step:
+            line += f"; the last checkpoint is {checkpoint_path(self._run.checkpoint_dir, kept)}"
+        logger.event("nonfinite", step=step, reason=line)
+        return NonFiniteError(line)
 
     def close(self) -> None:
         """Abandon the save in progress, if an error has ended the run. Not collective."""

@@ -23,17 +23,15 @@ import logging
 from contextlib import closing, nullcontext
 from dataclasses import replace
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .batch.assembly import make_train_batch
 from .batch.columns import TrainBatch
-from .batch.index import StepIndex
 from .batch.samples import SampleGroup
 from .checkpoint import clear_unfinished
 from .config import Config
 from .distributed import barrier, rank
-from .errors import NonFiniteError, RunError
+from .errors import NonFiniteError
 from .evaluate import evaluate
 from .losses.adaptive_clip import make_adaptive_clip
 from .losses.advantages import group_advantages
@@ -42,14 +40,13 @@ from .losses.objective import Objective, make_objective
 from .metrics.figures import Metric, reduce_metrics
 from .metrics.logger import MetricLogger, Timer
 from .metrics.progress import Progress
-from .policy.observed import Observed, Seen, record_tokens
+from .policy.observed import TokenRecorder
 from .rollout.collect import Collected, replayed
 from .rollout.engine import RolloutEngine
 from .rollout.replay import append_transcripts, check_groups, load_share, save_groups
 from .run import Run, closing_reward, prepare, start_command
 from .state import TrainingState
 from .supervision.attempt import Attempt
-from .weights.run_checkpoint import checkpoint_path
 
 log = logging.getLogger("megatron_gmpo.train")  # __name__ is "__main__" when this module runs as the command
 
@@ -112,6 +109,9 @@ class Loop:
             config=run.cfg.model_dump(mode="json"),
             resume_step=state.step,
         )
+        self.recorder = TokenRecorder(
+            run.run_dir / "tokens", run.cfg.log.tokens_per_step, run.tokenizer, state.policy.leads_replica
+        )
         self.exchange = run.exchange(state.policy.replica)
         # the newest minibatch, which is written to the run folder if it causes an error
         self.minibatch: TrainBatch | None = None
@@ -131,7 +131,7 @@ class Loop:
         with Progress(num_steps, done=state.step, enabled=cfg.log.progress) as progress:
             try:
                 if state.step == 0 and cfg.eval.before and (before := self.evaluate()):
-                    progress.note(_results("before training", self.logger.log(0, before)))
+                    progress.results("before training", self.logger.log(0, before))
                 self.timer.take()
                 while state.step < num_steps and not self.attempt.stops(state.step, saving=state.saving):
                     self.step(progress)
@@ -140,7 +140,8 @@ class Loop:
                     self.save()
                     self.attempt.saved(state.step)
             except NonFiniteError as error:
-                raise self._stopped(error) from None
+                with self.timer("checkpoint"):
+                    raise state.stopped_by(error, self.minibatch, self.logger) from None
             barrier()
         self.logger.close()
 
@@ -151,11 +152,11 @@ class Loop:
         self.finish_save(wait=False)
         self._write_rollouts(collected.groups)  # before training, which takes the samples
         advantages = group_advantages(collected.index, state.objective.advantage)
-        prompt_ids = {position: group.prompt.id for position, group in collected.groups.items()}
-        objective = Observed.of(state.objective) if cfg.log.tokens_per_step else state.objective
+        objective = self.recorder.observe(state.objective, collected.groups)
         learned = self.learn(self.make_batch(collected, advantages), objective)
-        if isinstance(objective, Observed):
-            self._record_tokens(objective.seen, collected.index, prompt_ids)
+        if cfg.log.tokens_per_step:
+            with self.timer("record"):
+                self.recorder.write(state.step + 1, collected.index)
         clips = {"policy/clip_low": state.objective.clip_low, "policy/clip_high": state.objective.clip_high}
         self.logger.add(learned | clips)
         if advantages.any():  # else the clip fractions say nothing
@@ -172,7 +173,7 @@ class Loop:
         figures = self.logger.log(state.step, results)
         progress.update(state.step, figures)
         if results:
-            progress.note(_results(f"after step {state.step}", results))
+            progress.results(f"after step {state.step}", results)
         self.finish_save(wait=False)
         if collapse := state.find_collapse(figures):
             progress.note(state.react(collapse, self.logger))
@@ -263,50 +264,9 @@ class Loop:
         if cfg.rollout.save_path:
             save_groups(cfg.rollout.save_path, step, groups)
 
-    def _record_tokens(self, seen: list[Seen], index: StepIndex, prompt_ids: dict[int, str]) -> None:
-        with self.timer("record"):
-            record_tokens(
-                self.run.run_dir / "tokens",
-                self.state.step + 1,
-                self.cfg.log.tokens_per_step,
-                seen,
-                index,
-                prompt_ids,
-                self.run.tokenizer,
-                self.state.policy.leads_replica,
-            )
-
-    def _stopped(self, error: NonFiniteError) -> NonFiniteError:
-        """Write the newest minibatch of each replica; return the error with the files' paths."""
-        step = self.state.step + 1
-        line = f"step {step}: {error}"
-        if self.minibatch is not None and self.state.policy.leads_replica:
-            suffix = f"_replica_{replica}" if (replica := self.state.policy.replica) else ""
-            file = self.run.run_dir / f"nonfinite_step_{step:06d}{suffix}.safetensors"
-            try:
-                self.minibatch.save(file)
-                line += f"; the last minibatch is in {file}"
-            except (OSError, SafetensorError) as failure:
-                line += f"; the last minibatch cannot be written ({failure})"
-        try:
-            self.finish_save()
-        except (OSError, RunError) as failure:
-            line += f"; the save in progress failed ({failure})"
-        if kept := self.state.saved_step:
-            line += f"; the last checkpoint is {checkpoint_path(self.run.checkpoint_dir, kept)}"
-        self.logger.event("nonfinite", step=step, reason=line)
-        return NonFiniteError(line)
-
 
 def _due(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _results(when: str, figures: dict[str, float]) -> str:
-    shown = [
-        f"{name.removeprefix('eval/')} {value:.3f}" for name, value in figures.items() if "/pass@" in name
-    ]
-    return f"evaluation {when}: " + ", ".join(shown)
 
 
 def main(cfg: Config) -> None:

@@ -5,7 +5,7 @@ It follows from lengths alone, so that all ranks make the same plan without a me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from ..metrics.figures import Metric
 from .columns import Minibatch, TrainBatch
 
 Assignment = Callable[[np.ndarray], list[list[list[int]]]]
@@ -97,6 +98,27 @@ def plan_step(
         bounds,
         [assign(first + np.flatnonzero(computed[first:end])) for first, end in bounds],
     )
+
+
+def computed_metrics(plan: Sequence[Minibatch], without_pass: int) -> dict[str, Metric]:
+    """Return the shares of a step's work that are done and left out.
+
+    Args:
+        plan: the step's updates.
+        without_pass: the first updates need no pass for old log probabilities.
+
+    Returns:
+        ``train/computed_tokens``, the share of the tokens that are computed; ``train/saved``, the share of
+        the passes over tokens that is left out. A token's old log probability is one pass, its training
+        three.
+    """
+    tokens = sum(part.tokens for part in plan)
+    computed = sum(part.computed_tokens for part in plan)
+    passed = sum(part.computed_tokens for part in plan[without_pass:])
+    return {
+        "train/computed_tokens": Metric(computed, tokens),
+        "train/saved": Metric(4 * tokens - 3 * computed - passed, 4 * tokens),
+    }
 
 
 def planned(batch: TrainBatch, plan: StepPlan, replica: int) -> TrainBatch:

@@ -81,6 +81,12 @@ class Progress:
             seconds = [f"{figures['time/step']:.2f} s"] if "time/step" in figures else []
             self._console.out(f"step {step}/{self._total}  " + "  ".join(texts + seconds), highlight=False)
 
+    def results(self, when: str, figures: Mapping[str, float]) -> None:
+        """Print the pass rates of an evaluation, e.g. "after step 3", as a note."""
+        rates = {name.removeprefix("eval/"): value for name, value in figures.items() if "/pass@" in name}
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in rates.items())
+        self.note(f"evaluation {when}: {shown}")
+
     def note(self, text: str) -> None:
         """Print a line above the bar, without interpreting brackets as markup."""
         if self._enabled:

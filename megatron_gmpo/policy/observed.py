@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..batch.columns import Microbatch, TrainBatch
 from ..batch.index import StepIndex
+from ..batch.samples import SampleGroup
 from ..distributed import agreed, gather_bytes, rank, world_size
 from ..losses.objective import Objective
 from ..losses.tokens import LossOutput
@@ -139,64 +140,85 @@ class Seen:
         )
 
 
-def record_tokens(
-    folder: Path,
-    step: int,
-    count: int,
-    seen: Sequence[Seen],
-    index: StepIndex,
-    prompt_ids: Mapping[int, str],
-    tokenizer: Any,
-    leads_replica: bool,
-) -> None:
-    """Write the record of ``count`` samples of a step. Collective.
-
-    The replicas agree on the samples by one all-reduce of a number a sequence. Then rank 0 gets the records
-    from the ranks that lead the replicas.
+class TokenRecorder:
+    """Write the record of ``count`` samples of each step.
 
     Args:
         folder: folder of the records.
-        seen: what this replica's updates saw.
-        index: the sequences of the step.
-        prompt_ids: names of the prompts of this rank's groups, by position in the step.
+        count: samples of a step; 0 observes and writes nothing.
         leads_replica: whether this rank sends the records of its replica.
     """
-    largest = torch.full((len(index),), -1.0)
-    for one in seen:
-        assert one.minibatch.numbers is not None
-        largest[one.minibatch.numbers] = torch.from_numpy(one.largest)
-    if world_size() > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    chosen = choose(largest.where(largest >= 0, torch.nan).numpy(), count, seed=step)
-    bounds, records = index.group_bounds, dict[int, str]()
-    with agreed():
-        for one in seen if leads_replica else ():
+
+    def __init__(self, folder: Path, count: int, tokenizer: Any, leads_replica: bool) -> None:
+        self._folder, self._count = folder, count
+        self._tokenizer, self._leads_replica = tokenizer, leads_replica
+        self._seen: list[Seen] = []
+        self._names: dict[int, str] = {}
+
+    def observe(self, objective: Objective, groups: Mapping[int, SampleGroup]) -> Objective:
+        """Return the loss for the updates of a step, which is observed if samples are recorded.
+
+        Args:
+            groups: this rank's groups of the step, by position in the step.
+        """
+        if not self._count:
+            return objective
+        observed = Observed.of(objective)
+        self._seen = observed.seen
+        self._names = {position: group.prompt.id for position, group in groups.items()}
+        return observed
+
+    def write(self, step: int, index: StepIndex) -> None:
+        """Write the record of the observed step. Collective.
+
+        The replicas agree on the samples by one all-reduce of a number a sequence. Then rank 0 gets the
+        records from the ranks that lead the replicas.
+
+        Args:
+            index: the sequences of the step.
+        """
+        largest = torch.full((len(index),), -1.0)
+        for one in self._seen:
+            assert one.minibatch.numbers is not None
+            largest[one.minibatch.numbers] = torch.from_numpy(one.largest)
+        if world_size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        chosen = choose(largest.where(largest >= 0, torch.nan).numpy(), self._count, seed=step)
+        with agreed():
+            records = self._records(index, chosen) if self._leads_replica else {}
+        groups = {int(index.group[number]) for number in chosen}
+        names = {position: name for position, name in self._names.items() if position in groups}
+        mine = orjson.dumps([names, records], option=orjson.OPT_NON_STR_KEYS)
+        everywhere = [orjson.loads(part) for part in gather_bytes(mine)]
+        with agreed():
+            if rank() == 0:
+                names, lines = ({k: v for part in everywhere for k, v in part[i].items()} for i in (0, 1))
+                found = [
+                    replace(Record.from_json(lines[str(n)]), prompt_id=names[str(index.group[n])])
+                    for n in chosen
+                ]
+                about = {"sequences": len(index), "tokens": int(index.response_length.sum())}
+                loss = self._seen[0].objective.description if self._seen else ""
+                write_records(self._folder, step, {"loss": loss} | about, found)
+        self._seen = []  # the minibatches keep the step's file in memory
+
+    def _records(self, index: StepIndex, chosen: Mapping[int, str]) -> dict[int, str]:
+        """Return the chosen samples of this replica as JSON, without the names of their prompts."""
+        bounds, records = index.group_bounds, dict[int, str]()
+        for one in self._seen:
             assert one.minibatch.numbers is not None
             for row, number in enumerate(one.minibatch.numbers.tolist()):
                 if number in chosen:
                     record = one.record(
                         row,
-                        tokenizer,
+                        self._tokenizer,
                         prompt_id="",
                         index=number - int(bounds[index.group[number]]),
                         chosen=chosen[number],
                         reward=float(index.reward[number]),
                     )
                     records[number] = record.to_json().decode()
-    groups = {int(index.group[number]) for number in chosen}
-    names = {position: name for position, name in prompt_ids.items() if position in groups}
-    mine = orjson.dumps([names, records], option=orjson.OPT_NON_STR_KEYS)
-    everywhere = [orjson.loads(part) for part in gather_bytes(mine)]
-    with agreed():
-        if rank() == 0:
-            names, all_records = ({k: v for part in everywhere for k, v in part[i].items()} for i in (0, 1))
-            found = [
-                replace(Record.from_json(all_records[str(n)]), prompt_id=names[str(index.group[n])])
-                for n in chosen
-            ]
-            about = {"sequences": len(index), "tokens": int(index.response_length.sum())}
-            loss = seen[0].objective.description if seen else ""
-            write_records(folder, step, {"loss": loss} | about, found)
+        return records
 
 
 def pieces(tokenizer: Any, ids: np.ndarray) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch
 from ..batch.index import StepIndex
-from ..batch.plan import StepPlan, planned
+from ..batch.plan import StepPlan, computed_metrics, planned
 from ..checkpoint import Save, check_model, model_identity, start_save
 from ..config import Config
 from ..errors import NonFiniteError
@@ -164,18 +164,10 @@ class Policy:
         minibatch.
 
         Returns:
-            The metrics of ``set_old_logprobs``; ``train/computed_tokens``, the share of the tokens that are
-            computed; ``train/saved``, the share of the step's passes over tokens that is left out. A token's
-            old log probability is one pass, its training three.
+            The metrics of ``computed_metrics`` and of ``set_old_logprobs``.
         """
         self._weights_are_old = True
-        tokens = sum(part.tokens for part in batch.plan)
-        computed = sum(part.computed_tokens for part in batch.plan)
-        passed = sum(part.computed_tokens for part in batch.plan[self._without_pass :])
-        metrics = {
-            "train/computed_tokens": Metric(computed, tokens),
-            "train/saved": Metric(4 * tokens - 3 * computed - passed, 4 * tokens),
-        }
+        metrics = computed_metrics(batch.plan, self._without_pass)
         if self._without_pass < len(batch.plan):
             metrics |= self.set_old_logprobs(batch, self._without_pass)
         return metrics

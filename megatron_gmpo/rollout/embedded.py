@@ -15,14 +15,36 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from ..batch.samples import Prompt, Sample, SampleGroup
+from ..config import Config
 from ..distributed import agreed, rank, world_size
 from ..errors import InputError, NonFiniteError
 from ..metrics.figures import Metric
 from ..models import fp8_blocks
+from ..models.description import DTYPES
 from ..models.fp32_head import fp32_product
 from ..models.hub import hub_names
 from .ending import Ending, end_token_ids
 from .engine import SamplingParams
+
+
+def check_embedded_fits(cfg: Config, parameters: int, world_size: int, memory: int, *, train: bool) -> None:
+    """Check that the embedded engine's whole model has room beside this rank's share of the policy.
+
+    The share is the smallest one possible: an equal part of the weights and, for training, of fp32 gradients,
+    main weights and moments. ``megatron-gmpo plan`` counts what the layout really needs.
+
+    Args:
+        parameters: elements of the model.
+        memory: bytes of a GPU.
+    """
+    engine = parameters * DTYPES[cfg.rollout.dtype or cfg.model.dtype].itemsize
+    per_parameter = DTYPES[cfg.model.dtype].itemsize + (4 + 12 if train else 0)
+    share = parameters * per_parameter // world_size
+    if engine + share > memory:
+        raise InputError(
+            f"rollout.engine = 'embedded' holds the whole model on each GPU: {engine / 2**30:.1f} GiB and at "
+            f"least {share / 2**30:.1f} GiB of the policy, do not fit into {memory / 2**30:.1f}: use 'sglang'"
+        )
 
 
 class EmbeddedEngine:

@@ -387,6 +387,15 @@ def test_notes_are_printed_verbatim(terminal: bool) -> None:
     assert note + "\n" in written(out)
 
 
+def test_results_are_the_pass_rates_of_an_evaluation() -> None:
+    out = console(terminal=False)
+    with Progress(3, console=out) as progress:
+        progress.results(
+            "after step 2", {"eval/aime/pass@1": 0.25, "eval/aime/mean_length": 9.0, "loss": 1.0}
+        )
+    assert written(out) == "evaluation after step 2: aime/pass@1 0.250\n"
+
+
 def test_disabled_progress_prints_nothing() -> None:
     for terminal in (False, True):
         out = console(terminal)
