@@ -159,6 +159,14 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _an_environment_gives_its_reward(self) -> Config:
+        if self.reward.name == "environment" and not self.rollout.environment:
+            raise ValueError(
+                "reward.name = 'environment' needs rollout.environment: set it, or choose another reward"
+            )
+        return self
+
     @property
     def uses_fp32_head(self) -> bool:
         """Return whether policy and rollout engine keep the logits of a bf16 model in fp32."""

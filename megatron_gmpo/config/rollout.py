@@ -104,9 +104,27 @@ class RolloutConfig(Section):
     groups it has."""
     overlong_buffer: Annotated[int, Field(ge=0)] = 0
     """Number of tokens before max_new_tokens over which the reward falls linearly by overlong_penalty (DAPO's
-    soft overlong punishment), at most max_new_tokens. 0 disables it."""
+    soft overlong punishment), at most max_new_tokens. 0 disables it. Episodes have max_episode_tokens in its
+    place."""
     overlong_penalty: NonNegative = 1.0
     """Penalty of a response with max_new_tokens tokens; used if overlong_buffer is set."""
+    environment: str = ""
+    """Environment that answers the policy's turns, ``module:Class``; empty samples one response to a
+    prompt."""
+    environment_args: dict[str, Any] = {}
+    """Arguments of the environment's class. With ``tools``, arguments of the functions that the model does
+    not see, e.g. ``file`` of the search tool."""
+    tools: tuple[Text, ...] = ()
+    """Functions that the policy may call, ``module:function``, with type hints and a docstring in Google's
+    style. An episode ends with the first turn that calls none."""
+    max_turns: Positive = 16
+    """Maximum number of turns in an episode. ``max_new_tokens`` limits each turn."""
+    max_episode_tokens: Positive | None = None
+    """Maximum tokens of an episode after its prompt, sampled or not; None means 4 * max_new_tokens. Needs
+    ``environment`` or ``tools``."""
+    environment_timeout_s: Seconds = 30.0
+    """Time limit of one call of an environment, or of all calls of tools in a turn. A process that exceeds it
+    is killed, and the group of its episode is not trained on."""
     exchange_folder: PathText = ""
     """Folder for the tokens of a step that a node trains, in a file without a name that the ranks of the node
     map; empty means /dev/shm. A node needs about 9 bytes of room for a token, and with recorded experts one
@@ -117,10 +135,42 @@ class RolloutConfig(Section):
     """Folder that an earlier run wrote with ``save_path``; train on its groups instead of generating."""
 
     @model_validator(mode="after")
-    def _overlong_buffer_within_the_response(self) -> RolloutConfig:
-        if self.overlong_buffer > self.max_new_tokens:
+    def _episodes_have_one_environment(self) -> RolloutConfig:
+        if self.environment and self.tools:
             raise ValueError(
-                f"overlong_buffer = {self.overlong_buffer} is above max_new_tokens = {self.max_new_tokens}: "
+                f"environment = {self.environment!r} and tools = {list(self.tools)} both answer the policy's "
+                "turns: leave one out"
+            )
+        if len(set(self.tools)) < len(self.tools):
+            raise ValueError(f"tools = {list(self.tools)} names a function twice")
+        for field in ("environment_args", "max_episode_tokens"):
+            if (value := getattr(self, field)) and not self.has_episodes:
+                raise ValueError(f"{field} = {value!r} needs environment or tools: set one of them")
+        if self.max_episode_tokens and self.max_episode_tokens < self.max_new_tokens:
+            raise ValueError(
+                f"max_episode_tokens = {self.max_episode_tokens} is below max_new_tokens = "
+                f"{self.max_new_tokens}, the limit of one turn: lower that or raise max_episode_tokens"
+            )
+        return self
+
+    @property
+    def has_episodes(self) -> bool:
+        """Return whether responses are episodes of several turns."""
+        return bool(self.environment or self.tools)
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Return the maximum tokens after a prompt: of a response, or of an episode with what it observes."""
+        if self.has_episodes:
+            return self.max_episode_tokens or 4 * self.max_new_tokens
+        return self.max_new_tokens
+
+    @model_validator(mode="after")
+    def _overlong_buffer_within_the_response(self) -> RolloutConfig:
+        if self.overlong_buffer > self.max_response_tokens:
+            limit = "max_episode_tokens" if self.has_episodes else "max_new_tokens"
+            raise ValueError(
+                f"overlong_buffer = {self.overlong_buffer} is above {limit} = {self.max_response_tokens}: "
                 "choose a smaller one"
             )
         return self
@@ -218,8 +268,8 @@ class WeightSyncConfig(Section):
 
 class RewardConfig(Section):
     name: Text = "math"
-    """Reward: ``math``, ``arithmetic``, ``countdown``, or ``module:function``, a callable
-    (Prompt, response_text) -> float."""
+    """Reward: ``math``, ``arithmetic``, ``countdown``, ``environment`` (the sum of what the steps of
+    rollout.environment return), or ``module:function``, a callable (Prompt, response_text) -> float."""
     timeout_s: Seconds = 10.0
     """Time limit for one math answer. A check over it, or over 512 MiB, scores 0 and is counted."""
     workers: Positive = 2

@@ -83,6 +83,25 @@ def mistake(*argv: str) -> str:
             ["rollout.stop.1 = ''", "at least 1 character"],
         ),
         (
+            ["--rollout.environment", "m:Room", "--rollout.tools", '["m:f"]'],
+            ["environment = 'm:Room' and tools = ['m:f']", "leave one out"],
+        ),
+        (["--rollout.tools", '["m:f", "m:f"]'], ["tools = ['m:f', 'm:f'] names a function twice"]),
+        (["--rollout.max_episode_tokens", "9"], ["max_episode_tokens = 9 needs environment or tools"]),
+        (["--rollout.environment_args.n", "9"], ["environment_args = {'n': 9} needs environment or tools"]),
+        (
+            ["--rollout.environment", "m:Room", "--rollout.max_episode_tokens", "9"],
+            ["max_episode_tokens = 9 is below max_new_tokens = 1024", "the limit of one turn"],
+        ),
+        (
+            ["--rollout.environment", "m:Room", "--rollout.overlong_buffer", "4097"],
+            ["overlong_buffer = 4097 is above max_episode_tokens = 4096"],
+        ),
+        (
+            ["--reward.name", "environment", "--rollout.tools", '["m:f"]'],
+            ["reward.name = 'environment' needs rollout.environment", "choose another reward"],
+        ),
+        (
             ["--algorithm.moe_routing_replay", "rollout"],
             ["algorithm.moe_routing_replay = 'rollout' needs rollout.routed_experts = true"],
         ),
@@ -112,6 +131,7 @@ MAY_BE_EMPTY = {
     "data.system_prompt": "no system message",
     "rollout.servers_file": "no file",
     "rollout.exchange_folder": "/dev/shm",
+    "rollout.environment": "responses of one turn",
     "rollout.save_path": "save nothing",
     "rollout.replay_path": "no replay",
     "weight_sync.folder": "a folder in run_dir",
@@ -120,7 +140,7 @@ MAY_BE_EMPTY = {
 """Text that may be empty -> what that means."""
 NO_PATHS = {
     *("data.split", "data.prompt_column", "data.answer_column", "data.template", "data.system_prompt"),
-    *("sglang.host", "reward.name", "algorithm.loss", "log.wandb_project"),
+    *("rollout.environment", "sglang.host", "reward.name", "algorithm.loss", "log.wandb_project"),
 }
 
 

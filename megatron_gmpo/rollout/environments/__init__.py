@@ -1,0 +1,74 @@
+"""Environments: what answers the policy's turns. docs/agents.md shows how to write one.
+
+An episode alternates turns, which the policy samples, and observations, which the environment returns. Each
+live episode has a worker process of its own; see ``pool``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, Protocol
+
+from ...batch.samples import Prompt
+
+ENVIRONMENTS: dict[str, str] = {}
+"""Built-in environments: name -> ``module:Class``, which only the workers import."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an environment returns to one turn.
+
+    Attributes:
+        messages: chat messages that the policy reads next, each with the texts ``role`` and ``content``. What
+            ``reset`` returns follows the prompt's messages; without any, the prompt stays as it is.
+        reward: reward of the step; the reward of an episode is the sum.
+        done: whether the episode is over.
+        info: values for records, which JSON can hold. ``name`` (text) splits metrics by kind of task;
+            ``success`` (bool) says whether the episode has reached its goal so far; ``tool_calls`` and
+            ``tool_errors`` (int) are added up.
+
+    Raises:
+        ValueError: a value does not have its type, or the reward is not finite.
+    """
+
+    messages: Sequence[dict[str, Any]] = ()
+    reward: float = 0.0
+    done: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for message in self.messages:
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise ValueError(f"message {message!r} has no texts 'role' and 'content'")
+        if not isfinite(self.reward):
+            raise ValueError(f"reward = {self.reward!r} is not finite")
+
+    @classmethod
+    def text(cls, content: str, **others: Any) -> Observation:
+        """Return an observation of one user message; ``others`` are the other fields."""
+        return cls([{"role": "user", "content": content}], **others)
+
+
+class Environment(Protocol):
+    """A task of several turns. Its class is made for every episode, in a worker process.
+
+    The class receives ``rollout.environment_args`` as keyword arguments, and ``seed`` (int, 32 bits) if it
+    takes one. The seed depends on ``seed`` of the run, the prompt, the number of the sample and the draw, so
+    that a resumed run plays the same episodes. The global generators of Python and numpy have it too. Both
+    methods may be ``async``. A method ``close``, if there is one, is called when the episode has ended.
+    """
+
+    def reset(self, prompt: Prompt) -> Observation | Awaitable[Observation]:
+        """Start the episode of a prompt, which comes without its token ids."""
+        ...
+
+    def step(self, action: str) -> Observation | Awaitable[Observation]:
+        """Answer a turn. ``action`` is its text without end token and stop string."""
+        ...
+
+
+class EnvironmentFault(Exception):
+    """An environment raised an error, hung, exited, or returned nonsense or too much; in one line."""
