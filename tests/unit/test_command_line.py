@@ -259,7 +259,10 @@ def test_help_prints_every_field(printed: dict[str, tuple[str, str]]) -> None:
         for section, info in Config.model_fields.items()
         for name in getattr(info.annotation, "model_fields", [section])
     }
-    tables = {"megatron", "algorithm.options", "sglang.args", "eval.sets", "data.chat_template_kwargs"}
+    tables = {
+        *("megatron", "algorithm.options", "sglang.args", "eval.sets", "data.chat_template_kwargs"),
+        "rollout.environment_args",
+    }
     assert {"optimizer.lr", "run_dir"} <= fields
     assert fields - tables <= printed.keys()
     assert printed.keys() - fields == {
@@ -298,6 +301,8 @@ COMPANIONS: dict[str, list[str]] = {
     "optimizer.min_lr": ["--optimizer.lr", "1"],
     "optimizer.overlap_param_gather": ["--optimizer.overlap_grad_reduce", "true"],
     "parallel.virtual_pipeline_model_parallel_size": ["--parallel.pipeline_model_parallel_size", "2"],
+    "rollout.environment_args.NAME": ["--rollout.environment", "a"],
+    "rollout.max_episode_tokens": ["--rollout.environment", "a", "--rollout.max_new_tokens", "1"],
     "rollout.max_staleness": SGLANG,
     "rollout.placement": SGLANG,
     "rollout.server_urls": SGLANG,

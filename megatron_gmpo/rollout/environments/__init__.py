@@ -70,5 +70,5 @@ class Environment(Protocol):
         ...
 
 
-class EnvironmentFault(Exception):
+class EnvironmentFault(Exception):  # noqa: N818
     """An environment raised an error, hung, exited, or returned nonsense or too much; in one line."""
