@@ -46,6 +46,7 @@ from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine, check_embedded_fits
 from .rollout.engine import RolloutEngine
+from .rollout.player import Player, make_player
 from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
 from .supervision import signals
@@ -64,6 +65,7 @@ class Run:
 
     Attributes:
         eval_sets: benchmarks by name.
+        player: plays episodes, if the config has an environment or tools and samples.
         prompts: stream of training problems, where ``checkpoint`` left it; None when saved rollouts are
             replayed.
         checkpoint: newest checkpoint in the run folder, from which the run resumes, or None.
@@ -78,6 +80,7 @@ class Run:
     tokenizer: Any
     reward: Reward
     eval_sets: dict[str, list[Prompt]]
+    player: Player | None
     prompts: PromptStream | None
     checkpoint: Path | None
     damage: str
@@ -163,7 +166,7 @@ class Run:
         SGLang servers on their own devices load in the background while the policy is built.
         """
         if self.cfg.rollout.engine == "sglang":
-            return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device)
+            return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device, self.player)
         return EmbeddedEngine(
             self.cfg.model.path,
             self.tokenizer,
@@ -174,6 +177,7 @@ class Run:
             routed_experts=self.cfg.rollout.routed_experts,
             quantized=self.cfg.rollout.quantization == "fp8",
             fp32_head=self.cfg.uses_fp32_head,
+            player=self.player,
         )
 
     def write_config(self) -> None:
@@ -193,7 +197,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     Raises:
         InputError: the run folder contains another run, is not a folder or cannot be written; or see
             ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_folder``, ``check_deterministic``,
-            ``load_prompts``, ``check_lengths``, ``check_groups``, ``load_groups``, ``resolve_reward``.
+            ``load_prompts``, ``check_lengths``, ``check_groups``, ``load_groups``, ``resolve_reward``,
+            ``make_player``.
     """
     _check_run_dir(cfg.run_dir)
     device = choose_device(cfg.device)
@@ -243,6 +248,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         tokenizer=tokenizer,
         reward=resolve_reward(cfg.reward),
         eval_sets=_eval_sets(cfg, tokenizer, positions, reason),
+        player=make_player(cfg, tokenizer, positions) if generates else None,
         prompts=_stream(cfg, tokenizer, positions, reason, checkpoint) if samples else None,
         checkpoint=checkpoint,
         damage=damage,
@@ -253,8 +259,9 @@ def prepare(cfg: Config, *, train: bool) -> Run:
 
 def _eval_sets(cfg: Config, tokenizer: Any, positions: int, reason: str) -> dict[str, list[Prompt]]:
     """Return the prompts of every benchmark. A prompt and its response have ``positions`` tokens at most."""
-    field = "eval.max_new_tokens" if cfg.eval.max_new_tokens else "rollout.max_new_tokens"
-    limit = cfg.eval.max_new_tokens or cfg.rollout.max_new_tokens
+    field, limit = cfg.rollout.response_limit, cfg.rollout.max_response_tokens
+    if cfg.eval.max_new_tokens and not cfg.rollout.has_episodes:
+        field, limit = "eval.max_new_tokens", cfg.eval.max_new_tokens
     eval_sets: dict[str, list[Prompt]] = {}
     for name, data in cfg.eval.sets.items():
         eval_sets[name] = load_prompts(data, tokenizer, f"eval.sets.{name}")
@@ -267,8 +274,8 @@ def _stream(
 ) -> PromptStream:
     """Return the stream of training prompts, at the position in ``checkpoint``, if any."""
     stream = PromptStream(load_prompts(cfg.data, tokenizer), cfg.seed, cfg.data.shuffle)
-    limit = cfg.rollout.max_new_tokens
-    check_lengths(stream.prompts, limit, positions, "data", "rollout.max_new_tokens", reason)
+    field, limit = cfg.rollout.response_limit, cfg.rollout.max_response_tokens
+    check_lengths(stream.prompts, limit, positions, "data", field, reason)
     if checkpoint:
         _move_to(checkpoint, stream, cfg.data.allow_changed)
     return stream

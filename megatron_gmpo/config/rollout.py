@@ -165,6 +165,11 @@ class RolloutConfig(Section):
             return self.max_episode_tokens or 4 * self.max_new_tokens
         return self.max_new_tokens
 
+    @property
+    def response_limit(self) -> str:
+        """Return the setting that ``max_response_tokens`` comes from."""
+        return "rollout.max_episode_tokens" if self.has_episodes else "rollout.max_new_tokens"
+
     @model_validator(mode="after")
     def _overlong_buffer_within_the_response(self) -> RolloutConfig:
         if self.overlong_buffer > self.max_response_tokens:

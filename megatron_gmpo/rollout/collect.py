@@ -11,12 +11,15 @@ from statistics import pstdev
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from numpy.typing import ArrayLike
 
 from ..batch.index import StepIndex
 from ..batch.samples import Prompt, SampleGroup
 from ..config import RolloutConfig
-from ..distributed import agreed, sum_over_ranks
+from ..distributed import agreed, sum_over_ranks, world_size
+from ..errors import RunError
 from ..metrics.figures import Metric
 from ..rewards import Reward
 from .engine import RolloutEngine, SamplingParams
@@ -90,7 +93,8 @@ class Collector:
     def collect(self, steps_left: int = 1) -> Collected:
         """Generate and score ``cfg.prompts_per_step`` groups. Collective.
 
-        Every rank keeps the groups that it sampled. All ranks choose the same groups.
+        Every rank keeps the groups that it sampled. All ranks choose the same groups. A group in which an
+        environment failed is left out, see ``_Failed``; ``resample`` replaces it too.
 
         A sample's reward is the reward function's value plus ``overlong_penalty``. Dynamic sampling (DAPO,
         arXiv 2503.14476, equation 11) filters groups by the reward function's value alone: a group in which
@@ -100,19 +104,29 @@ class Collector:
 
         Args:
             steps_left: remaining steps, including this one; limits the generation ahead.
+
+        Raises:
+            RunError: an environment failed in every group.
         """
         cfg = self.cfg
         rounds = 1 + (cfg.max_resample_rounds if cfg.dynamic_sampling == "resample" else 0)
         groups: Groups = {}
         parts: list[StepIndex] = []
         kept: list[int] = []  # groups that may be trained on
+        failed = _Failed()
         timeouts = stale = used = 0
         while used < rounds and len(kept) < cfg.prompts_per_step:
             if used == 0 and cfg.max_staleness:
                 new, count, stale = self._generated_ahead(steps_left)
             else:
                 count = cfg.prompts_per_step - len(kept)
-                new = self._engine.generate(self._prompts.next(count), self._sampling)
+                prompts = self._prompts.next(count)
+                new = self._engine.generate(prompts, self._sampling_at(self._prompts.place - count))
+            used += 1
+            if cfg.has_episodes:
+                new, count = failed.leave_out(new, count)
+            if count == 0:
+                continue
             timeouts += score(new, self._reward)
             first = sum(part.num_groups for part in parts)
             groups |= {first + position: group for position, group in new.items()}
@@ -120,7 +134,8 @@ class Collector:
             for number, rewards in enumerate(parts[-1].rewards_of_groups(), first):
                 if cfg.dynamic_sampling == "off" or (rewards != rewards[0]).any():
                     kept.append(number)
-            used += 1
+        if not parts:
+            failed.end_run()
 
         drawn = StepIndex.joined(parts)
         penalized = replace(drawn, reward=drawn.reward + overlong_penalty(drawn.response_length, cfg))
@@ -132,6 +147,9 @@ class Collector:
         }
         if cfg.overlong_buffer:
             metrics["reward/raw_mean"] = Metric(fsum(drawn.reward.tolist()), len(drawn))
+        if cfg.has_episodes:
+            metrics["rollout/failed_groups"] = Metric(failed.groups)
+            metrics["rollout/environment_errors"] = Metric(failed.episodes)
         if cfg.max_staleness:
             metrics |= self._staleness(drawn) | {"rollout/stale_groups": Metric(stale)}
         return self._chosen(groups, (penalized if kept else drawn).take(chosen), chosen, metrics)
@@ -156,15 +174,21 @@ class Collector:
         while len(self._ahead) < min(1 + self.cfg.max_staleness, steps_left):
             start, prompts = self._prompts.place, self._prompts.next(self.cfg.prompts_per_step)
             places = (start, self._prompts.place)
-            self._ahead.append((places, prompts, engine.submit(prompts, self._sampling)))
-        _, prompts, ticket = self._ahead.popleft()
+            sampling = self._sampling_at(self._prompts.place - len(prompts))
+            self._ahead.append((places, prompts, engine.submit(prompts, sampling)))
+        places, prompts, ticket = self._ahead.popleft()
         groups: Groups = engine.wait(ticket)
         index = StepIndex.gather(groups, len(prompts))
         oldest = np.minimum.reduceat(index.oldest_version, index.group_bounds[:-1])
         fresh = np.flatnonzero(oldest >= self._engine.version - self.cfg.max_staleness)
         if len(fresh):
             return _renumbered(groups, fresh), len(fresh), len(prompts) - len(fresh)
-        return engine.generate(prompts, self._sampling), len(prompts), len(prompts)
+        sampling = self._sampling_at(places[1] - len(prompts))
+        return engine.generate(prompts, sampling), len(prompts), len(prompts)
+
+    def _sampling_at(self, place: int) -> SamplingParams:
+        """Return the sampling of prompts of which the first has this place in the stream."""
+        return replace(self._sampling, draw=place)
 
     def _staleness(self, index: StepIndex) -> dict[str, Metric]:
         """Return the age in steps of the weights that generated the response tokens."""
@@ -174,6 +198,47 @@ class Collector:
             "rollout/staleness_mean": Metric(float(version * tokens - index.version_sum.sum()), tokens),
             "rollout/staleness_max": Metric(float(version - oldest), op="max"),
         }
+
+
+class _Failed:
+    """The groups of a step in which an environment failed.
+
+    The whole group is left out. Its other episodes alone would make a biased group: environments fail more
+    often in long episodes, so short ones would be left, and the failed one has no reward to compare with.
+
+    Attributes:
+        groups: number of groups on all ranks.
+        episodes: number of failed episodes on all ranks.
+        mine: this rank's groups.
+    """
+
+    def __init__(self) -> None:
+        self.groups = self.episodes = 0
+        self.mine: list[SampleGroup] = []
+
+    def leave_out(self, drawn: Groups, count: int) -> tuple[Groups, int]:
+        """Return this rank's other groups, and the number of other groups on all ranks. Collective."""
+        failures = torch.zeros(count, dtype=torch.int64)
+        for position, group in drawn.items():
+            failures[position] = sum(sample.finish_reason == "abort" for sample in group.samples)
+        if world_size() > 1:
+            dist.all_reduce(failures)
+        self.mine += [group for position, group in sorted(drawn.items()) if failures[position]]
+        self.groups += int((failures > 0).sum())
+        self.episodes += int(failures.sum())
+        whole = np.flatnonzero(failures == 0)
+        return _renumbered(drawn, whole), len(whole)
+
+    def end_run(self) -> None:
+        """Raise a ``RunError`` with the first error of the lowest rank that has one. Collective."""
+        with agreed():
+            for group in self.mine:
+                for number, sample in enumerate(group.samples):
+                    if sample.episode and sample.episode.error:
+                        raise RunError(
+                            f"environments failed in all {self.groups} groups of the step, first in sample "
+                            f"{number} of prompt {group.prompt.id}: {sample.episode.error}"
+                        )
 
 
 def _renumbered(groups: Groups, chosen: np.ndarray) -> Groups:

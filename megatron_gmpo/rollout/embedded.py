@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import Coroutine, Iterable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from ..batch.samples import Prompt, Sample, SampleGroup
+from ..batch.samples import Prompt, Sample, SampleGroup, narrow_experts
 from ..config import Config
 from ..distributed import agreed, rank, world_size
 from ..errors import InputError, NonFiniteError
@@ -23,8 +22,13 @@ from ..models import fp8_blocks
 from ..models.description import DTYPES
 from ..models.fp32_head import fp32_product
 from ..models.hub import hub_names
+from .embedded_routers import RoutedExperts, RouterNoise
 from .ending import Ending, end_token_ids
 from .engine import SamplingParams
+from .episode import Generate
+from .lockstep import in_lockstep
+from .player import Player
+from .response import Response
 
 
 def check_embedded_fits(cfg: Config, parameters: int, world_size: int, memory: int, *, train: bool) -> None:
@@ -52,18 +56,22 @@ class EmbeddedEngine:
 
     The ranks share the prompts evenly. Samples and router noise depend only on the weights, the prompts,
     ``seed``, the policy version, the number of ``generate`` calls since ``update_weights``, ``batch_size``
-    and the rank. So a resumed run draws the same samples as an uninterrupted run.
+    and the rank. So a resumed run draws the same samples as an uninterrupted run, and plays the same episodes
+    if their environments give the same answers.
+
+    A turn of an episode computes its whole context anew: no cache is kept while the environment works.
 
     Args:
         model_path: Hugging Face folder or hub name.
         tokenizer: the model's tokenizer.
         device: device of the model.
         dtype: dtype of weights and activations; sampling always uses fp32.
-        batch_size: number of responses decoded together on a rank.
+        batch_size: number of responses decoded, or of episodes played, together on a rank.
         seed: seed of the sampling.
         routed_experts: record the experts of every token; requires a MoE.
         quantized: round new weights to their values in block-wise FP8 (see ``models.fp8_blocks``).
         fp32_head: compute the logits of a bf16 model in fp32, see ``fp32_product``.
+        player: plays episodes; None samples single responses. The engine closes it.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class EmbeddedEngine:
         routed_experts: bool = False,
         quantized: bool = False,
         fp32_head: bool = False,
+        player: Player | None = None,
     ) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
@@ -88,12 +97,13 @@ class EmbeddedEngine:
         self.batch_size = batch_size
         self.seed = seed
         self.version = 0
-        self._calls = 0
+        self._calls = self._batches = 0
+        self._player, self._loop = player, asyncio.Runner()
         self._quantized = quantized
         self._slots = _weight_slots(self.model)
         self._end_ids = end_token_ids(self.model.config, self.model.generation_config, tokenizer)
-        self._routing = _RoutedExperts(self.model) if routed_experts else None
-        self._noise = _RouterNoise(self.model)
+        self._routing = RoutedExperts(self.model) if routed_experts else None
+        self._noise = RouterNoise(self.model)
         if fp32_head and dtype == torch.bfloat16:
             head = self.model.get_output_embeddings()
             head.forward = partial(_fp32_logits, head)
@@ -112,17 +122,42 @@ class EmbeddedEngine:
         # prompts of similar length share a batch; each rank takes every world_size-th prompt
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].input_ids))
         groups = {i: SampleGroup(prompts[i], []) for i in by_length[rank() :: world_size()]}
-        mine = [i for i in groups for _ in range(sampling.n)]
+        places = [(i, number) for i in groups for number in range(sampling.n)]
+        ending = Ending(self.tokenizer, self._end_ids, sampling.stop)
+        self._batches = 0
         with agreed():
-            for number, start in enumerate(range(0, len(mine), self.batch_size)):
-                batch = mine[start : start + self.batch_size]
-                key = np.random.SeedSequence([self.seed, self.version, self._calls, number, rank()])
-                generator = torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
-                samples = self._decode([prompts[i].input_ids for i in batch], sampling, generator)
-                for i, sample in zip(batch, samples, strict=True):
-                    groups[i].samples.append(sample)
+            samples = (self._play if self._player else self._respond)(prompts, places, sampling, ending)
+            for (i, _), sample in zip(places, samples, strict=True):
+                groups[i].samples.append(sample)
         self._calls += 1
         return groups
+
+    def _respond(
+        self, prompts: list[Prompt], places: list[tuple[int, int]], sampling: SamplingParams, ending: Ending
+    ) -> list[Sample]:
+        """Return a response for each of ``places``: positions of prompts and numbers of samples."""
+        samples: list[Sample] = []
+        for start in range(0, len(places), self.batch_size):
+            batch = [prompts[i].input_ids for i, _ in places[start : start + self.batch_size]]
+            responses = self._decode(batch, [sampling.max_new_tokens] * len(batch), sampling, ending)
+            samples += [r.to_sample(ids, ending) for ids, r in zip(batch, responses, strict=True)]
+        return samples
+
+    def _play(
+        self, prompts: list[Prompt], places: list[tuple[int, int]], sampling: SamplingParams, ending: Ending
+    ) -> list[Sample]:
+        """Return an episode for each of ``places``."""
+        player = self._player
+        assert player
+
+        def play(episode: int, generate: Generate) -> Coroutine[Any, Any, Sample]:
+            position, number = places[episode]
+            return player.play(prompts[position], position, number, sampling, ending, generate)
+
+        def decode(contexts: list[np.ndarray], limits: list[int]) -> list[Response]:
+            return self._decode([context.tolist() for context in contexts], limits, sampling, ending)
+
+        return self._loop.run(in_lockstep(len(places), self.batch_size, play, decode))
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -160,27 +195,38 @@ class EmbeddedEngine:
         return {}
 
     def close(self) -> None:
-        """Do nothing, because there are no resources to release."""
+        """See ``RolloutEngine.close``."""
+        if self._player:
+            self._player.close()
+        self._loop.close()
 
     @torch.inference_mode()
     def _decode(
-        self, prompts: list[list[int]], sampling: SamplingParams, generator: torch.Generator
-    ) -> list[Sample]:
-        """Decode one batch of B responses, token by token."""
+        self, contexts: list[list[int]], limits: list[int], sampling: SamplingParams, ending: Ending
+    ) -> list[Response]:
+        """Decode the next batch of B responses of this ``generate``, token by token.
+
+        Args:
+            contexts: B lists of token ids.
+            limits: B maximum numbers of new tokens, instead of ``sampling.max_new_tokens``.
+        """
+        key = np.random.SeedSequence([self.seed, self.version, self._calls, self._batches, rank()])
+        generator = torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        self._batches += 1
         self._noise.std, self._noise.generator = sampling.router_noise, generator
-        logits, pad, cache, prompt_experts = self._prefill(prompts)
+        logits, pad, cache, context_experts = self._prefill(contexts)
         width = cache.get_seq_length()
-        rows = torch.arange(len(prompts), device=self.device)  # (b,) rows of the batch still in the cache
-        tokens = torch.zeros(len(prompts), sampling.max_new_tokens, dtype=torch.int64, device=self.device)
-        logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=self.device)
+        rows = torch.arange(len(contexts), device=self.device)  # (b,) rows of the batch still in the cache
+        limit = torch.tensor(limits, device=self.device)  # (B,)
+        tokens = torch.zeros(len(contexts), max(limits), dtype=torch.int64, device=self.device)
+        logprobs = torch.zeros(tokens.shape, device=self.device)
         experts = None
-        if prompt_experts:
-            experts = prompt_experts[0].new_zeros(*tokens.shape, *prompt_experts[0].shape[1:])
+        if context_experts:
+            experts = context_experts[0].new_zeros(*tokens.shape, *context_experts[0].shape[1:])
         lengths = torch.zeros_like(rows)  # 0 for unfinished responses
         end_tokens = torch.tensor(sorted(self._end_ids), dtype=torch.int64, device=self.device)
         truncation = _truncation(sampling)
-        ending = Ending(self.tokenizer, self._end_ids, sampling.stop)
-        for step in range(sampling.max_new_tokens):
+        for step in range(max(limits)):
             # (b,) each
             token, logprob = _sample(logits, sampling.temperature, truncation, generator)
             tokens[rows, step], logprobs[rows, step] = token, logprob
@@ -189,9 +235,10 @@ class EmbeddedEngine:
                 tails = tokens[rows, max(0, step + 1 - ending.window) : step + 1].cpu().numpy()
                 stopped = [ending.length(tail) is not None for tail in tails]
                 ends |= torch.tensor(stopped, device=self.device)
+            ends |= limit[rows] == step + 1
             lengths[rows] = torch.where(ends & (lengths[rows] == 0), step + 1, lengths[rows])
             unfinished = (lengths[rows] == 0).nonzero()[:, 0]
-            if len(unfinished) == 0 or step + 1 == sampling.max_new_tokens:
+            if len(unfinished) == 0:
                 break
             if len(unfinished) <= 0.75 * len(rows):  # removing rows copies the cache, as each step does
                 rows, token, pad = rows[unfinished], token[unfinished], pad[unfinished]
@@ -200,25 +247,22 @@ class EmbeddedEngine:
             if self._routing and experts is not None:
                 experts[rows, step] = self._routing.latest(len(rows))[:, 0]
 
-        samples = []
-        for i, (prompt, length) in enumerate(zip(prompts, lengths.tolist(), strict=True)):
-            response = tokens[i, : length or None].cpu().numpy()
-            end = ending.length(response)
-            response = response[:end]
-            routed = None
-            if prompt_experts and experts is not None:
-                routed = torch.cat([prompt_experts[i], experts[i, : len(response) - 1]]).cpu().numpy()
-            sample = Sample.from_response(
-                prompt,
-                response,
-                logprobs[i, : len(response)].cpu().numpy(),
-                text=ending.text(response),
-                finish_reason="length" if end is None else "stop",
-                policy_version=self.version,
-                routed_experts=routed,
+        responses = []
+        for i, length in enumerate(lengths.tolist()):
+            sampled = tokens[i, :length].cpu().numpy()
+            end = ending.length(sampled)
+            sampled = sampled[:end]
+            response = Response(
+                sampled.astype(np.int32),
+                logprobs[i, : len(sampled)].cpu().numpy(),
+                np.full(len(sampled), self.version, np.int32),
+                "length" if end is None else "stop",
             )
-            samples.append(sample)
-        return samples
+            if context_experts and experts is not None:
+                routed = torch.cat([context_experts[i], experts[i, : len(sampled) - 1]])
+                response.routed_experts = narrow_experts(routed.cpu().numpy())
+            responses.append(response)
+        return responses
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, DynamicCache, list[Tensor]]:
         """Prefill every distinct prompt once and copy its cache for each of the B responses.
@@ -266,67 +310,6 @@ class EmbeddedEngine:
                 f"the rollout model's logits are not finite under the weights of step {self.version}"
             )
         return logits
-
-
-class _RoutedExperts:
-    """Record the routing of a transformers MoE's latest forward pass, from the inputs of the experts."""
-
-    def __init__(self, model: Any) -> None:
-        self._shape = (model.config.num_hidden_layers, model.config.num_experts_per_tok)
-        self._latest: dict[int, Tensor] = {}
-        for number, layer in enumerate(model.model.layers):
-            if hasattr(layer.mlp, "experts"):
-                layer.mlp.experts.register_forward_pre_hook(partial(self._note, number))
-
-    def _note(self, layer: int, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        # in every family: hidden states, experts (B * T, topk), their weights
-        self._latest[layer] = inputs[1]
-
-    def latest(self, batch_size: int) -> Tensor:
-        """Return (B, T, layers, topk) int32 expert ids, 0 in layers without experts."""
-        layers, topk = self._shape
-        some = next(iter(self._latest.values()))
-        experts = some.new_zeros(len(some), layers, topk, dtype=torch.int32)
-        for layer, chosen in self._latest.items():
-            experts[:, layer] = chosen.int()
-        return experts.view(batch_size, -1, layers, topk)
-
-
-class _RouterNoise(TorchFunctionMode):
-    """Add Gaussian noise to the router logits of a transformers MoE.
-
-    The noise changes the chosen experts and their weights. In every family a router computes its logits by
-    the only ``linear`` call in its forward pass; the noise is added to its result.
-
-    Attributes:
-        std: standard deviation of the noise; 0 disables it.
-        generator: random generator of the noise.
-    """
-
-    std: float = 0.0
-    generator: torch.Generator | None = None
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        for layer in model.model.layers:
-            if hasattr(layer.mlp, "experts"):
-                layer.mlp.gate.forward = partial(self._route, layer.mlp.gate.forward)
-
-    def _route(self, forward: Callable[[Tensor], Any], hidden_states: Tensor) -> Any:
-        if self.std == 0:
-            return forward(hidden_states)
-        with self:
-            return forward(hidden_states)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is not F.linear:
-            return out
-        return out + self.std * torch.randn(
-            out.shape, generator=self.generator, dtype=out.dtype, device=out.device
-        )
 
 
 def _fp32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:

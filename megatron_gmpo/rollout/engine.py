@@ -26,6 +26,8 @@ class SamplingParams:
         router_noise: standard deviation of Gaussian noise on a MoE's router logits; only the embedded engine
             adds it.
         seed: numbers from which every sample's own seed is drawn; the SGLang engine sets them.
+        draw: place of the batch's first prompt in the stream of prompts, on which the seeds of environments
+            depend.
     """
 
     n: int = 1
@@ -36,6 +38,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     router_noise: float = 0.0
     seed: tuple[int, ...] = (0,)
+    draw: int = 0
 
 
 class RolloutEngine(Protocol):
@@ -51,6 +54,8 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         """Sample ``sampling.n`` responses to the ``input_ids`` of each prompt; rewards stay 0.
+
+        An engine that was made with a ``Player`` plays episodes instead.
 
         Returns:
             The groups that this rank sampled, by the position of their prompt in ``prompts``. Every position

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..batch.samples import Sample, version_spans_of
+from .ending import Ending
+
 
 @dataclass
 class Response:
@@ -16,8 +19,8 @@ class Response:
         logprobs: R log probabilities, after temperature and before top-p and top-k.
         versions: R training steps, one per token: the step whose weights sampled the token.
         finish_reason: ``stop``, ``length``, or empty while the response is unfinished.
-        routed_experts: uint8 or int16 expert ids, if requested: a row for each token of the prompt and the
-            response but the last. A row is (layers * topk) at a server and (layers, topk) in an episode.
+        routed_experts: (C + R - 1, layers, topk) uint8 or int16 expert ids, if requested: a row for each
+            token of the context of C tokens and of the response, but the last.
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
@@ -25,3 +28,16 @@ class Response:
     versions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     finish_reason: str = ""
     routed_experts: np.ndarray | None = None
+
+    def to_sample(self, prompt: list[int], ending: Ending) -> Sample:
+        """Return the sample of a finished response to the prompt's token ids."""
+        return Sample.from_response(
+            prompt,
+            self.tokens,
+            self.logprobs,
+            text=ending.text(self.tokens),
+            finish_reason="stop" if self.finish_reason == "stop" else "length",
+            policy_version=int(self.versions.min()),
+            version_spans=version_spans_of(self.versions, start=len(prompt)),
+            routed_experts=self.routed_experts,
+        )

@@ -96,7 +96,7 @@ def test_the_objects_of_a_response_do_not_grow_with_its_tokens(
     # the real parser, which also notes the size of its input
     monkeypatch.setattr(orjson, "loads", lambda content: (parsed.append(len(content)), loads(content))[1])
     no_servers: Any = None
-    sampler = Sampler(no_servers, no_servers, SGLangConfig(), NONCE, return_routed_experts=True)
+    sampler = Sampler(no_servers, no_servers, SGLangConfig(), NONCE, routed_experts=(2, 2))
     ending = Ending(TEXT, {2}, ("END",))
 
     def objects(count: int) -> int:
@@ -116,7 +116,7 @@ def test_the_objects_of_a_response_do_not_grow_with_its_tokens(
             finish_reason="length",
             policy_version=0,
             version_spans=version_spans_of(response.versions, start=3),
-            routed_experts=response.routed_experts.reshape(-1, 2, 2),
+            routed_experts=response.routed_experts,
         )
         left = sum(each.count for each in tracemalloc.take_snapshot().statistics("filename"))
         tracemalloc.stop()

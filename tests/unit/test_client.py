@@ -30,7 +30,7 @@ from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.response import Response
 from megatron_gmpo.rollout.sglang import sampler
-from megatron_gmpo.rollout.sglang.batches import Responses
+from megatron_gmpo.rollout.sglang.batches import Sampled
 from megatron_gmpo.rollout.sglang.client import RolloutClient, _allow_open_files
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.server_state import ServerState
@@ -81,7 +81,14 @@ def client(fakes: list[FakeServer]) -> Iterator[Callable[..., RolloutClient]]:
             for fake in fakes[:count]:
                 fake.start()
         made.append(
-            RolloutClient([f.server for f in fakes[:count]], local, cfg, NONCE, dist.HashStore(), experts)
+            RolloutClient(
+                [f.server for f in fakes[:count]],
+                local,
+                cfg,
+                NONCE,
+                dist.HashStore(),
+                (2, 2) if experts else None,
+            )
         )
         return made[-1]
 
@@ -137,7 +144,7 @@ def sample(client: RolloutClient, count: int = 1, n: int = 1, tokens: int = 4) -
 
 def submit(
     client: RolloutClient, prompts: list[list[int]], sampling: SamplingParams, ending: Ending = ENDLESS
-) -> Future[Responses]:
+) -> Future[Sampled[Response]]:
     return client.submit(f"batch{next(NUMBERS)}", prompts, sampling, ending)
 
 
@@ -166,7 +173,7 @@ def test_responses_come_in_order_from_the_least_loaded_server(
 
     async def generate(body: dict[str, Any]) -> Answer:
         await asyncio.sleep(0.02)
-        return answer_of(body, f"{NONCE}-0", count=1 + body["input_ids"][-1] % 3)
+        return answer_of(body, f"{NONCE}-0", count=1 + body["input_ids"][-1] % 3, finish="stop")
 
     for fake in fakes:
         fake.generate = generate
@@ -175,7 +182,7 @@ def test_responses_come_in_order_from_the_least_loaded_server(
     for i, row in enumerate(rows):
         for response in row:
             assert_columns(response, tokens_from(4, 1 + i % 3), [0] * (1 + i % 3))
-            assert (response.finish_reason, response.routed_experts) == ("length", None)
+            assert (response.finish_reason, response.routed_experts) == ("stop", None)
     assert [fake.peak for fake in fakes] == [3, 3]
     assert all(len(fake.bodies) >= 5 for fake in fakes)
     assert sum(len(fake.bodies) for fake in fakes) == 20
@@ -774,7 +781,7 @@ def test_routed_experts_are_decoded(client: Callable[..., RolloutClient], fakes:
     ((response,),) = sample(served)
     assert response.routed_experts is not None
     assert response.routed_experts.dtype == np.uint8
-    assert np.array_equal(response.routed_experts, record.reshape(7, 4))
+    assert np.array_equal(response.routed_experts, record.reshape(7, 2, 2))
     assert fakes[0].bodies[0]["return_routed_experts"]
     assert served.retries == 1
 
@@ -801,7 +808,7 @@ def test_routed_experts_of_a_response_that_ends_in_an_aborted_answer(
     assert len(response.tokens) == kept
     assert response.finish_reason == ("stop" if limit == 20 else "length")
     assert response.routed_experts is not None
-    assert np.array_equal(response.routed_experts, record.reshape(-1, 4)[: 3 + kept - 1])
+    assert np.array_equal(response.routed_experts, record.reshape(-1, 2, 2)[: 3 + kept - 1])
 
 
 def test_as_many_files_may_be_open_as_there_are_requests() -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch.distributed as dist
 
-from ..ending import Ending
-from ..engine import SamplingParams
-from ..response import Response
 from .prompt_queue import PromptQueue
-from .sampler import Sampler
 from .watcher import Watcher
 
 _POLL_S = 0.2
@@ -24,40 +20,48 @@ _POLL_S = 0.2
 _PAUSE_S = 0.02
 """Minimum interval between two draws, so that many short responses do not flood the store."""
 
-Responses = dict[int, list[Response]]
-"""The responses to each prompt that this node sampled, by the prompt's position in its batch."""
+T = TypeVar("T")
+"""A finished sample of a batch: a response, or a whole episode."""
+
+Sampled = dict[int, list[T]]
+"""The samples of each prompt that this node has finished, by the prompt's position in its batch."""
+
+Play = Callable[[int, int], Coroutine[Any, Any, T]]
+"""Make the sample of this number of the prompt at this position. It starts anew on every call."""
 
 
 @dataclass(eq=False)
-class _Batch:
+class _Batch(Generic[T]):
     """A batch in progress.
 
     Attributes:
+        n: number of samples of a prompt.
         held: tasks that sample the prompts that this node has drawn, by position.
-        sampled: responses to the prompts that this node has finished.
+        sampled: samples of the prompts that this node has finished.
         unreported: number of finished prompts that the queue does not know of yet.
         result: ``sampled``, once all prompts are finished on all nodes.
     """
 
     queue: PromptQueue
-    prompts: Sequence[list[int]]
-    sampling: SamplingParams
-    ending: Ending
-    seeds: np.ndarray
-    result: asyncio.Future[Responses]
-    held: dict[int, asyncio.Task[list[Response]]] = field(default_factory=dict)
-    sampled: Responses = field(default_factory=dict)
+    n: int
+    play: Play[T]
+    result: asyncio.Future[Sampled[T]]
+    held: dict[int, asyncio.Task[list[T]]] = field(default_factory=dict)
+    sampled: Sampled[T] = field(default_factory=dict)
     unreported: int = 0
 
     def fail(self, error: BaseException) -> None:
         if not self.result.done():
             self.result.set_exception(error)
-        for responses in self.held.values():
-            responses.cancel()
+        for samples in self.held.values():
+            samples.cancel()
 
 
 class Batches:
     """Draw prompts while this node's servers have room, and sample them. Older batches come first.
+
+    A sample takes the room of one request from its start to its end, also while an episode is in its
+    environment.
 
     A node holds at most its share of a batch at a time, by the number of its servers, so that the node that
     draws first leaves some to the others. It draws more as it finishes, so a slow node takes fewer. A node
@@ -66,15 +70,14 @@ class Batches:
 
     Args:
         watcher: the servers of this node.
-        sampler: samples from them.
         store: a connection to the run's store, for this object alone. ``in_service`` in it is the number of
             servers in service on all nodes. Every node calls ``announce`` before the first one draws.
     """
 
-    def __init__(self, watcher: Watcher, sampler: Sampler, store: dist.Store) -> None:
-        self._watcher, self._sampler, self._store = watcher, sampler, store
-        self._open: list[_Batch] = []
-        self._samples: set[asyncio.Task[Response]] = set()  # that are not finished
+    def __init__(self, watcher: Watcher, store: dist.Store) -> None:
+        self._watcher, self._store = watcher, store
+        self._open: list[_Batch[Any]] = []
+        self._samples: set[asyncio.Task[Any]] = set()  # that are not finished
         self._changed = asyncio.Event()
         self._announced = 0
         self._task = asyncio.create_task(self._run())
@@ -85,23 +88,21 @@ class Batches:
         self._announced += change
         return self._store.add("in_service", change)
 
-    async def sample(
-        self, name: str, prompts: Sequence[list[int]], sampling: SamplingParams, ending: Ending
-    ) -> Responses:
+    async def sample(self, name: str, size: int, n: int, play: Play[T]) -> Sampled[T]:
         """Take part in a batch until all of its prompts are finished on all nodes.
 
-        Every sample has its own seed, drawn from ``sampling.seed`` and its place in the batch, so that the
-        batch does not depend on which node samples what.
+        Args:
+            name: name of the batch, equal on all nodes and used once.
+            size: number of prompts.
+            n: number of samples of a prompt.
+            play: makes one sample. A prompt that this node gives back is started anew by another node.
 
         Raises:
-            InputError, ServerError: see ``Sampler.sample``.
+            InputError, ServerError: raised by ``play``.
         """
-        bits = np.random.SeedSequence(sampling.seed).generate_state(len(prompts) * sampling.n, np.uint64)
-        seeds = (bits >> np.uint64(1)).reshape(len(prompts), sampling.n)  # SGLang takes int64
-        queue = PromptQueue(self._store, name, len(prompts))
-        result: asyncio.Future[Responses] = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[Sampled[T]] = asyncio.get_running_loop().create_future()
         self._watcher.expect_answers()
-        self._open.append(_Batch(queue, prompts, sampling, ending, seeds, result))
+        self._open.append(_Batch(PromptQueue(self._store, name, size), n, play, result))
         self._changed.set()
         return await result
 
@@ -136,46 +137,42 @@ class Batches:
             if batch.result.done():
                 self._open.remove(batch)
 
-    def _wanted(self, batch: _Batch, share: float) -> int:
+    def _wanted(self, batch: _Batch[Any], share: float) -> int:
         """Return how many prompts to draw: what fits into the servers, up to this node's share."""
         if batch.result.done():
             return 0
         room = self._watcher.capacity - len(self._samples)
         of_share = ceil(batch.queue.size * share) - len(batch.held)
-        return max(0, min(ceil(room / batch.sampling.n), of_share))
+        return max(0, min(ceil(room / batch.n), of_share))
 
-    def _start(self, batch: _Batch, position: int) -> None:
-        prompt = batch.prompts[position]
-        samples = [
-            asyncio.create_task(self._sampler.sample(prompt, batch.sampling, seed, batch.ending))
-            for seed in batch.seeds[position].tolist()
-        ]
+    def _start(self, batch: _Batch[T], position: int) -> None:
+        samples = [asyncio.create_task(batch.play(position, number)) for number in range(batch.n)]
         self._samples.update(samples)
         for sample in samples:
             sample.add_done_callback(self._make_room)
-        responses = asyncio.create_task(_all(samples))
-        batch.held[position] = responses
-        responses.add_done_callback(partial(self._end, batch, position))
+        held = asyncio.create_task(_all(samples))
+        batch.held[position] = held
+        held.add_done_callback(partial(self._end, batch, position))
 
-    def _make_room(self, sample: asyncio.Task[Response]) -> None:
+    def _make_room(self, sample: asyncio.Task[Any]) -> None:
         self._samples.discard(sample)
         self._changed.set()
 
-    def _end(self, batch: _Batch, position: int, responses: asyncio.Task[list[Response]]) -> None:
-        if responses.cancelled():
+    def _end(self, batch: _Batch[T], position: int, samples: asyncio.Task[list[T]]) -> None:
+        if samples.cancelled():
             return
         del batch.held[position]
-        if error := responses.exception():
+        if error := samples.exception():
             batch.fail(error)
         else:
-            batch.sampled[position] = responses.result()
+            batch.sampled[position] = samples.result()
             batch.unreported += 1
         self._changed.set()
 
-    async def _give_back(self, batch: _Batch) -> None:
+    async def _give_back(self, batch: _Batch[Any]) -> None:
         """Let other nodes sample what this node has not finished."""
-        for responses in batch.held.values():
-            responses.cancel()
+        for samples in batch.held.values():
+            samples.cancel()
         await asyncio.gather(*batch.held.values(), return_exceptions=True)
         positions = list(batch.held)
         batch.held.clear()
@@ -183,7 +180,7 @@ class Batches:
             await asyncio.to_thread(batch.queue.give_back, positions)
 
 
-async def _all(samples: list[asyncio.Task[Response]]) -> list[Response]:
+async def _all(samples: list[asyncio.Task[T]]) -> list[T]:
     return await asyncio.gather(*samples)
 
 

@@ -12,22 +12,29 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import aiohttp
+import numpy as np
 import torch.distributed as dist
 
+from ...batch.samples import Prompt, Sample
 from ...config import SGLangConfig
 from ...errors import InputError
 from ..ending import Ending
 from ..engine import SamplingParams
-from .batches import Batches, Responses
+from ..player import Player
+from ..response import Response
+from .batches import Batches, Sampled
 from .processes import LocalServers
 from .sampler import Sampler
 from .servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server, certificates
-from .watcher import Standing, Watcher
+from .watcher import Home, Standing, Watcher
 
 _OTHER_FILES = 1024
+
+T = TypeVar("T")
 
 
 class RolloutClient:
@@ -43,7 +50,7 @@ class RolloutClient:
         nonce: prefix of this run's weight versions, ``"{nonce}-{step}"``, which distinguishes them from the
             versions of other runs on the same servers. Equal on all nodes.
         store: a store that all nodes reach, in which they share the prompts of a batch.
-        return_routed_experts: request the experts of every token.
+        routed_experts: (layers, topk) to record every token's experts, or None.
 
     Raises:
         InputError: the system's limit on open files is too low.
@@ -56,7 +63,7 @@ class RolloutClient:
         cfg: SGLangConfig,
         nonce: str,
         store: dist.Store,
-        return_routed_experts: bool = False,
+        routed_experts: tuple[int, int] | None = None,
     ) -> None:
         _allow_open_files(len(servers) * cfg.max_concurrent_requests)
         self.local = local
@@ -65,7 +72,7 @@ class RolloutClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout client", daemon=True)
         self._thread.start()
-        self._call(self._open(servers, cfg, nonce, store, return_routed_experts))
+        self._call(self._open(servers, cfg, nonce, store, routed_experts))
 
     async def _open(
         self,
@@ -73,7 +80,7 @@ class RolloutClient:
         cfg: SGLangConfig,
         nonce: str,
         store: dist.Store,
-        return_routed_experts: bool,
+        routed_experts: tuple[int, int] | None,
     ) -> None:
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=certificates()),
@@ -83,10 +90,10 @@ class RolloutClient:
             trust_env=False,  # no proxy between trainer and servers
         )
         self._watcher = Watcher(servers, self.local, cfg, nonce, self._http)
-        self._sampler = Sampler(self._watcher, self._http, cfg, nonce, return_routed_experts)
+        self._sampler = Sampler(self._watcher, self._http, cfg, nonce, routed_experts)
         # a connection of its own, because the main thread may wait in another operation
         own: dist.Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        self._batches = Batches(self._watcher, self._sampler, own)
+        self._batches = Batches(self._watcher, own)
         self._batches.announce()
 
     def close(self) -> None:
@@ -115,11 +122,41 @@ class RolloutClient:
 
     def submit(
         self, name: str, prompts: list[list[int]], sampling: SamplingParams, ending: Ending
-    ) -> Future[Responses]:
-        """Start ``Batches.sample`` and return at once."""
-        return asyncio.run_coroutine_threadsafe(
-            self._batches.sample(name, prompts, sampling, ending), self._loop
-        )
+    ) -> Future[Sampled[Response]]:
+        """Start to sample responses in a batch, see ``Batches.sample``, and return at once."""
+        seeds = _seeds(sampling, len(prompts))
+
+        def respond(position: int, number: int) -> Coroutine[Any, Any, Response]:
+            return self._sampler.sample(prompts[position], sampling, seeds[position][number], ending)
+
+        return self._start(self._batches.sample(name, len(prompts), sampling.n, respond))
+
+    def play(
+        self, name: str, prompts: list[Prompt], sampling: SamplingParams, ending: Ending, player: Player
+    ) -> Future[Sampled[Sample]]:
+        """Start to play episodes in a batch, see ``Batches.sample``, and return at once.
+
+        The turns of an episode go to one server while it is in service. A turn that is lost with its server
+        is sampled again on another; the turns before it stay.
+        """
+        seeds = _seeds(sampling, len(prompts))
+
+        async def play(position: int, number: int) -> Sample:
+            home = Home()
+
+            async def generate(context: np.ndarray, limit: int) -> Response:
+                turn = replace(sampling, max_new_tokens=limit)
+                return await self._sampler.sample(context, turn, seeds[position][number], ending, home)
+
+            try:
+                return await player.play(prompts[position], position, number, sampling, ending, generate)
+            finally:
+                home.move(None)
+
+        return self._start(self._batches.sample(name, len(prompts), sampling.n, play))
+
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     # weights
 
@@ -159,6 +196,16 @@ class RolloutClient:
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of the client's thread, since its start."""
         return self._call(_thread_time())
+
+
+def _seeds(sampling: SamplingParams, size: int) -> list[list[int]]:
+    """Return the seed of every sample of a batch.
+
+    It depends on ``sampling.seed`` and the sample's place in the batch, so that the batch does not depend on
+    which node samples what.
+    """
+    bits = np.random.SeedSequence(sampling.seed).generate_state(size * sampling.n, np.uint64)
+    return (bits >> np.uint64(1)).reshape(size, sampling.n).tolist()  # SGLang takes int64
 
 
 async def _thread_time() -> float:

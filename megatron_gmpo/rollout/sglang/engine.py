@@ -10,22 +10,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from ...batch.samples import Prompt, Sample, SampleGroup, version_spans_of
+from ...batch.samples import Prompt, SampleGroup
 from ...config import Config
 from ...distributed import Nodes, agreed, barrier, broadcast_object, rank, sum_over_ranks
-from ...errors import InputError, RunError, ServerError
+from ...errors import RunError, ServerError
 from ...metrics.figures import Metric
 from ..ending import Ending, end_token_ids
 from ..engine import SamplingParams
-from ..response import Response
+from ..player import Player
 from .agreement import News, Rounds, agree
-from .batches import Responses
+from .batches import Sampled
 from .client import RolloutClient
 from .memory import release_memory, resume_memory
 from .processes import LocalServers
@@ -47,7 +46,7 @@ class Ticket:
     prompts: list[Prompt]
     sampling: SamplingParams
     ending: Ending
-    future: Future[Responses] | None
+    future: Future[Sampled[Any]] | None
 
 
 class SGLangEngine:
@@ -68,6 +67,7 @@ class SGLangEngine:
         tokenizer: the model's tokenizer, to decode responses.
         nodes: the nodes of the ranks.
         routed_experts: (layers, topk) to record every token's experts, or None.
+        player: plays episodes on ranks with a client; None samples single responses. The engine closes it.
     """
 
     def __init__(
@@ -79,10 +79,11 @@ class SGLangEngine:
         tokenizer: Any,
         nodes: Nodes,
         routed_experts: tuple[int, int] | None = None,
+        player: Player | None = None,
     ) -> None:
         self.version = -1
         self._cfg, self._servers, self._sync, self._nodes = cfg, servers, sync, nodes
-        self._tokenizer, self._routed_experts = tokenizer, routed_experts
+        self._tokenizer, self._player = tokenizer, player
         self._end_ids = _end_ids(cfg.model.path, tokenizer)
         self._nonce: str = broadcast_object(secrets.token_hex(4))
         self._store = dist.PrefixStore(f"rollout/{self._nonce}", _store())
@@ -91,7 +92,7 @@ class SGLangEngine:
         with agreed():  # every client has announced its servers
             if nodes.is_leader:
                 self._client = RolloutClient(
-                    servers, local, cfg.sglang, self._nonce, self._store, bool(routed_experts)
+                    servers, local, cfg.sglang, self._nonce, self._store, routed_experts
                 )
         self._asleep = False
         self._batches = self._submits = 0
@@ -120,7 +121,11 @@ class SGLangEngine:
         self._batches += 1
         name = f"batch/{self._batches}"
         ending = Ending(self._tokenizer, self._end_ids, sampling.stop)
-        future = self._client and self._client.submit(name, [p.input_ids for p in prompts], sampling, ending)
+        future = None
+        if self._client and self._player:
+            future = self._client.play(name, prompts, sampling, ending, self._player)
+        elif self._client:
+            future = self._client.submit(name, [p.input_ids for p in prompts], sampling, ending)
         return Ticket(name, prompts, sampling, ending, future)
 
     def wait(self, ticket: Ticket) -> dict[int, SampleGroup]:
@@ -129,10 +134,11 @@ class SGLangEngine:
         groups: dict[int, SampleGroup] = {}
         with agreed():
             if ticket.future:
-                for position, responses in ticket.future.result(_LAST_S).items():
+                for position, sampled in ticket.future.result(_LAST_S).items():
                     prompt = ticket.prompts[position]
-                    samples = [self._sample_of(prompt.input_ids, response, ticket) for response in responses]
-                    groups[position] = SampleGroup(prompt, samples)
+                    if not self._player:
+                        sampled = [each.to_sample(prompt.input_ids, ticket.ending) for each in sampled]
+                    groups[position] = SampleGroup(prompt, sampled)
         if rank() == 0:
             PromptQueue(self._store, ticket.name, 0).delete()
         return groups
@@ -170,6 +176,8 @@ class SGLangEngine:
         """End unfinished requests and the servers started by the run."""
         if self._client:
             self._client.close()
+        if self._player:
+            self._player.close()
         self._sync.close()
 
     def _counts(self) -> dict[str, int]:
@@ -200,7 +208,7 @@ class SGLangEngine:
             elif found.sampled or (found.ready and not ticket):
                 return
 
-    def _news(self, client: RolloutClient, future: Future[Responses] | None) -> News:
+    def _news(self, client: RolloutClient, future: Future[Sampled[Any]] | None) -> News:
         try:
             standing = client.standing() if self._servers else None
             return News(standing, sampled=bool(future and future.done() and future.result() is not None))
@@ -232,38 +240,6 @@ class SGLangEngine:
         self._figures["weight_sync/gigabytes_per_second"] = Metric(report.nbytes / 1e9, report.seconds)
         if self._client:
             self._client.synced(here, report.failed)
-
-    def _sample_of(self, prompt: list[int], response: Response, ticket: Ticket) -> Sample:
-        limit = ticket.sampling.max_new_tokens
-        if response.finish_reason == "length" and len(response.tokens) < limit:
-            # SGLang lowers the limit without a word (scheduler.py)
-            raise InputError(
-                f"the SGLang servers end responses after {len(response.tokens)} of {limit} tokens: "
-                "raise context_length or max_total_tokens in [sglang.args], or lower max_new_tokens"
-            )
-        return Sample.from_response(
-            prompt,
-            response.tokens,
-            response.logprobs,
-            text=ticket.ending.text(response.tokens),
-            finish_reason="stop" if response.finish_reason == "stop" else "length",
-            policy_version=int(response.versions.min()),
-            version_spans=version_spans_of(response.versions, start=len(prompt)),
-            routed_experts=self._routing(response, len(prompt)),
-        )
-
-    def _routing(self, response: Response, prompt_length: int) -> np.ndarray | None:
-        if not self._routed_experts:
-            return None
-        layers, topk = self._routed_experts
-        expected = (prompt_length + len(response.tokens) - 1, layers * topk)
-        if response.routed_experts is None or response.routed_experts.shape != expected:
-            found = None if response.routed_experts is None else response.routed_experts.shape
-            raise ServerError(
-                f"SGLang recorded routed experts of shape {found}, expected {expected}: "
-                "check that it serves model.path"
-            )
-        return response.routed_experts.reshape(-1, layers, topk)
 
 
 def _store() -> dist.Store:

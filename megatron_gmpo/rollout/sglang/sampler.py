@@ -20,7 +20,7 @@ from ..response import Response
 from .answer import Answer, parse_answer
 from .server_state import ServerEvent
 from .servers import PROBE_TIMEOUT_S, Server
-from .watcher import Member, Watcher
+from .watcher import Home, Member, Watcher
 
 ATTEMPTS = 5
 """Maximum consecutive requests of one sample that bring no token; answers HTTP 429 and 5xx do not count."""
@@ -49,7 +49,7 @@ class Sampler:
         http: session for all requests.
         cfg: timeouts and limits.
         nonce: prefix of this run's weight versions.
-        return_routed_experts: request the experts of every token.
+        routed_experts: (layers, topk) to record every token's experts, or None.
 
     Attributes:
         retries: number of requests that were sent again, since the start.
@@ -63,17 +63,22 @@ class Sampler:
         http: aiohttp.ClientSession,
         cfg: SGLangConfig,
         nonce: str,
-        return_routed_experts: bool,
+        routed_experts: tuple[int, int] | None = None,
     ) -> None:
         self.retries = self.old_cache_tokens = 0
         self._watcher, self._http, self._cfg, self._nonce = watcher, http, cfg, nonce
-        self._return_routed_experts = return_routed_experts
+        self._routed_experts = routed_experts
         self._timeout = f"sglang.request_timeout_s = {cfg.request_timeout_s:g}"
 
     async def sample(
-        self, prompt: list[int], sampling: SamplingParams, seed: int, ending: Ending
+        self,
+        context: list[int] | np.ndarray,
+        sampling: SamplingParams,
+        seed: int,
+        ending: Ending,
+        home: Home | None = None,
     ) -> Response:
-        """Return one response, which ends where ``ending`` says.
+        """Return one response to the tokens of ``context``, which ends where ``ending`` says.
 
         A server ends most of them there, but misses an end token in an aborted answer, and a stop string that
         spans two requests or has more tokens than its encoding.
@@ -83,12 +88,15 @@ class Sampler:
 
         SGLang reads ``seed`` if ``enable_deterministic_inference`` or ``rl_on_policy_target`` is set, and
         uses 42 where it is missing (sampling_batch_info.py). It adds noise to each token that depends on seed
-        and position only, so a continued response keeps its seed.
+        and position only, so a continued response keeps its seed, and so do the turns of an episode.
+
+        Args:
+            home: of the episode of which the response is a turn; see ``Watcher.acquire``.
 
         Raises:
-            InputError: a server refuses a request or the API key.
-            ServerError: ``ATTEMPTS`` consecutive requests brought no token, or a server refused requests for
-                ``request_timeout_s``.
+            InputError: a server refuses a request or the API key, or ends a response too early.
+            ServerError: ``ATTEMPTS`` consecutive requests brought no token, a server refused requests for
+                ``request_timeout_s``, or it recorded experts of another model.
         """
         limit = sampling.max_new_tokens
         parameters = {
@@ -108,13 +116,13 @@ class Sampler:
             start, version = len(response.tokens), self._watcher.version
             body = {
                 "rid": f"{self._nonce}-{uuid.uuid4().hex}",
-                "input_ids": np.append(np.array(prompt, np.int32), response.tokens),
+                "input_ids": np.append(np.asarray(context, np.int32), response.tokens),
                 "sampling_params": parameters | {"max_new_tokens": limit - start},
                 "return_logprob": True,
-                "return_routed_experts": self._return_routed_experts,
+                "return_routed_experts": bool(self._routed_experts),
             }
             try:
-                self._append(response, await self._ask(body), limit, ending)
+                self._append(response, await self._ask(body, home), limit, ending)
                 aborted = not response.finish_reason and version == self._watcher.version  # by no sync
                 if aborted and len(response.tokens) == start:
                     raise _RetryError(
@@ -143,7 +151,7 @@ class Sampler:
             ):
                 pass
 
-    async def _ask(self, body: dict[str, Any]) -> Answer:
+    async def _ask(self, body: dict[str, Any], home: Home | None) -> Answer:
         """Return the answer of a server with the current weights.
 
         The request is sent again while servers reply HTTP 429 or 5xx. The weights' version is the key of the
@@ -151,7 +159,7 @@ class Sampler:
         """
         pause, refused_since = _FIRST_PAUSE_S, None
         while True:
-            member = await self._watcher.acquire()
+            member = await self._watcher.acquire(home)
             version = self._watcher.version
             try:
                 reply = await self._request(member, body | {"extra_key": f"{self._nonce}-{version}"})
@@ -238,14 +246,31 @@ class Sampler:
             finish_reason = "stop"
         elif finish_reason == "abort":
             finish_reason = "length" if len(tokens) == limit else ""
+        if finish_reason == "length" and len(tokens) < limit:
+            # SGLang lowers the limit without a word (scheduler.py)
+            raise InputError(
+                f"the SGLang servers end responses after {len(tokens)} of {limit} tokens: "
+                "raise context_length or max_total_tokens in [sglang.args], or lower max_new_tokens"
+            )
         # an unfinished response is routed again as a longer prompt, under the newer weights
-        if self._return_routed_experts and finish_reason:
-            flat, routed = answer.routed_experts, answer.prompt_tokens + len(answer.tokens) - 1
-            if not len(flat) or len(flat) % routed:
-                raise _RetryError(f"the record has {len(flat)} routed experts for {routed} tokens")
+        if self._routed_experts and finish_reason:
+            rows = answer.prompt_tokens + len(answer.tokens) - 1
             surplus = 0 if end is None else len(tokens) - end
-            response.routed_experts = flat.reshape(routed, -1)[: routed - surplus]
+            response.routed_experts = self._routing(answer.routed_experts, rows)[: rows - surplus]
         response.tokens = tokens[:end]
         response.logprobs = np.append(response.logprobs, answer.logprobs)[:end]
         response.versions = np.append(response.versions, answer.versions[: len(answer.tokens)])[:end]
         response.finish_reason = finish_reason
+
+    def _routing(self, flat: np.ndarray, rows: int) -> np.ndarray:
+        """Return (rows, layers, topk) expert ids of an answer's record."""
+        assert self._routed_experts
+        layers, topk = self._routed_experts
+        if not len(flat) or len(flat) % rows:
+            raise _RetryError(f"the record has {len(flat)} routed experts for {rows} tokens")
+        if len(flat) != rows * layers * topk:
+            raise ServerError(
+                f"SGLang recorded {len(flat) // rows} routed experts a token, expected {layers} x {topk}: "
+                "check that it serves model.path"
+            )
+        return flat.reshape(rows, layers, topk)

@@ -18,6 +18,7 @@ from ...errors import InputError, RunError
 from ...models import fp8_blocks
 from ...supervision.records import node_name
 from ...weights.companions import copy_companions
+from ..player import Player
 from .engine import SGLangEngine
 from .processes import LocalServers
 from .servers import (
@@ -93,7 +94,9 @@ def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None
         )
 
 
-def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> SGLangEngine:
+def start_sglang(
+    cfg: Config, hf: Any, tokenizer: Any, device: torch.device, player: Player | None = None
+) -> SGLangEngine:
     """Start or reach the servers of ``cfg``, and return their engine. Collective.
 
     The first rank of each node starts the node's servers, or reaches its share of running servers. Started
@@ -103,6 +106,7 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
         hf: the model's Hugging Face config.
         tokenizer: the model's tokenizer.
         device: device of the policy.
+        player: plays episodes; None samples single responses.
 
     Raises:
         InputError: see ``LocalServers``, ``make_weight_sync`` and ``WeightSync.check``; or colocated servers
@@ -139,7 +143,7 @@ def start_sglang(cfg: Config, hf: Any, tokenizer: Any, device: torch.device) -> 
     with agreed():
         sync.check([server for of_node in everywhere for server in of_node])
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
-    engine = SGLangEngine(cfg, servers, local, sync, tokenizer, nodes, routed_experts)
+    engine = SGLangEngine(cfg, servers, local, sync, tokenizer, nodes, routed_experts, player)
     if colocated_on_gpus:
         _wait_ready(engine, local)
     return engine

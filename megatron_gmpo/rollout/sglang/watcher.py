@@ -29,6 +29,7 @@ class Member:
     Attributes:
         index: its number in the set.
         requests: its in-flight requests with their ids.
+        episodes: number of unfinished episodes that have their ``Home`` here.
         in_service: False from its loss until it answers again.
     """
 
@@ -37,11 +38,30 @@ class Member:
     life: Lifecycle
     in_service: bool = True
     requests: dict[asyncio.Task[Any], str] = field(default_factory=dict)
+    episodes: int = 0
     check_now: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def state(self) -> ServerState:
         return self.life.state
+
+
+class Home:
+    """The server that generates an episode's turns, so that a turn finds the earlier turns in its cache.
+
+    Attributes:
+        member: the server; None before the first turn and after the episode.
+    """
+
+    member: Member | None = None
+
+    def move(self, member: Member | None) -> None:
+        """Go to another server, or to none."""
+        if self.member:
+            self.member.episodes -= 1
+        if member:
+            member.episodes += 1
+        self.member = member
 
 
 @dataclass(frozen=True)
@@ -103,17 +123,27 @@ class Watcher:
 
     # requests
 
-    async def acquire(self) -> Member:
-        """Return the ready server with the fewest requests. Wait while all are full or none is ready.
+    async def acquire(self, home: Home | None = None) -> Member:
+        """Return the server of ``home`` if it is ready, else the one with the fewest episodes and requests.
 
-        The wait has no timeout: ``standing`` tells when no server answers.
+        Wait while all are full or none is ready. The wait has no timeout: ``standing`` tells when no server
+        answers.
+
+        Args:
+            home: an episode's; it moves to the server that is returned.
         """
         limit = self._cfg.max_concurrent_requests
         async with self._changed:
             while True:
                 free = [m for m in self.members if m.state is ServerState.READY and len(m.requests) < limit]
+                if home and home.member in free:
+                    return home.member
                 if free:
-                    return min(free, key=lambda member: len(member.requests))
+                    # an episode that is in its environment has no request, and comes back
+                    member = min(free, key=lambda m: (m.episodes, len(m.requests)))
+                    if home:
+                        home.move(member)
+                    return member
                 await self._changed.wait()
 
     async def release(self) -> None:

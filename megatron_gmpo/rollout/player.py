@@ -1,0 +1,95 @@
+"""What an engine needs to play the episodes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..batch.samples import Prompt, Sample
+from ..config import Config
+from ..errors import InputError
+from .ending import Ending
+from .engine import SamplingParams
+from .environments.pool import EnvironmentPool
+from .environments.tools import tool_schemas
+from .episode import EpisodeLimits, Generate, play
+from .turns import TurnTemplate
+
+
+@dataclass(frozen=True)
+class Player:
+    """The environments, the chat template and the limits of a run's episodes.
+
+    Its processes start with the first episode.
+
+    Attributes:
+        limits: those of training; sampling parameters replace ``max_new_tokens``.
+    """
+
+    pool: EnvironmentPool
+    template: TurnTemplate
+    limits: EpisodeLimits
+
+    def play(
+        self,
+        prompt: Prompt,
+        position: int,
+        number: int,
+        sampling: SamplingParams,
+        ending: Ending,
+        generate: Generate,
+    ) -> Coroutine[Any, Any, Sample]:
+        """Play an episode; see ``episode.play``.
+
+        Args:
+            position: the prompt's position in its batch.
+            number: number of the sample in its group.
+        """
+        return play(
+            prompt,
+            number,
+            sampling.draw + position,
+            pool=self.pool,
+            template=self.template,
+            limits=replace(self.limits, max_new_tokens=sampling.max_new_tokens),
+            ending=ending,
+            generate=generate,
+        )
+
+    def close(self) -> None:
+        """End the environments' processes."""
+        self.pool.close()
+
+
+def make_player(cfg: Config, tokenizer: Any, positions: int) -> Player | None:
+    """Return the player of the config's episodes; None if it has no environment and no tools.
+
+    Args:
+        tokenizer: the policy's tokenizer.
+        positions: maximum tokens of a prompt and its episode together.
+
+    Raises:
+        InputError: see ``TurnTemplate`` and ``EnvironmentPool``; or a benchmark has a chat template of its
+            own.
+    """
+    rollout, data = cfg.rollout, cfg.data
+    if not rollout.has_episodes:
+        return None
+    for name, benchmark in cfg.eval.sets.items():
+        for field in ("use_chat_template", "chat_template_kwargs"):
+            value, expected = getattr(benchmark, field), getattr(data, field)
+            if value != expected:
+                raise InputError(
+                    f"eval.sets.{name}.{field} = {value!r}: episodes have one chat template, so it must be "
+                    f"data.{field} = {expected!r}"
+                )
+    longest = max(each.max_prompt_tokens for each in (data, *cfg.eval.sets.values()))
+    limits = EpisodeLimits(
+        max_turns=rollout.max_turns,
+        max_new_tokens=rollout.max_new_tokens,
+        max_episode_tokens=rollout.max_response_tokens,
+        max_prompt_tokens=min(longest, positions - rollout.max_response_tokens),
+    )
+    template = TurnTemplate(tokenizer, data, tools=tool_schemas(rollout))
+    return Player(EnvironmentPool(rollout, cfg.seed), template, limits)
