@@ -13,11 +13,11 @@ from string import Formatter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from ..batch.samples import Prompt
 from ..config import DataConfig
 from ..errors import InputError
+from .chat import ChatTemplate, SpecialTokens
 from .rows import LONE_SURROGATE, Row
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class PromptEncoder:
         cfg: the templates. ``use_chat_template = None`` uses the tokenizer's chat template if it has one.
         tokenizer: the policy's tokenizer.
         section: section of ``cfg`` in the config, for error lines.
+        tools: JSON schemas of tools, which the chat template describes to the model.
 
     Attributes:
         marked: number of prompts in which the text of special tokens was encoded as text.
@@ -56,11 +57,13 @@ class PromptEncoder:
         InputError: a template is invalid, or the tokenizer lacks the chat template that a setting needs.
     """
 
-    def __init__(self, cfg: DataConfig, tokenizer: Any, section: str) -> None:
+    def __init__(
+        self, cfg: DataConfig, tokenizer: Any, section: str, tools: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self._cfg, self._tokenizer, self._section = cfg, tokenizer, section
-        self._chat_template = _chat_template(cfg, tokenizer, section)
+        self._chat = chat_template(cfg, tokenizer, section, tools)
         _check_template(cfg.template, section)
-        self._special = _special_tokens(tokenizer, self._chat_template or cfg.template)
+        self._special = SpecialTokens(tokenizer, self._chat.source if self._chat else cfg.template)
         self._prefix: list[int] | None = None
         self.marked = 0
 
@@ -80,7 +83,7 @@ class PromptEncoder:
                 drafts.append(self._draft(row))
         self.marked += sum(draft.marked for draft in drafts)
         plain = iter(self._token_ids([draft for draft in drafts if not draft.marked]))
-        prefix = [] if self._chat_template else self._start_of_sequence(drafts[0])
+        prefix = [] if self._chat else self._start_of_sequence(drafts[0])
         for draft in drafts:
             ids = self._marked_ids(draft) if draft.marked else next(plain)
             if not ids:
@@ -91,11 +94,11 @@ class PromptEncoder:
     def _draft(self, row: Row) -> _Draft:
         problem = row.problem
         marks = self._cfg.special_tokens == "text"
-        marked = mark_control_tokens(problem, self._special) if marks else problem
+        marked = self._special.mark(problem) if marks else problem
         prompt = Prompt(id=row.id, answer=row.answer)
-        if self._chat_template:
+        if self._chat:
             prompt.messages = self._messages(problem, row.where)
-            rendered = self._render(self._messages(marked, row.where), row.where)
+            rendered = self._render(self._chat, self._messages(marked, row.where), row.where)
         elif isinstance(problem, str) and problem.strip():
             prompt.text, rendered = self._fill(problem), self._fill(marked)
         else:
@@ -139,17 +142,11 @@ class PromptEncoder:
             messages.insert(0, {"role": "system", "content": cfg.system_prompt})
         return messages
 
-    def _render(self, messages: list[dict[str, str]], where: str) -> str:
+    def _render(self, chat: ChatTemplate, messages: list[dict[str, str]], where: str) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                **self._cfg.chat_template_kwargs | {"chat_template": self._chat_template},
-            )
+            text = chat.render(messages)
         except Exception as error:  # a template can raise any error
             raise InputError(f"{where}: the tokenizer's chat template fails: {_one_line(error)}") from None
-        assert isinstance(text, str)
         if messages[-1]["content"].strip() not in text:
             raise InputError(
                 f"{where}: the tokenizer's chat template leaves out the text of the last message: "
@@ -172,7 +169,7 @@ class PromptEncoder:
 
     def _marked_ids(self, draft: _Draft) -> list[int]:
         try:
-            return encode_marked_chat(self._tokenizer, draft.rendered)
+            return self._special.encode(draft.rendered)
         except Exception as error:
             raise InputError(
                 f"{draft.where}: the tokenizer cannot encode its special tokens as text "
@@ -211,8 +208,14 @@ def _check_template(template: str, section: str) -> None:
         raise InputError(f"{field} formats its field: write {{prompt}} without ':' and '!'")
 
 
-def _chat_template(cfg: DataConfig, tokenizer: Any, section: str) -> str:
-    """Return the source of the chat template to apply; empty means none."""
+def chat_template(
+    cfg: DataConfig, tokenizer: Any, section: str, tools: Sequence[dict[str, Any]] = ()
+) -> ChatTemplate | None:
+    """Return the chat template to apply, or None.
+
+    Raises:
+        InputError: a setting needs a chat template that the tokenizer lacks, or is no variable of it.
+    """
     has_one = bool(tokenizer.chat_template)
     chat = has_one if cfg.use_chat_template is None else cfg.use_chat_template
     if chat and not has_one:
@@ -229,7 +232,7 @@ def _chat_template(cfg: DataConfig, tokenizer: Any, section: str) -> str:
                 raise InputError(
                     f"{section}.{field} = {value!r} needs a chat template: put it into {section}.template"
                 )
-        return ""
+        return None
     field, variables = f"{section}.chat_template_kwargs", cfg.chat_template_kwargs
     templates = tokenizer.chat_template
     if isinstance(templates, str):
@@ -244,20 +247,7 @@ def _chat_template(cfg: DataConfig, tokenizer: Any, section: str) -> str:
         used = re.search(rf"\b{re.escape(variable)}\b", templates[name])
         if variable != "chat_template" and (variable in _TAKEN or not used):
             raise InputError(f"{field}.{variable} is no variable of the chat template: leave it out")
-    return templates[name]
-
-
-def _special_tokens(tokenizer: Any, template: str) -> re.Pattern[str]:
-    """Return a pattern of the tokens with which text could forge a turn, the longest first.
-
-    These are the tokenizer's special tokens, and the added tokens that the template writes, as in
-    transformers' ``sanitize_control_tokens``. DeepSeek does not mark ``<|User|>`` as special, for example.
-    """
-    named = tokenizer.all_special_tokens  # slow tokenizers do not mark all of them as special
-    added = tokenizer.added_tokens_decoder.values()
-    tokens = {token.content for token in added if token.special or token.content in template}
-    tokens = [token for token in tokens.union(named) if not token.isspace()]
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    return ChatTemplate(tokenizer, templates[name], variables, tools)
 
 
 def _is_message(message: Any) -> bool:

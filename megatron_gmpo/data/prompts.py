@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -34,7 +35,12 @@ def load_tokenizer(path: str, field: str = "model.path") -> Any:
         ) from None
 
 
-def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:
+def load_prompts(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    section: str = "data",
+    tools: Sequence[dict[str, Any]] = (),
+) -> list[Prompt]:
     """Read a data set, apply the templates, tokenize, and drop prompts longer than ``max_prompt_tokens``.
 
     Reading stops at ``max_prompts``: later rows are not read, and so they are not checked.
@@ -44,6 +50,7 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
         tokenizer: the policy's tokenizer. If ``cfg.use_chat_template`` is None, its chat template is used
             when it has one.
         section: section of ``cfg`` in the config, for error lines: ``data`` or ``eval.sets.NAME``.
+        tools: JSON schemas of tools, which the chat template describes to the model.
 
     Returns:
         Prompts in the order of the data set, with ``id`` = ``"{name}/{row}"`` and ``input_ids``. With a chat
@@ -52,7 +59,7 @@ def load_prompts(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, section: s
     Raises:
         InputError: see ``read_rows`` and ``PromptEncoder``; the length filter drops all prompts.
     """
-    encoder = PromptEncoder(cfg, tokenizer, section)
+    encoder = PromptEncoder(cfg, tokenizer, section, tools)
     rows = read_rows(cfg, section)
     kept: list[Prompt] = []
     dropped: list[int] = []

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..batch.samples import Prompt, Sample
+from ..batch.samples import Episode, EpisodeEnd, FinishReason, Prompt, Sample, version_spans_of
 from .ending import Ending
+from .environments import EnvironmentFault, Observation
+from .environments.pool import EnvironmentPool, Session
 from .response import Response
 from .turns import TurnTemplate
 
-if TYPE_CHECKING:
-    from .environments.pool import EnvironmentPool  # pyright: ignore[reportMissingImports]
-
 Generate = Callable[[np.ndarray, int], Awaitable[Response]]
-"""Sample a turn from the (C,) int32 tokens so far and the maximum number of new tokens.
+"""Sample a turn from the (C,) int32 tokens so far and the maximum number of new tokens."""
 
-``routed_experts`` of the response, if recorded, are (C + R - 1, layers, topk).
-"""
+_FINISH_REASONS: dict[EpisodeEnd, FinishReason] = {
+    "done": "stop",
+    "turns": "length",
+    "tokens": "length",
+    "error": "abort",
+}
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,178 @@ async def play(
 ) -> Sample:
     """Play one episode and return its sample, with ``Sample.episode`` set.
 
+    The environment answers every turn, also one that a limit of tokens has cut. An observation after which no
+    token could be sampled ends the episode. If the environment fails, the sample has the turns before.
+
     Args:
         prompt: the task.
         number: number of the sample within its group.
-        draw: number of the prompt's draw, so that a prompt that is drawn again meets another seed.
+        draw: place of the prompt in the stream, so that a prompt that comes again is played anew.
         pool: makes the environment.
         template: gives the tokens between turns.
-        limits: ends the episode.
+        limits: end the episode.
         ending: gives the text of a turn, which is the environment's action.
         generate: samples a turn; its errors end the episode without a sample.
     """
-    raise NotImplementedError
+    course = _Course(prompt, template, limits, ending, generate, _Trajectory(prompt.input_ids))
+    session, error = None, ""
+    try:
+        session = await pool.open(prompt, number, draw)
+        ended = await course.run(session)
+    except EnvironmentFault as fault:
+        ended, error = "error", str(fault)
+    finally:
+        if session:
+            await session.close()
+    return course.trajectory.sample(
+        text="\n".join(course.log.actions),
+        finish_reason=_FINISH_REASONS[ended],
+        episode=course.log.episode(ended, error, session),
+    )
+
+
+@dataclass
+class _Log:
+    """What policy and environment have said."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
+    reward: float = 0.0
+    name: str = ""
+    success: bool | None = None
+
+    def act(self, action: str) -> str:
+        self.messages.append({"role": "assistant", "content": action})
+        self.actions.append(action)
+        return action
+
+    def observe(self, observation: Observation) -> Observation:
+        self.messages += observation.messages
+        self.reward += observation.reward
+        self.name = observation.info.get("name", self.name)
+        self.success = observation.info.get("success", self.success)
+        return observation
+
+    def episode(self, ended: EpisodeEnd, error: str, session: Session | None) -> Episode:
+        return Episode(
+            ended=ended,
+            name=self.name,
+            reward=self.reward,
+            success=self.success,
+            tool_calls=session.tool_calls if session else 0,
+            tool_errors=session.tool_errors if session else 0,
+            seconds=session.seconds if session else 0.0,
+            messages=self.messages,
+            error=error,
+        )
+
+
+class _Part(NamedTuple):
+    """The columns of a turn or an observation."""
+
+    tokens: np.ndarray
+    sampled: bool
+    logprobs: np.ndarray
+    versions: np.ndarray
+
+
+@dataclass
+class _Trajectory:
+    """The columns of a sample, which grow by turns and observations.
+
+    Attributes:
+        start: P tokens before the first turn.
+    """
+
+    start: Sequence[int] | np.ndarray
+    _parts: list[_Part] = field(default_factory=list)
+    _experts: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Return the (P + length,) int32 tokens so far, in an array of their own."""
+        parts = [part.tokens for part in self._parts]
+        return np.concatenate([np.asarray(self.start, np.int32), *parts], dtype=np.int32)
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens after the start."""
+        return sum(len(part.tokens) for part in self._parts)
+
+    def add_turn(self, turn: Response) -> None:
+        """Append a turn that was sampled after ``tokens``."""
+        self._parts.append(_Part(turn.tokens, True, turn.logprobs, turn.versions))
+        if turn.routed_experts is not None:
+            # of rows that an earlier turn recorded, the earlier ones count: the server had them in its cache
+            known = sum(map(len, self._experts))
+            self._experts.append(turn.routed_experts[known:])
+
+    def add_observation(self, tokens: np.ndarray) -> None:
+        """Append tokens that were not sampled. They have the version of the token before them."""
+        versions = np.repeat(self._parts[-1].versions[-1:], len(tokens))
+        self._parts.append(_Part(tokens, False, np.zeros(len(tokens), np.float32), versions))
+
+    def sample(self, **others: Any) -> Sample:
+        """Return the sample; ``others`` are the fields that are no columns."""
+        start = len(self.start)
+        versions = np.concatenate([np.empty(0, np.int32), *(part.versions for part in self._parts)])
+        masks = [np.full(len(part.tokens), part.sampled) for part in self._parts]
+        return Sample(
+            tokens=self.tokens,
+            response_mask=np.concatenate([np.zeros(start, np.bool_), *masks]),
+            rollout_logprobs=np.concatenate(
+                [np.zeros(start, np.float32), *(p.logprobs for p in self._parts)]
+            ),
+            policy_version=int(versions.min()) if len(versions) else -1,
+            version_spans=version_spans_of(versions, start) if len(versions) else None,
+            routed_experts=np.concatenate(self._experts) if self._experts else None,
+            **others,
+        )
+
+
+@dataclass
+class _Course:
+    """An episode as it is played."""
+
+    prompt: Prompt
+    template: TurnTemplate
+    limits: EpisodeLimits
+    ending: Ending
+    generate: Generate
+    trajectory: _Trajectory
+    log: _Log = field(default_factory=_Log)
+
+    async def run(self, session: Session) -> EpisodeEnd:
+        """Play all turns and return why the episode ended.
+
+        Raises:
+            EnvironmentFault: the environment failed, or its messages do not fit prompt or chat template.
+        """
+        observation = self.log.observe(await session.reset())
+        if observation.done:
+            raise EnvironmentFault("reset returned an episode that is done")
+        self.trajectory.start = self.template.first(self.prompt, observation.messages)
+        if (length := len(self.trajectory.start)) > self.limits.max_prompt_tokens:
+            raise EnvironmentFault(
+                f"prompt {self.prompt.id} and reset's messages have {length} tokens: raise max_prompt_tokens "
+                f"= {self.limits.max_prompt_tokens}, or shorten them"
+            )
+        while True:
+            history = [*(self.prompt.messages or ()), *self.log.messages]
+            room = self.limits.max_episode_tokens - self.trajectory.length
+            turn = await self.generate(self.trajectory.tokens, min(self.limits.max_new_tokens, room))
+            self.trajectory.add_turn(turn)
+            action = self.log.act(self.ending.text(turn.tokens))
+            observation = self.log.observe(await session.step(action))
+            if observation.done:
+                return "done"
+            if len(self.log.actions) == self.limits.max_turns:
+                return "turns"
+            if not observation.messages:
+                raise EnvironmentFault("step returned no messages although the episode is not done")
+            following = self.template.following(
+                history, turn.tokens, observation.messages, self.ending.end_ids
+            )
+            if self.trajectory.length + len(following) >= self.limits.max_episode_tokens:
+                return "tokens"
+            self.trajectory.add_observation(following)
