@@ -46,6 +46,7 @@ from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
 from .rollout.embedded import EmbeddedEngine, check_embedded_fits
 from .rollout.engine import RolloutEngine
+from .rollout.environments.tools import tool_schemas
 from .rollout.player import Player, make_player
 from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
@@ -263,8 +264,9 @@ def _eval_sets(cfg: Config, tokenizer: Any, positions: int, reason: str) -> dict
     if cfg.eval.max_new_tokens and not cfg.rollout.has_episodes:
         field, limit = "eval.max_new_tokens", cfg.eval.max_new_tokens
     eval_sets: dict[str, list[Prompt]] = {}
+    tools = tool_schemas(cfg.rollout)
     for name, data in cfg.eval.sets.items():
-        eval_sets[name] = load_prompts(data, tokenizer, f"eval.sets.{name}")
+        eval_sets[name] = load_prompts(data, tokenizer, f"eval.sets.{name}", tools)
         check_lengths(eval_sets[name], limit, positions, f"eval.sets.{name}", field, reason)
     return eval_sets
 
@@ -273,7 +275,8 @@ def _stream(
     cfg: Config, tokenizer: Any, positions: int, reason: str, checkpoint: Path | None
 ) -> PromptStream:
     """Return the stream of training prompts, at the position in ``checkpoint``, if any."""
-    stream = PromptStream(load_prompts(cfg.data, tokenizer), cfg.seed, cfg.data.shuffle)
+    prompts = load_prompts(cfg.data, tokenizer, tools=tool_schemas(cfg.rollout))
+    stream = PromptStream(prompts, cfg.seed, cfg.data.shuffle)
     field, limit = cfg.rollout.response_limit, cfg.rollout.max_response_tokens
     check_lengths(stream.prompts, limit, positions, "data", field, reason)
     if checkpoint:

@@ -122,6 +122,10 @@ class RolloutConfig(Section):
     max_episode_tokens: Positive | None = None
     """Maximum tokens of an episode after its prompt, sampled or not; None means 4 * max_new_tokens. Needs
     ``environment`` or ``tools``."""
+    keep_thinking: bool = False
+    """Accept a chat template that drops thinking from earlier turns, as those of Qwen3 and DeepSeek-R1 do. A
+    turn's thinking stays in the context of later turns, as it was sampled. Otherwise such a template is
+    refused."""
     environment_timeout_s: Seconds = 30.0
     """Time limit of one call of an environment, or of all calls of tools in a turn. A process that exceeds it
     is killed, and the group of its episode is not trained on."""
@@ -143,7 +147,7 @@ class RolloutConfig(Section):
             )
         if len(set(self.tools)) < len(self.tools):
             raise ValueError(f"tools = {list(self.tools)} names a function twice")
-        for field in ("environment_args", "max_episode_tokens"):
+        for field in ("environment_args", "max_episode_tokens", "keep_thinking"):
             if (value := getattr(self, field)) and not self.has_episodes:
                 raise ValueError(f"{field} = {value!r} needs environment or tools: set one of them")
         if self.max_episode_tokens and self.max_episode_tokens < self.max_new_tokens:

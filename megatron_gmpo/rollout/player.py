@@ -91,5 +91,5 @@ def make_player(cfg: Config, tokenizer: Any, positions: int) -> Player | None:
         max_episode_tokens=rollout.max_response_tokens,
         max_prompt_tokens=min(longest, positions - rollout.max_response_tokens),
     )
-    template = TurnTemplate(tokenizer, data, tools=tool_schemas(rollout))
+    template = TurnTemplate(tokenizer, data, tools=tool_schemas(rollout), keep_thinking=rollout.keep_thinking)
     return Player(EnvironmentPool(rollout, cfg.seed), template, limits)

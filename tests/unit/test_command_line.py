@@ -302,6 +302,7 @@ COMPANIONS: dict[str, list[str]] = {
     "optimizer.overlap_param_gather": ["--optimizer.overlap_grad_reduce", "true"],
     "parallel.virtual_pipeline_model_parallel_size": ["--parallel.pipeline_model_parallel_size", "2"],
     "rollout.environment_args.NAME": ["--rollout.environment", "a"],
+    "rollout.keep_thinking": ["--rollout.environment", "a"],
     "rollout.max_episode_tokens": ["--rollout.environment", "a", "--rollout.max_new_tokens", "1"],
     "rollout.max_staleness": SGLANG,
     "rollout.placement": SGLANG,
