@@ -49,8 +49,13 @@ setup(
             "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
             "transformer-engine[core_cu13,pytorch]>=2.9; python_version >= '3.12'",
         ],
+        "reasoning": [
+            "reasoning-gym==0.1.25",
+            "six>=1.16",  # imported by zss, which reasoning-gym needs, without being declared
+        ],
         "wandb": ["wandb>=0.19"],
         "dev": [
+            "megatron_gmpo[reasoning]",
             "hypothesis>=6.130",
             "import-linter>=2.3",
             "playwright>=1.50",  # drives Chromium in the tests of the page

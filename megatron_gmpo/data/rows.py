@@ -19,13 +19,17 @@ import pyarrow.parquet
 
 from ..config import DataConfig
 from ..errors import InputError
+from . import reasoning_gym
 
 _BATCH = 1000
 """Rows of a Parquet file or an Arrow table that are in memory at a time."""
 _LONGEST_NUMBER = 400
 """Digits before or after the point that a number may have; a 64-bit float has at most 324."""
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_REMEDY = "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, or owner/name of the hub"
+_REMEDY = (
+    "give a .jsonl, .json, .csv or .parquet file, a save_to_disk folder, owner/name of the hub, "
+    "or reasoning_gym:name"
+)
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a character beyond U+FFFF. JSON can hold one, but no text file and no tokenizer."""
 
@@ -67,7 +71,7 @@ def read_rows(cfg: DataConfig, section: str) -> Iterator[Row]:
     for source in cfg.files or (cfg.path,):
         field = f"{section}.files: {source!r}" if cfg.files else f"{section}.path = {source!r}"
         # the names of several files may differ in the folder only
-        name = str(Path(source).with_suffix("")) if cfg.files else Path(source.partition(":")[0]).stem
+        name = str(Path(source).with_suffix("")) if cfg.files else _name(source)
         count = 0
         for problem, answer in _selected(_records(source, cfg, section, field), cfg, section, source):
             where = f"{field}, row {count}"
@@ -75,6 +79,12 @@ def read_rows(cfg: DataConfig, section: str) -> Iterator[Row]:
             count += 1
         if count == 0:
             raise InputError(f"{field} has no rows: give a data set with problems")
+
+
+def _name(source: str) -> str:
+    if source.startswith(reasoning_gym.PREFIX):
+        return source.removeprefix(reasoning_gym.PREFIX).partition("?")[0]
+    return Path(source.partition(":")[0]).stem
 
 
 def _selected(
@@ -147,6 +157,9 @@ def _open(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Re
     hub, _, subset = source.partition(":")
     if not source:
         raise InputError(f"{section}.path is empty: {_REMEDY}")
+    if source.startswith(reasoning_gym.PREFIX):
+        _check_split(cfg, section, source, ["train"])
+        return reasoning_gym.records(source, field)
     if path.is_file() and path.suffix in _READERS:
         _check_split(cfg, section, source, ["train"])
         return _READERS[path.suffix](path, columns)

@@ -17,9 +17,12 @@ from ..plugins import check_callable, resolve
 from .arithmetic import arithmetic_reward
 from .countdown import countdown_reward
 from .math import MathReward
+from .processes import ProcessReward
+from .reasoning_gym import ReasoningGymReward
 
 Reward = Callable[[Prompt, str], float]
 
+WITH_PROCESSES: dict[str, type[ProcessReward]] = {"math": MathReward, "reasoning_gym": ReasoningGymReward}
 REWARDS: dict[str, Reward] = {
     "math": MathReward(workers=1),
     "arithmetic": arithmetic_reward,
@@ -38,11 +41,11 @@ def resolve_reward(cfg: RewardConfig) -> Reward:
             raises it if a user's function returns a value that is not a finite number, or closes stdout or
             stderr, and raises ``RunError`` if the function raises an exception. Both name the prompt.
     """
-    if cfg.name == "math":
-        return MathReward(timeout_s=cfg.timeout_s, workers=cfg.workers)
+    if cfg.name in WITH_PROCESSES:
+        return WITH_PROCESSES[cfg.name](timeout_s=cfg.timeout_s, workers=cfg.workers)
     if cfg.name in REWARDS:
         return REWARDS[cfg.name]
-    function = resolve("reward.name", cfg.name, REWARDS)
+    function = resolve("reward.name", cfg.name, REWARDS | WITH_PROCESSES)
     check_callable("reward.name", cfg.name, function, "give a callable (Prompt, str) -> float")
     return _Checked(function, cfg.name)
 

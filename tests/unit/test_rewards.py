@@ -16,7 +16,7 @@ from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import RewardConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rewards import REWARDS, MathReward, resolve_reward
-from megatron_gmpo.rewards.math.worker import MEMORY_BYTES
+from megatron_gmpo.rewards.worker import MEMORY_BYTES
 
 RIGHT = [
     ("72", "so it is \\boxed{72}"),

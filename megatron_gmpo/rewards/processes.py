@@ -1,4 +1,4 @@
-"""Checks answers in processes of their own, with limits of time and memory."""
+"""Rewards that score responses in processes of their own, with limits of time and memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from collections import deque
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from types import TracebackType
+from typing import Self
 
-from ...batch.samples import Prompt
+from ..batch.samples import Prompt
 
 _START_S = 300.0
 """Seconds within which a worker must have started."""
@@ -24,22 +25,23 @@ _JOB_SIGNALS = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGUSR
 """Exit codes of a worker that a signal to the whole job has ended before it could ignore such signals."""
 
 
-class MathReward:
-    r"""Score 1.0 if the final answer of a response equals the reference answer mathematically, else 0.0.
+class ProcessReward:
+    """Base of a reward whose ``worker``, a module that calls ``worker.serve``, scores the responses.
 
-    docs/rewards.md says which part of a response is its final answer, and what equals what.
-
-    Worker processes, which start with the first call, check the answers, because a computation that does not
-    end can only be stopped by killing its process. Calls from several threads run in parallel. One worker
-    more than can be busy is running, so that the call after a worker was killed does not wait for a start.
+    Worker processes start with the first call, because a computation that does not end can only be stopped by
+    killing its process. Calls from several threads run in parallel. One worker more than can be busy is
+    running, so that the call after a worker was killed does not wait for a start.
 
     Args:
-        timeout_s: time limit of one answer; an answer that exceeds it scores 0.
-        workers: number of answers that are checked at the same time.
+        timeout_s: time limit of one response; a response that exceeds it scores 0.
+        workers: number of responses that are scored at the same time.
 
     Attributes:
-        timeouts: number of checks that exceeded the limit of time or memory.
+        timeouts: number of responses that exceeded the limit of time or memory.
     """
+
+    worker: str
+    """Module of the worker."""
 
     def __init__(self, timeout_s: float = 10.0, workers: int = 2) -> None:
         self.timeout_s = timeout_s
@@ -57,22 +59,22 @@ class MathReward:
             RuntimeError: the workers do not start.
         """
         if not self._free.acquire(timeout=_WAIT_S):
-            raise RuntimeError(f"no worker for math answers became free within {_WAIT_S:.0f} s")
+            raise RuntimeError(f"no worker of the reward became free within {_WAIT_S:.0f} s")
         worker = self._take()
-        right = None
+        value = None
         try:
-            right = worker.check(prompt.answer, response, self.timeout_s)
+            value = worker.score(prompt.answer, response, self.timeout_s)
         finally:
-            self._give_back(worker, usable=right is not None)
+            self._give_back(worker, usable=value is not None)
             self._free.release()
-        return float(right or False)
+        return value or 0.0
 
     def close(self) -> None:
         """End the worker processes; a later call starts new ones. No call may be running."""
         while self._idle:
             self._idle.pop().kill()
 
-    def __enter__(self) -> MathReward:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -83,7 +85,7 @@ class MathReward:
     def _take(self) -> _Worker:
         with self._lock:
             while len(self._idle) + self._busy <= self.workers:
-                self._idle.append(_Worker())
+                self._idle.append(_Worker(self.worker))
             self._busy += 1
             return self._idle.popleft()
 
@@ -96,38 +98,40 @@ class MathReward:
                 self._idle.appendleft(worker)  # before those that are still starting
             else:
                 self.timeouts += 1
-                self._idle.append(_Worker())
+                self._idle.append(_Worker(self.worker))
 
 
 class _Worker:
-    """One process that checks one answer after another."""
+    """One process that scores one response after another."""
 
-    def __init__(self) -> None:
-        root = str(Path(__file__).parents[3])
+    def __init__(self, module: str) -> None:
+        root = str(Path(__file__).parents[2])
         path = os.environ.get("PYTHONPATH")
         # no multiprocessing: its children import the trainer's main module, which takes many seconds
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "megatron_gmpo.rewards.math.worker"],
+            [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root},
+            env=os.environ
+            | {"PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root, "PYTHONHASHSEED": "0"},
         )
         self._started = False
 
-    def check(self, truth: str, response: str, limit_s: float) -> bool | None:
-        """Return whether the response is right, or None if the check exceeded its time or memory."""
+    def score(self, truth: str, response: str, limit_s: float) -> float | None:
+        """Return the score of the response, or None if it exceeded its time or memory."""
         assert self._process.stdin is not None
-        if not self._started and self._read(_START_S) != b"r":
+        if not self._started and self._read(_START_S) != b"ready\n":
             if self.kill() in _JOB_SIGNALS:
                 return None
-            raise RuntimeError("a worker for math answers did not start; its error is above")
+            raise RuntimeError("a worker of the reward did not start; its error is above")
         self._started = True
         try:
             self._process.stdin.write(json.dumps([truth, response, limit_s]).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             return None
-        return {b"1": True, b"0": False}.get(self._read(limit_s))
+        line = self._read(limit_s)
+        return float(line) if line else None
 
     def kill(self) -> int:
         """End the process at once, and return its exit code, or minus the signal that ended it."""
@@ -140,8 +144,9 @@ class _Worker:
         return code
 
     def _read(self, limit_s: float) -> bytes:
-        """Return the next byte of the process, or b"" if it has ended or says nothing within the limit."""
+        """Return the next line of the process, or b"" if it has ended or says nothing within the limit."""
         assert self._process.stdout is not None
         poll = select.poll()
         poll.register(self._process.stdout, select.POLLIN)
-        return os.read(self._process.stdout.fileno(), 1) if poll.poll(1000 * limit_s) else b""
+        # a worker writes a line at once, and no next line before the next request
+        return os.read(self._process.stdout.fileno(), 64) if poll.poll(1000 * limit_s) else b""
