@@ -10,32 +10,33 @@ from typing import Any
 from .errors import InputError, one_line
 
 
-def resolve(field: str, name: str, builtin: Mapping[str, Any]) -> Any:
+def resolve(field: str, name: str, builtin: Mapping[str, Any], form: str = "module:function") -> Any:
     """Return ``builtin[name]``, or import the attribute that ``module:attribute`` names.
 
     Args:
         field: the config field that holds the name, for the error line.
+        form: what to give, for the error line.
 
     Raises:
         InputError: the name is unknown (the line names the nearest built-in name), or the module or the
-            attribute cannot be imported.
+            attribute cannot be imported. An InputError of the module passes.
     """
     if name in builtin:
         return builtin[name]
     if ":" not in name:
         raise InputError(
             f"{field} = {name!r} is unknown: did you mean {nearest(name, builtin)!r}? "
-            f"Choose one of {sorted(builtin)} or give module:function"
+            f"Choose one of {sorted(builtin)} or give {form}"
         )
     try:
         return pkgutil.resolve_name(name)
+    except InputError:
+        raise
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         reason = str(error)
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         reason = f"{type(error).__name__}: {one_line(error)}"
-    raise InputError(
-        f"{field} = {name!r} cannot be imported ({reason}): give module:function on the Python path"
-    )
+    raise InputError(f"{field} = {name!r} cannot be imported ({reason}): give {form} on the Python path")
 
 
 def check_callable(field: str, name: str, found: Any, remedy: str) -> None:

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Protocol
 
+import numpy as np
+
 from ...batch.samples import Prompt
+
+_KNOWN_INFO = {"name": str, "success": bool, "tool_calls": int, "tool_errors": int}
 
 ENVIRONMENTS: dict[str, str] = {}
 """Built-in environments: name -> ``module:Class``, which only the workers import."""
@@ -41,10 +45,18 @@ class Observation:
 
     def __post_init__(self) -> None:
         for message in self.messages:
-            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            if not isinstance(message, dict) or not all(
+                isinstance(message.get(key), str) for key in ("role", "content")
+            ):
                 raise ValueError(f"message {message!r} has no texts 'role' and 'content'")
+            message["content"].encode()  # no half of a surrogate pair, which no tokenizer can encode
         if not isfinite(self.reward):
             raise ValueError(f"reward = {self.reward!r} is not finite")
+        if not isinstance(self.done, bool | np.bool_):
+            raise ValueError(f"done = {self.done!r} is neither True nor False")
+        for key, kind in _KNOWN_INFO.items():
+            if key in self.info and type(self.info[key]) is not kind:
+                raise ValueError(f"info[{key!r}] = {self.info[key]!r} is no {kind.__name__}")
 
     @classmethod
     def text(cls, content: str, **others: Any) -> Observation:
