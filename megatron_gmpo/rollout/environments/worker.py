@@ -98,7 +98,9 @@ def maker(environment: str, tools: list[str], arguments: dict[str, Any]) -> Make
     found = resolve(field, environment, ENVIRONMENTS, "module:Class")
     if isinstance(found, str):
         found = resolve(field, found, {}, "module:Class")
-    if not inspect.isclass(found) or not all(callable(getattr(found, name, None)) for name in ("reset", "step")):
+    if not inspect.isclass(found) or not all(
+        callable(getattr(found, name, None)) for name in ("reset", "step")
+    ):
         raise InputError(
             f"{field} = {environment!r} is not a class with the methods reset and step: give one"
         )

@@ -1,0 +1,272 @@
+"""Environments in their processes: what they may do, and every fault. All with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_gmpo.batch.samples import Prompt
+from megatron_gmpo.config import RolloutConfig
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.rollout.environments import EnvironmentFault, Observation
+from megatron_gmpo.rollout.environments.pool import EnvironmentPool
+from megatron_gmpo.rollout.environments.worker import maker
+
+from ..support.forks import ROOT
+
+MODULE = "tests.support.environments"
+PROMPT = Prompt("set/7", answer="42", text="a room", input_ids=[1, 2])
+
+
+def config(name: str = "Obedient", module: str = MODULE, **others: Any) -> RolloutConfig:
+    return RolloutConfig(environment=f"{module}:{name}", **others)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[EnvironmentPool]:
+    pool = EnvironmentPool(config(environment_args={"greeting": "Hello: "}), seed=5)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def hurried() -> Iterator[EnvironmentPool]:
+    """Yield a pool with a short time limit."""
+    pool = EnvironmentPool(config("Later", environment_timeout_s=1.0), seed=5)
+    yield pool
+    pool.close()
+
+
+async def played(pool: EnvironmentPool, *actions: str, **which: Any) -> list[Observation]:
+    """Return the observations of an episode."""
+    session = await pool.open(which.get("prompt", PROMPT), which.get("number", 0), which.get("draw", 0))
+    try:
+        return [await session.reset(), *[await session.step(action) for action in actions]]
+    finally:
+        await session.close()
+
+
+def first(pool: EnvironmentPool, **which: Any) -> dict[str, Any]:
+    return asyncio.run(played(pool, **which))[0].info
+
+
+FAULTS = {
+    "raises": r"step raised RuntimeError: two lines \(\S+environments.py:\d+\)",
+    "recursion": r"step raised RecursionError: maximum recursion depth exceeded.*",
+    "exits": r"the process ended in step \(exit code 3\)",
+    "exits_at_once": r"the process ended in step \(exit code 0\)",
+    "crashes": r"the process ended in step \(signal SIGSEGV\)",
+    "closes_everything": r"the process ended in step \(.*\)",
+    "floods": r"step returned more than 262144 bytes",
+    "floods_info": r"step returned more than 262144 bytes",
+    "floods_the_socket": r"step returned more than 262144 bytes",
+    "returns_none": r"step returned a value of type NoneType, not an Observation",
+    "returns_a_dict": r"step returned a value of type dict, not an Observation",
+    "returns_a_set": r"step returned what JSON cannot hold: a set is no number, text, list or dict",
+    "returns_text": r"step raised ValueError: message 'Y' has no texts 'role' and 'content' .*",
+    "returns_nan": r"step raised ValueError: reward = nan is not finite .*",
+    "returns_a_wrong_name": r"step raised ValueError: info\['name'\] = 3 is no str .*",
+    "returns_half_a_character": r"step raised UnicodeEncodeError: .* surrogates not allowed .*",
+    "changes_an_observation": r"step returned nonsense: ValueError",
+    "speaks_nonsense": r"step returned nonsense: JSONDecodeError",
+    "speaks_deeply_nested_nonsense": r"step returned nonsense: RecursionError",
+}
+"""What the environment does -> the fault."""
+
+
+@pytest.mark.parametrize("action", FAULTS)
+def test_faults_end_the_episode_and_its_process(pool: EnvironmentPool, action: str) -> None:
+    pid = first(pool)["pid"]
+    with pytest.raises(EnvironmentFault) as caught:
+        asyncio.run(played(pool, "looks around", action))
+    assert re.fullmatch(FAULTS[action], str(caught.value)), caught.value
+    assert first(pool)["pid"] != pid
+    assert gone(pid)
+
+
+def gone(*pids: int) -> bool:
+    """Return whether the processes have ended after a while."""
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["hangs", "hangs_in_c", "hangs_with_a_child", "sleeps"])
+def test_a_hanging_call_ends_with_its_processes(hurried: EnvironmentPool, action: str) -> None:
+    async def hang() -> None:
+        session = await hurried.open(PROMPT, 0, 0)
+        worker = psutil.Process((await session.reset()).info["pid"])
+        call = asyncio.create_task(session.step(action))
+        while action == "hangs_with_a_child" and not worker.children():
+            await asyncio.sleep(0.01)
+        children = worker.children()
+        with pytest.raises(EnvironmentFault, match=r"^step did not return within 1 s$"):
+            await call
+        assert gone(worker.pid, *(child.pid for child in children))
+        assert session.seconds >= 1
+        await session.close()
+
+    asyncio.run(hang())
+
+
+def test_a_fault_of_reset(pool: EnvironmentPool) -> None:
+    with pytest.raises(EnvironmentFault, match=r"^reset raised KeyError: "):
+        first(pool, prompt=Prompt("bad", ""))
+
+
+def test_a_process_serves_one_episode_after_another(pool: EnvironmentPool) -> None:
+    observations = asyncio.run(played(pool, "look", "go"))
+    assert observations[1:] == [
+        Observation([{"role": "user", "content": "1: look"}], 0.5),
+        Observation([{"role": "user", "content": "2: go"}], 0.5),
+    ]
+    info = observations[0].info
+    assert observations[0].messages == [{"role": "user", "content": "Hello: a room"}]
+    assert info["prompt"] == vars(Prompt("set/7", answer="42", text="a room"))  # without token ids
+    assert info["heavy"] == []
+    assert first(pool)["pid"] == info["pid"]
+    found = asyncio.run(played(pool, "returns_numpy"))[1]
+    assert found == Observation([], 0.25, True, {"score": 3, "name": "x"})
+
+
+def test_live_episodes_have_processes_of_their_own(pool: EnvironmentPool) -> None:
+    async def together() -> set[int]:
+        sessions = [await pool.open(PROMPT, number, 0) for number in range(12)]
+        found = await asyncio.gather(*(session.reset() for session in sessions))
+        await asyncio.gather(*(session.close() for session in sessions))
+        return {observation.info["pid"] for observation in found}
+
+    pids = asyncio.run(together())
+    assert len(pids) == 12
+    assert asyncio.run(together()) == pids
+
+
+@pytest.mark.slow
+def test_episodes_repeat_by_seed_prompt_number_and_draw(pool: EnvironmentPool) -> None:
+    def drawn(**which: Any) -> tuple[Any, ...]:
+        info = first(pool, **which)
+        return (info["seed"], *info["drawn"])
+
+    other = Prompt("set/8", "")
+    found = [drawn(), drawn(number=1), drawn(draw=1), drawn(prompt=other)]
+    assert len({seed for seed, *_ in found}) == len({value for _, value, *_ in found}) == 4
+    again = EnvironmentPool(config(), seed=5)
+    pool = again
+    try:
+        assert [drawn(), drawn(number=1), drawn(draw=1), drawn(prompt=other)] == found
+    finally:
+        again.close()
+
+
+def test_what_a_process_says_unasked_reaches_no_other_episode(pool: EnvironmentPool) -> None:
+    async def late() -> None:
+        await played(pool, "speaks_later")
+        await asyncio.sleep(0.5)
+
+    pid = first(pool)["pid"]
+    asyncio.run(late())
+    assert first(pool)["pid"] != pid
+    assert gone(pid)
+
+
+def test_a_cancelled_call_ends_the_process(pool: EnvironmentPool) -> None:
+    async def cancelled() -> int:
+        session = await pool.open(PROMPT, 0, 0)
+        pid = (await session.reset()).info["pid"]
+        call = asyncio.create_task(session.step("hangs"))
+        await asyncio.sleep(0.05)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await session.close()
+        return pid
+
+    assert gone(asyncio.run(cancelled()))
+
+
+@pytest.mark.slow
+def test_output_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    pool = EnvironmentPool(config(), seed=5)
+    asyncio.run(played(pool, "prints"))
+    pool.close()
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == "printed by Python\nwritten to file 1\nclosed after 1 steps\n"
+
+
+@pytest.mark.slow
+def test_asynchronous_environments(hurried: EnvironmentPool) -> None:
+    async def between() -> int:
+        session = await hurried.open(PROMPT, 0, 0)
+        await session.reset()
+        await asyncio.sleep(0.3)
+        ticks = (await session.step("ticked")).info["ticks"]
+        await session.close()
+        return ticks
+
+    assert asyncio.run(between()) > 3
+    assert asyncio.run(played(hurried, "x"))[1].messages == [{"role": "user", "content": "1: x"}]
+
+
+def test_a_synchronous_environment_may_run_loops_of_its_own(pool: EnvironmentPool) -> None:
+    assert asyncio.run(played(pool, "runs_a_loop"))[1].messages == [{"role": "user", "content": "now"}]
+
+
+REFUSED = {
+    ("no_such_module:Obedient", ""): "= 'no_such_module:Obedient' cannot be imported (No module named",
+    (f"{MODULE}:Nobody", ""): "has no attribute 'Nobody'): give module:Class on the Python path",
+    (f"{MODULE}:no_class", ""): "is not a class with the methods reset and step: give one",
+    (f"{MODULE}:NoSteps", ""): "is not a class with the methods reset and step: give one",
+    (
+        f"{MODULE}:Obedient",
+        "gre",
+    ): "rollout.environment_args = {'gre': 1} do not fit tests.support.environments",
+}
+"""Environment and an argument -> the error line."""
+
+
+@pytest.mark.parametrize(("name", "argument"), REFUSED)
+def test_mistakes_are_refused(name: str, argument: str) -> None:
+    with pytest.raises(InputError, match=re.escape(REFUSED[name, argument])):
+        maker(name, [], {argument: 1} if argument else {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("no_such_module", "cannot be imported (No module named 'no_such_module')"),
+        ("tests.support.starts_threads", "starts threads when it is imported"),
+    ],
+)
+def test_mistakes_are_refused_before_the_first_episode(module: str, reason: str) -> None:
+    with pytest.raises(InputError, match=re.escape(reason)):
+        EnvironmentPool(config(module=module), seed=0)
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_killed_trainer() -> None:
+    """The trainer is killed while calls hang; a fork of it keeps its sockets open."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.holds_episodes"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout
+    fork, *pids = map(int, trainer.stdout.readline().split())
+    try:
+        assert len(pids) == 7
+        trainer.kill()
+        trainer.wait()
+        assert gone(*pids)
+    finally:
+        os.kill(fork, signal.SIGKILL)
+        trainer.stdout.close()
