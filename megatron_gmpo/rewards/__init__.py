@@ -22,11 +22,18 @@ from .reasoning_gym import ReasoningGymReward
 
 Reward = Callable[[Prompt, str], float]
 
+
+def environment_reward(prompt: Prompt, response: str) -> float:
+    """Stand for the sum of the rewards of an episode's steps, which ``score`` takes from the episode."""
+    raise InputError(f"reward.name = 'environment', but {prompt.id} was not answered in an environment")
+
+
 WITH_PROCESSES: dict[str, type[ProcessReward]] = {"math": MathReward, "reasoning_gym": ReasoningGymReward}
 REWARDS: dict[str, Reward] = {
     "math": MathReward(workers=1),
     "arithmetic": arithmetic_reward,
     "countdown": countdown_reward,
+    "environment": environment_reward,
 }
 
 

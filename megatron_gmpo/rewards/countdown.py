@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 from ..batch.samples import Prompt
@@ -43,8 +44,16 @@ def mistake(prompt: Prompt, response: str) -> str:
     if not re.fullmatch(rf"[-0-9+*/() ]{{1,{MAX_LENGTH}}}", expression):
         return "The answer is not an expression of numbers, + - * / and parentheses."
     used: list[int] = []
+
+    def leaf(node: ast.expr) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)):
+                used.append(number)
+                return Fraction(number)
+        raise SyntaxError(f"not allowed in a Countdown expression: {type(node).__name__}")
+
     try:
-        value = _value(ast.parse(expression, mode="eval").body, used)
+        value = exact_value(ast.parse(expression, mode="eval").body, leaf)
     except SyntaxError:
         return "The expression cannot be read."
     except ZeroDivisionError:
@@ -70,17 +79,16 @@ def _read(prompt: Prompt) -> tuple[list[int], int]:
     return sorted(map(int, numbers.split(","))), int(target)
 
 
-def _value(node: ast.expr, used: list[int]) -> Fraction:
-    """Return the exact value of a parsed expression and append its numbers to ``used``.
+def exact_value(node: ast.expr, leaf: Callable[[ast.expr], Fraction]) -> Fraction:
+    """Return the exact value of a parsed expression of the four binary operators.
+
+    Args:
+        leaf: returns the value of any other node, or raises ``SyntaxError``.
 
     Raises:
-        SyntaxError: the expression contains anything except numbers and the four binary operators.
         ZeroDivisionError: a division by zero.
     """
     match node:
-        case ast.Constant(value=int(number)):
-            used.append(number)
-            return Fraction(number)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_value(left, used), _value(right, used))
-    raise SyntaxError(f"not allowed in a Countdown expression: {type(node).__name__}")
+            return _OPERATORS[type(op)](exact_value(left, leaf), exact_value(right, leaf))
+    return leaf(node)

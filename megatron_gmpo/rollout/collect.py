@@ -16,12 +16,12 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike
 
 from ..batch.index import StepIndex
-from ..batch.samples import Prompt, SampleGroup
+from ..batch.samples import Prompt, Sample, SampleGroup
 from ..config import RolloutConfig
 from ..distributed import agreed, sum_over_ranks, world_size
 from ..errors import RunError
 from ..metrics.figures import Metric
-from ..rewards import Reward
+from ..rewards import Reward, environment_reward
 from .engine import RolloutEngine, SamplingParams
 
 Groups = dict[int, SampleGroup]
@@ -269,6 +269,8 @@ def rollout_figures(index: StepIndex) -> dict[str, Metric]:
 def score(groups: Mapping[int, SampleGroup], reward: Reward) -> int:
     """Set ``reward`` of every sample of this rank's groups. Collective.
 
+    With ``environment_reward``, episodes have the reward that their environment gave.
+
     Returns:
         The number of timeouts on all ranks. A reward with a time limit counts its timeouts in the attribute
         ``timeouts``.
@@ -281,7 +283,7 @@ def score(groups: Mapping[int, SampleGroup], reward: Reward) -> int:
     with agreed():
         try:
             pending = [
-                (sample, pool.submit(reward, group.prompt, sample.text))
+                (sample, pool.submit(_reward_of, reward, group.prompt, sample))
                 for group in groups.values()
                 for sample in group.samples
             ]
@@ -290,6 +292,12 @@ def score(groups: Mapping[int, SampleGroup], reward: Reward) -> int:
         finally:  # an error, or SIGINT, does not wait for the other responses
             pool.shutdown(wait=False, cancel_futures=True)
     return sum_over_ranks(getattr(reward, "timeouts", 0) - before)
+
+
+def _reward_of(reward: Reward, prompt: Prompt, sample: Sample) -> float:
+    if reward is environment_reward and sample.episode:
+        return sample.episode.reward
+    return reward(prompt, sample.text)
 
 
 def overlong_penalty(response_length: ArrayLike, cfg: RolloutConfig) -> np.ndarray:

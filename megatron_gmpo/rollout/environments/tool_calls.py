@@ -23,7 +23,7 @@ from typing import Any
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _DEEPSEEK = re.compile(r"<｜tool▁call▁begin｜>(.*?)(?:<｜tool▁call▁end｜>|\Z)", re.DOTALL)
 _SEPARATOR = "<｜tool▁sep｜>"
-_CODE_BLOCK = re.compile(r"```(?:json)?\n(.*?)\n?```", re.DOTALL)
+_CODE_BLOCK = re.compile(r"```(?:json)?\n(.*)```", re.DOTALL)
 _LLAMA = "<|python_tag|>"
 _BETWEEN = re.compile(r"[;\s]*")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from ...batch.samples import Prompt
@@ -19,6 +19,38 @@ MAX_RESULT_CHARACTERS = 32_000
 """Maximum length of a tool's result. A longer one is replaced with an error, which the model can avoid."""
 
 
+@dataclass(frozen=True)
+class Tool:
+    """A function that the policy may call.
+
+    Attributes:
+        function: the function, which may be ``async``.
+        given: arguments that the model does not give and cannot replace.
+    """
+
+    function: Callable[..., Any]
+    given: Mapping[str, Any]
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """Return the function's signature as the model sees it."""
+        signature = inspect.signature(self.function)
+        parameters = [part for name, part in signature.parameters.items() if name not in self.given]
+        return signature.replace(parameters=parameters)
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema that transformers makes from type hints and docstring."""
+        from transformers.utils import get_json_schema  # the workers do not import transformers
+
+        schema = get_json_schema(self.function)
+        parameters = schema["function"]["parameters"]
+        for name in self.given:
+            del parameters["properties"][name]
+        if "required" in parameters:
+            parameters["required"] = [name for name in parameters["required"] if name not in self.given]
+        return schema
+
+
 class ToolEnvironment:
     """Answer a turn's calls of tools; a turn without a call ends the episode.
 
@@ -28,11 +60,11 @@ class ToolEnvironment:
     is a fault of the episode, as in other environments.
 
     Args:
-        functions: functions by name, which may be ``async``.
+        tools: the tools by name; see ``named_tools``.
     """
 
-    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
-        self._functions = functions
+    def __init__(self, tools: Mapping[str, Tool]) -> None:
+        self._tools = tools
 
     def reset(self, prompt: Prompt) -> Observation:
         """Leave the prompt as it is."""
@@ -55,15 +87,15 @@ class ToolEnvironment:
         """Return the text of a call's result, and whether it is an error."""
         if call.error:
             return f"Error: {call.error}", True
-        if call.name not in self._functions:
-            return f"Error: no tool {call.name!r}. The tools are {', '.join(self._functions)}.", True
-        function = self._functions[call.name]
+        if call.name not in self._tools:
+            return f"Error: no tool {call.name!r}. The tools are {', '.join(self._tools)}.", True
+        tool = self._tools[call.name]
         try:
-            inspect.signature(function).bind(**call.arguments)
+            tool.signature.bind(**call.arguments)
         except TypeError as error:
             return f"Error: {call.name}: {error}.", True
         try:
-            result = function(**call.arguments)
+            result = tool.function(**call.arguments, **tool.given)
             if inspect.isawaitable(result):
                 result = await result
             text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
@@ -76,68 +108,53 @@ class ToolEnvironment:
         return text, False
 
 
-def bound(tools: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
-    """Return the functions of ``rollout.tools`` by name, with the arguments that the model does not give.
+def named_tools(functions: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Tool]:
+    """Return the tools of ``rollout.tools`` by name.
 
     Args:
-        tools: ``module:function`` each.
+        functions: ``module:function`` each.
         arguments: ``rollout.environment_args``; each function receives those that it has a parameter for.
 
     Raises:
         InputError: a function cannot be imported, two have the same name, or no function has a parameter of
             an argument's name.
     """
-    functions: dict[str, Callable[..., Any]] = {}
+    tools: dict[str, Tool] = {}
     unused = set(arguments)
-    for tool in tools:
-        function = resolve("rollout.tools", tool, {})
-        check_callable("rollout.tools", tool, function, "give a function")
+    for path in functions:
+        function = resolve("rollout.tools", path, {})
+        check_callable("rollout.tools", path, function, "give a function")
         name = getattr(function, "__name__", "")
-        if not name or name in functions:
+        if not name or name in tools:
             raise InputError(
-                f"rollout.tools = {tool!r} has the name {name!r}: every tool needs a name of its own"
+                f"rollout.tools = {path!r} has the name {name!r}: every tool needs a name of its own"
             )
         parameters = inspect.signature(function).parameters
-        hidden = {key: value for key, value in arguments.items() if key in parameters}
-        unused -= hidden.keys()
-        functions[name] = partial(function, **hidden) if hidden else function
+        tools[name] = Tool(function, {key: value for key, value in arguments.items() if key in parameters})
+        unused -= parameters.keys()
     if unused:
         raise InputError(
-            f"rollout.environment_args.{min(unused)} is no parameter of rollout.tools = {list(tools)}: "
+            f"rollout.environment_args.{min(unused)} is no parameter of rollout.tools = {list(functions)}: "
             "leave it out"
         )
-    return functions
+    return tools
 
 
 def tool_schemas(cfg: RolloutConfig) -> list[dict[str, Any]]:
     """Return the JSON schemas of ``rollout.tools`` for the chat template's ``tools``; none without tools.
 
-    transformers makes them from type hints and docstrings. They leave out what ``rollout.environment_args``
-    gives.
-
     Raises:
         InputError: a function cannot be imported or described.
     """
     if not cfg.tools:
-        return []
-    from transformers.utils import get_json_schema  # the workers do not import transformers
-
+        return []  # rollout.environment_args are the environment's
     schemas = []
-    functions = bound(cfg.tools, cfg.environment_args)
-    for tool, function in zip(cfg.tools, functions.values(), strict=True):
-        hidden = function.keywords if isinstance(function, partial) else {}
+    for path, tool in zip(cfg.tools, named_tools(cfg.tools, cfg.environment_args).values(), strict=True):
         try:
-            schema = get_json_schema(function.func if isinstance(function, partial) else function)
+            schemas.append(tool.schema())
         except Exception as error:  # of several types, which transformers does not export together
             raise InputError(
-                f"rollout.tools = {tool!r} cannot be described ({one_line(error)}): give it type hints and a "
+                f"rollout.tools = {path!r} cannot be described ({one_line(error)}): give it type hints and a "
                 "docstring that describes every argument under Args:"
             ) from None
-        parameters = schema["function"]["parameters"]
-        parameters["properties"] = {
-            key: value for key, value in parameters["properties"].items() if key not in hidden
-        }
-        if "required" in parameters:
-            parameters["required"] = [key for key in parameters["required"] if key not in hidden]
-        schemas.append(schema)
     return schemas

@@ -90,10 +90,10 @@ def maker(environment: str, tools: list[str], arguments: dict[str, Any]) -> Make
         InputError: a class or function cannot be imported, or does not take the arguments.
     """
     if tools:
-        from .tools import ToolEnvironment, bound
+        from .tools import ToolEnvironment, named_tools
 
-        functions = bound(tools, arguments)
-        return lambda seed: ToolEnvironment(functions)
+        named = named_tools(tools, arguments)
+        return lambda seed: ToolEnvironment(named)
     field = "rollout.environment"
     found = resolve(field, environment, ENVIRONMENTS, "module:Class")
     if isinstance(found, str):
