@@ -143,3 +143,14 @@ def test_a_pickle_has_no_object_per_token() -> None:
         sizes.append(len(pickle.dumps(sample)))
         assert pickle.loads(pickle.dumps(sample)) == sample
     assert sizes[1] - sizes[0] == 2000 * 9
+
+
+@pytest.mark.parametrize(
+    ("mask", "turns"),
+    [([], 0), ([0, 0, 0], 0), ([0, 1, 1], 1), ([1, 0, 1, 1], 2), ([0, 1, 0, 0, 1, 0, 1], 3), ([0, 1, 0], 1)],
+)
+def test_turns_are_runs_of_sampled_tokens(mask: list[int], turns: int) -> None:
+    width = len(mask)
+    sample = sample_of(tokens=[1] * width, response_mask=np.array(mask, bool), rollout_logprobs=[0.0] * width)
+    assert sample.num_turns == turns
+    assert type(sample.num_turns) is int
