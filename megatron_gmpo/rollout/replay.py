@@ -16,12 +16,13 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from .. import files
-from ..batch.samples import FinishReason, Prompt, Sample, SampleGroup, version_spans_of
+from ..batch.samples import Episode, FinishReason, Prompt, Sample, SampleGroup, version_spans_of
 from ..distributed import agreed, folder_written_by_all, gather_bytes, rank, world_size
 from ..errors import InputError
 
 _INDEX = "index.json"
 _PROMPT = TypeAdapter(Prompt)
+_EPISODE = TypeAdapter(Episode)
 _PLACES = TypeAdapter(list[tuple[Annotated[str, Field(pattern=r"^rank_\d+\.jsonl$")], NonNegativeInt]])
 
 
@@ -168,18 +169,27 @@ def append_transcripts(path: str | Path, step: int, groups: Mapping[int, SampleG
 
 
 def _transcript(step: int, group: SampleGroup) -> str:
-    samples = [
-        {"text": s.text, "reward": s.reward, "finish_reason": s.finish_reason, "length": s.response_length}
-        for s in group.samples
-    ]
     record = {
         "step": step,
         "prompt_id": group.prompt.id,
         "prompt": group.prompt.messages or group.prompt.text,
         "answer": group.prompt.answer,
-        "samples": samples,
+        "samples": [_transcript_of(sample) for sample in group.samples],
     }
     return json.dumps(record, ensure_ascii=False)
+
+
+def _transcript_of(sample: Sample) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "text": sample.text,
+        "reward": sample.reward,
+        "finish_reason": sample.finish_reason,
+        "length": sample.response_length,
+    }
+    if sample.episode:
+        episode = asdict(sample.episode)
+        record |= {"turns": episode.pop("messages"), "episode": episode}
+    return record
 
 
 def _step_folder(folder: str | Path, step: int) -> Path:
@@ -204,9 +214,12 @@ def _decode_array(record: dict[str, Any]) -> np.ndarray:
 
 
 def _decode_sample(record: dict[str, Any]) -> Sample:
+    episode = record.pop("episode", None)
     fields: dict[str, Any] = {
         name: _decode_array(value) if isinstance(value, dict) else value for name, value in record.items()
     }
+    if episode is not None:
+        fields["episode"] = _EPISODE.validate_python(episode)
     if "token_versions" in fields:  # the format with one version per token
         versions = fields.pop("token_versions")
         fields["version_spans"] = None if versions is None else version_spans_of(versions)
@@ -235,3 +248,9 @@ def _check_sample(sample: Sample, vocab_size: int) -> None:
         raise ValueError(f"policy_version = {sample.policy_version!r} is not a training step")
     if type(sample.reward) not in (int, float) or not math.isfinite(sample.reward):
         raise ValueError(f"reward = {sample.reward!r} is not a finite number")
+    if episode := sample.episode:
+        if not math.isfinite(episode.reward):
+            raise ValueError(f"episode.reward = {episode.reward!r} is not finite")
+        for name in ("tool_calls", "tool_errors", "seconds"):
+            if not 0 <= (value := getattr(episode, name)) < 2**31:
+                raise ValueError(f"episode.{name} = {value!r} is not a number from 0 to 2^31")

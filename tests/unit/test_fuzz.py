@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_gmpo.batch.columns import RoutingShape
-from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.batch.samples import Episode, Prompt, Sample, SampleGroup
 from megatron_gmpo.checkpoint import check_model
 from megatron_gmpo.config import CollapseConfig, Config
 from megatron_gmpo.data.stream import PromptStream
@@ -281,8 +281,16 @@ def group() -> dict[str, Any]:
         routed_experts=np.arange(16).reshape(4, 2, 2) % 8,
         version_spans=[[2, 0], [4, 1]],
     )
+    said = [{"role": "assistant", "content": "8"}, {"role": "user", "content": "No."}]
     other = Sample.from_response(
-        [1, 2], [3], [-0.5], text="8", finish_reason="length", policy_version=1, routed_experts=None
+        [1, 2],
+        [3],
+        [-0.5],
+        text="8",
+        finish_reason="length",
+        policy_version=1,
+        routed_experts=None,
+        episode=Episode("turns", "sums", 0.5, False, 1, 0, 0.25, said),
     )
     prompt = Prompt("set/1", "7", messages=[{"role": "user", "content": "3 + 4"}], input_ids=[1, 2])
     save_groups(FOLDER / "valid", 0, {0: SampleGroup(prompt, [made, other])})
@@ -299,6 +307,7 @@ def group() -> dict[str, Any]:
 WORDS_OF_GROUPS = """
     id answer text messages input_ids role content tokens response_mask token_versions version_spans base64
     shape dtype int16 int32 float32 bool object str V8 complex64 M8[s] AAAA AAAAAA== stop length abort
+    episode ended name reward success tool_calls tool_errors seconds error done turns
 """
 ARRAYS: list[Any] = [[1, 2], [True, False], [0.5, -1e300], [[0, 1]], [-1, 5], [-1, -1], [[[0, 0]]], 2**31 - 1]
 

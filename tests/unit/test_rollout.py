@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup, version_spans_of
+from megatron_gmpo.batch.samples import Episode, Prompt, Sample, SampleGroup, version_spans_of
 from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.stream import PromptStream, StreamState
 from megatron_gmpo.errors import InputError, NonFiniteError
@@ -947,6 +947,65 @@ def test_saved_groups_come_back_exactly(tmp_path: Path) -> None:
     assert dtypes == ["int16", "None", "uint8", "uint8"]
 
 
+def episode_to_save() -> Sample:
+    """Return an episode of two turns with an observation between them."""
+    said = [
+        {"role": "assistant", "content": "go <b>"},
+        {"role": "user", "content": "A wall.\u2028"},
+        {"role": "assistant", "content": "back"},
+        {"role": "tool", "content": "Free.", "tool_call_id": "a1"},
+    ]
+    episode = Episode("done", "rooms", 0.1, True, 2, 1, 0.25, said)
+    return Sample(
+        [3, 2, 4, 5, 6, 7, 8],
+        [False, False, True, True, False, False, True],
+        [0.0, 0.0, -0.5, -0.25, 0.0, 0.0, -2.0],
+        "go <b>\nback",
+        "stop",
+        6,
+        1.5,
+        np.zeros((6, 3, 2), np.uint8),
+        version_spans_of([6, 6, 6, 6, 7], start=2),
+        episode,
+    )
+
+
+def test_saved_episodes_come_back_exactly(tmp_path: Path) -> None:
+    failed = replace(episode_to_save(), episode=Episode("error", error="it hung"), finish_reason="abort")
+    plain = groups_to_save()[0].samples[0]
+    group = SampleGroup(groups_to_save()[0].prompt, [episode_to_save(), failed, plain])
+    save_groups(tmp_path, 2, {0: group})
+    assert load_groups(tmp_path, 2, VOCAB) == [group]
+
+
+def test_transcripts_show_turns(tmp_path: Path) -> None:
+    group = SampleGroup(groups_to_save()[0].prompt, [episode_to_save()])
+    append_transcripts(tmp_path / "transcripts.jsonl", 1, {0: group}, limit=1)
+    (sample,) = json.loads((tmp_path / "transcripts.jsonl").read_text())["samples"]
+    assert sample == {
+        "text": "go <b>\nback",
+        "reward": 1.5,
+        "finish_reason": "stop",
+        "length": 3,
+        "turns": [
+            {"role": "assistant", "content": "go <b>"},
+            {"role": "user", "content": "A wall.\u2028"},
+            {"role": "assistant", "content": "back"},
+            {"role": "tool", "content": "Free.", "tool_call_id": "a1"},
+        ],
+        "episode": {
+            "ended": "done",
+            "name": "rooms",
+            "reward": 0.1,
+            "success": True,
+            "tool_calls": 2,
+            "tool_errors": 1,
+            "seconds": 0.25,
+            "error": "",
+        },
+    }
+
+
 def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
     """Older files have lists, one version per token, and experts under ``int16``."""
     groups = groups_to_save()
@@ -956,6 +1015,7 @@ def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
             for sample, fields in zip(group.samples, record["samples"], strict=True):
                 for name in ("tokens", "response_mask", "rollout_logprobs"):
                     fields[name] = fields[name].tolist()
+                del fields["episode"]
                 spans, experts = fields.pop("version_spans"), fields["routed_experts"]
                 fields["token_versions"] = None if spans is None else sample.token_versions.tolist()
                 if experts is not None:
@@ -1093,6 +1153,14 @@ def with_token(value: int) -> Callable[[Record], None]:
         (with_field("reward", math.nan), "reward = nan is not a finite number"),
         (with_field("reward", 10**400), "int too large|reward"),
         (with_field("reward", "1"), "reward = '1' is not a finite number"),
+        (with_field("episode", "won"), "[Ee]pisode"),
+        (with_field("episode", {}), "ended"),
+        (with_field("episode", {"ended": "won"}), "ended"),
+        (with_field("episode", {"ended": "done", "messages": ["look"]}), "messages"),
+        (with_field("episode", {"ended": "done", "reward": math.inf}), "episode.reward = inf is not finite"),
+        (with_field("episode", {"ended": "done", "tool_calls": -1}), "episode.tool_calls = -1 is not"),
+        (with_field("episode", {"ended": "done", "tool_errors": 2**31}), "episode.tool_errors = 2147483648"),
+        (with_field("episode", {"ended": "done", "seconds": math.nan}), "episode.seconds = nan is not"),
         (with_field("odd", 1), "unexpected keyword argument 'odd'"),
         (lambda sample: sample.pop("text"), "missing .* 'text'"),
         (dict.clear, "missing"),
