@@ -16,6 +16,12 @@ from ..rewards.math.final_answer import final_answer
 from .lines import MAX_LINE, GrowingLines
 
 _STEP = re.compile(rb'\{"step": ?(\d{1,15}),')
+_ENDS = {
+    "done": "The environment ended the episode.",
+    "turns": "The episode reached the limit of turns.",
+    "tokens": "The episode reached the limit of tokens.",
+    "error": "The environment failed.",
+}
 
 
 class Transcripts:
@@ -84,6 +90,8 @@ def explain(reward: str, truth: str, sample: dict[str, Any]) -> tuple[str | None
     """
     text, value = str(sample["text"]), sample["reward"]
     cut = " The response reached the length limit." if sample.get("finish_reason") == "length" else ""
+    if episode := sample.get("episode"):
+        cut = f" {_ENDS[episode['ended']]}"
     if reward == "math":
         found = final_answer(text)
         missing = "The response has no final answer"
@@ -91,6 +99,8 @@ def explain(reward: str, truth: str, sample: dict[str, Any]) -> tuple[str | None
         found, missing = text.strip() or None, "The response is empty"
     elif reward == "countdown":
         found, missing = answer_in(text) or None, "The response has no expression"
+    elif reward == "environment":
+        return None, f"The rewards of the steps sum up to {value:g}.{cut}"
     else:
         return None, f"{reward or 'The reward'} gave {value:g} and states no reason.{cut}"
     if found is None:

@@ -18,7 +18,7 @@ import pytest
 
 from megatron_gmpo.metrics.token_records import Record
 
-from ..support.view_runs import MARKUP, add_heartbeat, add_samples, add_steps, write_run
+from ..support.view_runs import MARKUP, add_episodes, add_heartbeat, add_samples, add_steps, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make install")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
@@ -197,6 +197,27 @@ def test_markup_in_prompts_is_text(finished: tuple[Path, str], page: Any) -> Non
     assert page.locator("main b:text('bold'), main img").count() == 0
     page.wait_for_timeout(200)  # an error handler would have run
     assert "owned" not in page.title()
+
+
+def test_an_episode_is_shown_turn_by_turn(tmp_path: Path, page: Any) -> None:
+    folder = write_run(tmp_path / "agents", 12)
+    add_episodes(folder, 13)
+    with viewed(folder) as address:
+        page.goto(address)
+        tab(page, "Samples")
+        done, failed = page.locator(".sample").all()
+        roles = [box.inner_text() for box in done.locator(".turn .facts").all()]
+        assert roles == ["assistant", "user", "assistant", "tool"]
+        assert done.locator(".turn.sampled").count() == 2
+        shown = done.locator(".turn pre").nth(1)
+        playwright.expect(shown).to_have_text(f"It is open. {MARKUP}")
+        facts = done.locator(":scope > .facts").first
+        playwright.expect(facts).to_contain_text(
+            "turns 2   episode done   of rooms   success yes   tool calls 3   failed 1"
+        )
+        playwright.expect(failed).to_contain_text(f"The environment failed. ValueError: {MARKUP}")
+        page.wait_for_timeout(200)  # an error handler would have run
+        assert "owned" not in page.title()
 
 
 def test_a_run_in_progress(tmp_path: Path, page: Any) -> None:

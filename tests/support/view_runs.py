@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.batch.samples import Episode, Prompt, Sample, SampleGroup
 from megatron_gmpo.metrics.token_records import Record, choose, write_records
 from megatron_gmpo.rollout.replay import append_transcripts
 
@@ -131,6 +131,33 @@ def add_samples(folder: Path, step: int, rng: np.random.Generator) -> list[Recor
     kept = [Record(**vars(records[i]) | {"chosen": why}) for i, why in chosen.items()]
     write_records(folder / "tokens", step, {"loss": "gmpo, clip 0.4 and 0.4"}, kept)
     return kept
+
+
+def add_episodes(folder: Path, step: int) -> None:
+    """Append a group of two episodes to the transcripts: one done after two turns, one failed after one."""
+    said = [
+        {"role": "assistant", "content": "open the door"},
+        {"role": "user", "content": f"It is open. {MARKUP}"},
+        {"role": "assistant", "content": "go out"},
+        {"role": "tool", "content": "Free."},
+    ]
+    done = Episode("done", "rooms", 1.0, True, 3, 1, 0.25, said)
+    failed = Episode("error", messages=said[:1], error=f"ValueError: {MARKUP}")
+    samples = [
+        Sample(
+            [1, 2, 3, 4, 5, 6][:length],
+            [False, True, True, False, False, True][:length],
+            [0.0] * length,
+            "open the door",
+            finish_reason,
+            policy_version=0,
+            reward=episode.reward,
+            episode=episode,
+        )
+        for length, finish_reason, episode in ((6, "stop", done), (3, "abort", failed))
+    ]
+    group = SampleGroup(Prompt("rooms/7", "", "Leave the room."), samples)
+    append_transcripts(folder / "transcripts.jsonl", step, {0: group}, 1)
 
 
 def made_sample(rng: np.random.Generator, reward: float) -> Sample:

@@ -143,6 +143,13 @@ def test_groups_of_a_step(folder: Path) -> None:
         ("math", {"text": "so 42", "reward": 0.0}, "42", "but the reward is not positive"),
         ("arithmetic", {"text": " 42 ", "reward": 1.0, "finish_reason": "stop"}, "42", "equals"),
         ("my:reward", {"text": "x", "reward": 0.25}, None, "my:reward gave 0.25 and states no reason."),
+        ("environment", {"text": "x", "reward": 0.25, "episode": {"ended": "done"}}, None,
+         "The rewards of the steps sum up to 0.25. The environment ended the episode."),
+        ("math", {"text": "42", "reward": 1.0, "finish_reason": "length", "episode": {"ended": "turns"}},
+         "42", "The answer equals the truth. The episode reached the limit of turns."),
+        ("math", {"text": "42", "reward": 0.0, "episode": {"ended": "tokens"}}, "42", "the limit of tokens."),
+        ("my:reward", {"text": "", "reward": 0.0, "episode": {"ended": "error"}}, None,
+         "The environment failed."),
     ],
 )  # fmt: skip
 def test_why_a_response_got_its_reward(

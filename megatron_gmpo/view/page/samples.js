@@ -63,11 +63,21 @@ function promptBox(group) {
   return el("div", {}, el("div", { className: "facts" }, "Prompt ", el("b", { textContent: group.prompt_id }), "  truth ", el("b", { textContent: group.answer })), turns(group.prompt));
 }
 
-// A prompt is text, or turns whose content is text or parts with images.
+// A prompt is text, or messages whose content is text or parts with images. An episode is messages too.
 function turns(prompt) {
   if (!Array.isArray(prompt)) return el("pre", { className: "prompt", textContent: prompt });
-  return el("div", {}, ...prompt.map((turn) => el("div", { className: "turn" },
+  return el("div", {}, ...prompt.map((turn) => el("div", { className: `turn ${turn.role === "assistant" ? "sampled" : ""}` },
     el("div", { className: "facts", textContent: turn.role }), ...(Array.isArray(turn.content) ? turn.content.map(part) : [el("pre", { className: "prompt", textContent: turn.content })]))));
+}
+
+// What the environment says of an episode.
+function episodeFacts(sample) {
+  const { ended, name, success, tool_calls, tool_errors, seconds } = sample.episode;
+  const said = [["turns", number(sample.turns.filter((turn) => turn.role === "assistant").length)], ["episode", ended]];
+  if (name) said.push(["of", name]);
+  if (success !== null) said.push(["success", success ? "yes" : "no"]);
+  if (tool_calls) said.push(["tool calls", number(tool_calls)], ["failed", number(tool_errors)]);
+  return [...said, ["environment", `${number(seconds, 3)} s`]];
 }
 
 function part(content) {
@@ -78,13 +88,14 @@ function part(content) {
 
 function sampleBox(sample, record) {
   const facts = [["reward", number(sample.reward)], ["over the mean", number(sample.over_mean)], ["tokens", number(sample.length)], ["end", sample.finish_reason]];
+  if (sample.episode) facts.push(...episodeFacts(sample));
   if (record) facts.push(["largest |log ratio|", number(record.largest)], ["advantage", number(record.advantage)]);
   const line = el("div", { className: "facts" });
   for (const [name, value] of facts) line.append(`${name} `, el("b", { textContent: value }), "   ");
   const box = el("div", { className: `sample ${sample.reward > 0 ? "right" : "wrong"}` }, line,
     Array.isArray(sample.turns) ? turns(sample.turns) : el("pre", { className: "response", textContent: sample.text }),
     sample.extracted === null || sample.extracted === undefined ? null : el("div", { className: "facts" }, "extracted answer ", el("b", { textContent: sample.extracted })),
-    el("div", { className: "facts", textContent: sample.why }));
+    el("div", { className: "facts", textContent: [sample.why, sample.episode?.error].filter(Boolean).join(" ") }));
   if (record) box.append(el("button", { textContent: "Tokens", onclick: () => openTab("Tokens", { run: samples.run, step: samples.step, sample: record.sample }) }));
   return box;
 }
