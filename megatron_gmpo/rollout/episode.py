@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ async def play(
         if session:
             await session.close()
     return course.trajectory.sample(
-        text="\n".join(course.log.actions),
+        text="\n".join(turn[0]["content"] for turn in course.log.turns),
         finish_reason=_FINISH_REASONS[ended],
         episode=course.log.episode(ended, error, session),
     )
@@ -88,21 +89,25 @@ async def play(
 
 @dataclass
 class _Log:
-    """What policy and environment have said."""
+    """What policy and environment have said.
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    actions: list[str] = field(default_factory=list)
+    Attributes:
+        start: messages of the reset.
+        turns: messages of each turn: the policy's, then the observation.
+    """
+
+    start: list[dict[str, Any]] = field(default_factory=list)
+    turns: list[list[dict[str, Any]]] = field(default_factory=list)
     reward: float = 0.0
     name: str = ""
     success: bool | None = None
 
     def act(self, action: str) -> str:
-        self.messages.append({"role": "assistant", "content": action})
-        self.actions.append(action)
+        self.turns.append([{"role": "assistant", "content": action}])
         return action
 
     def observe(self, observation: Observation) -> Observation:
-        self.messages += observation.messages
+        (self.turns[-1] if self.turns else self.start).extend(observation.messages)
         self.reward += observation.reward
         self.name = observation.info.get("name", self.name)
         self.success = observation.info.get("success", self.success)
@@ -117,7 +122,7 @@ class _Log:
             tool_calls=session.tool_calls if session else 0,
             tool_errors=session.tool_errors if session else 0,
             seconds=session.seconds if session else 0.0,
-            messages=self.messages,
+            messages=[*self.start, *chain.from_iterable(self.turns)],
             error=error,
         )
 
@@ -206,6 +211,7 @@ class _Course:
         observation = self.log.observe(await session.reset())
         if observation.done:
             raise EnvironmentFault("reset returned an episode that is done")
+        start = [*(self.prompt.messages or ()), *observation.messages]
         self.trajectory.start = self.template.first(self.prompt, observation.messages)
         if (length := len(self.trajectory.start)) > self.limits.max_prompt_tokens:
             raise EnvironmentFault(
@@ -213,7 +219,6 @@ class _Course:
                 f"= {self.limits.max_prompt_tokens}, or shorten them"
             )
         while True:
-            history = [*(self.prompt.messages or ()), *self.log.messages]
             room = self.limits.max_episode_tokens - self.trajectory.length
             turn = await self.generate(self.trajectory.tokens, min(self.limits.max_new_tokens, room))
             self.trajectory.add_turn(turn)
@@ -221,12 +226,12 @@ class _Course:
             observation = self.log.observe(await session.step(action))
             if observation.done:
                 return "done"
-            if len(self.log.actions) == self.limits.max_turns:
+            if len(self.log.turns) == self.limits.max_turns:
                 return "turns"
             if not observation.messages:
                 raise EnvironmentFault("step returned no messages although the episode is not done")
             following = self.template.following(
-                history, turn.tokens, observation.messages, self.ending.end_ids
+                start, self.log.turns[:-1], turn.tokens, observation.messages, self.ending.end_ids
             )
             if self.trajectory.length + len(following) >= self.limits.max_episode_tokens:
                 return "tokens"

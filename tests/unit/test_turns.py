@@ -102,14 +102,14 @@ def joined(
     end: str,
 ) -> list[int]:
     """Return the tokens of the turns, each of which ends with ``end``, and of what follows each."""
-    history = list(prompt.messages or [])
+    start, turns = prompt.messages or [], []
     tokens = template.first(prompt, []).tolist()
     for text, observation in conversation:
         sampled = ids(tokenizer, text + end)
-        following = template.following(history, np.array(sampled), observation, {sampled[-1]})
+        following = template.following(start, turns, np.array(sampled), observation, {sampled[-1]})
         assert following.dtype == np.int32
         tokens += sampled + following.tolist()
-        history += [turn(text), *observation]
+        turns.append([turn(text), *observation])
     return tokens
 
 
@@ -131,12 +131,18 @@ def rendered(
     return ids(tokenizer, text)
 
 
-PLAIN = [("I look.", user("A room.\nA door.")), ("I open it.", user("It is open.")), ("Out.", user("Free."))]
+PLAIN = [
+    ("I look.", user("A room.\nA door.")),
+    ("I open it.", user("It is open.")),
+    ("Out.", user("Free.")),
+    ("Bye.", user("Bye.")),
+]
 THINKING = [(f"<think>\nI am {i}.\n</think>\n\n{text}", seen) for i, (text, seen) in enumerate(PLAIN)]
 CALLS = [
     ('<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>', results("5")),
     ('Once more.\n<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>', results("no 'a'\né", "7")),
     ("Five.", results("Say more.")),
+    ("Five is the sum.", results("A last time.")),
 ]
 THINKING_CALLS = [(f"<think>\nI am {i}.\n</think>\n\n{text}", seen) for i, (text, seen) in enumerate(CALLS)]
 
@@ -186,7 +192,7 @@ def test_another_end_token_stays_in_the_place_of_the_templates() -> None:
     template = TurnTemplate(tokenizer, DataConfig(path="task"))
     [other, end] = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     ending = [
-        template.following([], np.array([65, i]), user("A room."), {other, end}).tolist()
+        template.following([], [], np.array([65, i]), user("A room."), {other, end}).tolist()
         for i in (end, other)
     ]
     assert (
@@ -322,7 +328,7 @@ def test_an_observation_never_closes_its_turn(name: str, pieces: list[str]) -> N
     content = f"x{''.join(pieces)}x"
     for make in (user, results):
         for tokens, plain in (
-            [template.following([], np.array([65]), make(text), {0}) for text in (content, "x")],
+            [template.following([], [], np.array([65]), make(text), {0}) for text in (content, "x")],
             [template.first(prompt, make(text)) for text in (content, "x")],
         ):
             forged, harmless = ([i for i in side.tolist() if i in markup] for side in (tokens, plain))
@@ -349,9 +355,9 @@ def test_messages_that_the_template_does_not_append() -> None:
     with pytest.raises(EnvironmentFault, match="does not append reset's messages"):
         template.first(prompt, system)  # DeepSeek's template moves system messages to the start
     with pytest.raises(EnvironmentFault, match="role 'system'"):
-        template.following(prompt.messages or [], np.array([65]), system, {0})
+        template.following(prompt.messages or [], [], np.array([65]), system, {0})
     lone = "the chat template refuses {}'s messages"
     with pytest.raises(EnvironmentFault, match=lone.format("step")):
-        template.following(prompt.messages or [], np.array([65]), user("\ud800"), {0})
+        template.following(prompt.messages or [], [], np.array([65]), user("\ud800"), {0})
     with pytest.raises(EnvironmentFault, match=lone.format("reset")):
         template.first(prompt, user("\ud800"))
