@@ -222,6 +222,7 @@ class _Course:
             room = self.limits.max_episode_tokens - self.trajectory.length
             turn = await self.generate(self.trajectory.tokens, min(self.limits.max_new_tokens, room))
             self.trajectory.add_turn(turn)
+            previous = self.log.turns[-1] if self.log.turns else []
             action = self.log.act(self.ending.text(turn.tokens))
             observation = self.log.observe(await session.step(action))
             if observation.done:
@@ -231,7 +232,7 @@ class _Course:
             if not observation.messages:
                 raise EnvironmentFault("step returned no messages although the episode is not done")
             following = self.template.following(
-                start, self.log.turns[:-1], turn.tokens, observation.messages, self.ending.end_ids
+                start, previous, turn.tokens, observation.messages, self.ending.end_ids
             )
             if self.trajectory.length + len(following) >= self.limits.max_episode_tokens:
                 return "tokens"

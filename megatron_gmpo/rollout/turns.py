@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Sequence, Set
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,9 @@ from .environments import EnvironmentFault
 Messages = Sequence[dict[str, Any]]
 
 _OPEN, _CLOSE = "<think>", "</think>"
-_TURNS = 4
-"""Turns of the conversations with which a template is proven. ``following`` shows the template the first turn
-and the last one before it, so the fourth turn proves that the others make no difference."""
+_TURNS = 3
+"""Turns of the conversations with which a template is proven. ``following`` shows the template one turn
+before its own, so the third turn proves that earlier ones make no difference."""
 
 
 class TurnTemplate:
@@ -82,7 +81,7 @@ class TurnTemplate:
                     "set rollout.keep_thinking = true, with which earlier turns stay as they were sampled"
                 )
             raise InputError(f"the chat template of model.path {reason}: {remedy}")
-        self._closing = len(self._encode(self._after(task, [], [])))
+        self._closing = len(self._encode(self._after(task, [])))
 
     def first(self, prompt: Prompt, messages: Messages) -> np.ndarray:
         """Return the (P,) int32 tokens before the first turn: the prompt, then the messages of the reset.
@@ -108,7 +107,7 @@ class TurnTemplate:
     def following(
         self,
         start: Messages,
-        turns: Sequence[Messages],
+        previous: Messages,
         sampled: np.ndarray,
         messages: Messages,
         end_ids: Set[int],
@@ -120,7 +119,7 @@ class TurnTemplate:
 
         Args:
             start: the messages before the first turn.
-            turns: the messages of each turn before this one: the policy's, then the observation.
+            previous: the messages of the turn before this one, the policy's and its observation, if any.
             sampled: the turn's tokens, at least one.
             messages: the observation, at least one message.
             end_ids: the end tokens.
@@ -134,7 +133,7 @@ class TurnTemplate:
                     f"a message has the role {message['role']!r}; the chat template {reason}"
                 )
         try:
-            ids = self._encode(self._after(start, turns, messages))
+            ids = self._encode(self._after([*start, *previous], messages))
         except Exception as error:  # a template can raise any error
             raise EnvironmentFault(f"the chat template refuses step's messages: {one_line(error)}") from None
         if sampled[-1] in end_ids:
@@ -143,10 +142,8 @@ class TurnTemplate:
             ids = ids[ends[0] + 1 :] if len(ends) else ids
         return ids
 
-    def _after(self, start: Messages, turns: Sequence[Messages], messages: Messages) -> str:
-        """Return the template's text after the turn between ``turns`` and ``messages``."""
-        # DeepSeek's template writes the first result of a tool differently from all others
-        history = [*start, *chain.from_iterable(turns if len(turns) < 2 else (turns[0], turns[-1]))]
+    def _after(self, history: Messages, messages: Messages) -> str:
+        """Return the template's text after the turn between ``history`` and ``messages``."""
         turn = {"role": "assistant", "content": self._turn}
         rendered = self._chat.render(
             [*history, turn, *self._special.mark(list(messages))], answer_follows=bool(messages)
@@ -172,16 +169,17 @@ class TurnTemplate:
         """Return how a sample conversation differs from the one that is joined turn by turn."""
         same = _without_thinking if keep_thinking else str
         try:
-            turns: list[Messages] = []
-            joined = self._chat.render(task)
+            messages, joined = list(task), self._chat.render(task)
+            previous: Messages = []
             for number in range(_TURNS):
                 text, turn = _sample_turn(joined, f"Turn {number}.", thinks, apart)
                 result = {"role": role, "content": f"Result {number}.\nTry again."}
                 observation = [result] * (2 if role == "tool" and number else 1)
-                after = self._after(task, turns, observation)
+                after = self._after([*task, *previous], observation)
                 joined += text + after
-                turns.append([turn, *observation])
-                whole = self._chat.render([*task, *chain.from_iterable(turns)])
+                previous = [turn, *observation]
+                messages += previous
+                whole = self._chat.render(messages)
                 if same(whole) != same(joined):
                     pairs = enumerate(zip(whole, joined, strict=False))
                     at = next((i for i, (one, other) in pairs if one != other), 0)

@@ -102,14 +102,14 @@ def joined(
     end: str,
 ) -> list[int]:
     """Return the tokens of the turns, each of which ends with ``end``, and of what follows each."""
-    start, turns = prompt.messages or [], []
+    start, previous = prompt.messages or [], []
     tokens = template.first(prompt, []).tolist()
     for text, observation in conversation:
         sampled = ids(tokenizer, text + end)
-        following = template.following(start, turns, np.array(sampled), observation, {sampled[-1]})
+        following = template.following(start, previous, np.array(sampled), observation, {sampled[-1]})
         assert following.dtype == np.int32
         tokens += sampled + following.tolist()
-        turns.append([turn(text), *observation])
+        previous = [turn(text), *observation]
     return tokens
 
 
