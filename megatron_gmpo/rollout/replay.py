@@ -163,7 +163,8 @@ def append_transcripts(path: str | Path, step: int, groups: Mapping[int, SampleG
     records = sorted(record for part in everywhere for record in json.loads(part))
     with agreed():
         if rank() == 0:
-            with files.named(Path(path)), Path(path).open("a") as file:
+            # an environment can say half a character, which JSON escapes as Python does
+            with files.named(Path(path)), Path(path).open("a", errors="backslashreplace") as file:
                 for _, record in records:
                     file.write(record + "\n")
 

@@ -1006,6 +1006,16 @@ def test_transcripts_show_turns(tmp_path: Path) -> None:
     }
 
 
+def test_half_characters_of_an_environment_are_written_escaped(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "A wall.", "name": "\ud800"}]
+    sample = replace(episode_to_save(), episode=Episode("done", messages=said))
+    append_transcripts(
+        tmp_path / "transcripts.jsonl", 1, {0: SampleGroup(Prompt("p", ""), [sample])}, limit=1
+    )
+    (read,) = json.loads((tmp_path / "transcripts.jsonl").read_text())["samples"]
+    assert read["turns"] == said
+
+
 def test_groups_saved_as_lists_are_read(tmp_path: Path) -> None:
     """Older files have lists, one version per token, and experts under ``int16``."""
     groups = groups_to_save()
