@@ -58,7 +58,7 @@ def train(run: Run, attempt: Attempt) -> None:
     """Train from the newest checkpoint, if any, to ``train.num_steps`` or until the run is asked to stop."""
     cfg = run.cfg
     objective = make_objective(
-        cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens
+        cfg.algorithm, is_moe=run.description.is_moe, max_new_tokens=cfg.max_sequence_tokens
     )
     clip = make_adaptive_clip(cfg.algorithm, objective)
     run.start()
@@ -202,7 +202,15 @@ class Loop:
         index = collected.index.without_truncated() if cfg.algorithm.mask_truncated else collected.index
         plan = policy.plan(index, advantages, objective)
         with self.timer("exchange"):
-            batch = make_train_batch(collected.groups, index, advantages, plan, self.exchange, policy.replica)
+            batch = make_train_batch(
+                collected.groups,
+                index,
+                advantages,
+                plan,
+                self.exchange,
+                policy.replica,
+                cfg.algorithm.unit,
+            )
         with self.timer("logprobs"):
             self.logger.add(policy.prepare(batch))
             self.logger.add(policy.over_replicas(correct(batch, cfg.algorithm)))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .columns import TrainBatch
+from ..config.training import Unit
+from .columns import TrainBatch, turn_numbers
 from .exchange import Exchange
 from .index import StepIndex, samples_of
 from .plan import StepPlan
@@ -22,6 +23,7 @@ def make_train_batch(
     plan: StepPlan,
     exchange: Exchange,
     replica: int,
+    unit: Unit = "episode",
 ) -> TrainBatch:
     """Move the columns of all ranks' samples and return the batch of this rank's replica. Collective.
 
@@ -34,6 +36,7 @@ def make_train_batch(
         advantages: (S,), one per sequence of the step.
         plan: the plan of the step.
         replica: number of this rank's replica.
+        unit: what the loss takes as a sequence, as for ``plan``.
 
     Raises:
         InputError: see ``Exchange.distribute``. Raised on every rank.
@@ -47,10 +50,12 @@ def make_train_batch(
     kept = np.repeat(index.response_length[numbers] > 0, lengths)
     if mask[~kept].any():
         mask, logprobs = mask & kept, np.where(kept, logprobs, np.float32(0))
+    response_mask, lengths = torch.from_numpy(mask), torch.from_numpy(lengths.astype(np.int64))
     return TrainBatch(
         tokens=torch.from_numpy(columns.tokens),
-        lengths=torch.from_numpy(lengths.astype(np.int64)),
-        response_mask=torch.from_numpy(mask),
+        lengths=lengths,
+        response_mask=response_mask,
+        turns=turn_numbers(response_mask, lengths) if unit == "turn" else None,
         advantages=advantages[torch.from_numpy(numbers)].float(),
         rollout_logprobs=torch.from_numpy(logprobs),
         routed_experts=None if columns.routed_experts is None else torch.from_numpy(columns.routed_experts),

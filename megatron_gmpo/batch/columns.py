@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..errors import InputError
 
-Alignment = Literal["predicted", "input", "sequence"]
-"""Whether a row describes a token as a target, a token as an input, or a whole sequence."""
+Alignment = Literal["predicted", "input", "sequence", "unit"]
+"""Whether a row describes a token as a target, a token as an input, a sequence, or a unit: a sequence of the
+loss, which is a whole sequence, or one turn of it (``algorithm.unit``)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Column:
             or values.shape[:1] != (rows,)
             or values.dim() != len(expected)
         ):
-            kind = "sequence" if self.aligned_to == "sequence" else "token"
+            kind = self.aligned_to if self.aligned_to in ("sequence", "unit") else "token"
             raise InputError(
                 f"column {name!r} has dtype {values.dtype} and shape {tuple(values.shape)}, "
                 f"not {self.dtype} and ({', '.join(map(str, expected))}): give it one row per {kind}"
@@ -107,7 +108,7 @@ class Minibatch:
         microbatches: ascending rows of the sequences in each microbatch; [] is a dummy. All replicas have
             equally many.
         first_microbatch: number of the first of these microbatches in the step.
-        sequences: number of its sequences with response tokens, on all replicas.
+        sequences: number of its units with response tokens, on all replicas.
         response_tokens: their number of response tokens.
         tokens: tokens of all its sequences.
         computed_tokens: tokens of the sequences that some replica computes.
@@ -131,7 +132,7 @@ class OptionalColumns:
     Attributes:
         old_logprobs: (L,) log probabilities under the policy before the step's first update.
         ref_logprobs: (L,) log probabilities under the reference policy.
-        sequence_weights: (S,) importance weights that multiply each sequence's loss; None means 1.
+        sequence_weights: (U,) importance weights that multiply each unit's loss; None means 1.
         token_weights: (L,) importance weights that multiply each token's loss; None means 1.
         kept_tokens: (L,) tokens of ``response_mask`` that count in the policy term of the loss; None means
             all.
@@ -143,7 +144,7 @@ class OptionalColumns:
 
     old_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
     ref_logprobs: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
-    sequence_weights: Tensor | None = field(default=None, metadata=column(torch.float32, "sequence"))
+    sequence_weights: Tensor | None = field(default=None, metadata=column(torch.float32, "unit"))
     token_weights: Tensor | None = field(default=None, metadata=column(torch.float32, "predicted"))
     kept_tokens: Tensor | None = field(default=None, metadata=column(torch.bool, "predicted"))
     router_shift: Tensor | None = field(default=None, metadata=column(torch.float32, "input"))
@@ -152,7 +153,7 @@ class OptionalColumns:
 
 @dataclass
 class TrainBatch(OptionalColumns):
-    """Concatenated sequences on the host (S sequences, L tokens): those that this rank's replica trains.
+    """Concatenated sequences on the host (S sequences, U units, L tokens): those that this replica trains.
 
     In a step of the training loop, the ranks of a replica hold its share of the step, with a plan. A batch
     without a plan is complete on every rank; ``Policy.share`` makes the shares of it.
@@ -163,12 +164,15 @@ class TrainBatch(OptionalColumns):
     Attributes:
         tokens: (L,) token ids.
         lengths: (S,) tokens of each sequence, at least 1.
-        response_mask: (L,) tokens that carry loss. Never True on the first token of a sequence.
+        response_mask: (L,) tokens that carry loss. Never True on the first token of a sequence. In an
+            episode, observations separate the turns.
         advantages: (S,) advantage of each sequence.
         rollout_logprobs: (L,) log probabilities that the rollout engine reported, 0 outside
             ``response_mask``.
         routed_experts: (L, layers, topk) experts of each input token that the rollout engine recorded, or
             None. Layers without experts and the last token of a sequence have no meaning.
+        turns: (L,) number of each token's turn in its sequence, see ``turn_numbers``. A unit is then a turn,
+            and a sequence without a turn has one empty unit. None means that a unit is a sequence.
         numbers: (S,) numbers of the sequences in the step, ascending.
         plan: the optimizer steps of a share, in order; () without a plan.
         own_experts: the experts that this rank's routers chose in the pass of the old log probabilities:
@@ -193,6 +197,7 @@ class TrainBatch(OptionalColumns):
         metadata=column(torch.int16, "input", dims=("layers", "topk"), narrow=torch.uint8),
         kw_only=True,
     )
+    turns: Tensor | None = field(default=None, metadata=column(torch.int32, "predicted"), kw_only=True)
     numbers: Tensor | None = field(default=None, metadata=column(torch.int64, "sequence"), kw_only=True)
     plan: Sequence[Minibatch] = field(default=(), kw_only=True)
     own_experts: dict[tuple[int, int], Tensor] = field(default_factory=dict, kw_only=True)
@@ -200,7 +205,8 @@ class TrainBatch(OptionalColumns):
     extra_columns: dict[str, Column] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in COLUMNS:
+        # ``turns`` before the columns of units, whose number follows from it
+        for name in sorted(COLUMNS, key=lambda name: COLUMNS[name].aligned_to == "unit"):
             self._check(name, COLUMNS[name], getattr(self, name))
         for name, values in self.extra.items():
             self._check(name, self.extra_columns[name], values)
@@ -215,6 +221,8 @@ class TrainBatch(OptionalColumns):
             return
         if name in ("tokens", "lengths"):  # they define the number of rows
             rows = len(values)
+        elif column.aligned_to == "unit":
+            rows = int(self.units.sum())
         else:
             rows = len(self.lengths if column.aligned_to == "sequence" else self.tokens)
         column.check(name, values, rows)
@@ -226,6 +234,24 @@ class TrainBatch(OptionalColumns):
     def starts(self) -> Tensor:
         """Return (S,) int64: index of each sequence's first token in the flat columns."""
         return self.lengths.cumsum(0) - self.lengths
+
+    @property
+    def units(self) -> Tensor:
+        """Return (S,) int64: number of units of each sequence, at least 1."""
+        if self.turns is None:
+            return torch.ones_like(self.lengths)
+        return self.turns[self.lengths.cumsum(0) - 1].long() + 1
+
+    @property
+    def first_units(self) -> Tensor:
+        """Return (S,) int64: the number of each sequence's first unit, in 0..U-1."""
+        return self.units.cumsum(0) - self.units
+
+    @property
+    def unit_ids(self) -> Tensor:
+        """Return (L,) int64: the unit of each token, in 0..U-1."""
+        first = torch.repeat_interleave(self.first_units, self.lengths)
+        return first if self.turns is None else first + self.turns
 
     @property
     def response_lengths(self) -> Tensor:
@@ -258,26 +284,28 @@ class TrainBatch(OptionalColumns):
 
     def token_index(self, sequences: Tensor) -> Tensor:
         """Return the indices of the tokens of these rows in the flat columns, (tokens,) int64."""
-        lengths = self.lengths[sequences]
-        ends = lengths.cumsum(0)
-        start = torch.repeat_interleave(self.starts[sequences] - (ends - lengths), lengths)
-        return start + torch.arange(len(start))
+        return ranges(self.starts[sequences], self.lengths[sequences])
 
     def take(self, sequences: Tensor) -> TrainBatch:
         """Return a batch of these rows, with copies of their columns and without a plan."""
         tokens = self.token_index(sequences)
-        taken = self.mapped(lambda column, v: v[sequences if column.aligned_to == "sequence" else tokens])
+        index = {"sequence": sequences, "unit": ranges(self.first_units[sequences], self.units[sequences])}
+        taken = self.mapped(lambda column, v: v[index.get(column.aligned_to, tokens)])
         return TrainBatch(**taken, extra_columns=self.extra_columns)
 
     def minibatch(self, number: int) -> TrainBatch:
         """Return views of the sequences of one optimizer step of the plan."""
         part = self.plan[number]
         first, end = part.rows
-        starts = [*self.starts.tolist(), len(self.tokens)]
-        sequences, tokens = slice(first, end), slice(starts[first], starts[end])
+
+        def of_rows(sizes: Tensor) -> slice:
+            return slice(int(sizes[:first].sum()), int(sizes[:end].sum()))
+
+        tokens = of_rows(self.lengths)
+        index = {"sequence": slice(first, end), "unit": of_rows(self.units)}
         rows = [[row - first for row in members] for members in part.microbatches]
         return TrainBatch(
-            **self.mapped(lambda column, v: v[sequences if column.aligned_to == "sequence" else tokens]),
+            **self.mapped(lambda column, v: v[index.get(column.aligned_to, tokens)]),
             extra_columns=self.extra_columns,
             plan=[replace(part, rows=(0, end - first), microbatches=rows)],
             own_experts=self.own_experts,
@@ -291,13 +319,33 @@ class TrainBatch(OptionalColumns):
         safetensors.torch.save_file(tensors | extra, path)
 
 
+def ranges(first: Tensor, sizes: Tensor) -> Tensor:
+    """Return the concatenation of the ranges ``first[i]`` to ``first[i] + sizes[i] - 1``, int64."""
+    shift = torch.repeat_interleave(first - (sizes.cumsum(0) - sizes), sizes)
+    return shift + torch.arange(len(shift), device=shift.device)
+
+
+def turn_numbers(response_mask: Tensor, lengths: Tensor) -> Tensor:
+    """Return (L,) int32: the number of each token's turn in its sequence, from 0.
+
+    A turn is a run of True in the mask. Tokens before the first turn have 0, and an observation has the
+    number of the turn before it.
+    """
+    begins = response_mask.clone()
+    begins[1:] &= ~response_mask[:-1]
+    begun = begins.cumsum(0)
+    # no sequence begins with a turn
+    before = torch.repeat_interleave(begun[lengths.cumsum(0) - lengths], lengths)
+    return (begun - before - 1).clamp(min=0).int()
+
+
 COLUMNS: dict[str, Column] = {f.name: f.metadata["column"] for f in fields(TrainBatch) if f.metadata}
 """The declaration of every column of a ``TrainBatch``, except columns in ``extra``."""
 
 
 @dataclass
 class Microbatch(OptionalColumns):
-    """One packed pipeline unit on one context-parallel rank (T local slots, S sequences).
+    """One packed pipeline unit on one context-parallel rank (T local slots, S sequences, U units).
 
     Each slot holds an input token and the token it predicts. "predicted" columns are aligned to the logits,
     "input" columns to the inputs of the routers. The optional columns have the shapes of ``OptionalColumns``
@@ -312,11 +360,12 @@ class Microbatch(OptionalColumns):
         bounds: the numbers of ``cu_seqlens``, which the host reads without waiting for the device.
         mask: (T,) bool, True if the predicted token carries loss.
         loss_slots: (P,) int64 slots whose predicted token carries loss, in ascending order.
-        sequence_ids: (T,) int64 in 0..S-1, the slot's sequence; padding belongs to a sequence too.
+        sequence_ids: (T,) int64 in 0..U-1, the unit of the slot's predicted token; padding belongs to a unit
+            too. The loss sees units as its sequences, and attention sees those of ``cu_seqlens``.
         flat_index: (T,) int64, index of the predicted token in the TrainBatch's flat columns, -1 on slots
             without one.
         input_index: (T,) int64, index of the input token, -1 on padding.
-        advantages: (S,) fp32.
+        advantages: (U,) fp32. Like every column aligned to a sequence, it is repeated for its units.
         rollout_logprobs: (T,) fp32 or None.
         routed_experts: (T', MoE layers of a chunk, topk) int16 experts to replay or compare, for the slots
             that this rank's routers see; -1 where they are not known. ``Routing.cut`` sets them.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..config.training import Unit
 from ..distributed import rank, world_size
 from .samples import Sample, SampleGroup
 
@@ -17,6 +18,8 @@ ROW = np.dtype(
         ("group", "i4"),
         ("length", "i4"),
         ("response_length", "i4"),
+        ("episode_length", "i4"),
+        ("turns", "i4"),
         ("reward", "f8"),
         ("truncated", "?"),
         ("oldest_version", "i4"),
@@ -25,7 +28,7 @@ ROW = np.dtype(
         ("expert_bytes", "u1"),
     ]
 )
-"""One row of a ``StepIndex`` while it travels: 38 bytes."""
+"""One row of a ``StepIndex`` while it travels: 46 bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,8 @@ class StepIndex:
         group: (S,) int32 position of the sequence's group in the step; groups are ordered by prompt.
         length: (S,) int32 tokens of prompt and response.
         response_length: (S,) int32 generated tokens.
+        episode_length: (S,) int32 tokens after the prompt: generated ones and those of observations.
+        turns: (S,) int32 turns, which are runs of generated tokens.
         reward: (S,) float64.
         truncated: (S,) bool; the response reached the token limit.
         oldest_version: (S,) int32 oldest training step whose weights generated a token of the response.
@@ -50,6 +55,8 @@ class StepIndex:
     group: np.ndarray
     length: np.ndarray
     response_length: np.ndarray
+    episode_length: np.ndarray
+    turns: np.ndarray
     reward: np.ndarray
     truncated: np.ndarray
     oldest_version: np.ndarray
@@ -97,8 +104,16 @@ class StepIndex:
         return iter(np.split(self.reward, self.group_bounds[1:-1]))
 
     def without_truncated(self) -> StepIndex:
-        """Return an index in which truncated sequences have no response tokens."""
-        return replace(self, response_length=np.where(self.truncated, np.int32(0), self.response_length))
+        """Return an index in which truncated sequences have no response tokens and no turns."""
+        return replace(
+            self,
+            response_length=np.where(self.truncated, np.int32(0), self.response_length),
+            turns=np.where(self.truncated, np.int32(0), self.turns),
+        )
+
+    def units(self, unit: Unit) -> np.ndarray:
+        """Return (S,) int32: how many sequences with response tokens the loss sees in each sequence."""
+        return self.turns if unit == "turn" else np.minimum(self.turns, 1)
 
     def take(self, groups: np.ndarray) -> StepIndex:
         """Return the rows of these ascending positions of groups, which become 0, 1, 2 and so on."""
@@ -132,6 +147,8 @@ def _row(group: int, sample: Sample) -> tuple[int | float, ...]:
         group,
         len(sample.tokens),
         sample.response_length,
+        sample.episode_length,
+        sample.num_turns,
         sample.reward,
         sample.finish_reason == "length",
         sample.policy_version,

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .columns import Column, Microbatch, TrainBatch
+from .columns import Column, Microbatch, TrainBatch, ranges
 
 _ATTENTION_EQUALS_REST = 32768
 """Sequence length at which attention costs as much as the rest of a layer.
@@ -129,7 +129,8 @@ def pack(
     """Pack ``sequences`` of ``batch``, in that order, for one context-parallel rank.
 
     Each sequence is padded to a multiple of ``sequence_multiple`` and cut into 2 * cp_size equal chunks. Rank
-    r holds chunks r and 2 * cp_size - 1 - r, so that causal attention has the same cost on every rank.
+    r holds chunks r and 2 * cp_size - 1 - r, so that causal attention has the same cost on every rank. The
+    turns of an episode stay in one sequence; only ``sequence_ids`` separates them.
 
     Args:
         sequences: numbers of sequences; [] makes a dummy microbatch of one padding sequence without loss.
@@ -140,6 +141,7 @@ def pack(
     assert cp_size == 1 or sequence_multiple % (2 * cp_size) == 0
     chosen = torch.tensor(sequences or [-1], dtype=torch.int64, device=batch.tokens.device)
     lengths, firsts = take(batch.lengths, chosen), take(batch.starts, chosen)
+    units, first_units = take(batch.units, chosen, 1), take(batch.first_units, chosen, -1)
     padded = (lengths + sequence_multiple - 1) // sequence_multiple * sequence_multiple
     total = int(padded.sum())
     multiple = math.lcm(sequence_multiple, total_multiple)
@@ -149,14 +151,15 @@ def pack(
     first, length = firsts[owner], lengths[owner]
     input_index = torch.where(position < length, first + position, -1)
     flat_index = torch.where(position + 1 < length, first + position + 1, -1)
-    index = {"input": input_index, "predicted": flat_index, "sequence": chosen}
+    index = {"input": input_index, "predicted": flat_index}
+    index |= {"sequence": chosen.repeat_interleave(units), "unit": ranges(first_units, units)}
 
     def slots(column: Column, values: Tensor) -> Tensor:
         return take(values, index[column.aligned_to], column.padding).to(column.dtype)
 
     packed = replace(batch, routed_experts=None, numbers=None).mapped(slots)
     del packed["lengths"]  # cu_seqlens and position_ids replace it
-    mask = packed.pop("response_mask")
+    mask, turns = packed.pop("response_mask"), packed.pop("turns", 0)
     return Microbatch(
         labels=take(batch.tokens, flat_index).long(),
         position_ids=position,
@@ -164,7 +167,7 @@ def pack(
         bounds=cu_seqlens.tolist(),
         mask=mask,
         loss_slots=mask.nonzero()[:, 0],  # on the host, where a size needs no wait for the device
-        sequence_ids=owner,
+        sequence_ids=(units.cumsum(0) - units)[owner] + turns,
         flat_index=flat_index,
         input_index=input_index,
         **packed,

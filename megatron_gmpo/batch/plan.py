@@ -27,6 +27,7 @@ class StepPlan:
     Attributes:
         lengths: (S,) tokens of each sequence.
         response_lengths: (S,) tokens that carry loss; 0 where a sequence counts in no divisor.
+        units: (S,) sequences of the loss with such tokens that each sequence is: 0 or 1, or its turns.
         bounds: (first, end) numbers of the sequences of each optimizer step.
         microbatches: ``[optimizer step][replica][microbatch]``: ascending numbers of the sequences. A
             sequence that nobody computes is in none of them.
@@ -34,6 +35,7 @@ class StepPlan:
 
     lengths: np.ndarray
     response_lengths: np.ndarray
+    units: np.ndarray
     bounds: list[tuple[int, int]]
     microbatches: list[list[list[list[int]]]]
 
@@ -55,7 +57,7 @@ class StepPlan:
         """Return the optimizer steps of a replica."""
         numbers, found, before = self.numbers(replica), list[Minibatch](), 0
         for (first, end), replicas in zip(self.bounds, self.microbatches, strict=True):
-            span, lengths = slice(first, end), self.response_lengths[first:end]
+            span = slice(first, end)
             rows = np.searchsorted(numbers, (first, end)).tolist()
             found.append(
                 Minibatch(
@@ -64,8 +66,8 @@ class StepPlan:
                         np.searchsorted(numbers, members).tolist() for members in replicas[replica]
                     ],
                     first_microbatch=before,
-                    sequences=int((lengths > 0).sum()),
-                    response_tokens=int(lengths.sum()),
+                    sequences=int(self.units[span].sum()),
+                    response_tokens=int(self.response_lengths[span].sum()),
                     tokens=int(self.lengths[span].sum()),
                     computed_tokens=int(self.lengths[span][self.replica_of[span] >= 0].sum()),
                 )
@@ -81,12 +83,17 @@ def minibatch_bounds(count: int, parts: int) -> list[tuple[int, int]]:
 
 
 def plan_step(
-    lengths: np.ndarray, response_lengths: np.ndarray, computed: np.ndarray, parts: int, assign: Assignment
+    lengths: np.ndarray,
+    response_lengths: np.ndarray,
+    units: np.ndarray,
+    computed: np.ndarray,
+    parts: int,
+    assign: Assignment,
 ) -> StepPlan:
     """Plan the S sequences of a step.
 
     Args:
-        lengths, response_lengths: (S,), see ``StepPlan``.
+        lengths, response_lengths, units: (S,), see ``StepPlan``.
         computed: (S,) bool, the sequences to compute.
         parts: number of optimizer steps; fewer if there are fewer sequences.
         assign: assigns the sequences of an optimizer step.
@@ -95,6 +102,7 @@ def plan_step(
     return StepPlan(
         lengths,
         response_lengths,
+        units,
         bounds,
         [assign(first + np.flatnonzero(computed[first:end])) for first, end in bounds],
     )

@@ -152,6 +152,11 @@ class Sample:
         return int(mask[:1].sum() + (mask[1:] & ~mask[:-1]).sum())
 
     @property
+    def episode_length(self) -> int:
+        """Return the number of tokens from the first generated one to the end, observations included."""
+        return len(self.tokens) - int(self.response_mask.argmax()) if self.response_mask.any() else 0
+
+    @property
     def version_sum(self) -> int:
         """Return the sum of ``token_versions`` over the response tokens."""
         if self.version_spans is None:

@@ -168,6 +168,12 @@ class Config(Section):
         return self
 
     @property
+    def max_sequence_tokens(self) -> int:
+        """Return the maximum sampled tokens of what the loss takes as a sequence, see ``algorithm.unit``."""
+        rollout = self.rollout
+        return rollout.max_new_tokens if self.algorithm.unit == "turn" else rollout.max_response_tokens
+
+    @property
     def uses_fp32_head(self) -> bool:
         """Return whether policy and rollout engine keep the logits of a bf16 model in fp32."""
         if self.model.fp32_head is None:

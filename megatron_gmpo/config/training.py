@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from .rollout import DataConfig
 from .section import FileName, NonNegative, Positive, Section, Text
 
+Unit = Literal["episode", "turn"]
+
 
 class AlgorithmConfig(Section):
     loss: Text = "gmpo"
@@ -36,6 +38,10 @@ class AlgorithmConfig(Section):
     distance of the signal from its target, and at most by the gain."""
     options: dict[str, Any] = {}
     """Additional keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
+    unit: Unit = "episode"
+    """What the loss takes as a sequence, of which n_i counts the sampled tokens. ``episode`` is a whole
+    response with all of its turns. ``turn`` makes each turn a sequence of its own with the episode's
+    advantage (docs/losses.md). A response without tools or environment has one turn."""
     advantage: Text | None = None
     """Function from the rewards of a group to its advantages: ``normalized``, ``mean``, ``leave_one_out``, or
     ``module:function``, your own function from a tensor (n,) to a tensor (n,) (docs/losses.md). None means
@@ -63,8 +69,9 @@ class AlgorithmConfig(Section):
     mask_kl: NonNegative = 0.1
     """Bound of ``off_policy``, in nats per token. DeepSeek-V3.2 publishes no value."""
     mask_truncated: bool = False
-    """Leave samples that reached the token limit out of the loss and of its divisors (DAPO's overlong
-    filtering). Their rewards still count in the advantages of their group."""
+    """Leave samples that reached the token limit, and episodes that reached a limit of turns or tokens, out
+    of the loss and of its divisors (DAPO's overlong filtering). Their rewards still count in the advantages
+    of their group."""
     moe_routing_replay: Literal["none", "policy", "rollout"] = "none"
     """Replay of recorded experts (MoE). With ``policy``, the training passes of several minibatches route
     every token to the experts that the old-logprob pass chose. With ``rollout``, old-logprob and training

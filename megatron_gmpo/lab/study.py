@@ -235,7 +235,7 @@ def _trial(path: Path, base: Path, file: StudyFile, arm: Arm, seed: int, folder:
     )
     try:
         cfg = load_config(list(argv))
-        make_objective(cfg.algorithm, is_moe=True, max_new_tokens=cfg.rollout.max_new_tokens)
+        make_objective(cfg.algorithm, is_moe=True, max_new_tokens=cfg.max_sequence_tokens)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     return Trial(arm, seed, argv, cfg)

@@ -53,17 +53,19 @@ def importance_weights(
     """Return truncated importance weights ``min(pi_old / pi_rollout, cap)`` and their metrics.
 
     ``token`` uses each token's ratio (arXiv 2508.21016 and others). ``sequence`` uses the product over a
-    sequence's response tokens, which is unbiased before truncation. ``geometric`` uses the n-th root of the
-    product over n tokens, as the ratios of GMPO and GSPO do; its variance does not grow with n.
+    unit's response tokens, which is unbiased before truncation if the unit is a whole sequence. ``geometric``
+    uses the n-th root of the product over n tokens, as the ratios of GMPO and GSPO do; its variance does not
+    grow with n.
 
     Returns:
-        (L,) weights for ``token``, 1 outside the mask. (S,) weights for the other levels, 1 for a sequence
+        (L,) weights for ``token``, 1 outside the mask. (U,) weights for the other levels, 1 for a unit
         without response tokens. The metrics are the share of truncated weights, the mean, and the effective
         sample size as a share of the number of weights.
     """
     log_ratio, counted = _log_ratio(batch), batch.response_mask
     if level != "token":
-        log_ratio, counted = _sequence_log_ratio(batch, mean=level == "geometric"), batch.response_lengths > 0
+        log_ratio, lengths = _unit_log_ratio(batch, mean=level == "geometric")
+        counted = lengths > 0
     weights = log_ratio.exp().clamp(max=cap).float()
     count = int(counted.sum())
     used = weights[counted]
@@ -78,12 +80,12 @@ def importance_weights(
 def kept_tokens(batch: TrainBatch, mask: Literal["icepop", "geometric"], low: float, high: float) -> Tensor:
     """Return (L,) bool: tokens whose ratio pi_old / pi_rollout lies in [low, high].
 
-    ``icepop`` tests each token. ``geometric`` tests the geometric mean over a sequence's response tokens, so
-    it keeps or rejects whole sequences, independent of their length.
+    ``icepop`` tests each token. ``geometric`` tests the geometric mean over a unit's response tokens, so it
+    keeps or rejects whole units, independent of their length.
     """
     log_ratio = _log_ratio(batch).double()
     if mask == "geometric":
-        log_ratio = torch.repeat_interleave(_sequence_log_ratio(batch, mean=True), batch.lengths)
+        log_ratio = _unit_log_ratio(batch, mean=True)[0][batch.unit_ids]
     ratio = log_ratio.exp()
     return (ratio >= low) & (ratio <= high)
 
@@ -111,8 +113,9 @@ def _log_ratio(batch: TrainBatch) -> Tensor:
     return torch.where(batch.response_mask, batch.old_logprobs - batch.rollout_logprobs, 0)
 
 
-def _sequence_log_ratio(batch: TrainBatch, mean: bool) -> Tensor:
-    """Return (S,) float64: the sum of each sequence's log ratios, or their mean over its response tokens."""
-    sequences = torch.repeat_interleave(torch.arange(len(batch)), batch.lengths)
-    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, sequences, _log_ratio(batch).double())
-    return sums / batch.response_lengths.clamp(min=1) if mean else sums
+def _unit_log_ratio(batch: TrainBatch, mean: bool) -> tuple[Tensor, Tensor]:
+    """Return the sum of each unit's log ratios, or their mean, (U,) float64, and its response tokens (U,)."""
+    zeros, units = torch.zeros(int(batch.units.sum()), dtype=torch.float64), batch.unit_ids
+    lengths = zeros.index_add(0, units, batch.response_mask.double())
+    sums = zeros.index_add(0, units, _log_ratio(batch).double())
+    return sums / lengths.clamp(min=1) if mean else sums, lengths

@@ -34,7 +34,7 @@ class Objective:
         max_kl: bound of off-policy sequence masking, in nats per token; None disables it.
         kl_coef: weight of the KL to the reference policy.
         entropy_coef: weight of the entropy bonus.
-        max_response_tokens: token limit of a response.
+        max_response_tokens: token limit of a sequence of the loss.
         old_logprobs: whose log probabilities the ratio divides by, see ``AlgorithmConfig.old_logprobs``.
         advantage: name of the function from rewards to advantages, see ``resolve_advantage``.
         description: one line for the user: the loss, its clips and its advantage, and where they come from.
@@ -133,6 +133,9 @@ class Objective:
 def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -> Objective:
     """Return the objective of ``cfg``; clips and advantage that are not set take the loss's defaults.
 
+    Args:
+        max_new_tokens: ``Config.max_sequence_tokens``.
+
     Raises:
         InputError: see ``resolve_loss``, ``check_options`` and ``resolve_advantage``; or the loss has no
             default clips and none are set, or does not support ``algorithm.correction`` or
@@ -175,6 +178,7 @@ def make_objective(cfg: AlgorithmConfig, *, is_moe: bool, max_new_tokens: int) -
             f"{cfg.loss}, clip_low {clips['clip_low']:g}, clip_high {clips['clip_high']:g} ({source}), "
             f"advantage {advantage} ({advantage_source})"
             + (", old log probabilities of the rollout engine" if cfg.old_logprobs == "rollout" else "")
+            + (", each turn a sequence" if cfg.unit == "turn" else "")
         ),
     )
 

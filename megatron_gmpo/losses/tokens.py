@@ -40,6 +40,8 @@ _FLOAT_COLUMNS = ("logprobs", "old_logprobs", "ref_logprobs", "rollout_logprobs"
 class LossTokens:
     """The T packed tokens of a microbatch and its S sequences, in any order.
 
+    A sequence is a response, an episode of several turns, or one of these turns (``algorithm.unit``).
+
     Under context parallelism the T tokens are those of this rank, and all ranks of ``cp_group`` hold the same
     S sequences. The constructor converts the (T,) floating-point tensors below to fp32 (float64 stays
     float64) and sets them to 0 outside the mask, so that a loss can compute with all T slots.
@@ -49,7 +51,8 @@ class LossTokens:
         old_logprobs: (T,) log probabilities under the policy before the step's first update, or those of the
             rollout engine (``algorithm.old_logprobs``). They center the clip interval.
         mask: (T,) bool, True for response tokens. Values of other tokens are ignored, nan and inf included.
-        sequence_ids: (T,) int64 in 0..S-1, the sequence of each token.
+        sequence_ids: (T,) int64 in 0..S-1, the sequence of each token. Response tokens of a sequence need not
+            be adjacent.
         advantages: (S,), one per sequence.
         cp_group: ranks among which the tokens of a sequence are split; None means one rank.
         ref_logprobs: (T,) log probabilities under the reference policy, or None.
@@ -67,7 +70,7 @@ class LossTokens:
             updates. None disables the mask.
         kl_coef: weight of ``k3(pi, pi_ref)``, the KL penalty; needs ``ref_logprobs``.
         entropy_coef: weight of the entropy bonus; needs ``entropy``.
-        max_response_tokens: token limit of a response in the rollout, or None.
+        max_response_tokens: token limit of a sequence in the rollout, or None.
         columns: other columns that the loss needs, by name, as its registry entry lists them.
     """
 

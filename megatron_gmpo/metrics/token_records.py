@@ -25,16 +25,19 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class Record:
-    """The n response tokens of one sample, as the update that trained on them saw them.
+    """The n response tokens of one sequence of the loss, as the update that trained on them saw them.
+
+    The sequence is a sample, or one turn of it (``algorithm.unit``). The record of an episode leaves out its
+    observations.
 
     Attributes:
         prompt_id: name of the prompt.
         index: position of the sample among the samples of its prompt.
-        prompt: end of the prompt's text.
+        prompt: end of the text before the first of the tokens.
         chosen: why the sample is recorded: ``outlier`` or ``random``.
         reward: its reward.
         advantage: its advantage.
-        sequence_ratio: exp of the mean of the clipped log ratios, by which GMPO weighs the sample.
+        sequence_ratio: exp of the mean of the clipped log ratios, by which GMPO weighs the sequence.
         ids: (n,) token ids.
         text: n strings, one a token.
         log_ratio: (n,) log pi - log pi_old, before any clip.
@@ -42,6 +45,7 @@ class Record:
         entropy: (n,) nats, or None.
         rollout_difference: (n,) log pi_old minus the rollout engine's log probability, or None.
         layers_rerouted: (n,) number of MoE layers whose experts differ from the rollout's, or None.
+        turn: (n,) number of the token's turn in its sample, from 0; None in records of earlier versions.
 
     Raises:
         ValueError: the columns have different lengths, or are empty.
@@ -61,6 +65,7 @@ class Record:
     entropy: np.ndarray | None = None
     rollout_difference: np.ndarray | None = None
     layers_rerouted: np.ndarray | None = None
+    turn: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         lengths = {name: len(column) for name, column in self._columns().items()}
@@ -69,6 +74,7 @@ class Record:
 
     def _columns(self) -> dict[str, Any]:
         names = ("ids", "text", "log_ratio", "clipped", "entropy", "rollout_difference", "layers_rerouted")
+        names += ("turn",)
         return {name: column for name in names if (column := getattr(self, name)) is not None}
 
     def token(self, at: int) -> dict[str, Any]:
@@ -95,7 +101,8 @@ class Record:
         """
         fields = orjson.loads(line)
         kinds = {"ids": np.int64, "log_ratio": np.float32, "clipped": np.bool_, "entropy": np.float32}
-        kinds |= {"rollout_difference": np.float32, "layers_rerouted": np.int64}
+        kinds |= {"rollout_difference": np.float32, "layers_rerouted": np.int64, "turn": np.int64}
+        fields.setdefault("turn", None)
         columns = {
             name: None if fields[name] is None else np.array(fields[name], kind)
             for name, kind in kinds.items()
@@ -105,16 +112,16 @@ class Record:
 
 
 def choose(largest: np.ndarray, count: int, seed: int) -> dict[int, str]:
-    """Choose the samples of a step to record: one half by their largest |log ratio|, the rest at random.
+    """Choose the sequences of a step to record: one half by their largest |log ratio|, the rest at random.
 
     Args:
-        largest: (samples,) largest \\|log ratio\\| of each sample; NaN for a sample that was not computed,
+        largest: (n,) largest \\|log ratio\\| of each sequence; NaN for a sequence that was not computed,
             which is not chosen.
-        count: number of samples to choose; all are chosen if there are fewer.
-        seed: equal seeds choose equal samples.
+        count: number of sequences to choose; all are chosen if there are fewer.
+        seed: equal seeds choose equal sequences.
 
     Returns:
-        Index of each chosen sample -> why. The sample with the largest value of all is always among them.
+        Index of each chosen sequence -> why. The sequence with the largest value of all is always among them.
     """
     order = np.argsort(-largest, kind="stable")
     order = order[np.isfinite(largest[order])]

@@ -45,7 +45,7 @@ def print_plan(
     prepare_megatron(torch.device("cpu"))
     description = describe_model(cfg, world_size, torch.device("cpu"))
     objective = make_objective(
-        cfg.algorithm, is_moe=description.is_moe, max_new_tokens=cfg.rollout.max_new_tokens
+        cfg.algorithm, is_moe=description.is_moe, max_new_tokens=cfg.max_sequence_tokens
     )
     make_adaptive_clip(cfg.algorithm, objective)
     batch = draw_batch(cfg, world_size, prompt_tokens, response_tokens)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..batch.columns import Microbatch, TrainBatch
+from ..batch.columns import Microbatch, TrainBatch, ranges, turn_numbers
 from ..batch.index import StepIndex
 from ..batch.samples import SampleGroup
 from ..distributed import agreed, gather_bytes, rank, world_size
@@ -106,20 +106,25 @@ class Seen:
 
     @property
     def largest(self) -> np.ndarray:
-        """Return (S,) fp32 largest absolute log ratio of each sequence, -1 without response tokens."""
+        """Return (U,) fp32 largest absolute log ratio of each unit, -1 without response tokens."""
         sizes = np.where(self.host["mask"], np.abs(self.log_ratio), np.float32(-1))
-        return np.maximum.reduceat(sizes, self.minibatch.starts.numpy()) if len(sizes) else sizes
+        starts = np.flatnonzero(np.diff(self.minibatch.unit_ids.numpy(), prepend=-1))
+        return np.maximum.reduceat(sizes, starts) if len(sizes) else sizes
 
-    def record(self, row: int, tokenizer: Any, **about: Any) -> Record:
-        """Return the record of the sequence in a row.
+    def record(self, row: int, unit: int, tokenizer: Any, **about: Any) -> Record:
+        """Return the record of one unit of the sequence in a row: of its response tokens, without others.
 
         Args:
+            unit: number of the unit in its sequence.
             about: the fields of ``Record`` that the minibatch does not know.
         """
         batch, host = self.minibatch, self.host
         start, advantage = int(batch.starts[row]), float(batch.advantages[row])
-        tokens = np.arange(start, start + int(batch.lengths[row]))
-        response = tokens[host["mask"][tokens]]
+        span = slice(start, start + int(batch.lengths[row]))
+        mask, turns = host["mask"][span], turn_numbers(batch.response_mask[span], batch.lengths[row, None])
+        if batch.turns is not None:
+            mask = mask & (batch.turns[span].numpy() == unit)
+        response = start + np.flatnonzero(mask)
         prompt, ids = batch.tokens.numpy()[start : response[0]], batch.tokens.numpy()[response]
         log_ratio = self.log_ratio[response]
         low, high = self.objective.log_clip
@@ -136,6 +141,7 @@ class Seen:
             entropy=host["entropy"][response],
             rollout_difference=host["old"][response] - batch.rollout_logprobs.numpy()[response],
             layers_rerouted=host["rerouted"][response] if "rerouted" in host else None,
+            turn=turns.numpy()[mask],
             **about,
         )
 
@@ -171,22 +177,28 @@ class TokenRecorder:
     def write(self, step: int, index: StepIndex) -> None:
         """Write the record of the observed step. Collective.
 
-        The replicas agree on the samples by one all-reduce of a number a sequence. Then rank 0 gets the
-        records from the ranks that lead the replicas.
+        The replicas agree on the units by one all-reduce of a number a unit. Then rank 0 gets the records
+        from the ranks that lead the replicas.
 
         Args:
             index: the sequences of the step.
         """
-        largest = torch.full((len(index),), -1.0)
+        by_turn = any(one.minibatch.turns is not None for one in self._seen)
+        units = torch.from_numpy(index.units("turn" if by_turn else "episode")).long().clamp(min=1)
+        first = units.cumsum(0) - units
+        largest = torch.full((int(units.sum()),), -1.0)
         for one in self._seen:
             assert one.minibatch.numbers is not None
-            largest[one.minibatch.numbers] = torch.from_numpy(one.largest)
+            mine = ranges(first[one.minibatch.numbers], one.minibatch.units)
+            largest[mine] = torch.from_numpy(one.largest)
         if world_size() > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         chosen = choose(largest.where(largest >= 0, torch.nan).numpy(), self._count, seed=step)
+        sequence_of = torch.repeat_interleave(torch.arange(len(index)), units).tolist()
+        places = {unit: (sequence_of[unit], unit - int(first[sequence_of[unit]])) for unit in chosen}
         with agreed():
-            records = self._records(index, chosen) if self._leads_replica else {}
-        groups = {int(index.group[number]) for number in chosen}
+            records = self._records(index, chosen, places) if self._leads_replica else {}
+        groups = {int(index.group[number]) for number, _ in places.values()}
         names = {position: name for position, name in self._names.items() if position in groups}
         mine = orjson.dumps([names, records], option=orjson.OPT_NON_STR_KEYS)
         everywhere = [orjson.loads(part) for part in gather_bytes(mine)]
@@ -194,30 +206,40 @@ class TokenRecorder:
             if rank() == 0:
                 names, lines = ({k: v for part in everywhere for k, v in part[i].items()} for i in (0, 1))
                 found = [
-                    replace(Record.from_json(lines[str(n)]), prompt_id=names[str(index.group[n])])
-                    for n in chosen
+                    replace(
+                        Record.from_json(lines[str(unit)]), prompt_id=names[str(index.group[places[unit][0]])]
+                    )
+                    for unit in chosen
                 ]
                 about = {"sequences": len(index), "tokens": int(index.response_length.sum())}
                 loss = self._seen[0].objective.description if self._seen else ""
                 write_records(self._folder, step, {"loss": loss} | about, found)
         self._seen = []  # the minibatches keep the step's file in memory
 
-    def _records(self, index: StepIndex, chosen: Mapping[int, str]) -> dict[int, str]:
-        """Return the chosen samples of this replica as JSON, without the names of their prompts."""
+    def _records(
+        self, index: StepIndex, chosen: Mapping[int, str], places: Mapping[int, tuple[int, int]]
+    ) -> dict[int, str]:
+        """Return the chosen units of this replica as JSON, without the names of their prompts.
+
+        Args:
+            places: the sequence of each chosen unit, and the unit's number in it.
+        """
         bounds, records = index.group_bounds, dict[int, str]()
         for one in self._seen:
             assert one.minibatch.numbers is not None
-            for row, number in enumerate(one.minibatch.numbers.tolist()):
-                if number in chosen:
+            rows = {number: row for row, number in enumerate(one.minibatch.numbers.tolist())}
+            for unit, (number, place) in places.items():
+                if number in rows:
                     record = one.record(
-                        row,
+                        rows[number],
+                        place,
                         self._tokenizer,
                         prompt_id="",
                         index=number - int(bounds[index.group[number]]),
-                        chosen=chosen[number],
+                        chosen=chosen[unit],
                         reward=float(index.reward[number]),
                     )
-                    records[number] = record.to_json().decode()
+                    records[unit] = record.to_json().decode()
         return records
 
 

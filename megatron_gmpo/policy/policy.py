@@ -134,12 +134,14 @@ class Policy:
         computed = (advantages != 0).numpy() & (index.response_length > 0)
         if every_token or not objective.needs_advantage or not computed.any():
             computed = np.ones(len(index), np.bool_)
-        return self.schedule.plan(index.length, index.response_length, computed, self._num_minibatches)
+        units = index.units(self.cfg.algorithm.unit)
+        return self.schedule.plan(index.length, index.response_length, units, computed, self._num_minibatches)
 
     def share(self, batch: TrainBatch, minibatches: int = 1) -> TrainBatch:
         """Return this replica's share of a batch that every rank holds whole; every sequence is computed."""
         lengths, responses = batch.lengths.numpy(), batch.response_lengths.numpy()
-        plan = self.schedule.plan(lengths, responses, np.ones(len(batch), np.bool_), minibatches)
+        units = np.where(responses > 0, batch.units.numpy(), 0)
+        plan = self.schedule.plan(lengths, responses, units, np.ones(len(batch), np.bool_), minibatches)
         return planned(batch, plan, self.replica)
 
     def logprobs(self, batch: TrainBatch) -> Tensor:

@@ -58,6 +58,7 @@ class Schedule:
         self,
         lengths: np.ndarray,
         response_lengths: np.ndarray,
+        units: np.ndarray,
         computed: np.ndarray,
         minibatches: int,
     ) -> StepPlan:
@@ -73,7 +74,7 @@ class Schedule:
             )
             return [[numbers[members].tolist() for members in microbatches] for microbatches in plan]
 
-        return plan_step(lengths, response_lengths, computed, minibatches, assign)
+        return plan_step(lengths, response_lengths, units, computed, minibatches, assign)
 
     def run(
         self,

@@ -103,12 +103,15 @@ def _worst(record: Record, number: int) -> list[dict[str, Any]]:
         measures.append(np.abs(record.rollout_difference))
     measures.append(record.layers_rerouted)
     chosen = {int(at) for m in measures if m is not None for at in np.argsort(-m, kind="stable")[:WORST]}
-    return [
-        {"sample": number, "at": at, "before": "".join(record.text[max(0, at - CONTEXT) : at])}
-        | {"after": "".join(record.text[at + 1 : at + 1 + CONTEXT])}
-        | record.token(at)
-        for at in sorted(chosen)
-    ]
+    turn = np.zeros(len(record.ids)) if record.turn is None else record.turn
+    found = []
+    for at in sorted(chosen):
+        # the context is of the same turn: observations are not in the record
+        first, end = (int(np.searchsorted(turn, turn[at], side)) for side in ("left", "right"))
+        before = "".join(record.text[max(first, at - CONTEXT) : at])
+        after = "".join(record.text[at + 1 : min(end, at + 1 + CONTEXT)])
+        found.append({"sample": number, "at": at, "before": before, "after": after} | record.token(at))
+    return found
 
 
 def _histograms(before: list[np.ndarray], after: list[float]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def sampled(sequences: int, ranks: int, routing: RoutingShape | None) -> tuple[l
 def index_of(samples: list[Sample], owner: np.ndarray) -> StepIndex:
     none = np.zeros(len(samples), np.int64)
     lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
-    return StepIndex(none, lengths, none, none, none, none, none, owner, none)
+    columns = dict.fromkeys((f.name for f in fields(StepIndex)), none)
+    return StepIndex(**columns | {"length": lengths, "owner": owner})
 
 
 def expected(samples: list[Sample], replica_of: np.ndarray, replica: int, shape: tuple[int, ...]) -> Any:

@@ -97,6 +97,10 @@ CASES = {
     "MoE, routing of the rollout": Case(
         1, {"moe_routing_replay": "rollout"}, family="qwen3_moe", formula=None
     ),
+    "turns, sequence clip": Case(3, {"unit": "turn", "loss": "gspo"}, formula=gspo),
+    "turns, weights and masks": Case(
+        2, {"unit": "turn", "correction": "geometric", "mask": "geometric"}, formula=None
+    ),
 }
 EVERY_TOKEN = ("penalties", "MoE, auxiliary loss", "MoE, experts with a capacity")
 """Cases in which a sequence without advantage changes the loss or the routing of the others."""

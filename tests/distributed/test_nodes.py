@@ -37,8 +37,12 @@ pytestmark = pytest.mark.distributed
 LAYERS, TOPK, EXPERTS = 4, 2, 4  # of the tests' MoE
 
 
-def make_groups() -> list[SampleGroup]:
-    """Return six groups of three: one without variance, one with a response of length 0, one truncated."""
+def make_groups(observed: float = 0.0) -> list[SampleGroup]:
+    """Return six groups of three: one without variance, one with a response of length 0, one truncated.
+
+    Args:
+        observed: share of the tokens after a response's first one that are observations.
+    """
     draw = np.random.default_rng(0)
     groups = []
     for number in range(6):
@@ -58,6 +62,9 @@ def make_groups() -> list[SampleGroup]:
                     ..., :TOPK
                 ],
             )
+            at = np.arange(len(sample.tokens))
+            seen = (at > len(prompt)) & (draw.random(len(at)) < observed) if observed else at < 0
+            sample.response_mask, sample.rollout_logprobs[seen] = sample.response_mask & ~seen, 0.0
             samples.append(sample)
         groups.append(SampleGroup(Prompt(str(number), ""), samples))
     return groups
@@ -88,7 +95,8 @@ def step(cfg: Config, owners: list[int], names: list[str]) -> dict[str, Any]:
 def _step(cfg: Config, owners: list[int]) -> dict[str, Any]:
     with cases.opened(cfg) as policy:
         objective = make_objective(cfg.algorithm, is_moe=policy.description.is_moe, max_new_tokens=64)
-        mine = {number: g for number, g in enumerate(make_groups()) if owners[number] == rank()}
+        observed = 0.4 if cfg.algorithm.unit == "turn" else 0.0
+        mine = {number: g for number, g in enumerate(make_groups(observed)) if owners[number] == rank()}
         index = StepIndex.gather(mine, 6)
         if cfg.algorithm.mask_truncated:
             index = index.without_truncated()
@@ -96,7 +104,8 @@ def _step(cfg: Config, owners: list[int]) -> dict[str, Any]:
         plan = policy.plan(index, advantages, objective)
         routing = policy.description.routing if cfg.needs_rollout_routing else None
         exchange = Exchange(Nodes(node_name(), 60.0), policy.replica, "", 60.0, routing)
-        batch = make_train_batch(mine, index, advantages, plan, exchange, policy.replica)
+        unit = cfg.algorithm.unit
+        batch = make_train_batch(mine, index, advantages, plan, exchange, policy.replica, unit)
         figures = policy.prepare(batch) | policy.over_replicas(correct(batch, cfg.algorithm))
         if policy.reference:
             batch.ref_logprobs = policy.reference_logprobs(batch)
@@ -138,9 +147,19 @@ CASES: dict[str, dict[str, Any]] = {
         "rollout": {"routed_experts": True},
     },
     "rspo": {"train": {"minibatches_per_step": 2}, "algorithm": {"loss": "rspo"}},
+    "R3, turns with weights, truncated": {
+        "train": {"minibatches_per_step": 2},
+        "algorithm": {
+            "unit": "turn",
+            "mask_truncated": True,
+            "moe_routing_replay": "rollout",
+            "correction": "geometric",
+        },
+        "rollout": {"routed_experts": True},
+    },
     "own": {"algorithm": {"loss": "own", "advantage": "mean"}},
 }
-MOE_ONLY = {"R2", "R3, sequence weights", "rspo"}
+MOE_ONLY = {"R2", "R3, sequence weights", "R3, turns with weights, truncated", "rspo"}
 PLACES = {
     "one node, one sampler": (["a"] * 4, [0] * 6),
     "two nodes, a sampler each": (["a", "a", "b", "b"], [0, 2, 2, 0, 0, 2]),
@@ -182,6 +201,7 @@ def names_of(result: dict[str, Any]) -> set[str]:
         ("R2", "pp2", "four nodes"),
         ("R3, sequence weights", "cp2", "two nodes, ranks in turn"),
         ("R3, sequence weights", "tp2 ep2", "four nodes"),
+        ("R3, turns with weights, truncated", "cp2", "two nodes, ranks in turn"),
         ("rspo", "cp2", "four nodes"),
         ("own", "dp4", "two nodes, a sampler each"),
     ],

@@ -30,10 +30,13 @@ def split(batch: TrainBatch, parts: int) -> list[TrainBatch]:
 def lean_share(policy: Policy, batch: TrainBatch, objective: Objective) -> TrainBatch:
     """Return this replica's share of a whole batch, without the sequences that a step leaves out."""
     zeros = np.zeros(len(batch), np.int32)
-    index = StepIndex(
-        **dict.fromkeys((f.name for f in fields(StepIndex)), zeros)
-        | {"length": batch.lengths.numpy(), "response_length": batch.response_lengths.numpy()}
-    )
+    responses = batch.response_lengths.numpy()
+    sizes = {
+        "length": batch.lengths.numpy(),
+        "response_length": responses,
+        "turns": np.where(responses > 0, batch.units.numpy(), 0),
+    }
+    index = StepIndex(**dict.fromkeys((f.name for f in fields(StepIndex)), zeros) | sizes)
     return planned(batch, policy.plan(index, batch.advantages, objective), policy.replica)
 
 

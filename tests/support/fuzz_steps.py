@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_gmpo.batch.assembly import whole_batch
-from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.batch.columns import TrainBatch, turn_numbers
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import rank
@@ -125,6 +125,8 @@ def random_batch(seed: int, policy: Policy) -> TrainBatch:
     batch.advantages = group_advantages(index_of(groups))
     noise = torch.from_numpy(draw.normal(size=len(batch.tokens), scale=0.2)).float()
     batch.rollout_logprobs = torch.where(batch.response_mask, policy.logprobs(batch) + noise, 0.0)
+    if policy.cfg.algorithm.unit == "turn":
+        batch.turns = turn_numbers(batch.response_mask, batch.lengths)
     if policy.cfg.algorithm.moe_routing_replay == "rollout":
         shape = policy.description.routing
         scores = torch.from_numpy(draw.random((len(batch.tokens), shape.num_layers, shape.num_experts)))
@@ -271,6 +273,7 @@ class Reference:
             "entropy_coef": objective.entropy_coef,
             "per_token": objective.loss.divisor == "tokens",
             "temperature": self._temperature,
+            "unit": cfg.algorithm.unit,
         }
         self._model = reference.load_float64(Path(cfg.model.path))
         self._frozen = reference.load_float64(Path(cfg.model.reference_path or cfg.model.path))

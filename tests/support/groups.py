@@ -13,6 +13,7 @@ from megatron_gmpo.batch.exchange import Exchange
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.plan import plan_step
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.config.training import Unit
 from megatron_gmpo.distributed import Nodes
 
 
@@ -30,6 +31,8 @@ def index_of(groups: Sequence[SampleGroup]) -> StepIndex:
         group=np.array([number for number, _ in samples], np.int32),
         length=np.array([len(sample.tokens) for _, sample in samples], np.int32),
         response_length=np.array([sample.response_mask.sum() for _, sample in samples], np.int32),
+        episode_length=np.array([sample.episode_length for _, sample in samples], np.int32),
+        turns=np.array([sample.num_turns for _, sample in samples], np.int32),
         reward=np.array([sample.reward for _, sample in samples], np.float64),
         truncated=np.array([sample.finish_reason == "length" for _, sample in samples], np.bool_),
         oldest_version=np.array([sample.policy_version for _, sample in samples], np.int32),
@@ -45,15 +48,17 @@ def step_batch(
     routing: RoutingShape | None = None,
     *,
     mask_truncated: bool = False,
+    unit: Unit = "episode",
 ) -> TrainBatch:
     """Return the batch that a single process makes of a step, with one microbatch."""
     index = index_of(groups)
     if mask_truncated:
         index = index.without_truncated()
     everything = np.ones(len(index), np.bool_)
-    plan = plan_step(index.length, index.response_length, everything, 1, lambda ns: [[ns.tolist()]])
+    sizes = (index.length, index.response_length, index.units(unit))
+    plan = plan_step(*sizes, everything, 1, lambda ns: [[ns.tolist()]])
     exchange = Exchange(Nodes("here"), 0, "", 60.0, routing)
-    return make_train_batch(dict(enumerate(groups)), index, advantages, plan, exchange, 0)
+    return make_train_batch(dict(enumerate(groups)), index, advantages, plan, exchange, 0, unit)
 
 
 def rewarded(rewards: Sequence[Sequence[float]]) -> list[SampleGroup]:

@@ -41,6 +41,14 @@ def spans(batch: Any) -> list[slice]:
     return [slice(end - length, end) for end, length in zip(ends, batch.lengths.tolist(), strict=True)]
 
 
+def loss_places(mask: Tensor, unit: str) -> list[Tensor]:
+    """Return the places of the response tokens of each sequence of the loss: of all, or of a run of them."""
+    places = mask.nonzero()[:, 0]
+    if unit == "turn":
+        return list(places.tensor_split((places.diff() > 1).nonzero()[:, 0] + 1))
+    return [places]
+
+
 def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
     """Route each token to its row of ``experts`` (L, layers, topk).
 
@@ -142,6 +150,7 @@ def batch_loss(
     temperature: float,
     shift: Tensor | None = None,
     per_token: bool = False,
+    unit: str = "episode",
 ) -> Tensor:
     """Return the loss, computed one sequence after another as the papers define it.
 
@@ -155,6 +164,7 @@ def batch_loss(
             A function: (log ratios of the n response tokens, advantage) -> the sequence's term.
         per_token: divide the terms of a function by the number of tokens instead of the number of
             sequences.
+        unit: ``turn`` takes each run of response tokens as a sequence i, with the advantage of its episode.
     """
     totals: list[Tensor] = []
     tokens = 0
@@ -165,20 +175,22 @@ def batch_loss(
         tokens += int(mask.sum())
         advantage = batch.advantages[i].double()
         logprobs, entropy = sequence_logprobs(model, batch.tokens[span], temperature)
-        delta = (logprobs - batch.old_logprobs[span].double())[mask]
-        off = (ref_logprobs[span].double() - logprobs)[mask]
-        penalty = kl_coef * (off.exp() - off - 1) - entropy_coef * entropy[mask]
+        deltas = logprobs - batch.old_logprobs[span].double()
+        off = ref_logprobs[span].double() - logprobs
+        penalties = kl_coef * (off.exp() - off - 1) - entropy_coef * entropy
         if shift is not None:
-            delta = delta + shift[span].log().roll(1)[mask]
-        if callable(loss):
-            totals.append(loss(delta, advantage) + penalty.mean())
-        elif loss in ("gmpo", "rspo"):
-            clipped = delta.clamp(max=clip_high) if advantage > 0 else delta.clamp(min=-clip_low)
-            totals.append(-advantage * clipped.mean().exp() + penalty.mean())
-        else:
-            ratio = delta.exp()
-            gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-            totals.append((penalty - gain).sum())
+            deltas = deltas + shift[span].log().roll(1)
+        for places in loss_places(mask, unit):
+            delta, penalty = deltas[places], penalties[places]
+            if callable(loss):
+                totals.append(loss(delta, advantage) + penalty.mean())
+            elif loss in ("gmpo", "rspo"):
+                clipped = delta.clamp(max=clip_high) if advantage > 0 else delta.clamp(min=-clip_low)
+                totals.append(-advantage * clipped.mean().exp() + penalty.mean())
+            else:
+                ratio = delta.exp()
+                gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+                totals.append((penalty - gain).sum())
     return torch.stack(totals).sum() / (tokens if per_token or loss == "dapo" else len(totals))
 
 

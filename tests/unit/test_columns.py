@@ -21,9 +21,11 @@ from megatron_gmpo.batch.columns import (
     Microbatch,
     OptionalColumns,
     TrainBatch,
+    turn_numbers,
 )
 from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.batch.plan import plan_step, planned
+from megatron_gmpo.batch.samples import Sample
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.policy.routing import Routing
 
@@ -33,6 +35,7 @@ EXTRA = {
     "teacher_logprobs": Column(torch.float32, "predicted", padding=-7.5),
     "input_kind": Column(torch.int64, "input", padding=-3),
     "difficulty": Column(torch.float32, "sequence", padding=2),
+    "turn_cost": Column(torch.float32, "unit", padding=4),
     "teacher_topk": Column(torch.float32, "predicted", dims=("k",)),
 }
 ALL = COLUMNS | EXTRA
@@ -47,12 +50,22 @@ def content(column: Column, rows: int, generator: torch.Generator) -> Tensor:
     return torch.randint(1, 100, shape, generator=generator).to(column.dtype)
 
 
+def turns_of(lengths: list[int]) -> list[list[int]]:
+    """Return the number of each token's turn, with 1, 2 or 3 turns in a sequence."""
+    return [[t * (1 + i % 3) // length for t in range(length)] for i, length in enumerate(lengths)]
+
+
 def batch_of(lengths: list[int]) -> TrainBatch:
     """Return a batch with every column."""
     generator = torch.Generator().manual_seed(0)
-    rows = {"sequence": len(lengths), "input": sum(lengths), "predicted": sum(lengths)}
-    values = {name: content(column, rows[column.aligned_to], generator) for name, column in ALL.items()}
+    turns = turns_of(lengths)
+    rows = {"sequence": len(lengths), "unit": sum(1 + of_sequence[-1] for of_sequence in turns)}
+    values = {
+        name: content(column, rows.get(column.aligned_to, sum(lengths)), generator)
+        for name, column in ALL.items()
+    }
     values["lengths"] = torch.tensor(lengths)
+    values["turns"] = torch.tensor([t for of_sequence in turns for t in of_sequence], dtype=torch.int32)
     extra = {name: values.pop(name) for name in EXTRA}
     return TrainBatch(**values, extra=extra, extra_columns=EXTRA)
 
@@ -74,19 +87,24 @@ def test_shares_and_minibatches_cut_every_column(
     def assign(numbers: np.ndarray) -> list[list[list[int]]]:
         return [[[int(n) for n in numbers if owners[n] == replica]] for replica in range(replicas)]
 
-    plan = plan_step(np.array(lengths), np.array(lengths) - 1, computed, parts, assign)
+    sizes = np.array(lengths), np.array(lengths) - 1, np.array(lengths) > 1
+    plan = plan_step(*sizes, computed, parts, assign)
     assert plan.replica_of.tolist() == owners
     for replica in range(replicas):
         share = planned(batch, plan, replica)
         minibatches = [share.minibatch(number) for number in range(len(share.plan))]
         chosen = [number for number, owner in enumerate(owners) if owner == replica]
         assert share.numbers.tolist() == chosen
-        of_token = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)])
+        of_row = {
+            "sequence": range(len(lengths)),
+            "unit": [n for n, turns in enumerate(turns_of(lengths)) for _ in range(1 + turns[-1])],
+        }
+        of_token = [n for n, length in enumerate(lengths) for _ in range(length)]
         for name, column in ALL.items():
             if name == "numbers":
                 continue
             whole = value(batch, name)
-            rows = torch.arange(len(lengths)) if column.aligned_to == "sequence" else of_token
+            rows = torch.tensor(of_row.get(column.aligned_to, of_token))
             expected = whole[torch.isin(rows, torch.tensor(chosen))]
             assert torch.equal(value(share, name), expected), name
             assert torch.equal(torch.cat([value(part, name) for part in minibatches]), expected), name
@@ -107,6 +125,8 @@ def test_pack_takes_and_pads_every_column(data: st.DataObject) -> None:
     sequences = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True))
     cp_size = data.draw(st.sampled_from([1, 2]))
     batch = batch_of(lengths)
+    all_units = [(n, turn) for n, turns in enumerate(turns_of(lengths)) for turn in range(1 + turns[-1])]
+    units = [unit for n in sequences for unit in all_units if unit[0] == n]
     for cp_rank in range(cp_size):
         multiple = 2 * cp_size if cp_size > 1 else 1
         packed = pack(
@@ -115,10 +135,19 @@ def test_pack_takes_and_pads_every_column(data: st.DataObject) -> None:
         index = {
             "input": packed.input_index.tolist(),
             "predicted": packed.flat_index.tolist(),
-            "sequence": sequences or [-1],
+            "sequence": [n for n, _ in units] or [-1],
+            "unit": [all_units.index(unit) for unit in units] or [-1],
         }
+        place = {unit: i for i, unit in enumerate(units)}
+        owners = torch.bucketize(packed.input_index, batch.starts, right=True) - 1
+        turns = [turn for of_sequence in turns_of(lengths) for turn in of_sequence]
+        for owner, predicted, unit in zip(owners, packed.flat_index, packed.sequence_ids, strict=True):
+            if predicted >= 0:
+                assert unit == place[int(owner), turns[predicted]]
+        assert packed.sequence_ids.min() >= 0
+        assert packed.sequence_ids.max() < len(units or [-1])
         for name, column in ALL.items():
-            if name in ("lengths", "numbers", "routed_experts"):
+            if name in ("lengths", "turns", "numbers", "routed_experts"):
                 continue
             found, whole = value(packed, "mask" if name == "response_mask" else name), value(batch, name)
             padding = torch.full(whole.shape[1:], column.padding, dtype=column.dtype)
@@ -236,7 +265,7 @@ def test_an_extra_column_is_added() -> None:
     batch.add_extra("difficulty", EXTRA["difficulty"], torch.tensor([0.5, 0.25]))
     assert before == {}
     assert batch.extra_columns == {"difficulty": EXTRA["difficulty"]}
-    assert pack(batch, [1]).extra["difficulty"].tolist() == [0.25]
+    assert pack(batch, [1]).extra["difficulty"].tolist() == [0.25] * 2  # for each of its two turns
     with pytest.raises(InputError, match="column 'old_logprobs' exists in every batch"):
         batch.add_extra("old_logprobs", EXTRA["teacher_logprobs"], torch.zeros(8))
 
@@ -245,4 +274,29 @@ def test_every_optional_field_is_a_column() -> None:
     shared = {field.name for field in fields(OptionalColumns)}
     assert shared - COLUMNS.keys() == {"extra"}
     own = {"tokens", "lengths", "response_mask", "advantages", "rollout_logprobs"}
-    assert COLUMNS.keys() - shared == own | {"routed_experts", "numbers"}
+    assert COLUMNS.keys() - shared == own | {"routed_experts", "turns", "numbers"}
+
+
+@quick
+@given(st.lists(st.lists(st.booleans(), max_size=12), max_size=6))
+def test_turns_are_the_runs_of_the_mask(masks: list[list[bool]]) -> None:
+    """The tokens before the first turn have number 0, and an observation that of the turn before it."""
+    masks = [[False, *mask] for mask in masks]  # a sequence begins with its prompt
+    expected, runs = [], []
+    for mask in masks:
+        found = -1
+        for t, sampled in enumerate(mask):
+            found += sampled and not mask[t - 1]
+            expected.append(max(found, 0))
+        runs.append(found + 1)
+    lengths = torch.tensor([len(mask) for mask in masks], dtype=torch.int64)
+    flat = torch.tensor([sampled for mask in masks for sampled in mask], dtype=torch.bool)
+    turns = turn_numbers(flat, lengths)
+    assert turns.dtype == torch.int32
+    assert turns.tolist() == expected
+    assert [Sample([0] * len(m), m, [0.0] * len(m), "", "stop", 0).num_turns for m in masks] == runs
+    zeros = torch.zeros(len(flat))
+    batch = TrainBatch(zeros.long(), lengths, flat, torch.zeros(len(masks)), zeros, turns=turns)
+    assert batch.units.tolist() == [max(count, 1) for count in runs]
+    first = torch.repeat_interleave(batch.first_units, lengths).tolist()
+    assert batch.unit_ids.tolist() == [a + b for a, b in zip(first, expected, strict=True)]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,10 +30,12 @@ from megatron_gmpo.losses.correction import (
 from megatron_gmpo.losses.objective import Objective, make_objective, minibatches_without_pass
 from megatron_gmpo.losses.registry import LOSSES, default_clips
 from megatron_gmpo.metrics.figures import value_of
-from megatron_gmpo.policy.observed import Observed
+from megatron_gmpo.metrics.token_records import Record
+from megatron_gmpo.policy.observed import Observed, Seen, TokenRecorder
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support.batches import split
-from ..support.groups import step_batch
+from ..support.groups import index_of, step_batch
 
 SLOTS, SEQUENCES = 24, 4
 
@@ -248,6 +252,55 @@ def test_an_observed_loss_is_the_same_and_keeps_the_gradient_of_its_policy_term(
     assert ((gradient == 0) == (torch.cat(expected) == 0)).all()
     assert 0 < int((gradient == 0).sum()) < len(gradient)
     assert torch.equal(observed._values["logprobs"][0], predicted()[0].detach()[batch.loss_slots])
+
+
+@pytest.mark.parametrize("unit", ["episode", "turn"])
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_record_has_the_sampled_tokens_of_a_sequence_of_the_loss(
+    unit: Any, truncated: bool, tmp_path: Path
+) -> None:
+    tokenizer = text_tokenizer()
+    texts = ["ppAb..Cd.E", "ppF", "pp..", "ppG.H"]  # capitals begin turns
+    masks = [[False, False, *(kind.isalpha() for kind in text[2:])] for text in texts]
+    finish: list[Any] = ["length" if truncated and n == 3 else "stop" for n in range(4)]
+    samples = [
+        Sample(tokenizer(text)["input_ids"], mask, -0.5 * np.array(mask), text, end, 0)
+        for text, mask, end in zip(texts, masks, finish, strict=True)
+    ]
+    groups = [SampleGroup(Prompt("a", ""), samples[:1]), SampleGroup(Prompt("b", ""), samples[1:])]
+    advantages = torch.tensor([1.0, -1.0, 1.0, 0.5])
+    batch = step_batch(groups, advantages, unit=unit, mask_truncated=True)
+    batch.old_logprobs = batch.rollout_logprobs.clone()
+    new = torch.where(batch.response_mask, torch.linspace(-3, 1, len(batch.tokens)), 0)
+    recorder = TokenRecorder(tmp_path, 99, tokenizer, leads_replica=True)
+    observed = recorder.observe(objective_of(unit=unit), dict(enumerate(groups)))
+    assert isinstance(observed, Observed)
+    columns = {"logprobs": new, "entropy": new.abs(), "gradient": torch.ones(len(new))}
+    observed.seen.append(Seen(batch.minibatch(0), observed, columns))
+    recorder.write(1, index_of(groups))
+
+    lines = next(tmp_path.iterdir()).read_bytes().splitlines()[1:]
+    records = {(r.prompt_id, r.index, int(r.turn[0])): r for r in map(Record.from_json, lines)}
+    whole = {("a", 0, 0): ("AbCdE", "pp"), ("b", 0, 0): ("F", "pp"), ("b", 2, 0): ("GH", "pp")}
+    turns = {("a", 0, 0): ("Ab", "pp"), ("a", 0, 1): ("Cd", "ppAb.."), ("a", 0, 2): ("E", "ppAb..Cd.")}
+    turns |= {("b", 0, 0): ("F", "pp"), ("b", 2, 0): ("G", "pp"), ("b", 2, 1): ("H", "ppG.")}
+    expected = whole if unit == "episode" else turns
+    expected = {key: value for key, value in expected.items() if not (truncated and key[:2] == ("b", 2))}
+    assert {key: ("".join(r.text), r.prompt) for key, r in records.items()} == expected
+    ratios = torch.where(batch.response_mask, (new - batch.old_logprobs).double(), 0).split([10, 3, 4, 5])
+    for (prompt, index, turn), record in records.items():
+        row = index + (prompt == "b")
+        places = [i for i, sampled in enumerate(masks[row]) if sampled]
+        if unit == "turn":
+            places = [texts[row].index(letter) for letter in turns[prompt, index, turn][0]]
+        else:
+            assert record.turn.tolist() == {"a": [0, 0, 1, 1, 2], "b": [0, 1][: len(places)]}[prompt]
+        delta = ratios[row][places]
+        assert_close(torch.tensor(record.log_ratio).double(), delta, atol=1e-5, rtol=0)
+        advantage = float(advantages[row])
+        bounded = delta.clamp(max=0.4) if advantage > 0 else delta.clamp(min=-0.4)
+        assert record.sequence_ratio == pytest.approx(float(bounded.mean().exp()), rel=1e-5)
+        assert record.advantage == advantage
 
 
 def test_off_policy_masking_reaches_the_loss() -> None:

@@ -258,6 +258,25 @@ def test_the_worst_tokens_have_their_context(tmp_path: Path) -> None:
     assert len(worst) < 100
 
 
+def test_the_context_of_a_token_is_of_its_turn(tmp_path: Path) -> None:
+    """Between two turns lies an observation, which the record does not have."""
+    write_records(tmp_path, 1, {}, [record([0.0, 0.1, 0.9, 0.1, 0.2], turn=np.array([0, 0, 1, 1, 2]))])
+    worst = {token["at"]: token for token in summary(tmp_path, 1)["worst"]}
+    assert [(worst[at]["before"], worst[at]["after"]) for at in range(5)] == [
+        ("", "t1"),
+        ("t0", ""),
+        ("", "t3"),
+        ("t2", ""),
+        ("", ""),
+    ]
+
+
+def test_a_record_of_an_earlier_version_has_no_turns() -> None:
+    fields = json.loads(record([0.1, 0.5]).to_json())
+    del fields["turn"]
+    assert Record.from_json(json.dumps(fields).encode()).turn is None
+
+
 @settings(max_examples=40)
 @given(st.lists(st.floats(0, 9) | st.just(math.nan), max_size=40), st.integers(1, 20))
 def test_which_samples_are_recorded(largest: list[float], count: int) -> None:

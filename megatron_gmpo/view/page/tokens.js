@@ -103,6 +103,7 @@ function sampleParts(record) {
     span.style.backgroundColor = paint(at);
     span.dataset.at = at;
     if (at === tokens.at) span.classList.add("pinned");
+    if (record.turn?.[at - 1] < record.turn?.[at]) box.append(el("span", { className: "note", textContent: "\n[observation]\n" }));
     box.append(span);
   });
   box.onmousemove = (event) => (event.target.dataset.at ? tip(event, facts(record, Number(event.target.dataset.at))) : hideTip());
@@ -140,6 +141,7 @@ function facts(record, at) {
   lines.push(`advantage ${number(record.advantage)}, sequence ratio ${number(record.sequence_ratio)}`);
   lines.push(`weight in the gradient: GMPO ${number(weights.gmpo)}, GRPO ${number(weights.grpo)}`);
   if (record.rollout_difference) lines.push(`policy − rollout ${number(record.rollout_difference[at])}`);
+  if (record.turn) lines.push(`turn ${record.turn[at]}`);
   if (record.layers_rerouted) lines.push(`${record.layers_rerouted[at]} MoE layers routed differently`);
   return lines.join("\n");
 }
