@@ -42,6 +42,14 @@ PANELS = (
     Panel("Evaluation, pass@k", {"eval/*pass@*": ""}),
     Panel("Response length, tokens", {"response_length/mean": "mean", "response_length/max": "longest"}),
     Panel("Truncated responses, fraction", {"rollout/truncated_fraction": ""}),
+    Panel(
+        "Successful episodes, fraction", {"episode/success": "all", "episode/success/*": ""}, smoothed=True
+    ),
+    Panel("Turns of an episode", {"episode/turns": ""}),
+    Panel("Sampled tokens of a turn", {"episode/tokens_per_turn": ""}),
+    Panel("Tool calls of an episode", {"episode/tool_calls": "calls", "episode/tool_errors": "errors"}),
+    Panel("Why episodes ended, fraction", {"episode/ended_*": ""}),
+    Panel("Environment, seconds an episode", {"episode/environment_seconds": ""}),
     Panel("Policy loss", {"loss": ""}, smoothed=True),
     Panel("Gradient norm", {"grad_norm": ""}, smoothed=True),
     Panel("Policy entropy, nats a token", {"policy/entropy": ""}, smoothed=True),

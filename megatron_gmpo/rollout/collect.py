@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import fsum
 from statistics import pstdev
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike
 
 from ..batch.index import StepIndex
-from ..batch.samples import Prompt, Sample, SampleGroup
+from ..batch.samples import EpisodeEnd, Prompt, Sample, SampleGroup
 from ..config import RolloutConfig
 from ..distributed import agreed, sum_over_ranks, world_size
 from ..errors import RunError
+from ..metrics.across_ranks import RankReduction
 from ..metrics.figures import Metric
 from ..rewards import Reward, environment_reward
 from .engine import RolloutEngine, SamplingParams
@@ -65,6 +66,7 @@ class Collector:
 
     def __init__(self, engine: RolloutEngine, prompts: Prompts, reward: Reward, cfg: RolloutConfig) -> None:
         self.cfg, self._engine, self._prompts, self._reward = cfg, engine, prompts, reward
+        self._over_ranks = RankReduction(torch.device("cpu"))
         self._sampling = SamplingParams(
             n=cfg.samples_per_prompt,
             max_new_tokens=cfg.max_new_tokens,
@@ -138,9 +140,11 @@ class Collector:
             failed.end_run()
 
         drawn = StepIndex.joined(parts)
-        penalized = replace(drawn, reward=drawn.reward + overlong_penalty(drawn.response_length, cfg))
+        penalized = replace(drawn, reward=drawn.reward + overlong_penalty(drawn.episode_length, cfg))
         chosen = np.array(kept or range(min(cfg.prompts_per_step, drawn.num_groups)))
-        metrics = rollout_figures(penalized) | {
+        episodes = episode_figures([*groups.values(), *failed.mine])
+        metrics = rollout_figures(penalized) | self._over_ranks(episodes)[0]
+        metrics |= {
             "reward/timeouts": Metric(timeouts),
             "rollout/dropped_groups": Metric(drawn.num_groups - len(chosen)),
             "rollout/resample_rounds": Metric(used - 1),
@@ -249,7 +253,8 @@ def _renumbered(groups: Groups, chosen: np.ndarray) -> Groups:
 def replayed(groups: Groups) -> Collected:
     """Return the saved groups of a step, of which each rank has read a share. Collective."""
     index = StepIndex.gather(groups, sum_over_ranks(len(groups)))
-    return Collected(groups, index, rollout_figures(index))
+    episodes, _ = RankReduction(torch.device("cpu"))(episode_figures(groups.values()))
+    return Collected(groups, index, rollout_figures(index) | episodes)
 
 
 def rollout_figures(index: StepIndex) -> dict[str, Metric]:
@@ -264,6 +269,35 @@ def rollout_figures(index: StepIndex) -> dict[str, Metric]:
         "response_length/max": Metric(int(index.response_length.max()), op="max"),
         "rollout/truncated_fraction": Metric(int(index.truncated.sum()), len(index)),
     }
+
+
+def episode_figures(groups: Iterable[SampleGroup]) -> dict[str, Metric]:
+    """Return the figures of this rank's episodes, to reduce over all ranks; none without an episode.
+
+    Those of turns, tools and seconds are means over episodes, ``episode/tokens_per_turn`` is the mean number
+    of sampled tokens over turns, and ``episode/ended_{why}`` are shares of the episodes. ``episode/success``,
+    and ``episode/success/{name}`` for each name, are shares of the episodes of which the environment told
+    success or failure.
+    """
+    samples = [sample for group in groups for sample in group.samples if sample.episode]
+    if not samples:
+        return {}
+    episodes = [sample.episode for sample in samples if sample.episode]
+    turns, count = sum(sample.num_turns for sample in samples), len(episodes)
+    figures = {
+        "episode/turns": Metric(turns, count),
+        "episode/tokens_per_turn": Metric(sum(sample.response_length for sample in samples), turns),
+        "episode/tool_calls": Metric(sum(episode.tool_calls for episode in episodes), count),
+        "episode/tool_errors": Metric(sum(episode.tool_errors for episode in episodes), count),
+        "episode/environment_seconds": Metric(fsum(episode.seconds for episode in episodes), count),
+    }
+    for why in get_args(EpisodeEnd):
+        figures[f"episode/ended_{why}"] = Metric(sum(episode.ended == why for episode in episodes), count)
+    told = [(episode.name, episode.success) for episode in episodes if episode.success is not None]
+    for name in sorted({"", *(name for name, _ in told)}):
+        values = [success for other, success in told if name in ("", other)]
+        figures["episode/success" + (f"/{name}" if name else "")] = Metric(sum(values), len(values))
+    return figures
 
 
 def score(groups: Mapping[int, SampleGroup], reward: Reward) -> int:
@@ -303,11 +337,11 @@ def _reward_of(reward: Reward, prompt: Prompt, sample: Sample) -> float:
 def overlong_penalty(response_length: ArrayLike, cfg: RolloutConfig) -> np.ndarray:
     """Return DAPO's soft overlong punishment (arXiv 2503.14476, equation 13) of each response length.
 
-    It is 0 up to ``max_new_tokens - overlong_buffer`` tokens and falls linearly to ``-overlong_penalty`` at
-    ``max_new_tokens``.
+    It is 0 up to ``max_response_tokens - overlong_buffer`` tokens and falls linearly to ``-overlong_penalty``
+    at ``max_response_tokens``. The length of an episode includes its observations, as that limit does.
     """
     lengths = np.asarray(response_length)
     if cfg.overlong_buffer == 0:
         return np.zeros(lengths.shape)
-    excess = lengths - (cfg.max_new_tokens - cfg.overlong_buffer)
+    excess = lengths - (cfg.max_response_tokens - cfg.overlong_buffer)
     return -cfg.overlong_penalty * np.maximum(0, excess) / cfg.overlong_buffer

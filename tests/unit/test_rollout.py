@@ -25,13 +25,29 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_gmpo.batch.samples import Episode, Prompt, Sample, SampleGroup, version_spans_of
+from megatron_gmpo.batch.index import StepIndex
+from megatron_gmpo.batch.samples import (
+    Episode,
+    FinishReason,
+    Prompt,
+    Sample,
+    SampleGroup,
+    version_spans_of,
+)
 from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.data.stream import PromptStream, StreamState
 from megatron_gmpo.errors import InputError, NonFiniteError
-from megatron_gmpo.metrics.figures import value_of
+from megatron_gmpo.metrics.figures import Metric, value_of
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
-from megatron_gmpo.rollout.collect import Collected, Collector, overlong_penalty, rollout_figures, score
+from megatron_gmpo.rollout.collect import (
+    Collected,
+    Collector,
+    episode_figures,
+    overlong_penalty,
+    replayed,
+    rollout_figures,
+    score,
+)
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import RolloutEngine, SamplingParams
 from megatron_gmpo.rollout.replay import append_transcripts, check_groups, load_groups, save_groups
@@ -748,6 +764,88 @@ def test_figures_of_scored_groups() -> None:
             "rollout/truncated_fraction": 2 / 6,
         }
     )
+
+
+def episode_of(mask: str, finish_reason: FinishReason = "stop", **record: Any) -> Sample:
+    """Return a sample whose mask has an s for each sampled token."""
+    sampled = [kind == "s" for kind in mask]
+    ended = {"stop": "done", "length": "tokens", "abort": "error"}[finish_reason]
+    return Sample(
+        [5] * len(mask),
+        sampled,
+        [-0.5 * kind for kind in sampled],
+        "",
+        finish_reason,
+        0,
+        episode=Episode(**{"ended": ended} | record),
+    )
+
+
+def episodes() -> list[SampleGroup]:
+    first = [
+        episode_of("ppsssoosos", name="pick", success=True, tool_calls=2, tool_errors=1, seconds=0.5),
+        episode_of("ppss", "length", name="pick", success=False, ended="turns", seconds=0.25),
+    ]
+    second = [
+        episode_of("psosos", name="look", success=True, tool_calls=3),
+        episode_of("psoo", "length"),  # the environment says nothing of success, and has no name
+        episode_of("pso", "abort", error="it raised"),
+        episode_of("ps", success=False),
+    ]
+    return [SampleGroup(Prompt("a", ""), first), SampleGroup(Prompt("b", ""), second)]
+
+
+def test_figures_of_episodes() -> None:
+    """Sampled tokens and turns, by hand: 5 in 3, 2 in 1, 3 in 3, 1 in 1, 1 in 1 and 1 in 1."""
+    found = {name: value_of(metric) for name, metric in episode_figures(episodes()).items()}
+    assert found == pytest.approx(
+        {
+            "episode/turns": 10 / 6,
+            "episode/tokens_per_turn": 13 / 10,
+            "episode/tool_calls": 5 / 6,
+            "episode/tool_errors": 1 / 6,
+            "episode/environment_seconds": 0.75 / 6,
+            "episode/ended_done": 3 / 6,
+            "episode/ended_turns": 1 / 6,
+            "episode/ended_tokens": 1 / 6,
+            "episode/ended_error": 1 / 6,
+            "episode/success": 2 / 4,
+            "episode/success/pick": 1 / 2,
+            "episode/success/look": 1.0,
+        }
+    )
+    assert episode_figures([SampleGroup(Prompt("p", ""), [sample_of(3, 1.0)])]) == {}
+    silent = episode_figures([SampleGroup(Prompt("p", ""), [episode_of("ps")])])
+    assert silent["episode/success"] == Metric(0, 0)  # null in metrics.jsonl, under a name that stays
+
+
+def test_a_replayed_step_has_the_figures_of_its_episodes() -> None:
+    metrics = replayed(dict(enumerate(episodes()))).metrics
+    assert {name: value_of(metrics[name]) for name in episode_figures(episodes())} == pytest.approx(
+        {name: value_of(metric) for name, metric in episode_figures(episodes()).items()}
+    )
+
+
+def test_the_index_counts_turns_and_the_tokens_after_the_prompt() -> None:
+    groups = [*episodes(), SampleGroup(Prompt("c", ""), [episode_of("ppp")])]
+    for index in (StepIndex.gather(dict(enumerate(groups)), 3), index_of(groups)):
+        assert index.turns.tolist() == [3, 1, 3, 1, 1, 1, 0]
+        assert index.response_length.tolist() == [5, 2, 3, 1, 1, 1, 0]
+        assert index.episode_length.tolist() == [8, 2, 5, 3, 2, 1, 0]
+        assert index.units("turn").tolist() == index.turns.tolist()
+        assert index.units("episode").tolist() == [1, 1, 1, 1, 1, 1, 0]
+        left = index.without_truncated()
+        assert left.turns.tolist() == [3, 0, 3, 0, 1, 1, 0]
+        assert left.units("episode").tolist() == [1, 0, 1, 0, 1, 1, 0]
+
+
+def test_the_overlong_penalty_of_an_episode_reaches_its_limit_where_the_episode_does() -> None:
+    """The limit, max_episode_tokens, counts observations, so a truncated episode has the whole penalty."""
+    cfg = RolloutConfig(
+        environment="m:E", max_new_tokens=2, max_episode_tokens=8, overlong_buffer=4, overlong_penalty=1.0
+    )
+    lengths = StepIndex.gather(dict(enumerate(episodes())), 2).episode_length
+    assert overlong_penalty(lengths, cfg).tolist() == [-1.0, 0, -0.25, 0, 0, 0]
 
 
 def test_scores_keep_their_place_however_long_they_take() -> None:
