@@ -248,6 +248,8 @@ def _add_section(
             element = get_args(kind)[1]
             for entry in dict.fromkeys(["NAME", *_names_in(argv, key)]):
                 if _is_section(element):
+                    kinds[f"{key}.{entry}"] = dict
+                    add(f"--{key}.{entry}", dest=f"{key}.{entry}", help=argparse.SUPPRESS)
                     kinds |= _add_section(parser, add, element, f"{key}.{entry}.", argv)
                 else:
                     entry = f"{key}.{entry}"

@@ -23,6 +23,7 @@ class Prompt:
         text: the prompt as plain text, or None if ``messages`` is given.
         messages: chat messages ``[{"role": "user", "content": ...}]``, or None.
         input_ids: token ids after template and tokenizer; every engine generates from them.
+        labels: column of a benchmark -> the problem's value, e.g. ``{"level": "5"}``.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Prompt:
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     input_ids: list[int] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .model import Fp8Config, ModelConfig, ParallelConfig
 from .rollout import DataConfig, RewardConfig, RolloutConfig, SGLangConfig, WeightSyncConfig
 from .run import CheckpointConfig, CollapseConfig, LogConfig, SupervisionConfig
 from .section import NonNegative, Positive, RequiredPath, Seconds, Section
-from .training import AlgorithmConfig, EvalConfig, OptimizerConfig, TrainConfig
+from .training import AlgorithmConfig, EvalConfig, EvalSetConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -23,6 +23,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "EvalSetConfig",
     "Fp8Config",
     "LogConfig",
     "ModelConfig",

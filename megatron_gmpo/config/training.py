@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from .benchmarks import BENCHMARKS, benchmark
 from .rollout import DataConfig
-from .section import FileName, NonNegative, Positive, Section, Text
+from .section import FileName, NonNegative, PathText, Positive, Section, Text
 
 Unit = Literal["episode", "turn"]
 
@@ -177,9 +178,20 @@ class TrainConfig(Section):
     """Do not train the router weights of a MoE."""
 
 
+class EvalSetConfig(DataConfig):
+    report_by: tuple[Text, ...] | None = None
+    """Columns for whose values results are reported too, e.g. ["level", "subject"]. None means ``level``,
+    ``subject`` and ``type``, as far as the data has them."""
+
+
 class EvalConfig(Section):
-    sets: dict[FileName, DataConfig] = {}
-    """Benchmarks by name: a table for each, e.g. [eval.sets.math500]."""
+    sets: dict[FileName, EvalSetConfig] = {}
+    """Benchmarks by name: a table for each, e.g. [eval.sets.math500]. A table without ``path`` and ``files``
+    takes what it leaves out from the benchmark of its name: aime24, amc, amc23, gsm8k, math500, minerva or
+    olympiadbench."""
+    folder: PathText = ""
+    """Folder with these benchmarks as NAME.parquet, with the columns of the hub, to read instead of the
+    hub."""
     interval: Annotated[int, Field(ge=0)] = 0
     """Number of steps between evaluations. 0 evaluates only before the first step and after the last."""
     before: bool = True
@@ -194,6 +206,20 @@ class EvalConfig(Section):
     """Maximum tokens in a response; None means ``rollout.max_new_tokens``."""
     pass_reward: float = 1.0
     """Minimum reward of a response that passes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_benchmarks(cls, values: Any) -> Any:
+        """Fill in the benchmarks that are given by name only."""
+        if not isinstance(values, dict) or not isinstance(sets := values.get("sets"), dict):
+            return values
+        folder = str(values.get("folder") or "")
+        named = {
+            name: benchmark(name, folder) | given
+            for name, given in sets.items()
+            if name in BENCHMARKS and isinstance(given, dict) and not given.keys() & {"path", "files"}
+        }
+        return values | {"sets": sets | named}
 
     @model_validator(mode="after")
     def _k_within_samples(self) -> EvalConfig:

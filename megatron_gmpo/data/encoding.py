@@ -95,7 +95,7 @@ class PromptEncoder:
         problem = row.problem
         marks = self._cfg.special_tokens == "text"
         marked = self._special.mark(problem) if marks else problem
-        prompt = Prompt(id=row.id, answer=row.answer)
+        prompt = Prompt(id=row.id, answer=row.answer, labels=row.labels)
         if self._chat:
             prompt.messages = self._messages(problem, row.where)
             rendered = self._render(self._chat, self._messages(marked, row.where), row.where)

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from ..config import DataConfig
+from ..config import DataConfig, EvalSetConfig
 from ..errors import InputError
 from . import reasoning_gym
 
@@ -33,8 +33,17 @@ _REMEDY = (
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a character beyond U+FFFF. JSON can hold one, but no text file and no tokenizer."""
 
-Columns = tuple[str, str]
+_REPORTED = ("level", "subject", "type")
+"""Columns that label the problems of a benchmark, if it has them."""
+
 Record = dict[str, Any]
+
+
+class Columns(NamedTuple):
+    """The columns to read: those that every data set must have, and those that are read if it has them."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,14 @@ class Row:
         where: start of an error line about the row.
         problem: text or a list of chat messages; not checked yet.
         answer: the answer as text.
+        labels: column -> its value as text, for the columns of ``report_by``.
     """
 
     id: str
     where: str
     problem: Any
     answer: str
+    labels: dict[str, str]
 
 
 def read_rows(cfg: DataConfig, section: str) -> Iterator[Row]:
@@ -62,7 +73,7 @@ def read_rows(cfg: DataConfig, section: str) -> Iterator[Row]:
 
     A number becomes its exact decimal text: the text of a JSON number without an exponent, and the shortest
     text of a binary float that has the same value at the column's width. So JSON 1e-05 is "0.00001", and
-    Parquet's float32 33.3 is "33.3".
+    Parquet's float32 33.3 is "33.3". The texts of an answer that is a list are joined with commas.
 
     Raises:
         InputError: the data set, split or column does not exist or cannot be read; there are no rows; an
@@ -73,9 +84,9 @@ def read_rows(cfg: DataConfig, section: str) -> Iterator[Row]:
         # the names of several files may differ in the folder only
         name = str(Path(source).with_suffix("")) if cfg.files else _name(source)
         count = 0
-        for problem, answer in _selected(_records(source, cfg, section, field), cfg, section, source):
+        for problem, answer, labels in _selected(_records(source, cfg, section, field), cfg, section, source):
             where = f"{field}, row {count}"
-            yield Row(f"{name}/{count}", where, problem, _answer(answer, cfg.answer_column, where))
+            yield Row(f"{name}/{count}", where, problem, _answer(answer, cfg.answer_column, where), labels)
             count += 1
         if count == 0:
             raise InputError(f"{field} has no rows: give a data set with problems")
@@ -87,14 +98,22 @@ def _name(source: str) -> str:
     return Path(source.partition(":")[0]).stem
 
 
+def _columns(cfg: DataConfig) -> Columns:
+    required = cfg.prompt_column, cfg.answer_column
+    if not isinstance(cfg, EvalSetConfig):
+        return Columns(required)
+    return Columns(required, _REPORTED) if cfg.report_by is None else Columns(required + cfg.report_by)
+
+
 def _selected(
     records: Iterator[Record], cfg: DataConfig, section: str, source: str
-) -> Iterator[tuple[Any, Any]]:
-    """Yield problem and answer of every record; None stands for a value missing after the first record."""
-    fields = {"prompt_column": cfg.prompt_column, "answer_column": cfg.answer_column}
+) -> Iterator[tuple[Any, Any, dict[str, str]]]:
+    """Yield problem, answer and labels of every record; None is a value missing after the first record."""
+    required, optional = _columns(cfg)
+    fields = ["prompt_column", "answer_column", *["report_by"] * (len(required) - 2)]
     for number, record in enumerate(records):
         values = []
-        for field, column in fields.items():
+        for field, column in zip(fields, required, strict=True):
             try:
                 values.append(_value(record, column))
             except KeyError:
@@ -104,7 +123,11 @@ def _selected(
                         f"choose one of {list(_names(record))}"
                     ) from None
                 values.append(None)
-        yield values[0], values[1]
+        problem, answer, *reported = values
+        labels = dict(zip(required[2:], reported, strict=True)) | {
+            column: record[column] for column in optional if column in record
+        }
+        yield problem, answer, {column: str(label) for column, label in labels.items() if label is not None}
 
 
 def _value(record: Record, column: str) -> Any:
@@ -123,6 +146,8 @@ def _names(record: Record) -> Iterator[str]:
 
 def _answer(value: Any, column: str, where: str) -> str:
     """Return an answer as text."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = ", ".join(value)
     text = value if isinstance(value, str) else ""
     if isinstance(value, int):  # true becomes True
         text = str(value)
@@ -153,7 +178,7 @@ def _records(source: str, cfg: DataConfig, section: str, field: str) -> Iterator
 
 def _open(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Record]:
     path = Path(source)
-    columns = cfg.prompt_column, cfg.answer_column
+    columns = _columns(cfg)
     hub, _, subset = source.partition(":")
     if not source:
         raise InputError(f"{section}.path is empty: {_REMEDY}")
@@ -242,8 +267,8 @@ def _dataset_records(rows: datasets.Dataset, columns: Columns) -> Iterator[Recor
 
 def _outer_columns(columns: Columns, names: list[str]) -> list[str] | None:
     """Return the columns to read; None if one does not exist, so that the error line can list all of them."""
-    outer = {column if column in names else column.partition(".")[0] for column in columns}
-    return sorted(outer) if outer <= set(names) else None
+    outer = {column if column in names else column.partition(".")[0] for column in columns.required}
+    return sorted(outer.union(columns.optional).intersection(names)) if outer <= set(names) else None
 
 
 def _arrow_records(table: pa.Table) -> Iterator[Record]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from ..metrics.intervals import wilson
 from ..metrics.panels import PANELS
 from .lines import GrowingLines
 
@@ -124,15 +125,3 @@ def thinned(values: np.ndarray) -> np.ndarray:
     starts = np.arange(0, len(values), width)
     kept = [[0], starts + stretches.argmin(1), starts + stretches.argmax(1), [len(values) - 1]]
     return np.unique(np.minimum(np.concatenate(kept), len(values) - 1))
-
-
-def wilson(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95 % interval of a share of ``count`` problems (Wilson 1927).
-
-    A problem's pass@k lies between 0 and 1, so the variance of the mean is at most share (1 - share) / count,
-    and the interval is too wide rather than too narrow.
-    """
-    spread = 1 + z**2 / count
-    centre = (share + z**2 / (2 * count)) / spread
-    half = z / spread * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return (centre - half).astype(np.float32), (centre + half).astype(np.float32)

@@ -31,7 +31,7 @@ from megatron_gmpo.metrics.token_records import Record, choose, remove_after, wr
 from megatron_gmpo.rollout.replay import append_transcripts
 from megatron_gmpo.view import curves
 from megatron_gmpo.view.answers import answer, to_json
-from megatron_gmpo.view.curves import Metrics, thinned, wilson
+from megatron_gmpo.view.curves import Metrics, thinned
 from megatron_gmpo.view.folder import RunFolder, named_runs
 from megatron_gmpo.view.page import export
 from megatron_gmpo.view.samples import explain
