@@ -1,8 +1,9 @@
-"""Measure pass@1 and pass@k on benchmarks.
+"""Measure pass@1, pass@k and maj@k on benchmarks.
 
 Usage::
 
     python -m megatron_gmpo.evaluate CONFIG.toml --section.key value ...
+    python -m megatron_gmpo.evaluate --compare A B
 """
 
 from __future__ import annotations
@@ -11,23 +12,37 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     import signal
     import sys
 
-    from .command_line import load_config, one_line_errors
+    from .command_line import one_line_errors, parse_options_and_config
+    from .metrics.comparison import Comparison, compare
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the run starts: no traceback of the imports
 
     with one_line_errors():
-        load_config(sys.argv[1:], "megatron-gmpo evaluate")
+        options, _ = parse_options_and_config(Comparison, sys.argv[1:], "megatron-gmpo evaluate")
+        if options.compare:
+            print(compare(options.compare))
+            sys.exit()
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from math import comb
+from dataclasses import replace
 from statistics import fmean
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from . import files
 from .batch.index import StepIndex
 from .batch.samples import Prompt, SampleGroup
 from .config import Config, EvalConfig
-from .distributed import rank
+from .distributed import agreed, rank, world_size
 from .errors import InputError
+from .metrics.evaluations import Evaluated, pass_rates, report, table
+from .metrics.progress import SILENT, Progress
+from .rewards.votes import majority, votes
 from .rollout.collect import Reward, score
 from .rollout.engine import RolloutEngine, SamplingParams
 from .rollout.replay import append_transcripts
@@ -41,7 +56,8 @@ def evaluate(
     cfg: EvalConfig,
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
-    records: dict[str, dict[int, SampleGroup]] | None = None,
+    records: dict[str, Evaluated] | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, float]:
     """Sample and score every benchmark. Collective; all ranks get equal results.
 
@@ -53,12 +69,14 @@ def evaluate(
         cfg: number of samples per prompt, temperature and values of k.
         max_new_tokens: maximum length of a response if ``cfg`` does not set one.
         stop: strings that end a response.
-        records: dictionary that receives this rank's scored groups of each benchmark.
+        records: dictionary that receives the samples of each benchmark.
+        progress: shows the share of the responses that are finished.
 
     Returns:
-        The means ``eval/{set}/pass@{k}``, ``eval/{set}/reward`` and ``eval/{set}/response_length`` over the
-        benchmark, ``eval/{set}/timeouts``, the number of responses whose check exceeded its time limit, and
-        ``eval/{set}/problems``.
+        For each benchmark ``eval/{set}/pass@{k}`` with the ends of its 95 % interval over problems,
+        ``ci_low@{k}`` and ``ci_high@{k}``, and ``maj@{k}``, the share of problems whose majority answer among
+        the first k > 1 samples passes; the means ``reward``, ``response_length`` and ``truncated_fraction``;
+        ``timeouts``, the number of responses whose check exceeded its time limit; and ``problems``.
     """
     sampling = SamplingParams(
         n=cfg.samples_per_prompt,
@@ -69,59 +87,99 @@ def evaluate(
     )
     results: dict[str, float] = {}
     for name, prompts in sets.items():
-        groups = engine.generate(prompts, sampling)
+        with progress.part(f"evaluation of {name}", len(prompts) * sampling.n) as finished:
+            groups = engine.generate(prompts, replace(sampling, report=finished))
         timeouts = score(groups, reward)
         index = StepIndex.gather(groups, len(prompts))
-        passed = [int((rewards >= cfg.pass_reward).sum()) for rewards in index.rewards_of_groups()]
-        for k in cfg.k:
-            results[f"eval/{name}/pass@{k}"] = fmean(pass_at_k(sampling.n, c, k) for c in passed)
-        results[f"eval/{name}/reward"] = fmean(index.reward.tolist())
-        results[f"eval/{name}/response_length"] = fmean(index.response_length.tolist())
-        results[f"eval/{name}/timeouts"] = timeouts
-        results[f"eval/{name}/problems"] = len(prompts)
+        passed = np.array([int((rewards >= cfg.pass_reward).sum()) for rewards in index.rewards_of_groups()])
+        figures = pass_rates(passed, sampling.n, cfg.k)
+        figures |= majority_rates(groups, len(prompts), reward, cfg)
+        figures |= {
+            "reward": fmean(index.reward.tolist()),
+            "response_length": fmean(index.response_length.tolist()),
+            "truncated_fraction": fmean(index.truncated.tolist()),
+            "timeouts": timeouts,
+            "problems": len(prompts),
+        }
+        results |= {f"eval/{name}/{figure}": value for figure, value in figures.items()}
         if records is not None:
-            records[name] = groups
+            records[name] = Evaluated(prompts, passed, figures, groups)
     return results
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Estimate the probability that at least one of ``k`` samples passes if ``c`` of ``n`` samples passed.
+def majority_rates(
+    groups: dict[int, SampleGroup], problems: int, reward: Reward, cfg: EvalConfig
+) -> dict[str, float]:
+    """Return ``maj@{k}`` for each k > 1. Collective.
 
-    The estimate 1 - C(n-c, k) / C(n, k) is unbiased (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    Args:
+        groups: this rank's scored groups.
+        problems: number of problems on all ranks.
     """
-    assert 0 <= c <= n, (c, n)
-    assert 1 <= k <= n, (k, n)
-    return 1 - comb(n - c, k) / comb(n, k)
+    ks = [k for k in cfg.k if k > 1]
+    counts = torch.zeros(len(ks), dtype=torch.int64)
+
+    def passes(group: SampleGroup) -> list[bool]:
+        """Return for each k whether the majority of the first k samples passes."""
+        passed = [value >= cfg.pass_reward for value in group.rewards]
+        if not any(passed):
+            return [False] * len(ks)
+        found = votes(reward, group, passed)
+        return [(winner := majority(found, k)) is not None and passed[winner] for k in ks]
+
+    with agreed(), ThreadPoolExecutor() as pool:
+        for won in pool.map(passes, groups.values() if ks else ()):
+            counts += torch.tensor(won)
+    if world_size() > 1:
+        dist.all_reduce(counts)
+    return {f"maj@{k}": count / problems for k, count in zip(ks, counts.tolist(), strict=True)}
 
 
 def main(cfg: Config) -> None:
     """Evaluate the newest checkpoint of ``run_dir``, else ``model.path``, on all ``eval.sets``."""
     if not cfg.eval.sets:
         raise InputError(
-            "eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"
+            "eval.sets is empty: name a benchmark, e.g. --eval.sets.math500 {} or "
+            "--eval.sets.mine.path problems.parquet"
         )
     run = prepare(cfg, train=False)
     run.start()
     run.verify_checkpoint()
     evaluated = cfg.model.path
-    with closing(run.engine()) as engine, closing_reward(run.reward):
+    with (
+        closing(run.engine()) as engine,
+        closing_reward(run.reward),
+        Progress(enabled=cfg.log.progress) as progress,
+    ):
         policy = run.policy(trainable=False)
         if run.checkpoint:
             policy.load_weights(run.checkpoint)
             evaluated = str(run.checkpoint)
         engine.update_weights(policy.export_hf(), version=run.step)
-        records: dict[str, dict[int, SampleGroup]] = {}
+        records: dict[str, Evaluated] = {}
         results = evaluate(
-            engine, run.eval_sets, run.reward, cfg.eval, cfg.rollout.max_new_tokens, cfg.rollout.stop, records
+            engine,
+            run.eval_sets,
+            run.reward,
+            cfg.eval,
+            cfg.rollout.max_new_tokens,
+            cfg.rollout.stop,
+            records,
+            progress,
         )
-    for name, groups in records.items():
+    if rank() == 0:
+        run.run_dir.mkdir(parents=True, exist_ok=True)
+        sampling = cfg.eval.model_dump(mode="json", exclude={"sets", "interval", "before", "folder"})
+        about = {"evaluated": evaluated, "step": run.step, "sampling": sampling}
+        sets = report(records, cfg.eval)
+        files.write(run.run_dir / "evaluation.json", json.dumps(about | {"sets": sets}, indent=1))
+        Console(stderr=True).print(table(sets))
+        print(json.dumps({"evaluated": evaluated, **results}), flush=True)
+    for name, record in records.items():
         file = run.run_dir / f"evaluation_{name}.jsonl"
         if rank() == 0:
-            run.run_dir.mkdir(parents=True, exist_ok=True)
             file.unlink(missing_ok=True)
-        append_transcripts(file, engine.version, groups, limit=len(run.eval_sets[name]))
-    if rank() == 0:
-        print(json.dumps({"evaluated": evaluated, **results}))
+        append_transcripts(file, engine.version, record.groups, limit=len(run.eval_sets[name]))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class Loop:
         log.info(self.run.headline(state.objective.description))
         with Progress(num_steps, done=state.step, enabled=cfg.log.progress) as progress:
             try:
-                if state.step == 0 and cfg.eval.before and (before := self.evaluate()):
+                if state.step == 0 and cfg.eval.before and (before := self.evaluate(progress)):
                     progress.results("before training", self.logger.log(0, before))
                 self.timer.take()
                 while state.step < num_steps and not self.attempt.stops(state.step, saving=state.saving):
@@ -165,7 +165,7 @@ class Loop:
         self.logger.add(collected.metrics)
 
         last = state.step == cfg.train.num_steps
-        results = self.evaluate() if last or _due(cfg.eval.interval, state.step) else {}
+        results = self.evaluate(progress) if last or _due(cfg.eval.interval, state.step) else {}
         seconds = self.timer.take()
         worked = sum(seconds.get(f"time/{name}", 0) for name in WORK)
         tokens = int(collected.index.length.sum())
@@ -232,7 +232,7 @@ class Loop:
         known = [minibatch for minibatch in minibatches if minibatch.old_logprobs is not None]
         return reduce_metrics(updates) | policy.over_replicas(rollout_mismatch(*known))
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, progress: Progress) -> dict[str, float]:
         """Return the results on every benchmark of ``eval.sets``."""
         cfg = self.cfg
         if not (self.engine and self.run.eval_sets):
@@ -246,6 +246,7 @@ class Loop:
                 cfg.eval,
                 cfg.rollout.max_new_tokens,
                 cfg.rollout.stop,
+                progress=progress,
             )
             self.engine.sleep()
         return results

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,7 @@ from ..models.fp32_head import fp32_product
 from ..models.hub import hub_names
 from .embedded_routers import RoutedExperts, RouterNoise
 from .ending import Ending, end_token_ids
-from .engine import SamplingParams
+from .engine import SamplingParams, report_nothing
 from .episode import Generate
 from .lockstep import in_lockstep
 from .player import Player
@@ -139,7 +141,9 @@ class EmbeddedEngine:
         samples: list[Sample] = []
         for start in range(0, len(places), self.batch_size):
             batch = [prompts[i].input_ids for i, _ in places[start : start + self.batch_size]]
-            responses = self._decode(batch, [sampling.max_new_tokens] * len(batch), sampling, ending)
+            report = partial(_report_part, sampling.report, start, len(batch), len(places))
+            of_batch = replace(sampling, report=report)
+            responses = self._decode(batch, [sampling.max_new_tokens] * len(batch), of_batch, ending)
             samples += [r.to_sample(ids, ending) for ids, r in zip(batch, responses, strict=True)]
         return samples
 
@@ -147,15 +151,18 @@ class EmbeddedEngine:
         self, prompts: list[Prompt], places: list[tuple[int, int]], sampling: SamplingParams, ending: Ending
     ) -> list[Sample]:
         """Return an episode for each of ``places``."""
-        player = self._player
+        player, finished = self._player, itertools.count(1)
         assert player
+        of_turn = replace(sampling, report=report_nothing)
 
-        def play(episode: int, generate: Generate) -> Coroutine[Any, Any, Sample]:
+        async def play(episode: int, generate: Generate) -> Sample:
             position, number = places[episode]
-            return player.play(prompts[position], position, number, sampling, ending, generate)
+            sample = await player.play(prompts[position], position, number, sampling, ending, generate)
+            sampling.report(next(finished) / len(places))
+            return sample
 
         def decode(contexts: list[np.ndarray], limits: list[int]) -> list[Response]:
-            return self._decode([context.tolist() for context in contexts], limits, sampling, ending)
+            return self._decode([context.tolist() for context in contexts], limits, of_turn, ending)
 
         return self._loop.run(in_lockstep(len(places), self.batch_size, play, decode))
 
@@ -238,6 +245,7 @@ class EmbeddedEngine:
             ends |= limit[rows] == step + 1
             lengths[rows] = torch.where(ends & (lengths[rows] == 0), step + 1, lengths[rows])
             unfinished = (lengths[rows] == 0).nonzero()[:, 0]
+            sampling.report(1 - len(unfinished) / len(contexts) * (1 - (step + 1) / max(limits)))
             if len(unfinished) == 0:
                 break
             if len(unfinished) <= 0.75 * len(rows):  # removing rows copies the cache, as each step does
@@ -310,6 +318,11 @@ class EmbeddedEngine:
                 f"the rollout model's logits are not finite under the weights of step {self.version}"
             )
         return logits
+
+
+def _report_part(report: Callable[[float], None], before: int, size: int, total: int, share: float) -> None:
+    """Report the share of ``total`` samples from that of the ``size`` samples after the first ``before``."""
+    report((before + share * size) / total)
 
 
 def _fp32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from ..batch.samples import Prompt, SampleGroup
 from ..metrics.figures import Metric
+
+
+def report_nothing(share: float) -> None:
+    """Ignore the share of the samples that are finished."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class SamplingParams:
         seed: numbers from which every sample's own seed is drawn; the SGLang engine sets them.
         draw: place of the batch's first prompt in the stream of prompts, on which the seeds of environments
             depend.
+        report: function that receives the share of a call's samples that are finished, from time to time and
+            from any thread. The embedded engine counts this rank's samples, and an unfinished response by its
+            tokens. SGLang's calls it on the first rank of each node.
     """
 
     n: int = 1
@@ -39,6 +46,7 @@ class SamplingParams:
     router_noise: float = 0.0
     seed: tuple[int, ...] = (0,)
     draw: int = 0
+    report: Callable[[float], None] = field(default=report_nothing, compare=False)
 
 
 class RolloutEngine(Protocol):

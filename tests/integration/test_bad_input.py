@@ -345,7 +345,8 @@ def test_evaluate_wants_a_benchmark(folder: Path) -> None:
     )
     assert done.returncode == 2
     assert error_lines(done.stderr) == [
-        "error: eval.sets is empty: name a benchmark, e.g. --eval.sets.math500.path math500.parquet"
+        "error: eval.sets is empty: name a benchmark, e.g. --eval.sets.math500 {} or "
+        "--eval.sets.mine.path problems.parquet"
     ]
 
 

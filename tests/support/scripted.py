@@ -32,7 +32,10 @@ class ScriptedEngine:
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         self.calls.append(([p.id for p in prompts], sampling))
-        groups = [SampleGroup(p, [self._sample(p, sampling) for _ in range(sampling.n)]) for p in prompts]
+        groups: list[SampleGroup] = []
+        for prompt in prompts:
+            groups.append(SampleGroup(prompt, [self._sample(prompt, sampling) for _ in range(sampling.n)]))
+            sampling.report(len(groups) / len(prompts))
         return dict(enumerate(groups))
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_gmpo.command_line import load_config
 from megatron_gmpo.config import AlgorithmConfig, Config, EvalConfig, ParallelConfig
+from megatron_gmpo.config.benchmarks import BENCHMARKS
 from megatron_gmpo.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +136,7 @@ MAY_BE_EMPTY = {
     "rollout.save_path": "save nothing",
     "rollout.replay_path": "no replay",
     "weight_sync.folder": "a folder in run_dir",
+    "eval.folder": "the benchmarks of the hub",
     "log.wandb_project": "no logging to Weights & Biases",
 }
 """Text that may be empty -> what that means."""
@@ -222,6 +224,28 @@ def test_the_home_folder_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPat
 def test_names_of_benchmarks_are_names_of_files(name: str) -> None:
     with pytest.raises(ValidationError, match=r"empty|files are named after it"):
         Config.model_validate({"eval": {"sets": {name: {"path": "x"}}}})
+
+
+def test_a_benchmark_is_known_by_its_name() -> None:
+    named = {
+        "math500": {},
+        "gsm8k": {"max_prompts": 10},
+        "aime24": {"path": "own.jsonl"},
+        "own": {"path": "x"},
+    }
+    sets = Config.model_validate({"eval": {"sets": named}}).eval.sets
+    # hub names, splits and columns as the data sets' pages have them
+    assert (sets["math500"].path, sets["math500"].split) == ("HuggingFaceH4/MATH-500", "test")
+    assert (sets["gsm8k"].path, sets["gsm8k"].split) == ("openai/gsm8k:main", "test")
+    assert (sets["gsm8k"].prompt_column, sets["gsm8k"].max_prompts) == ("question", 10)
+    assert "{prompt}" in sets["gsm8k"].template
+    assert "\\boxed{{}}" in sets["gsm8k"].template
+    assert (sets["aime24"].path, sets["aime24"].template) == ("own.jsonl", "")
+    for name in BENCHMARKS:
+        again = load_config([f"--eval.sets.{name}", "{}", "--eval.folder", "data"])
+        assert (again.eval.sets[name].path, again.eval.sets[name].split) == (f"data/{name}.parquet", "train")
+        saved = again.model_dump(mode="json", exclude_none=True)
+        assert Config.model_validate(saved) == again
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])

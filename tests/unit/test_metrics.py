@@ -370,10 +370,20 @@ def test_without_a_terminal_each_step_is_a_plain_line() -> None:
     out = console()
     with Progress(30, done=6, console=out) as progress:
         progress.update(7, FIGURES | {"moe/ignored": 1.0})
-        progress.update(8, {"loss": math.nan})
-    assert written(out).splitlines() == [
-        "step 7/30  reward 0.512  loss -0.00123  entropy 1.500  tok/s 12,346  saved 41%  2.25 s",
-        "step 8/30  loss nan",
+        more = {
+            "grad_norm": 0.0123,
+            "rollout/truncated_fraction": 0.25,
+            "policy/kl_ref": 0.00012,
+            "policy/kl_old": 2.5e-5,
+            "eval/math500/pass@1": 0.75,
+            "eval/math500/pass@4": 0.9,
+            "time/step": 4.25,
+        }
+        progress.update(8, {"reward/mean": math.nan} | more)
+    assert written(out).splitlines() == [  # 22 steps of the mean, 3.25 s, are left
+        "step 7/30  reward 0.512  entropy 1.500  tok/s 12,346  saved 41%  2.25 s  0:00:52 left",
+        "step 8/30  reward nan  grad 0.0123  truncated 25%  kl 0.00012  kl old 2.5e-05  "
+        "math500/pass@1 0.750  4.25 s  0:01:12 left",
     ]
     assert written(out).endswith("\n")
 
@@ -391,9 +401,16 @@ def test_results_are_the_pass_rates_of_an_evaluation() -> None:
     out = console(terminal=False)
     with Progress(3, console=out) as progress:
         progress.results(
-            "after step 2", {"eval/aime/pass@1": 0.25, "eval/aime/mean_length": 9.0, "loss": 1.0}
+            "after step 2",
+            {
+                "eval/aime/pass@1": 0.25,
+                "eval/aime/ci_low@1": 0.125,
+                "eval/aime/ci_high@1": 0.5,
+                "eval/aime/mean_length": 9.0,
+                "loss": 1.0,
+            },
         )
-    assert written(out) == "evaluation after step 2: aime/pass@1 0.250\n"
+    assert written(out) == "evaluation after step 2: aime/pass@1 0.250 [0.125, 0.500]\n"
 
 
 def test_disabled_progress_prints_nothing() -> None:
@@ -411,7 +428,7 @@ def test_a_terminal_gets_a_bar_with_figures() -> None:
         progress.update(7, FIGURES)
     last = written(out).split("step ")[-1]
     assert "7/30" in last
-    assert "reward 0.512 loss -0.00123 entropy 1.500 tok/s 12,346 saved 41%" in last
+    assert "reward 0.512 entropy 1.500 tok/s 12,346 saved 41%" in last
 
 
 # --- the curves ---

@@ -12,10 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_gmpo.batch.samples import Prompt
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import RewardConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rewards import REWARDS, MathReward, resolve_reward
+from megatron_gmpo.rewards.arithmetic import arithmetic_reward
+from megatron_gmpo.rewards.votes import majority, votes
 from megatron_gmpo.rewards.worker import MEMORY_BYTES
 
 RIGHT = [
@@ -236,3 +238,38 @@ def test_bad_names(name: str, parts: list[str]) -> None:
         resolve_reward(RewardConfig(name=name))
     assert all(part in str(caught.value) for part in ["reward.name", *parts]), caught.value
     assert "\n" not in str(caught.value)
+
+
+# --- votes ---
+
+
+def group_of(reward: MathReward | None, answer: str, responses: list[str]) -> SampleGroup:
+    prompt = Prompt("p", answer)
+    samples = [Sample([1], [False], [0.0], text, "stop", 0) for text in responses]
+    for sample in samples:
+        sample.reward = reward(prompt, sample.text) if reward else arithmetic_reward(prompt, sample.text)
+    return SampleGroup(prompt, samples)
+
+
+@pytest.mark.parametrize(
+    ("responses", "found"),
+    [
+        (["so \\boxed{1/2}", "it is $0.5$", "\\boxed{\\frac12}"], [[0, 1, 2]]),  # right, in three spellings
+        (["\\boxed{0.25}", "\\boxed{1/2}", "\\boxed{\\frac14}"], [[0, 2], [1]]),  # wrong ones are equal
+        (["\\boxed{2}", "no idea", "", "\\boxed{3}"], [[0], [3]]),  # no answer, no vote
+    ],
+)
+def test_equal_answers_vote_together(
+    responses: list[str], found: list[list[int]], math_reward: MathReward
+) -> None:
+    group = group_of(math_reward, "1/2", responses)
+    assert votes(math_reward, group, [r == 1 for r in group.rewards]) == found
+
+
+def test_other_rewards_vote_by_text() -> None:
+    group = group_of(None, "7", ["7", "8", " 8 ", "7", "8"])
+    found = votes(arithmetic_reward, group, [r == 1 for r in group.rewards])
+    assert found == [[0, 3], [1, 2, 4]]
+    assert [majority(found, k) for k in (1, 2, 3, 4, 5)] == [0, 0, 1, 0, 1]
+    assert majority([], 3) is None
+    assert majority([[2]], 2) is None  # the only answer is not among the first two

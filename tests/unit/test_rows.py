@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gmpo.config import DataConfig
+from megatron_gmpo.config import DataConfig, EvalSetConfig
 from megatron_gmpo.data.rows import Row, read_rows
 from megatron_gmpo.errors import InputError
 
@@ -182,6 +182,43 @@ def test_dotted_columns_read_fields_of_objects(tmp_path: Path, kind: str) -> Non
     for column in ("ground_truth", "reward_model.truth", "reward_model.ground_truth.x", "."):
         with pytest.raises(InputError, match=rf"data\.answer_column = .* is not a column of .*{names}"):
             rows_of(path, prompt_column="prompt", answer_column=column)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
+def test_benchmarks_have_labels(tmp_path: Path, kind: str) -> None:
+    records = [
+        {"problem": "p", "answer": "1", "level": 5, "subject": "Algebra", "source": "x"},
+        {"problem": "q", "answer": "2", "level": 3, "subject": "Geometry", "source": "y"},
+    ]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, records)))
+    elif kind == "csv":
+        path.write_text("problem,answer,level,subject,source\np,1,5,Algebra,x\nq,2,3,Geometry,y\n")
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pa.Table.from_pylist(records), path)
+    else:
+        datasets.Dataset.from_list(records).save_to_disk(path)
+
+    def labels(**options: Any) -> list[dict[str, str]]:
+        return [row.labels for row in read_rows(EvalSetConfig(path=str(path), **options), "eval.sets.a")]
+
+    assert labels() == [{"level": "5", "subject": "Algebra"}, {"level": "3", "subject": "Geometry"}]
+    assert labels(report_by=["source"]) == [{"source": "x"}, {"source": "y"}]
+    assert labels(report_by=[]) == [{}, {}]
+    assert [row.labels for row in rows_of(path)] == [{}, {}]
+    with pytest.raises(InputError, match=r"eval\.sets\.a\.report_by = 'topic' is not a column .*'source'"):
+        labels(report_by=["topic"])
+
+
+def test_an_answer_may_be_a_list_of_texts(tmp_path: Path) -> None:
+    """OlympiadBench's final_answer is one."""
+    assert answers_of(jsonl(tmp_path, '["2"]', '["x=1", "x=2"]')) == ["2", "x=1, x=2"]
+    path = parquet(tmp_path, pa.array([["2"], ["x=1", "x=2"]]))
+    assert answers_of(path) == ["2", "x=1, x=2"]
+    for wrong in ("[]", "[1]", '["1", null]'):
+        with pytest.raises(InputError, match="give every problem an answer"):
+            answers_of(jsonl(tmp_path, wrong))
 
 
 def test_a_missing_object_is_a_missing_answer(tmp_path: Path) -> None:

@@ -66,16 +66,6 @@ def test_a_thinned_curve_keeps_ends_and_extremes(values: list[int]) -> None:
     assert (min(shown), max(shown)) == (min(values), max(values))
 
 
-@pytest.mark.parametrize(
-    ("right", "count", "low", "high"),
-    # Brown, Cai and DasGupta 2001, equation 4; checked with scipy.stats.binomtest(...).proportion_ci
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (250, 500, 0.4563, 0.5437)],
-)
-def test_the_interval_of_a_share(right: int, count: int, low: float, high: float) -> None:
-    found = wilson(np.array([right / count]), np.array([count]))
-    np.testing.assert_allclose(np.concatenate(found), [low, high], atol=1e-4)
-
-
 def test_metrics_are_read_on_and_read_again_after_a_rollback(tmp_path: Path) -> None:
     logger = MetricLogger(tmp_path, tensorboard=False)
     metrics = Metrics(tmp_path / "metrics.jsonl")

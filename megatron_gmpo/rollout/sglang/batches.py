@@ -45,6 +45,7 @@ class _Batch(Generic[T]):
     queue: PromptQueue
     n: int
     play: Play[T]
+    report: Callable[[float], None]
     result: asyncio.Future[Sampled[T]]
     held: dict[int, asyncio.Task[list[T]]] = field(default_factory=dict)
     sampled: Sampled[T] = field(default_factory=dict)
@@ -88,7 +89,9 @@ class Batches:
         self._announced += change
         return self._store.add("in_service", change)
 
-    async def sample(self, name: str, size: int, n: int, play: Play[T]) -> Sampled[T]:
+    async def sample(
+        self, name: str, size: int, n: int, play: Play[T], report: Callable[[float], None]
+    ) -> Sampled[T]:
         """Take part in a batch until all of its prompts are finished on all nodes.
 
         Args:
@@ -96,13 +99,14 @@ class Batches:
             size: number of prompts.
             n: number of samples of a prompt.
             play: makes one sample. A prompt that this node gives back is started anew by another node.
+            report: function that receives the share of the prompts that are finished on all nodes.
 
         Raises:
             InputError, ServerError: raised by ``play``.
         """
         result: asyncio.Future[Sampled[T]] = asyncio.get_running_loop().create_future()
         self._watcher.expect_answers()
-        self._open.append(_Batch(PromptQueue(self._store, name, size), n, play, result))
+        self._open.append(_Batch(PromptQueue(self._store, name, size), n, play, report, result))
         self._changed.set()
         return await result
 
@@ -132,6 +136,7 @@ class Batches:
             positions, finished = await asyncio.to_thread(_advance, batch.queue, unreported, count)
             for position in positions:
                 self._start(batch, position)
+            batch.report(batch.queue.finished / max(1, batch.queue.size))
             if finished and not batch.result.done():
                 batch.result.set_result(batch.sampled)
             if batch.result.done():

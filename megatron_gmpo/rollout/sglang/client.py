@@ -129,7 +129,7 @@ class RolloutClient:
         def respond(position: int, number: int) -> Coroutine[Any, Any, Response]:
             return self._sampler.sample(prompts[position], sampling, seeds[position][number], ending)
 
-        return self._start(self._batches.sample(name, len(prompts), sampling.n, respond))
+        return self._start(self._batches.sample(name, len(prompts), sampling.n, respond, sampling.report))
 
     def play(
         self, name: str, prompts: list[Prompt], sampling: SamplingParams, ending: Ending, player: Player
@@ -153,7 +153,7 @@ class RolloutClient:
             finally:
                 home.move(None)
 
-        return self._start(self._batches.sample(name, len(prompts), sampling.n, play))
+        return self._start(self._batches.sample(name, len(prompts), sampling.n, play, sampling.report))
 
     def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

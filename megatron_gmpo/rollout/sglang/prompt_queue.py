@@ -18,11 +18,15 @@ class PromptQueue:
         store: the store.
         name: name of the batch, equal on all nodes and used once.
         size: number of prompts.
+
+    Attributes:
+        finished: number of positions that are finished on all nodes, as of the last ``finish``.
     """
 
     def __init__(self, store: dist.Store, name: str, size: int) -> None:
         self._store = dist.PrefixStore(name, store)
         self.size = size
+        self.finished = 0
         self._all_drawn = size == 0
 
     def draw(self, count: int) -> list[int]:
@@ -46,7 +50,8 @@ class PromptQueue:
 
     def finish(self, count: int = 0) -> bool:
         """Record that ``count`` more positions are finished; return whether all are, on all nodes."""
-        return self._store.add("finished", count) >= self.size
+        self.finished = self._store.add("finished", count)
+        return self.finished >= self.size
 
     def delete(self) -> None:
         """Remove the batch from the store, after all nodes know that it is finished."""
