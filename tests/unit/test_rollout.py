@@ -287,6 +287,15 @@ def early_stops(folder_of: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def test_the_share_of_finished_responses_is_reported(early_stops: Path) -> None:
+    shares: list[float] = []
+    sampling = SamplingParams(n=3, max_new_tokens=12, report=shares.append)
+    engine_of(early_stops, batch_size=7).generate(prompts_of(early_stops, TEXTS), sampling)
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.5
+    assert shares[-1] == pytest.approx(1)
+
+
 def test_greedy_decoding_is_that_of_generate(early_stops: Path) -> None:
     prompts = prompts_of(early_stops, [*TEXTS, "5", "44-3", "80+ ", "== 6"])
     engine = engine_of(early_stops)
