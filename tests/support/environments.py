@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import os
 import random
+import signal
 import stat
 import subprocess
 import sys
@@ -145,6 +146,15 @@ class Obedient:
         print("printed by Python")
         os.write(1, b"written to file 1\n")
         return Observation()
+
+    def is_told_to_end(self) -> Observation:
+        """Get the signals of a job's end, and end a program by the usual one."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+            os.kill(os.getppid(), number)
+        program = subprocess.Popen(["sleep", "600"])
+        program.terminate()
+        return Observation.text(str(program.wait()))
 
     def runs_a_loop(self) -> Observation:
         """Use a library that runs an event loop of its own."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -33,7 +34,10 @@ def config(name: str = "Obedient", module: str = MODULE, **others: Any) -> Rollo
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[EnvironmentPool]:
+    # blocked as in the trainer (supervision.signals)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     pool = EnvironmentPool(config(environment_args={"greeting": "Hello: "}), seed=5)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     yield pool
     pool.close()
 
@@ -194,6 +198,13 @@ def test_a_cancelled_call_ends_the_process(pool: EnvironmentPool) -> None:
     assert gone(asyncio.run(cancelled()))
 
 
+def test_signals_to_the_job_end_no_environment(pool: EnvironmentPool) -> None:
+    """But a program that it has started ends on SIGTERM."""
+    pid = first(pool)["pid"]
+    assert asyncio.run(played(pool, "is_told_to_end"))[1].messages[0]["content"] == str(-signal.SIGTERM)
+    assert first(pool)["pid"] == pid
+
+
 @pytest.mark.slow
 def test_output_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     pool = EnvironmentPool(config(), seed=5)
@@ -252,6 +263,36 @@ def test_mistakes_are_refused(name: str, argument: str) -> None:
 def test_mistakes_are_refused_before_the_first_episode(module: str, reason: str) -> None:
     with pytest.raises(InputError, match=re.escape(reason)):
         EnvironmentPool(config(module=module), seed=0)
+
+
+@pytest.mark.slow
+def test_the_environment_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Play the game in docs/agents.md by halving what is left."""
+    source, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/agents.md").read_text(), re.DOTALL)
+    (tmp_path / "guess.py").write_text(source)
+    assert len([line for line in source.splitlines() if line]) <= 20
+    monkeypatch.syspath_prepend(tmp_path)
+    pool = EnvironmentPool(RolloutConfig(environment="guess:Guess", environment_args={"highest": 20}), seed=0)
+
+    async def play(number: int) -> Observation:
+        session = await pool.open(Prompt(f"tasks/{number}", ""), 0, 0)
+        assert (await session.reset()).messages[0]["content"] == "My number is between 1 and 20."
+        assert (await session.step("I do not know.")).messages[0]["content"] == "It is higher."
+        low, high = 1, 20
+        for _ in range(5):
+            middle = (low + high) // 2
+            observation = await session.step(f"Is it {middle}?")
+            if observation.done:
+                break
+            low, high = (middle + 1, high) if "higher" in str(observation.messages) else (low, middle - 1)
+        await session.close()
+        return observation
+
+    try:
+        for number in range(5):
+            assert asyncio.run(play(number)) == Observation([], 1.0, True, {"success": True})
+    finally:
+        pool.close()
 
 
 @pytest.mark.slow

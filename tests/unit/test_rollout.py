@@ -34,10 +34,11 @@ from megatron_gmpo.batch.samples import (
     SampleGroup,
     version_spans_of,
 )
-from megatron_gmpo.config import RolloutConfig
+from megatron_gmpo.config import RewardConfig, RolloutConfig
 from megatron_gmpo.data.stream import PromptStream, StreamState
 from megatron_gmpo.errors import InputError, NonFiniteError
 from megatron_gmpo.metrics.figures import Metric, value_of
+from megatron_gmpo.rewards import resolve_reward
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
 from megatron_gmpo.rollout.collect import (
     Collected,
@@ -867,6 +868,24 @@ def test_scores_keep_their_place_however_long_they_take() -> None:
 
     assert score(dict(enumerate(groups)), slow_first) == 0
     assert [g.rewards for g in groups] == [[0, 1, 2, 3], [10, 11, 12, 13], [20, 21, 22, 23]]
+
+
+def test_the_reward_of_an_episode_may_be_its_environments() -> None:
+    def sample(reward: float, environment: float | None) -> Sample:
+        episode = None if environment is None else Episode("done", reward=environment)
+        return Sample.from_response(
+            [1], [2], [-1.0], text=str(reward), finish_reason="stop", policy_version=0, episode=episode
+        )
+
+    samples = [sample(1, 0.25), sample(2, -3)]
+    groups = {0: SampleGroup(Prompt("p", ""), samples)}
+    score(groups, resolve_reward(RewardConfig(name="environment")))
+    assert groups[0].rewards == [0.25, -3.0]
+    score(groups, lambda prompt, text: float(text))
+    assert groups[0].rewards == [1.0, 2.0]
+    samples.append(sample(3, None))
+    with pytest.raises(InputError, match=r"^reward.name = 'environment', but p was not answered in an env"):
+        score(groups, resolve_reward(RewardConfig(name="environment")))
 
 
 def test_timeouts_are_counted_a_step() -> None:

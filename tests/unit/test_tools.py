@@ -24,6 +24,8 @@ from megatron_gmpo.rollout.environments.pool import EnvironmentPool
 from megatron_gmpo.rollout.environments.tool_calls import Call, parse_calls
 from megatron_gmpo.rollout.environments.tools import ToolEnvironment, named_tools, tool_schemas
 
+from ..support.forks import ROOT
+
 _TRL = importlib.util.find_spec("trl")
 assert _TRL is not None
 TEMPLATES = Path(str(_TRL.origin)).parent / "chat_templates"
@@ -269,6 +271,18 @@ def test_descriptions() -> None:
         },
     ]
     assert tool_schemas(RolloutConfig(environment="m:C", environment_args={"table": {}})) == []
+
+
+def test_the_tool_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, source = re.findall(r"```python\n(.*?)```", (ROOT / "docs/agents.md").read_text(), re.DOTALL)
+    (tmp_path / "letters.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    tools = ("letters:count_letters", f"{SHIPPED}.search:search")
+    cfg = RolloutConfig(tools=tools, environment_args={"file": "facts.txt"})
+    assert [each["function"]["name"] for each in tool_schemas(cfg)] == ["count_letters", "search"]
+    environment = ToolEnvironment(named_tools(cfg.tools, cfg.environment_args))
+    observation = asyncio.run(environment.step(called("count_letters", text="Strawberry", letter="R")))
+    assert observation.messages[0]["content"] == "3"
 
 
 REFUSED: dict[tuple[str, ...], str] = {

@@ -58,10 +58,11 @@ Make = Callable[[int], Environment]
 
 def main() -> None:
     """Import the environment, then fork workers until the trainer has ended."""
-    # the trainer handles job-wide signals, and may need episodes until it has saved a checkpoint; a handler,
-    # unlike SIG_IGN, does not reach programs that an environment starts
+    # the trainer handles job-wide signals, and may need episodes until it has saved a checkpoint; programs
+    # that an environment starts would inherit blocked and ignored signals, but no handlers
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     control = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # the run's standard output is not the environment's
