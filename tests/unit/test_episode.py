@@ -259,7 +259,7 @@ def test_an_error_of_the_engine_is_no_episode() -> None:
         raise ServerError("no server is left")
 
     script, policy = Script(Observation(), []), Policy([])
-    policy.generate = generate  # pyright: ignore[reportAttributeAccessIssue]
+    policy.generate = generate
     with pytest.raises(ServerError):
         played(script, policy)
     assert script.closed == 1
