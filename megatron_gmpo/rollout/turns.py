@@ -63,15 +63,9 @@ class TurnTemplate:
             )
         self._chat, self._special = chat, SpecialTokens(tokenizer, chat.source)
         self._turn = f"turn{secrets.token_hex(16)}"  # in place of a turn's text; no environment can guess it
-        task: Messages = [{"role": "user", "content": cfg.template.format(prompt="A task.") or "A task."}]
+        task: Messages = [{"role": "user", "content": "A task."}]
         if cfg.system_prompt:
             task = [{"role": "system", "content": cfg.system_prompt}, *task]
-        for tool in tools:
-            if (name := tool["function"]["name"]) not in chat.render(task):
-                raise InputError(
-                    f"the chat template of model.path does not describe tools: describe {name!r} and how to "
-                    f"call it in {section}.system_prompt"
-                )
         needed = "tool" if tools else "user"
         self._refusals = {role: self._refusal(task, role, keep_thinking) for role in ("user", "tool")}
         if reason := self._refusals[needed]:
@@ -81,6 +75,12 @@ class TurnTemplate:
                     "set rollout.keep_thinking = true, with which earlier turns stay as they were sampled"
                 )
             raise InputError(f"the chat template of model.path {reason}: {remedy}")
+        for tool in tools:
+            if (name := tool["function"]["name"]) not in chat.render(task):
+                raise InputError(
+                    f"the chat template of model.path does not describe tools: describe {name!r} and how to "
+                    f"call it in {section}.system_prompt"
+                )
         self._closing = len(self._encode(self._after(task, [])))
 
     def first(self, prompt: Prompt, messages: Messages) -> np.ndarray:
