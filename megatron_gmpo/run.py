@@ -44,7 +44,7 @@ from .policy.fp8 import check_fp8
 from .policy.parallel import start_model_parallel
 from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
-from .rollout.embedded import EmbeddedEngine, check_embedded_fits
+from .rollout.embedded import check_embedded_fits, make_embedded
 from .rollout.engine import RolloutEngine
 from .rollout.environments.tools import tool_schemas
 from .rollout.player import Player, make_player
@@ -168,18 +168,7 @@ class Run:
         """
         if self.cfg.rollout.engine == "sglang":
             return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device, self.player)
-        return EmbeddedEngine(
-            self.cfg.model.path,
-            self.tokenizer,
-            device=self.device,
-            dtype=DTYPES[self.cfg.rollout.dtype or self.cfg.model.dtype],
-            batch_size=self.cfg.rollout.batch_size,
-            seed=self.cfg.seed,
-            routed_experts=self.cfg.rollout.routed_experts,
-            quantized=self.cfg.rollout.quantization == "fp8",
-            fp32_head=self.cfg.uses_fp32_head,
-            player=self.player,
-        )
+        return make_embedded(self.cfg, self.tokenizer, self.device, self.player)
 
     def write_config(self) -> None:
         """Write the resolved config to config.toml in the run folder. ``load_config`` can read that file."""
@@ -199,7 +188,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         InputError: the run folder contains another run, is not a folder or cannot be written; or see
             ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_folder``, ``check_deterministic``,
             ``load_prompts``, ``check_lengths``, ``check_groups``, ``load_groups``, ``resolve_reward``,
-            ``make_player``.
+            ``make_player``, ``Player.start``.
     """
     _check_run_dir(cfg.run_dir)
     device = choose_device(cfg.device)
@@ -242,6 +231,9 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         if on_rank_0 and step < cfg.train.num_steps:
             load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size, slice(1))
     samples = train and not cfg.rollout.replay_path
+    player = make_player(cfg, tokenizer, positions) if generates else None
+    if player and on_rank_0:
+        player.start()
     return Run(
         cfg=cfg,
         device=device,
@@ -249,7 +241,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         tokenizer=tokenizer,
         reward=resolve_reward(cfg.reward),
         eval_sets=_eval_sets(cfg, tokenizer, positions, reason),
-        player=make_player(cfg, tokenizer, positions) if generates else None,
+        player=player,
         prompts=_stream(cfg, tokenizer, positions, reason, checkpoint) if samples else None,
         checkpoint=checkpoint,
         damage=damage,

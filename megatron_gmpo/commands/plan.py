@@ -39,15 +39,16 @@ class Plan(Options):
     prompt_tokens: Positive | None = None
     """Mean length of prompts in tokens; by default a quarter of data.max_prompt_tokens."""
     response_tokens: Positive | None = None
-    """Mean length of responses in tokens; by default half of rollout.max_new_tokens."""
+    """Mean length of responses in tokens; by default half of rollout.max_new_tokens. The length of an episode
+    includes its observations, and its limit is rollout.max_episode_tokens."""
 
 
 def main(argv: list[str]) -> None:
     options, cfg = parse_options_and_config(Plan, argv, "megatron-gmpo plan")
-    longest = cfg.rollout.max_new_tokens
+    longest = cfg.rollout.max_response_tokens
     if options.response_tokens and options.response_tokens > longest:
         raise InputError(
-            f"response_tokens = {options.response_tokens} is above rollout.max_new_tokens = {longest}: "
+            f"response_tokens = {options.response_tokens} is above {cfg.rollout.response_limit} = {longest}: "
             f"choose a smaller one"
         )
     warnings.filterwarnings("ignore")
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
         options.world_size,
         options.hardware or (None if cfg.device == "cpu" else "h100"),
         prompt_tokens=options.prompt_tokens or max(1, cfg.data.max_prompt_tokens // 4),
-        response_tokens=options.response_tokens or max(1, cfg.rollout.max_new_tokens // 2),
+        response_tokens=options.response_tokens or max(1, longest // 2),
         console=Console(width=None if sys.stdout.isatty() else 150),
     )
 

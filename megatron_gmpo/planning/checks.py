@@ -48,7 +48,7 @@ def plan_servers(
         InputError: a cache cannot hold one response of full length, or servers and trainer do not fit on the
             same GPUs.
     """
-    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
     if cfg.rollout.engine == "embedded":  # each rank holds the whole model, and so serves by itself
         return _embedded_engines(cfg, world_size, model, plans, hardware)
     count, gpus = number_of_servers(cfg), cfg.sglang.tensor_parallel_size
@@ -75,7 +75,7 @@ def plan_servers(
 def _embedded_engines(
     cfg: Config, world_size: int, model: Model, plans: list[RankPlan], hardware: Hardware
 ) -> Servers:
-    cache_tokens = cfg.rollout.batch_size * (cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens)
+    cache_tokens = cfg.rollout.batch_size * (cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens)
     weights = model.parameters * DTYPES[cfg.rollout.dtype or cfg.model.dtype].itemsize
     engine = weights + cache_tokens * model.kv_bytes_on(1)
     plan = max(plans, key=lambda plan: plan.resident)

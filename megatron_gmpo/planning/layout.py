@@ -80,7 +80,7 @@ def full_microbatch(cfg: Config, batch: Batch) -> list[int]:
     that is longer.
     """
     multiple = math.lcm(cfg.parallel.sequence_multiple, total_multiple(cfg))
-    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens
+    longest = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
     slots = -(-max(cfg.train.max_tokens_per_microbatch, longest) // multiple) * multiple
     count = max(1, min(slots // multiple, slots // max(1, batch.tokens // len(batch.lengths))))
     length = slots // count // multiple * multiple or multiple

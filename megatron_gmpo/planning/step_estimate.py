@@ -58,11 +58,11 @@ class Batch:
 def draw_batch(cfg: Config, world_size: int, prompt_tokens: int, response_tokens: int) -> Batch:
     """Draw the sequences of a step and pack them.
 
-    Response lengths are lognormal with a mean of ``response_tokens``, cut at ``rollout.max_new_tokens``.
+    Response lengths are lognormal with a mean of ``response_tokens``, cut at ``rollout.max_response_tokens``.
     """
     count = cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt
     shape = np.random.default_rng(0).lognormal(0.0, 0.6, count)
-    limit, scale = cfg.rollout.max_new_tokens, float(response_tokens)
+    limit, scale = cfg.rollout.max_response_tokens, float(response_tokens)
     for _ in range(50):  # until the mean after the cut is ``response_tokens``
         responses = np.clip(shape * scale, 1, limit)
         scale *= response_tokens / responses.mean()

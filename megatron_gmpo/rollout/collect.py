@@ -115,18 +115,17 @@ class Collector:
         groups: Groups = {}
         parts: list[StepIndex] = []
         kept: list[int] = []  # groups that may be trained on
-        failed = _Failed()
+        failed = _Failed(cfg.has_episodes)
         timeouts = stale = used = 0
         while used < rounds and len(kept) < cfg.prompts_per_step:
             if used == 0 and cfg.max_staleness:
-                new, count, stale = self._generated_ahead(steps_left)
+                new, count, stale = self._generated_ahead(steps_left, failed)
             else:
                 count = cfg.prompts_per_step - len(kept)
                 prompts = self._prompts.next(count)
-                new = self._engine.generate(prompts, self._sampling_at(self._prompts.place - count))
+                sampled = self._engine.generate(prompts, self._sampling_at(self._prompts.place - count))
+                new, count = failed.leave_out(sampled, count)
             used += 1
-            if cfg.has_episodes:
-                new, count = failed.leave_out(new, count)
             if count == 0:
                 continue
             timeouts += score(new, self._reward)
@@ -143,7 +142,7 @@ class Collector:
         penalized = replace(drawn, reward=drawn.reward + overlong_penalty(drawn.episode_length, cfg))
         chosen = np.array(kept or range(min(cfg.prompts_per_step, drawn.num_groups)))
         episodes = episode_figures([*groups.values(), *failed.mine])
-        metrics = rollout_figures(penalized) | self._over_ranks(episodes)[0]
+        metrics = rollout_figures(penalized) | self._over_ranks(episodes)[0] | failed.figures()
         metrics |= {
             "reward/timeouts": Metric(timeouts),
             "rollout/dropped_groups": Metric(drawn.num_groups - len(chosen)),
@@ -151,9 +150,6 @@ class Collector:
         }
         if cfg.overlong_buffer:
             metrics["reward/raw_mean"] = Metric(fsum(drawn.reward.tolist()), len(drawn))
-        if cfg.has_episodes:
-            metrics["rollout/failed_groups"] = Metric(failed.groups)
-            metrics["rollout/environment_errors"] = Metric(failed.episodes)
         if cfg.max_staleness:
             metrics |= self._staleness(drawn) | {"rollout/stale_groups": Metric(stale)}
         return self._chosen(groups, (penalized if kept else drawn).take(chosen), chosen, metrics)
@@ -169,7 +165,7 @@ class Collector:
                 sample.reward = reward
         return Collected(groups, index, metrics)
 
-    def _generated_ahead(self, steps_left: int) -> tuple[Groups, int, int]:
+    def _generated_ahead(self, steps_left: int, failed: _Failed) -> tuple[Groups, int, int]:
         """Refill the queue; return the groups submitted first, and the numbers of fresh and of stale groups.
 
         If all groups are too stale, their prompts are sampled again.
@@ -181,14 +177,16 @@ class Collector:
             sampling = self._sampling_at(self._prompts.place - len(prompts))
             self._ahead.append((places, prompts, engine.submit(prompts, sampling)))
         places, prompts, ticket = self._ahead.popleft()
-        groups: Groups = engine.wait(ticket)
-        index = StepIndex.gather(groups, len(prompts))
+        groups, count = failed.leave_out(engine.wait(ticket), len(prompts))
+        if count == 0:
+            return groups, 0, 0
+        index = StepIndex.gather(groups, count)
         oldest = np.minimum.reduceat(index.oldest_version, index.group_bounds[:-1])
         fresh = np.flatnonzero(oldest >= self._engine.version - self.cfg.max_staleness)
         if len(fresh):
-            return _renumbered(groups, fresh), len(fresh), len(prompts) - len(fresh)
-        sampling = self._sampling_at(places[1] - len(prompts))
-        return engine.generate(prompts, sampling), len(prompts), len(prompts)
+            return _renumbered(groups, fresh), len(fresh), count - len(fresh)
+        sampled = engine.generate(prompts, self._sampling_at(places[1] - len(prompts)))
+        return *failed.leave_out(sampled, len(prompts)), count
 
     def _sampling_at(self, place: int) -> SamplingParams:
         """Return the sampling of prompts of which the first has this place in the stream."""
@@ -210,18 +208,24 @@ class _Failed:
     The whole group is left out. Its other episodes alone would make a biased group: environments fail more
     often in long episodes, so short ones would be left, and the failed one has no reward to compare with.
 
+    Args:
+        has_episodes: whether samples are episodes; if not, nothing is left out.
+
     Attributes:
         groups: number of groups on all ranks.
         episodes: number of failed episodes on all ranks.
         mine: this rank's groups.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_episodes: bool) -> None:
+        self._has_episodes = has_episodes
         self.groups = self.episodes = 0
         self.mine: list[SampleGroup] = []
 
     def leave_out(self, drawn: Groups, count: int) -> tuple[Groups, int]:
         """Return this rank's other groups, and the number of other groups on all ranks. Collective."""
+        if not self._has_episodes:
+            return drawn, count
         failures = torch.zeros(count, dtype=torch.int64)
         for position, group in drawn.items():
             failures[position] = sum(sample.finish_reason == "abort" for sample in group.samples)
@@ -232,6 +236,15 @@ class _Failed:
         self.episodes += int(failures.sum())
         whole = np.flatnonzero(failures == 0)
         return _renumbered(drawn, whole), len(whole)
+
+    def figures(self) -> dict[str, Metric]:
+        """Return the counts; none without episodes."""
+        if not self._has_episodes:
+            return {}
+        return {
+            "rollout/failed_groups": Metric(self.groups),
+            "rollout/environment_errors": Metric(self.episodes),
+        }
 
     def end_run(self) -> None:
         """Raise a ``RunError`` with the first error of the lowest rank that has one. Collective."""

@@ -73,7 +73,7 @@ class EmbeddedEngine:
         routed_experts: record the experts of every token; requires a MoE.
         quantized: round new weights to their values in block-wise FP8 (see ``models.fp8_blocks``).
         fp32_head: compute the logits of a bf16 model in fp32, see ``fp32_product``.
-        player: plays episodes; None samples single responses. The engine closes it.
+        player: plays episodes; None samples single responses. The engine starts and closes it.
     """
 
     def __init__(
@@ -90,6 +90,9 @@ class EmbeddedEngine:
         fp32_head: bool = False,
         player: Player | None = None,
     ) -> None:
+        with agreed():
+            if player:
+                player.start()
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
         )
@@ -323,6 +326,22 @@ class EmbeddedEngine:
 def _report_part(report: Callable[[float], None], before: int, size: int, total: int, share: float) -> None:
     """Report the share of ``total`` samples from that of the ``size`` samples after the first ``before``."""
     report((before + share * size) / total)
+
+
+def make_embedded(cfg: Config, tokenizer: Any, device: torch.device, player: Player | None) -> EmbeddedEngine:
+    """Return the engine that ``cfg`` describes; see ``EmbeddedEngine``."""
+    return EmbeddedEngine(
+        cfg.model.path,
+        tokenizer,
+        device=device,
+        dtype=DTYPES[cfg.rollout.dtype or cfg.model.dtype],
+        batch_size=cfg.rollout.batch_size,
+        seed=cfg.seed,
+        routed_experts=cfg.rollout.routed_experts,
+        quantized=cfg.rollout.quantization == "fp8",
+        fp32_head=cfg.uses_fp32_head,
+        player=player,
+    )
 
 
 def _fp32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:

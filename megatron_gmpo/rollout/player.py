@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..batch.samples import Prompt, Sample
-from ..config import Config
+from ..config import Config, RolloutConfig
 from ..errors import InputError
 from .ending import Ending
 from .engine import SamplingParams
@@ -17,19 +17,28 @@ from .episode import EpisodeLimits, Generate, play
 from .turns import TurnTemplate
 
 
-@dataclass(frozen=True)
 class Player:
     """The environments, the chat template and the limits of a run's episodes.
 
-    Its processes start with the first episode.
-
-    Attributes:
+    Args:
+        cfg: names the environment or the tools.
+        seed: the run's seed.
+        template: gives the tokens between turns.
         limits: those of training; sampling parameters replace ``max_new_tokens``.
     """
 
-    pool: EnvironmentPool
-    template: TurnTemplate
-    limits: EpisodeLimits
+    def __init__(self, cfg: RolloutConfig, seed: int, template: TurnTemplate, limits: EpisodeLimits) -> None:
+        self._cfg, self._seed = cfg, seed
+        self.template, self.limits = template, limits
+        self._pool: EnvironmentPool | None = None
+
+    def start(self) -> None:
+        """Start the environments' processes, in a trainer process that plays, unless they run.
+
+        Raises:
+            InputError, RunError: see ``EnvironmentPool``.
+        """
+        self._pool = self._pool or EnvironmentPool(self._cfg, self._seed)
 
     def play(
         self,
@@ -46,11 +55,12 @@ class Player:
             position: the prompt's position in its batch.
             number: number of the sample in its group.
         """
+        assert self._pool, "start was not called"
         return play(
             prompt,
             number,
             sampling.draw + position,
-            pool=self.pool,
+            pool=self._pool,
             template=self.template,
             limits=replace(self.limits, max_new_tokens=sampling.max_new_tokens),
             ending=ending,
@@ -59,18 +69,19 @@ class Player:
 
     def close(self) -> None:
         """End the environments' processes."""
-        self.pool.close()
+        if self._pool:
+            self._pool.close()
 
 
 def make_player(cfg: Config, tokenizer: Any, positions: int) -> Player | None:
-    """Return the player of the config's episodes; None if it has no environment and no tools.
+    """Return the player of the config's episodes, not started; None without an environment and tools.
 
     Args:
         tokenizer: the policy's tokenizer.
         positions: maximum tokens of a prompt and its episode together.
 
     Raises:
-        InputError: see ``TurnTemplate`` and ``EnvironmentPool``; or a benchmark has a chat template of its
+        InputError: see ``TurnTemplate`` and ``tool_schemas``; or a benchmark has a chat template of its
             own.
     """
     rollout, data = cfg.rollout, cfg.data
@@ -92,4 +103,4 @@ def make_player(cfg: Config, tokenizer: Any, positions: int) -> Player | None:
         max_prompt_tokens=min(longest, positions - rollout.max_response_tokens),
     )
     template = TurnTemplate(tokenizer, data, tools=tool_schemas(rollout), keep_thinking=rollout.keep_thinking)
-    return Player(EnvironmentPool(rollout, cfg.seed), template, limits)
+    return Player(rollout, cfg.seed, template, limits)

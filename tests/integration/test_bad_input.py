@@ -222,6 +222,10 @@ CASES: dict[str, tuple[Case, str]] = {
         r"eval\.max_new_tokens = 2047: prompt heldout/\d+ of eval\.sets\.heldout has \d tokens, and .* 2048 "
         r"together \(max_position_embeddings = 2048\): set eval\.sets\.heldout\.max_prompt_tokens = 1 or ",
     ),
+    "an environment without a chat template": (
+        case(rollout__environment="tests.support.games:Echo"),
+        r"rollout\.environment and rollout\.tools need a chat template",
+    ),
     "broken replay": (
         case(rollout__replay_path="{tmp}/rollouts", train__num_steps=2),
         r"rollout\.replay_path: .*step_000000\.jsonl has no groups",
@@ -380,3 +384,21 @@ def test_trouble_of_one_rank_alone_is_not_silent(folder: Path, tmp_path: Path) -
     assert done.returncode != 0
     (line,) = error_lines(done.stderr)
     assert re.search(r"reward\.name = .* returned None for .*: return a finite number", line)
+
+
+def test_an_episode_beyond_the_positions(text_model: Path, tmp_path: Path) -> None:
+    """The model has 2048 positions, and an episode 4 * 512 tokens."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"problem": "Go.", "answer": ""}) + "\n")
+    argv = options(
+        run_dir=tmp_path / "run",
+        model__path=text_model,
+        data__path=problems,
+        eval__sets="{}",
+        rollout__environment="tests.support.games:Echo",
+        rollout__max_new_tokens=512,
+    )
+    done = run_module("megatron_gmpo.train", CONFIG, *argv)
+    assert done.returncode == 2
+    (line,) = error_lines(done.stderr)
+    assert line.startswith("error: rollout.max_episode_tokens = 2048: prompt problems/0 of data has ")

@@ -11,10 +11,11 @@ import itertools
 import random
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.errors import InputError, ServerError
 from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.episode import Generate
 from megatron_gmpo.rollout.response import Response
 from megatron_gmpo.rollout.sglang import sampler
 from megatron_gmpo.rollout.sglang.batches import Sampled
@@ -809,6 +811,144 @@ def test_routed_experts_of_a_response_that_ends_in_an_aborted_answer(
     assert response.finish_reason == ("stop" if limit == 20 else "length")
     assert response.routed_experts is not None
     assert np.array_equal(response.routed_experts, record.reshape(-1, 2, 2)[: 3 + kept - 1])
+
+
+# --- episodes ---
+
+
+class ThreeTurns:
+    """Player of episodes of three turns of two tokens, with token 99 between them.
+
+    Attributes:
+        think: what the environments do after each turn.
+        live, most: the episodes that are not finished: now, and at most.
+        ended: the contexts of each finished episode's turns, by position and number.
+        cancelled: number of episodes that were cancelled.
+    """
+
+    def __init__(self, think: Callable[[], Awaitable[None]] | None = None) -> None:
+        self.think = think or partial(asyncio.sleep, 0)
+        self.live = self.most = self.cancelled = 0
+        self.ended: dict[tuple[int, int], list[list[int]]] = {}
+
+    async def play(
+        self,
+        prompt: Prompt,
+        position: int,
+        number: int,
+        sampling: SamplingParams,
+        ending: Ending,
+        generate: Generate,
+    ) -> Response:
+        self.live += 1
+        self.most = max(self.most, self.live)
+        tokens, contexts, turn = prompt.input_ids, [], Response()
+        try:
+            for _ in range(3):
+                contexts.append(tokens)
+                turn = await generate(np.array(tokens, np.int32), 2)
+                tokens = [*tokens, *turn.tokens.tolist(), 99]
+                await self.think()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.live -= 1
+        self.ended[position, number] = contexts
+        return turn
+
+
+def play(client: RolloutClient, player: ThreeTurns, count: int, n: int = 1) -> Future[Sampled[Any]]:
+    prompts = [Prompt(str(i), "", input_ids=[*PROMPT, i]) for i in range(count)]
+    sampling, of_turns = SamplingParams(n=n, max_new_tokens=7), cast(Any, player)
+    return client.play(f"episodes {next(NUMBERS)}", prompts, sampling, ENDLESS, of_turns)
+
+
+def prompts_of(fake: FakeServer) -> list[int]:
+    """Return the position of the prompt of each request."""
+    return [body["input_ids"][3] for body in fake.bodies]
+
+
+def test_the_turns_of_an_episode_stay_on_one_server(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """Also while all episodes of the other server are in their environments, so that it has no request."""
+    served = client(count=2)
+    sync(served, fakes, 0)
+
+    async def slowly(body: dict[str, Any]) -> Answer:
+        await asyncio.sleep(0.05)
+        return answer_of(body, f"{NONCE}-0")
+
+    fakes[0].generate = slowly
+    player = ThreeTurns()
+    play(served, player, count=8).result(20)
+    of_first, of_second = map(prompts_of, fakes)
+    assert (
+        len(of_first) == len(of_second) == 12
+    )  # shared evenly, although the second is idle most of the time
+    assert not set(of_first) & set(of_second)
+    for fake in fakes:
+        for body in fake.bodies:
+            assert body["sampling_params"]["max_new_tokens"] == 2  # of a turn
+    seeds = {body["sampling_params"]["sampling_seed"] for fake in fakes for body in fake.bodies}
+    assert len(seeds) == 8  # the turns of an episode have its seed
+    contexts = player.ended[5, 0]
+    assert contexts[1] == [*PROMPT, 5, 104, 105, 99]
+    assert contexts[2] == [*contexts[1], 107, 108, 99]
+    assert [b["input_ids"] for f in fakes for b in f.bodies if b["input_ids"][3] == 5] == contexts
+    assert [member.episodes for member in served._watcher.members] == [0, 0]
+
+
+def test_an_episode_in_its_environment_keeps_its_room(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """So that a server has no more episodes than it may have requests."""
+    served = client(count=2, max_concurrent_requests=2)
+    sync(served, fakes, 0)
+    player = ThreeTurns(partial(asyncio.sleep, 0.03))
+    assert len(play(served, player, count=12).result(20)) == 12
+    assert player.most == 4
+
+
+def test_a_server_that_is_lost_in_an_episode(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """Its turn is sampled again on the other server, where the episode stays; the turns before it stay."""
+    served = client(own=True, count=2)
+    sync(served, fakes, 0)
+    assert served.local
+
+    async def hang_in_the_second_turn(body: dict[str, Any]) -> Answer:
+        return await (hang(body) if len(fakes[0].bodies) == 2 else fakes[0].answer(body))
+
+    fakes[0].generate = hang_in_the_second_turn
+    player = ThreeTurns()
+    future = play(served, player, count=1)
+    wait_for(lambda: len(fakes[0].bodies) == 2)
+    served.local.kill(0)  # pyright: ignore[reportAttributeAccessIssue]
+    future.result(20)
+    contexts = [[*PROMPT, 0], [*PROMPT, 0, 104, 105, 99], [*PROMPT, 0, 104, 105, 99, 107, 108, 99]]
+    assert player.ended == {(0, 0): contexts}
+    assert [body["input_ids"] for body in fakes[0].bodies] == contexts[:2]
+    assert [body["input_ids"] for body in fakes[1].bodies] == contexts[1:]
+    assert [member.episodes for member in served._watcher.members] == [0, 0]
+
+
+def test_closing_ends_episodes_in_their_environments(
+    fakes: list[FakeServer], client: Callable[..., RolloutClient]
+) -> None:
+    served = client()
+    sync(served, fakes, 0)
+    player = ThreeTurns(partial(asyncio.sleep, 30))
+    future = play(served, player, count=2, n=2)
+    wait_for(lambda: len(fakes[0].bodies) == 4 and not fakes[0].in_flight)
+    start = time.monotonic()
+    served.close()
+    assert time.monotonic() < start + 20
+    assert future.cancelled()
+    assert player.cancelled == 4
+    served.close = lambda: None
 
 
 def test_as_many_files_may_be_open_as_there_are_requests() -> None:

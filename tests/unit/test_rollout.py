@@ -36,7 +36,7 @@ from megatron_gmpo.batch.samples import (
 )
 from megatron_gmpo.config import RewardConfig, RolloutConfig
 from megatron_gmpo.data.stream import PromptStream, StreamState
-from megatron_gmpo.errors import InputError, NonFiniteError
+from megatron_gmpo.errors import InputError, NonFiniteError, RunError
 from megatron_gmpo.metrics.figures import Metric, value_of
 from megatron_gmpo.rewards import resolve_reward
 from megatron_gmpo.rewards.arithmetic import arithmetic_reward
@@ -977,6 +977,78 @@ def test_stale_groups_are_dropped_whole_and_counted() -> None:
     assert names(again.groups) == ["old", "fresh"]
     assert values(again)["rollout/stale_groups"] == 2
     assert values(again)["rollout/staleness_max"] == 0
+
+
+class FailingEngine(AheadEngine):
+    """Engine of episodes, of which the last one fails for these prompts, before its first turn."""
+
+    def __init__(self, script: dict[str, str], fails: set[str], late: dict[str, int] | None = None) -> None:
+        super().__init__(script, late)
+        self.fails = fails
+        self.draws: list[int] = []
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
+        self.draws.append(sampling.draw)
+        groups = super().generate(prompts, sampling)
+        for group in groups.values():
+            for sample in group.samples:
+                sample.episode = Episode("done")
+            if group.prompt.id in self.fails:
+                sample = group.samples[-1]
+                sample.finish_reason, sample.policy_version = "abort", -1
+                sample.episode = Episode("error", error=f"{group.prompt.id} is broken")
+        return groups
+
+
+def of_episodes(fake: FailingEngine, names: list[str], **options: Any) -> Collector:
+    stream = PromptStream([Prompt(name, answer="a") for name in names], seed=0, shuffle=False)
+    cfg = RolloutConfig(environment="m:Room", prompts_per_step=2, samples_per_prompt=2, **options)
+    return Collector(fake, stream, arithmetic_reward, cfg)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_groups_with_a_failed_episode_are_left_out_whole_and_counted(max_staleness: int) -> None:
+    """The failed episode has no weights that sampled it, and its group is not taken for a stale one."""
+    engine = FailingEngine(SCRIPT, {"mixed"})
+    options = {"engine": "sglang", "max_staleness": max_staleness}
+    result = of_episodes(engine, ["mixed", "right"], **options).collect()
+    assert names(result.groups) == ["right"]
+    assert values(result)["rollout/failed_groups"] == values(result)["rollout/environment_errors"] == 1
+    assert values(result)["rollout/dropped_groups"] == values(result).get("rollout/stale_groups", 0) == 0
+    assert values(result)["reward/mean"] == 1  # of "right" alone
+    assert result.index.num_groups == 1
+
+
+def test_failed_groups_are_resampled() -> None:
+    """Seeds of environments follow the place of a prompt in the stream."""
+    engine = FailingEngine(SCRIPT | {"mixed 3": "ba"}, {"mixed", "wrong"})
+    order = ["mixed", "wrong", "right", "mixed too", "right", "mixed 3"]
+    result = of_episodes(engine, order, dynamic_sampling="resample").collect()
+    assert names(result.groups) == ["mixed too", "mixed 3"]
+    assert [ids for ids, _ in engine.calls] == [order[:2], order[2:4], order[4:5], order[5:]]
+    assert engine.draws == [0, 2, 4, 5]
+    assert values(result)["rollout/failed_groups"] == 2
+
+
+def test_a_step_in_which_every_group_fails_ends_the_run() -> None:
+    engine = FailingEngine(SCRIPT, {"mixed", "right"})
+    with pytest.raises(
+        RunError, match="failed in all 2 groups of the step, first in sample 1 of prompt mixed"
+    ):
+        of_episodes(engine, ["mixed", "right"]).collect()
+    with pytest.raises(RunError, match=r"all 4 groups of the step.*: mixed is broken"):
+        of_episodes(engine, ["mixed", "right"], dynamic_sampling="resample", max_resample_rounds=1).collect()
+
+
+def test_only_the_last_group_of_stale_ones_fails() -> None:
+    """All other groups are stale: all prompts are sampled again, and one group fails again."""
+    engine = FailingEngine(SCRIPT, {"mixed"}, late={"right": 2})
+    engine.update_weights([], 4)
+    result = of_episodes(engine, ["mixed", "right"], engine="sglang", max_staleness=1).collect()
+    assert names(result.groups) == ["right"]
+    assert engine.draws == [0, 0]
+    assert values(result)["rollout/stale_groups"] == 1
+    assert values(result)["rollout/failed_groups"] == 2
 
 
 def test_staleness_is_counted_by_token() -> None:

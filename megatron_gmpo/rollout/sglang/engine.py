@@ -67,7 +67,8 @@ class SGLangEngine:
         tokenizer: the model's tokenizer, to decode responses.
         nodes: the nodes of the ranks.
         routed_experts: (layers, topk) to record every token's experts, or None.
-        player: plays episodes on ranks with a client; None samples single responses. The engine closes it.
+        player: plays episodes on ranks with a client; None samples single responses. The engine
+            starts it there and closes it.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class SGLangEngine:
         self._client = None
         with agreed():  # every client has announced its servers
             if nodes.is_leader:
+                if player:
+                    player.start()
                 self._client = RolloutClient(
                     servers, local, cfg.sglang, self._nonce, self._store, routed_experts
                 )
