@@ -57,6 +57,14 @@ class Ending:
                 rest = rest.replace(token.content, "")
         return text[: len(text) - len(rest)]
 
+    def action(self, turn: np.ndarray) -> str:
+        """Return the text of a turn's (R,) tokens for the environment: ``text`` with its special tokens.
+
+        The marks of tool calls are special tokens of some tokenizers.
+        """
+        whole: str = self.tokenizer.decode((turn[:-1] if turn[-1] in self.end_ids else turn).data)
+        return whole[: min((whole.find(string) for string in self.stop if string in whole), default=None)]
+
     def _stops_at(self, tokens: np.ndarray) -> int | None:
         """Return how many tokens complete the first stop string; None if there is none."""
 

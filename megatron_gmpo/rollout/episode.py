@@ -102,9 +102,8 @@ class _Log:
     name: str = ""
     success: bool | None = None
 
-    def act(self, action: str) -> str:
-        self.turns.append([{"role": "assistant", "content": action}])
-        return action
+    def act(self, text: str) -> None:
+        self.turns.append([{"role": "assistant", "content": text}])
 
     def observe(self, observation: Observation) -> Observation:
         (self.turns[-1] if self.turns else self.start).extend(observation.messages)
@@ -223,8 +222,8 @@ class _Course:
             turn = await self.generate(self.trajectory.tokens, min(self.limits.max_new_tokens, room))
             self.trajectory.add_turn(turn)
             previous = self.log.turns[-1] if self.log.turns else []
-            action = self.log.act(self.ending.text(turn.tokens))
-            observation = self.log.observe(await session.step(action))
+            self.log.act(self.ending.text(turn.tokens))
+            observation = self.log.observe(await session.step(self.ending.action(turn.tokens)))
             if observation.done:
                 return "done"
             if len(self.log.turns) == self.limits.max_turns:

@@ -56,6 +56,7 @@ def test_a_response_ends_at_its_first_end_token_or_stop_string(
     assert ending.text(np.array(response, np.int32)) == "".join(
         shown[: len(shown) - sum(not hidden for hidden in special[start:])]
     )
+    assert ending.action(np.array(response, np.int32)) == whole[:start]
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:

@@ -279,12 +279,9 @@ def test_the_environment_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert (await session.reset()).messages[0]["content"] == "My number is between 1 and 20."
         assert (await session.step("I do not know.")).messages[0]["content"] == "It is higher."
         low, high = 1, 20
-        for _ in range(5):
-            middle = (low + high) // 2
-            observation = await session.step(f"Is it {middle}?")
-            if observation.done:
-                break
+        while not (observation := await session.step(f"Is it {(middle := (low + high) // 2)}?")).done:
             low, high = (middle + 1, high) if "higher" in str(observation.messages) else (low, middle - 1)
+            assert low <= high
         await session.close()
         return observation
 

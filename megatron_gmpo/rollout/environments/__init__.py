@@ -78,7 +78,7 @@ class Environment(Protocol):
         ...
 
     def step(self, action: str) -> Observation | Awaitable[Observation]:
-        """Answer a turn. ``action`` is its text without end token and stop string."""
+        """Answer a turn. ``action`` is its text with special tokens, without end token and stop string."""
         ...
 
 

@@ -52,7 +52,7 @@ class EnvironmentPool:
         self._control, theirs = socket.socketpair()
         self._server = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, json.dumps(sys.path)],
-            stdin=theirs,
+            stdin=theirs.fileno(),
             env=os.environ
             | {
                 "PYTHONHASHSEED": "0",  # sets of texts have the same order after a resume
@@ -66,17 +66,16 @@ class EnvironmentPool:
         try:
             self._control.settimeout(IMPORT_S)
             self._control.sendall(json.dumps(named).encode() + b"\n")
-            answer = self._control.makefile("rb").readline()
-        except OSError:  # also TimeoutError
-            answer = b""
-        if not answer or (error := json.loads(answer)["error"]):
+            answer = json.loads(self._control.makefile("rb").readline())
+        except (OSError, ValueError):  # it took too long, or has ended
             self.close()
-            if answer:
-                raise InputError(error)
             raise RunError(
                 f"the process that imports {cfg.environment or list(cfg.tools)} ended, or took more than "
                 f"{IMPORT_S} s; its error is above"
-            )
+            ) from None
+        if answer["error"]:
+            self.close()
+            raise InputError(answer["error"])
         self._control.settimeout(_SERVER_S)
 
     async def open(self, prompt: Prompt, number: int, draw: int) -> Session:

@@ -67,7 +67,6 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # the run's standard output is not the environment's
     signal.alarm(IMPORT_S + _ORPHAN_MARGIN_S)  # ends this process if the trainer has ended meanwhile
-    error = None
     try:
         make = maker(**json.loads(control.makefile("rb").readline()))
         if len(os.listdir("/proc/self/task")) > 1:
@@ -75,13 +74,13 @@ def main() -> None:
                 "the module of rollout.environment or rollout.tools starts threads when it is imported, and "
                 "a fork has none of them: import what starts them in __init__ or in the function"
             )
-    except InputError as refused:
-        error = str(refused)
+    except InputError as error:
+        control.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
+        return
     signal.alarm(0)
-    control.sendall(json.dumps({"error": error}).encode() + b"\n")
-    if error is None:
-        gc.freeze()  # the collector does not touch, and so copy, the pages that the workers share
-        _ForkServer(control, make).serve()
+    gc.freeze()  # the collector does not touch, and so copy, the pages that the workers share
+    control.sendall(json.dumps({"error": None}).encode() + b"\n")
+    _ForkServer(control, make).serve()
 
 
 def maker(environment: str, tools: list[str], arguments: dict[str, Any]) -> Make:
@@ -96,7 +95,7 @@ def maker(environment: str, tools: list[str], arguments: dict[str, Any]) -> Make
         named = named_tools(tools, arguments)
         return lambda seed: ToolEnvironment(named)
     field = "rollout.environment"
-    found = resolve(field, environment, ENVIRONMENTS, "module:Class")
+    found: Any = resolve(field, environment, ENVIRONMENTS, "module:Class")
     if isinstance(found, str):
         found = resolve(field, found, {}, "module:Class")
     if not inspect.isclass(found) or not all(
@@ -105,7 +104,8 @@ def maker(environment: str, tools: list[str], arguments: dict[str, Any]) -> Make
         raise InputError(
             f"{field} = {environment!r} is not a class with the methods reset and step: give one"
         )
-    signature = inspect.signature(found)
+    make: Any = found
+    signature = inspect.signature(make)
     seeded = "seed" in signature.parameters
     try:
         signature.bind(**arguments, **({"seed": 0} if seeded else {}))
@@ -113,7 +113,7 @@ def maker(environment: str, tools: list[str], arguments: dict[str, Any]) -> Make
         raise InputError(
             f"rollout.environment_args = {arguments} do not fit {environment}{signature}: {error}"
         ) from None
-    return lambda seed: found(**arguments, **({"seed": seed} if seeded else {}))
+    return lambda seed: make(**arguments, **({"seed": seed} if seeded else {}))
 
 
 class _ForkServer:
