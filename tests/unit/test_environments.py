@@ -12,15 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from megatron_gmpo.batch.samples import Prompt
-from megatron_gmpo.config import RolloutConfig
-from megatron_gmpo.errors import InputError
+from megatron_gmpo.config import DataConfig, RolloutConfig
+from megatron_gmpo.errors import InputError, RunError
+from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.environments import EnvironmentFault, Observation
 from megatron_gmpo.rollout.environments.pool import EnvironmentPool
 from megatron_gmpo.rollout.environments.worker import maker
+from megatron_gmpo.rollout.episode import EpisodeLimits, play
+from megatron_gmpo.rollout.response import Response
+from megatron_gmpo.rollout.turns import TurnTemplate
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support.forks import ROOT
 
@@ -265,6 +271,49 @@ def test_mistakes_are_refused_before_the_first_episode(module: str, reason: str)
         EnvironmentPool(config(module=module), seed=0)
 
 
+PLAYED = {
+    "waits": ("turns", ""),
+    "raises": ("error", "step raised RuntimeError: two lines"),
+    "exits": ("error", "the process ended in step (exit code 3)"),
+    "returns_none": ("error", "step returned a value of type NoneType, not an Observation"),
+    "floods": ("error", "step returned more than 262144 bytes"),
+}
+"""What the policy says in every turn -> why the episode ends, and the error."""
+
+
+@pytest.mark.parametrize("action", PLAYED)
+def test_the_episode_of_an_endless_or_faulty_environment(pool: EnvironmentPool, action: str) -> None:
+    """The sample has the turns up to the limit or the fault."""
+    tokenizer = text_tokenizer()
+    turn = np.array([*tokenizer(action)["input_ids"], tokenizer.eos_token_id], np.int32)
+
+    async def generate(context: np.ndarray, limit: int) -> Response:
+        return Response(turn, np.zeros(len(turn), np.float32), np.zeros(len(turn), np.int32), "stop")
+
+    sample = asyncio.run(
+        play(
+            Prompt("p", "", text="?", messages=[{"role": "user", "content": "?"}], input_ids=[1, 2, 3]),
+            0,
+            0,
+            pool=pool,
+            template=TurnTemplate(tokenizer, DataConfig(path="tasks")),
+            limits=EpisodeLimits(
+                max_turns=3, max_new_tokens=50, max_episode_tokens=999, max_prompt_tokens=99
+            ),
+            ending=Ending(tokenizer, {tokenizer.eos_token_id}),
+            generate=generate,
+        )
+    )
+    ended, error = PLAYED[action]
+    assert sample.episode
+    assert sample.episode.ended == ended
+    assert sample.episode.error.startswith(error)
+    assert bool(error) is bool(sample.episode.error)
+    assert sample.finish_reason == ("abort" if error else "length")
+    assert sample.response_length == len(turn) * (1 if error else 3)
+    assert sample.episode.reward == (0 if error else 1.5)
+
+
 @pytest.mark.slow
 def test_the_environment_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Play the game in docs/agents.md by halving what is left."""
@@ -290,6 +339,24 @@ def test_the_environment_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert asyncio.run(play(number)) == Observation([], 1.0, True, {"success": True})
     finally:
         pool.close()
+
+
+@pytest.mark.slow
+def test_the_end_of_the_process_that_starts_workers() -> None:
+    pool = EnvironmentPool(config(), seed=5)
+
+    async def ended() -> None:
+        session = await pool.open(PROMPT, 0, 0)
+        worker = psutil.Process((await session.reset()).info["pid"])
+        worker.parent().kill()
+        with pytest.raises(EnvironmentFault, match=r"^the process ended in step$"):
+            await session.step("hangs")
+        assert gone(worker.pid)
+        with pytest.raises(RunError, match=r"^the process that starts environments has ended"):
+            await pool.open(PROMPT, 0, 0)
+
+    asyncio.run(ended())
+    pool.close()
 
 
 @pytest.mark.slow

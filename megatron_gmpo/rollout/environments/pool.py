@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -49,6 +50,9 @@ class EnvironmentPool:
     def __init__(self, cfg: RolloutConfig, seed: int) -> None:
         self.timeout_s, self._seed = cfg.environment_timeout_s, seed
         self._idle: list[socket.socket] = []
+        # a live episode has a socket here, and one in the fork server, which inherits the limit
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._control, theirs = socket.socketpair()
         self._server = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, json.dumps(sys.path)],
@@ -133,7 +137,8 @@ class EnvironmentPool:
         if ready != READY:
             hang_up(ours)
             raise RunError(
-                f"no process for an environment started within {_SERVER_S:.0f} s: start the run again"
+                "the process that starts environments has ended, or started none within "
+                f"{_SERVER_S:.0f} s; its error is above"
             )
         return ours
 
