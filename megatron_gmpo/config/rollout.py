@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -52,6 +53,15 @@ class DataConfig(Section):
         if len(set(self.files)) < len(self.files):
             raise ValueError(f"files = {list(self.files)} names a file twice")
         return self
+
+
+def _json(args: dict[str, Any]) -> dict[str, Any]:
+    """Return ``args``, which travel to other processes, if JSON can hold them; TOML has dates as well."""
+    try:
+        json.dumps(args)
+    except TypeError as error:
+        raise ValueError(f"{error}: give a text instead") from None
+    return args
 
 
 class RolloutConfig(Section):
@@ -112,7 +122,7 @@ class RolloutConfig(Section):
     environment: str = ""
     """Environment that answers the policy's turns, ``module:Class``; empty samples one response to a
     prompt."""
-    environment_args: dict[str, Any] = {}
+    environment_args: Annotated[dict[str, Any], AfterValidator(_json)] = {}
     """Arguments of the environment's class. With ``tools``, arguments of the functions that the model does
     not see, e.g. ``file`` of the search tool."""
     tools: tuple[Text, ...] = ()

@@ -91,6 +91,10 @@ def mistake(*argv: str) -> str:
         (["--rollout.max_episode_tokens", "9"], ["max_episode_tokens = 9 needs environment or tools"]),
         (["--rollout.environment_args.n", "9"], ["environment_args = {'n': 9} needs environment or tools"]),
         (
+            ["--rollout.environment", "m:Room", "--rollout.environment_args", "{day = 2026-01-31}"],
+            ["rollout.environment_args: Object of type date is not JSON serializable: give a text instead"],
+        ),
+        (
             ["--rollout.environment", "m:Room", "--rollout.max_episode_tokens", "9"],
             ["max_episode_tokens = 9 is below max_new_tokens = 1024", "the limit of one turn"],
         ),
