@@ -41,6 +41,7 @@ from .config import Config, EvalConfig
 from .distributed import agreed, rank, world_size
 from .errors import InputError
 from .metrics.evaluations import Evaluated, pass_rates, report, table
+from .metrics.intervals import interval
 from .metrics.progress import SILENT, Progress
 from .rewards.votes import majority, votes
 from .rollout.collect import Reward, score
@@ -76,7 +77,8 @@ def evaluate(
         For each benchmark ``eval/{set}/pass@{k}`` with the ends of its 95 % interval over problems,
         ``ci_low@{k}`` and ``ci_high@{k}``, and ``maj@{k}``, the share of problems whose majority answer among
         the first k > 1 samples passes; the means ``reward``, ``response_length`` and ``truncated_fraction``;
-        ``timeouts``, the number of responses whose check exceeded its time limit; and ``problems``.
+        ``timeouts``, the number of responses whose check exceeded its time limit; ``problems``; and the
+        figures of ``success_rates``.
     """
     sampling = SamplingParams(
         n=cfg.samples_per_prompt,
@@ -94,6 +96,7 @@ def evaluate(
         passed = np.array([int((rewards >= cfg.pass_reward).sum()) for rewards in index.rewards_of_groups()])
         figures = pass_rates(passed, sampling.n, cfg.k)
         figures |= majority_rates(groups, len(prompts), reward, cfg)
+        figures |= success_rates(groups, len(prompts), sampling.n)
         figures |= {
             "reward": fmean(index.reward.tolist()),
             "response_length": fmean(index.response_length.tolist()),
@@ -133,6 +136,34 @@ def majority_rates(
     if world_size() > 1:
         dist.all_reduce(counts)
     return {f"maj@{k}": count / problems for k, count in zip(ks, counts.tolist(), strict=True)}
+
+
+def success_rates(groups: dict[int, SampleGroup], problems: int, n: int) -> dict[str, float]:
+    """Return the figures of episodes; none without episodes. Collective.
+
+    ``success`` is the share of episodes that the environment calls a success, with the ends of its 95 %
+    interval over problems, ``ci_low@success`` and ``ci_high@success``. ``environment_errors`` counts the
+    episodes in which the environment failed; they are no success.
+
+    Args:
+        groups: this rank's groups.
+        problems: number of problems on all ranks.
+        n: number of samples of a problem.
+    """
+    counts = torch.zeros(4, problems, dtype=torch.int64)  # episodes, told, successes, errors
+    for position, group in groups.items():
+        for episode in (sample.episode for sample in group.samples if sample.episode):
+            told, failed = episode.success is not None, episode.ended == "error"
+            counts[:, position] += torch.tensor([1, told, bool(episode.success) and not failed, failed])
+    if world_size() > 1:
+        dist.all_reduce(counts)
+    episodes, told, _, errors = counts.sum(1).tolist()
+    figures: dict[str, float] = {"environment_errors": errors} if episodes else {}
+    if told:
+        shares = counts[2].numpy() / n
+        figures["success"] = fmean(shares.tolist())
+        figures["ci_low@success"], figures["ci_high@success"] = interval(shares)
+    return figures
 
 
 def main(cfg: Config) -> None:

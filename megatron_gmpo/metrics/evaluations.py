@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import comb
+from math import comb, nan
 from statistics import fmean
 from typing import Any
 
@@ -87,7 +87,7 @@ def report(records: Mapping[str, Evaluated], cfg: EvalConfig) -> dict[str, Any]:
 def table(sets: Mapping[str, Any]) -> Table:
     """Return the results of ``report`` as a table, with a row for each benchmark and each label."""
     figures = {name: result["figures"] for name, result in sets.items()}
-    rates = [name for name in next(iter(figures.values())) if name.startswith(("pass@", "maj@"))]
+    rates = [name for name in next(iter(figures.values())) if name.startswith(("pass@", "maj@", "success"))]
     shown = Table("benchmark", "problems", *rates, "truncated")
     for name, result in sets.items():
         truncated = f"{figures[name]['truncated_fraction']:.1%}"
@@ -107,5 +107,6 @@ def _rate(figures: Mapping[str, float], name: str) -> str:
     if name not in figures:
         return ""
     kind, _, k = name.partition("@")
-    ends = f" [{figures[f'ci_low@{k}']:.3f}, {figures[f'ci_high@{k}']:.3f}]" if kind == "pass" else ""
+    low, high = (figures.get(f"ci_{end}@{k or kind}", nan) for end in ("low", "high"))
+    ends = f" [{low:.3f}, {high:.3f}]" if kind != "maj" else ""
     return f"{figures[name]:.3f}{ends}"

@@ -137,8 +137,12 @@ class Progress:
                 self._bar.remove_task(task)
 
     def results(self, when: str, figures: Mapping[str, float]) -> None:
-        """Print the pass rates of an evaluation, e.g. "after step 3", with their intervals, as a note."""
-        rates = {name.removeprefix("eval/"): value for name, value in figures.items() if "/pass@" in name}
+        """Print the rates of an evaluation, e.g. "after step 3", with their intervals, as a note."""
+        rates = {
+            name.removeprefix("eval/"): value
+            for name, value in figures.items()
+            if "/pass@" in name or name.endswith("/success")
+        }
         shown = ", ".join(f"{name} {value:.3f}{_interval(name, figures)}" for name, value in rates.items())
         self.note(f"evaluation {when}: {shown}")
 
@@ -158,6 +162,7 @@ def _duration(seconds: float) -> str:
 
 
 def _interval(name: str, figures: Mapping[str, float]) -> str:
-    """Return e.g. `` [0.210, 0.300]`` for the 95 % interval of ``SET/pass@k``."""
-    ends = [figures.get(f"eval/{name.replace('/pass@', f'/{end}@')}") for end in ("ci_low", "ci_high")]
+    """Return e.g. `` [0.210, 0.300]`` for the 95 % interval of ``SET/pass@k`` or ``SET/success``."""
+    of_set, _, rate = name.rpartition("/")
+    ends = [figures.get(f"eval/{of_set}/{end}@{rate.removeprefix('pass@')}") for end in ("ci_low", "ci_high")]
     return "" if None in ends else f" [{ends[0]:.3f}, {ends[1]:.3f}]"

@@ -90,8 +90,8 @@ class EmbeddedEngine:
         fp32_head: bool = False,
         player: Player | None = None,
     ) -> None:
-        with agreed():
-            if player:
+        if player:
+            with agreed():
                 player.start()
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"

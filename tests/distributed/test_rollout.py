@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
-from megatron_gmpo.config import RolloutConfig
+from megatron_gmpo.config import Config, RolloutConfig
 from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.distributed import (
     Nodes,
@@ -32,7 +33,10 @@ from megatron_gmpo.metrics.logger import MetricLogger
 from megatron_gmpo.rollout.collect import Collector, score
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.player import make_player
 from megatron_gmpo.rollout.replay import append_transcripts, load_groups, load_share, save_groups
+from megatron_gmpo.testing.tiny_models import make_tiny_model
+from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
 from ..support.ranks import RankPool
 from ..support.scripted import ScriptedEngine
@@ -40,6 +44,16 @@ from ..support.scripted import ScriptedEngine
 pytestmark = pytest.mark.distributed
 
 TEXTS = ["1", "07+45=", "3 - 2 + 10 = 8 + 8 - 5", "12+1="]
+
+
+@pytest.fixture(scope="module")
+def text_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny MoE with a chat template."""
+    folder = tmp_path_factory.mktemp("text_moe")
+    make_tiny_model(
+        folder, family="qwen3_moe", tokenizer=text_tokenizer(), num_layers=2, initializer_range=0.15
+    )
+    return folder
 
 
 def generate(
@@ -86,6 +100,105 @@ def test_ranks_without_a_prompt_take_part(ranks: RankPool, tiny_model: Callable[
     results = ranks.run(4, generate, folder, ["07+45="], SamplingParams(n=1, max_new_tokens=4), 8)
     assert results[1:] == [{}] * 3
     assert results[0][0].samples[0].response_length > 0
+
+
+def play(
+    folder: Path, settings: dict[str, Any], sampling: SamplingParams, batch_size: int, experts: bool = False
+) -> tuple[dict[int, SampleGroup], dict[int, SampleGroup]]:
+    """Play the same episodes twice; the second engine's environments take a longer time for their answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    played = []
+    for seconds in (0.0, 0.01):
+        arguments = settings["environment_args"] | {"seconds": seconds * rank()}
+        rollout = {"environment": "tests.support.games:Echo", "max_new_tokens": sampling.max_new_tokens}
+        rollout |= settings | {"environment_args": arguments}
+        cfg = Config.model_validate({"model": {"path": str(folder)}, "rollout": rollout})
+        engine = EmbeddedEngine(
+            str(folder), tokenizer, device="cpu", dtype=torch.float32, batch_size=batch_size, seed=0,
+            routed_experts=experts, player=make_player(cfg, tokenizer, 2048),
+        )  # fmt: skip
+        with closing(engine):
+            played.append(engine.generate(episode_prompts(tokenizer), sampling))
+    first, second = played
+    return first, second
+
+
+def episode_prompts(tokenizer: Any) -> list[Prompt]:
+    prompts = []
+    for text in ("one", "a second one", "the third"):
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        prompts.append(Prompt(text, "", messages=messages, input_ids=ids))
+    return prompts
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 64), (2, 3)])
+def test_the_embedded_engine_plays_episodes(
+    ranks: RankPool, text_moe: Path, world_size: int, batch_size: int
+) -> None:
+    """Log probabilities and experts of every turn are those of a forward pass over the whole episode."""
+    settings = {"max_episode_tokens": 500, "environment_args": {"turns": 4}}
+    sampling = SamplingParams(n=4, max_new_tokens=12)
+    results = ranks.run(world_size, play, text_moe, settings, sampling, batch_size, True)
+    model = AutoModelForCausalLM.from_pretrained(text_moe, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(text_moe)
+    groups: dict[int, SampleGroup] = {}
+    for first, second in results:
+        assert records(first) == records(second)  # whatever the environments' time
+        groups |= first
+    assert sorted(groups) == [0, 1, 2]
+    samples = [sample for group in groups.values() for sample in group.samples]
+    assert len({tuple(sample.tokens) for sample in samples}) == 12
+    for sample in samples:
+        assert sample.episode
+        assert (sample.num_turns, sample.episode.ended) == (4, "done")
+        ids = torch.from_numpy(sample.tokens).long()[None]
+        with torch.no_grad():
+            out = model(ids, output_router_logits=True)
+        logprobs = out.logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        mask = torch.from_numpy(sample.response_mask[1:])
+        torch.testing.assert_close(
+            torch.from_numpy(sample.rollout_logprobs[1:])[mask], logprobs[mask], atol=2e-5, rtol=0
+        )
+        assert not sample.rollout_logprobs[~sample.response_mask].any()
+        assert sample.routed_experts is not None
+        for layer, logits in enumerate(out.router_logits):
+            chosen = logits.topk(2).indices.sort().values[:-1]
+            assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
+        # what the environment answered depends on each turn's text, and is in the tokens
+        text = tokenizer.decode(sample.tokens)
+        for message in sample.episode.messages[1:-1:2]:
+            assert f"<|im_start|>user\n{message['content']}<|im_end|>\n<|im_start|>assistant\n" in text
+
+
+def records(groups: dict[int, SampleGroup]) -> dict[int, list[Sample]]:
+    """Return the samples without the time that their environments took."""
+    samples: dict[int, list[Sample]] = {}
+    for position, group in groups.items():
+        assert all(sample.episode for sample in group.samples)
+        samples[position] = [
+            replace(sample, episode=sample.episode and replace(sample.episode, seconds=0.0))
+            for sample in group.samples
+        ]
+    return samples
+
+
+def test_a_failed_environment_ends_its_own_episode(ranks: RankPool, text_moe: Path) -> None:
+    """Half of the seeds raise in the second turn; the sample keeps the first one."""
+    settings = {"max_episode_tokens": 500, "environment_args": {"turns": 3, "fails": 0.5}}
+    (first, second), *others = ranks.run(
+        2, play, text_moe, settings, SamplingParams(n=8, max_new_tokens=6), 5
+    )
+    assert records(first) == records(second)
+    samples = [s for mine, _ in ((first, second), *others) for g in mine.values() for s in g.samples]
+    assert len(samples) == 24
+    failed = [sample for sample in samples if sample.episode and sample.episode.ended == "error"]
+    assert 0 < len(failed) < 24
+    for sample in samples:
+        assert sample.episode
+        assert sample.num_turns == (2 if sample in failed else 3)
+        assert sample.finish_reason == ("abort" if sample in failed else "stop")
+        assert ("ValueError: seed" in sample.episode.error) == (sample in failed)
 
 
 class ScoredBy:

@@ -74,6 +74,8 @@ class DigitTemplate:
     def first(self, prompt: Prompt, messages: Any) -> np.ndarray:
         return np.array(prompt.input_ids, np.int32)
 
-    def following(self, history: Any, sampled: np.ndarray, messages: Any, end_ids: Any) -> np.ndarray:
+    def following(
+        self, start: Any, previous: Any, sampled: np.ndarray, messages: Any, end_ids: Any
+    ) -> np.ndarray:
         text = "".join(f"+{message['content']}=" for message in messages)
         return np.array(self._tokenizer(text)["input_ids"], np.int32)

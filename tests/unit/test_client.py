@@ -900,6 +900,20 @@ def test_the_turns_of_an_episode_stay_on_one_server(
     assert [member.episodes for member in served._watcher.members] == [0, 0]
 
 
+def test_an_episode_starts_on_the_server_with_the_fewest_episodes(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    """No server has a request when one starts, because the earlier ones are in their environments."""
+    served = client(count=2)
+    sync(served, fakes, 0)
+    player = ThreeTurns(partial(asyncio.sleep, 30))
+    for started in range(1, 5):
+        play(served, player, count=1)
+        wait_for(lambda count=started: sum(len(fake.bodies) for fake in fakes) == count)
+        wait_for(lambda: not any(fake.in_flight for fake in fakes))
+    assert [len(fake.bodies) for fake in fakes] == [2, 2]
+
+
 def test_an_episode_in_its_environment_keeps_its_room(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatron_gmpo.batch.samples import Prompt
+from megatron_gmpo.batch.samples import Episode, Prompt, SampleGroup
 from megatron_gmpo.config import EvalConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.evaluate import evaluate
@@ -119,6 +119,33 @@ def test_defaults_are_one_greedy_answer() -> None:
     assert results["eval/first/ci_low@1"] == pytest.approx(0.0615, abs=1e-4)
     assert results["eval/first/ci_high@1"] == pytest.approx(0.7923, abs=1e-4)
     assert engine.calls[0][1] == SamplingParams(n=1, max_new_tokens=9, temperature=0.0)
+
+
+class EpisodeEngine(ScriptedEngine):
+    """Engine of episodes: "7" is a success, "8" fails, "666" says nothing of success."""
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
+        groups = super().generate(prompts, sampling)
+        for sample in (sample for group in groups.values() for sample in group.samples):
+            sample.episode = Episode(
+                "error" if sample.text == "8" else "done",
+                success=None if sample.text == "666" else sample.text in ("7", "8"),
+            )
+        return groups
+
+
+def test_the_success_of_episodes_has_an_interval_over_problems() -> None:
+    """A failed environment is no success, whatever it said before; nor is an episode without a word of it."""
+    scripted, sets = benchmarks()
+    cfg = EvalConfig(samples_per_prompt=4, temperature=1.0)
+    results = evaluate(EpisodeEngine(scripted.script), sets, arithmetic_reward, cfg, max_new_tokens=9)
+    shares = np.array([1, 1 / 4, 0])
+    assert results["eval/first/success"] == pytest.approx(shares.mean())
+    ends = results["eval/first/ci_low@success"], results["eval/first/ci_high@success"]
+    assert ends == interval(shares)
+    assert results["eval/first/environment_errors"] == 1
+    assert results["eval/second/environment_errors"] == 0
+    assert results["eval/second/success"] == 1 / 2
 
 
 def test_its_own_token_limit_counts() -> None:
