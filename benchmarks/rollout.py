@@ -1,7 +1,7 @@
 """Measure weight syncs of 200 MB to SGLang on this CPU, and the overhead of our client.
 
-Run: python -m benchmarks.rollout [--only sync|client|answers]   (sync and client need make sglang and two to
-six minutes each)
+Run: python -m benchmarks.rollout [--only sync|client|episodes|answers]   (sync, client and episodes need make
+sglang and two to six minutes each)
 
 sync: compares each route with a memcpy of the same bytes. A sync is the whole ``update``: it pauses the
 server, packs and sends the weights, waits until the server has copied them into its parameters, checks the
@@ -16,6 +16,9 @@ model of 18,867 tensors (``benchmarks.export``).
 client: CPU seconds of the client's thread over wall seconds, with 64 in-flight requests to a server of a
 tiny model, which spends little time on each request. The target is below 0.05. CPU milliseconds per request
 depend less on the server's speed.
+
+episodes: the same with 64 episodes of four turns at a time: the client also renders and encodes the
+observations and talks to the processes of the environments. The target is below 0.05.
 
 answers: microseconds per token to read an answer into columns, without and with routed experts of 48 layers
 and top-8. The target with routed experts is below 2. orjson alone, which makes Python lists, is the peer.
@@ -33,22 +36,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import httpx
 import numpy as np
 import orjson
 import pybase64
 import torch
-import torch.distributed as dist
 from torch import multiprocessing
 
+from benchmarks.episodes import measure_episodes
 from benchmarks.export import Choices, measure_export
+from benchmarks.served import CONCURRENT, served_client
 from benchmarks.weight_sync import measure_nodes, measure_senders
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.config import Positive, SGLangConfig, WeightSyncConfig
 from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.sglang.answer import parse_answer
-from megatron_gmpo.rollout.sglang.client import RolloutClient
 from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
 from megatron_gmpo.testing.tiny_models import make_tiny_model
@@ -59,7 +61,7 @@ CPU = torch.device("cpu")
 Route = Literal["disk", "distributed", "tensor"]
 ROUNDS = 12
 TENSOR_LIMIT = 0.4
-CONCURRENT, NEW_TOKENS = 64, 64
+NEW_TOKENS = 64
 CLIENT_LIMIT = 0.05
 ANSWER_TOKENS, ANSWER_LIMIT = 8000, 2.0
 
@@ -148,33 +150,16 @@ def measure_routes(folder: Path, bucket_bytes: int) -> dict[str, Any]:
 
 
 def measure_client(folder: Path) -> None:
-    make_tiny_model(folder / "model", family="qwen3", dtype=torch.bfloat16)
-    cfg = SGLangConfig(max_concurrent_requests=CONCURRENT)
-    local = LocalServers(str(folder / "model"), 1, cfg, folder / "servers", dtype="bf16", seed=0, device=CPU)
-    client = RolloutClient(local.servers, local, cfg, "benchmark", dist.HashStore())
-    try:
-        local.wait_ready()
-        client.expect(0)
-        while not (servers := client.standing().outdated):
-            time.sleep(0.1)
-        client.start_sync(servers)
-        update = {"new_version": "benchmark-0", "abort_all_requests": False}
-        server = local.servers[0]
-        httpx.post(
-            f"{server.url}/update_weight_version", json=update, headers=server.admin_headers, timeout=60
-        ).raise_for_status()
-        client.synced(servers, [])
-        prompts = [[5 + i % 11, 6, 7, *range(5, 15)] for i in range(4 * CONCURRENT)]
-        sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
-        ending = Ending(text_tokenizer(), set())
+    prompts = [[5 + i % 11, 6, 7, *range(5, 15)] for i in range(4 * CONCURRENT)]
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
+    ending = Ending(text_tokenizer(), set())
+    with served_client(folder) as client:
         # Warm up the server and the connections.
         client.submit("warm up", prompts[:CONCURRENT], sampling, ending).result(600)
         start = time.perf_counter()
         in_client = client.cpu_seconds()
         answers = client.submit("measured", prompts, sampling, ending).result(1800).values()
         total, in_client = time.perf_counter() - start, client.cpu_seconds() - in_client
-    finally:
-        client.close()
     tokens = sum(len(response.tokens) for row in answers for response in row)
     assert tokens == len(prompts) * NEW_TOKENS
     share, per_request = in_client / total, in_client / len(prompts)
@@ -215,7 +200,7 @@ def measure_answers(folder: Path) -> None:
 class Benchmark(Options):
     """Measure weight syncs and the client's overhead with a server on this CPU."""
 
-    only: Literal["sync", "client", "answers"] | None = None
+    only: Literal["sync", "client", "episodes", "answers"] | None = None
     """Part to measure; None measures all."""
     bucket_megabytes: Positive = 128
     """``weight_sync.bucket_bytes`` in MiB."""
@@ -225,6 +210,7 @@ def main(options: Benchmark) -> None:
     for name, measure in (
         ("sync", partial(measure_sync, bucket_bytes=options.bucket_megabytes * 2**20)),
         ("client", measure_client),
+        ("episodes", measure_episodes),
         ("answers", measure_answers),
     ):
         if options.only in (None, name):

@@ -36,6 +36,7 @@ from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rewards.math import MathReward
 from megatron_gmpo.rollout.collect import score
 from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.player import make_player
 from megatron_gmpo.rollout.sglang import start
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.servers import Server
@@ -94,11 +95,12 @@ def sample_on_a_rank(
     ahead: bool = False,
     killed_rank: int | None = None,
     sglang: Mapping[str, Any] = {},
+    rollout: Mapping[str, Any] = {},
 ) -> Outcome:
     """Sample ``PROMPTS`` several times; with ``ahead``, submit each batch a step before it is needed."""
     sections = {
         "model": {"path": str(model)},
-        "rollout": {"engine": "sglang"},
+        "rollout": {"engine": "sglang", **rollout},
         "sglang": {"health_interval_s": 0.05, "hang_timeout_s": 0.3, "max_concurrent_requests": 4, **sglang},
     }
     cfg = Config.model_validate({"run_dir": str(model), **sections})
@@ -107,7 +109,9 @@ def sample_on_a_rank(
     own = servers.get(name, []) if here.is_leader else []
     route: Any = sync
     drawn: list[Drawn | str] = []
-    with closing(SGLangEngine(cfg, own, None, route, AutoTokenizer.from_pretrained(model), here)) as engine:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    player = make_player(cfg, tokenizer, 2048)
+    with closing(SGLangEngine(cfg, own, None, route, tokenizer, here, player=player)) as engine:
         tickets = []
         try:
             for step in range(batches):
@@ -154,11 +158,16 @@ def fakes() -> Iterator[list[FakeServer]]:
 
 
 def sample(
-    ranks: RankPool, nodes: Sequence[str], servers: dict[str, list[Server]], *arguments: Any, **sglang: Any
+    ranks: RankPool,
+    nodes: Sequence[str],
+    servers: dict[str, list[Server]],
+    *arguments: Any,
+    rollout: Mapping[str, Any] = {},
+    **sglang: Any,
 ) -> list[Outcome]:
     """Call ``sample_on_a_rank`` on one rank for each name in ``nodes``; ``arguments`` follow ``servers``."""
     defaults = (None, 1, False, None)
-    filled = (*arguments, *defaults[len(arguments) :], sglang)
+    filled = (*arguments, *defaults[len(arguments) :], sglang, rollout)
     return ranks.run(len(nodes), sample_on_a_rank, nodes, servers, *filled)
 
 
@@ -224,10 +233,17 @@ def test_a_node_that_draws_first_leaves_the_others_their_share(
     assert [len(outcome.batches[0]) for outcome in outcomes] == [4, 0, 8, 0]
 
 
+EPISODES = {"environment": "tests.support.games:Echo", "max_new_tokens": 6, "max_episode_tokens": 500}
+
+
+@pytest.mark.parametrize("rollout", [{}, EPISODES], ids=["responses", "episodes"])
 def test_what_a_node_without_servers_leaves_is_sampled_by_the_others(
-    ranks: RankPool, fakes: list[FakeServer], text_model: Path
+    ranks: RankPool, fakes: list[FakeServer], text_model: Path, rollout: dict[str, Any]
 ) -> None:
-    """Both servers of node b end in the first batch, and come back while the second one is sampled."""
+    """Both servers of node b end in the first batch, and come back while the second one is sampled.
+
+    Episodes that node b has begun start anew elsewhere, with the same seeds.
+    """
     a, b, c = fakes[0], fakes[2], fakes[3]
     first, back = threading.Lock(), threading.Lock()
 
@@ -249,10 +265,10 @@ def test_what_a_node_without_servers_leaves_is_sampled_by_the_others(
 
     a.generate, b.generate, c.generate = start_others, end, end
     servers = {"a": [a.server], "b": [b.server, c.server]}
-    outcomes = sample(ranks, NODES, servers, text_model, 2)
+    outcomes = sample(ranks, NODES, servers, text_model, 2, rollout=rollout)
     for fake in fakes:
         fake.generate = paced(fake, 0.01)
-    expected = sample(ranks, ("a",), of_nodes(fakes, 0), text_model, 2)
+    expected = sample(ranks, ("a",), of_nodes(fakes, 0), text_model, 2, rollout=rollout)
     for batch in range(2):
         assert merged(outcomes, NODES, batch) == merged(expected, ("a",), batch)
     assert outcomes[2].batches[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ..support.commands import json_lines, options, run_module, tiny_run
+from ..support.commands import json_lines, options, run_module, start_module, tiny_run, wait_until
 
 pytestmark = pytest.mark.distributed
 
@@ -166,3 +167,58 @@ def test_it_equals_an_unbroken_run_bit_for_bit(tiny_model: Callable[..., Path], 
     assert all(0 < line["train/computed_tokens"] < 1 for line in lines[SAVED:])
     for file in (unbroken / "checkpoints" / "iter_0000004").glob("*.distcp"):  # weights and moments
         assert (resumed / "checkpoints" / "iter_0000004" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_run_killed_within_an_episode_plays_it_again(text_model: Path, tmp_path: Path) -> None:
+    """The trainer is killed in step 2, while environments work. All steps equal the unbroken run's."""
+    go, problems = tmp_path / "go", tmp_path / "problems.jsonl"
+    rows = [{"problem": f"task {i}", "answer": "" if i == 2 else "fast"} for i in range(6)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = tiny_run(
+        text_model,
+        tmp_path / "sums",
+        data__path=problems,
+        data__shuffle="false",
+        rollout__environment="tests.support.games:Echo",
+        rollout__environment_args=json.dumps({"turns": 3, "hold": str(go)}),
+        rollout__max_new_tokens=6,
+        rollout__max_episode_tokens=500,
+        rollout__prompts_per_step=2,
+        rollout__samples_per_prompt=2,
+        reward__name="environment",
+        train__num_steps=3,
+        checkpoint__save_interval=1,
+        log__transcripts_per_step=2,
+    )
+    go.touch()
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    done = run_module("megatron_gmpo.train", *argv, *options(run_dir=unbroken))
+    assert done.returncode == 0, done.stderr
+    go.unlink()
+    with start_module("megatron_gmpo.train", *argv, *options(run_dir=killed)) as process:
+        wait_until(lambda: len(list(tmp_path.glob("go.*"))) == 2, process, "the second turn of step 2")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert [line["step"] for line in json_lines(killed / "metrics.jsonl")] == [1]
+    go.touch()
+    done = run_module("megatron_gmpo.train", *argv, *options(run_dir=killed))
+    assert done.returncode == 0, done.stderr
+    known, lines = (
+        [
+            {
+                k: v
+                for k, v in line.items()
+                if not k.startswith(("time/", "throughput/")) and "seconds" not in k
+            }
+            for line in json_lines(folder / "metrics.jsonl")
+        ]
+        for folder in (unbroken, killed)
+    )
+    assert lines == known
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["rollout/failed_groups"] for line in lines] == [0, 0, 0]
+    known, lines = (json_lines(folder / "transcripts.jsonl") for folder in (unbroken, killed))
+    assert [line["prompt_id"] for line in lines] == [line["prompt_id"] for line in known]
+    assert [[s["text"] for s in line["samples"]] for line in lines] == [
+        [s["text"] for s in line["samples"]] for line in known
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -30,8 +31,11 @@ from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.errors import ServerError
 from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.episode import EpisodeLimits
+from megatron_gmpo.rollout.player import Player
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.processes import LocalServers
+from megatron_gmpo.rollout.sglang.sampler import Sampler
 from megatron_gmpo.rollout.sglang.server_state import ServerState
 from megatron_gmpo.rollout.sglang.start import start_sglang
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
@@ -40,6 +44,7 @@ from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support import conversion_cases
 from ..support.commands import CONFIG, ROOT, error_lines, json_lines, options, run_module
+from ..support.games import DigitTemplate
 from ..support.groups import in_order
 from ..support.ranks import RankPool
 from ..support.sglang_servers import CPU, PYTHON, needs_sglang, process_group, wait_for, wait_until_gone
@@ -91,13 +96,16 @@ def engine(
 ) -> Iterator[Callable[..., SGLangEngine]]:
     """Return a function that makes an engine on the running server, which the engine treats as external."""
     made: list[SGLangEngine] = []
+    tokenizer = AutoTokenizer.from_pretrained(sglang_model)
 
     def make(routed_experts: tuple[int, int] | None = None, **sections: dict[str, Any]) -> SGLangEngine:
         cfg = config(sglang_model, tmp_path, **sections)
+        player = player_of(cfg, tokenizer) if cfg.rollout.has_episodes else None
         sync = make_weight_sync(cfg.weight_sync, "disaggregated", CPU, tmp_path)
-        tokenizer = AutoTokenizer.from_pretrained(sglang_model)
         nodes = Nodes(node_name())
-        made.append(SGLangEngine(cfg, sglang_server.servers, None, sync, tokenizer, nodes, routed_experts))
+        made.append(
+            SGLangEngine(cfg, sglang_server.servers, None, sync, tokenizer, nodes, routed_experts, player)
+        )
         return made[-1]
 
     yield make
@@ -394,6 +402,132 @@ def test_a_request_no_server_takes_is_one_error(
     assert "\n" not in str(error.value)
 
 
+# --- episodes ---
+
+
+def player_of(cfg: Config, tokenizer: Any) -> Player:
+    """Return a player with the environment of ``cfg``, for the arithmetic tokenizer of the served model."""
+    template: Any = DigitTemplate(tokenizer)
+    limits = EpisodeLimits(max_turns=8, max_new_tokens=400, max_episode_tokens=1500, max_prompt_tokens=100)
+    return Player(cfg.rollout, cfg.seed, template, limits)
+
+
+def episodes(**arguments: Any) -> dict[str, Any]:
+    return {"environment": "tests.support.games:Echo", "environment_args": arguments}
+
+
+def turns_of(sample: Sample) -> list[np.ndarray]:
+    """Return the positions of the tokens of each turn."""
+    sampled = np.flatnonzero(sample.response_mask)
+    return np.split(sampled, np.flatnonzero(np.diff(sampled) > 1) + 1)
+
+
+def assert_played_by(sample: Sample, models: list[Any]) -> None:
+    """Check that each sampled token's log probability is that of the model whose version it carries."""
+    ids = torch.from_numpy(sample.tokens).long()[None]
+    logprobs = torch.stack([model(ids).logits[0].log_softmax(-1) for model in models])
+    places = np.flatnonzero(sample.response_mask)
+    versions = sample.token_versions[places]
+    wanted = logprobs[versions, places - 1, sample.tokens[places]]
+    assert_close(torch.from_numpy(sample.rollout_logprobs[places]), wanted, atol=1e-4, rtol=0)
+    assert not sample.rollout_logprobs[~sample.response_mask].any()
+
+
+def test_the_tokens_of_an_episode_are_those_that_the_server_saw(
+    engine: Callable[..., SGLangEngine],
+    weights: list[Weights],
+    models: list[Any],
+    sglang_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With ``logprob_start_len`` a server returns the ids of its input, which are the sample's, turn by turn.
+
+    Routed experts are those of the model. Without that option, a later turn finds the earlier ones in the
+    server's cache.
+    """
+    replies: list[tuple[list[int], list[int], int]] = []  # ids of input and output, cached tokens
+    options: dict[str, Any] = {"logprob_start_len": 0}
+    post = Sampler._post
+
+    async def keep(self: Sampler, server: Any, body: dict[str, Any]) -> Any:
+        reply = await post(self, server, body | options)
+        answer = json.loads(reply.content)
+        about = answer["meta_info"]
+        echo = [token for _, token, _ in about.get("input_token_logprobs") or ()]
+        replies.append((echo, answer["output_ids"], about["cached_tokens"]))
+        return reply
+
+    monkeypatch.setattr(Sampler, "_post", keep)
+    hf = AutoConfig.from_pretrained(sglang_model)
+    experts = (hf.num_hidden_layers, hf.num_experts_per_tok)
+    served = engine(routed_experts=experts, rollout=episodes(turns=4))
+    served.update_weights(weights[0].items(), 0)
+    drawn = samples(served, n=3, max_new_tokens=12)
+    assert len(replies) == 4 * len(drawn) == 48
+    contexts = {tuple(echo): output for echo, output, _ in replies}
+    for sample in drawn:
+        assert sample.episode
+        assert (sample.episode.ended, sample.num_turns) == ("done", 4)
+        for turn in turns_of(sample):
+            output = contexts.pop(tuple(sample.tokens[: turn[0]].tolist()))
+            assert sample.tokens[turn].tolist() == output[: len(turn)]
+            assert len(output) == len(turn)
+        assert_played_by(sample, models)
+        ids = torch.from_numpy(sample.tokens).long()[None]
+        assert sample.routed_experts is not None
+        for layer, logits in enumerate(models[0](ids, output_router_logits=True).router_logits):
+            chosen = logits.topk(hf.num_experts_per_tok).indices.sort().values[:-1]
+            assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
+    assert not contexts
+
+    options.clear()
+    replies.clear()
+    (alone,) = samples(served, PROMPTS[:1], n=1, max_new_tokens=12)
+    assert_played_by(alone, models)
+    starts = [turn[0] for turn in turns_of(alone)]
+    ends = [turn[-1] for turn in turns_of(alone)]
+    cached = [count for *_, count in replies]
+    for number in range(1, 4):  # all but what the last turn's last token would have computed
+        assert ends[number - 1] <= cached[number] < starts[number]
+
+
+@pytest.mark.parametrize("in_flight", ["retract", "abort", "in_place"])
+def test_a_sync_in_episodes(
+    engine: Callable[..., SGLangEngine],
+    weights: list[Weights],
+    models: list[Any],
+    tmp_path: Path,
+    in_flight: str,
+) -> None:
+    """One group is within its first turn at the sync, another one in its environments after its second.
+
+    The turns before the sync stay as they are. The turns after it attend to no cache of the old weights,
+    except in place in the turn that was not finished.
+    """
+    hold = tmp_path / "go"
+    served = engine(weight_sync={"in_flight": in_flight}, rollout=episodes(turns=3, hold=str(hold)))
+    served._end_ids = set()
+    served.update_weights(weights[0].items(), 0)
+    tickets = [served.submit(PROMPTS[:1], SamplingParams(n=2, max_new_tokens=20))]
+    wait_for(lambda: len(list(tmp_path.glob("go.*"))) == 2)
+    tickets.append(served.submit(PROMPTS[1:2], SamplingParams(n=2, max_new_tokens=300)))
+    wait_for(lambda: running(served) == 2)
+    served.update_weights(weights[1].items(), 1)
+    assert tickets[1].future
+    assert not tickets[1].future.done()
+    hold.touch()
+    for ticket, expected in zip(tickets, ([{0}, {0}, {1}], [{0, 1}, {1}, {1}]), strict=True):
+        for sample in (s for g in in_order(served.wait(ticket)) for s in g.samples):
+            turns = turns_of(sample)
+            assert [set(sample.token_versions[turn]) for turn in turns] == expected
+            assert [len(turn) for turn in turns] == [ticket.sampling.max_new_tokens] * 3
+            assert sample.policy_version == 0
+            if in_flight == "in_place" and {0, 1} in expected:
+                sample.rollout_logprobs[turns[0]] = sample.response_mask[turns[0]] = 0
+            assert_played_by(sample, models)
+    served.update_weights(weights[0].items(), 2)  # later tests must not find a cache of other weights
+
+
 # --- faults, on two servers that run two requests and queue two more ---
 
 
@@ -470,6 +604,36 @@ def test_one_server_killed_and_one_hung_during_a_rollout(
         assert sample.policy_version == 1
     assert wait_until_gone(killed) == wait_until_gone(hung) == []
     assert value_of(pair.take_metrics()["rollout/server_restarts"]) == 2
+
+
+def test_a_server_killed_within_episodes(
+    sglang_model: Path, pair: SGLangEngine, weights: list[Weights], models: list[Any], tmp_path: Path
+) -> None:
+    """The server's episodes go on on the other one after their second turn; no turn is played twice."""
+    pair.update_weights(weights[1].items(), 1)
+    wait_for_both(pair)
+    hold = tmp_path / "go"
+    cfg = config(sglang_model, tmp_path, rollout=episodes(turns=3, hold=str(hold)))
+    with closing(player_of(cfg, AutoTokenizer.from_pretrained(sglang_model))) as player:
+        player.start()
+        pair._player = player
+        try:
+            ticket = pair.submit(PROMPTS, SamplingParams(n=1, max_new_tokens=30))
+            wait_for(lambda: len(list(tmp_path.glob("go.*"))) == 4)
+            assert pair._client
+            assert [member.episodes for member in pair._client._watcher.members] == [2, 2]
+            os.killpg(groups_of(pair)[0], signal.SIGKILL)
+            hold.touch()
+            played = [s for g in in_order(pair.wait(ticket)) for s in g.samples]
+        finally:
+            pair._player = None
+    assert len(played) == 4
+    for sample in played:
+        assert_played_by(sample, models)
+        assert sample.episode
+        assert (sample.num_turns, sample.policy_version, sample.episode.ended) == (3, 1, "done")
+        assert [m["role"] for m in sample.episode.messages] == ["assistant", "user"] * 3
+    wait_for_both(pair)
 
 
 @pytest.mark.parametrize("noticed", [False, True], ids=["found by the sync", "found by its watcher"])
