@@ -1,9 +1,11 @@
 """Measure weight syncs from several senders: a part of ``python -m benchmarks.rollout --only sync``.
 
-nodes: two processes are the ranks of two nodes. The time of a colocated sync of several servers on both nodes
-is compared with that of one server on one node. The servers have no model: they map and copy the buckets, and
-take as long as a copy with 0.5 GB/s, because two cores cannot copy for all of them at once. A node sends to
-its own servers, so the time must not grow.
+nodes: two processes are the ranks of two nodes, and four are servers without a model, which map and copy the
+buckets. The time of a colocated sync to all servers is compared with that to one server on one node. A node
+sends to its own servers, so the time must not grow. But two cores cannot copy for all of them at once. So the
+servers are first as fast as the cores let them be, and beside their ratio stands that of a floor: four
+processes, and one, that only map and copy the same bytes. Then each takes as long as a copy with 0.2 GB/s, as
+if it had a processor of its own, again beside the floor.
 
 senders: two processes are two pipeline stages of a model, and one real SGLang server receives it by the
 route ``distributed``. With one sender, the second stage hands its tensors to the first, which sends all.
@@ -13,8 +15,10 @@ a time, whoever sent it.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,31 +36,75 @@ from megatron_gmpo.policy.parallel import start_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.servers import Server
-from megatron_gmpo.rollout.sglang.sync import make_weight_sync
+from megatron_gmpo.rollout.sglang.sync import WeightSync, make_weight_sync
 from megatron_gmpo.testing.weight_receiver import WeightReceiver
 
 CPU = torch.device("cpu")
-RANKS, ROUNDS = 2, 5
+RANKS, ROUNDS = 2, 8
 NODES, SERVERS_PER_NODE = ("a", "b"), 2
-TENSORS, TENSOR_BYTES = 64, 4 * 2**20
-RECEIVED_PER_S = 0.5e9
+TENSORS, TENSOR_BYTES = 32, 4 * 2**20
+RECEIVED_PER_S = 0.2e9
 BUCKET_BYTES = 64 * 2**20
 TIMEOUT_S = 300.0
 
 
 def measure_nodes(folder: Path) -> dict[str, Any]:
-    """Return seconds of a colocated sync of one server, and of several on two nodes."""
-    receivers = [
-        WeightReceiver(node, bytes_per_second=RECEIVED_PER_S)
-        for node in NODES
-        for _ in range(SERVERS_PER_NODE)
+    """Return the time of a colocated sync of several servers on two nodes over that of one, and its floor."""
+    spawning = multiprocessing.get_context("spawn")
+    pipes = [spawning.Pipe() for _ in range(len(NODES) * SERVERS_PER_NODE)]
+    processes = [
+        spawning.Process(target=receive, args=(NODES[number // SERVERS_PER_NODE], theirs), daemon=True)
+        for number, (_, theirs) in enumerate(pipes)
     ]
-    servers = [receiver.server for receiver in receivers]
-    one, several = on_ranks(folder, sync_nodes, servers)
+    for process in processes:
+        process.start()
+    receivers = [ours for ours, _ in pipes]
+    servers = [receiver.recv() for receiver in receivers]
+    result: dict[str, Any] = {"n_servers": len(servers), "load_average": round(os.getloadavg()[0], 1)}
+    for suffix, rate in (("_of_shared_cores", float("inf")), ("", RECEIVED_PER_S)):
+        for receiver in receivers:
+            receiver.send(rate)
+        one, several = on_ranks(folder, sync_nodes, servers)
+        floors = best(*(partial(copy_on, to) for to in (receivers[:1], receivers)))
+        print(
+            f"colocated on two nodes, servers that receive at most {rate / 1e9:g} GB/s: "
+            f"{len(servers)} servers {several:.3f} s, one {one:.3f} s; "
+            f"only mapped and copied: {floors[1]:.3f} s and {floors[0]:.3f} s"
+        )
+        result[f"n_servers_over_one{suffix}"] = round(several / one, 2)
+        result[f"n_copies_over_one{suffix}"] = round(floors[1] / floors[0], 2)
+    for process in processes:
+        process.terminate()
+    return result
+
+
+def receive(node: str, connection: Connection) -> None:
+    """Serve as a server of a node. A number sets its speed; a message None maps and copies the weights."""
+    torch.set_num_threads(1)
+    receiver = WeightReceiver(node)
+    connection.send(receiver.server)
+    size = BUCKET_BYTES // 2  # one of two buckets
+    memory = os.memfd_create("bucket")
+    os.truncate(memory, size)
+    target = torch.zeros(size, dtype=torch.uint8)
+    while True:
+        message = connection.recv()
+        if message is not None:
+            receiver.bytes_per_second = message
+            continue
+        for _ in range(TENSORS * TENSOR_BYTES // size):
+            end = time.monotonic() + size / receiver.bytes_per_second
+            target.copy_(torch.from_file(f"/proc/self/fd/{memory}", True, size, dtype=torch.uint8))
+            time.sleep(max(0.0, end - time.monotonic()))
+        connection.send(None)
+
+
+def copy_on(receivers: list[Connection]) -> None:
+    """Let servers map and copy as many bytes as a sync sends to each, all at once."""
     for receiver in receivers:
-        receiver.close()
-    print(f"colocated on two nodes: {len(servers)} servers {several:.2f} s, one server {one:.2f} s")
-    return {"n_servers": len(servers), "n_servers_over_one": round(several / one, 2)}
+        receiver.send(None)
+    for receiver in receivers:
+        receiver.recv()
 
 
 def sync_nodes(servers: list[Server]) -> list[float]:
@@ -64,7 +112,7 @@ def sync_nodes(servers: list[Server]) -> list[float]:
     tensors = [(f"weight_{i}", torch.zeros(TENSOR_BYTES, dtype=torch.uint8)) for i in range(TENSORS)]
     cfg = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)
     sync = make_weight_sync(cfg, "colocated", CPU, Path("unused"), nodes=Nodes(NODES[rank()]))
-    return [best(lambda to=to: sync.update(to, tensors, "benchmark")) for to in (servers[:1], servers)]
+    return best(*(partial(update, sync, to, tensors) for to in (servers[:1], servers)))
 
 
 def measure_senders(model: Path, folder: Path) -> dict[str, Any]:
@@ -96,10 +144,10 @@ def sync_stages(servers: list[Server], model: Path) -> list[float]:
     policy = Policy(cfg, describe_model(cfg, RANKS, CPU), groups, CPU, trainable=False)
     export = policy.export_hf()
     sync_cfg = WeightSyncConfig(bucket_bytes=BUCKET_BYTES, in_flight="abort")
-    taken: list[float] = []
-    for weights in (Complete(export), export):
-        sync = make_weight_sync(sync_cfg, "disaggregated", CPU, Path("unused"))
-        taken.append(best(lambda w=weights, s=sync: s.update(servers, w, "benchmark")))
+    weights = (Complete(export), export)
+    syncs = [make_weight_sync(sync_cfg, "disaggregated", CPU, Path("unused")) for _ in weights]
+    taken = best(*(partial(update, *each) for each in zip(syncs, [servers] * 2, weights, strict=True)))
+    for sync in syncs:
         sync.close()
     return [sum(tensor.nbytes for _, tensor in export), *taken]
 
@@ -114,16 +162,23 @@ class Complete:
         return iter(self._export)
 
 
-def best(update: Callable[[], Any]) -> float:
-    """Return the fastest of some syncs, in seconds."""
-    seconds = []
-    for _ in range(ROUNDS):
-        dist.barrier()
-        start = time.perf_counter()
-        if update().failed:
-            raise RuntimeError("a server failed")
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def update(sync: WeightSync, servers: list[Server], weights: Any) -> None:
+    """Sync once."""
+    if sync.update(servers, weights, "benchmark").failed:
+        raise RuntimeError("a server failed")
+
+
+def best(*runs: Callable[[], object]) -> list[float]:
+    """Return the least seconds of each of several runs, which alternate."""
+    taken = [[seconds(run) for run in runs] for _ in range(ROUNDS)]
+    return [min(each) for each in zip(*taken, strict=True)]
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Return the seconds of a run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def on_ranks(folder: Path, function: Callable[..., list[float]], *args: Any) -> list[float]:

@@ -90,12 +90,19 @@ def written_aside(final: Path) -> Iterator[Path]:
         raise
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder. It is renamed first, so that a kill leaves no incomplete folder under its name."""
+def remove(folder: Path, *, background: bool = False) -> None:
+    """Remove a folder. It is renamed first, so that a kill leaves no incomplete folder under its name.
+
+    Args:
+        background: return after the renaming. A thread removes the rest; the end of the process waits for it.
+    """
     removed = folder.with_name(f".partial_{folder.name}.removed")
     clear(removed)
     folder.rename(removed)
-    shutil.rmtree(removed)
+    if background:
+        threading.Thread(target=clear, args=(removed,)).start()
+    else:
+        shutil.rmtree(removed)
 
 
 def partial_path(final: Path) -> Path:

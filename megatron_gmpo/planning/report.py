@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..checkpoint import checkpoint_size
 from ..config import Config
-from ..models.description import ModelDescription
+from ..models.description import DTYPES, ModelDescription
 from .checks import gib, number_of_servers
 from .hardware import GPUS_PER_NODE, RESERVED, Hardware
 from .model_size import Model
@@ -92,6 +93,11 @@ def batch_table(cfg: Config, step: StepTraffic) -> Table:
         table.add_row("rollout servers", str(servers.count), about)
     else:
         table.add_row("rollout servers", str(number_of_servers(cfg)), "on CPUs")
+    if cfg.checkpoint.async_save:  # each rank keeps what it writes, and the ranks write equal shares
+        nbytes = checkpoint_size(step.model.parameters, DTYPES[cfg.model.dtype])
+        nodes = -(-step.world_size // GPUS_PER_NODE)
+        about = "in the host memory of each node until it is written"
+        table.add_row("a save", f"{nbytes / nodes / 1e9:.1f} GB", about)
     return table
 
 

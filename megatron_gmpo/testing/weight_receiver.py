@@ -27,7 +27,6 @@ class WeightReceiver:
 
     Args:
         node, first_gpu, tensor_parallel_size: see ``Server``.
-        bytes_per_second: if set, the least time of an update; stands for a processor of its own.
 
     Attributes:
         server: its address.
@@ -35,19 +34,14 @@ class WeightReceiver:
         status: HTTP status of the replies to updates; above 200 the update is refused.
         is_wrong: whether its checksums are those of other weights.
         paths: paths of the requests so far.
+        bytes_per_second: speed that an update does not exceed; stands for a processor of its own.
     """
 
-    def __init__(
-        self,
-        node: str = "",
-        first_gpu: int = 0,
-        tensor_parallel_size: int = 1,
-        bytes_per_second: float = float("inf"),
-    ) -> None:
+    def __init__(self, node: str = "", first_gpu: int = 0, tensor_parallel_size: int = 1) -> None:
         self.weights: list[dict[str, Tensor]] = [{} for _ in range(tensor_parallel_size)]
         self.status, self.is_wrong, self.paths = 200, False, list[str]()
         self.version = "default"
-        self._bytes_per_second = bytes_per_second
+        self.bytes_per_second = float("inf")
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -107,7 +101,7 @@ class WeightReceiver:
             if data.is_cuda:
                 torch.cuda.synchronize()
             # the time that a receiver of this speed needs
-            time.sleep(max(0.0, started + len(data) / self._bytes_per_second - time.monotonic()))
+            time.sleep(max(0.0, started + len(data) / self.bytes_per_second - time.monotonic()))
         if self.status == 200:
             self.version = body["weight_version"]
         return self.status, {}

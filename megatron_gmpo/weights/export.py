@@ -70,8 +70,9 @@ class Export:
 
     @cached_property
     def senders(self) -> list[int]:
-        """One rank of each pipeline stage, in the order of the stages; the first is rank 0. Collective."""
-        return broadcast_object(dist.get_process_group_ranks(self._groups.pp))
+        """One rank of each stage that has tensors, in the order of the stages. Collective."""
+        ranks = broadcast_object(dist.get_process_group_ranks(self._groups.pp))
+        return [ranks[stage] for stage in sorted({batch.stage for batch in self._batches})]
 
     @torch.no_grad()
     def _tensors(self, batches: list[_Batch], pp: dist.ProcessGroup | None) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     SavePlan,
@@ -86,7 +88,7 @@ def write_chunks(
 
     Raises:
         Exception: the exception of the rank that failed. Raised on every rank. It is an ``OSError`` if the
-            disk is full.
+            disk is full, and a ``RuntimeError`` if a tensor is not written exactly once.
     """
     # computing the checksums of torch's file format takes four times as long as writing the files
     checksums = torch.serialization.get_crc32_options()
@@ -193,7 +195,9 @@ class _Planner(SavePlanner):
         return SavePlan([*objects, *map(_item, self._chunks)])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
+        plans, metadata = create_default_global_save_plan(all_plans)
+        _check_complete(metadata)
+        return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
@@ -207,6 +211,26 @@ class _Planner(SavePlanner):
         if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save writes whole storages
             tensor = tensor.clone()
         return tensor.view(tuple(write_item.tensor_data.chunk.sizes))
+
+
+def _check_complete(metadata: Metadata) -> None:
+    """Check that the ranks together write each tensor once.
+
+    torch's own check compares all chunks of a tensor with each other, where they share the longest axis: the
+    experts of a MoE do (default_planner.py:_validate_global_plan).
+
+    Raises:
+        RuntimeError: a chunk is written twice or not at all.
+    """
+    for key, about in metadata.state_dict_metadata.items():
+        if isinstance(about, TensorStorageMetadata):
+            places = {chunk.offsets for chunk in about.chunks}
+            written = sum(math.prod(chunk.sizes) for chunk in about.chunks)
+            if len(places) < len(about.chunks) or written != math.prod(about.size):
+                raise RuntimeError(
+                    f"{key!r} has {math.prod(about.size)} elements, and the ranks write {written} at "
+                    f"{len(places)} places in {len(about.chunks)} chunks"
+                )
 
 
 def _item(chunk: Chunk) -> WriteItem:

@@ -317,7 +317,12 @@ def test_which_checkpoints_stay(ranks: RankPool, model_of: Callable[[str], Path]
     batch = split(replayed(path), 5)[0]
 
     def folders() -> list[str]:
-        return sorted(item.name for item in tmp_path.iterdir() if item.name != "hf")
+        # a thread may still remove an old checkpoint, under another name
+        return sorted(
+            item.name
+            for item in tmp_path.iterdir()
+            if item.name != "hf" and not item.name.endswith(".removed")
+        )
 
     latest = "latest_checkpointed_iteration.txt"
     ranks.run(world_size, cases.run_on, cfg, batch, tmp_path, 0, 4, [1, 2, 3, 4], 2)

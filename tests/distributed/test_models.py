@@ -195,6 +195,18 @@ def test_each_stage_exports_its_own_tensors(
     assert all(found == senders and calls == [] for found, _, calls in results)
 
 
+def test_a_stage_without_tensors_of_its_own_sends_none(
+    ranks: RankPool, model_folder: Callable[[str], Path]
+) -> None:
+    """Stages 1 and 2 have no layers; the last one has the norm, and a copy of the tied embedding."""
+    path = model_folder("qwen3 tied")
+    layers = AutoConfig.from_pretrained(path).num_hidden_layers
+    layout = {"pipeline_model_parallel_layout": f"E{'t' * layers}|||L"}
+    results = ranks.run(4, cases.exports_of_stages, config(path, {PP: 4}, max_tokens=64, megatron=layout))
+    assert [senders for senders, *_ in results] == [[0, 3]] * 4
+    assert_same_tensors(results[0][1] | results[3][1], reference.saved_tensors(path))
+
+
 def test_stages_of_unequal_length(ranks: RankPool, model_folder: Callable[[str], Path]) -> None:
     """Stages of unequal length work, which the 61 layers of DeepSeek-V3 require."""
     path, batch = model_folder("deepseek_v3"), make_batch()

@@ -217,21 +217,25 @@ def test_a_step_on_nodes_equals_the_step_of_one_process(
     compare(ranks, cfg, alone, *PLACES[place])
 
 
+R3 = "R3, sequence weights"
+
+
 @pytest.mark.parametrize(
-    ("family", "layout", "nodes"),
+    ("family", "layout", "nodes", "name"),
     [
-        (family, layout, nodes)
+        (family, layout, nodes, name)
         for family, layouts in EVERY_LAYOUT.items()
         for layout, (world_size, _, _) in layouts.items()
         for nodes in (["ab"] if world_size == 2 else ["aabb", "abcd"])
+        for name in (["gmpo"] if family == "qwen3" else [R3] if nodes == "aabb" else [R3, "R2"])
     ],
 )
 def test_every_layout_on_nodes(
-    ranks: RankPool, expected: Reference, family: Family, layout: str, nodes: str
+    ranks: RankPool, expected: Reference, family: Family, layout: str, nodes: str, name: str
 ) -> None:
-    """The MoE replays the rollout engine's routing (R3)."""
+    """The MoE replays the rollout engine's routing, or the policy's own."""
     _, parallel, distributed = EVERY_LAYOUT[family][layout]
-    case = CASES["R3, sequence weights" if family == "qwen3_moe" else "gmpo"]
+    case = CASES[name]
     optimizer = {"use_distributed_optimizer": distributed}
     cfg, alone = (
         config(expected.model(family), each, max_tokens=40, optimizer=optimizer, **case)

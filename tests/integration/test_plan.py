@@ -24,6 +24,8 @@ PUBLISHED = [
     ("qwen3_235b_a22b", 64, 235, 22),
     ("deepseek_r1_distill_qwen_7b", 8, 7.6, None),
 ]
+SAVED_BYTES = 2 + 4 + 4 + 4
+"""Of a parameter: the weight in bf16, and in fp32 the main weight and both moments."""
 
 
 @pytest.mark.parametrize(("name", "world_size", "total", "active"), PUBLISHED)
@@ -39,6 +41,8 @@ def test_a_big_model_fits_and_has_the_published_size(
             f"examples/moe/{name}.toml",
             "--world_size",
             str(world_size),
+            "--checkpoint.async_save",
+            "true",
         ]
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
@@ -50,6 +54,9 @@ def test_a_big_model_fits_and_has_the_published_size(
     assert float(found[1]) == pytest.approx(total, rel=0.01)
     if active:
         assert float(found[2]) == pytest.approx(active, rel=0.02)
+    saved = re.search(r"a save\D+([\d.]+) GB . in the host memory of each node", text)
+    assert saved
+    assert float(saved[1]) == pytest.approx(total * SAVED_BYTES / (world_size / 8), rel=0.01)
     for words in ("Memory of a rank", "Sent by a rank in a step", "tokens per second and GPU"):
         assert words in text
 

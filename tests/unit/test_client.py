@@ -10,6 +10,7 @@ import base64
 import itertools
 import random
 import resource
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.episode import Generate
 from megatron_gmpo.rollout.response import Response
+from megatron_gmpo.rollout.sglang import client as rollout_client
 from megatron_gmpo.rollout.sglang import sampler
 from megatron_gmpo.rollout.sglang.batches import Sampled
 from megatron_gmpo.rollout.sglang.client import RolloutClient, _allow_open_files
@@ -684,6 +686,32 @@ def test_closing_aborts_the_requests_on_external_servers(
     served.close = lambda: None  # the fixture must not close it again
 
 
+@pytest.mark.parametrize("fault", ["a server does not end", "the loop is blocked", "both"])
+def test_an_error_keeps_nothing_from_ending(
+    fault: str, client: Callable[..., RolloutClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, released = client(own=True), threading.Event()
+    processes: Any = one.local
+    end_processes = processes.stop
+
+    def stop() -> None:
+        end_processes()
+        if fault != "the loop is blocked":
+            raise ServerError("still exists")
+
+    processes.stop = stop
+    if fault != "a server does not end":
+        monkeypatch.setattr(rollout_client, "_CALL_S", 0.1)
+        one._loop.call_soon_threadsafe(released.wait, 30)
+    with pytest.raises(TimeoutError if fault == "the loop is blocked" else ServerError):
+        one.close()
+    assert processes.alive == [False]
+    released.set()
+    one._thread.join(30)
+    assert not one._thread.is_alive()
+    one.close = lambda: None  # the fixture must not close it again
+
+
 @pytest.fixture
 def engine(fakes: list[FakeServer], text_model: Path, tmp_path: Path) -> Iterator[Callable[[], SGLangEngine]]:
     """Return a function that makes an engine on the first server. A weight sync changes only the version."""
@@ -696,7 +724,10 @@ def engine(fakes: list[FakeServer], text_model: Path, tmp_path: Path) -> Iterato
             fakes[0].weight_version = version
             return SyncReport(0, 1.0, ())
 
-        def close(self) -> None: ...
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
 
     def make() -> SGLangEngine:
         cfg = Config.model_validate({"run_dir": str(tmp_path), **sections})
@@ -717,6 +748,23 @@ def engine(fakes: list[FakeServer], text_model: Path, tmp_path: Path) -> Iterato
     yield make
     for one in made:
         one.close()
+
+
+def test_an_engine_ends_its_sync_although_its_client_fails(engine: Callable[[], SGLangEngine]) -> None:
+    one = engine()
+    assert one._client
+    close = one._client.close
+
+    def failing() -> None:
+        close()
+        raise ServerError("still exists")
+
+    one._client.close = failing
+    with pytest.raises(ServerError, match="still exists"):
+        one.close()
+    sync: Any = one._sync
+    assert sync.closed
+    one.close = lambda: None  # the fixture must not close it again
 
 
 def test_samples_of_deterministic_servers_differ_and_are_drawn_again_after_a_resume(

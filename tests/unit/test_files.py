@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_a_folder_that_is_removed_is_never_seen_in_part(tmp_path: Path) -> None:
     assert names(tmp_path) == [".partial_old.removed"]
     folder.mkdir()
     files.remove(folder)
+    assert names(tmp_path) == []
+
+
+def test_a_removal_in_the_background_frees_the_name_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    held, clear = threading.Event(), files.clear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "clear", lambda path: (path.exists() and held.wait(30), clear(path)))
+        files.remove(folder, background=True)
+        assert names(tmp_path) == [".partial_old.removed"]
+        held.set()
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join(30)
     assert names(tmp_path) == []
 
 

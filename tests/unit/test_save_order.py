@@ -1,12 +1,38 @@
-"""The order in which the ranks of a data-parallel group write the optimizer."""
+"""What the ranks of a data-parallel group write of a checkpoint, and in which order."""
 
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
+from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_gmpo.policy.optimizer_state import Slot, _in_rounds, _Writer
+from megatron_gmpo.weights.torch_dist_writer import Chunk, write_chunks
+
+
+def part(row: int, rows: int = 1) -> Chunk:
+    """Return rows of a tensor of four rows."""
+    return Chunk("weight", (4, 3), (row, 0), (rows, 3), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "line"),
+    [
+        ([part(0), part(2, 2)], "12 elements, and the ranks write 9 at 2 places in 2 chunks"),
+        ([part(0), part(0), part(2, 2)], "12 elements, and the ranks write 12 at 2 places in 3 chunks"),
+        ([part(0, 2), part(1), part(2, 2)], "12 elements, and the ranks write 15 at 3 places in 3 chunks"),
+        ([part(0), part(1), part(2, 2)], None),
+    ],
+    ids=["missing", "twice", "overlap", "complete"],
+)
+def test_a_tensor_that_is_not_written_once_is_an_error(
+    chunks: list[Chunk], line: str | None, tmp_path: Path
+) -> None:
+    with nullcontext() if line is None else pytest.raises(RuntimeError, match=line):
+        write_chunks(tmp_path, chunks, (torch.zeros(chunk.sizes) for chunk in chunks), {})
 
 
 def slot(numel: int) -> Slot:

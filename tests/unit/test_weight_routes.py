@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from megatron_gmpo.config import WeightSyncConfig
+from megatron_gmpo.config import Config, WeightSyncConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.sglang import start
 from megatron_gmpo.rollout.sglang.servers import node_of
@@ -71,3 +71,39 @@ def test_different_nccl_names_the_route_as_it_was_set(
 def test_node_of_a_server() -> None:
     assert {node_of(f"http://{host}:30000") for host in ("127.0.0.1", "localhost")} == {node_name()}
     assert node_of("http://[2001:db8::7]:30000") == "2001:db8::7"
+
+
+@pytest.mark.parametrize(
+    ("ways", "addresses"),
+    [
+        # as on two machines whose /etc/hosts follow Debian's
+        ([("127.0.0.1", "127.0.1.1"), ("10.0.0.2", "10.0.0.1")], ["10.0.0.1", "10.0.0.2"]),
+        ([("10.0.0.1", "10.0.0.1"), ("10.0.0.2", "10.0.0.1")], ["10.0.0.1", "10.0.0.2"]),
+        # rank 0 is not on the first node of the list
+        ([("10.0.0.2", "10.0.0.1"), ("127.0.0.1", "127.0.1.1")], ["10.0.0.2", "10.0.0.1"]),
+        # nodes that are emulated on one machine
+        ([("127.0.0.1", "127.0.0.1")] * 2, ["127.0.0.1"] * 2),
+    ],
+)
+def test_other_nodes_reach_a_nodes_servers(ways: list[tuple[str, str]], addresses: list[str]) -> None:
+    assert [start.reachable_address(ways, here) for here in range(len(ways))] == addresses
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "bound", "in_url"),
+    [
+        (None, None, "127.0.0.1", "127.0.0.1"),
+        (None, "127.0.0.2", "127.0.0.2", "127.0.0.2"),
+        ("127.0.0.3", "127.0.0.2", "127.0.0.3", "127.0.0.3"),  # the user's choice
+        ("0.0.0.0", None, "0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.2", "0.0.0.0", "127.0.0.2"),
+    ],
+)
+def test_the_host_of_a_server(
+    host: str | None, address: str | None, bound: str, in_url: str, tmp_path: Path
+) -> None:
+    sections = {"model": {"path": "no model"}, "sglang": {"host": host} if host else {}}
+    cfg = Config.model_validate(sections)
+    servers = start.local_servers(cfg, torch.device("cpu"), tmp_path, address=address)
+    assert servers._options[0]["host"] == bound
+    assert servers.servers[0].url.startswith(f"http://{in_url}:")

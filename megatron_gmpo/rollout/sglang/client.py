@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ from .processes import LocalServers
 from .sampler import Sampler
 from .servers import CONNECT_TIMEOUT_S, KEEPALIVE_S, Server, certificates
 from .watcher import Home, Standing, Watcher
+
+_CALL_S = 60.0
+"""Limit for a call of the loop. None waits for a server longer than ``PROBE_TIMEOUT_S``."""
 
 _OTHER_FILES = 1024
 
@@ -97,13 +101,21 @@ class RolloutClient:
         self._batches.announce()
 
     def close(self) -> None:
-        """End all requests (also on external servers), the servers started by the run, and the thread."""
-        self._call(self._close())
-        if self.local:
-            self.local.stop()
+        """End all requests (also on external servers), the servers started by the run, and the thread.
+
+        An error of one of these does not keep the others from ending.
+        """
+        with ExitStack() as last_to_first:
+            last_to_first.callback(self._end_thread)
+            if self.local:
+                last_to_first.callback(self.local.stop)
+            last_to_first.callback(lambda: self._call(self._close()))
+
+    def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.join(_CALL_S)
+        if not self._thread.is_alive():  # else its loop cannot be closed; the process does not wait for it
+            self._loop.close()
 
     async def _close(self) -> None:
         in_flight = [(m.server, rid) for m in self._watcher.members for rid in m.requests.values()]
@@ -116,7 +128,7 @@ class RolloutClient:
         await self._http.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_CALL_S)
 
     # samples
 

@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -176,12 +177,13 @@ class SGLangEngine:
         return taken | {name: Metric(count) for name, count in news.items()}
 
     def close(self) -> None:
-        """End unfinished requests and the servers started by the run."""
-        if self._client:
-            self._client.close()
-        if self._player:
-            self._player.close()
-        self._sync.close()
+        """End unfinished requests, environments and the servers started by the run. Not collective."""
+        with ExitStack() as last_to_first:
+            last_to_first.callback(self._sync.close)
+            if self._player:
+                last_to_first.callback(self._player.close)
+            if self._client:
+                last_to_first.callback(self._client.close)
 
     def _counts(self) -> dict[str, int]:
         """Return this rank's counts since its start, by the names of their metrics."""

@@ -55,6 +55,7 @@ class LocalServers:
         options: additional options of ``sglang.launch_server``; ``cfg.args`` overrides them.
         first_gpu: index of the first server's first GPU among the GPUs that this process sees.
         keys: API key and admin key; None draws them at random.
+        address: this machine's address in the URLs if ``cfg.host`` is 0.0.0.0; the default is 127.0.0.1.
 
     Attributes:
         servers: addresses and keys of the servers, known before they start.
@@ -77,6 +78,7 @@ class LocalServers:
         options: dict[str, Any] = {},  # noqa: B006
         first_gpu: int = 0,
         keys: tuple[str, str] | None = None,
+        address: str | None = None,
     ) -> None:
         args = {name.replace("-", "_"): value for name, value in cfg.args.items()}
         for name in sorted(_OURS & args.keys()):
@@ -84,7 +86,7 @@ class LocalServers:
         self._cfg, self._log_dir = cfg, log_dir
         self._ports = [_hold_port(cfg.host) for _ in range(num_servers)]
         self._api_key, self._admin_key = keys or (secrets.token_hex(16), secrets.token_hex(16))
-        address = "127.0.0.1" if cfg.host == "0.0.0.0" else cfg.host
+        address = address or "127.0.0.1" if cfg.host == "0.0.0.0" else cfg.host
         self.servers = [
             Server(
                 f"http://{address}:{_number(port)}",

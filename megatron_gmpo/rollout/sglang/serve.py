@@ -57,7 +57,6 @@ def serve(cfg: Config) -> None:
         update={
             "rollout": cfg.rollout.model_copy(update={"num_servers": share}),
             "seed": cfg.seed + task * share,
-            "sglang": cfg.sglang.model_copy(update={"host": address_towards(os.environ["MASTER_ADDR"])}),
         }
     )
     keys = json.loads((run_dir / "server_keys.json").read_text())
@@ -66,6 +65,7 @@ def serve(cfg: Config) -> None:
         choose_device(cfg.device),
         run_dir / "servers" / node_name(),
         keys=(keys["api_key"], keys["admin_key"]),
+        address=address_towards(os.environ["MASTER_ADDR"]),
     )
     try:
         servers.start()

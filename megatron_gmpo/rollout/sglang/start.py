@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.cuda.nccl as nccl
 
-from ...config import Config
+from ...config import Config, SGLangConfig
 from ...distributed import Nodes, agreed, world_size
 from ...errors import InputError, RunError
 from ...models import fp8_blocks
@@ -123,9 +125,12 @@ def start_sglang(
     if rollout.server_urls or rollout.servers_file:
         servers = _share_of_running_servers(cfg, nodes)
     else:
+        # ranks of other nodes send weights to disaggregated servers
+        shared = len(nodes) > 1 and rollout.placement != "colocated"
+        address = _address_of_node(nodes) if shared else None
         with agreed():
             if nodes.is_leader:
-                local = _servers_of_node(cfg, device, nodes)
+                local = _servers_of_node(cfg, device, nodes, address)
         servers = local.servers if local else []
     weight_sync = cfg.weight_sync
     # no request is in flight at a sync, and a server paused to retract uses a full CPU core
@@ -181,8 +186,37 @@ def _share_of_running_servers(cfg: Config, nodes: Nodes) -> list[Server]:
     return servers
 
 
-def _servers_of_node(cfg: Config, device: torch.device, nodes: Nodes) -> LocalServers:
-    """Return this node's share of the servers that the run starts. They are not started yet."""
+def _address_of_node(nodes: Nodes) -> str:
+    """Return the address at which the other nodes reach this node. Collective."""
+    way = ("", "")
+    with agreed():
+        if nodes.is_leader:
+            master = os.environ["MASTER_ADDR"]
+            way = (address_towards(master), socket.gethostbyname(master))
+    return reachable_address(nodes.from_leaders(way), nodes.here)
+
+
+def reachable_address(ways: list[tuple[str, str]], here: int) -> str:
+    """Return the address at which the other nodes reach the node ``here``.
+
+    It is the node's own address on the way to rank 0's node. On that node itself this may be a loopback
+    address, because /etc/hosts of Debian gives a machine's own name the address 127.0.1.1. Then it is the
+    address that another node finds for the name.
+
+    Args:
+        ways: for each node, its own address on the way to MASTER_ADDR, and what it finds for MASTER_ADDR.
+    """
+    own, _ = ways[here]
+    found = (master for _, master in ways if not ip_address(master).is_loopback)
+    return next(found, own) if ip_address(own).is_loopback else own
+
+
+def _servers_of_node(cfg: Config, device: torch.device, nodes: Nodes, address: str | None) -> LocalServers:
+    """Return this node's share of the servers that the run starts. They are not started yet.
+
+    Args:
+        address: see ``local_servers``.
+    """
     count, colocated = cfg.rollout.num_servers, cfg.rollout.placement == "colocated"
     share, rest = divmod(count, len(nodes))
     if rest and colocated:
@@ -190,19 +224,17 @@ def _servers_of_node(cfg: Config, device: torch.device, nodes: Nodes) -> LocalSe
             f"rollout.num_servers = {count} cannot be divided among {len(nodes)} nodes: "
             f"choose a multiple of {len(nodes)}"
         )
-    log_dir, sglang, here = Path(cfg.run_dir) / "servers", cfg.sglang, nodes.here
+    log_dir, here = Path(cfg.run_dir) / "servers", nodes.here
     if len(nodes) > 1:
         log_dir /= nodes.name
-        if not colocated:  # ranks of other nodes send them weights
-            sglang = sglang.model_copy(update={"host": address_towards(os.environ["MASTER_ADDR"])})
     mine = cfg.model_copy(
         update={
             "rollout": cfg.rollout.model_copy(update={"num_servers": share + (here < rest)}),
             "seed": cfg.seed + share * here + min(here, rest),
-            "sglang": sglang,
         }
     )
-    return local_servers(mine, device, log_dir, first_gpu=0 if colocated else len(nodes.local_ranks))
+    first_gpu = 0 if colocated else len(nodes.local_ranks)
+    return local_servers(mine, device, log_dir, first_gpu=first_gpu, address=address)
 
 
 def _wait_ready(engine: SGLangEngine, local: LocalServers | None) -> None:
@@ -226,8 +258,17 @@ def local_servers(
     *,
     first_gpu: int = 0,
     keys: tuple[str, str] | None = None,
+    address: str | None = None,
 ) -> LocalServers:
-    """Return ``LocalServers`` for the model and the settings of ``cfg``. They are not started yet."""
+    """Return ``LocalServers`` for the model and the settings of ``cfg``. They are not started yet.
+
+    Args:
+        address: this node's address if other nodes must reach the servers. They bind it if ``sglang.host``
+            has its default.
+    """
+    sglang = cfg.sglang
+    if address and sglang.host == SGLangConfig().host:
+        sglang = sglang.model_copy(update={"host": address})
     model_path, dtype = cfg.model.path, cfg.model.dtype
     options: dict[str, Any] = {}
     if cfg.rollout.quantization == "fp8":
@@ -255,7 +296,7 @@ def local_servers(
     return LocalServers(
         model_path,
         cfg.rollout.num_servers,
-        cfg.sglang,
+        sglang,
         log_dir,
         dtype=dtype,
         seed=cfg.seed,
@@ -263,6 +304,7 @@ def local_servers(
         options=options,
         first_gpu=first_gpu,
         keys=keys,
+        address=address,
     )
 
 
