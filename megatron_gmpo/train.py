@@ -38,7 +38,7 @@ from .losses.advantages import group_advantages
 from .losses.correction import correct, rollout_mismatch
 from .losses.objective import Objective, make_objective
 from .metrics.figures import Metric, reduce_metrics
-from .metrics.logger import MetricLogger, Timer
+from .metrics.logger import MetricLogger, Timer, throughput
 from .metrics.progress import Progress
 from .policy.observed import TokenRecorder
 from .rollout.collect import Collected, replayed
@@ -49,9 +49,6 @@ from .state import TrainingState
 from .supervision.attempt import Attempt
 
 log = logging.getLogger("megatron_gmpo.train")  # __name__ is "__main__" when this module runs as the command
-
-WORK = ("rollout", "exchange", "logprobs", "train", "weight_sync")
-"""Phases of a step that throughput counts; evaluation and checkpoints are excluded."""
 
 
 def train(run: Run, attempt: Attempt) -> None:
@@ -166,10 +163,8 @@ class Loop:
 
         last = state.step == cfg.train.num_steps
         results = self.evaluate(progress) if last or _due(cfg.eval.interval, state.step) else {}
-        seconds = self.timer.take()
-        worked = sum(seconds.get(f"time/{name}", 0) for name in WORK)
-        tokens = int(collected.index.length.sum())
-        self.logger.add({"throughput/tokens_per_second": tokens / worked} | seconds)
+        seconds, tokens = self.timer.take(), int(collected.index.length.sum())
+        self.logger.add(throughput(tokens, seconds) | seconds)
         figures = self.logger.log(state.step, results)
         progress.update(state.step, figures)
         if results:

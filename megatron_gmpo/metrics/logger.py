@@ -21,6 +21,9 @@ from .figures import Metric, figures_of, reduce_metrics
 
 log = logging.getLogger(__name__)
 
+WORK = ("rollout", "exchange", "logprobs", "train", "weight_sync")
+"""Phases of a step that throughput counts; evaluation and checkpoints are excluded."""
+
 
 def check_wandb(project: str) -> None:
     """Check that wandb is installed when ``project`` is not empty.
@@ -237,3 +240,8 @@ class Timer:
         taken |= {"time/step": step, "time/other": step - sum(self._spent.values())}
         self._spent, self._start = {}, now
         return taken
+
+
+def throughput(tokens: int, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return ``throughput/tokens_per_second`` of a step, from its tokens and the result of ``Timer.take``."""
+    return {"throughput/tokens_per_second": tokens / sum(seconds.get(f"time/{name}", 0) for name in WORK)}

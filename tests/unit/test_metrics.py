@@ -25,7 +25,7 @@ from megatron_gmpo.metrics import plots
 from megatron_gmpo.metrics.across_ranks import RankReduction
 from megatron_gmpo.metrics.figures import Metric, reduce_metrics, value_of, weights_metric
 from megatron_gmpo.metrics.histogram import BINS
-from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after
+from megatron_gmpo.metrics.logger import MetricLogger, Timer, check_wandb, cut_after, throughput
 from megatron_gmpo.metrics.plots import PANELS, plot_run, read_metrics
 from megatron_gmpo.metrics.progress import Progress
 
@@ -317,6 +317,11 @@ def test_missing_wandb_is_refused_before_the_run() -> None:
             check_wandb("gmpo")
     else:
         check_wandb("gmpo")
+
+
+def test_throughput_counts_neither_evaluation_nor_checkpoints() -> None:
+    seconds = {"time/rollout": 2.0, "time/train": 1.0, "time/evaluation": 5.0, "time/checkpoint": 7.0}
+    assert throughput(600, seconds) == {"throughput/tokens_per_second": 200.0}
 
 
 def test_phases_and_the_rest_make_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
