@@ -235,7 +235,8 @@ class SGLangConfig(Section):
     python: RequiredPath = ".venv-sglang/bin/python"
     """Python interpreter of the servers' own environment (``make sglang``)."""
     host: Text = "127.0.0.1"
-    """Address that the servers bind. Other machines can reach every address except the loopback address."""
+    """Address that the servers bind. With the default, servers that other nodes must reach bind the node's
+    address towards rank 0."""
     tensor_parallel_size: Positive = 1
     """Number of devices of one server."""
     args: Annotated[dict[str, Any], AfterValidator(_switches)] = {}

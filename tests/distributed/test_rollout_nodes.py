@@ -377,8 +377,10 @@ def started_on_a_rank(nodes: Sequence[str], run_dir: Path, placement: str, count
     )
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     here = Nodes(nodes[dist.get_rank()], 60.0)
+    address = start._address_of_node(here)
+    assert address == "127.0.0.1"  # the nodes are emulated
     try:
-        local = start._servers_of_node(cfg, torch.device("cpu"), here)
+        local = start._servers_of_node(cfg, torch.device("cpu"), here, address)
     except InputError as error:
         return str(error)
     seeds = [options["random_seed"] for options in local._options]
