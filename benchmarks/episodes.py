@@ -17,7 +17,7 @@ from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.player import make_player
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
-NEW_TOKENS = 32
+NEW_TOKENS = 64
 """Tokens of a turn."""
 LIMIT = 0.05
 
@@ -32,7 +32,7 @@ def measure_episodes(folder: Path) -> None:
     cfg = Config.model_validate({"model": {"path": str(folder / "model")}, "rollout": rollout})
     player = make_player(cfg, tokenizer, positions=2048)
     assert player
-    prompts = [prompt_of(tokenizer, number) for number in range(4 * CONCURRENT)]
+    prompts = [prompt_of(tokenizer, number) for number in range(2 * CONCURRENT)]
     sampling, ending = SamplingParams(max_new_tokens=NEW_TOKENS), Ending(tokenizer, set())
     with closing(player), served_client(folder, tokenizer) as client:
         player.start()

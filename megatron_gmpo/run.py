@@ -220,11 +220,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         check_embedded_fits(cfg, parameters, int(os.environ.get("WORLD_SIZE", "1")), memory, train=train)
     tokenizer = load_tokenizer(cfg.model.path)
     _check_vocabulary(cfg.model.path, tokenizer, description.hf.vocab_size)
-    positions: int = description.hf.max_position_embeddings
-    reason = f"max_position_embeddings = {positions}"
-    if cfg.rollout.engine == "sglang":
-        positions -= 2  # of context_length, which a server leaves free (scheduler.py, tp_worker.py)
-        reason += ", of which SGLang needs 2"
+    positions, reason = _positions(cfg, description.hf)
     step = step_of(checkpoint) if checkpoint else 0
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
@@ -248,6 +244,15 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         step=step,
         checkpoint_bytes=checkpoint_size(parameters, DTYPES[cfg.model.dtype]),
     )
+
+
+def _positions(cfg: Config, hf: Any) -> tuple[int, str]:
+    """Return the maximum tokens of a prompt with what follows it, and a phrase that states why."""
+    positions: int = hf.max_position_embeddings
+    if cfg.rollout.engine == "embedded":
+        return positions, f"max_position_embeddings = {positions}"
+    # of context_length, a server leaves two free (scheduler.py, tp_worker.py)
+    return positions - 2, f"max_position_embeddings = {positions}, of which SGLang needs 2"
 
 
 def _eval_sets(cfg: Config, tokenizer: Any, positions: int, reason: str) -> dict[str, list[Prompt]]:

@@ -96,13 +96,13 @@ class Collector:
         """Generate and score ``cfg.prompts_per_step`` groups. Collective.
 
         Every rank keeps the groups that it sampled. All ranks choose the same groups. A group in which an
-        environment failed is left out, see ``_Failed``; ``resample`` replaces it too.
+        environment failed is left out, see ``_Failed``.
 
         A sample's reward is the reward function's value plus ``overlong_penalty``. Dynamic sampling (DAPO,
         arXiv 2503.14476, equation 11) filters groups by the reward function's value alone: a group in which
         all responses are equally good would be trained on its lengths only. ``drop`` leaves such groups out.
-        ``resample`` also draws new prompts to replace them, at most ``max_resample_rounds`` times. If no
-        group is left, the first draw is kept without its penalties, and the step has a zero gradient.
+        ``resample`` also draws new prompts to replace groups, at most ``max_resample_rounds`` times. If none
+        is left, the first draw is kept without its penalties, and the step has a zero gradient.
 
         Args:
             steps_left: remaining steps, including this one; limits the generation ahead.

@@ -216,13 +216,9 @@ class EmbeddedEngine:
     ) -> list[Response]:
         """Decode the next batch of B responses of this ``generate``, token by token.
 
-        Args:
-            contexts: B lists of token ids.
-            limits: B maximum numbers of new tokens, instead of ``sampling.max_new_tokens``.
+        ``limits`` are B maximum numbers of new tokens, instead of ``sampling.max_new_tokens``.
         """
-        key = np.random.SeedSequence([self.seed, self.version, self._calls, self._batches, rank()])
-        generator = torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
-        self._batches += 1
+        generator = self._next_generator()
         self._noise.std, self._noise.generator = sampling.router_noise, generator
         logits, pad, cache, context_experts = self._prefill(contexts)
         width = cache.get_seq_length()
@@ -274,6 +270,11 @@ class EmbeddedEngine:
                 response.routed_experts = narrow_experts(routed.cpu().numpy())
             responses.append(response)
         return responses
+
+    def _next_generator(self) -> torch.Generator:
+        key = np.random.SeedSequence([self.seed, self.version, self._calls, self._batches, rank()])
+        self._batches += 1
+        return torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, DynamicCache, list[Tensor]]:
         """Prefill every distinct prompt once and copy its cache for each of the B responses.

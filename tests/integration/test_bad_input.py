@@ -389,7 +389,7 @@ def test_trouble_of_one_rank_alone_is_not_silent(folder: Path, tmp_path: Path) -
 def test_an_episode_beyond_the_positions(text_model: Path, tmp_path: Path) -> None:
     """The model has 2048 positions, and an episode 4 * 512 tokens."""
     problems = tmp_path / "problems.jsonl"
-    problems.write_text(json.dumps({"problem": "Go.", "answer": ""}) + "\n")
+    problems.write_text(json.dumps({"problem": "Go.", "answer": "go"}) + "\n")
     argv = options(
         run_dir=tmp_path / "run",
         model__path=text_model,

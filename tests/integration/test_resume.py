@@ -172,7 +172,7 @@ def test_it_equals_an_unbroken_run_bit_for_bit(tiny_model: Callable[..., Path], 
 def test_a_run_killed_within_an_episode_plays_it_again(text_model: Path, tmp_path: Path) -> None:
     """The trainer is killed in step 2, while environments work. All steps equal the unbroken run's."""
     go, problems = tmp_path / "go", tmp_path / "problems.jsonl"
-    rows = [{"problem": f"task {i}", "answer": "" if i == 2 else "fast"} for i in range(6)]
+    rows = [{"problem": f"task {i}", "answer": "hold" if i == 2 else "go"} for i in range(6)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = tiny_run(
         text_model,
@@ -180,7 +180,7 @@ def test_a_run_killed_within_an_episode_plays_it_again(text_model: Path, tmp_pat
         data__path=problems,
         data__shuffle="false",
         rollout__environment="tests.support.games:Echo",
-        rollout__environment_args=json.dumps({"turns": 3, "hold": str(go)}),
+        rollout__environment_args__hold=go,
         rollout__max_new_tokens=6,
         rollout__max_episode_tokens=500,
         rollout__prompts_per_step=2,
@@ -217,6 +217,8 @@ def test_a_run_killed_within_an_episode_plays_it_again(text_model: Path, tmp_pat
     assert lines == known
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["rollout/failed_groups"] for line in lines] == [0, 0, 0]
+    # the policy computes whole episodes, and the engine each turn anew
+    assert all(line["rollout/logprob_diff_max"] < 1e-4 for line in lines)
     known, lines = (json_lines(folder / "transcripts.jsonl") for folder in (unbroken, killed))
     assert [line["prompt_id"] for line in lines] == [line["prompt_id"] for line in known]
     assert [[s["text"] for s in line["samples"]] for line in lines] == [

@@ -33,6 +33,7 @@ from megatron_gmpo.metrics.figures import value_of
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.episode import EpisodeLimits
 from megatron_gmpo.rollout.player import Player
+from megatron_gmpo.rollout.replay import load_groups
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.sampler import Sampler
@@ -798,6 +799,54 @@ def test_training_raises_the_reward(tiny_model: Callable[..., Path], tmp_path: P
         assert line["weight_sync/gigabytes_per_second"] > 0
         assert line["rollout/weight_mean"] == pytest.approx(1, abs=0.2)
         assert line["rollout/stale_groups"] == line["rollout/server_restarts"] == 0
+    assert not servers_of(run_dir)
+
+
+def test_training_on_episodes(text_model: Path, tmp_path: Path) -> None:
+    """The policy's log probabilities are the servers' on every turn; groups of failed episodes are left out.
+
+    Which environments fail depends on their seeds alone.
+    """
+    problems, run_dir, steps = tmp_path / "problems.jsonl", tmp_path / "run", 3
+    problems.write_text(
+        "".join(json.dumps({"problem": f"task {i}", "answer": "go"}) + "\n" for i in range(64))
+    )
+    config = options(
+        run_dir=run_dir,
+        model__path=text_model,
+        data__path=problems,
+        eval__sets="{}",
+        reward__name="environment",
+        rollout__engine="sglang",
+        rollout__max_staleness=1,
+        rollout__environment="tests.support.games:Echo",
+        rollout__environment_args__fails=0.1,
+        rollout__prompts_per_step=8,
+        rollout__samples_per_prompt=4,
+        rollout__max_new_tokens=16,
+        rollout__max_episode_tokens=400,
+        rollout__save_path=tmp_path / "groups",
+        sglang__python=PYTHON,
+        weight_sync__route="tensor",
+        algorithm__correction="geometric",
+        train__num_steps=steps,
+        log__tensorboard="false",
+    )
+    done = run_module("megatron_gmpo.train", CONFIG, *config)
+    assert done.returncode == 0, done.stderr
+    figures = json_lines(run_dir / "metrics.jsonl")
+    failed = [line["rollout/failed_groups"] for line in figures]
+    assert 0 < sum(failed) < 8 * steps
+    assert figures[0]["rollout/logprob_diff_max"] < 1e-4  # later steps have samples of older weights
+    for step, line in enumerate(figures):
+        assert line["rollout/staleness_max"] == min(step, 1)
+        assert line["rollout/environment_errors"] >= failed[step]
+        groups = load_groups(tmp_path / "groups", step, vocab_size=259)
+        assert len(groups) == 8 - failed[step]
+        for sample in (sample for group in groups for sample in group.samples):
+            assert sample.episode
+            assert (sample.episode.ended, sample.num_turns) == ("done", 3)
+            assert sample.reward == pytest.approx(sample.episode.reward)
     assert not servers_of(run_dir)
 
 

@@ -22,7 +22,7 @@ class Echo:
     Args:
         turns: number of turns after which it is done.
         fails: it raises an error in the second turn for this share of the episodes.
-        hold: name of a file. If the prompt's answer is empty, the second turn waits until the file exists,
+        hold: name of a file. Unless the prompt's answer is "go", the second turn waits until the file exists,
             and has a file ``hold.NUMBER`` meanwhile.
         seconds: time that every turn takes.
         seed: seed of the episode.
@@ -54,7 +54,7 @@ class Echo:
         )
 
     def _wait(self) -> None:
-        if self.hold and not self.prompt.answer:
+        if self.hold and self.prompt.answer != "go":
             mark = Path(f"{self.hold}.{self.seed}")
             mark.touch()
             while not Path(self.hold).exists():

@@ -98,18 +98,7 @@ class Sampler:
             ServerError: ``ATTEMPTS`` consecutive requests brought no token, a server refused requests for
                 ``request_timeout_s``, or it recorded experts of another model.
         """
-        limit = sampling.max_new_tokens
-        parameters = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "stop": list(ending.stop),
-            "stop_token_ids": sorted(ending.end_ids),
-            "ignore_eos": not ending.end_ids,
-            "no_stop_trim": True,
-            "skip_special_tokens": False,
-            "sampling_seed": seed,
-        }
+        limit, parameters = sampling.max_new_tokens, _parameters(sampling, seed, ending)
         response = Response()
         failures = 0
         while not response.finish_reason:
@@ -274,3 +263,18 @@ class Sampler:
                 "check that it serves model.path"
             )
         return flat.reshape(rows, layers, topk)
+
+
+def _parameters(sampling: SamplingParams, seed: int, ending: Ending) -> dict[str, Any]:
+    """Return SGLang's ``sampling_params``, without ``max_new_tokens``."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "stop": list(ending.stop),
+        "stop_token_ids": sorted(ending.end_ids),
+        "ignore_eos": not ending.end_ids,
+        "no_stop_trim": True,
+        "skip_special_tokens": False,
+        "sampling_seed": seed,
+    }
