@@ -333,10 +333,10 @@ def turn_numbers(response_mask: Tensor, lengths: Tensor) -> Tensor:
     """
     begins = response_mask.clone()
     begins[1:] &= ~response_mask[:-1]
-    begun = begins.cumsum(0)
+    begun = begins.cumsum(0, dtype=torch.int32)
     # no sequence begins with a turn
     before = torch.repeat_interleave(begun[lengths.cumsum(0) - lengths], lengths)
-    return (begun - before - 1).clamp(min=0).int()
+    return (begun - before - 1).clamp_(min=0)
 
 
 COLUMNS: dict[str, Column] = {f.name: f.metadata["column"] for f in fields(TrainBatch) if f.metadata}

@@ -29,6 +29,7 @@ SILENT_S = 60.0
 
 SHOWN = {
     "reward/mean": ("reward", ".3f"),
+    "episode/success": ("successful episodes", ".0%"),
     "eval": ("", ""),  # one row per benchmark
     "loss": ("loss", ".4g"),
     "grad_norm": ("gradient norm", ".3g"),

@@ -25,6 +25,7 @@ from ..errors import printable
 
 SHOWN = {  # metric -> (label, format); no loss, because it is 0 at ratio 1 whatever the policy does
     "reward/mean": ("reward", ".3f"),
+    "episode/success": ("success", ".0%"),
     "policy/entropy": ("entropy", ".3f"),
     "grad_norm": ("grad", ".3g"),
     "rollout/truncated_fraction": ("truncated", ".0%"),

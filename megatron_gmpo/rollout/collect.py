@@ -307,7 +307,7 @@ def episode_figures(groups: Iterable[SampleGroup]) -> dict[str, Metric]:
     for why in get_args(EpisodeEnd):
         figures[f"episode/ended_{why}"] = Metric(sum(episode.ended == why for episode in episodes), count)
     told = [(episode.name, episode.success) for episode in episodes if episode.success is not None]
-    for name in sorted({"", *(name for name, _ in told)}):
+    for name in sorted({"", *(name for name, _ in told)}) if told else ():
         values = [success for other, success in told if name in ("", other)]
         figures["episode/success" + (f"/{name}" if name else "")] = Metric(sum(values), len(values))
     return figures

@@ -16,11 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_gmpo.batch.samples import Prompt
+from megatron_gmpo.batch.samples import Episode, Prompt
 from megatron_gmpo.command_line import load_config
 from megatron_gmpo.metrics.token_records import Record
 from megatron_gmpo.rewards.countdown import countdown_reward
-from megatron_gmpo.rollout.replay import load_groups
+from megatron_gmpo.rollout.replay import load_groups, save_groups
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import CONFIG, error_lines, json_lines, last_of_report, options, run_module
@@ -294,6 +294,43 @@ def test_dr_grpo_alone_is_the_papers_loss_without_truncated_samples(
     assert 0 < len(terms) < 24
     assert line["rollout/truncated_fraction"] == pytest.approx(1 - len(terms) / 24)
     assert line["loss"] == pytest.approx(-fmean(terms), rel=1e-5)
+
+
+def test_turns_are_the_sequences_of_the_loss(argv: list[str], two_steps: Path, tmp_path: Path) -> None:
+    """As above, with a sequence for each turn: the third token of a long response is made an observation."""
+    groups = load_groups(str(two_steps / "rollouts"), 0, vocab_size=2**31)
+    terms = []
+    for group in groups:
+        mean_reward = fmean(group.rewards)
+        for sample in group.samples:
+            observed = len(sample.tokens) - sample.response_length + 2
+            lengths = [sample.response_length]
+            if sample.response_length > 3:
+                sample.response_mask[observed], sample.rollout_logprobs[observed] = False, 0.0
+                lengths = [2, sample.response_length - 2]
+            sample.episode = Episode("done", success=sample.reward > 0)
+            terms += [(sample.reward - mean_reward) * length / 8 for length in lengths]
+    save_groups(str(tmp_path / "rollouts"), 0, dict(enumerate(groups)))
+    chosen = options(
+        run_dir=tmp_path / "run",
+        algorithm__loss="dr_grpo",
+        algorithm__unit="turn",
+        train__num_steps=1,
+        train__minibatches_per_step=1,
+        rollout__replay_path=tmp_path / "rollouts",
+        eval__before="false",
+        checkpoint__save_final="false",
+    )
+    done = run_module("megatron_gmpo.train", *argv, *chosen)
+    assert done.returncode == 0, done.stderr
+    assert ", each turn a sequence; run_dir" in done.stderr
+    (line,) = json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(terms) > 24
+    assert line["episode/turns"] == pytest.approx(len(terms) / 24)
+    assert 0 < line["episode/success"] < 1
+    assert line["loss"] == pytest.approx(-fmean(terms), rel=1e-5)
+    records = (tmp_path / "run" / "tokens" / "step_000001.jsonl").read_bytes().splitlines()[1:]
+    assert {int(turn) for record in map(Record.from_json, records) for turn in record.turn} == {0, 1}
 
 
 def test_the_rollouts_routing_is_replayed_in_another_layout(
