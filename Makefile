@@ -49,6 +49,9 @@ triton: $(TRITON)  ## Create .venv-triton, whose interpreter runs the GPU kernel
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
 	$(PY) -m megatron_gmpo demo
 
+demo-agents: $(INSTALLED)  ## Train a tiny model with GMPO on tasks of several turns in a text game
+	$(PY) -m megatron_gmpo demo --task household
+
 lint: $(INSTALLED)  ## Check style, types and import layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -83,5 +86,5 @@ clean:  ## Remove the environments, builds and caches
 	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton build dist *.egg-info .pytest_cache \
 		.ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt triton demo lint test test-fast test-versions test-slurm \
+.PHONY: check-python help install sglang modelopt triton demo demo-agents lint test test-fast test-versions test-slurm \
 	test-gpu fuzz clean

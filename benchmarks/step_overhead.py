@@ -16,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_gmpo.testing.demo import CONFIG, DONE, make_demo_model
+from megatron_gmpo.testing.demo import TASKS
 
+DEMO = TASKS["addition"]
 STEPS, WARM_UP_STEPS = 40, 5
 WORK = ("rollout", "logprobs", "train", "weight_sync")
 LIMIT = 0.05
@@ -44,7 +45,7 @@ def time_of_steps(run_dir: Path) -> list[dict[str, float]]:
         "checkpoint.save_final": "false",
     }
     subprocess.run(
-        [*launch, CONFIG, *(str(a) for k, v in options.items() for a in (f"--{k}", v))],
+        [*launch, DEMO.config, *(str(a) for k, v in options.items() for a in (f"--{k}", v))],
         check=True,
         timeout=600,
     )
@@ -56,8 +57,8 @@ def time_of_steps(run_dir: Path) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    if not DONE.is_file():
-        make_demo_model()
+    if not DEMO.done.is_file():
+        DEMO.make()
     with tempfile.TemporaryDirectory() as folder:
         steps = time_of_steps(Path(folder) / "run")
     mean = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}

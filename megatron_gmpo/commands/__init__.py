@@ -32,6 +32,7 @@ NAMES = (
     "make_tiny_model",
     "arithmetic",
     "countdown",
+    "household",
     "warm_up",
 )
 

@@ -1,6 +1,7 @@
-"""Train a tiny MoE model with GMPO on the CPU.
+"""Train a tiny model with GMPO on the CPU.
 
-A tiny Qwen3-MoE, warmed up by supervised learning, learns addition in two processes with expert parallelism.
+``addition``: a tiny Qwen3-MoE, warmed up by supervised learning, learns addition in two processes with expert
+parallelism. ``household``: a tiny Qwen3, warmed up on a few expert episodes, learns tasks of several turns.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 from ..command_line import Options, parse_options
 from ..errors import InputError, RunError
@@ -17,41 +19,47 @@ from .plot_metrics import plot_runs
 
 
 class Demo(Options):
-    """Run the demo. The last line of the output is one JSON object."""
+    """Run a demo. The last line of the output is one JSON object."""
 
+    task: Literal["addition", "household"] = "addition"
+    """What the model learns: two-digit ``addition`` (examples/moe/tiny_cpu.toml), or ``household`` tasks in a
+    text game (examples/agents/household_tiny_cpu.toml)."""
     prepare_only: bool = False
-    """Make only the model and the problems that examples/moe/tiny_cpu.toml reads."""
+    """Make only the model and the data that the config reads."""
 
 
 def main(argv: list[str]) -> None:
     options = parse_options(Demo, argv, "megatron-gmpo demo")
 
-    from ..testing.demo import CONFIG, DONE, TINY, make_demo_model
+    from ..testing.demo import TASKS
 
-    if not Path(CONFIG).is_file():
-        raise InputError(f"config file {CONFIG} does not exist: run the demo from the root of the repository")
+    task = TASKS[options.task]
+    if not Path(task.config).is_file():
+        raise InputError(
+            f"config file {task.config} does not exist: run the demo from the root of the repository"
+        )
     start = time.perf_counter()
-    if DONE.is_file():
-        print(f"model and problems: {TINY}, from an earlier run", file=sys.stderr)
+    if task.done.is_file():
+        print(f"model and data: {task.done.parent}, from an earlier run", file=sys.stderr)
     else:
-        make_demo_model()
+        task.make()
     if options.prepare_only:
         return
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    _train(CONFIG, run_dir)
+    _train(task.config, *task.options, "--run_dir", str(run_dir))
     figures = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     print(plot_runs((run_dir,)))
     result = {
-        "pass@1_before": figures[0]["eval/heldout/pass@1"],
-        "pass@1_after": figures[-1]["eval/heldout/pass@1"],
+        f"{task.figure}_before": figures[0][task.metric],
+        f"{task.figure}_after": figures[-1][task.metric],
         "seconds": round(time.perf_counter() - start, 1),
         "run_dir": str(run_dir),
     }
     print(json.dumps(result))
 
 
-def _train(config: str, run_dir: Path) -> None:
-    """Train in two processes with expert parallelism, and show their output."""
+def _train(*arguments: str) -> None:
+    """Train in two processes, and show their output."""
     launch = [
         "-m",
         "torch.distributed.run",
@@ -61,7 +69,6 @@ def _train(config: str, run_dir: Path) -> None:
         "-m",
         "megatron_gmpo.train",
     ]
-    options = ["--parallel.expert_model_parallel_size", "2", "--run_dir", str(run_dir)]
-    code = subprocess.run([sys.executable, *launch, config, *options]).returncode
+    code = subprocess.run([sys.executable, *launch, *arguments]).returncode
     if code:
         raise RunError(f"training ended with exit code {code}: its output is above")

@@ -1,4 +1,4 @@
-"""Train a Hugging Face model on the answers of a .jsonl file, in place."""
+"""Train a Hugging Face model on the answers or dialogues of a .jsonl file, in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..config import Positive
 
 
 class WarmUp(Options):
-    """Train the model of a Hugging Face folder on the answers of a .jsonl file.
+    """Train the model of a Hugging Face folder on the answers or dialogues of a .jsonl file.
 
     The training uses plain transformers. It overwrites the folder.
     """
@@ -21,15 +21,16 @@ class WarmUp(Options):
     model: Path
     """Folder of the model."""
     data: Path
-    """File with one JSON object per line, with the keys problem and answer."""
+    """File with one JSON object per line: the keys problem and answer, or the key messages with a dialogue.
+    The messages of its assistant are trained; the chat template must mark them by {% generation %}."""
     steps: Positive = 200
     """Number of optimizer steps."""
     batch_size: Positive = 64
-    """Number of problems per step."""
+    """Number of rows per step."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     """Learning rate of AdamW."""
     seed: int = 0
-    """Seed of the order of the problems."""
+    """Seed of the order of the rows."""
 
 
 def main(argv: list[str]) -> None:
@@ -40,10 +41,10 @@ def main(argv: list[str]) -> None:
     from ..testing.warm_up import warm_up
 
     logging.disable_progress_bar()
-    problems = [json.loads(line) for line in options.data.read_text().splitlines()]
+    rows = [json.loads(line) for line in options.data.read_text().splitlines()]
     loss = warm_up(
         options.model,
-        problems,
+        rows,
         steps=options.steps,
         batch_size=options.batch_size,
         lr=options.lr,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -9,12 +10,21 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import InputError
 
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS, END = "<pad>", "<eos>", "<|end|>"
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DIALOGUE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
@@ -57,22 +67,49 @@ def text_tokenizer(
     Raises:
         InputError: the corpus does not exist, has another suffix or lacks the column.
     """
+    texts = _column(corpus, column) if corpus else []
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return _byte_level_bpe(
+        texts, vocab_size if corpus else None, specials, eos="<|im_end|>", chat_template=CHATML
+    )
+
+
+def dialogue_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE in which every word of ``texts`` is one token.
+
+    Its chat template is short: a message starts with one token for its role, and only the assistant's
+    messages have an end. The template marks the assistant's tokens, so ``return_assistant_tokens_mask`` of
+    ``apply_chat_template`` works. The tokenizer encodes any text without loss.
+    """
+    specials = [PAD, END, *(f"<|{role}|>" for role in ("system", "user", "assistant", "tool"))]
+    return _byte_level_bpe(texts, 2**16, specials, eos=END, chat_template=DIALOGUE)
+
+
+def _byte_level_bpe(
+    texts: Iterable[str], vocab_size: int | None, specials: list[str], *, eos: str, chat_template: str
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with merges learned on ``texts``; the first special token is the padding.
+
+    Args:
+        vocab_size: largest number of tokens, including the special tokens; None learns no merge.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    size = vocab_size if corpus else len(specials) + len(alphabet)
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
+        vocab_size=vocab_size or len(specials) + len(alphabet),
+        initial_alphabet=alphabet,
+        special_tokens=specials,
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(_column(corpus, column) if corpus else [], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
+        pad_token=specials[0],
+        eos_token=eos,
+        extra_special_tokens=[token for token in specials[1:] if token != eos],
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
 

@@ -17,7 +17,7 @@ from ...batch.samples import Prompt
 
 _KNOWN_INFO = {"name": str, "success": bool, "tool_calls": int, "tool_errors": int}
 
-ENVIRONMENTS: dict[str, str] = {}
+ENVIRONMENTS: dict[str, str] = {"household": "megatron_gmpo.rollout.environments.household:Household"}
 """Built-in environments: name -> ``module:Class``, which only the workers import."""
 
 
