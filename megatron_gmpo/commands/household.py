@@ -6,9 +6,14 @@ The model and the tasks are those of examples/agents/household_tiny_cpu.toml.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from ..command_line import Options, parse_options
 from ..config import Positive
+
+_Number = Annotated[int, Field(ge=1, le=100_000)]  # there are millions of tasks, all different
 
 
 class HouseholdOptions(Options):
@@ -21,11 +26,11 @@ class HouseholdOptions(Options):
 
     out: Path = Path("runs/household")
     """Folder to write."""
-    num_train: Positive = 2000
+    num_train: _Number = 2000
     """Number of tasks in train.jsonl."""
-    num_unseen: Positive = 200
+    num_unseen: _Number = 200
     """Number of tasks in unseen.jsonl. Their pairs of thing and place are in no other file."""
-    num_experts: Positive = 1000
+    num_experts: _Number = 1000
     """Number of expert episodes."""
     tasks_only: bool = False
     """Write the tasks and the expert episodes, and make no model."""
