@@ -49,9 +49,10 @@ def main(argv: list[str]) -> None:
     _train(task.config, *task.options, "--run_dir", str(run_dir))
     figures = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     print(plot_runs((run_dir,)))
+    name = task.metric.rpartition("/")[2]
     result = {
-        f"{task.figure}_before": figures[0][task.metric],
-        f"{task.figure}_after": figures[-1][task.metric],
+        f"{name}_before": figures[0][task.metric],
+        f"{name}_after": figures[-1][task.metric],
         "seconds": round(time.perf_counter() - start, 1),
         "run_dir": str(run_dir),
     }
