@@ -144,7 +144,6 @@ class Household:
         self.held = ""
         self.clean: set[str] = set()
         self.steps = list(STEPS[self.task.kind])
-        self.share = 1 / len(self.steps)
         return self._observation("", 0.0)
 
     def step(self, action: str) -> Observation:
@@ -155,7 +154,7 @@ class Household:
             return self._observation(f"You can only {', '.join(possible)}.", 0.0)
         verb, *words = command.split()
         text = getattr(self, f"_{verb}")(*words)
-        return self._observation(text, self._progress(verb))
+        return self._observation(text, self._progress())
 
     def commands(self) -> list[str]:
         """Return the commands that are possible now."""
@@ -175,19 +174,17 @@ class Household:
         info = {"name": self.task.kind, "success": not self.steps, "commands": self.commands()}
         return Observation(messages, reward, done=not self.steps, info=info)
 
-    def _progress(self, verb: str) -> float:
-        """Return the reward of a command that was executed."""
-        task, done = self.task, False
-        match self.steps[0]:
-            case "take":
-                done = verb == "take" and self.held == task.thing
-            case "clean":
-                done = task.thing in self.clean
-            case "put":
-                done = task.thing in self.places[task.place]
-        if done:
-            del self.steps[0]
-        return self.share * done
+    def _progress(self) -> float:
+        """Return the reward of the command that was executed last."""
+        done = {
+            "take": self.held == self.task.thing,
+            "clean": self.task.thing in self.clean,
+            "put": self.task.thing in self.places.get(self.task.place, ()),
+        }
+        if not done[self.steps[0]]:
+            return 0.0
+        del self.steps[0]
+        return 1 / len(STEPS[self.task.kind])
 
     def _go(self, _: str, room: str) -> str:
         self.room = room
