@@ -52,7 +52,7 @@ def warm_up(
         batch = [
             example(row) for row in torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         ]
-        input_ids, labels = zip(*batch, strict=True)
+        input_ids, labels = [list(column) for column in zip(*batch, strict=True)]
         loss = model(
             input_ids=pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id),
             labels=pad_sequence(labels, batch_first=True, padding_value=NO_LOSS),
