@@ -10,6 +10,7 @@ INSTALLED := $(VENV)/.installed
 SGLANG := .venv-sglang/.installed
 MODELOPT := .venv-modelopt/.installed
 TRITON := .venv-triton/.installed
+GAMES := $(VENV)/.games
 export OMP_NUM_THREADS ?= 1
 # Two processes run the tests. A process takes whole files, because the tests of a file share fixtures. Files
 # start in the order of their names, so that the longest files do not start last.
@@ -45,6 +46,12 @@ $(TRITON): $(INSTALLED) Makefile
 	touch $@
 
 triton: $(TRITON)  ## Create .venv-triton, whose interpreter runs the GPU kernels on a CPU in the tests
+
+$(GAMES): $(INSTALLED)
+	$(PY) -m pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e ".[games]"
+	touch $@
+
+games: $(GAMES)  ## Add TextWorld and ALFWorld to .venv; needs a C++ compiler and cmake
 
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
 	$(PY) -m megatron_gmpo demo
@@ -86,5 +93,5 @@ clean:  ## Remove the environments, builds and caches
 	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton build dist *.egg-info .pytest_cache \
 		.ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt triton demo demo-agents lint test test-fast test-versions test-slurm \
+.PHONY: check-python help install sglang modelopt triton games demo demo-agents lint test test-fast test-versions test-slurm \
 	test-gpu fuzz clean

@@ -49,6 +49,7 @@ setup(
             "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
             "transformer-engine[core_cu13,pytorch]>=2.9; python_version >= '3.12'",
         ],
+        "games": ["alfworld==0.4.2", "textworld[pddl]==1.7.0"],  # compiles C++ for minutes: make games
         "reasoning": [
             "reasoning-gym==0.1.25",
             "six>=1.16",  # imported by zss, which reasoning-gym needs, without being declared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -47,6 +48,16 @@ def check_callable(field: str, name: str, found: Any, remedy: str) -> None:
     """
     if not callable(found):
         raise InputError(f"{field} = {name!r} is a {type(found).__name__}: {remedy}")
+
+
+def check_installed(what: str, package: str, remedy: str) -> None:
+    """Check that an optional package is installed.
+
+    Raises:
+        InputError: it is not; the line starts with ``what`` and ends with ``remedy``.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{what} needs the package {package}, which is not installed: {remedy}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -30,9 +30,11 @@ NAMES = (
     "export_quantized",
     "demo",
     "make_tiny_model",
+    "alfworld",
     "arithmetic",
     "countdown",
     "household",
+    "textworld",
     "warm_up",
 )
 

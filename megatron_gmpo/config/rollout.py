@@ -14,7 +14,7 @@ class DataConfig(Section):
     path: PathText = ""
     """A .jsonl, .json, .csv or .parquet file, a ``save_to_disk`` folder, or a Hugging Face hub name, with the
     name of a subset if the data set has subsets (``openai/gsm8k:main``). ``reasoning_gym:NAME?ARGUMENTS``
-    generates problems (docs/data.md)."""
+    generates problems (docs/data.md). A folder of text games has a game per row (docs/agents.md)."""
     files: tuple[RequiredPath, ...] = ()
     """Several files to read one after another, instead of ``path``. Wildcards are not expanded."""
     split: Text = "train"

@@ -6,7 +6,6 @@ a process with a fixed hash seed, so that all ranks and a resumed run have the s
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,24 +20,12 @@ from pydantic import TypeAdapter
 
 from ..config.values import parse_value, parse_words
 from ..errors import InputError, one_line
-from ..plugins import nearest
+from ..plugins import check_installed, nearest
 
 PREFIX = "reasoning_gym:"
+INSTALL = "run pip install -e '.[reasoning]'"
 _GENERATION_S = 3600.0
 """Seconds within which the rows of a data set must be made."""
-
-
-def check_installed(field: str) -> None:
-    """Check that the package is installed.
-
-    Raises:
-        InputError: it is not; ``field`` starts the line.
-    """
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise InputError(
-            f"{field} needs the package reasoning-gym, which is not installed: "
-            "run pip install -e '.[reasoning]'"
-        )
 
 
 def open_data_set(source: str, field: str) -> Any:
@@ -54,7 +41,7 @@ def open_data_set(source: str, field: str) -> Any:
         InputError: the package is not installed; a data set or an argument is unknown (the line names the
             nearest), or a value is not accepted. ``field`` starts the line.
     """
-    check_installed(field)
+    check_installed(field, "reasoning_gym", INSTALL)
     from reasoning_gym.factory import DATASETS, create_dataset
 
     name, _, query = source.partition("?")

@@ -19,7 +19,7 @@ import pyarrow.parquet
 
 from ..config import DataConfig, EvalSetConfig
 from ..errors import InputError
-from . import reasoning_gym
+from . import games, reasoning_gym
 
 _BATCH = 1000
 """Rows of a Parquet file or an Arrow table that are in memory at a time."""
@@ -193,9 +193,13 @@ def _open(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Re
             splits = datasets.load_from_disk(source)
         except IndexError:  # raised for a data set without rows
             return iter(())
+    elif path.is_dir() and (found := games.games_in(path)):
+        _check_split(cfg, section, source, ["train"])
+        return games.records(found)
     elif path.is_dir():
         raise InputError(
-            f"{field} is a folder that save_to_disk did not write: name its files in {section}.files"
+            f"{field} is a folder that save_to_disk did not write, without games: "
+            f"name its files in {section}.files"
         )
     elif path.exists():
         raise InputError(f"{field} has an unknown format: {_REMEDY}")

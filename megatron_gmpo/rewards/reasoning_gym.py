@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from ..batch.samples import Prompt
-from ..data.reasoning_gym import PREFIX, check_installed
+from ..data.reasoning_gym import INSTALL, PREFIX
 from ..errors import InputError
+from ..plugins import check_installed
 from .processes import ProcessReward
 
 
@@ -24,7 +25,7 @@ class ReasoningGymReward(ProcessReward):
     worker = "megatron_gmpo.rewards.reasoning_gym_worker"
 
     def __init__(self, timeout_s: float = 10.0, workers: int = 2) -> None:
-        check_installed("reward.name = 'reasoning_gym'")
+        check_installed("reward.name = 'reasoning_gym'", "reasoning_gym", INSTALL)
         super().__init__(timeout_s, workers)
 
     def __call__(self, prompt: Prompt, response: str) -> float:

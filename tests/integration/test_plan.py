@@ -20,9 +20,10 @@ pytestmark = pytest.mark.distributed
 BIG = "examples/moe/qwen3_30b_a3b.toml"
 # Billions of parameters on the model cards; the active ones have two digits there.
 PUBLISHED = [
-    ("qwen3_30b_a3b", 32, 30.5, 3.3),
-    ("qwen3_235b_a22b", 64, 235, 22),
-    ("deepseek_r1_distill_qwen_7b", 8, 7.6, None),
+    ("moe/qwen3_30b_a3b", 32, 30.5, 3.3),
+    ("moe/qwen3_235b_a22b", 64, 235, 22),
+    ("moe/deepseek_r1_distill_qwen_7b", 8, 7.6, None),
+    ("agents/alfworld_qwen2_5_1_5b", 8, 1.54, None),
 ]
 SAVED_BYTES = 2 + 4 + 4 + 4
 """Of a parameter: the weight in bf16, and in fp32 the main weight and both moments."""
@@ -38,7 +39,7 @@ def test_a_big_model_fits_and_has_the_published_size(
             sys.executable,
             "-m",
             "tools.plan",
-            f"examples/moe/{name}.toml",
+            f"examples/{name}.toml",
             "--world_size",
             str(world_size),
             "--checkpoint.async_save",

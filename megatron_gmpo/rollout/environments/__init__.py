@@ -17,7 +17,11 @@ from ...batch.samples import Prompt
 
 _KNOWN_INFO = {"name": str, "success": bool, "tool_calls": int, "tool_errors": int}
 
-ENVIRONMENTS: dict[str, str] = {"household": "megatron_gmpo.rollout.environments.household:Household"}
+ENVIRONMENTS: dict[str, str] = {
+    "alfworld": "megatron_gmpo.rollout.environments.games:ALFWorld",
+    "household": "megatron_gmpo.rollout.environments.household:Household",
+    "textworld": "megatron_gmpo.rollout.environments.games:TextWorld",
+}
 """Built-in environments: name -> ``module:Class``, which only the workers import."""
 
 
