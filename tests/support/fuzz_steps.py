@@ -96,6 +96,12 @@ def compare(
     return (failures if rank() == 0 else []), leaner
 
 
+def one_step(cfg: Config, batch: TrainBatch) -> Step:
+    """Make a step on the batch in fp32, as a run does it."""
+    with cases.opened(cfg) as policy:
+        return _step(policy, batch, cases._objective(policy), leave_out_pass=True)
+
+
 def random_batch(seed: int, policy: Policy) -> TrainBatch:
     """Return a step of 1 to 4 groups of 1 to 16 samples of 1 to 200 tokens, few of them large.
 
@@ -206,9 +212,9 @@ def differences(found: Step, expected: Step) -> Iterator[str]:
         if not abs(loss - wanted) <= TOLERANCE * max(1, abs(wanted)):
             yield f"loss {loss} of update {update}, not {wanted}"
     for update, (gradients, wanted) in enumerate(zip(found.gradients, expected.gradients, strict=True)):
-        if not (off := _distance(gradients, wanted)) <= TOLERANCE:
+        if not (off := distance(gradients, wanted)) <= TOLERANCE:
             yield f"gradient of update {update} off by {off:.1e}"
-    if not (off := _distance(found.weights, expected.weights)) <= TOLERANCE:
+    if not (off := distance(found.weights, expected.weights)) <= TOLERANCE:
         yield f"weights off by {off:.1e}"
     needed = found.old_logprobs != 0
     off = (found.old_logprobs - expected.old_logprobs)[needed].abs().max() if needed.any() else 0.0
@@ -216,7 +222,7 @@ def differences(found: Step, expected: Step) -> Iterator[str]:
         yield f"old log probabilities off by {off:.1e}"
 
 
-def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Return the distance of all tensors of ``expected`` together, relative to their norm, or to 1e-3."""
     off = sum((found[name] - tensor).double().square().sum() for name, tensor in expected.items())
     norm = sum(tensor.double().square().sum() for tensor in expected.values())
