@@ -108,7 +108,7 @@ def checkpoint_size(num_parameters: int, dtype: torch.dtype) -> int:
 
 
 class Save:
-    """A save that ``start_save`` has started. ``ended`` and ``finish`` are collective.
+    """A save that ``start_save`` has started. ``ended``, ``seal`` and ``finish`` are collective.
 
     Attributes:
         step: step of the checkpoint.
@@ -126,6 +126,7 @@ class Save:
         self.step, self.began = step_of(final), time.monotonic()
         self._final, self._state, self._keep_last = final, state, keep_last
         self._continues, self._files = continues, files
+        self._sealed = False
 
     def ended(self, *, wait: bool) -> bool:
         """Return whether all ranks have written their files: one small all-reduce.
@@ -140,17 +141,14 @@ class Save:
             dist.all_reduce(running, op=dist.ReduceOp.MAX)
         return not running
 
-    def finish(self) -> Path:
-        """Make the checkpoint the newest and remove those that are not kept. Call it when the save has ended.
-
-        Returns:
-            The new checkpoint.
+    def seal(self) -> None:
+        """Write the state and the checksums of all files. Call it when the save has ended.
 
         Raises:
             DiskFullError: the file system is full. The incomplete checkpoint is removed.
             OSError, RunError: another error of the process that writes, on this or another rank. Likewise.
         """
-        final, partial = self._final, files.partial_path(self._final)
+        partial = files.partial_path(self._final)
         with self.abandoned_after_an_error():
             with agreed(), _disk_full_errors(partial):
                 mine = self._files.result() if self._files else {}
@@ -159,6 +157,23 @@ class Save:
             with agreed():
                 if rank() == 0:
                     write_state(partial, json.loads(self._state) | {"files": recorded})
+        self._sealed = True
+
+    def finish(self) -> Path:
+        """Make the checkpoint the newest and remove those that are not kept. Call it when the save has ended.
+
+        Returns:
+            The new checkpoint.
+
+        Raises:
+            DiskFullError, OSError, RunError: see ``seal``, which it calls unless it was called.
+        """
+        if not self._sealed:
+            self.seal()
+        final, partial = self._final, files.partial_path(self._final)
+        with self.abandoned_after_an_error():
+            with agreed():
+                if rank() == 0:
                     if final.exists():  # a kill before the update of the text file leaves it
                         files.remove(final)
                     files.publish(partial, final)

@@ -6,18 +6,15 @@ import logging
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import tomli_w
 import torch
 import torch.distributed as dist
-import transformers
 
 from . import files
 from .batch.exchange import Exchange, check_folder
@@ -30,6 +27,7 @@ from .data.stream import PromptStream
 from .distributed import Nodes, broadcast_object, rank, world_size
 from .errors import Exit, InputError, StopRequest, printable
 from .metrics.logger import check_wandb
+from .metrics.messages import set_up_messages
 from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
 from .platform import (
     check_deterministic,
@@ -103,13 +101,17 @@ class Run:
     def headline(self, loss: str) -> str:
         """Return one line that says what the run trains, with the description of its loss."""
         kind = "MoE" if self.description.is_moe else "dense"
+        data = self.cfg.data.path or ", ".join(self.cfg.data.files)
         problems = (
-            f"{len(self.prompts)} problems" if self.prompts else f"replay of {self.cfg.rollout.replay_path}"
+            f"{len(self.prompts)} problems of {data}"
+            if self.prompts
+            else f"replay of {self.cfg.rollout.replay_path}"
         )
         resumed = f"; resumed at step {self.step}" if self.step else ""
         fusions = f"; {self.description.fusions}" if self.description.fusions else ""
         return (
-            f"{self.description.hf.model_type} ({kind}) on {world_size()} ranks; {problems}; loss {loss}; "
+            f"{self.cfg.model.path} ({self.description.hf.model_type}, {kind}) on {world_size()} ranks; "
+            f"{problems}; loss {loss}; "
             f"run_dir {self.run_dir}{resumed}{fusions}"
         )
 
@@ -341,7 +343,7 @@ def start_command(command: Callable[[Config], None]) -> None:
     """
     signals.interrupt_with_one_line()
     _skip_main_in_children()
-    _set_up_messages()
+    set_up_messages()
     code = Exit.DONE
     with one_line_errors():
         try:
@@ -364,27 +366,6 @@ def closing_reward(reward: Reward) -> Any:
     """Return a context that stops the reward's processes at its end, if the reward has ``close``."""
     closable: Any = reward
     return closing(closable) if hasattr(reward, "close") else nullcontext()
-
-
-def _set_up_messages() -> None:
-    """Show log lines of this package and progress bars of the libraries on rank 0 only."""
-    first = os.environ.get("RANK", "0") == "0"
-    handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableLines("%(message)s"))
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger(__package__).setLevel(logging.INFO if first else logging.WARNING)
-    # Megatron uses deprecated names of torch.distributed.checkpoint
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
-    if not first:
-        datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
-
-
-class _PrintableLines(logging.Formatter):
-    """Format log records without control characters; the lines of a traceback stay apart."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def _skip_main_in_children() -> None:

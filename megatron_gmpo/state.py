@@ -54,17 +54,13 @@ class TrainingState:
         self._scale_lr()
         self._cut_rollouts()
 
-    def save(self, logger: MetricLogger, *, background: bool) -> None:
-        """Save everything to ``run.checkpoint_dir``; ``finish_save`` completes the checkpoint. Collective.
-
-        The metrics up to its step are flushed first: a run that resumes from it does not log them again.
+    def start_save(self, *, background: bool) -> None:
+        """Write everything to ``run.checkpoint_dir``; ``finish_save`` completes the checkpoint. Collective.
 
         Args:
             background: copy the state to memory only, and let processes write it while training goes on.
         """
         assert self._save is None
-        with agreed():
-            logger.sync()
         self._save = self.policy.start_save(
             self._run.checkpoint_dir,
             self.step,
@@ -73,6 +69,8 @@ class TrainingState:
             continues=self.saved_step,
             background=background,
         )
+        if not background:
+            self._save.seal()
 
     @property
     def saving(self) -> bool:
@@ -81,6 +79,8 @@ class TrainingState:
 
     def finish_save(self, logger: MetricLogger, *, wait: bool = True) -> float | None:
         """Complete the save in progress, if any. Collective.
+
+        The metrics are flushed first: a run that resumes from the checkpoint does not log its step again.
 
         Args:
             wait: whether to wait until it is written; else it is only completed if it is.
@@ -91,6 +91,8 @@ class TrainingState:
         save = self._save
         if save is None or not save.ended(wait=wait):
             return None
+        with agreed():
+            logger.sync()
         self._save = None
         path = save.finish()
         self.saved_step = save.step

@@ -134,7 +134,8 @@ class Loop:
                     self.step(progress)
                 self.finish_save()
                 if state.step < num_steps:  # the run was asked to stop
-                    self.save()
+                    self.start_save()
+                    self.finish_save()
                     self.attempt.saved(state.step)
             except NonFiniteError as error:
                 with self.timer("checkpoint"):
@@ -163,18 +164,21 @@ class Loop:
 
         last = state.step == cfg.train.num_steps
         results = self.evaluate(progress) if last or _due(cfg.eval.interval, state.step) else {}
+        collapse = state.find_collapse(self.logger.figures)
+        due = _due(cfg.checkpoint.save_interval, state.step) or (last and cfg.checkpoint.save_final)
+        if due and not (collapse and cfg.collapse.action != "warn"):
+            self.start_save(background=cfg.checkpoint.async_save and not last)
         seconds, tokens = self.timer.take(), int(collected.index.length.sum())
         self.logger.add(throughput(tokens, seconds) | seconds)
         figures = self.logger.log(state.step, results)
         progress.update(state.step, figures)
         if results:
             progress.results(f"after step {state.step}", results)
-        self.finish_save(wait=False)
-        if collapse := state.find_collapse(figures):
+        # A checkpoint is complete after the line of its step is written: a run that resumes from it does not
+        # log the step again.
+        self.finish_save(wait=last)
+        if collapse:
             progress.note(state.react(collapse, self.logger))
-        # Save last, because a resumed run repeats the steps that were logged after the checkpoint.
-        if _due(cfg.checkpoint.save_interval, state.step) or (last and cfg.checkpoint.save_final):
-            self.save(background=cfg.checkpoint.async_save and not last)
 
     def collect(self) -> Collected:
         """Return the step's scored groups, sampled now or read from ``rollout.replay_path``."""
@@ -246,13 +250,12 @@ class Loop:
             self.engine.sleep()
         return results
 
-    def save(self, *, background: bool = False) -> None:
+    def start_save(self, *, background: bool = False) -> None:
         """Write a checkpoint unless this step already has one. A save in progress is completed first."""
         self.finish_save()
         if self.state.saved_step != self.state.step:
             with self.timer("checkpoint"):
-                self.state.save(self.logger, background=background)
-            self.finish_save(wait=not background)
+                self.state.start_save(background=background)
 
     def finish_save(self, *, wait: bool = True) -> None:
         """Complete the save in progress, if any, when all ranks have written it."""

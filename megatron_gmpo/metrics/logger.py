@@ -88,6 +88,11 @@ class MetricLogger:
         wrapped = {name: m if isinstance(m, Metric) else Metric(m) for name, m in metrics.items()}
         self._pending = reduce_metrics([self._pending, wrapped])
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Return the figures of the metrics added since the last line."""
+        return figures_of(self._pending)
+
     def log(self, step: int, extra: Mapping[str, Metric | float] | None = None) -> dict[str, float]:
         """Write all metrics added since the last call, and ``extra``, as the line of ``step``.
 
@@ -97,8 +102,7 @@ class MetricLogger:
             The figures, without the step.
         """
         self.add(extra or {})
-        figures = figures_of(self._pending)
-        self._pending = {}
+        figures, self._pending = self.figures, {}
         if self._writes:
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             files.append_line(

@@ -130,10 +130,15 @@ def test_the_terminal_says_what_runs(two_steps: Path) -> None:
     (headline,) = [line for line in lines if " ranks; " in line]
     # the paper has clips for dense models only, so the line says where the value for a MoE comes from
     clip = r"loss gmpo, clip_low 0\.2, clip_high 0\.2 \(MoE: the GMPO authors .*\)"
-    pattern = rf"qwen3_moe \(MoE\) on 2 ranks; 40 problems; {clip}.*; run_dir {re.escape(str(two_steps))}"
+    model = r"\S+ \(qwen3_moe, MoE\) on 2 ranks; 40 problems of \S+train\.jsonl"
+    pattern = rf"{model}; {clip}.*; run_dir {re.escape(str(two_steps))}"
     assert re.fullmatch(pattern, headline)
     first_step = next(number for number, line in enumerate(lines) if "step 1/2" in line)
     assert lines.index(headline) < first_step
+    line = next(line for line in lines if "step 2/2" in line)
+    shown = r"reward [\d.]+  entropy [\d.]+  grad [\d.e-]+  truncated \d+%  kl old [\d.e-]+  tok/s [\d,]+"
+    assert re.search(rf"{shown}  saved \d+%  heldout/pass@1 [\d.]+  [\d.]+ s  0:00:00 left", line)
+    assert not [line for line in lines if "it/s" in line or "%|" in line]  # bars of the libraries
 
 
 def test_a_run_leaves_its_figures_transcripts_and_checkpoint(two_steps: Path) -> None:
@@ -144,6 +149,10 @@ def test_a_run_leaves_its_figures_transcripts_and_checkpoint(two_steps: Path) ->
         assert 0 < line["reward/mean"] < 1
         assert line["grad_norm"] > 0
         assert line["rollout/logprob_diff_mean"] < 1e-5  # the rollout engine has the policy's weights
+        phases = [value for name, value in line.items() if name.startswith("time/") and name != "time/step"]
+        assert sum(phases) == pytest.approx(line["time/step"], abs=1e-6)
+    # the only checkpoint is that of the last step, whose line has its time
+    assert [line.get("time/checkpoint", 0) > 0 for line in figures] == [False, False, True]
     for line in figures:
         pass_at = [line[f"eval/heldout/pass@{k}"] for k in (1, 2, 4)]
         assert 0 < pass_at[0] <= pass_at[1] <= pass_at[2] <= 1

@@ -177,7 +177,7 @@ CLIPPED = Config.model_validate({"train": {"minibatches_per_step": 2}, "algorith
 
 
 def state() -> dict[str, Any]:
-    """Return the state of step 6 as ``TrainingState.save`` writes it."""
+    """Return the state of step 6 as ``TrainingState.start_save`` writes it."""
     detector = CollapseDetector(CollapseConfig(window=2))
     for step in range(4):
         detector.update(step, {"policy/entropy": 1.0, "grad_norm": 1.0, "reward/mean": 0.5})

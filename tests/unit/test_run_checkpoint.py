@@ -330,14 +330,11 @@ def test_metrics_are_on_the_disk_before_the_checkpoint(
         os, "fsync", lambda number: order.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
     )
     state = TrainingState.__new__(TrainingState)
-    state.policy = Mock(start_save=lambda *_, **__: order.append("checkpoint"))
-    state._cfg, state._run, state._clip, state.collector = Config(), Mock(), None, None
-    state._detector, state.step, state.saved_step = CollapseDetector(Config().collapse), 1, 0
-    state._save = None
+    state._save = Mock(step=1, finish=lambda: order.append("checkpoint"), began=0.0)
     logger = MetricLogger(tmp_path, tensorboard=False)
     logger.log(1, {"loss": 1.0})
     logger.event("resume")
-    state.save(logger, background=False)
+    state.finish_save(logger)
     assert {"metrics.jsonl", "events.jsonl"} <= {*order[: order.index("checkpoint")]}
 
 
