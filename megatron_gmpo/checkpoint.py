@@ -171,12 +171,11 @@ class Save:
         if not self._sealed:
             self.seal()
         final, partial = self._final, files.partial_path(self._final)
-        with self.abandoned_after_an_error():
-            with agreed():
-                if rank() == 0:
-                    if final.exists():  # a kill before the update of the text file leaves it
-                        files.remove(final)
-                    files.publish(partial, final)
+        with self.abandoned_after_an_error(), agreed():
+            if rank() == 0:
+                if final.exists():  # a kill before the update of the text file leaves it
+                    files.remove(final)
+                files.publish(partial, final)
         with agreed():
             if rank() == 0:
                 # such a kill, a fall back and a killed rollback leave later checkpoints that must not count

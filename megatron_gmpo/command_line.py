@@ -150,11 +150,16 @@ def exit_with_one_line(error: Exception, code: int = Exit.BAD_INPUT) -> NoReturn
     line = f"error: {printable(error)}"
     with suppress(OSError):  # a full disk, also that of a job's log, must not change the exit code
         print(line, file=sys.stderr, flush=True)
+    report_to_torchrun(line)
+    sys.exit(code)
+
+
+def report_to_torchrun(line: str) -> None:
+    """Write the line with which this process ends to the file, if any, whose text torchrun's report shows."""
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": line, "extraInfo": {"timestamp": int(time.time())}}
         with suppress(OSError):
             Path(report).write_text(json.dumps({"message": message}))
-    sys.exit(code)
 
 
 def explain(error: ValidationError, *roots: type[BaseModel]) -> str:

@@ -172,10 +172,7 @@ class Loop:
         self.logger.add(throughput(tokens, seconds) | seconds)
         figures = self.logger.log(state.step, results)
         progress.update(state.step, figures)
-        if results:
-            progress.results(f"after step {state.step}", results)
-        # A checkpoint is complete after the line of its step is written: a run that resumes from it does not
-        # log the step again.
+        # after the step's line is written: a run that resumes from the checkpoint does not log it again
         self.finish_save(wait=last)
         if collapse:
             progress.note(state.react(collapse, self.logger))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 NAMES = (
     "train",
+    "torchrun",
     "evaluate",
     "lab",
     "plan",

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import InputError
-from .panels import PANELS, Panel
+from .panels import PANELS, Panel, moves
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 """Metric name -> (steps, values) of the steps that have a value."""
@@ -31,7 +31,7 @@ def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> li
         out_png: file to write.
 
     Returns:
-        Titles of the drawn panels.
+        Headings of the drawn panels.
 
     Raises:
         InputError: a file is missing or does not consist of JSON lines, or no file has a figure to plot.
@@ -59,7 +59,7 @@ def plot_run(metrics_paths: Mapping[str, str | Path], out_png: str | Path) -> li
         handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=10, labelcolor=INK
     )
     figure.savefig(str(out_png), dpi=130)
-    return [panel.title for panel, _ in drawn]
+    return [panel.heading for panel, _ in drawn]
 
 
 def read_metrics(path: str | Path) -> Series:
@@ -89,7 +89,9 @@ def read_metrics(path: str | Path) -> Series:
 
 def _choose(panel: Panel, runs: Mapping[str, Series]) -> dict[str, str]:
     """Return metric -> legend name for the panel's metrics that at least one run has."""
-    present = {name for series in runs.values() for name in series}
+    present = {
+        name for series in runs.values() for name, (_, values) in series.items() if moves(name, values)
+    }
     if panel.kind == "stack":  # stacks of several runs would hide each other, so plot only the total
         if len(runs) > 1:
             return {"time/step": ""} if "time/step" in present else {}
@@ -117,6 +119,8 @@ def set_up_axes(ax: Axes, title: str, *, log: bool) -> None:
 
 def _draw(ax: Axes, panel: Panel, chosen: dict[str, str], runs: Mapping[str, Series]) -> None:
     set_up_axes(ax, panel.title, log=panel.log)
+    ax.set_xlabel("step", fontsize=8, color=MUTED)
+    ax.set_ylabel(panel.unit, fontsize=8, color=MUTED)
     if panel.kind == "stack" and len(runs) == 1:
         _draw_stack(ax, chosen, *runs.values())
     else:
@@ -128,8 +132,14 @@ def _draw(ax: Axes, panel: Panel, chosen: dict[str, str], runs: Mapping[str, Ser
     if panel.kind == "stack":
         ax.set_ylim(bottom=0)
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(
-            frameon=False, fontsize=7.5, labelcolor=MUTED, handlelength=1.4, ncols=1 if len(chosen) < 5 else 2
+        ax.legend(  # beside the curves, and from the top as they are stacked
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            reverse=panel.kind == "stack",
+            frameon=False,
+            fontsize=7.5,
+            labelcolor=MUTED,
+            handlelength=1.4,
         )
 
 

@@ -87,7 +87,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show that ``step`` steps are completed, with the figures of the last step."""
+        """Show that ``step`` steps are completed, with the figures of the last step and its evaluation."""
         texts = [
             f"{label} {figures[name]:{form}}" for name, (label, form) in SHOWN.items() if name in figures
         ]
@@ -104,6 +104,8 @@ class Progress:
                 left = _duration(fmean(self._recent) * (self._total - step))
                 texts += [f"{seconds:.2f} s", f"{left} left"]
             self._console.out(f"step {step}/{self._total}  " + "  ".join(texts), highlight=False)
+        if any("/pass@" in name for name in figures):
+            self.results(f"after step {step}", figures)
 
     @contextmanager
     def part(self, what: str, total: int) -> Iterator[Callable[[float], None]]:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -17,6 +18,7 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
+from ..command_line import report_to_torchrun
 from ..config import Config
 from ..distributed import agreed, rank
 from ..errors import CollectiveError, Exit, InputError, NodeError, RunError, StopRequest, disk_full, printable
@@ -82,8 +84,10 @@ class Attempt:
         self._heartbeat = Heartbeat(
             self._run_dir, rank(), supervision.heartbeat_interval_s, supervision.hang_timeout_s, self._hung
         )
-        signals.before_exit = self._terminated
         self._vote = StopVote(supervision.stop_margin_s)
+        signals.before_exit, signals.on_request = self._terminated, self._requested
+        if signals.received:
+            self._requested(signals.received)
         if self._several_nodes if supervision.node_check is None else supervision.node_check:
             self.enter("node_check")
             rollout = self._cfg.rollout
@@ -197,7 +201,8 @@ class Attempt:
             self._record(Exit.FAILED, f"{where}: {_one_line(error)}")
             return
         lost = CollectiveError(
-            f"{where}: a collective with other ranks failed ({_one_line(error)}); see {self._errors.name}"
+            f"{self._heartbeat.lost_ranks()}{where}: a collective with other ranks failed "
+            f"({_one_line(error)}); see {self._errors.name}"
         )
         if "timed out" in str(error).lower():
             lost.exit = Exit.HUNG
@@ -223,19 +228,30 @@ class Attempt:
         )
         signals.exit_with_children(Exit.HUNG)
 
+    def _requested(self, number: signal.Signals) -> None:
+        """Print what the run waits for before it ends, and how long torchrun lets it."""
+        assert self._heartbeat
+        if not self._first:
+            return
+        line = f"{number.name}: saving and ending after {self._heartbeat.where}; a step takes"
+        line += f" {self._vote.durations}"
+        if limit := signals.torchrun_limit_s(number):
+            line += (
+                f"; torchrun kills the ranks {limit:g} s after the signal (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)"
+            )
+        print(line, file=sys.stderr, flush=True)
+
     def _terminated(self, reason: str) -> None:
         assert self._heartbeat
         self._heartbeat.dump_stacks()
-        self._last_line(
-            Exit.FAILED,
-            f"rank {rank()} on {node_name()}, in {self._heartbeat.where}: {reason}",
-            consequence=True,
-        )
+        where = f"rank {rank()} on {node_name()}, in {self._heartbeat.where}"
+        self._last_line(Exit.FAILED, f"{self._heartbeat.lost_ranks()}{where}: {reason}", consequence=True)
 
     def _last_line(self, code: Exit, reason: str, *, consequence: bool) -> None:
         """Record the outcome, and print the reason if this rank has written it."""
         if self._record(code, reason, consequence=consequence):
-            print(f"error: {printable(reason)}", file=sys.stderr, flush=True)
+            print(line := f"error: {printable(reason)}", file=sys.stderr, flush=True)
+            report_to_torchrun(line)
 
     def _record_once(self, code: Exit, reason: str, node: str = "") -> None:
         """Record an outcome that all ranks share; rank 0 writes it."""

@@ -87,6 +87,21 @@ class Heartbeat:
             self._stacks.write(headline.encode())
             faulthandler.dump_traceback(self._stacks, all_threads=True)
 
+    def lost_ranks(self) -> str:
+        """Return a phrase that names the ranks of this node whose processes are gone, or an empty string."""
+        gone = []
+        for file in sorted(self._file.parent.glob("rank_*.json")):
+            with suppress(OSError):  # this rank must report even if the file system fails
+                beat = json.loads(file.read_text())
+                if beat["node"] == node_name() and beat["phase"] != "end" and not _runs(beat["pid"]):
+                    gone.append(f"rank {beat['rank']} (process {beat['pid']})")
+        if not gone:
+            return ""
+        return (
+            f"{', '.join(gone)} on {node_name()} ended without a word, as after a kill by the kernel when "
+            "host memory runs out (see dmesg); "
+        )
+
     def _beat(self) -> None:
         while not self._ended.wait(self._interval_s):
             self._write()
@@ -137,6 +152,12 @@ class Heartbeat:
             if silent > self._hang_timeout_s / 2:
                 return f"rank {beat['rank']} on {beat['node']} has given no heartbeat for {silent:.0f} s; "
         return ""
+
+
+def _runs(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _in_collective() -> bool:

@@ -36,6 +36,12 @@ active = True
 def _ignore(reason: str) -> None: ...
 
 
+def _ignore_request(number: signal.Signals) -> None: ...
+
+
+on_request: Callable[[signal.Signals], None] = _ignore_request
+"""Function called with the first request, in the thread that waits for signals."""
+
 before_exit: Callable[[str], None] = _ignore
 """Function called with the reason before a signal ends the process. It does not run in the main thread."""
 
@@ -57,7 +63,9 @@ def _wait() -> None:
     first_term: float | None = None
     while True:
         number = signal.Signals(signal.sigwait(_REQUESTS))
-        received = received or number
+        if received is None:
+            received = number
+            on_request(number)
         if number is not signal.SIGTERM or not active:
             continue
         if _rank_has_ended():
@@ -75,6 +83,20 @@ def _rank_has_ended() -> bool:
     import psutil
 
     return len(psutil.Process(os.getppid()).children()) < int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def torchrun_limit_s(number: signal.Signals) -> float | None:
+    """Return the seconds after which torchrun kills the ranks when it has received this signal.
+
+    None if torchrun has not started this process, or ignores the signal (proc_pid_status(5), ``SigIgn``).
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    with open(f"/proc/{os.getppid()}/status") as status:
+        ignored = next(int(line.split()[1], 16) for line in status if line.startswith("SigIgn"))
+    if ignored >> (number - 1) & 1:
+        return None
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 
 
 def exit_with_children(code: int) -> NoReturn:

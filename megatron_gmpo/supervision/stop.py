@@ -46,6 +46,12 @@ class StopVote:
         """Record the duration of a save, from its start to the complete checkpoint."""
         self._saves.append(seconds)
 
+    @property
+    def durations(self) -> str:
+        """Return how long a step and a save have taken so far at most, e.g. "up to 12 s and a save 3 s"."""
+        step = f"up to {max(self._steps):.0f} s" if self._steps else "an unknown time"
+        return f"{step} and a save {max(self._saves):.0f} s" if self._saves else step
+
     def reason(self, *, saving: bool = False) -> str:
         """Return the reason to stop, or "". Call it between steps. Collective: one small all-reduce.
 

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from ..metrics.intervals import wilson
-from ..metrics.panels import PANELS
+from ..metrics.panels import PANELS, moves
 from .lines import GrowingLines
 
 POINTS = 1000
@@ -84,7 +84,7 @@ def curves(runs: list[Metrics], first: int, last: int) -> dict[str, Any]:
         ``runs``: for each run, metric -> {x, y} and, for a pass@k, ``low`` and ``high`` of its 95 % interval.
     """
     series = [run.series(first, last) for run in runs]
-    present = {name for found in series for name in found}
+    present = {name for found in series for name, (_, values) in found.items() if moves(name, values)}
     panels = []
     for panel in PANELS:
         names, kind = present, panel.kind
@@ -93,7 +93,7 @@ def curves(runs: list[Metrics], first: int, last: int) -> dict[str, Any]:
         elif kind == "stack":
             names = present - {"time/step"}
         if chosen := panel.choose(names):
-            panels.append({"title": panel.title, "kind": kind, "log": panel.log, "metrics": chosen})
+            panels.append({"title": panel.heading, "kind": kind, "log": panel.log, "metrics": chosen})
     return {"panels": panels, "runs": [_points(found) for found in series]}
 
 

@@ -25,7 +25,7 @@ from megatron_gmpo.models.description import read_hf_config
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 from megatron_gmpo.weights.run_checkpoint import write_state
 
-from ..support.commands import CONFIG, ROOT, error_lines, last_of_report, options, run_module
+from ..support.commands import CONFIG, OUR_TORCHRUN, ROOT, error_lines, last_of_report, options, run_module
 from ..support.run_states import run_state
 
 pytestmark = pytest.mark.distributed
@@ -370,6 +370,16 @@ def test_under_torchrun_one_rank_speaks_for_all(folder: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith(line)  # before it nothing, after it only torchrun's own report
     assert last_of_report(done.stderr) == line
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_under_our_torchrun_the_line_is_the_last(ranks: int, folder: Path) -> None:
+    argv = arguments("unknown loss", folder)
+    done = run_module("megatron_gmpo.train", *argv, ranks=ranks, launcher=OUR_TORCHRUN)
+    assert done.returncode == 2
+    (line,) = error_lines(done.stderr)
+    assert "algorithm.loss = 'gmp' is unknown" in line
+    assert done.stderr == f"{line}\n"
 
 
 def test_trouble_of_one_rank_alone_is_not_silent(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from megatron_gmpo.errors import Exit
 
 from ..support.commands import (
+    OUR_TORCHRUN,
     error_lines,
     json_lines,
     options,
@@ -24,7 +26,7 @@ from ..support.commands import (
     tiny_run,
     wait_until,
 )
-from ..support.forks import Fork
+from ..support.forks import TORCHRUN, Fork
 
 pytestmark = pytest.mark.distributed
 
@@ -100,6 +102,11 @@ def test_a_run_stopped_three_times_equals_an_undisturbed_one(argv: list[str], tm
         assert (end["code"], end["rank"]) == (Exit.REQUEUE, 0), said
         assert reached < end["step"] < STEPS
         assert newest_checkpoint(stopped) == len(figures(stopped)) == end["step"]
+        (line,) = [line for line in said.splitlines() if line.startswith(f"{number.name}: saving and ending")]
+        assert re.search(rf"after phase \w+ of step {end['step']}; a step takes up to \d+ s", line)
+        assert line.endswith(
+            "torchrun kills the ranks 30 s after the signal (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)"
+        )
         (line,) = [line for line in said.splitlines() if "start the same command to go on" in line]
         assert line == end["reason"]
         assert f"stopped by {number.name} after {end['step']} of {STEPS} steps" in line
@@ -192,19 +199,28 @@ def test_a_crash_is_recorded_by_the_rank_that_crashed(argv: list[str], tmp_path:
     assert "crashes_on_rank_1" in (tmp_path / "errors" / "rank_00001.txt").read_text()
 
 
-def test_a_rank_that_is_killed_is_noticed(argv: list[str], tmp_path: Path) -> None:
-    with started(
-        [*argv, *options(run_dir=tmp_path, train__num_steps=10_000)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600"
+@pytest.mark.parametrize("launcher", [TORCHRUN, OUR_TORCHRUN])
+def test_a_rank_that_is_killed_is_named(launcher: str, argv: list[str], tmp_path: Path) -> None:
+    endless = options(run_dir=tmp_path, train__num_steps=10_000)
+    with start_module(
+        TRAIN, *argv, *endless, ranks=2, launcher=launcher, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="600"
     ) as torchrun:
         wait_for_step(tmp_path, 1, torchrun)
-        os.kill(heartbeat(tmp_path, 0)["pid"], signal.SIGKILL)
+        killed = heartbeat(tmp_path, 0)["pid"]
+        os.kill(killed, signal.SIGKILL)
         _, said = torchrun.communicate(timeout=_TIMEOUT_S)
-    end = outcome(tmp_path)
-    assert (end["code"], end["rank"]) == (Exit.FAILED, 1), said
-    assert (
-        "another rank of this node has ended" in end["reason"]
-        or "a collective with other ranks failed" in end["reason"]
-    )
+    end, node = outcome(tmp_path), heartbeat(tmp_path, 0)["node"]
+    assert end["code"] == Exit.FAILED, said
+    seen = f"error: rank 0 (process {killed}) on {node} ended without a word, as after a kill by the kernel"
+    (line,) = [line for line in error_lines(said) if line.startswith(seen)]
+    if launcher == TORCHRUN:
+        assert f"error: {end['reason']}" == line
+        assert "another rank of this node has ended" in line or "a collective with other ranks failed" in line
+    else:
+        assert end["reason"].startswith(
+            f"rank 0 on {node} was killed by SIGKILL, as the kernel's out-of-memory"
+        )
+        assert said.splitlines()[-1] == f"error: {end['reason']}"
 
 
 def test_a_bad_node_is_named(argv: list[str], tmp_path: Path) -> None:

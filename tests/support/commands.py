@@ -15,47 +15,57 @@ from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from .forks import ROOT, TORCHRUN, Command, Fork
 
+OUR_TORCHRUN = "megatron_gmpo.supervision.torchrun"
 CONFIG = "examples/moe/tiny_cpu.toml"
 _TIMEOUT_S = 240
 
 
-def command_line(module: str, *argv: object, ranks: int | None = None) -> list[str]:
-    """Return ``python -m module argv...`` for a new interpreter, under torchrun if ``ranks`` are given."""
-    module, arguments = _under_torchrun(module, argv, ranks)
+def command_line(module: str, *argv: object, ranks: int | None = None, launcher: str = TORCHRUN) -> list[str]:
+    """Return ``python -m module argv...`` for a new interpreter, under ``launcher`` if there are ``ranks``."""
+    module, arguments = _under_torchrun(module, argv, ranks, launcher)
     return [sys.executable, "-m", module, *arguments]
 
 
-def start_module(module: str, *argv: object, ranks: int | None = None, **env: str) -> Fork:
+def start_module(
+    module: str, *argv: object, ranks: int | None = None, launcher: str = TORCHRUN, **env: str
+) -> Fork:
     """Start the ``command_line`` in a fork, with ``env`` added to the environment."""
-    module, arguments = _under_torchrun(module, argv, ranks)
+    module, arguments = _under_torchrun(module, argv, ranks, launcher)
     return Fork(Command(module, arguments, _environment(env), ranks or 0))
 
 
 def run_module(
-    module: str, *argv: object, ranks: int | None = None, fresh: bool = False, **env: str
+    module: str,
+    *argv: object,
+    ranks: int | None = None,
+    launcher: str = TORCHRUN,
+    fresh: bool = False,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the ``command_line`` until it ends, in a fork or, if ``fresh``, in a new interpreter."""
     if fresh:
         return subprocess.run(
-            command_line(module, *argv, ranks=ranks),
+            command_line(module, *argv, ranks=ranks, launcher=launcher),
             cwd=ROOT,
             env=_environment(env),
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
         )
-    with start_module(module, *argv, ranks=ranks, **env) as process:
+    with start_module(module, *argv, ranks=ranks, launcher=launcher, **env) as process:
         stdout, stderr = process.communicate(_TIMEOUT_S)
     return subprocess.CompletedProcess([module, *map(str, argv)], process.wait(), stdout, stderr)
 
 
-def _under_torchrun(module: str, argv: tuple[object, ...], ranks: int | None) -> tuple[str, list[str]]:
+def _under_torchrun(
+    module: str, argv: tuple[object, ...], ranks: int | None, launcher: str
+) -> tuple[str, list[str]]:
     arguments = list(map(str, argv))
     if not ranks:
         return module, arguments
     handled = "SIGTERM,SIGINT,SIGUSR1"
     launch = ["--standalone", "--signals-to-handle", handled, "--nproc-per-node", str(ranks), "-m", module]
-    return TORCHRUN, [*launch, *arguments]
+    return launcher, [*launch, *arguments]
 
 
 def _environment(added: dict[str, str]) -> dict[str, str]:

@@ -389,6 +389,7 @@ def test_without_a_terminal_each_step_is_a_plain_line() -> None:
         "step 7/30  reward 0.512  entropy 1.500  tok/s 12,346  saved 41%  2.25 s  0:00:52 left",
         "step 8/30  reward nan  grad 0.0123  truncated 25%  kl 0.00012  kl old 2.5e-05  "
         "math500/pass@1 0.750  4.25 s  0:01:12 left",
+        "evaluation after step 8: math500/pass@1 0.750, math500/pass@4 0.900",
     ]
     assert written(out).endswith("\n")
 
@@ -505,7 +506,7 @@ def size_of(png: Path) -> tuple[int, int]:
 def test_one_run_and_several_with_every_metric(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", 60, EVERYTHING)
     other = write_run(tmp_path / "b", 3, EVERYTHING, seed=1)
-    titles = [panel.title for panel in PANELS]
+    titles = [panel.heading for panel in PANELS]
     assert plot_run({"gmpo": one}, tmp_path / "one.png") == titles
     assert plot_run({"gmpo": one, "grpo": other}, tmp_path / "two.png") == titles
     assert size_of(tmp_path / "one.png") == size_of(tmp_path / "two.png")
@@ -568,7 +569,31 @@ def test_the_curves_are_the_figures_of_the_run(figures: list[Figure], tmp_path: 
     tops = [c.get_paths()[0].vertices[:, 1].max() for c in stack.collections]
     assert tops[-1] == pytest.approx(max(line["time/rollout"] + line["time/other"] for line in lines))
     # time/step, the total, is not a part of the stack
-    assert [text.get_text() for text in stack.get_legend().get_texts()] == ["rollout", "other"]
+    assert [text.get_text() for text in stack.get_legend().get_texts()] == ["other", "rollout"]  # as stacked
+    for ax, unit in ((loss, "loss"), (band, "log ratio"), (stack, "seconds")):
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", unit)
+    figures[0].draw_without_rendering()
+    assert stack.get_legend().get_window_extent().x0 >= stack.get_window_extent().x1
+
+
+def test_figures_that_cannot_move_with_one_update_a_rollout_have_no_panel(tmp_path: Path) -> None:
+    same = {"loss": 0.0, "policy/log_ratio_min": 0.0, "policy/log_ratio_max": 0.0, "policy/kl_old": 0.0}
+    same |= {"policy/sequence_ratio_min": 1.0, "policy/sequence_ratio_max": 1.0, "policy/clip_high": 0.4}
+    same |= {"policy/log_ratio_q001": 0.0, "policy/log_ratio_q999": 0.0, "policy/clip_fraction_low": 0.0}
+    paths = {}
+    for name, moved in {"still": {}, "moves": {"policy/log_ratio_max": 0.1, "policy/kl_old": 1e-4}}.items():
+        (tmp_path / name).mkdir()
+        paths[name] = tmp_path / name / "metrics.jsonl"
+        lines = [{"step": 1, "reward/mean": 0.5} | same, {"step": 2, "reward/mean": 0.5} | same | moved]
+        lines[1]["loss"] = 3e-8  # rounding
+        paths[name].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = plot_run({"still": paths["still"]}, tmp_path / "x.png")
+    assert drawn == ["Reward, mean of a step"]
+    assert plot_run(paths, tmp_path / "x.png") == [
+        *drawn,
+        "Log ratio to the old policy, range over tokens",
+        "KL, nats a token",
+    ]
 
 
 def test_zeros_on_a_logarithmic_axis_and_steps_without_a_value(
@@ -579,7 +604,7 @@ def test_zeros_on_a_logarithmic_axis_and_steps_without_a_value(
     lines = [{"step": 1, "loss": None} | same, {"step": 2, "time/rollout": 1.0} | same]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert plot_run({"run": file}, tmp_path / "x.png") == [
-        "Rollout against trainer",
+        "Rollout against trainer, nats a token",
         "Time of a step, seconds",
     ]
     assert [str(warning.message) for warning in recwarn] == []
