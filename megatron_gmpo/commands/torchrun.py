@@ -7,7 +7,7 @@ Usage, with all options of torchrun::
 
 from __future__ import annotations
 
-USAGE = """usage: megatron-gmpo torchrun [OPTIONS] -m megatron_gmpo.train CONFIG.toml [--section.key VALUE ...]
+USAGE = """usage: megatron-gmpo torchrun [OPTIONS] -m megatron_gmpo.train CONFIG.toml [--key VALUE ...]
 
 Run torchrun so that an error is the last line, and a rank that was killed is named. The options are those of
 torchrun, which torchrun --help lists."""

@@ -18,7 +18,7 @@ def set_up_messages() -> None:
     """Show this package's log lines on rank 0 only, and the libraries' progress bars in its terminal only."""
     first = os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableLines("%(message)s"))
+    handler.setFormatter(PrintableLines("%(message)s"))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("megatron_gmpo").setLevel(logging.INFO if first else logging.WARNING)
     # Megatron uses deprecated names of torch.distributed.checkpoint
@@ -29,7 +29,7 @@ def set_up_messages() -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
-class _PrintableLines(logging.Formatter):
+class PrintableLines(logging.Formatter):
     """Format log records without control characters; the lines of a traceback stay apart."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -32,7 +32,7 @@ from megatron_gmpo.command_line import (
 )
 from megatron_gmpo.config import Config, DataConfig
 from megatron_gmpo.errors import InputError, NonFiniteError
-from megatron_gmpo.run import _PrintableLines
+from megatron_gmpo.metrics.messages import PrintableLines
 
 ROOT = Path(__file__).parents[2]
 
@@ -618,4 +618,4 @@ def test_an_error_line_cannot_control_the_terminal(
 def test_log_lines_cannot_control_the_terminal() -> None:
     """The lines of a traceback stay apart."""
     record = logging.LogRecord("x", logging.WARNING, "", 0, "server %s\n\x1b[2J", ("a\rb",), None)
-    assert _PrintableLines("%(message)s").format(record) == "server a\\rb\n\\x1b[2J"
+    assert PrintableLines("%(message)s").format(record) == "server a\\rb\n\\x1b[2J"
