@@ -25,10 +25,10 @@ def resolve(field: str, name: str, builtin: Mapping[str, Any], form: str = "modu
     if name in builtin:
         return builtin[name]
     if ":" not in name:
-        raise InputError(
-            f"{field} = {name!r} is unknown: did you mean {nearest(name, builtin)!r}? "
-            f"Choose one of {sorted(builtin)} or give {form}"
+        known = (
+            f"did you mean {nearest(name, builtin)!r}? Choose one of {sorted(builtin)} or " if builtin else ""
         )
+        raise InputError(f"{field} = {name!r} is unknown: {known}give {form}")
     try:
         return pkgutil.resolve_name(name)
     except InputError:

@@ -241,6 +241,7 @@ def test_a_synchronous_environment_may_run_loops_of_its_own(pool: EnvironmentPoo
 
 REFUSED = {
     ("no_such_module:Obedient", ""): "= 'no_such_module:Obedient' cannot be imported (No module named",
+    ("rooms", ""): "rollout.environment = 'rooms' is unknown: ",
     (f"{MODULE}:Nobody", ""): "has no attribute 'Nobody'): give module:Class on the Python path",
     (f"{MODULE}:no_class", ""): "is not a class with the methods reset and step: give one",
     (f"{MODULE}:NoSteps", ""): "is not a class with the methods reset and step: give one",
@@ -284,7 +285,7 @@ PLAYED = {
 @pytest.mark.parametrize("action", PLAYED)
 def test_the_episode_of_an_endless_or_faulty_environment(pool: EnvironmentPool, action: str) -> None:
     """The sample has the turns up to the limit or the fault."""
-    tokenizer = text_tokenizer()
+    tokenizer: Any = text_tokenizer()
     turn = np.array([*tokenizer(action)["input_ids"], tokenizer.eos_token_id], np.int32)
 
     async def generate(context: np.ndarray, limit: int) -> Response:
@@ -348,7 +349,7 @@ def test_the_end_of_the_process_that_starts_workers() -> None:
     async def ended() -> None:
         session = await pool.open(PROMPT, 0, 0)
         worker = psutil.Process((await session.reset()).info["pid"])
-        worker.parent().kill()
+        os.kill(worker.ppid(), signal.SIGKILL)
         with pytest.raises(EnvironmentFault, match=r"^the process ended in step$"):
             await session.step("hangs")
         assert gone(worker.pid)

@@ -286,6 +286,7 @@ def test_the_tool_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 REFUSED: dict[tuple[str, ...], str] = {
+    ("calculator",): "rollout.tools = 'calculator' is unknown: give module:function",
     (f"{TOOLS}:subtract",): "rollout.tools = 'tests.support.tools:subtract' cannot be imported",
     (f"{TOOLS}:annotations",): "is a _Feature: give a function",
     (f"{TOOLS}:no_hints",): "Argument a is missing a type hint in function no_hints): give it type hints",
