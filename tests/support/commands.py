@@ -21,7 +21,7 @@ _TIMEOUT_S = 240
 
 
 def command_line(module: str, *argv: object, ranks: int | None = None, launcher: str = TORCHRUN) -> list[str]:
-    """Return ``python -m module argv...`` for a new interpreter, under ``launcher`` if there are ``ranks``."""
+    """Return ``python -m module argv...`` for a new interpreter, under ``launcher`` if ``ranks`` is set."""
     module, arguments = _under_torchrun(module, argv, ranks, launcher)
     return [sys.executable, "-m", module, *arguments]
 
