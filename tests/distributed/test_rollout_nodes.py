@@ -272,9 +272,9 @@ def test_what_a_node_without_servers_leaves_is_sampled_by_the_others(
     for batch in range(2):
         assert merged(outcomes, NODES, batch) == merged(expected, ("a",), batch)
     assert outcomes[2].batches[1]
-    together, *later = outcomes[0].synced
-    assert together == [a.server.url, b.server.url, c.server.url]
-    assert {url for urls in later for url in urls} == set(together)
+    synced = list(chain.from_iterable(outcomes[0].synced))  # the first node may be ready before the other
+    for fake in (a, b, c):
+        assert synced.count(fake.server.url) >= 2
     assert outcomes[0].metrics == outcomes[3].metrics
     assert outcomes[0].metrics["rollout/retries"] >= 1
 

@@ -465,21 +465,19 @@ def test_the_tokens_of_an_episode_are_those_that_the_server_saw(
     served.update_weights(weights[0].items(), 0)
     drawn = samples(served, n=3, max_new_tokens=12)
     assert len(replies) == 4 * len(drawn) == 48
-    contexts = {tuple(echo): output for echo, output, _ in replies}
+    seen = [(echo, output) for echo, output, _ in replies]
     for sample in drawn:
         assert sample.episode
         assert (sample.episode.ended, sample.num_turns) == ("done", 4)
         for turn in turns_of(sample):
-            output = contexts.pop(tuple(sample.tokens[: turn[0]].tolist()))
-            assert sample.tokens[turn].tolist() == output[: len(turn)]
-            assert len(output) == len(turn)
+            seen.remove((sample.tokens[: turn[0]].tolist(), sample.tokens[turn].tolist()))
         assert_played_by(sample, models)
         ids = torch.from_numpy(sample.tokens).long()[None]
         assert sample.routed_experts is not None
         for layer, logits in enumerate(models[0](ids, output_router_logits=True).router_logits):
             chosen = logits.topk(hf.num_experts_per_tok).indices.sort().values[:-1]
             assert np.array_equal(np.sort(sample.routed_experts[:, layer]), chosen.numpy())
-    assert not contexts
+    assert not seen
 
     options.clear()
     replies.clear()
@@ -634,7 +632,6 @@ def test_a_server_killed_within_episodes(
         assert sample.episode
         assert (sample.num_turns, sample.policy_version, sample.episode.ended) == (3, 1, "done")
         assert [m["role"] for m in sample.episode.messages] == ["assistant", "user"] * 3
-    wait_for_both(pair)
 
 
 @pytest.mark.parametrize("noticed", [False, True], ids=["found by the sync", "found by its watcher"])
