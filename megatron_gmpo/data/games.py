@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import InputError
+
 _SUFFIXES = (".z8", ".ulx", ".tw-pddl")
 _UNPLAYABLE = re.compile("movable|Sliced")
 """Kinds of ALFWorld's tasks that its own text games leave out (``AlfredTWEnv.collect_game_files``)."""
@@ -16,6 +18,18 @@ def games_in(folder: Path) -> list[Path]:
     """Return the files of the games in a folder and its subfolders, in the order of their names."""
     files = (path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
     return sorted(path for path in files if not _UNPLAYABLE.search(str(path.relative_to(folder))))
+
+
+def check_no_games(out: Path) -> None:
+    """Check that games can be written to a folder.
+
+    Raises:
+        InputError: it has games already, which would mix with the new ones.
+    """
+    if found := games_in(out):
+        raise InputError(
+            f"out = {str(out)!r} has {len(found)} games already: remove them, or choose another folder"
+        )
 
 
 def records(games: list[Path]) -> Iterator[dict[str, str]]:

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..data.games import check_no_games
 from ..errors import RunError
 
 _GAME_S = 600.0
@@ -30,8 +31,10 @@ def make_alfworld_games(
         Mean number of commands of the solutions, rounded, for each split.
 
     Raises:
+        InputError: the folder has games already.
         RunError: a game took too long, or the expert did not reach the goal.
     """
+    check_no_games(out)
     lengths: dict[str, list[int]] = {"train": [], "unseen": []}
     jobs = [("train", number) for number in range(num_train)]
     jobs += [("unseen", number) for number in range(num_unseen)]

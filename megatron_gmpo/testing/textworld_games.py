@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..data.games import check_no_games
 from ..errors import InputError, RunError
 
 _GAME_S = 600.0
@@ -63,8 +64,11 @@ def make_textworld_games(
         workers: number of games that are made at the same time, one in a process.
 
     Raises:
-        InputError: TextWorld refuses the kind of game, or there are too few different ones.
+        InputError: the folder has games already; TextWorld refuses the kind of game, or there are too few
+            different ones.
+        RunError: a game took too long.
     """
+    check_no_games(out)
     parts = [out / "train" / f"game_{i:05d}.z8" for i in range(num_train)]
     parts += [out / "unseen" / f"game_{i:05d}.z8" for i in range(num_unseen)]
     new = out / "new"

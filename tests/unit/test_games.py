@@ -14,6 +14,8 @@ from megatron_gmpo.data.rows import Row, read_rows
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.environments import Environment, Observation
 from megatron_gmpo.rollout.environments.pool import EnvironmentPool
+from megatron_gmpo.testing.alfworld_games import make_alfworld_games
+from megatron_gmpo.testing.textworld_games import Quest, commands_of, make_textworld_games
 
 needs_games = pytest.mark.skipif(
     importlib.util.find_spec("alfworld") is None,
@@ -63,6 +65,17 @@ def test_a_game_without_a_goal_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_games_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"without games: name its files in data\.files"):
         rows(tmp_path)
+
+
+def test_games_are_not_written_to_a_folder_with_games(tmp_path: Path) -> None:
+    path = write_game(tmp_path / "train" / "a" / "b")
+    before = path.read_text()
+    with pytest.raises(InputError, match="has 1 games already: remove them, or choose another"):
+        make_alfworld_games(tmp_path, num_train=1, num_unseen=1)
+    with pytest.raises(InputError, match="has 1 games already: remove them, or choose another"):
+        make_textworld_games(tmp_path, Quest(), num_train=1, num_unseen=1)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+    assert path.read_text() == before
 
 
 def play(make: Callable[[], Environment], row: Row, commands: list[str]) -> list[Observation]:
@@ -115,7 +128,6 @@ def test_the_processes_of_environments_import_the_games(name: str) -> None:
 @pytest.mark.slow
 def test_textworld(tmp_path: Path) -> None:
     from megatron_gmpo.rollout.environments.games import TextWorld
-    from megatron_gmpo.testing.textworld_games import Quest, commands_of, make_textworld_games
 
     kind = Quest(rooms=2, objects=4, quest_length=2)
     for folder in ("a", "b"):
@@ -144,7 +156,6 @@ def test_textworld(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_alfworld(tmp_path: Path) -> None:
     from megatron_gmpo.rollout.environments.games import ALFWorld
-    from megatron_gmpo.testing.alfworld_games import make_alfworld_games
     from megatron_gmpo.testing.alfworld_scenes import PLANS, TASKS
 
     make_alfworld_games(tmp_path, num_train=6, num_unseen=1, seed=1, workers=2)
