@@ -142,7 +142,7 @@ class Save:
         return not running
 
     def seal(self) -> None:
-        """Write the state and the checksums of all files. Call it when the save has ended.
+        """Write the state and the checksums of all files, and flush them. Call it when the save has ended.
 
         Raises:
             DiskFullError: the file system is full. The incomplete checkpoint is removed.
@@ -157,6 +157,7 @@ class Save:
             with agreed():
                 if rank() == 0:
                     write_state(partial, json.loads(self._state) | {"files": recorded})
+                    files.flush(partial)
         self._sealed = True
 
     def finish(self) -> Path:
@@ -175,7 +176,7 @@ class Save:
             if rank() == 0:
                 if final.exists():  # a kill before the update of the text file leaves it
                     files.remove(final)
-                files.publish(partial, final)
+                files.rename(partial, final)
         with agreed():
             if rank() == 0:
                 # such a kill, a fall back and a killed rollback leave later checkpoints that must not count

@@ -112,8 +112,18 @@ def partial_path(final: Path) -> Path:
 
 def publish(partial: Path, final: Path) -> None:
     """Flush a file, or a folder with everything in it, to the disk and rename it to ``final``."""
-    for item in [partial, *partial.rglob("*")]:
+    flush(partial)
+    rename(partial, final)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or a folder with everything in it, to the disk."""
+    for item in [path, *path.rglob("*")]:
         _flush(item)
+
+
+def rename(partial: Path, final: Path) -> None:
+    """Rename what was flushed to ``final``, and flush the new name to the disk."""
     partial.rename(final)
     _flush(final.parent)
 

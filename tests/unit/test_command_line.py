@@ -269,6 +269,7 @@ def test_help_prints_every_field(printed: dict[str, tuple[str, str]]) -> None:
         *(f"{table}.NAME" for table in tables - {"eval.sets"}),
         *(f"eval.sets.NAME.{name}" for name in DataConfig.model_fields if f"data.{name}" not in tables),
         "eval.sets.NAME.chat_template_kwargs.NAME",
+        "eval.sets.NAME.report_by",
     }
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +21,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_gmpo.config import Config
-from megatron_gmpo.errors import CollectiveError, Exit, InputError
-from megatron_gmpo.supervision import attempt, signals
+from megatron_gmpo.errors import CollectiveError, Exit, InputError, StopRequest
+from megatron_gmpo.platform import start_process_group
+from megatron_gmpo.supervision import attempt, signals, torchrun
 from megatron_gmpo.supervision.attempt import Attempt
+from megatron_gmpo.supervision.heartbeat import Heartbeat
 from megatron_gmpo.supervision.lock import RunLock
-from megatron_gmpo.supervision.records import Outcome, read_outcome, write_outcome
+from megatron_gmpo.supervision.records import Outcome, node_name, rank_file, read_outcome, write_outcome
 from megatron_gmpo.supervision.stop import job_end_time
 
 from ..support.small_disk import fill, small_disk
@@ -201,3 +209,115 @@ def test_each_fault_of_the_docs_names_tests_that_exist() -> None:
         named = set(re.findall(r"`(test_\w+)`", row))
         assert named, row
         assert named <= defined, row
+
+
+# --- torchrun ---
+
+
+def failure_of(exitcode: int, line: str, folder: Path) -> ProcessFailure:
+    """Return what torchrun knows of a rank with this exit code and, if any, this line in its error file."""
+    file = folder / "error.json"
+    if line:
+        file.write_text(json.dumps({"message": {"message": line, "extraInfo": {"timestamp": 1}}}))
+    return ProcessFailure(local_rank=1, pid=7, exitcode=exitcode, error_file=str(file))
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "line", "code", "last"),
+    [
+        (2, "error: bad", Exit.BAD_INPUT, None),  # the rank has printed its line
+        (1, "error: crashed", Exit.FAILED, None),
+        (Exit.REQUEUE, "", Exit.FAILED, None),
+        (Exit.INTERRUPTED, "", Exit.FAILED, None),
+        (3, "", Exit.FAILED, r"error: rank 1 on \S+ ended with exit code 3; its output is above\n"),
+        (-9, "", Exit.FAILED, r"error: rank 1 on \S+ was killed by SIGKILL, as the kernel's .* dmesg .*\n"),
+        (-11, "", Exit.FAILED, r"error: rank 1 on \S+ was killed by SIGSEGV\n"),
+    ],
+)
+def test_our_torchrun_explains_what_no_rank_has_explained(
+    exitcode: int,
+    line: str,
+    code: Exit,
+    last: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(argv: list[str]) -> None:
+        raise ChildFailedError("train", {1: failure_of(exitcode, line, tmp_path)})
+
+    monkeypatch.setattr(torchrun.run, "main", fail)
+    options = ["--nproc-per-node", "2", "-m", "megatron_gmpo.train", "--run_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit_:
+        torchrun.main(options)
+    assert exit_.value.code == code
+    said = capsys.readouterr().err
+    assert re.fullmatch(last or "", said)
+    outcome = read_outcome(tmp_path)
+    if exitcode < 0:
+        assert outcome
+        assert said == f"error: {outcome.reason}\n"
+        assert (outcome.rank, outcome.code) == (1, Exit.FAILED)
+    else:
+        assert outcome is None
+
+
+def test_a_rank_whose_process_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    (tmp_path / "stacks").mkdir()
+    gone = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as before torchrun has reaped it
+    for rank, pid, phase, node in (
+        (1, gone.pid, "train", node_name()),
+        (2, gone.pid, "end", node_name()),  # has ended regularly
+        (3, gone.pid, "train", "other"),  # this node cannot know
+        (4, os.getpid(), "train", node_name()),
+    ):
+        beat = {"rank": rank, "pid": pid, "phase": phase, "node": node}
+        rank_file(tmp_path, "heartbeats", rank, ".json").write_text(json.dumps(beat))
+    heartbeat = Heartbeat(tmp_path, 0, 60.0, 600.0, lambda reason: None)
+    zombie = heartbeat.lost_ranks()
+    gone.wait()
+    assert zombie == heartbeat.lost_ranks()
+    assert re.fullmatch(rf"rank 1 \(process {gone.pid}\) on \S+ ended without a word, .* dmesg\); ", zombie)
+    heartbeat.stop()
+
+
+def test_a_request_to_stop_says_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signals, "received", signal.SIGTERM)  # during the imports
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "45")
+    cfg = Config.model_validate({"run_dir": str(tmp_path), "supervision": {"node_check": False}})
+    start_process_group(torch.device("cpu"), 60)
+
+    def stop() -> None:
+        with Attempt(cfg) as one:
+            one.start(torch.device("cpu"), 0, "")
+            assert capsys.readouterr().err == (
+                "SIGTERM: saving and ending after phase start of step 1; a step takes an unknown time; "
+                "torchrun kills the ranks 45 s after the signal (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)\n"
+            )
+            one._vote._steps.extend([2.0, 12.4])
+            one.wrote_checkpoint(3.2)
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+            signals.on_request(signal.SIGUSR1)
+            assert capsys.readouterr().err == (
+                "SIGUSR1: saving and ending after phase start of step 1; a step takes up to 12 s and a save 3 s\n"
+            )
+            assert one.stops(0)
+
+    with pytest.raises(StopRequest):
+        stop()
+    dist.destroy_process_group()
+
+
+def test_torchrun_that_ignores_a_signal_sets_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """launch.sh starts torchrun so; the child of this shell has such a parent."""
+    code = "import signal; from megatron_gmpo.supervision.signals import torchrun_limit_s as limit; "
+    code += "print(limit(signal.SIGTERM), limit(signal.SIGINT))"
+    shell = f"trap '' TERM; {sys.executable} -c '{code}'; true"
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "7"}
+    done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "None 7.0\n", done.stderr
