@@ -225,7 +225,8 @@ class _Course:
             self.log.act(self.ending.text(turn.tokens))
             observation = self.log.observe(await session.step(self.ending.action(turn.tokens)))
             if observation.done:
-                return "done"
+                cut = turn.finish_reason == "length" and observation.info.get("answered", False)
+                return "tokens" if cut else "done"
             if len(self.log.turns) == self.limits.max_turns:
                 return "turns"
             if not observation.messages:

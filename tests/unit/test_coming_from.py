@@ -66,7 +66,9 @@ def test_our_names_are_settings() -> None:
     known |= {f"algorithm.options.{name}" for name in signature(LOSSES["gmpo"].function).parameters}
     ours = [name for row in THEIRS for name in names(row[2 if len(row) == 5 else 1])]
     assert [name for name in ours if name not in known] == []
-    text = [name for name in names(PAGE) if re.fullmatch(r"(algorithm|optimizer|train|sglang|eval)\.\w+", name)]
+    text = [
+        name for name in names(PAGE) if re.fullmatch(r"(algorithm|optimizer|train|sglang|eval)\.\w+", name)
+    ]
     theirs = {name for row in THEIRS for name in names(row[0])}
     assert [name for name in text if name not in known and name not in theirs] == []
 

@@ -208,6 +208,8 @@ LENGTH = len(GO) + len(between(WAIT, True))
         # the first turn is cut: its observation does not fit
         ([WAIT] * 9, {"max_episode_tokens": 2}, "tokens", 1),
         ([said(done=True)], {"max_episode_tokens": 2}, "done", 1),
+        ([said(done=True, info={"answered": True})], {}, "done", 1),
+        ([said(done=True, info={"answered": True})], {"max_episode_tokens": 2}, "tokens", 1),
         ([said("x" * 1000)], {}, "tokens", 1),
     ],
 )

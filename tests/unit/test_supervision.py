@@ -304,7 +304,8 @@ def test_a_request_to_stop_says_what_it_waits_for(
             monkeypatch.delenv("TORCHELASTIC_RUN_ID")
             signals.on_request(signal.SIGUSR1)
             assert capsys.readouterr().err == (
-                "SIGUSR1: saving and ending after phase start of step 1; a step takes up to 12 s and a save 3 s\n"
+                "SIGUSR1: saving and ending after phase start of step 1; "
+                "a step takes up to 12 s and a save 3 s\n"
             )
             assert one.stops(0)
 

@@ -178,7 +178,8 @@ def test_results(action: str) -> None:
     [message] = observation.messages
     assert message["role"] == "tool"
     assert re.fullmatch(expected, message["content"])
-    assert observation == Observation([message], info={"tool_calls": 1, "tool_errors": int(failed)})
+    info = {"tool_calls": 1, "tool_errors": int(failed), "answered": False}
+    assert observation == Observation([message], info=info)
 
 
 def test_several_calls_and_none() -> None:
@@ -190,9 +191,9 @@ def test_several_calls_and_none() -> None:
         ("fails", "Error: OSError: no network"),
         ("add", "7"),
     ]
-    assert observation.info == {"tool_calls": 3, "tool_errors": 1}
+    assert observation.info == {"tool_calls": 3, "tool_errors": 1, "answered": False}
     assert answered("The sum is 7.", ("add",)) == Observation(
-        [], done=True, info={"tool_calls": 0, "tool_errors": 0}
+        [], done=True, info={"tool_calls": 0, "tool_errors": 0, "answered": True}
     )
 
 

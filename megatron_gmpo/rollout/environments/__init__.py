@@ -15,7 +15,7 @@ import numpy as np
 
 from ...batch.samples import Prompt
 
-_KNOWN_INFO = {"name": str, "success": bool, "tool_calls": int, "tool_errors": int}
+_KNOWN_INFO = {"name": str, "success": bool, "tool_calls": int, "tool_errors": int, "answered": bool}
 
 ENVIRONMENTS: dict[str, str] = {
     "alfworld": "megatron_gmpo.rollout.environments.games:ALFWorld",
@@ -36,7 +36,8 @@ class Observation:
         done: whether the episode is over.
         info: values for records, which JSON can hold. ``name`` (text) splits metrics by kind of task;
             ``success`` (bool) says whether the episode has reached its goal so far; ``tool_calls`` and
-            ``tool_errors`` (int) are added up.
+            ``tool_errors`` (int) are added up. ``answered`` (bool) says that the episode is done because the
+            turn was the policy's final answer: if a limit has cut that turn, the episode counts as cut.
 
     Raises:
         ValueError: a value does not have its type, or the reward is not finite.

@@ -80,7 +80,11 @@ class ToolEnvironment:
                 for call, (content, _) in zip(calls, results, strict=True)
             ],
             done=not calls,
-            info={"tool_calls": len(calls), "tool_errors": sum(failed for _, failed in results)},
+            info={
+                "tool_calls": len(calls),
+                "tool_errors": sum(failed for _, failed in results),
+                "answered": not calls,
+            },
         )
 
     async def _result(self, call: Call) -> tuple[str, bool]:
