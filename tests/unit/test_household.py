@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gmpo.batch.samples import Prompt
@@ -22,6 +22,7 @@ HOUSE = {
     "kitchen": {"counter": ["mug"], "fridge": ["apple"]},
     "bedroom": {"bed": [], "chest": ["key"]},
 }
+quick = settings(deadline=None, max_examples=30)
 TASKS = st.integers(0, 2**32).map(lambda seed: Task.draw(random.Random(seed)))
 
 
@@ -45,6 +46,7 @@ def played(task: Task) -> list[tuple[str, Observation]]:
     return episode
 
 
+@quick
 @given(TASKS)
 def test_the_expert_finishes_every_task_in_at_most_ten_turns(task: Task) -> None:
     episode = played(task)
@@ -55,6 +57,7 @@ def test_the_expert_finishes_every_task_in_at_most_ten_turns(task: Task) -> None
     assert sum(map(bool, rewards)) == {"take": 1, "put": 2, "clean": 3}[task.kind]
 
 
+@quick
 @given(TASKS, st.randoms())
 def test_the_expert_finishes_what_a_wanderer_has_left(task: Task, generator: random.Random) -> None:
     game = started(task)
@@ -66,6 +69,7 @@ def test_the_expert_finishes_what_a_wanderer_has_left(task: Task, generator: ran
     assert done
 
 
+@quick
 @given(TASKS, st.randoms())
 def test_the_expert_searches_as_if_it_did_not_know_the_place(task: Task, generator: random.Random) -> None:
     house = {room: {place: [] for place in places} for room, places in task.house.items()}
@@ -124,6 +128,7 @@ def test_an_action_that_is_not_possible_is_answered_by_those_that_are(action: st
     assert game.step("take apple").done, "the action has changed the house"
 
 
+@quick
 @given(TASKS, st.randoms())
 def test_every_possible_command_is_answered(task: Task, generator: random.Random) -> None:
     game, total = started(task), 0.0
