@@ -24,6 +24,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
             sys.exit()
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -204,7 +205,8 @@ def main(cfg: Config) -> None:
         about = {"evaluated": evaluated, "step": run.step, "sampling": sampling}
         sets = report(records, cfg.eval)
         files.write(run.run_dir / "evaluation.json", json.dumps(about | {"sets": sets}, indent=1))
-        Console(stderr=True).print(table(sets))
+        # a file has no width, and rich would take 80 columns
+        Console(stderr=True, width=None if sys.stderr.isatty() else 160).print(table(sets))
         print(json.dumps({"evaluated": evaluated, **results}), flush=True)
     for name, record in records.items():
         file = run.run_dir / f"evaluation_{name}.jsonl"

@@ -25,7 +25,8 @@ def wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray
     spread = 1 + _Z**2 / count
     centre = (share + _Z**2 / (2 * count)) / spread
     half = _Z / spread * np.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    return (centre - half).astype(np.float32), (centre + half).astype(np.float32)
+    # at a share of 0 or 1 rounding would pass the end
+    return (centre - half).clip(0, 1).astype(np.float32), (centre + half).clip(0, 1).astype(np.float32)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
