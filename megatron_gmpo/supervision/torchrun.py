@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     # its lines about the end of ranks, which would follow the line of the rank that failed
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        run.main(argv)
+        run.run(run.parse_args(argv))  # unlike run.main, it logs nothing about error files
     except SignalException as stop:
         sys.exit(128 + stop.sigval)  # the ranks have said how they ended
     except ChildFailedError as error:

@@ -217,8 +217,8 @@ def test_the_bootstrap_agrees_with_all_resamples(values: list[float]) -> None:
 def test_equal_problems_do_not_have_an_interval_of_width_0() -> None:
     low, high = interval(np.full(10, 0.5))
     assert (low, high) == pytest.approx((0.2366, 0.7634), abs=1e-4)  # Wilson's of 5 of 10
-    assert interval(np.zeros(10)) == (0, pytest.approx(0.2775, abs=1e-4))
-    assert interval(np.zeros(50))[0] == 0  # not -7e-18
+    assert interval(np.zeros(10)) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert 0 <= interval(np.zeros(50))[0] < 1e-9  # not -7e-18
     assert 0.999 < interval(np.ones(50))[1] <= 1
 
 

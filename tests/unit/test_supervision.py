@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -243,10 +244,10 @@ def test_our_torchrun_explains_what_no_rank_has_explained(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(argv: list[str]) -> None:
+    def fail(options: argparse.Namespace) -> None:
         raise ChildFailedError("train", {1: failure_of(exitcode, line, tmp_path)})
 
-    monkeypatch.setattr(torchrun.run, "main", fail)
+    monkeypatch.setattr(torchrun.run, "run", fail)
     options = ["--nproc-per-node", "2", "-m", "megatron_gmpo.train", "--run_dir", str(tmp_path)]
     with pytest.raises(SystemExit) as exit_:
         torchrun.main(options)
