@@ -29,6 +29,7 @@ from .errors import Exit, InputError, StopRequest, printable
 from .metrics.logger import check_wandb
 from .metrics.messages import set_up_messages
 from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
+from .models.snapshot import with_local_models
 from .platform import (
     check_deterministic,
     choose_device,
@@ -117,7 +118,8 @@ class Run:
 
     def start(self) -> None:
         """Join the process group and seed every random generator."""
-        start_process_group(self.device, self.cfg.distributed_timeout_s)
+        if not dist.is_initialized():
+            start_process_group(self.device, self.cfg.distributed_timeout_s)
         seed_everything(self.cfg.seed)
         torch.use_deterministic_algorithms(self.description.transformer.deterministic_mode)
 
@@ -188,13 +190,14 @@ def prepare(cfg: Config, *, train: bool) -> Run:
 
     Raises:
         InputError: the run folder contains another run, is not a folder or cannot be written; or see
-            ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_folder``, ``check_deterministic``,
-            ``load_prompts``, ``check_lengths``, ``check_groups``, ``load_groups``, ``resolve_reward``,
-            ``make_player``, ``Player.start``.
+            ``with_local_models``, ``describe_model``, ``check_fp8``, ``check_optimizer``, ``check_folder``,
+            ``check_deterministic``, ``load_prompts``, ``check_lengths``, ``check_groups``, ``load_groups``,
+            ``resolve_reward``, ``make_player``, ``Player.start``.
     """
     _check_run_dir(cfg.run_dir)
     device = choose_device(cfg.device)
     prepare_megatron(device)
+    cfg = with_local_models(cfg, device)
     description = describe_model(cfg, int(os.environ.get("WORLD_SIZE", "1")), device)
     machine = capabilities_of(device)
     check_fp8(cfg, description.transformer, machine)

@@ -13,7 +13,8 @@ class ModelConfig(Section):
     """The policy and the reference policy."""
 
     path: PathText = ""
-    """Hugging Face folder of the policy, with config.json, safetensors and tokenizer."""
+    """Hugging Face folder of the policy, with config.json, safetensors and tokenizer, or a name on the hub:
+    ``owner/name`` or ``owner/name@revision``."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Dtype of weights and activations. The optimizer keeps fp32 main weights."""
     fp32_head: bool | None = None
@@ -21,7 +22,7 @@ class ModelConfig(Section):
     bf16. None keeps them in fp32, except with servers of ``rollout.server_urls``, which the run cannot start
     with SGLang's ``--enable-fp32-lm-head``."""
     reference_path: PathText = ""
-    """Hugging Face folder of the reference policy; empty means ``path``. It is loaded only if
+    """Folder or hub name of the reference policy; empty means ``path``. It is loaded only if
     ``algorithm.kl_coef`` > 0 or the loss needs ``ref_logprobs``."""
     reference_offload: bool = False
     """Keep the reference policy's weights in host memory, and move them to the device only while it computes

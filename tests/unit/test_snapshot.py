@@ -1,0 +1,106 @@
+"""``model.path`` as a name on the hub: the real client, a hub on loopback, and what is in its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from megatron_gmpo.config import Config
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.models.description import read_hf_config
+from megatron_gmpo.models.snapshot import with_local_models
+
+from ..support.hub import COMMITS, hub
+from ..support.reference import saved_tensors
+
+NAME = "someone/tiny.Model-1"
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """Return a model folder that also has a pickle and code."""
+    folder = copytree(tiny_model("qwen3"), tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "modeling.py").write_text("raise SystemExit")
+    return folder
+
+
+@pytest.fixture
+def use_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that points the client at an endpoint and at an empty cache."""
+
+    def use(endpoint: str) -> None:
+        url = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": url,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+
+    return use
+
+
+def resolved(**model: str) -> Any:
+    return with_local_models(Config.model_validate({"model": model}), torch.device("cpu")).model
+
+
+def test_a_name_becomes_a_folder(model: Path, use_hub: Callable[[str], None]) -> None:
+    with hub(NAME, model) as (endpoint, requests):
+        use_hub(endpoint)
+        found = resolved(path=NAME, reference_path=f"{NAME}@v1")
+        assert Path(found.path).name == COMMITS["main"]
+        assert Path(found.reference_path).name == COMMITS["v1"]
+        expected = {file.name for file in model.iterdir()} - {"pytorch_model.bin", "modeling.py"}
+        for folder in (Path(found.path), Path(found.reference_path)):
+            assert {file.name for file in folder.iterdir()} == expected
+            assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in expected)
+        assert saved_tensors(Path(found.path)).keys() == saved_tensors(model).keys()
+        read_hf_config(found.path)  # links into the cache are allowed
+        requests.clear()
+        assert resolved(path=NAME).path == found.path
+        assert [path for path in requests if "resolve" in path] == []  # nothing is downloaded again
+    assert resolved(path=NAME).path == found.path  # the hub is gone, the cache is not
+
+
+def test_a_folder_stays_what_it_is(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent.parent)
+    relative = f"{model.parent.name}/{model.name}"
+    assert resolved(path=relative).path == relative
+    assert resolved(path=str(model)).path == str(model)
+    assert resolved(path="").path == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "download"),
+    [
+        ("someone/else", "'hf download someone/else'"),
+        (f"{NAME}@v2", f"'hf download {NAME} --revision v2'"),
+        ("some--one/else", "'hf download some--one/else'"),
+    ],
+)
+def test_a_name_that_the_hub_does_not_know(
+    model: Path, use_hub: Callable[[str], None], path: str, download: str
+) -> None:
+    with hub(NAME, model) as (endpoint, _):
+        use_hub(endpoint)
+        with pytest.raises(InputError) as error:
+            resolved(path=path)
+    line = str(error.value)
+    assert line.startswith(f"model.path = {path!r} is no folder and cannot be had from the hub (")
+    assert download in line
+    assert "\n" not in line
+
+
+def test_without_network_and_cache(use_hub: Callable[[str], None]) -> None:
+    use_hub("http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(InputError, match=r"model\.reference_path = 'someone/else' is no folder"):
+        resolved(reference_path="someone/else")
