@@ -49,8 +49,8 @@ def with_local_models(cfg: Config, device: torch.device) -> Config:
         for field, folder in folders.items():
             if not Path(folder).is_dir():
                 raise InputError(
-                    f"model.{field} = {paths[field]!r} is in {folder} on rank 0, and rank {rank()} does not see "
-                    "that folder: set HF_HOME to one that all nodes share"
+                    f"model.{field} = {paths[field]!r} is in {folder}, which rank {rank()} does not see: "
+                    "set HF_HOME to a folder that all nodes share"
                 )
     return cfg.model_copy(update={"model": cfg.model.model_copy(update=folders)})
 
