@@ -17,7 +17,7 @@ from ..platform import start_process_group
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-"""What a model needs. Pickles and code stay on the hub."""
+"""What a model needs. Pickles and code stay on the hub, and so do further weights in subfolders."""
 
 
 def with_local_models(cfg: Config, device: torch.device) -> Config:
@@ -59,7 +59,9 @@ def _download(field: str, match: re.Match[str]) -> str:
     """Return the folder of a model in the hub's cache, with the files that it needs."""
     name, revision = match.groups()
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=_FILES)
+        return snapshot_download(
+            name, revision=revision, allow_patterns=_FILES, ignore_patterns="*/*.safetensors"
+        )
     except Exception as error:  # of HTTP, of the file system, of an invalid name
         download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
         raise InputError(

@@ -18,7 +18,7 @@ COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 @contextmanager
 def hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Serve the files of ``folder`` as model ``name``; yield the endpoint and the paths of all requests."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     requests: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -36,7 +36,8 @@ def hub(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
                     return self._json(body, COMMITS.get(revision) and {"id": name, "sha": COMMITS[revision]})
                 case ["api", "models", *parts, "tree", commit] if "/".join(parts) == name:
                     return self._json(body, [_entry(file, data) for file, data in files.items()])
-                case [*parts, "resolve", commit, file] if "/".join(parts) == name and file in files:
+                case [owner, model, "resolve", commit, *parts] if f"{owner}/{model}" == name:
+                    file = "/".join(parts)
                     headers = {"ETag": f'"{_digest(files[file])}"', "X-Repo-Commit": commit}
                     return self._send(200, files[file], headers, body)
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)

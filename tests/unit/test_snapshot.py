@@ -24,10 +24,14 @@ NAME = "someone/tiny.Model-1"
 
 @pytest.fixture
 def model(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
-    """Return a model folder that also has a pickle and code."""
+    """Return a model folder that also has a pickle, code and weights in a subfolder."""
     folder = copytree(tiny_model("qwen3"), tmp_path / "model")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "modeling.py").write_text("raise SystemExit")
+    (folder / "original").mkdir()
+    (folder / "original" / "model.safetensors").write_bytes(b"the same weights")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     return folder
 
 
@@ -52,16 +56,20 @@ def resolved(**model: str) -> Any:
     return with_local_models(Config.model_validate({"model": model}), torch.device("cpu")).model
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_a_name_becomes_a_folder(model: Path, use_hub: Callable[[str], None]) -> None:
     with hub(NAME, model) as (endpoint, requests):
         use_hub(endpoint)
         found = resolved(path=NAME, reference_path=f"{NAME}@v1")
         assert Path(found.path).name == COMMITS["main"]
         assert Path(found.reference_path).name == COMMITS["v1"]
-        expected = {file.name for file in model.iterdir()} - {"pytorch_model.bin", "modeling.py"}
-        for folder in (Path(found.path), Path(found.reference_path)):
-            assert {file.name for file in folder.iterdir()} == expected
-            assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in expected)
+        left = {"pytorch_model.bin", "modeling.py", "original/model.safetensors"}
+        expected = {name: data for name, data in contents(model).items() if name not in left}
+        assert "additional_chat_templates/tools.jinja" in expected
+        assert contents(Path(found.path)) == contents(Path(found.reference_path)) == expected
         assert saved_tensors(Path(found.path)).keys() == saved_tensors(model).keys()
         read_hf_config(found.path)  # links into the cache are allowed
         requests.clear()
