@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..config import Config
 from ..distributed import agreed, broadcast_object, rank
@@ -18,6 +19,12 @@ from ..platform import start_process_group
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What a model needs. Pickles and code stay on the hub, and so do further weights in subfolders."""
+
+_REASONS = {
+    RepositoryNotFoundError: "the hub has no such model, or your HF_TOKEN gives no access",
+    RevisionNotFoundError: "the hub's model has no such revision",
+    LocalEntryNotFoundError: "the hub cannot be reached, and its cache has not all files",
+}
 
 
 def with_local_models(cfg: Config, device: torch.device) -> Config:
@@ -64,7 +71,8 @@ def _download(field: str, match: re.Match[str]) -> str:
         )
     except Exception as error:  # of HTTP, of the file system, of an invalid name
         download = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        reason = next((text for kind, text in _REASONS.items() if isinstance(error, kind)), one_line(error))
         raise InputError(
-            f"{field} = {match.group()!r} is no folder and cannot be had from the hub ({one_line(error)}): "
-            f"correct it, or run {download!r} on a machine with access and set HF_HOME to its cache"
+            f"{field} = {match.group()!r} is no folder, and {reason}: correct it, or run {download!r} on a "
+            "machine with access and set HF_HOME to its cache"
         ) from None

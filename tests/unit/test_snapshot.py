@@ -88,27 +88,36 @@ def test_a_folder_stays_what_it_is(model: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("path", "download"),
+    ("path", "reason", "download"),
     [
-        ("someone/else", "'hf download someone/else'"),
-        (f"{NAME}@v2", f"'hf download {NAME} --revision v2'"),
-        ("some--one/else", "'hf download some--one/else'"),
+        ("someone/else", "the hub has no such model", "'hf download someone/else'"),
+        (f"{NAME}@v2", "the hub's model has no such revision", f"'hf download {NAME} --revision v2'"),
+        ("some--one/else", "Cannot have -- or ..", "'hf download some--one/else'"),
     ],
 )
 def test_a_name_that_the_hub_does_not_know(
-    model: Path, use_hub: Callable[[str], None], path: str, download: str
+    model: Path, use_hub: Callable[[str], None], path: str, reason: str, download: str
 ) -> None:
     with hub(NAME, model) as (endpoint, _):
         use_hub(endpoint)
         with pytest.raises(InputError) as error:
             resolved(path=path)
     line = str(error.value)
-    assert line.startswith(f"model.path = {path!r} is no folder and cannot be had from the hub (")
+    assert line.startswith(f"model.path = {path!r} is no folder, and {reason}")
     assert download in line
     assert "\n" not in line
 
 
-def test_without_network_and_cache(use_hub: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_network_and_cache(
+    use_hub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
     use_hub("http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(InputError, match=r"model\.reference_path = 'someone/else' is no folder"):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(InputError) as error:
         resolved(reference_path="someone/else")
+    assert str(error.value) == (
+        "model.reference_path = 'someone/else' is no folder, and the hub cannot be reached, and its cache has "
+        "not all files: correct it, or run 'hf download someone/else' on a machine with access and set "
+        "HF_HOME to its cache"
+    )
