@@ -117,7 +117,7 @@ def test_without_network_and_cache(
     with pytest.raises(InputError) as error:
         resolved(reference_path="someone/else")
     assert str(error.value) == (
-        "model.reference_path = 'someone/else' is no folder, and the hub cannot be reached, and its cache has "
-        "not all files: correct it, or run 'hf download someone/else' on a machine with access and set "
+        "model.reference_path = 'someone/else' is no folder, and the hub cannot be reached, and its cache "
+        "has not all files: correct it, or run 'hf download someone/else' on a machine with access and set "
         "HF_HOME to its cache"
     )
