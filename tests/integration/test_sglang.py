@@ -470,7 +470,10 @@ def test_the_tokens_of_an_episode_are_those_that_the_server_saw(
         assert sample.episode
         assert (sample.episode.ended, sample.num_turns) == ("done", 4)
         for turn in turns_of(sample):
-            seen.remove((sample.tokens[: turn[0]].tolist(), sample.tokens[turn].tolist()))
+            context = sample.tokens[: turn[0]]
+            # SGLang returns 0 for the last id of the vocabulary (logprob_result_processor.py)
+            echo = np.where(context == hf.vocab_size - 1, 0, context)
+            seen.remove((echo.tolist(), sample.tokens[turn].tolist()))
         assert_played_by(sample, models)
         ids = torch.from_numpy(sample.tokens).long()[None]
         assert sample.routed_experts is not None
