@@ -93,5 +93,5 @@ clean:  ## Remove the environments, builds and caches
 	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton build dist *.egg-info .pytest_cache \
 		.ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt triton games demo demo-agents lint test test-fast test-versions test-slurm \
-	test-gpu fuzz clean
+.PHONY: check-python help install sglang modelopt triton games demo demo-agents lint test test-fast \
+	test-versions test-slurm test-gpu fuzz clean
