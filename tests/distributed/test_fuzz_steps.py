@@ -97,7 +97,7 @@ CASES = {
     "MoE, routing of the rollout": Case(
         1, {"moe_routing_replay": "rollout"}, family="qwen3_moe", formula=None
     ),
-    "turns, sequence clip": Case(3, {"unit": "turn", "loss": "gspo"}, formula=gspo),
+    "turns, sequence clip": Case(2, {"unit": "turn", "loss": "gspo"}, formula=gspo),
     "turns, weights and masks": Case(
         2, {"unit": "turn", "correction": "geometric", "mask": "geometric"}, formula=None
     ),

@@ -233,6 +233,8 @@ def test_each_group_is_scored_where_it_is_and_indexed_everywhere(ranks: RankPool
         "group": [i // 3 for i in numbers],
         "length": [i + 2 for i in numbers],
         "response_length": [i + 1 for i in numbers],
+        "episode_length": [i + 1 for i in numbers],
+        "turns": [1] * 15,
         "reward": [1000 * owners[i // 3] + i for i in numbers],
         "truncated": [True] * 15,
         "oldest_version": list(numbers),

@@ -282,15 +282,19 @@ def test_what_a_node_without_servers_leaves_is_sampled_by_the_others(
 def test_a_node_that_joins_late_samples_what_is_left(
     ranks: RankPool, fakes: list[FakeServer], text_model: Path
 ) -> None:
-    a, late, first = fakes[0], fakes[1], threading.Lock()
+    a, late, first, joined = fakes[0], fakes[1], threading.Lock(), threading.Event()
 
     async def start_the_late_one(body: dict[str, Any]) -> Answer:
         if first.acquire(blocking=False):
             threading.Thread(target=late.start).start()
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(joined.wait, 30)  # so that prompts are left, on a slow machine too
         return answer_of(body, a.weight_version, tokens=response(body))
 
-    a.generate = start_the_late_one
+    async def join(body: dict[str, Any]) -> Answer:
+        joined.set()
+        return answer_of(body, late.weight_version, tokens=response(body))
+
+    a.generate, late.generate = start_the_late_one, join
     outcomes = sample(ranks, NODES, of_nodes(fakes, 0, 1), text_model, hang_timeout_s=60.0)
     merged(outcomes, NODES)
     assert outcomes[2].batches[0]
