@@ -233,13 +233,13 @@ class Attempt:
         assert self._heartbeat
         if not self._first:
             return
-        line = f"{number.name}: saving and ending after {self._heartbeat.where}; a step takes"
-        line += f" {self._vote.durations}"
-        if limit := signals.torchrun_limit_s(number):
-            line += (
-                f"; torchrun kills the ranks {limit:g} s after the signal (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)"
-            )
-        print(line, file=sys.stderr, flush=True)
+        line = f"{number.name} in {self._heartbeat.where}: saving and ending before the next step; "
+        line += f"a step takes {self._vote.durations}"
+        with suppress(OSError):  # an error, as of a full disk, would end the thread that waits for signals
+            if limit := signals.torchrun_limit_s(number):
+                line += f"; torchrun kills the ranks {limit:g} s after the signal"
+                line += " (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)"
+            print(line, file=sys.stderr, flush=True)
 
     def _terminated(self, reason: str) -> None:
         assert self._heartbeat

@@ -63,13 +63,15 @@ def _wait() -> None:
     first_term: float | None = None
     while True:
         number = signal.Signals(signal.sigwait(_REQUESTS))
+        if not active:
+            continue
+        if number is signal.SIGTERM and _rank_has_ended():
+            _exit("ended by torchrun, because another rank of this node has ended")
         if received is None:
             received = number
             on_request(number)
-        if number is not signal.SIGTERM or not active:
+        if number is not signal.SIGTERM:
             continue
-        if _rank_has_ended():
-            _exit("ended by torchrun, because another rank of this node has ended")
         if first_term is None:
             first_term = time.monotonic()
         elif time.monotonic() - first_term > _FORWARDED_S:

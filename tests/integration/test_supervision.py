@@ -102,8 +102,10 @@ def test_a_run_stopped_three_times_equals_an_undisturbed_one(argv: list[str], tm
         assert (end["code"], end["rank"]) == (Exit.REQUEUE, 0), said
         assert reached < end["step"] < STEPS
         assert newest_checkpoint(stopped) == len(figures(stopped)) == end["step"]
-        (line,) = [line for line in said.splitlines() if line.startswith(f"{number.name}: saving and ending")]
-        assert re.search(rf"after phase \w+ of step {end['step']}; a step takes up to \d+ s", line)
+        (line,) = [line for line in said.splitlines() if line.startswith(f"{number.name} in phase")]
+        assert re.search(
+            rf"of step {end['step']}: saving and ending before the next step; a step takes up to \d+ s", line
+        )
         assert line.endswith(
             "torchrun kills the ranks 30 s after the signal (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)"
         )

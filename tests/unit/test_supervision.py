@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import multiprocessing
@@ -18,6 +19,7 @@ from dataclasses import replace
 from datetime import datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -297,22 +299,41 @@ def test_a_request_to_stop_says_what_it_waits_for(
         with Attempt(cfg) as one:
             one.start(torch.device("cpu"), 0, "")
             assert capsys.readouterr().err == (
-                "SIGTERM: saving and ending after phase start of step 1; a step takes an unknown time; "
-                "torchrun kills the ranks 45 s after the signal (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)\n"
+                "SIGTERM in phase start of step 1: saving and ending before the next step; "
+                "a step takes an unknown time; torchrun kills the ranks 45 s after the signal "
+                "(TORCH_ELASTIC_SHUTDOWN_TIMEOUT)\n"
             )
             one._vote._steps.extend([2.0, 12.4])
             one.wrote_checkpoint(3.2)
             monkeypatch.delenv("TORCHELASTIC_RUN_ID")
             signals.on_request(signal.SIGUSR1)
             assert capsys.readouterr().err == (
-                "SIGUSR1: saving and ending after phase start of step 1; "
+                "SIGUSR1 in phase start of step 1: saving and ending before the next step; "
                 "a step takes up to 12 s and a save 3 s\n"
             )
+            with monkeypatch.context() as patch:
+                full: Any = io.FileIO("/dev/full", "w")
+                patch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+                signals.on_request(signal.SIGUSR1)  # an error would end the thread that waits for signals
             assert one.stops(0)
 
     with pytest.raises(StopRequest):
         stop()
     dist.destroy_process_group()
+
+
+def test_a_rank_that_torchrun_ends_does_not_promise_to_save() -> None:
+    """torchrun sends SIGTERM when another rank has failed; here it has fewer children than ranks."""
+    code = (
+        "import os, signal, time; from megatron_gmpo.supervision import signals; "
+        "signals.on_request = lambda number: os.write(1, b'saving'); "
+        "signals.before_exit = lambda reason: os.write(1, reason.encode()); "
+        "signals.listen(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    )
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "1000"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ended by torchrun, because another rank of this node has ended", done.stderr
+    assert done.returncode == 1
 
 
 def test_torchrun_that_ignores_a_signal_sets_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
