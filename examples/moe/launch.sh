@@ -120,7 +120,6 @@ trap 'on_signal TERM' TERM
 # --- the attempt --------------------------------------------------------------------------------------------
 
 run_dir=$(attempt begin "$@") || exit $?
-export RUN_DIR=$run_dir
 mkdir -p "$run_dir/logs"
 say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $num_trainers nodes with" \
   "$RANKS_PER_NODE ranks each, rendezvous $MASTER_ADDR:$MASTER_PORT, logs in $run_dir/logs"
