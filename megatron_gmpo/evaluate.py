@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,6 +168,13 @@ def success_rates(groups: dict[int, SampleGroup], problems: int, n: int) -> dict
     return figures
 
 
+def sampling_of(cfg: Config) -> dict[str, Any]:
+    """Return the settings by which responses are sampled and judged, ready for JSON."""
+    settings = cfg.eval.model_dump(mode="json", exclude={"sets", "interval", "before", "folder"})
+    settings["max_new_tokens"] = cfg.eval.max_new_tokens or cfg.rollout.max_new_tokens
+    return settings | {"stop": list(cfg.rollout.stop), "reward": cfg.reward.name}
+
+
 def main(cfg: Config) -> None:
     """Evaluate the newest checkpoint of ``run_dir``, else ``model.path``, on all ``eval.sets``."""
     if not cfg.eval.sets:
@@ -199,20 +207,20 @@ def main(cfg: Config) -> None:
             records,
             progress,
         )
-    if rank() == 0:
-        run.run_dir.mkdir(parents=True, exist_ok=True)
-        sampling = cfg.eval.model_dump(mode="json", exclude={"sets", "interval", "before", "folder"})
-        about = {"evaluated": evaluated, "step": run.step, "sampling": sampling}
-        sets = report(records, cfg.eval)
-        files.write(run.run_dir / "evaluation.json", json.dumps(about | {"sets": sets}, indent=1))
-        # a file has no width, and rich would take 80 columns
-        Console(stderr=True, width=None if sys.stderr.isatty() else 160).print(table(sets))
-        print(json.dumps({"evaluated": evaluated, **results}), flush=True)
-    for name, record in records.items():
-        file = run.run_dir / f"evaluation_{name}.jsonl"
+    transcripts = {name: run.run_dir / f"evaluation_{name}.jsonl" for name in records}
+    with agreed():
         if rank() == 0:
-            file.unlink(missing_ok=True)
-        append_transcripts(file, engine.version, record.groups, limit=len(run.eval_sets[name]))
+            run.run_dir.mkdir(parents=True, exist_ok=True)
+            about = {"evaluated": evaluated, "step": run.step, "sampling": sampling_of(cfg)}
+            sets = report(records, cfg.eval)
+            files.write(run.run_dir / "evaluation.json", json.dumps(about | {"sets": sets}, indent=1))
+            # a file has no width, and rich would take 80 columns
+            Console(stderr=True, width=None if sys.stderr.isatty() else 160).print(table(sets))
+            print(json.dumps({"evaluated": evaluated, **results}), flush=True)
+            for file in transcripts.values():
+                file.unlink(missing_ok=True)
+    for name, file in transcripts.items():
+        append_transcripts(file, engine.version, records[name].groups, limit=len(run.eval_sets[name]))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,11 @@ def report(records: Mapping[str, Evaluated], cfg: EvalConfig) -> dict[str, Any]:
 def table(sets: Mapping[str, Any]) -> Table:
     """Return the results of ``report`` as a table, with a row for each benchmark and each label."""
     figures = {name: result["figures"] for name, result in sets.items()}
-    rates = [name for name in next(iter(figures.values())) if name.startswith(("pass@", "maj@", "success"))]
+    rates = [
+        rate
+        for rate in dict.fromkeys(rate for each in figures.values() for rate in each)
+        if rate.startswith(("pass@", "maj@", "success"))
+    ]
     shown = Table("benchmark", "problems", *rates, "truncated")
     for name, result in sets.items():
         truncated = f"{figures[name]['truncated_fraction']:.1%}"
@@ -97,7 +101,9 @@ def table(sets: Mapping[str, Any]) -> Table:
                 cells = [_rate(of_value, rate) for rate in rates]
                 shown.add_row(f"  {column} {value}", str(of_value["problems"]), *cells, "")
     if len(sets) > 1:
-        means = [f"{fmean(each[rate] for each in figures.values()):.3f}" for rate in rates]
+        # an environment may tell success on some benchmarks only
+        known = [[each[rate] for each in figures.values() if rate in each] for rate in rates]
+        means = [f"{fmean(values):.3f}" if len(values) == len(sets) else "" for values in known]
         shown.add_row("mean of the benchmarks", "", *means, "")
     return shown
 

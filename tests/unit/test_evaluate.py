@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from megatron_gmpo.batch.samples import Episode, Prompt, SampleGroup
-from megatron_gmpo.config import EvalConfig
+from megatron_gmpo.config import Config, EvalConfig
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.evaluate import evaluate
+from megatron_gmpo.evaluate import evaluate, sampling_of
 from megatron_gmpo.metrics import progress
 from megatron_gmpo.metrics.comparison import compare
 from megatron_gmpo.metrics.evaluations import Evaluated, pass_at_k, report, table
@@ -273,6 +273,31 @@ def test_results_are_reported_by_label() -> None:
     text = out.file.getvalue()
     for words in ("0.500 [0.100, 0.900]", "25.0%", "level 2", "subject Algebra"):
         assert words in text
+
+
+def test_a_rate_that_only_one_benchmark_has_is_shown_without_a_mean() -> None:
+    """An environment may tell success on some benchmarks only."""
+    figures = {"pass@1": 0.25, "ci_low@1": 0.1, "ci_high@1": 0.5, "truncated_fraction": 0.0}
+    told = figures | {"pass@1": 0.75, "success": 0.6, "ci_low@success": 0.3, "ci_high@success": 0.8}
+    sets = {name: {"figures": each, "by": {}, "passed": {}} for name, each in (("a", figures), ("b", told))}
+    for order in (("a", "b"), ("b", "a")):
+        out = Console(file=io.StringIO(), width=120)
+        out.print(table({name: sets[name] for name in order}))
+        assert isinstance(out.file, io.StringIO)
+        text = out.file.getvalue()
+        assert "0.600 [0.300, 0.800]" in text
+        mean = next(line for line in text.splitlines() if "mean of the benchmarks" in line)
+        assert "0.500" in mean
+        assert "0.600" not in mean
+
+
+def test_the_sampling_states_what_the_rollout_decides() -> None:
+    """So that a comparison tells evaluations with different limits apart."""
+    values = {"rollout": {"max_new_tokens": 64, "stop": ["\n"]}, "reward": {"name": "arithmetic"}}
+    found = sampling_of(Config.model_validate(values))
+    assert (found["max_new_tokens"], found["stop"], found["reward"]) == (64, ["\n"], "arithmetic")
+    own = sampling_of(Config.model_validate(values | {"eval": {"max_new_tokens": 32}}))
+    assert own == found | {"max_new_tokens": 32}
 
 
 def result_file(path: Path, passed: dict[str, int], n: int = 1) -> Path:
