@@ -5,7 +5,7 @@ Neither scipy nor statsmodels is a dependency; the sources of the formulas are n
 
 from __future__ import annotations
 
-from math import comb
+from math import comb, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -16,7 +16,7 @@ _AT_A_TIME = 500
 """Resamples in memory at a time: 5 MB for 1,319 problems."""
 
 
-def wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wilson(share: float, count: int) -> tuple[float, float]:
     """Return the 95 % score interval of a share of ``count`` problems (Wilson 1927).
 
     A problem's pass@k lies between 0 and 1, so the variance of the mean is at most share (1 - share) / count,
@@ -24,9 +24,8 @@ def wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """
     spread = 1 + _Z**2 / count
     centre = (share + _Z**2 / (2 * count)) / spread
-    half = _Z / spread * np.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    # at a share of 0 or 1 rounding would pass the end
-    return (centre - half).clip(0, 1).astype(np.float32), (centre + half).clip(0, 1).astype(np.float32)
+    half = _Z / spread * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding passes the end at a share of 0 or 1
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -40,8 +39,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
         values: (problems,) figure of each problem between 0 and 1, such as its share of right samples.
     """
     if np.isin(values, (0, 1)).all() or np.ptp(values) == 0:
-        low, high = wilson(np.array([values.mean()]), np.array([len(values)]))
-        return float(low[0]), float(high[0])
+        return wilson(float(values.mean()), len(values))
     low, high = np.quantile(_resampled_means(values), (0.025, 0.975))
     return float(low), float(high)
 

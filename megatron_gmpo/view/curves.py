@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import orjson
 
-from ..metrics.intervals import wilson
 from ..metrics.panels import PANELS, moves
 from .lines import GrowingLines
 
@@ -53,7 +52,7 @@ class Metrics:
     def _add(self, record: dict[str, Any]) -> None:
         before = len(self._steps) - 1
         for name in record.keys() - self._shown.keys():
-            self._shown[name] = name.endswith("/problems") or any(p.choose([name]) for p in PANELS)
+            self._shown[name] = "/ci_" in name or any(p.choose([name]) for p in PANELS)
             if self._shown[name]:
                 self._columns[name] = array("d", [math.nan]) * before
         for name, column in self._columns.items():
@@ -81,7 +80,8 @@ def curves(runs: list[Metrics], first: int, last: int) -> dict[str, Any]:
 
     Returns:
         ``panels``: title, kind, log and ``metrics`` (metric -> name in the legend) of each panel;
-        ``runs``: for each run, metric -> {x, y} and, for a pass@k, ``low`` and ``high`` of its 95 % interval.
+        ``runs``: for each run, metric -> {x, y} and, for a pass@k, ``low`` and ``high`` of its interval, if
+        the run has logged one.
     """
     series = [run.series(first, last) for run in runs]
     present = {name for found in series for name, (_, values) in found.items() if moves(name, values)}
@@ -105,11 +105,11 @@ def _points(series: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[
     for name, (steps, values) in series.items():
         kept = np.isin(steps, common) if name.startswith("time/") and total else thinned(values)
         points[name] = {"x": steps[kept], "y": values[kept].astype(np.float32)}
-        problems = series.get(name.rpartition("/")[0] + "/problems") if "/pass@" in name else None
-        if problems:
-            known = dict(zip(problems[0].tolist(), problems[1].tolist(), strict=True))
-            counts = np.array([known.get(step, math.nan) for step in steps[kept].tolist()])
-            points[name]["low"], points[name]["high"] = wilson(values[kept], counts)
+        for end in ("low", "high") if "/pass@" in name else ():
+            if interval := series.get(name.replace("/pass@", f"/ci_{end}@")):
+                known = dict(zip(interval[0].tolist(), interval[1].tolist(), strict=True))
+                ends = [known.get(step, math.nan) for step in steps[kept].tolist()]
+                points[name][end] = np.array(ends, np.float32)
     return points
 
 

@@ -106,7 +106,9 @@ def figures(step: int, rng: np.random.Generator) -> dict[str, float]:
         "throughput/tokens_per_second": 5000 + 100 * noise[6],
     }
     if step % 10 == 0:
-        line |= {"eval/math500/pass@1": min(1.0, 0.1 + 0.5 * learned), "eval/math500/problems": 500.0}
+        solved = min(1.0, 0.1 + 0.5 * learned)
+        line |= {"eval/math500/pass@1": solved, "eval/math500/problems": 500.0}
+        line |= {"eval/math500/ci_low@1": solved - 0.0625, "eval/math500/ci_high@1": solved + 0.03125}
     return {name: float(value) if name != "step" else step for name, value in line.items()}
 
 

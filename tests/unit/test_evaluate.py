@@ -199,8 +199,7 @@ def test_the_progress_is_shown_while_it_runs(terminal: bool, monkeypatch: pytest
     [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (250, 500, 0.4563, 0.5437)],
 )
 def test_the_interval_of_a_share(right: int, count: int, low: float, high: float) -> None:
-    found = wilson(np.array([right / count]), np.array([count]))
-    np.testing.assert_allclose(np.concatenate(found), [low, high], atol=1e-4)
+    assert wilson(right / count, count) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize("values", [[0, 0.5, 0.5, 1], [0.25, 0, 0, 0.75, 1], [0.1, 0.2, 0.9]])
