@@ -98,7 +98,7 @@ class Heartbeat:
         if not gone:
             return ""
         return (
-            f"{', '.join(gone)} on {node_name()} ended without a word, as after a kill by the kernel when "
+            f"{', '.join(gone)} on {node_name()} ended without a message, as after a kill by the kernel when "
             "host memory runs out (see dmesg); "
         )
 

@@ -213,7 +213,9 @@ def test_a_rank_that_is_killed_is_named(launcher: str, argv: list[str], tmp_path
         _, said = torchrun.communicate(timeout=_TIMEOUT_S)
     end, node = outcome(tmp_path), heartbeat(tmp_path, 0)["node"]
     assert end["code"] == Exit.FAILED, said
-    seen = f"error: rank 0 (process {killed}) on {node} ended without a word, as after a kill by the kernel"
+    seen = (
+        f"error: rank 0 (process {killed}) on {node} ended without a message, as after a kill by the kernel"
+    )
     (line,) = [line for line in error_lines(said) if line.startswith(seen)]
     if launcher == TORCHRUN:
         assert f"error: {end['reason']}" == line

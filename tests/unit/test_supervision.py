@@ -282,7 +282,9 @@ def test_a_rank_whose_process_is_gone_is_named(tmp_path: Path) -> None:
     zombie = heartbeat.lost_ranks()
     gone.wait()
     assert zombie == heartbeat.lost_ranks()
-    assert re.fullmatch(rf"rank 1 \(process {gone.pid}\) on \S+ ended without a word, .* dmesg\); ", zombie)
+    assert re.fullmatch(
+        rf"rank 1 \(process {gone.pid}\) on \S+ ended without a message, .* dmesg\); ", zombie
+    )
     heartbeat.stop()
 
 

@@ -236,7 +236,7 @@ class Sampler:
         elif finish_reason == "abort":
             finish_reason = "length" if len(tokens) == limit else ""
         if finish_reason == "length" and len(tokens) < limit:
-            # SGLang lowers the limit without a word (scheduler.py)
+            # SGLang lowers the limit without a message (scheduler.py)
             raise InputError(
                 f"the SGLang servers end responses after {len(tokens)} of {limit} tokens: "
                 "raise context_length or max_total_tokens in [sglang.args], or lower max_new_tokens"
