@@ -34,7 +34,7 @@ def compare(paths: tuple[Path, ...]) -> str:
 
     Raises:
         InputError: there are not two paths; a file is missing or damaged; the evaluations have no problem in
-            common.
+            common, or one with different answers.
     """
     if len(paths) != 2:
         raise InputError(f"--compare takes 2 run folders or files, not {len(paths)}: name two evaluations")
@@ -44,8 +44,15 @@ def compare(paths: tuple[Path, ...]) -> str:
         lines.append(f"A and B were evaluated with different {', '.join(changed)}")
     before = len(lines)
     for name, result in first["sets"].items():
-        here, there = result["passed"], second["sets"].get(name, {"passed": {}})["passed"]
+        other = second["sets"].get(name, {"passed": {}, "answers": {}})
+        here, there = result["passed"], other["passed"]
         if common := [problem for problem in here if problem in there]:
+            # a problem is named after its file and row, whose content may have changed
+            for problem in (p for p in common if result["answers"][p] != other["answers"][p]):
+                raise InputError(
+                    f"--compare: problem {problem} of {name} has different answers in {paths[0]} and "
+                    f"{paths[1]}: evaluate both on the same data"
+                )
             ns = [found["sampling"]["samples_per_prompt"] for found in (first, second)]
             rates = [
                 np.array([found[p] for p in common]) / n for found, n in zip((here, there), ns, strict=True)
@@ -82,6 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
         assert {"evaluated", "sampling", "sets"} <= found.keys()
+        assert all({"passed", "answers"} <= each.keys() for each in found["sets"].values())
         return found
     except FileNotFoundError:
         raise InputError(f"--compare: {file} does not exist: run megatron-gmpo evaluate first") from None

@@ -60,8 +60,9 @@ def report(records: Mapping[str, Evaluated], cfg: EvalConfig) -> dict[str, Any]:
     """Return the results by benchmark, ready for JSON.
 
     Returns:
-        For each benchmark ``figures``; ``by``, column -> value -> pass rates and ``problems``; and
-        ``passed``, problem -> number of its ``eval.samples_per_prompt`` samples that passed.
+        For each benchmark ``figures``; ``by``, column -> value -> pass rates and ``problems``; ``passed``,
+        problem -> number of its ``eval.samples_per_prompt`` samples that passed; and ``answers``, problem ->
+        its answer.
     """
     sets: dict[str, Any] = {}
     for name, record in records.items():
@@ -80,7 +81,8 @@ def report(records: Mapping[str, Evaluated], cfg: EvalConfig) -> dict[str, Any]:
             for column, values in places.items()
         }
         passed = dict(zip((prompt.id for prompt in record.prompts), record.passed.tolist(), strict=True))
-        sets[name] = {"figures": record.figures, "by": by, "passed": passed}
+        answers = {prompt.id: prompt.answer for prompt in record.prompts}
+        sets[name] = {"figures": record.figures, "by": by, "passed": passed, "answers": answers}
     return sets
 
 

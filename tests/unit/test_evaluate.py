@@ -256,6 +256,7 @@ def test_results_are_reported_by_label() -> None:
     cfg = EvalConfig(samples_per_prompt=4, temperature=1.0)
     sets = report(labelled(), cfg)
     assert sets["m"]["passed"] == {"m/0": 4, "m/1": 2, "m/2": 0}
+    assert sets["m"]["answers"] == {"m/0": "7", "m/1": "7", "m/2": "7"}
     shown = {
         (column, value): (figures["problems"], figures["pass@1"])
         for column, values in sets["m"]["by"].items()
@@ -299,11 +300,11 @@ def test_the_sampling_states_what_the_rollout_decides() -> None:
     assert own == found | {"max_new_tokens": 32}
 
 
-def result_file(path: Path, passed: dict[str, int], n: int = 1) -> Path:
+def result_file(path: Path, passed: dict[str, int], n: int = 1, answer: str = "7") -> Path:
     content = {
         "evaluated": f"of {path.name}",
         "sampling": {"samples_per_prompt": n},
-        "sets": {"m": {"passed": passed}},
+        "sets": {"m": {"passed": passed, "answers": dict.fromkeys(passed, answer)}},
     }
     path.write_text(json.dumps(content))
     return path
@@ -336,14 +337,18 @@ def test_comparing_several_samples_takes_the_bootstrap(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     a = result_file(tmp_path / "a.json", {"m/0": 1})
     b = result_file(tmp_path / "b.json", {"n/0": 1})
+    changed = result_file(tmp_path / "changed.json", {"m/0": 1}, answer="8")
     (tmp_path / "broken.json").write_text('{"evaluated": 1')
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "part.json").write_text('{"evaluated": "", "sampling": {}, "sets": {"m": {"passed": {}}}}')
     for paths, words in {
         (a,): "takes 2",
         (a, b): "no problem in common",
+        (a, changed): "problem m/0 of m has different answers in",
         (a, tmp_path): "run megatron-gmpo evaluate first",
         (a, tmp_path / "broken.json"): "is not the result of an evaluation",
         (tmp_path / "list.json", a): "is not the result of an evaluation",
+        (a, tmp_path / "part.json"): "is not the result of an evaluation",
     }.items():
         with pytest.raises(InputError, match=words):
             compare(paths)
