@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,7 +108,9 @@ class _Log:
 
     def observe(self, observation: Observation) -> Observation:
         (self.turns[-1] if self.turns else self.start).extend(observation.messages)
-        self.reward += observation.reward
+        if not isfinite(reward := self.reward + observation.reward):
+            raise EnvironmentFault(f"the rewards of the steps add up to {reward}, which is not finite")
+        self.reward = reward
         self.name = observation.info.get("name", self.name)
         self.success = observation.info.get("success", self.success)
         return observation

@@ -116,6 +116,24 @@ class Obedient:
     def returns_a_wrong_name(self) -> Observation:
         return Observation(info={"name": 3})
 
+    def returns_a_list_as_info(self) -> Observation:
+        return Observation(info=["x"])  # pyright: ignore[reportArgumentType]
+
+    def returns_a_text_as_info(self) -> Observation:
+        return Observation(info="nothing to tell")  # pyright: ignore[reportArgumentType]
+
+    def returns_fewer_than_no_calls(self) -> Observation:
+        return Observation(info={"tool_calls": -1})
+
+    def returns_more_calls_than_a_float_holds(self) -> Observation:
+        return Observation(info={"tool_errors": 10**400})
+
+    def replaces_the_info(self) -> Observation:
+        """Return an observation whose check has been passed with another info."""
+        observation = Observation.text("")
+        vars(observation)["info"] = []
+        return observation
+
     def returns_half_a_character(self) -> Observation:
         return Observation.text("\ud83d")
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -240,6 +241,7 @@ FAULT = EnvironmentFault("ValueError: no such room")
         (Observation(), [FAULT], 1, ["no such room"]),
         (Observation(), [WAIT, WAIT, FAULT], 3, ["no such room"]),
         (Observation(), [Observation()], 1, ["no messages"]),
+        (Observation(), [said("x", reward=1e308)] * 2, 2, ["add up to inf, which is not finite"]),
         (Observation(), [Observation([{"role": "narrator", "content": "x"}])], 1, ["role 'narrator'"]),
     ],
 )
@@ -252,6 +254,7 @@ def test_a_failed_environment(
     assert sample.episode is not None
     assert (sample.episode.ended, sample.finish_reason, sample.num_turns) == ("error", "abort", turns)
     assert all(word in sample.episode.error for word in words)
+    assert isfinite(sample.episode.reward)
     assert (sample.policy_version, sample.response_length) == ((5, 3 * turns) if turns else (-1, 0))
     assert script.closed == 1
 

@@ -34,13 +34,15 @@ class Observation:
             ``reset`` returns follows the prompt's messages; without any, the prompt stays as it is.
         reward: reward of the step; the reward of an episode is the sum.
         done: whether the episode is over.
-        info: values for records, which JSON can hold. ``name`` (text) splits metrics by kind of task;
-            ``success`` (bool) says whether the episode has reached its goal so far; ``tool_calls`` and
-            ``tool_errors`` (int) are added up. ``answered`` (bool) says that the episode is done because the
-            turn was the policy's final answer: if a limit has cut that turn, the episode counts as cut.
+        info: values that JSON can hold. These are read, others are ignored: ``name`` (text) splits metrics by
+            kind of task; ``success`` (bool) says whether the episode has reached its goal so far;
+            ``tool_calls`` and ``tool_errors`` (int) are added up. ``answered`` (bool) says that the episode
+            is done because the turn was the policy's final answer: if a limit has cut that turn, the episode
+            counts as cut.
 
     Raises:
-        ValueError: a value does not have its type, or the reward is not finite.
+        ValueError: a value does not have its type, the reward is not finite, or a count is negative or does
+            not fit 31 bits.
     """
 
     messages: Sequence[dict[str, Any]] = ()
@@ -59,9 +61,13 @@ class Observation:
             raise ValueError(f"reward = {self.reward!r} is not finite")
         if not isinstance(self.done, bool | np.bool_):
             raise ValueError(f"done = {self.done!r} is neither True nor False")
+        if not isinstance(self.info, dict):
+            raise ValueError(f"info = {self.info!r} is no dict")
         for key, kind in _KNOWN_INFO.items():
             if key in self.info and type(self.info[key]) is not kind:
                 raise ValueError(f"info[{key!r}] = {self.info[key]!r} is no {kind.__name__}")
+            if kind is int and not 0 <= self.info.get(key, 0) < 2**31:
+                raise ValueError(f"info[{key!r}] = {self.info[key]!r} is not from 0 to 2^31 - 1")
 
     @classmethod
     def text(cls, content: str, **others: Any) -> Observation:
