@@ -167,7 +167,8 @@ class _Trajectory:
         if turn.routed_experts is not None:
             # of rows that an earlier turn recorded, the earlier ones count: the server had them in its cache
             known = sum(map(len, self._experts))
-            self._experts.append(turn.routed_experts[known:])
+            # a view would keep the rows of the whole context in memory, for every turn
+            self._experts.append(turn.routed_experts[known:].copy())
 
     def add_observation(self, tokens: np.ndarray) -> None:
         """Append tokens that were not sampled. They have the version of the token before them."""

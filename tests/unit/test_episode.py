@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -190,6 +192,25 @@ def test_columns_of_an_episode() -> None:
     assert [message["content"] for message in episode.messages] == [
         "look", "A door.", "abcdefgh", "Open.", "A room.", "go", "Free.",
     ]  # fmt: skip
+
+
+def test_records_of_earlier_contexts_are_not_kept() -> None:
+    """Each turn's record has a row for every token of the context: together they grow with its square."""
+    policy, alive = Policy([turn("go")] * 4), []
+
+    async def generate(context: np.ndarray, limit: int) -> Response:
+        gc.collect()
+        alive.append(sum(record() is not None for record in records))
+        response = await Policy.generate(policy, context, limit)
+        policy.answered.clear()
+        records.append(weakref.ref(response.routed_experts))
+        return response
+
+    records: list[Any] = []
+    script, other = Script(Observation(), [said("A room.")] * 4), Policy([])
+    other.generate = generate
+    assert played(script, other).routed_experts is not None
+    assert alive == [0, 1, 1, 1]  # that of the turn before
 
 
 GO, WAIT = turn("go"), said("A room.")
