@@ -20,7 +20,7 @@ from megatron_gmpo.config import RolloutConfig
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.rollout.environments import EnvironmentFault, Observation
 from megatron_gmpo.rollout.environments.calculator import calculator
-from megatron_gmpo.rollout.environments.pool import EnvironmentPool
+from megatron_gmpo.rollout.environments.pool import MAX_ANSWER_BYTES, EnvironmentPool
 from megatron_gmpo.rollout.environments.tool_calls import Call, parse_calls
 from megatron_gmpo.rollout.environments.tools import ToolEnvironment, named_tools, tool_schemas
 
@@ -165,8 +165,14 @@ RESULTS: dict[str, tuple[str, bool]] = {
     called("add", a=2, b="3"): (r"Error: TypeError: unsupported operand type.*", True),
     called("subtract", a=2): (r"Error: no tool 'subtract'\. The tools are add, later, fails, .*\.", True),
     called("fails"): (r"Error: OSError: no network", True),
-    called("long", size=32_001): (r"Error: the result has 32,001 characters, more than 32,000\.", True),
+    called("long", size=32_001): (
+        r"Error: the result has 32,001 characters; the turn has room for 32,000\.",
+        True,
+    ),
     called("no_text"): (r"Error: UnicodeEncodeError: .*", True),
+    # half of a character, which the model can write in JSON
+    called("\ud83d"): (r"Error: no tool '\\ud83d'\. The tools are .*", True),
+    called("add", a=2, b=3, **{"\ud83d": 4}): (r"Error: add: got an unexpected keyword.*'\\ud83d'\.", True),
     "<tool_call>add(2, 3)</tool_call>": (r"Error: The call is not valid JSON: .*\.", True),
 }
 
@@ -178,6 +184,7 @@ def test_results(action: str) -> None:
     [message] = observation.messages
     assert message["role"] == "tool"
     assert re.fullmatch(expected, message["content"])
+    message["name"].encode()
     info = {"tool_calls": 1, "tool_errors": int(failed), "answered": False}
     assert observation == Observation([message], info=info)
 
@@ -195,6 +202,23 @@ def test_several_calls_and_none() -> None:
     assert answered("The sum is 7.", ("add",)) == Observation(
         [], done=True, info={"tool_calls": 0, "tool_errors": 0, "answered": True}
     )
+
+
+@pytest.mark.parametrize(
+    ("calls", "errors", "last"),
+    [
+        ([called("long", size=20_000)] * 2, 1, "20,000 characters; the turn has room for 12,000."),
+        ([called("long", size=32_000), *[called("x" * 400)] * 100], 64, "the other 37 were not made."),
+        ([called("add", a=1, b=2)] * 64, 0, "3"),
+        ([called("add", a=1, b=2)] * 65, 1, "Error: A turn may have 64 calls; the other 1 were not made."),
+    ],
+)
+def test_no_turn_of_the_model_is_a_fault(calls: list[str], errors: int, last: str) -> None:
+    """A fault leaves the group out: a turn with too many or too long results must not be one."""
+    observation = answered("".join(calls), ("add", "long"))
+    assert observation.messages[-1]["content"].endswith(last)
+    assert observation.info["tool_errors"] == errors
+    assert len(json.dumps(vars(observation))) < MAX_ANSWER_BYTES
 
 
 def test_arguments_that_the_model_does_not_give() -> None:

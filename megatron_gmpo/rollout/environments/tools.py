@@ -16,7 +16,12 @@ from . import Observation
 from .tool_calls import Call, parse_calls
 
 MAX_RESULT_CHARACTERS = 32_000
-"""Maximum length of a tool's result. A longer one is replaced with an error, which the model can avoid."""
+"""Maximum length of the results of a turn together, so that no turn of the model exceeds what an observation
+may have, which would be a fault. A result with which they are longer is replaced with an error."""
+MAX_ERROR_CHARACTERS = 500
+"""Length at which an error is cut."""
+MAX_CALLS = 64
+"""Maximum number of calls in a turn. Those after them are not made."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +78,23 @@ class ToolEnvironment:
     async def step(self, action: str) -> Observation:
         """Answer the calls in a turn, one after another."""
         calls = parse_calls(action)
-        results = [await self._result(call) for call in calls]
-        return Observation(
-            [
-                {"role": "tool", "name": call.name, "content": content}
-                for call, (content, _) in zip(calls, results, strict=True)
-            ],
-            done=not calls,
-            info={
-                "tool_calls": len(calls),
-                "tool_errors": sum(failed for _, failed in results),
-                "answered": not calls,
-            },
-        )
+        if len(calls) > MAX_CALLS:
+            error = f"A turn may have {MAX_CALLS} calls; the other {len(calls) - MAX_CALLS} were not made."
+            calls = [*calls[:MAX_CALLS], Call("", error=error)]
+        messages: list[dict[str, str]] = []
+        errors, room = 0, MAX_RESULT_CHARACTERS
+        for call in calls:
+            content, failed = await self._result(call, room)
+            if failed:
+                content = _encodable(content)[:MAX_ERROR_CHARACTERS]
+            messages.append({"role": "tool", "name": _encodable(call.name), "content": content})
+            errors += failed
+            room = max(0, room - len(content))
+        info = {"tool_calls": len(calls), "tool_errors": errors, "answered": not calls}
+        return Observation(messages, done=not calls, info=info)
 
-    async def _result(self, call: Call) -> tuple[str, bool]:
-        """Return the text of a call's result, and whether it is an error."""
+    async def _result(self, call: Call, room: int) -> tuple[str, bool]:
+        """Return the text of a call's result, of ``room`` characters at most, and whether it is an error."""
         if call.error:
             return f"Error: {call.error}", True
         if call.name not in self._tools:
@@ -105,11 +111,15 @@ class ToolEnvironment:
             text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
             text.encode()  # raises an error for half of a surrogate pair
         except Exception as error:
-            return f"Error: {type(error).__name__}: {one_line(error)}"[:MAX_RESULT_CHARACTERS], True
-        if len(text) > MAX_RESULT_CHARACTERS:
-            limit = f"{MAX_RESULT_CHARACTERS:,}"
-            return f"Error: the result has {len(text):,} characters, more than {limit}.", True
+            return f"Error: {type(error).__name__}: {one_line(error)}", True
+        if len(text) > room:
+            return f"Error: the result has {len(text):,} characters; the turn has room for {room:,}.", True
         return text, False
+
+
+def _encodable(text: str) -> str:
+    """Return ``text`` with an escape for half of a surrogate pair, which the JSON of a call can contain."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def named_tools(functions: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Tool]:
