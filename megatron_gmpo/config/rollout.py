@@ -120,8 +120,8 @@ class RolloutConfig(Section):
     overlong_penalty: NonNegative = 1.0
     """Penalty of a response with max_new_tokens tokens; used if overlong_buffer is set."""
     environment: str = ""
-    """Environment that answers the policy's turns, ``module:Class``; empty samples one response to a
-    prompt."""
+    """Environment that answers the policy's turns: ``household``, ``textworld``, ``alfworld``, or
+    ``module:Class``; empty samples one response to a prompt."""
     environment_args: Annotated[dict[str, Any], AfterValidator(_json)] = {}
     """Arguments of the environment's class. With ``tools``, arguments of the functions that the model does
     not see, e.g. ``file`` of the search tool."""
@@ -289,9 +289,12 @@ class WeightSyncConfig(Section):
 
 class RewardConfig(Section):
     name: Text = "math"
-    """Reward: ``math``, ``arithmetic``, ``countdown``, ``environment`` (the sum of what the steps of
-    rollout.environment return), or ``module:function``, a callable (Prompt, response_text) -> float."""
+    """Reward: ``math``, ``arithmetic``, ``countdown``, ``reasoning_gym``, ``environment`` (the sum of what
+    the steps of rollout.environment return), or ``module:function``, a callable (Prompt, response_text) ->
+    float."""
     timeout_s: Seconds = 10.0
-    """Time limit for one math answer. A check over it, or over 512 MiB, scores 0 and is counted."""
+    """Time limit of ``math`` and ``reasoning_gym`` for one answer. A check over it, or over 512 MiB, scores 0
+    and is counted."""
     workers: Positive = 2
-    """Number of processes per rank that check math answers at the same time. One more waits as a spare."""
+    """Number of processes per rank in which these two check answers at the same time. One more waits as a
+    spare."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ from numpy.typing import ArrayLike
 from ..batch.index import StepIndex
 from ..batch.samples import EpisodeEnd, Prompt, Sample, SampleGroup
 from ..config import RolloutConfig
-from ..distributed import agreed, sum_over_ranks, world_size
+from ..distributed import agreed, gather_bytes, rank, sum_over_ranks, world_size
 from ..errors import RunError
 from ..metrics.across_ranks import RankReduction
 from ..metrics.figures import Metric
 from ..rewards import Reward, environment_reward
 from .engine import RolloutEngine, SamplingParams
+
+log = logging.getLogger(__name__)
 
 Groups = dict[int, SampleGroup]
 """Groups that this rank holds, by their position in the step. Every position is on exactly one rank."""
@@ -135,8 +138,7 @@ class Collector:
             for number, rewards in enumerate(parts[-1].rewards_of_groups(), first):
                 if cfg.dynamic_sampling == "off" or (rewards != rewards[0]).any():
                     kept.append(number)
-        if not parts:
-            failed.end_run()
+        failed.report(end_run=not parts)
 
         drawn = StepIndex.joined(parts)
         penalized = replace(drawn, reward=drawn.reward + overlong_penalty(drawn.episode_length, cfg))
@@ -246,16 +248,36 @@ class _Failed:
             "rollout/environment_errors": Metric(self.episodes),
         }
 
-    def end_run(self) -> None:
-        """Raise a ``RunError`` with the first error of the lowest rank that has one. Collective."""
-        with agreed():
-            for group in self.mine:
-                for number, sample in enumerate(group.samples):
-                    if sample.episode and sample.episode.error:
-                        raise RunError(
-                            f"environments failed in all {self.groups} groups of the step, first in sample "
-                            f"{number} of prompt {group.prompt.id}: {sample.episode.error}"
-                        )
+    def report(self, end_run: bool) -> None:
+        """Quote the first error of the lowest rank that has one, if any, in the log of rank 0. Collective.
+
+        Args:
+            end_run: raise a ``RunError`` with the error instead, because all groups failed.
+        """
+        if not self.groups:
+            return
+        errors = gather_bytes(self._first_error().encode(errors="backslashreplace"))
+        first = next((error.decode() for error in errors if error), "")
+        if end_run:
+            with agreed():
+                if rank() == 0:
+                    raise RunError(
+                        f"environments failed in all {self.groups} groups of the step, first in {first}"
+                    )
+        elif rank() == 0:
+            log.warning(
+                "warning: environments failed in %d groups of the step, which are left out, first in %s",
+                self.groups,
+                first,
+            )
+
+    def _first_error(self) -> str:
+        """Return the first error of this rank; "" without one."""
+        for group in self.mine:
+            for number, sample in enumerate(group.samples):
+                if sample.episode and sample.episode.error:
+                    return f"sample {number} of prompt {group.prompt.id}: {sample.episode.error}"
+        return ""
 
 
 def _renumbered(groups: Groups, chosen: np.ndarray) -> Groups:

@@ -1007,7 +1007,9 @@ def of_episodes(fake: FailingEngine, names: list[str], **options: Any) -> Collec
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
-def test_groups_with_a_failed_episode_are_left_out_whole_and_counted(max_staleness: int) -> None:
+def test_groups_with_a_failed_episode_are_left_out_whole_and_counted(
+    max_staleness: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """The failed episode has no weights that sampled it, and its group is not taken for a stale one."""
     engine = FailingEngine(SCRIPT, {"mixed"})
     options = {"engine": "sglang", "max_staleness": max_staleness}
@@ -1017,6 +1019,10 @@ def test_groups_with_a_failed_episode_are_left_out_whole_and_counted(max_stalene
     assert values(result)["rollout/dropped_groups"] == values(result).get("rollout/stale_groups", 0) == 0
     assert values(result)["reward/mean"] == 1  # of "right" alone
     assert result.index.num_groups == 1
+    assert caplog.messages == [
+        "warning: environments failed in 1 groups of the step, which are left out, first in sample 1 of "
+        "prompt mixed: mixed is broken"
+    ]
 
 
 def test_figures_of_episodes_include_groups_that_are_left_out() -> None:
