@@ -102,7 +102,13 @@ class TurnTemplate:
             raise EnvironmentFault(f"the chat template refuses reset's messages: {one_line(error)}") from None
         if not whole.startswith(before):
             raise EnvironmentFault("the chat template does not append reset's messages to the prompt")
-        return np.concatenate([ids[: len(ids) - len(answer)], new])
+        kept, end = np.split(ids, [len(ids) - len(answer)])
+        if not np.array_equal(end, answer):
+            raise EnvironmentFault(
+                "the tokens with which the chat template opens a turn depend on the prompt's text: return no "
+                "messages from reset"
+            )
+        return np.concatenate([kept, new])
 
     def following(
         self,

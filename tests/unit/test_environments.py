@@ -292,19 +292,21 @@ def test_the_episode_of_an_endless_or_faulty_environment(pool: EnvironmentPool, 
     """The sample has the turns up to the limit or the fault."""
     tokenizer: Any = text_tokenizer()
     turn = np.array([*tokenizer(action)["input_ids"], tokenizer.eos_token_id], np.int32)
+    task = [{"role": "user", "content": "?"}]
+    rendered = tokenizer.apply_chat_template(task, add_generation_prompt=True, tokenize=False)
 
     async def generate(context: np.ndarray, limit: int) -> Response:
         return Response(turn, np.zeros(len(turn), np.float32), np.zeros(len(turn), np.int32), "stop")
 
     sample = asyncio.run(
         play(
-            Prompt("p", "", text="?", messages=[{"role": "user", "content": "?"}], input_ids=[1, 2, 3]),
+            Prompt("p", "", text="?", messages=task, input_ids=tokenizer(rendered)["input_ids"]),
             0,
             0,
             pool=pool,
             template=TurnTemplate(tokenizer, DataConfig(path="tasks")),
             limits=EpisodeLimits(
-                max_turns=3, max_new_tokens=50, max_episode_tokens=999, max_prompt_tokens=99
+                max_turns=3, max_new_tokens=50, max_episode_tokens=999, max_prompt_tokens=199
             ),
             ending=Ending(tokenizer, {tokenizer.eos_token_id}),
             generate=generate,

@@ -347,6 +347,20 @@ def test_messages_of_the_reset_follow_the_prompt(name: str) -> None:
     assert template.first(prompt, opened).tolist() == rendered(tokenizer, prompt, opened)
 
 
+def test_a_prompt_whose_end_joins_the_opening_of_a_turn() -> None:
+    """Two newlines are one token: one of the prompt's last message, one of what opens the next."""
+    tokenizer = text_tokenizer()
+    tokenizer.add_tokens(["\n\n"])
+    message = r"{{ '\n' + message.role + ': ' + message.content + '\n' }}"
+    opening = r"{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
+    tokenizer.chat_template = "{% for message in messages %}" + message + "{% endfor %}" + opening
+    cfg = DataConfig(path="task")
+    template, prompt = TurnTemplate(tokenizer, cfg), prompt_of(tokenizer, cfg)
+    assert template.first(prompt, []).tolist() == rendered(tokenizer, prompt, [])
+    with pytest.raises(EnvironmentFault, match="opens a turn depend on the prompt's text"):
+        template.first(prompt, user("A room."))
+
+
 def test_messages_that_the_template_does_not_append() -> None:
     tokenizer = tokenizer_of("deepseekv3")
     cfg = DataConfig(path="task")
