@@ -99,15 +99,27 @@ def test_a_split_and_other_prompts_are_refused(reward: Reward) -> None:
             "{right} + [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == "
             "'_Printer'][0].__init__.__globals__['sys'].modules['os'].mkdir({file!r})",
         ),
+        # built-in functions that sympy's parser knows, and letters that Python's parser takes for "exec"
+        ("countdown?size=1", "exec({spelled})"),
+        ("puzzle24?size=1", "[f({spelled}) for f in (exec,)]"),
+        ("simple_integration?size=1", "lambdify(x, \uff45xec({spelled}))(1)"),
     ],
 )
 def test_an_answer_is_never_run_as_code(source: str, attack: str, reward: Reward, tmp_path: Path) -> None:
     (row,) = rows(source)
     right = json.loads(row.answer)["answer"]
     file = tmp_path / "made"
+    spelled = "+".join(f"chr({ord(letter)})" for letter in f"open({str(file)!r}, 'w')")
     assert reward(prompt(row), f"<answer>{right}</answer>") == 1.0
-    assert reward(prompt(row), f"<answer>{attack.format(file=str(file), right=right)}</answer>") < 0.05
+    answer = attack.format(file=str(file), right=right, spelled=spelled)
+    assert reward(prompt(row), f"<answer>{answer}</answer>") < 0.05
     assert not file.exists()
+
+
+@pytest.mark.parametrize("name", ["intermediate_integration", "polynomial_multiplication"])
+def test_right_expressions_are_still_parsed(name: str, reward: Reward) -> None:
+    for row in rows(f"{name}?size=30"):
+        assert reward(prompt(row), f"<answer>{json.loads(row.answer)['answer']}</answer>") == 1.0
 
 
 def test_the_list_that_a_scorer_reads_with_eval_still_counts(reward: Reward) -> None:
