@@ -160,6 +160,16 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _an_environment_is_its_own_reward(cls, values: Any) -> Any:
+        match values:
+            case {"rollout": {"environment": str(name)}} if name:
+                reward = values.get("reward", {})
+                if isinstance(reward, dict) and "name" not in reward:
+                    return values | {"reward": reward | {"name": "environment"}}
+        return values
+
     @model_validator(mode="after")
     def _an_environment_gives_its_reward(self) -> Config:
         if self.reward.name == "environment" and not self.rollout.environment:

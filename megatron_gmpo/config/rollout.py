@@ -121,7 +121,8 @@ class RolloutConfig(Section):
     """Penalty of a response with max_new_tokens tokens; used if overlong_buffer is set."""
     environment: str = ""
     """Environment that answers the policy's turns: ``household``, ``textworld``, ``alfworld``, or
-    ``module:Class``; empty samples one response to a prompt."""
+    ``module:Class``; empty samples one response to a prompt. With an environment, ``reward.name`` is
+    ``environment`` unless it is set."""
     environment_args: Annotated[dict[str, Any], AfterValidator(_json)] = {}
     """Arguments of the environment's class. With ``tools``, arguments of the functions that the model does
     not see, e.g. ``file`` of the search tool."""

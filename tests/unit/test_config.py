@@ -330,3 +330,11 @@ def test_the_readmes_example_loads(tmp_path: Path) -> None:
 def test_every_example_loads(path: Path) -> None:
     assert load_config([str(path)]) != Config()
     assert tomllib.loads(path.read_text())
+
+
+def test_an_environment_is_the_reward_unless_one_is_set() -> None:
+    episodes = {"environment": "household"}
+    assert Config.model_validate({"rollout": episodes}).reward.name == "environment"
+    assert Config.model_validate({"rollout": episodes, "reward": {"workers": 3}}).reward.name == "environment"
+    assert Config.model_validate({"rollout": episodes, "reward": {"name": "math"}}).reward.name == "math"
+    assert Config.model_validate({}).reward.name == "math"
