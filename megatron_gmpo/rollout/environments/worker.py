@@ -152,6 +152,7 @@ class _ForkServer:
                 if not files:
                     break
                 self._fork(socket.socket(fileno=files[0]))
+        signal.set_wakeup_fd(-1)  # the socket is closed before the interpreter ends
         self._kill(*self._workers)
 
     def _fork(self, sock: socket.socket) -> None:
