@@ -166,6 +166,8 @@ class Attempt:
             )
 
     def _end(self, error: BaseException | None) -> None:
+        if error:
+            signals.active = False  # torchrun's would end this rank after its outcome, before its line
         if self._heartbeat is None:
             if error and self._lock:  # an existing outcome is from an earlier attempt
                 (self._run_dir / OUTCOME).unlink(missing_ok=True)
