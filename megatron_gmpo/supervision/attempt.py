@@ -166,8 +166,6 @@ class Attempt:
             )
 
     def _end(self, error: BaseException | None) -> None:
-        if error:
-            signals.active = False  # torchrun's would end this rank after its outcome, before its line
         if self._heartbeat is None:
             if error and self._lock:  # an existing outcome is from an earlier attempt
                 (self._run_dir / OUTCOME).unlink(missing_ok=True)
@@ -208,6 +206,7 @@ class Attempt:
         )
         if "timed out" in str(error).lower():
             lost.exit = Exit.HUNG
+        signals.active = False  # torchrun's would end this rank after its outcome, before its line
         first = self._record(lost.exit, str(lost), consequence=True)
         # If this rank ends first, Slurm may kill the torchrun of another node before it records the cause.
         outcome = outcome_after(self._run_dir, _CAUSE_S if self._several_nodes else 0)
