@@ -95,7 +95,7 @@ def receive(node: str, connection: Connection) -> None:
         for _ in range(TENSORS * TENSOR_BYTES // size):
             end = time.monotonic() + size / receiver.bytes_per_second
             target.copy_(torch.from_file(f"/proc/self/fd/{memory}", True, size, dtype=torch.uint8))
-            time.sleep(max(0.0, end - time.monotonic()))
+            time.sleep(max(0.0, end - time.monotonic()))  # the time that a receiver of this speed needs
         connection.send(None)
 
 

@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Episode:
-    """What an environment made of a sample whose turns it answered.
+    """The record of a sample of several turns: how it ended, its reward and its messages.
 
     Attributes:
         ended: why the episode ended: ``done`` (the environment said so), ``turns`` or ``tokens`` (a limit) or

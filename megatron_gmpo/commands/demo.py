@@ -22,8 +22,8 @@ class Demo(Options):
     """Run a demo. The last line of the output is one JSON object."""
 
     task: Literal["addition", "household"] = "addition"
-    """What the model learns: two-digit ``addition`` (examples/moe/tiny_cpu.toml), or ``household`` tasks in a
-    text game (examples/agents/household_tiny_cpu.toml)."""
+    """Task that the model learns: two-digit ``addition`` (examples/moe/tiny_cpu.toml), or ``household``,
+    tasks in a text game (examples/agents/household_tiny_cpu.toml)."""
     prepare_only: bool = False
     """Make only the model and the data that the config reads."""
 

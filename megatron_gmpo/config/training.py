@@ -40,9 +40,9 @@ class AlgorithmConfig(Section):
     options: dict[str, Any] = {}
     """Additional keyword arguments of the loss, e.g. ``dual_clip = 3.0`` for gmpo."""
     unit: Unit = "episode"
-    """What the loss takes as a sequence, of which n_i counts the sampled tokens. ``episode`` is a whole
-    response with all of its turns. ``turn`` makes each turn a sequence of its own with the episode's
-    advantage (docs/losses.md). A response without tools or environment has one turn."""
+    """Sequence of the loss; n_i counts its sampled tokens. ``episode``: a whole response with all of its
+    turns. ``turn``: each turn is a sequence of its own, with the episode's advantage (docs/losses.md). A
+    response without tools or environment has one turn."""
     advantage: Text | None = None
     """Function from the rewards of a group to its advantages: ``normalized``, ``mean``, ``leave_one_out``, or
     ``module:function``, your own function from a tensor (n,) to a tensor (n,) (docs/losses.md). None means

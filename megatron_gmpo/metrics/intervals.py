@@ -52,7 +52,7 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
     Args:
         first: (problems,) bool, whether the first evaluation solved each problem.
-        second: the same of the second evaluation.
+        second: (problems,) bool, whether the second evaluation solved it.
     """
     only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
     n = only_first + only_second

@@ -1,4 +1,4 @@
-"""What this package and the libraries print in a run."""
+"""Set up the messages that this package and the libraries print in a run."""
 
 from __future__ import annotations
 

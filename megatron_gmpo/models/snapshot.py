@@ -18,7 +18,7 @@ from ..platform import start_process_group
 
 _NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?")
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-"""What a model needs. Pickles and code stay on the hub, and so do further weights in subfolders."""
+"""Patterns of the files to download. They leave out pickles, code, and further weights in subfolders."""
 
 _REASONS = {
     RepositoryNotFoundError: "the hub has no such model, or your HF_TOKEN gives no access",

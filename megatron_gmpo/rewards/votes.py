@@ -44,7 +44,7 @@ def votes(reward: Reward, group: SampleGroup, passed: Sequence[bool]) -> list[li
 def majority(found: Sequence[Sequence[int]], k: int) -> int | None:
     """Return the sample that stands for the most frequent answer of the first ``k`` samples, or None.
 
-    Of equally frequent answers the one that was given first wins.
+    If several answers are equally frequent, the first of them is chosen.
 
     Args:
         found: the result of ``votes``.

@@ -1,4 +1,4 @@
-"""What the embedded engine records of a MoE's routers, and the noise that it adds to them."""
+"""Record the experts that a MoE's routers choose in the embedded engine, and add noise to the routers."""
 
 from __future__ import annotations
 

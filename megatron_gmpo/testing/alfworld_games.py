@@ -72,10 +72,11 @@ def play(game: dict[str, str], commands: list[str]) -> list[str]:
         RunError: they do not reach the goal.
     """
     import textworld  # pyright: ignore[reportMissingImports]
-    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler  # pyright: ignore[reportMissingImports]
+    from alfworld.agents.environment import alfred_tw_env  # pyright: ignore[reportMissingImports]
     from textworld.envs.pddl import PddlEnv  # pyright: ignore[reportMissingImports]
 
-    environment = AlfredDemangler()(PddlEnv(textworld.EnvInfos(admissible_commands=True)))
+    engine = PddlEnv(textworld.EnvInfos(admissible_commands=True))
+    environment = alfred_tw_env.AlfredDemangler()(engine)
     environment.load(game)
     names = {key: info.name for key, info in environment._entity_infos.items()}
     state = environment.reset()

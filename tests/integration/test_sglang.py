@@ -458,6 +458,7 @@ def test_the_tokens_of_an_episode_are_those_that_the_server_saw(
         replies.append((echo, answer["output_ids"], about["cached_tokens"]))
         return reply
 
+    # only the sampler's own requests show what the server was sent; the real one answers them
     monkeypatch.setattr(Sampler, "_post", keep)
     hf = AutoConfig.from_pretrained(sglang_model)
     experts = (hf.num_hidden_layers, hf.num_experts_per_tok)

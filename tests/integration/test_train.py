@@ -66,6 +66,14 @@ TERMINAL = "terminal.txt"
 EP2 = {"parallel__expert_model_parallel_size": 2}
 ADAPTIVE = {"algorithm__clip": "adaptive"}
 
+ONE_REPLAYED_UPDATE: dict[str, Any] = {
+    "algorithm__loss": "dr_grpo",
+    "train__num_steps": 1,
+    "train__minibatches_per_step": 1,
+    "eval__before": "false",
+    "checkpoint__save_final": "false",
+}
+
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -280,13 +288,9 @@ def test_dr_grpo_alone_is_the_papers_loss_without_truncated_samples(
     """With one update a step all ratios are 1. The loss is then minus the mean over sequences of A n / L."""
     chosen = options(
         run_dir=tmp_path,
-        algorithm__loss="dr_grpo",
         algorithm__mask_truncated="true",
-        train__num_steps=1,
-        train__minibatches_per_step=1,
         rollout__replay_path=two_steps / "rollouts",
-        eval__before="false",
-        checkpoint__save_final="false",
+        **ONE_REPLAYED_UPDATE,
     )
     done = run_module("megatron_gmpo.train", *argv, *chosen)
     assert done.returncode == 0, done.stderr
@@ -322,13 +326,9 @@ def test_turns_are_the_sequences_of_the_loss(argv: list[str], two_steps: Path, t
     save_groups(str(tmp_path / "rollouts"), 0, dict(enumerate(groups)))
     chosen = options(
         run_dir=tmp_path / "run",
-        algorithm__loss="dr_grpo",
         algorithm__unit="turn",
-        train__num_steps=1,
-        train__minibatches_per_step=1,
         rollout__replay_path=tmp_path / "rollouts",
-        eval__before="false",
-        checkpoint__save_final="false",
+        **ONE_REPLAYED_UPDATE,
     )
     done = run_module("megatron_gmpo.train", *argv, *chosen)
     assert done.returncode == 0, done.stderr

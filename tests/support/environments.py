@@ -67,7 +67,7 @@ class Obedient:
         self.recursion()
 
     def hangs(self) -> None:
-        time.sleep(600)
+        time.sleep(600)  # longer than every time limit
 
     def hangs_in_c(self) -> None:
         """Hold Python's lock for ever: no other thread of the process can run."""

@@ -40,7 +40,7 @@ class Echo:
 
     def step(self, action: str) -> Observation:
         self.step_number += 1
-        time.sleep(self.seconds)
+        time.sleep(self.seconds)  # the time that a real game would need
         if self.step_number == 2:
             if self.seed % 1000 < 1000 * self.fails:
                 raise ValueError(f"seed {self.seed}")
@@ -58,7 +58,7 @@ class Echo:
             mark = Path(f"{self.hold}.{self.seed}")
             mark.touch()
             while not Path(self.hold).exists():
-                time.sleep(0.02)
+                time.sleep(0.02)  # interval at which it looks for the file
             mark.unlink()
 
 

@@ -36,7 +36,7 @@ async def main() -> None:
             processes = psutil.Process().children(recursive=True)
     fork = os.fork()
     if fork == 0:
-        time.sleep(600)
+        time.sleep(600)  # this copy of the trainer keeps the sockets open
     print(fork, *(process.pid for process in processes), flush=True)
     await asyncio.gather(*calls)
     await waiting.close()

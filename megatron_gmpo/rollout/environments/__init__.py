@@ -27,7 +27,7 @@ ENVIRONMENTS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Observation:
-    """What an environment returns to one turn.
+    """The answer of an environment to one turn.
 
     Attributes:
         messages: chat messages that the policy reads next, each with the texts ``role`` and ``content``. What

@@ -9,7 +9,7 @@ from typing import Any
 
 try:
     import textworld  # pyright: ignore[reportMissingImports]
-    from alfworld.agents.environment.alfred_tw_env import AlfredDemangler  # pyright: ignore[reportMissingImports]
+    from alfworld.agents.environment import alfred_tw_env  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise ImportError(f"{error}: run make games, or pip install -e '.[games]'") from None
 
@@ -95,7 +95,7 @@ class ALFWorld(TextWorld):
 
     def _open(self, path: str) -> Any:
         infos = textworld.EnvInfos(won=True, admissible_commands=True)
-        return textworld.start(path, infos, wrappers=[AlfredDemangler()])
+        return textworld.start(path, infos, wrappers=[alfred_tw_env.AlfredDemangler()])
 
     def _first_text(self, state: Any) -> str:
         return state.feedback.partition("=-\n")[2] or state.feedback  # after the title

@@ -66,14 +66,16 @@ function promptBox(group) {
 // A prompt is text, or messages whose content is text or parts with images. An episode is messages too.
 function turns(prompt) {
   if (!Array.isArray(prompt)) return el("pre", { className: "prompt", textContent: prompt });
-  return el("div", {}, ...prompt.map((turn) => el("div", { className: `turn ${turn.role === "assistant" ? "sampled" : ""}` },
+  const kind = (turn) => `turn ${turn.role === "assistant" ? "sampled" : ""}`;
+  return el("div", {}, ...prompt.map((turn) => el("div", { className: kind(turn) },
     el("div", { className: "facts", textContent: turn.role }), ...(Array.isArray(turn.content) ? turn.content.map(part) : [el("pre", { className: "prompt", textContent: turn.content })]))));
 }
 
 // What the environment says of an episode.
 function episodeFacts(sample) {
   const { ended, name, success, tool_calls, tool_errors, seconds } = sample.episode;
-  const said = [["turns", number(sample.turns.filter((turn) => turn.role === "assistant").length)], ["episode", ended]];
+  const sampled = sample.turns.filter((turn) => turn.role === "assistant");
+  const said = [["turns", number(sampled.length)], ["episode", ended]];
   if (name) said.push(["of", name]);
   if (success !== null) said.push(["success", success ? "yes" : "no"]);
   if (tool_calls) said.push(["tool calls", number(tool_calls)], ["failed", number(tool_errors)]);
@@ -92,10 +94,11 @@ function sampleBox(sample, record) {
   if (record) facts.push(["largest |log ratio|", number(record.largest)], ["advantage", number(record.advantage)]);
   const line = el("div", { className: "facts" });
   for (const [name, value] of facts) line.append(`${name} `, el("b", { textContent: value }), "   ");
+  const reasons = [sample.why, sample.episode?.error].filter(Boolean);
   const box = el("div", { className: `sample ${sample.reward > 0 ? "right" : "wrong"}` }, line,
     Array.isArray(sample.turns) ? turns(sample.turns) : el("pre", { className: "response", textContent: sample.text }),
     sample.extracted === null || sample.extracted === undefined ? null : el("div", { className: "facts" }, "extracted answer ", el("b", { textContent: sample.extracted })),
-    el("div", { className: "facts", textContent: [sample.why, sample.episode?.error].filter(Boolean).join(" ") }));
+    el("div", { className: "facts", textContent: reasons.join(" ") }));
   if (record) box.append(el("button", { textContent: "Tokens", onclick: () => openTab("Tokens", { run: samples.run, step: samples.step, sample: record.sample }) }));
   return box;
 }

@@ -103,7 +103,9 @@ function sampleParts(record) {
     span.style.backgroundColor = paint(at);
     span.dataset.at = at;
     if (at === tokens.at) span.classList.add("pinned");
-    if (record.turn?.[at - 1] < record.turn?.[at]) box.append(el("span", { className: "note", textContent: "\n[observation]\n" }));
+    if (record.turn?.[at - 1] < record.turn?.[at]) {
+      box.append(el("span", { className: "note", textContent: "\n[observation]\n" }));
+    }
     box.append(span);
   });
   box.onmousemove = (event) => (event.target.dataset.at ? tip(event, facts(record, Number(event.target.dataset.at))) : hideTip());
