@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 _CAUSE_S = 10.0
 """Seconds that a rank which lost another one waits for the cause, before it ends."""
 
+_LAST_LINE_S = 2 * _CAUSE_S
+"""Seconds that one thread waits for another one, which has begun to report why this process ends."""
+
 
 class Attempt:
     """One attempt at a run: ``with Attempt(cfg) as attempt: ...``, which calls ``attempt.start(...)``.
@@ -53,6 +57,8 @@ class Attempt:
         self._lock: RunLock | None = None
         self._heartbeat: Heartbeat | None = None
         self._stop = ""
+        # Held by the thread that reports why this process ends: an error, a signal and a hang may coincide.
+        self._ending = threading.Lock()
 
     def __enter__(self) -> Attempt:
         if self._first and self._run_dir.is_dir():
@@ -195,6 +201,7 @@ class Attempt:
 
     def _crashed(self, error: BaseException) -> None:
         assert self._heartbeat
+        self._ending.acquire(timeout=_LAST_LINE_S)
         self._write_traceback(error)
         where = f"rank {rank()} on {node_name()}, in {self._heartbeat.where}"
         if not _is_collective_error(error):
@@ -206,7 +213,6 @@ class Attempt:
         )
         if "timed out" in str(error).lower():
             lost.exit = Exit.HUNG
-        signals.active = False  # torchrun's would end this rank after its outcome, before its line
         first = self._record(lost.exit, str(lost), consequence=True)
         # If this rank ends first, Slurm may kill the torchrun of another node before it records the cause.
         outcome = outcome_after(self._run_dir, _CAUSE_S if self._several_nodes else 0)
@@ -222,6 +228,8 @@ class Attempt:
 
     def _hung(self, reason: str) -> None:
         assert self._heartbeat
+        if not self._ending.acquire(timeout=_LAST_LINE_S):
+            signals.exit_with_children(Exit.HUNG)
         self._heartbeat.dump_stacks()
         append_event(self._run_dir, "hang", step=self._heartbeat.step, rank=rank(), reason=reason)
         self._last_line(
@@ -244,6 +252,8 @@ class Attempt:
 
     def _terminated(self, reason: str) -> None:
         assert self._heartbeat
+        if not self._ending.acquire(timeout=_LAST_LINE_S):
+            return
         self._heartbeat.dump_stacks()
         where = f"rank {rank()} on {node_name()}, in {self._heartbeat.where}"
         self._last_line(Exit.FAILED, f"{self._heartbeat.lost_ranks()}{where}: {reason}", consequence=True)

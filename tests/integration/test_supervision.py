@@ -216,7 +216,9 @@ def test_a_rank_that_is_killed_is_named(launcher: str, argv: list[str], tmp_path
     seen = (
         f"error: rank 0 (process {killed}) on {node} ended without a message, as after a kill by the kernel"
     )
-    (line,) = [line for line in error_lines(said) if line.startswith(seen)]
+    lines = [line for line in error_lines(said) if line.startswith(seen)]
+    assert len(lines) == 1, said
+    (line,) = lines
     if launcher == TORCHRUN:
         assert f"error: {end['reason']}" == line
         assert "another rank of this node has ended" in line or "a collective with other ranks failed" in line
