@@ -115,6 +115,7 @@ def measure(options: Checkpoint, folder: Path) -> dict[str, float]:
     began = time.perf_counter()
     policy.start_save(checkpoints, next(number), state, 1).finish()
     at_once = time.perf_counter() - began
+    newest = max(checkpoints.glob("iter_*"))  # a thread may still remove the one before
     return {
         "step_s": median(plain),
         "step_s_while_writing": median(writing),
@@ -122,7 +123,7 @@ def measure(options: Checkpoint, folder: Path) -> dict[str, float]:
         "stall_s": median(stalls),
         "at_once_s": at_once,
         "write_s": median(writes),
-        "bytes": sum(file.stat().st_size for file in checkpoints.rglob("*.distcp")),
+        "bytes": sum(file.stat().st_size for file in newest.rglob("*.distcp")),
     }
 
 

@@ -1,11 +1,11 @@
 """Measure weight syncs from several senders: a part of ``python -m benchmarks.rollout --only sync``.
 
-nodes: two processes are the ranks of two nodes, and four are servers without a model, which map and copy the
-buckets. The time of a colocated sync to all servers is compared with that to one server on one node. A node
-sends to its own servers, so the time must not grow. But two cores cannot copy for all of them at once. So the
-servers are first as fast as the cores let them be, and beside their ratio stands that of a floor: four
-processes, and one, that only map and copy the same bytes. Then each takes as long as a copy with 0.2 GB/s, as
-if it had a processor of its own, again beside the floor.
+nodes: two processes are the ranks of two nodes, and two are servers without a model, one a node, which map
+and copy the buckets. The time of a colocated sync to both servers is compared with that to one server on one
+node. A node sends to its own servers, so the time must not grow. But two cores cannot send and copy for both
+nodes at once. So the servers are first as fast as the cores let them be, and beside their ratio stands that
+of a floor: two processes, and one, that only map and copy the same bytes. Then each takes as long as a copy
+with 0.2 GB/s, as if the cores were its own, again beside the floor.
 
 senders: two processes are two pipeline stages of a model, and one real SGLang server receives it by the
 route ``distributed``. With one sender, the second stage hands its tensors to the first, which sends all.
@@ -41,7 +41,7 @@ from megatron_gmpo.testing.weight_receiver import WeightReceiver
 
 CPU = torch.device("cpu")
 RANKS, ROUNDS = 2, 8
-NODES, SERVERS_PER_NODE = ("a", "b"), 2
+NODES = ("a", "b")
 TENSORS, TENSOR_BYTES = 32, 4 * 2**20
 RECEIVED_PER_S = 0.2e9
 BUCKET_BYTES = 64 * 2**20
@@ -51,10 +51,10 @@ TIMEOUT_S = 300.0
 def measure_nodes(folder: Path) -> dict[str, Any]:
     """Return the time of a colocated sync of several servers on two nodes over that of one, and its floor."""
     spawning = multiprocessing.get_context("spawn")
-    pipes = [spawning.Pipe() for _ in range(len(NODES) * SERVERS_PER_NODE)]
+    pipes = [spawning.Pipe() for _ in NODES]
     processes = [
-        spawning.Process(target=receive, args=(NODES[number // SERVERS_PER_NODE], theirs), daemon=True)
-        for number, (_, theirs) in enumerate(pipes)
+        spawning.Process(target=receive, args=(node, theirs), daemon=True)
+        for node, (_, theirs) in zip(NODES, pipes, strict=True)
     ]
     for process in processes:
         process.start()
