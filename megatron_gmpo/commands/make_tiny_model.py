@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..command_line import Options, parse_options
 from ..config import Positive
-from ..testing import Family
+from ..testing import Family, VisionFamily
 
 
 class TinyModel(Options):
@@ -18,11 +18,12 @@ class TinyModel(Options):
 
     out: Path
     """Folder to write."""
-    family: Family = "qwen3_moe"
+    family: Family | VisionFamily = "qwen3_moe"
     """Architecture, by its Hugging Face model_type."""
-    tokenizer: Literal["arithmetic", "countdown", "text"] = "arithmetic"
+    tokenizer: Literal["arithmetic", "countdown", "text", "vision"] = "arithmetic"
     """Tokenizer of the model. ``arithmetic`` and ``countdown`` have one token per character of their task.
-    ``text`` is a byte-level BPE with a chat template and encodes any text."""
+    ``text`` is a byte-level BPE with a chat template and encodes any text. ``vision`` has a token for each
+    byte and the image tokens that a vision-language model needs."""
     tokenizer_corpus: Path | None = None
     """.parquet or .jsonl file for the merges of the text tokenizer; by default each token is one byte."""
     tokenizer_corpus_column: str = "problem"
@@ -51,18 +52,18 @@ def main(argv: list[str]) -> None:
     import torch
     from transformers.utils import logging
 
+    from ..testing import tiny_tokenizers
     from ..testing.tiny_models import make_tiny_model
-    from ..testing.tiny_tokenizers import arithmetic_tokenizer, countdown_tokenizer, text_tokenizer
 
     logging.disable_progress_bar()
     if options.tokenizer == "text":
-        tokenizer = text_tokenizer(options.tokenizer_corpus, options.tokenizer_corpus_column)
+        tokenizer = tiny_tokenizers.text_tokenizer(options.tokenizer_corpus, options.tokenizer_corpus_column)
     else:
-        tokenizer = countdown_tokenizer() if options.tokenizer == "countdown" else arithmetic_tokenizer()
+        tokenizer = getattr(tiny_tokenizers, f"{options.tokenizer}_tokenizer")()
     shape = options.model_dump(
         exclude={"out", "tokenizer", "tokenizer_corpus", "tokenizer_corpus_column", "dtype"}
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     model = make_tiny_model(options.out, tokenizer=tokenizer, dtype=dtype, **shape)
-    parameters, vocabulary = model.num_parameters(), model.config.vocab_size
+    parameters, vocabulary = model.num_parameters(), len(tokenizer)
     print(f"{options.out}: {options.family}, {parameters:,} parameters, vocabulary {vocabulary}")

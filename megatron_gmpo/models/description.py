@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -26,6 +27,9 @@ from .mapping import Mapping
 from .operations import padded_vocab_size
 from .transformer_config import transformer_config
 
+if TYPE_CHECKING:
+    from .vision import VisionDescription
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -34,7 +38,7 @@ class ModelDescription:
     """Everything needed to build a model, without tensors.
 
     Attributes:
-        hf: the Hugging Face config.
+        hf: the Hugging Face config of the language model, see ``language_config``.
         transformer: Megatron's config, including the parallel layout.
         mapping: the name table.
         padded_vocab_size: rows of the embedding, see ``operations.padded_vocab_size``.
@@ -42,6 +46,7 @@ class ModelDescription:
         use_transformer_engine: whether Transformer Engine's layer spec is used, which needs a GPU, or the
             plain torch spec, which has no FP8. ``policy.fp8.check_fp8`` checks whether the machine supports
             ``cfg.fp8``.
+        vision: the vision part of a vision-language model.
     """
 
     hf: HFConfig
@@ -50,6 +55,12 @@ class ModelDescription:
     padded_vocab_size: int
     rope: dict[str, Any]
     use_transformer_engine: bool
+    vision: VisionDescription | None = None
+
+    @property
+    def whole(self) -> HFConfig:
+        """Return the Hugging Face config of the whole model."""
+        return self.vision.whole if self.vision else self.hf
 
     @property
     def fusions(self) -> str:
@@ -83,9 +94,9 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
             keep in bf16; a setting requires routed experts and the model has none; a [megatron] field
             prevents recording or replaying the routing.
     """
-    hf = read_hf_config(cfg.model.path)
-    family = FAMILIES[hf.model_type]
-    architecture = architecture_of(hf)
+    whole = read_hf_config(cfg.model.path)
+    family, hf = FAMILIES[whole.model_type], language_config(whole)
+    architecture = architecture_of(whole)
     with _readable(hf):
         check_layout(cfg, architecture, world_size)
     use_te = device.type == "cuda" and transformer_engine_version() is not None
@@ -94,19 +105,43 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
     with _readable(hf):
         rows = family.rows(hf, vocab_size)
         mapping = Mapping(rows, tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
-        rope = _rope(hf, architecture)
-    return ModelDescription(hf, transformer, mapping, vocab_size, rope, use_te)
+        rope = _rope(hf, architecture, partial=family.partial_rotary)
+        vision = vision_of(whole)
+    return ModelDescription(hf, transformer, mapping, vocab_size, rope, use_te, vision)
 
 
-def architecture_of(hf: HFConfig) -> dict[str, Any]:
+def language_config(whole: HFConfig) -> HFConfig:
+    """Return the config of the language model, which is a part of a vision-language model's config."""
+    hf = whole.get_text_config()
+    if hf is not whole:
+        hf = copy.copy(hf)
+        hf.tie_word_embeddings = whole.tie_word_embeddings  # transformers ignores that of the part
+    return hf
+
+
+def architecture_of(whole: HFConfig) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig that config.json determines.
 
     Raises:
         InputError: the model needs a computation that Megatron or this code does not implement, or a field
             is missing or has a wrong type.
     """
-    with _readable(hf):
-        return FAMILIES[hf.model_type].architecture(hf)
+    with _readable(whole):
+        return FAMILIES[whole.model_type].architecture(language_config(whole))
+
+
+def vision_of(whole: HFConfig) -> VisionDescription | None:
+    """Return the vision part of a model, or None.
+
+    Raises:
+        InputError: config.json requires a computation that this code does not implement.
+    """
+    if not hasattr(whole, "vision_config"):
+        return None
+    from .vision import describe_vision  # not for text models
+
+    with _readable(whole):
+        return describe_vision(whole)
 
 
 @contextmanager
@@ -124,7 +159,7 @@ def _readable(hf: HFConfig) -> Iterator[None]:
 
 
 def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
-    """Return the Hugging Face config of a model folder.
+    """Return the Hugging Face config of a model folder, for a vision-language model that of the whole model.
 
     Args:
         field: the setting that contains ``path``, for error messages.
@@ -153,10 +188,10 @@ def read_hf_config(path: str, field: str = "model.path") -> HFConfig:
     return hf
 
 
-def _rope(hf: HFConfig, architecture: dict[str, Any]) -> dict[str, Any]:
+def _rope(hf: HFConfig, architecture: dict[str, Any], *, partial: bool) -> dict[str, Any]:
     rope = hf.rope_parameters
     fraction = rope.get("partial_rotary_factor", 1.0)
-    if fraction != 1 and not FAMILIES[hf.model_type].partial_rotary:
+    if fraction != 1 and not partial:
         raise InputError(
             f"config.json of this {hf.model_type} model has partial_rotary_factor = {fraction!r}, "
             "which this family does not have: remove it"

@@ -17,8 +17,8 @@ class Family:
     """Names and architecture of the models with one ``model_type``.
 
     Attributes:
-        rows: (Hugging Face config, padded vocabulary size) -> the name table.
-        architecture: Hugging Face config -> fields of Megatron's TransformerConfig.
+        rows: (Hugging Face config of the language model, padded vocabulary size) -> the name table.
+        architecture: the same config -> fields of Megatron's TransformerConfig.
         partial_rotary: whether ``partial_rotary_factor`` applies; the other families' code ignores it.
         code: modules that folders on the hub name in ``auto_map``, and that transformers' own classes
             replace. They are never run.

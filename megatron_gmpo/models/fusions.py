@@ -24,6 +24,9 @@ def fusions_off(fields: Mapping[str, Any]) -> dict[str, str]:
         "apply_rope_fusion": {
             "the kernel of latent attention is experimental": fields.get("multi_latent_attention"),
             # fused_apply_rotary_pos_emb_thd in extensions/transformer_engine.py has no such argument
+            "the kernel numbers the tokens of a sequence, and mRoPE has other positions": fields.get(
+                "mrope_section"
+            ),
             "Megatron passes rotary_interleaved to no kernel for packed sequences": fields.get(
                 "rotary_interleaved"
             ),

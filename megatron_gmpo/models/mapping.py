@@ -8,7 +8,7 @@ only. ``canonical_name`` reverts these changes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,10 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table. ``{l}`` is the global layer number and ``{e}`` the global expert number.
+    """One row of a table.
+
+    ``{l}`` is the global layer number, ``{e}`` the global expert number, and ``{n}`` the name of a parameter
+    of the vision tower.
 
     Attributes:
         megatron: canonical name of the Megatron parameter.
@@ -46,7 +49,7 @@ class Row:
     moe_keys: tuple[str, ...] = ()
 
     def numbered(self, **numbers: Any) -> Row:
-        """Return the row with the numbers ``l`` and ``e`` filled in."""
+        """Return the row with ``l``, ``e`` and ``n`` filled in."""
         hf, dense_keys, moe_keys = (
             tuple(name.format(**numbers) for name in names)
             for names in (self.hf, self.dense_keys, self.moe_keys)
@@ -113,13 +116,21 @@ def with_global_numbers(name: str, layer_numbers: dict[int, int], first_expert: 
     return re.sub(r"\.local_experts\.(\d+)\.", lambda m: f".local_experts.{int(m[1]) + first_expert}.", name)
 
 
-def expand(rows: list[Row], num_layers: int, num_experts: int) -> Iterator[Row]:
-    """Yield every row for every layer and expert, including combinations that the model does not have."""
+def expand(rows: list[Row], num_layers: int, num_experts: int, tower: Iterable[str] = ()) -> Iterator[Row]:
+    """Yield every row for every layer and expert, including combinations that the model does not have.
+
+    Args:
+        tower: names of the vision tower's parameters.
+    """
     for row in rows:
         for layer in range(num_layers) if "{l}" in row.megatron else [0]:
             for expert in range(num_experts) if "{e}" in row.megatron else [0]:
-                yield row.numbered(l=layer, e=expert)
+                for name in tower if "{n}" in row.megatron else [""]:
+                    yield row.numbered(l=layer, e=expert, n=name)
 
 
 def _pattern(megatron: str) -> re.Pattern[str]:
-    return re.compile(re.escape(megatron).replace(r"\{l\}", r"(?P<l>\d+)").replace(r"\{e\}", r"(?P<e>\d+)"))
+    pattern = re.escape(megatron)
+    for group, content in (("l", r"\d+"), ("e", r"\d+"), ("n", r".+")):
+        pattern = pattern.replace(rf"\{{{group}\}}", f"(?P<{group}>{content})")
+    return re.compile(pattern)

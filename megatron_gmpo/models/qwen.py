@@ -41,8 +41,8 @@ def _routed_architecture(hf: HFConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": hf.moe_intermediate_size,
         "moe_layer_freq": 1 if all(is_moe) else [int(moe) for moe in is_moe],
         # the softmax of the chosen logits equals the softmax of all, renormalized over the chosen
-        # (norm_topk_prob)
-        "moe_router_pre_softmax": not hf.norm_topk_prob,
+        # (norm_topk_prob, which Qwen3-VL-MoE always does)
+        "moe_router_pre_softmax": not getattr(hf, "norm_topk_prob", True),
     }
 
 

@@ -17,6 +17,20 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+CHATML_WITH_IMAGES = CHATML.replace(
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}",
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] in ('image', 'image_url') %}"
+    f"{{{{ '{VISION_START}{IMAGE}{VISION_END}' }}}}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}",
+)
+"""ChatML of messages whose content is a text or a list of parts, texts and images, as in Qwen's VLMs."""
 DIALOGUE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' }}"
@@ -72,6 +86,12 @@ def text_tokenizer(
     return _byte_level_bpe(
         texts, vocab_size if corpus else None, specials, eos="<|im_end|>", chat_template=CHATML
     )
+
+
+def vision_tokenizer() -> PreTrainedTokenizerFast:
+    """Return ``text_tokenizer()`` with the special tokens of Qwen's VLMs and a template for images."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE, VIDEO]
+    return _byte_level_bpe([], None, specials, eos="<|im_end|>", chat_template=CHATML_WITH_IMAGES)
 
 
 def dialogue_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
