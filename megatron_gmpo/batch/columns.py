@@ -10,71 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-
-Alignment = Literal["predicted", "input", "sequence", "unit"]
-"""Whether a row describes a token as a target, a token as an input, a sequence, or a unit: a sequence of the
-loss, which is a whole sequence, or one turn of it (``algorithm.unit``)."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """The type and layout of one column.
-
-    A ``TrainBatch`` of S sequences and L tokens stores an "input" or a "predicted" column with L rows, where
-    row t describes token t. In a ``Microbatch`` each slot holds an input token and the token it predicts:
-    "input" columns follow the former, "predicted" columns the latter.
-
-    Attributes:
-        dtype: dtype of the values.
-        aligned_to: what one row describes.
-        padding: value of a packed slot without such a token, and of the only sequence of a dummy microbatch.
-        dims: names of the dimensions after the first; () for one value per row.
-        narrow: a second dtype that the values of a ``TrainBatch`` may have, which ``dtype`` includes.
-    """
-
-    dtype: torch.dtype
-    aligned_to: Alignment
-    padding: float = 0
-    dims: tuple[str, ...] = ()
-    narrow: torch.dtype | None = None
-
-    @property
-    def per_layer(self) -> bool:
-        """Return whether a row has values for every decoder layer.
-
-        ``pack`` leaves such a column out: ``Routing.cut`` reads the slots and the layers of a rank only.
-        """
-        return "layers" in self.dims
-
-    def check(self, name: str, values: Tensor, rows: int) -> None:
-        """Check dtype, number of rows and number of dimensions of the column called ``name``.
-
-        Raises:
-            InputError: one of them differs from this declaration.
-        """
-        expected = (rows, *self.dims)
-        if (
-            values.dtype not in (self.dtype, self.narrow)
-            or values.shape[:1] != (rows,)
-            or values.dim() != len(expected)
-        ):
-            kind = self.aligned_to if self.aligned_to in ("sequence", "unit") else "token"
-            raise InputError(
-                f"column {name!r} has dtype {values.dtype} and shape {tuple(values.shape)}, "
-                f"not {self.dtype} and ({', '.join(map(str, expected))}): give it one row per {kind}"
-            )
-
-
-def column(dtype: torch.dtype, aligned_to: Alignment, **others: Any) -> dict[str, Column]:
-    """Return the metadata of a field that is a column; see ``Column`` for the arguments."""
-    return {"column": Column(dtype, aligned_to, **others)}
+from .images import MicrobatchImages
+from .schema import Column, column, ranges
 
 
 @dataclass(frozen=True)
@@ -173,6 +117,11 @@ class TrainBatch(OptionalColumns):
             None. Layers without experts and the last token of a sequence have no meaning.
         turns: (L,) number of each token's turn in its sequence, see ``turn_numbers``. A unit is then a turn,
             and a sequence without a turn has one empty unit. None means that a unit is a sequence.
+        rope_positions: (L, 3) position of each token in time, height and width (``images.rope_positions``).
+            None for a model without vision, like the columns of images.
+        image_counts: (S,) number of images in each sequence.
+        image_grids: (I, 3) patches in time, height and width of each image, in the order of the tokens.
+        image_digests: (I, 16) digest of each image's file, its name in the run's ``ImageFolder``.
         numbers: (S,) numbers of the sequences in the step, ascending.
         plan: the optimizer steps of a share, in order; () without a plan.
         own_experts: the experts that this rank's routers chose in the pass of the old log probabilities:
@@ -198,6 +147,16 @@ class TrainBatch(OptionalColumns):
         kw_only=True,
     )
     turns: Tensor | None = field(default=None, metadata=column(torch.int32, "predicted"), kw_only=True)
+    rope_positions: Tensor | None = field(
+        default=None, metadata=column(torch.int32, "input", dims=("axes",)), kw_only=True
+    )
+    image_counts: Tensor | None = field(default=None, metadata=column(torch.int64, "sequence"), kw_only=True)
+    image_grids: Tensor | None = field(
+        default=None, metadata=column(torch.int64, "image", dims=("axes",)), kw_only=True
+    )
+    image_digests: Tensor | None = field(
+        default=None, metadata=column(torch.uint8, "image", dims=("bytes",)), kw_only=True
+    )
     numbers: Tensor | None = field(default=None, metadata=column(torch.int64, "sequence"), kw_only=True)
     plan: Sequence[Minibatch] = field(default=(), kw_only=True)
     own_experts: dict[tuple[int, int], Tensor] = field(default_factory=dict, kw_only=True)
@@ -205,8 +164,8 @@ class TrainBatch(OptionalColumns):
     extra_columns: dict[str, Column] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
-        # ``turns`` before the columns of units, whose number follows from it
-        for name in sorted(COLUMNS, key=lambda name: COLUMNS[name].aligned_to == "unit"):
+        # the numbers of units and images follow from columns of the other kinds
+        for name in sorted(COLUMNS, key=lambda name: COLUMNS[name].aligned_to in ("unit", "image")):
             self._check(name, COLUMNS[name], getattr(self, name))
         for name, values in self.extra.items():
             self._check(name, self.extra_columns[name], values)
@@ -223,6 +182,8 @@ class TrainBatch(OptionalColumns):
             rows = len(values)
         elif column.aligned_to == "unit":
             rows = int(self.units.sum())
+        elif column.aligned_to == "image":
+            rows = int(self.image_sizes.sum())
         else:
             rows = len(self.lengths if column.aligned_to == "sequence" else self.tokens)
         column.check(name, values, rows)
@@ -241,6 +202,11 @@ class TrainBatch(OptionalColumns):
         if self.turns is None:
             return torch.ones_like(self.lengths)
         return self.turns[self.lengths.cumsum(0) - 1].long() + 1
+
+    @property
+    def image_sizes(self) -> Tensor:
+        """Return (S,) int64: number of images of each sequence."""
+        return torch.zeros_like(self.lengths) if self.image_counts is None else self.image_counts
 
     @property
     def first_units(self) -> Tensor:
@@ -288,8 +254,12 @@ class TrainBatch(OptionalColumns):
 
     def take(self, sequences: Tensor) -> TrainBatch:
         """Return a batch of these rows, with copies of their columns and without a plan."""
-        tokens = self.token_index(sequences)
-        index = {"sequence": sequences, "unit": ranges(self.first_units[sequences], self.units[sequences])}
+
+        def rows_of(sizes: Tensor) -> Tensor:
+            return ranges((sizes.cumsum(0) - sizes)[sequences], sizes[sequences])
+
+        tokens = rows_of(self.lengths)
+        index = {"sequence": sequences, "unit": rows_of(self.units), "image": rows_of(self.image_sizes)}
         taken = self.mapped(lambda column, v: v[index.get(column.aligned_to, tokens)])
         return TrainBatch(**taken, extra_columns=self.extra_columns)
 
@@ -303,6 +273,7 @@ class TrainBatch(OptionalColumns):
 
         tokens = of_rows(self.lengths)
         index = {"sequence": slice(first, end), "unit": of_rows(self.units)}
+        index["image"] = of_rows(self.image_sizes)
         rows = [[row - first for row in members] for members in part.microbatches]
         return TrainBatch(
             **self.mapped(lambda column, v: v[index.get(column.aligned_to, tokens)]),
@@ -317,12 +288,6 @@ class TrainBatch(OptionalColumns):
         tensors = self.mapped(lambda _, values: values.clone())  # safetensors refuses views of one tensor
         extra = {f"extra.{name}": values for name, values in tensors.pop("extra").items()}
         safetensors.torch.save_file(tensors | extra, path)
-
-
-def ranges(first: Tensor, sizes: Tensor) -> Tensor:
-    """Return the concatenation of the ranges ``first[i]`` to ``first[i] + sizes[i] - 1``, int64."""
-    shift = torch.repeat_interleave(first - (sizes.cumsum(0) - sizes), sizes)
-    return shift + torch.arange(len(shift), device=shift.device)
 
 
 def turn_numbers(response_mask: Tensor, lengths: Tensor) -> Tensor:
@@ -365,6 +330,11 @@ class Microbatch(OptionalColumns):
         flat_index: (T,) int64, index of the predicted token in the TrainBatch's flat columns, -1 on slots
             without one.
         input_index: (T,) int64, index of the input token, -1 on padding.
+        rope_positions: (C, 3) int32 position in time, height and width of the inputs in ALL C slots of
+            ``cu_seqlens``, before they are cut over the context-parallel ranks, because Megatron cuts the
+            rotary frequencies itself (``rope_utils._apply_rotary_pos_emb_thd``). Padding continues the
+            positions of its sequence. None without vision.
+        images: what this rank encodes of the microbatch's images, or None on ranks that need no images.
         advantages: (U,) fp32. Like every column aligned to a sequence, it is repeated for its units.
         rollout_logprobs: (T,) fp32 or None.
         routed_experts: (T', MoE layers of a chunk, topk) int16 experts to replay or compare, for the slots
@@ -386,6 +356,8 @@ class Microbatch(OptionalColumns):
     rollout_logprobs: Tensor | None = None
     routed_experts: Tensor | None = None
     router_scores: Tensor | None = None
+    rope_positions: Tensor | None = None
+    images: MicrobatchImages | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Microbatch:
         """Return the microbatch with ``change`` of every tensor."""
@@ -393,7 +365,8 @@ class Microbatch(OptionalColumns):
         def changed(tensors: dict[str, Any]) -> dict[str, Any]:
             return {name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)}
 
-        return replace(self, **changed(vars(self)), extra=changed(self.extra))
+        images = self.images and replace(self.images, **changed(vars(self.images)))
+        return replace(self, **changed(vars(self)), extra=changed(self.extra), images=images)
 
     def to(self, device: torch.device) -> Microbatch:
         """Move every tensor to ``device``, without waiting if it is in pinned memory."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ..config.training import Unit
 from ..distributed import rank, world_size
+from .images import ImageIndex
 from .samples import Sample, SampleGroup
 
 ROW = np.dtype(
@@ -50,6 +51,7 @@ class StepIndex:
         version_sum: (S,) int64 sum over the response tokens of the training step that generated each.
         owner: (S,) int32 rank that holds the sample.
         expert_bytes: (S,) uint8 bytes of an expert id in the record of routed experts: 1 or 2; 0 = no record.
+        images: the images of the sequences, or None without vision.
     """
 
     group: np.ndarray
@@ -63,6 +65,7 @@ class StepIndex:
     version_sum: np.ndarray
     owner: np.ndarray
     expert_bytes: np.ndarray
+    images: ImageIndex | None = None
 
     @classmethod
     def gather(cls, mine: Mapping[int, SampleGroup], num_groups: int) -> StepIndex:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from .images import ImageRef, PromptImage
+
 FinishReason = Literal["stop", "length", "abort"]
 EpisodeEnd = Literal["done", "turns", "tokens", "error"]
 
@@ -21,17 +23,20 @@ class Prompt:
         id: stable name, unique in its data set, e.g. ``"gsm8k_train/17"``.
         answer: ground truth that the reward receives, as text.
         text: the prompt as plain text, or None if ``messages`` is given.
-        messages: chat messages ``[{"role": "user", "content": ...}]``, or None.
+        messages: chat messages ``[{"role": "user", "content": ...}]``, or None. A message with images has
+            content parts ``{"type": "image"}`` and ``{"type": "text", "text": ...}``.
         input_ids: token ids after template and tokenizer; every engine generates from them.
         labels: column of a benchmark -> the problem's value, e.g. ``{"level": "5"}``.
+        images: the images, in the order of their tokens in ``input_ids``.
     """
 
     id: str
     answer: str
     text: str | None = None
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
     input_ids: list[int] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
+    images: Sequence[PromptImage] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Sample:
             the tokens from ``start`` up to the start of the next span. None means that ``policy_version``
             generated the whole response. A span of an episode may include observations.
         episode: the environment's record, or None for a response without an environment.
+        images: the images of prompt and observations, in the order of their tokens.
 
     Raises:
         ValueError: a column has a wrong number of rows, or its type cannot be converted without loss.
@@ -104,6 +110,7 @@ class Sample:
     routed_experts: np.ndarray | None = None
     version_spans: np.ndarray | None = None
     episode: Episode | None = None
+    images: tuple[ImageRef, ...] = ()
 
     def __post_init__(self) -> None:
         self.tokens = _column("tokens", self.tokens, np.int32, (None,))

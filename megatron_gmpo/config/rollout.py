@@ -24,6 +24,15 @@ class DataConfig(Section):
     answer_column: Text = "answer"
     """Column with the answer, text or a number, which the reward receives as text; e.g.
     ``reward_model.ground_truth``."""
+    image_column: str = ""
+    """Column with the images of each problem, for a vision-language model: one image or a list. An image is
+    the bytes of a file, a path relative to the data set's folder, or an image of the ``datasets`` library.
+    ``<image>`` in the prompt's text, or an image part of a message, marks the place of each image."""
+    min_pixels: Positive | None = None
+    """Minimum pixels of an image; the processor enlarges smaller ones. None means the processor's value."""
+    max_pixels: Positive | None = None
+    """Maximum pixels of an image, which bounds its tokens; the processor shrinks larger ones. None means the
+    processor's value."""
     template: str = ""
     """Format string around a text prompt, e.g. "{prompt}\\nAnswer in \\\\boxed{{}}."; applied before the chat
     template."""

@@ -1,0 +1,163 @@
+"""Images of prompts and samples: names, files, positions of their tokens, and their part of a microbatch.
+
+An image is an encoded file (PNG, JPEG and so on), named by a digest of its content. Only digests and grids
+travel between ranks. The pixels of the images that a rank encodes come from the files in the run's folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import files
+from .schema import ranges
+
+DIGEST_BYTES = 16
+SUFFIXES = (".png", ".jpg", ".webp", ".gif", ".bmp", ".tiff")
+"""Suffixes of image files, one for each format that is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """The name of an image.
+
+    Attributes:
+        digest: blake2b of the encoded file, 16 bytes.
+        grid: patches in time, height and width that the model's processor makes of the image. Time is 1.
+        suffix: suffix of the file's name, one of ``SUFFIXES``.
+    """
+
+    digest: bytes
+    grid: tuple[int, int, int]
+    suffix: str
+
+    @property
+    def patches(self) -> int:
+        """Return the number of patches; the language model sees one token for merge_size^2 of them."""
+        time, height, width = self.grid
+        return time * height * width
+
+
+class PromptImage(Protocol):
+    """An image of a prompt, which stays in the data set."""
+
+    @property
+    def ref(self) -> ImageRef: ...
+
+    def read(self) -> bytes:
+        """Return the encoded file."""
+        ...
+
+
+def digest_of(data: bytes) -> bytes:
+    """Return the digest that names an encoded file."""
+    return blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder that holds every image of a run once, as ``DIGEST.SUFFIX`` with the digest in hexadecimal."""
+
+    folder: Path
+
+    def path(self, ref: ImageRef) -> Path:
+        """Return the path of an image."""
+        return self.folder / f"{ref.digest.hex()}{ref.suffix}"
+
+    def write(self, ref: ImageRef, data: bytes) -> None:
+        """Write an image unless the folder has it. Several processes may write the same one."""
+        if not self.path(ref).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.write_new(self.path(ref), data)
+
+    def read(self, digest: bytes) -> bytes:
+        """Return the encoded file of an image.
+
+        Raises:
+            FileNotFoundError: the folder does not have it.
+        """
+        for suffix in SUFFIXES:  # digests travel without the suffix
+            try:
+                return (self.folder / f"{digest.hex()}{suffix}").read_bytes()
+            except FileNotFoundError:
+                continue
+        raise FileNotFoundError(f"{self.folder} has no image {digest.hex()}")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageIndex:
+    """The images of the S sequences of a step, I in all, in the order of the sequences and of their tokens.
+
+    Attributes:
+        counts: (S,) int32 number of images of each sequence.
+        digests: (I, 16) uint8.
+        grids: (I, 3) int32 patches in time, height and width.
+    """
+
+    counts: np.ndarray
+    digests: np.ndarray
+    grids: np.ndarray
+
+
+@dataclass
+class MicrobatchImages:
+    """The images of a microbatch on one context-parallel rank.
+
+    Each distinct image of the microbatch is encoded by one context-parallel rank of a stage. The features are
+    concatenated over these ranks, in the order of the ranks.
+
+    Attributes:
+        pixels: (P, D) fp32 values of the patches of the J images that this rank encodes; (0, D) without one.
+        grids: (J, 3) int64 patches in time, height and width of these images.
+        features: number of features of each context-parallel rank, F in all.
+        feature_index: (T,) int64 row in the F features of each slot's input token, -1 for tokens of text.
+    """
+
+    pixels: Tensor
+    grids: Tensor
+    features: tuple[int, ...]
+    feature_index: Tensor
+
+
+def rope_positions(
+    image_tokens: Tensor, lengths: Tensor, grids: Tensor, merge_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the multimodal rotary positions of sequences, equal to ``get_rope_index`` of transformers.
+
+    A token of text has one position, the next free one, in time, height and width. An image takes as many
+    positions as its longer side has tokens; its tokens add their row to the first one in height, and their
+    column in width.
+
+    Args:
+        image_tokens: (L,) bool, the tokens of the sequences that belong to images.
+        lengths: (S,) tokens of each sequence.
+        grids: (I, 3) patches in time, height and width of the images, in the order of their tokens.
+        merge_size: an image has one token for ``merge_size`` x ``merge_size`` patches.
+
+    Returns:
+        (L, 3) int32 positions, and (S,) int64 deltas: after a sequence, the position of text is its index in
+        the sequence plus the delta.
+
+    Raises:
+        ValueError: the images have another number of tokens than ``image_tokens``.
+    """
+    sides = grids.long() // torch.tensor([1, merge_size, merge_size])
+    sizes, places = sides.prod(1), image_tokens.nonzero()[:, 0]
+    if int(sizes.sum()) != len(places):
+        raise ValueError(f"the images have {int(sizes.sum())} tokens, and the sequences {len(places)}")
+    taken = (~image_tokens).long()  # positions that a token takes; of an image, its last token takes all
+    taken[places[sizes.cumsum(0) - 1]] = sides[:, 1:].amax(1)
+    after = taken.cumsum(0)
+    ends = lengths.cumsum(0)
+    before = torch.nn.functional.pad(after, (1, 0))[ends - lengths]
+    positions = (after - taken - before.repeat_interleave(lengths))[:, None].repeat(1, 3)
+    at = ranges(torch.zeros_like(sizes), sizes)
+    _, height, width = sides.repeat_interleave(sizes, 0).unbind(1)
+    positions[places] += torch.stack([at // (height * width), at // width % height, at % width], 1)
+    return positions.int(), after[ends - 1] - before - lengths
