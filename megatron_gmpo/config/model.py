@@ -21,6 +21,9 @@ class ModelConfig(Section):
     """Whether policy and rollout engine keep the logits of a bf16 model in fp32, instead of rounding them to
     bf16. None keeps them in fp32, except with servers of ``rollout.server_urls``, which the run cannot start
     with SGLang's ``--enable-fp32-lm-head``."""
+    freeze_vision: bool = True
+    """Do not train the vision tower of a vision-language model. It then has no gradients and no optimizer
+    state, and weight sync leaves it out."""
     reference_path: PathText = ""
     """Folder or hub name of the reference policy; empty means ``path``. It is loaded only if
     ``algorithm.kl_coef`` > 0 or the loss needs ``ref_logprobs``."""
