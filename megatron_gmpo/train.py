@@ -206,6 +206,7 @@ class Loop:
                 self.exchange,
                 policy.replica,
                 cfg.algorithm.unit,
+                self.run.description.vision,
             )
         with self.timer("logprobs"):
             self.logger.add(policy.prepare(batch))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config.training import Unit
 from .columns import TrainBatch, turn_numbers
 from .exchange import Exchange
+from .images import ImageTokens, image_columns, image_rows
 from .index import StepIndex, samples_of
 from .plan import StepPlan
 from .samples import SampleGroup
@@ -24,6 +25,7 @@ def make_train_batch(
     exchange: Exchange,
     replica: int,
     unit: Unit = "episode",
+    vision: ImageTokens | None = None,
 ) -> TrainBatch:
     """Move the columns of all ranks' samples and return the batch of this rank's replica. Collective.
 
@@ -37,6 +39,7 @@ def make_train_batch(
         plan: the plan of the step.
         replica: number of this rank's replica.
         unit: what the loss takes as a sequence, as for ``plan``.
+        vision: the image tokens of a vision-language model; None leaves out the columns of images.
 
     Raises:
         InputError: see ``Exchange.distribute``. Raised on every rank.
@@ -61,21 +64,40 @@ def make_train_batch(
         routed_experts=None if columns.routed_experts is None else torch.from_numpy(columns.routed_experts),
         numbers=torch.from_numpy(numbers),
         plan=plan.minibatches(replica),
+        **image_columns(
+            torch.from_numpy(columns.tokens),
+            torch.from_numpy(columns.response_mask),
+            lengths,
+            torch.from_numpy(index.images[numbers].astype(np.int64)),
+            index.image_rows[np.repeat(plan.replica_of == replica, index.images)],
+            vision,
+        )
+        if vision
+        else {},
     )
 
 
-def whole_batch(groups: Iterable[SampleGroup]) -> TrainBatch:
-    """Return the batch of groups that every rank holds, with advantages of 0 and without a plan."""
+def whole_batch(groups: Iterable[SampleGroup], vision: ImageTokens | None = None) -> TrainBatch:
+    """Return the batch of groups that every rank holds, with advantages of 0 and without a plan.
+
+    Args:
+        vision: the image tokens of a vision-language model; None leaves out the columns of images.
+    """
     samples = [sample for group in groups for sample in group.samples]
     records = [sample.routed_experts for sample in samples]
 
     def joined(columns: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(columns))
 
+    tokens = joined([sample.tokens for sample in samples])
+    mask = joined([sample.response_mask for sample in samples])
+    lengths = torch.tensor([len(sample.tokens) for sample in samples])
+    counts = torch.tensor([len(sample.images) for sample in samples])
+    images = image_rows([image for sample in samples for image in sample.images])
     return TrainBatch(
-        tokens=joined([sample.tokens for sample in samples]),
-        lengths=torch.tensor([len(sample.tokens) for sample in samples]),
-        response_mask=joined([sample.response_mask for sample in samples]),
+        tokens=tokens,
+        lengths=lengths,
+        response_mask=mask,
         advantages=torch.zeros(len(samples)),
         rollout_logprobs=joined([sample.rollout_logprobs for sample in samples]),
         routed_experts=joined(
@@ -83,4 +105,5 @@ def whole_batch(groups: Iterable[SampleGroup]) -> TrainBatch:
         )
         if all(record is not None for record in records)
         else None,
+        **image_columns(tokens, mask, lengths, counts, images, vision) if vision else {},
     )

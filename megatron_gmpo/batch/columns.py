@@ -7,7 +7,7 @@ add one field to ``OptionalColumns``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ class TrainBatch(OptionalColumns):
         rope_positions: (L, 3) position of each token in time, height and width (``images.rope_positions``).
             None for a model without vision, like the columns of images.
         image_counts: (S,) number of images in each sequence.
-        image_grids: (I, 3) patches in time, height and width of each image, in the order of the tokens.
+        image_starts: (I,) index in its sequence of each image's first token, in the order of the tokens.
+        image_grids: (I, 3) patches in time, height and width of each image.
         image_digests: (I, 16) digest of each image's file, its name in the run's ``ImageFolder``.
         numbers: (S,) numbers of the sequences in the step, ascending.
         plan: the optimizer steps of a share, in order; () without a plan.
@@ -151,6 +152,7 @@ class TrainBatch(OptionalColumns):
         default=None, metadata=column(torch.int32, "input", dims=("axes",)), kw_only=True
     )
     image_counts: Tensor | None = field(default=None, metadata=column(torch.int64, "sequence"), kw_only=True)
+    image_starts: Tensor | None = field(default=None, metadata=column(torch.int64, "image"), kw_only=True)
     image_grids: Tensor | None = field(
         default=None, metadata=column(torch.int64, "image", dims=("axes",)), kw_only=True
     )
@@ -240,9 +242,14 @@ class TrainBatch(OptionalColumns):
         self.extra = self.extra | {name: values}
         self.extra_columns = self.extra_columns | {name: column}
 
-    def mapped(self, change: Callable[[Column, Tensor], Tensor]) -> dict[str, Any]:
+    def mapped(
+        self, change: Callable[[Column, Tensor], Tensor], leave_out: Set[str] = frozenset()
+    ) -> dict[str, Any]:
         """Return the existing columns after ``change``, as keyword arguments of the constructor."""
-        present = {name: values for name in COLUMNS if (values := getattr(self, name)) is not None}
+        names = COLUMNS.keys() - leave_out
+        present = {
+            name: values for name in COLUMNS if name in names and (values := getattr(self, name)) is not None
+        }
         return {
             **{name: change(COLUMNS[name], values) for name, values in present.items()},
             "extra": {name: change(self.extra_columns[name], values) for name, values in self.extra.items()},

@@ -6,6 +6,7 @@ travel between ranks. The pixels of the images that a rank encodes come from the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +20,8 @@ from .. import files
 from .schema import ranges
 
 DIGEST_BYTES = 16
+ROW = np.dtype([("digest", "u1", DIGEST_BYTES), ("grid", "i4", 3)])
+"""An image while it travels between ranks: 28 bytes."""
 SUFFIXES = (".png", ".jpg", ".webp", ".gif", ".bmp", ".tiff")
 """Suffixes of image files, one for each format that is accepted."""
 
@@ -42,6 +45,20 @@ class ImageRef:
         """Return the number of patches; the language model sees one token for merge_size^2 of them."""
         time, height, width = self.grid
         return time * height * width
+
+
+class ImageTokens(Protocol):
+    """What a vision-language model makes of an image (``models.vision.VisionDescription``)."""
+
+    @property
+    def image_token(self) -> int:
+        """Return the id of the tokens of an image."""
+        ...
+
+    @property
+    def merge_size(self) -> int:
+        """Return m: the model has one token for m x m patches."""
+        ...
 
 
 class PromptImage(Protocol):
@@ -90,21 +107,6 @@ class ImageFolder:
         raise FileNotFoundError(f"{self.folder} has no image {digest.hex()}")
 
 
-@dataclass(frozen=True, eq=False)
-class ImageIndex:
-    """The images of the S sequences of a step, I in all, in the order of the sequences and of their tokens.
-
-    Attributes:
-        counts: (S,) int32 number of images of each sequence.
-        digests: (I, 16) uint8.
-        grids: (I, 3) int32 patches in time, height and width.
-    """
-
-    counts: np.ndarray
-    digests: np.ndarray
-    grids: np.ndarray
-
-
 @dataclass
 class MicrobatchImages:
     """The images of a microbatch on one context-parallel rank.
@@ -125,8 +127,47 @@ class MicrobatchImages:
     feature_index: Tensor
 
 
+def image_rows(images: Sequence[ImageRef]) -> np.ndarray:
+    """Return the (I,) ``ROW`` of images."""
+    rows = np.zeros(len(images), ROW)
+    for row, image in zip(rows, images, strict=True):
+        row["digest"], row["grid"] = np.frombuffer(image.digest, np.uint8), image.grid
+    return rows
+
+
+def image_columns(
+    tokens: Tensor, response_mask: Tensor, lengths: Tensor, images: Tensor, rows: np.ndarray, of: ImageTokens
+) -> dict[str, Tensor]:
+    """Return the columns of a ``TrainBatch`` about images, by name.
+
+    A sampled token is text, also if it has the id of an image's tokens.
+
+    Args:
+        tokens: (L,) token ids.
+        response_mask: (L,) bool, the sampled tokens.
+        lengths: (S,) tokens of each sequence.
+        images: (S,) number of images of each sequence.
+        rows: (I,) ``ROW`` of these images.
+
+    Raises:
+        ValueError: see ``rope_positions``.
+    """
+    grids = torch.from_numpy(rows["grid"].astype(np.int64))
+    image_tokens = (tokens == of.image_token) & ~response_mask
+    positions, _ = rope_positions(image_tokens, lengths, images, grids, of.merge_size)
+    sizes = grids.prod(1) // of.merge_size**2
+    starts = image_tokens.nonzero()[:, 0][sizes.cumsum(0) - sizes]
+    return {
+        "rope_positions": positions,
+        "image_counts": images,
+        "image_starts": starts - (lengths.cumsum(0) - lengths).repeat_interleave(images),
+        "image_grids": grids,
+        "image_digests": torch.from_numpy(np.ascontiguousarray(rows["digest"])),
+    }
+
+
 def rope_positions(
-    image_tokens: Tensor, lengths: Tensor, grids: Tensor, merge_size: int
+    image_tokens: Tensor, lengths: Tensor, images: Tensor, grids: Tensor, merge_size: int
 ) -> tuple[Tensor, Tensor]:
     """Return the multimodal rotary positions of sequences, equal to ``get_rope_index`` of transformers.
 
@@ -137,6 +178,7 @@ def rope_positions(
     Args:
         image_tokens: (L,) bool, the tokens of the sequences that belong to images.
         lengths: (S,) tokens of each sequence.
+        images: (S,) number of images of each sequence.
         grids: (I, 3) patches in time, height and width of the images, in the order of their tokens.
         merge_size: an image has one token for ``merge_size`` x ``merge_size`` patches.
 
@@ -145,19 +187,52 @@ def rope_positions(
         the sequence plus the delta.
 
     Raises:
-        ValueError: the images have another number of tokens than ``image_tokens``.
+        ValueError: the images of a sequence have another number of tokens than it has ``image_tokens``.
     """
     sides = grids.long() // torch.tensor([1, merge_size, merge_size])
     sizes, places = sides.prod(1), image_tokens.nonzero()[:, 0]
-    if int(sizes.sum()) != len(places):
-        raise ValueError(f"the images have {int(sizes.sum())} tokens, and the sequences {len(places)}")
+    found, expected = _sums(image_tokens.long(), lengths), _sums(sizes, images)
+    if len(wrong := (found != expected).nonzero()):
+        at = int(wrong[0])
+        raise ValueError(
+            f"sequence {at} has {found[at]} image tokens, and its images have {expected[at]} tokens"
+        )
     taken = (~image_tokens).long()  # positions that a token takes; of an image, its last token takes all
     taken[places[sizes.cumsum(0) - 1]] = sides[:, 1:].amax(1)
-    after = taken.cumsum(0)
-    ends = lengths.cumsum(0)
-    before = torch.nn.functional.pad(after, (1, 0))[ends - lengths]
-    positions = (after - taken - before.repeat_interleave(lengths))[:, None].repeat(1, 3)
+    free = taken.cumsum(0) - taken
+    total = _sums(taken, lengths)
+    free -= (total.cumsum(0) - total).repeat_interleave(lengths)
+    positions = free[:, None].repeat(1, 3)
     at = ranges(torch.zeros_like(sizes), sizes)
     _, height, width = sides.repeat_interleave(sizes, 0).unbind(1)
     positions[places] += torch.stack([at // (height * width), at // width % height, at % width], 1)
-    return positions.int(), after[ends - 1] - before - lengths
+    return positions.int(), total - lengths
+
+
+def _sums(values: Tensor, sizes: Tensor) -> Tensor:
+    """Return the sums of consecutive parts of ``values``, of ``sizes`` values each."""
+    before = torch.nn.functional.pad(values.cumsum(0), (1, 0))
+    ends = sizes.cumsum(0)
+    return before[ends] - before[ends - sizes]
+
+
+def patches_of(counts: np.ndarray, rows: np.ndarray) -> Callable[[Sequence[int]], int]:
+    """Return a function that returns the patches of the distinct images of some sequences.
+
+    Args:
+        counts: (S,) number of images of each sequence.
+        rows: (I,) ``ROW`` of these images.
+    """
+    _, number = np.unique(rows["digest"], axis=0, return_inverse=True)
+    number, patches = number.reshape(-1), rows["grid"].prod(1)
+    ends = counts.cumsum()
+
+    def patches_of_distinct(sequences: Sequence[int]) -> int:
+        own = [np.arange(ends[i] - counts[i], ends[i]) for i in sequences if counts[i]]
+        if not own:
+            return 0
+        images = np.concatenate(own)
+        _, first = np.unique(number[images], return_index=True)
+        return int(patches[images[first]].sum())
+
+    return patches_of_distinct

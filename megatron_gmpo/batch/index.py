@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ..config.training import Unit
 from ..distributed import rank, world_size
-from .images import ImageIndex
+from . import images
 from .samples import Sample, SampleGroup
 
 ROW = np.dtype(
@@ -27,9 +27,10 @@ ROW = np.dtype(
         ("version_sum", "i8"),
         ("owner", "i4"),
         ("expert_bytes", "u1"),
+        ("images", "i4"),
     ]
 )
-"""One row of a ``StepIndex`` while it travels: 46 bytes."""
+"""One row of a ``StepIndex`` while it travels: 50 bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,8 @@ class StepIndex:
         version_sum: (S,) int64 sum over the response tokens of the training step that generated each.
         owner: (S,) int32 rank that holds the sample.
         expert_bytes: (S,) uint8 bytes of an expert id in the record of routed experts: 1 or 2; 0 = no record.
-        images: the images of the sequences, or None without vision.
+        images: (S,) int32 number of images in each sequence.
+        image_rows: (I,) ``images.ROW`` of these images, in the order of the sequences and of their tokens.
     """
 
     group: np.ndarray
@@ -65,7 +67,8 @@ class StepIndex:
     version_sum: np.ndarray
     owner: np.ndarray
     expert_bytes: np.ndarray
-    images: ImageIndex | None = None
+    images: np.ndarray
+    image_rows: np.ndarray
 
     @classmethod
     def gather(cls, mine: Mapping[int, SampleGroup], num_groups: int) -> StepIndex:
@@ -82,12 +85,21 @@ class StepIndex:
         assert (sizes > 0).all(), "a group is on no rank"
         ends = sizes.cumsum(0).tolist()
         rows = np.zeros(ends[-1] if ends else 0, ROW)
-        for position, group in mine.items():
-            for at, sample in enumerate(group.samples, ends[position] - len(group.samples)):
-                rows[at] = _row(position, sample)
-        # only one rank has a row, so the sum of bytes is exact
-        _add_over_ranks(torch.from_numpy(rows.view(np.uint8)))
-        return cls(**{name: np.ascontiguousarray(rows[name]) for name in ROW.names or ()})
+        samples = {
+            at: (position, sample)
+            for position, group in mine.items()
+            for at, sample in enumerate(group.samples, ends[position] - len(group.samples))
+        }
+        for at, (position, sample) in samples.items():
+            rows[at] = _row(position, sample)
+        _add_rows(rows)
+        image_rows, ends = np.zeros(rows["images"].sum(), images.ROW), rows["images"].cumsum()
+        if len(image_rows):  # text sends nothing
+            for at, (_, sample) in samples.items():
+                image_rows[ends[at] - len(sample.images) : ends[at]] = images.image_rows(sample.images)
+            _add_rows(image_rows)
+        columns = {name: np.ascontiguousarray(rows[name]) for name in ROW.names or ()}
+        return cls(**columns, image_rows=image_rows)
 
     def __len__(self) -> int:
         return len(self.group)
@@ -121,7 +133,10 @@ class StepIndex:
     def take(self, groups: np.ndarray) -> StepIndex:
         """Return the rows of these ascending positions of groups, which become 0, 1, 2 and so on."""
         rows = np.isin(self.group, groups)
-        kept = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        of_images = np.repeat(rows, self.images)
+        kept = {
+            f.name: getattr(self, f.name)[of_images if f.name == "image_rows" else rows] for f in fields(self)
+        }
         return StepIndex(**kept | {"group": np.searchsorted(groups, kept["group"]).astype(np.int32)})
 
     @staticmethod
@@ -158,7 +173,13 @@ def _row(group: int, sample: Sample) -> tuple[int | float, ...]:
         sample.version_sum,
         rank(),
         0 if experts is None else experts.itemsize,
+        len(sample.images),
     )
+
+
+def _add_rows(rows: np.ndarray) -> None:
+    """Fill in the rows of other ranks. Only one rank has a row, so the sum of bytes is exact."""
+    _add_over_ranks(torch.from_numpy(rows.view(np.uint8)))
 
 
 def _add_over_ranks(values: torch.Tensor) -> None:

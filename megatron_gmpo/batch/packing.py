@@ -14,12 +14,25 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .columns import Column, Microbatch, TrainBatch, ranges
+from .columns import Column, Microbatch, TrainBatch
+from .image_packing import pack_images
+from .pixels import PixelReader
+from .schema import ranges, take
+
+_NOT_PACKED = {
+    "routed_experts",  # ``Routing.cut`` selects the layers of a chunk
+    "numbers",
+    "rope_positions",  # of all slots, see ``Microbatch``
+    "image_counts",
+    "image_starts",
+    "image_grids",
+    "image_digests",
+}
 
 _ATTENTION_EQUALS_REST = 32768
 """Sequence length at which attention costs as much as the rest of a layer.
@@ -40,6 +53,7 @@ def plan_microbatches(
     data_parallel_size: int,
     sequence_multiple: int = 1,
     count_multiple: int = 1,
+    image_cost: Callable[[list[int]], float] | None = None,
 ) -> list[list[list[int]]]:
     """Assign sequences to data-parallel ranks and microbatches.
 
@@ -56,6 +70,9 @@ def plan_microbatches(
             context parallelism).
         count_multiple: each rank's number of microbatches is a multiple of this (the interleaved pipeline
             schedule needs the pipeline size).
+        image_cost: the work of a vision tower on the images of a microbatch's sequences, in units of
+            ``cost``. Their patches need no limit of their own: ``max_tokens`` bounds the tokens of images,
+            and each stands for a fixed number of patches.
 
     Returns:
         ``plan[rank][microbatch]``: ascending numbers of sequences. Each number occurs once. All ranks have
@@ -70,6 +87,8 @@ def plan_microbatches(
     bins += [[] for _ in range(rows * data_parallel_size - len(bins))]
 
     costs = [sum(cost(padded[i]) for i in members) for members in bins]
+    if image_cost:
+        costs = [total + image_cost(members) for total, members in zip(costs, bins, strict=True)]
     most_expensive_first = sorted(range(len(bins)), key=lambda b: -costs[b])
     plan: list[list[list[int]]] = [[] for _ in range(data_parallel_size)]
     load = [0.0] * data_parallel_size
@@ -125,6 +144,7 @@ def pack(
     cp_rank: int = 0,
     sequence_multiple: int = 1,
     total_multiple: int = 1,
+    pixels: PixelReader | None = None,
 ) -> Microbatch:
     """Pack ``sequences`` of ``batch``, in that order, for one context-parallel rank.
 
@@ -137,6 +157,7 @@ def pack(
         sequence_multiple: a multiple of 2 * cp_size if cp_size > 1.
         total_multiple: the number of slots over all ranks is a multiple of this (tensor_model_parallel_size *
             cp_size under sequence parallelism). The last sequence is padded to reach it.
+        pixels: reads the images; None leaves them out, for stages of the pipeline that encode none.
     """
     assert cp_size == 1 or sequence_multiple % (2 * cp_size) == 0
     chosen = torch.tensor(sequences or [-1], dtype=torch.int64, device=batch.tokens.device)
@@ -147,7 +168,11 @@ def pack(
     multiple = math.lcm(sequence_multiple, total_multiple)
     padded[-1] += max(multiple, -(-total // multiple) * multiple) - total
 
-    owner, position, cu_seqlens = _local_slots(padded, cp_size, cp_rank)
+    owner, position, cu_seqlens = _slots(padded)
+    rope = None if batch.rope_positions is None else _rope_slots(batch, firsts, lengths, owner, position)
+    mine = _slots_of_rank(padded, owner, position, cp_size, cp_rank)
+    images = pack_images(batch, chosen, cu_seqlens, mine, cp_size, cp_rank, pixels) if pixels else None
+    owner, position = owner[mine], position[mine]
     first, length = firsts[owner], lengths[owner]
     input_index = torch.where(position < length, first + position, -1)
     flat_index = torch.where(position + 1 < length, first + position + 1, -1)
@@ -157,7 +182,7 @@ def pack(
     def slots(column: Column, values: Tensor) -> Tensor:
         return take(values, index[column.aligned_to], column.padding).to(column.dtype)
 
-    packed = replace(batch, routed_experts=None, numbers=None).mapped(slots)
+    packed = batch.mapped(slots, leave_out=_NOT_PACKED)
     del packed["lengths"]  # cu_seqlens and position_ids replace it
     mask, turns = packed.pop("response_mask"), packed.pop("turns", 0)
     return Microbatch(
@@ -170,30 +195,41 @@ def pack(
         sequence_ids=(units.cumsum(0) - units)[owner] + turns,
         flat_index=flat_index,
         input_index=input_index,
+        rope_positions=rope,
+        images=images,
         **packed,
     )
 
 
-def _local_slots(padded: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Concatenate sequences of ``padded`` (S,) slots and select the slots of one context-parallel rank.
+def _slots(padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Concatenate sequences of ``padded`` (S,) slots.
 
     Returns:
-        (T,) sequence and (T,) position of each local slot, and the (S + 1,) boundaries of the sequences over
-        all ranks.
+        (C,) sequence and (C,) position of each slot, and the (S + 1,) boundaries of the sequences.
     """
     cu_seqlens = torch.nn.functional.pad(padded.cumsum(0), (1, 0))
     owner = torch.repeat_interleave(torch.arange(len(padded), device=padded.device), padded)
     position = torch.arange(len(owner), device=padded.device) - cu_seqlens[owner]
-    if cp_size > 1:
-        chunk = position // (padded // (2 * cp_size))[owner]
-        mine = (chunk == cp_rank) | (chunk == 2 * cp_size - 1 - cp_rank)
-        owner, position = owner[mine], position[mine]
     return owner, position, cu_seqlens
 
 
-def take(values: Tensor, index: Tensor, padding: float = 0) -> Tensor:
-    """Return ``values`` at ``index``, and ``padding`` where the index is -1."""
-    if not len(values):  # a replica without sequences
-        return values.new_full((len(index), *values.shape[1:]), padding)
-    absent = (index < 0).view(-1, *[1] * (values.dim() - 1))
-    return values[index.clamp(min=0)].masked_fill(absent, padding)
+def _slots_of_rank(
+    padded: Tensor, owner: Tensor, position: Tensor, cp_size: int, cp_rank: int
+) -> Tensor | slice:
+    """Return the index of the slots that one context-parallel rank holds."""
+    if cp_size == 1:
+        return slice(None)
+    chunk = position // (padded // (2 * cp_size))[owner]
+    return (chunk == cp_rank) | (chunk == 2 * cp_size - 1 - cp_rank)
+
+
+def _rope_slots(
+    batch: TrainBatch, firsts: Tensor, lengths: Tensor, owner: Tensor, position: Tensor
+) -> Tensor:
+    """Return (C, 3) int32: the rotary positions of the slots; padding continues those of its sequence."""
+    assert batch.rope_positions is not None
+    last = torch.where(lengths > 0, firsts + lengths - 1, -1)
+    free = take(batch.rope_positions, last, -1).amax(1) + 1  # an image ends with its largest position
+    after = (free - lengths)[owner] + position
+    index = torch.where(position < lengths[owner], firsts[owner] + position, -1)
+    return torch.where(index[:, None] < 0, after[:, None], take(batch.rope_positions, index)).int()

@@ -1,4 +1,4 @@
-"""The declaration of a column of a ``TrainBatch``, and the rows of columns with several per sequence."""
+"""The declaration of a column of a ``TrainBatch``, and ways to select its rows."""
 
 from __future__ import annotations
 
@@ -74,3 +74,11 @@ def ranges(first: Tensor, sizes: Tensor) -> Tensor:
     """Return the concatenation of the ranges ``first[i]`` to ``first[i] + sizes[i] - 1``, int64."""
     shift = torch.repeat_interleave(first - (sizes.cumsum(0) - sizes), sizes)
     return shift + torch.arange(len(shift), device=shift.device)
+
+
+def take(values: Tensor, index: Tensor, padding: float = 0) -> Tensor:
+    """Return ``values`` at ``index``, and ``padding`` where the index is -1."""
+    if not len(values):  # a replica without sequences
+        return values.new_full((len(index), *values.shape[1:]), padding)
+    absent = (index < 0).view(-1, *[1] * (values.dim() - 1))
+    return values[index.clamp(min=0)].masked_fill(absent, padding)

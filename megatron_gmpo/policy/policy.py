@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch
+from ..batch.images import patches_of
 from ..batch.index import StepIndex
 from ..batch.plan import StepPlan, computed_metrics, planned
 from ..checkpoint import Save, check_model, model_identity, start_save
@@ -135,7 +136,10 @@ class Policy:
         if every_token or not objective.needs_advantage or not computed.any():
             computed = np.ones(len(index), np.bool_)
         units = index.units(self.cfg.algorithm.unit)
-        return self.schedule.plan(index.length, index.response_length, units, computed, self._num_minibatches)
+        patches = patches_of(index.images, index.image_rows) if index.images.any() else None
+        return self.schedule.plan(
+            index.length, index.response_length, units, computed, self._num_minibatches, patches
+        )
 
     def share(self, batch: TrainBatch, minibatches: int = 1) -> TrainBatch:
         """Return this replica's share of a batch that every rank holds whole; every sequence is computed."""

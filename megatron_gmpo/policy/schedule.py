@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -61,20 +62,45 @@ class Schedule:
         units: np.ndarray,
         computed: np.ndarray,
         minibatches: int,
+        patches: Callable[[Sequence[int]], int] | None = None,
     ) -> StepPlan:
-        """Return the plan of a step for all replicas, see ``plan_step``. Needs no message."""
+        """Return the plan of a step for all replicas, see ``plan_step``. Needs no message.
+
+        Args:
+            patches: the patches of the distinct images of some sequences; None without images.
+        """
+        patch_cost = self._patch_cost() if patches else 0.0
 
         def assign(numbers: np.ndarray) -> list[list[list[int]]]:
+            def image_cost(members: list[int]) -> float:
+                return patch_cost * patches(numbers[members].tolist()) if patches else 0.0
+
             plan = plan_microbatches(
                 lengths[numbers].tolist(),
                 max_tokens=self.cfg.train.max_tokens_per_microbatch,
                 data_parallel_size=self.groups.dp.size(),
                 sequence_multiple=self.cfg.parallel.sequence_multiple,
                 count_multiple=self.cfg.parallel.microbatch_multiple,
+                image_cost=image_cost,
             )
             return [[numbers[members].tolist() for members in microbatches] for microbatches in plan]
 
         return plan_step(lengths, response_lengths, units, computed, minibatches, assign)
+
+    def _patch_cost(self) -> float:
+        """Return the tower's work on a patch on its stage, in units of ``packing.cost``.
+
+        A frozen tower has 2 of a token's 4 passes: with the old log probabilities, and forward in training.
+        Tensor and pipeline parallelism divide the language model and not the tower.
+        """
+        vision, language = self.description.vision, self.description.transformer
+        assert vision
+        tower = sum(math.prod(shape) for shape in vision.parameters().values())
+        width, experts = language.hidden_size, language.moe_router_topk if self.description.is_moe else 0
+        mlp = experts * (language.moe_ffn_hidden_size or 0) or language.ffn_hidden_size or 0
+        parameters = language.num_layers * (4 * width**2 + 3 * width * mlp)
+        passes = 0.5 if self.cfg.model.freeze_vision else 1.0
+        return passes * tower / parameters * self.groups.tp.size() * self.groups.pp.size()
 
     def run(
         self,

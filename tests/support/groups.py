@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_gmpo.batch.assembly import make_train_batch
 from megatron_gmpo.batch.columns import RoutingShape, TrainBatch
 from megatron_gmpo.batch.exchange import Exchange
+from megatron_gmpo.batch.images import ImageTokens, image_rows
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.plan import plan_step
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
@@ -39,6 +40,8 @@ def index_of(groups: Sequence[SampleGroup]) -> StepIndex:
         version_sum=np.array([sample.token_versions[sample.response_mask].sum() for _, sample in samples]),
         owner=np.zeros(len(samples), np.int32),
         expert_bytes=np.array([0 if record is None else record.itemsize for record in experts], np.uint8),
+        images=np.array([len(sample.images) for _, sample in samples], np.int32),
+        image_rows=image_rows([image for _, sample in samples for image in sample.images]),
     )
 
 
@@ -49,6 +52,7 @@ def step_batch(
     *,
     mask_truncated: bool = False,
     unit: Unit = "episode",
+    vision: ImageTokens | None = None,
 ) -> TrainBatch:
     """Return the batch that a single process makes of a step, with one microbatch."""
     index = index_of(groups)
@@ -58,7 +62,7 @@ def step_batch(
     sizes = (index.length, index.response_length, index.units(unit))
     plan = plan_step(*sizes, everything, 1, lambda ns: [[ns.tolist()]])
     exchange = Exchange(Nodes("here"), 0, "", 60.0, routing)
-    return make_train_batch(dict(enumerate(groups)), index, advantages, plan, exchange, 0, unit)
+    return make_train_batch(dict(enumerate(groups)), index, advantages, plan, exchange, 0, unit, vision)
 
 
 def rewarded(rewards: Sequence[Sequence[float]]) -> list[SampleGroup]:
