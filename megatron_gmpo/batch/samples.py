@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .images import ImageRef, PromptImage
+if TYPE_CHECKING:  # environments' processes do not import torch
+    from .images import ImageRef, PromptImage
 
 FinishReason = Literal["stop", "length", "abort"]
 EpisodeEnd = Literal["done", "turns", "tokens", "error"]

@@ -9,11 +9,12 @@ import ast
 import json
 import re
 import tomllib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from ..errors import InputError
 
@@ -41,6 +42,29 @@ def parse_value(field: str, adapter: TypeAdapter[Any], value: Any) -> Any:
         reasons = [part["msg"] for part in error.errors() if part["type"] not in _ONLY_IN_PYTHON]
         reason = " or ".join(dict.fromkeys(reasons)) or "a config cannot set this field; remove it"
         raise InputError(f"{field} = {value!r}: {reason}") from None
+
+
+def check_arguments(field: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Check that a user's arguments for ``function`` have the types of its annotations, as far as it has any.
+
+    Args:
+        field: the config field of the open table that has the arguments, for the error line.
+
+    Raises:
+        InputError: a value does not have its type, such as ``pydantic.FilePath``; an annotation is not a type
+            of config values.
+    """
+    for name, value in values.items():
+        try:
+            kind = get_type_hints(function, include_extras=True).get(name, Any)
+            adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+        except (NameError, PydanticUserError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{field}.{name}: its annotation is not a type of config values ({reason}): annotate it with "
+                "a type like float, bool or pydantic.FilePath"
+            ) from None
+        parse_value(f"{field}.{name}", adapter, value)
 
 
 def parse_words(kind: Any, words: str | list[str] | bool) -> Any:

@@ -147,7 +147,8 @@ def test_a_process_serves_one_episode_after_another(pool: EnvironmentPool) -> No
     ]
     info = observations[0].info
     assert observations[0].messages == [{"role": "user", "content": "Hello: a room"}]
-    assert info["prompt"] == vars(Prompt("set/7", answer="42", text="a room"))  # without token ids
+    prompt = Prompt("set/7", answer="42", text="a room", images=[])  # JSON has no tuples
+    assert info["prompt"] == vars(prompt)  # without token ids
     assert info["heavy"] == []
     assert first(pool)["pid"] == info["pid"]
     found = asyncio.run(played(pool, "returns_numpy"))[1]
@@ -242,6 +243,14 @@ def test_asynchronous_environments(hurried: EnvironmentPool) -> None:
 
 def test_a_synchronous_environment_may_run_loops_of_its_own(pool: EnvironmentPool) -> None:
     assert asyncio.run(played(pool, "runs_a_loop"))[1].messages == [{"role": "user", "content": "now"}]
+
+
+def test_known_values_may_be_numpys() -> None:
+    info = {"success": np.True_, "tool_calls": np.int64(2)}
+    assert Observation(done=np.True_, info=info).info == {"success": True, "tool_calls": 2}  # pyright: ignore
+    for wrong in ({"success": np.int64(1)}, {"tool_calls": np.True_}, {"tool_calls": np.int64(-1)}):
+        with pytest.raises(ValueError, match=r"^info\["):
+            Observation(info=wrong)
 
 
 REFUSED = {

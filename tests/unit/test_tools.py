@@ -302,12 +302,21 @@ def test_the_tool_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     _, source = re.findall(r"```python\n(.*?)```", (ROOT / "docs/agents.md").read_text(), re.DOTALL)
     (tmp_path / "letters.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "facts.txt").touch()
+    monkeypatch.chdir(tmp_path)
     tools = ("letters:count_letters", f"{SHIPPED}.search:search")
     cfg = RolloutConfig(tools=tools, environment_args={"file": "facts.txt"})
     assert [each["function"]["name"] for each in tool_schemas(cfg)] == ["count_letters", "search"]
     environment = ToolEnvironment(named_tools(cfg.tools, cfg.environment_args))
     observation = asyncio.run(environment.step(called("count_letters", text="Strawberry", letter="R")))
     assert observation.messages[0]["content"] == "3"
+
+
+def test_arguments_that_the_model_does_not_give_have_their_types(tmp_path: Path) -> None:
+    """A file that does not exist, a folder and a number, for the annotation ``FilePath``."""
+    for file in (str(tmp_path / "absent.txt"), str(tmp_path), 3):
+        with pytest.raises(InputError, match=r"^rollout\.environment_args\.file = .*: "):
+            tool_schemas(RolloutConfig(tools=(f"{SHIPPED}.search:search",), environment_args={"file": file}))
 
 
 REFUSED: dict[tuple[str, ...], str] = {

@@ -64,9 +64,11 @@ class Observation:
         if not isinstance(self.info, dict):
             raise ValueError(f"info = {self.info!r} is no dict")
         for key, kind in _KNOWN_INFO.items():
-            if key in self.info and type(self.info[key]) is not kind:
+            value = self.info.get(key)
+            plain = value.item() if isinstance(value, np.generic) else value
+            if key in self.info and type(plain) is not kind:
                 raise ValueError(f"info[{key!r}] = {self.info[key]!r} is no {kind.__name__}")
-            if kind is int and not 0 <= self.info.get(key, 0) < 2**31:
+            if kind is int and not 0 <= (plain or 0) < 2**31:
                 raise ValueError(f"info[{key!r}] = {self.info[key]!r} is not from 0 to 2^31 - 1")
 
     @classmethod

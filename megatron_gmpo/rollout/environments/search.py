@@ -11,11 +11,13 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+from pydantic import FilePath
+
 _RESULTS = 3
 _K1, _B = 1.2, 0.75
 
 
-def search(query: str, file: str) -> str:
+def search(query: str, file: FilePath) -> str:
     """Search a text for passages that have words of the query, and return the best three.
 
     Args:
@@ -32,7 +34,7 @@ def search(query: str, file: str) -> str:
 
 
 @cache
-def _passages(file: str) -> list[tuple[str, Counter[str]]]:
+def _passages(file: Path) -> list[tuple[str, Counter[str]]]:
     texts = re.split(r"\n\s*\n", Path(file).read_text(encoding="utf-8"))
     return [(text.strip(), _words(text)) for text in texts if text.strip()]
 

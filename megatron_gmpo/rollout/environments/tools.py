@@ -6,7 +6,8 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import update_wrapper
+from typing import Any, get_type_hints
 
 from ...batch.samples import Prompt
 from ...config import RolloutConfig
@@ -47,7 +48,12 @@ class Tool:
         """Return the JSON schema that transformers makes from type hints and docstring."""
         from transformers.utils import get_json_schema  # the workers do not import transformers
 
-        schema = get_json_schema(self.function)
+        def described() -> None: ...
+
+        update_wrapper(described, self.function)
+        # the model does not see these, so they may have types that JSON schemas have no word for
+        described.__annotations__ = get_type_hints(self.function) | dict.fromkeys(self.given, str)
+        schema = get_json_schema(described)
         parameters = schema["function"]["parameters"]
         for name in self.given:
             del parameters["properties"][name]
@@ -158,12 +164,16 @@ def tool_schemas(cfg: RolloutConfig) -> list[dict[str, Any]]:
     """Return the JSON schemas of ``rollout.tools`` for the chat template's ``tools``; none without tools.
 
     Raises:
-        InputError: a function cannot be imported or described.
+        InputError: a function cannot be imported or described, or a value of ``rollout.environment_args``
+            does not have the type of the parameter's annotation.
     """
+    from ...config.values import check_arguments  # the workers do not import pydantic
+
     if not cfg.tools:
         return []  # rollout.environment_args are the environment's
     schemas = []
     for path, tool in zip(cfg.tools, named_tools(cfg.tools, cfg.environment_args).values(), strict=True):
+        check_arguments("rollout.environment_args", tool.function, tool.given)
         try:
             schemas.append(tool.schema())
         except Exception as error:  # of several types, which transformers does not export together
