@@ -42,6 +42,7 @@ from torch import Tensor
 from . import files
 from .distributed import agreed, all_gather_objects, rank, world_size
 from .errors import DiskFullError, InputError, disk_full
+from .models.family import language_config
 from .supervision.records import LATEST, newest_step
 from .weights.background_files import BackgroundFiles
 from .weights.checksums import checksums_of
@@ -82,9 +83,25 @@ _IDENTITY = [
 ]
 
 
-def model_identity(hf: Any, dtype: str) -> dict[str, Any]:
+_VISION_IDENTITY = [
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "num_position_embeddings",
+    "deepstack_visual_indexes",
+]
+
+
+def model_identity(whole: Any, dtype: str) -> dict[str, Any]:
     """Return the fields of a Hugging Face config that determine the weights' shapes, and the dtype."""
-    return {**{field: getattr(hf, field, None) for field in _IDENTITY}, "dtype": dtype}
+    hf, vision = language_config(whole), getattr(whole, "vision_config", None)
+    fields = {field: getattr(hf, field, None) for field in _IDENTITY}
+    tower = {f"vision.{field}": getattr(vision, field, None) for field in _VISION_IDENTITY if vision}
+    return {**fields, **tower, "dtype": dtype}
 
 
 def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:

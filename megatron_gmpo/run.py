@@ -111,7 +111,7 @@ class Run:
         resumed = f"; resumed at step {self.step}" if self.step else ""
         fusions = f"; {self.description.fusions}" if self.description.fusions else ""
         return (
-            f"{self.cfg.model.path} ({self.description.hf.model_type}, {kind}) on {world_size()} ranks; "
+            f"{self.cfg.model.path} ({self.description.whole.model_type}, {kind}) on {world_size()} ranks; "
             f"{problems}; loss {loss}; "
             f"run_dir {self.run_dir}{resumed}{fusions}"
         )
@@ -206,7 +206,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         check_folder(cfg.rollout.exchange_folder)
     check_deterministic(description.transformer.deterministic_mode, device)
     weights = SafetensorsFolder(cfg.model.path)
-    identity = model_identity(description.hf, cfg.model.dtype)
+    identity = model_identity(description.whole, cfg.model.dtype)
     _check_reference(cfg, identity)
     candidates = find_candidates(Path(cfg.run_dir) / "checkpoints")
     checkpoint, damage = choose_whole(candidates, fall_back=cfg.checkpoint.fall_back)
@@ -218,7 +218,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     generates = cfg.eval.sets or (train and not cfg.rollout.replay_path)
     on_rank_0 = os.environ.get("RANK", "0") == "0"  # the others would find the same
     if cfg.rollout.engine == "sglang" and generates and on_rank_0:
-        check_servers(cfg, description.hf, device)
+        check_servers(cfg, description.whole, device)
     parameters = sum(math.prod(weights.shape(name)) for name in weights.names)
     if cfg.rollout.engine == "embedded" and generates and device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

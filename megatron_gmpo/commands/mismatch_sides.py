@@ -21,6 +21,7 @@ from ..distributed import rank
 from ..errors import InputError, ServerError
 from ..models.decoder import prediction_layers
 from ..models.description import describe_model, read_hf_config
+from ..models.family import language_config
 from ..platform import choose_device, prepare_megatron, start_process_group
 from ..policy.parallel import start_model_parallel
 from ..policy.policy import Policy
@@ -74,7 +75,8 @@ def measure(
         InputError: a side is unknown, or not supported with these arguments; the rollouts do not exist.
     """
     _check(cfg, sides, layers)
-    groups = load_groups(folder, step, read_hf_config(cfg.model.path).vocab_size, slice(num_groups))
+    vocab_size = language_config(read_hf_config(cfg.model.path)).vocab_size
+    groups = load_groups(folder, step, vocab_size, slice(num_groups))
     device = choose_device(cfg.device)
     cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"temperature": 1.0})})
     found: dict[str, Side] = {}
@@ -241,7 +243,7 @@ def _by_layer(sequences: list[list[Tensor]], lengths: Iterable[int]) -> list[Ten
 
 
 def _weights_of(cfg: Config) -> Iterator[tuple[str, Tensor]]:
-    hf = read_hf_config(cfg.model.path)
+    hf = language_config(read_hf_config(cfg.model.path))
     folder = SafetensorsFolder(cfg.model.path, left_out=prediction_layers(hf))
     tied = {"lm_head.weight"} if hf.tie_word_embeddings else set()
     return ((name, folder.get(name)) for name in folder.names if name not in tied)

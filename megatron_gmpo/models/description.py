@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..errors import InputError, one_line
 from ..platform.capabilities import transformer_engine_version
 from . import FAMILIES
 from .decoder import prediction_layers
-from .family import HFConfig
+from .family import HFConfig, language_config
 from .folder import check_folder
 from .fusions import describe_fusions
 from .layout import check_layout
@@ -108,15 +107,6 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
         rope = _rope(hf, architecture, partial=family.partial_rotary)
         vision = vision_of(whole)
     return ModelDescription(hf, transformer, mapping, vocab_size, rope, use_te, vision)
-
-
-def language_config(whole: HFConfig) -> HFConfig:
-    """Return the config of the language model, which is a part of a vision-language model's config."""
-    hf = whole.get_text_config()
-    if hf is not whole:
-        hf = copy.copy(hf)
-        hf.tie_word_embeddings = whole.tie_word_embeddings  # transformers ignores that of the part
-    return hf
 
 
 def architecture_of(whole: HFConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,15 @@ class Family:
     architecture: Callable[[HFConfig], dict[str, Any]]
     partial_rotary: bool = False
     code: frozenset[str] = frozenset()
+
+
+def language_config(whole: HFConfig) -> HFConfig:
+    """Return the config of the language model, which is a part of a vision-language model's config."""
+    hf = whole.get_text_config()
+    if hf is not whole:
+        hf = copy.copy(hf)
+        hf.tie_word_embeddings = whole.tie_word_embeddings  # transformers ignores that of the part
+    return hf
 
 
 def refuse(hf: HFConfig, field: str, wrong: Any, why: str) -> None:

@@ -32,6 +32,10 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "n_group": (0, MAX_EXPERTS),
     "topk_group": (0, MAX_EXPERTS),
     "n_shared_experts": (0, MAX_EXPERTS),
+    "depth": (1, _MAX_LAYERS),
+    "patch_size": (1, 1000),
+    "temporal_patch_size": (1, 1000),
+    "spatial_merge_size": (1, 1000),
     **dict.fromkeys(
         (
             "vocab_size",
@@ -47,11 +51,18 @@ _BOUNDS: dict[str, tuple[int, int]] = {
             "qk_nope_head_dim",
             "qk_rope_head_dim",
             "v_head_dim",
+            # of vision towers
+            "num_heads",
+            "out_hidden_size",
+            "num_position_embeddings",
+            "in_channels",
+            "window_size",
         ),
         (1, _MAX_WIDTH),
     ),
 }
 """Field of config.json -> smallest and largest value. Every published model is far below the largest."""
+_PARTS = ("text_config", "vision_config")
 _IMPLEMENTATIONS = {
     "attn_implementation": {
         None,
@@ -81,11 +92,9 @@ def check_folder(folder: Path, name: str, code: dict[str, frozenset[str]]) -> No
     _check_links(folder, name)
     config = read_json(folder / "config.json", name)
     _check_code(folder, name, config, code.get(str(config.get("model_type")), frozenset()))
-    for field, allowed in _IMPLEMENTATIONS.items():
-        for key in (field, f"_{field}"):
-            value = config.get(key)
-            if not isinstance(value, str | None) or value not in allowed:
-                raise InputError(f"{name}: config.json names the kernel {key} = {value!r}: remove the field")
+    parts = [config, *(config[part] for part in _PARTS if config.get(part) is not None)]
+    for part in parts:
+        _check_part(part, name)
     if config.get("transformers_weights") is not None:
         raise InputError(
             f"{name}: config.json has transformers_weights = {config['transformers_weights']!r}: "
@@ -95,13 +104,6 @@ def check_folder(folder: Path, name: str, code: dict[str, frozenset[str]]) -> No
         raise InputError(
             f"{name} holds both a model and an adapter (adapter_config.json): merge the adapter, or remove it"
         )
-    for field, (smallest, largest) in _BOUNDS.items():
-        value = config.get(field)
-        if value is not None and not (isinstance(value, int) and smallest <= value <= largest):
-            raise InputError(
-                f"{name}: config.json has {field} = {value!r}, which is no number from {smallest} to "
-                f"{largest}: correct it"
-            )
 
 
 def read_json(path: Path, name: str = "") -> dict[str, Any]:
@@ -125,6 +127,24 @@ def read_json(path: Path, name: str = "") -> dict[str, Any]:
     return found
 
 
+def _check_part(config: Any, name: str) -> None:
+    """Check a part of config.json, or the whole, for kernels and absurd sizes."""
+    if not isinstance(config, dict):
+        raise InputError(f"{name}: config.json has a {type(config).__name__} as a part: correct it")
+    for field, allowed in _IMPLEMENTATIONS.items():
+        for key in (field, f"_{field}"):
+            value = config.get(key)
+            if not isinstance(value, str | None) or value not in allowed:
+                raise InputError(f"{name}: config.json names the kernel {key} = {value!r}: remove the field")
+    for field, (smallest, largest) in _BOUNDS.items():
+        value = config.get(field)
+        if value is not None and not (isinstance(value, int) and smallest <= value <= largest):
+            raise InputError(
+                f"{name}: config.json has {field} = {value!r}, which is no number from {smallest} to "
+                f"{largest}: correct it"
+            )
+
+
 def _check_links(folder: Path, name: str) -> None:
     """Check that every link points into the folder or into the blobs of the hub's cache.
 
@@ -146,7 +166,7 @@ def _check_links(folder: Path, name: str) -> None:
 
 
 def _check_code(folder: Path, name: str, config: dict[str, Any], ignored: frozenset[str]) -> None:
-    for file in ("config.json", "tokenizer_config.json"):
+    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         if not (folder / file).exists():
             continue
         named = (config if file == "config.json" else read_json(folder / file, name)).get("auto_map")
@@ -155,7 +175,7 @@ def _check_code(folder: Path, name: str, config: dict[str, Any], ignored: frozen
             if file != "config.json" or _module(str(reference)) not in ignored:
                 raise InputError(
                     f"{name}: {file} names code of the folder to run (auto_map: {reference!r}), which is "
-                    "never run: use a model and tokenizer of transformers' own classes"
+                    "never run: use a model, tokenizer and processor of transformers' own classes"
                 )
 
 

@@ -31,7 +31,7 @@ def headline(cfg: Config, description: ModelDescription, model: Model, world_siz
     layout = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one rank"
     active = f", {model.active_parameters / 1e9:.2f} B of them active" if description.is_moe else ""
     return (
-        f"[bold]{escape(cfg.model.path)}[/bold] ({description.hf.model_type}): "
+        f"[bold]{escape(cfg.model.path)}[/bold] ({description.whole.model_type}): "
         f"{model.parameters / 1e9:.2f} B parameters{active}; {world_size} ranks on {machine}: {layout}"
     )
 

@@ -373,7 +373,7 @@ class Policy:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        return model_identity(self.description.hf, self.cfg.model.dtype)
+        return model_identity(self.description.whole, self.cfg.model.dtype)
 
     def _routing_pass(self, batch: TrainBatch, *, replay: bool, record: bool = False) -> RoutingPass | None:
         """Return the routing of a pass over the batch; None if neither replay nor recording is enabled."""

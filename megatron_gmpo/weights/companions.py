@@ -26,6 +26,7 @@ _COMPANIONS = {
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
 }
 """Every file that transformers or SGLang read beside the weights of a supported family.
 
@@ -51,8 +52,10 @@ def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None
     if config.pop("quantization_config", None):
         dtype = dtype or torch.bfloat16
     if dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        # a vision-language model's config.json has one for each part
+        for part in (config, *(config[name] for name in ("text_config", "vision_config") if name in config)):
+            part.pop("torch_dtype", None)
+            part["dtype"] = str(dtype).removeprefix("torch.")
         (target / "config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -34,7 +34,7 @@ def inspect_checkpoint(path: Path) -> dict[str, str]:
     table, source = ConversionTable(path), SafetensorsFolder(path)
     return {
         "kind": "Hugging Face",
-        "family": table.hf.model_type,
+        "family": table.whole.model_type,
         "parameters": _parameters(table),
         "dtypes": _dtypes(Counter(source.dtype(name) for name in source.names)),
         "layout": f"{len(source.files)} safetensors files",
@@ -47,7 +47,7 @@ def _inspect_megatron(folder: Path) -> dict[str, str]:
     unknown = "unknown: no config.json comes with it"
     try:
         table = ConversionTable(companion_folder(folder))
-        about |= {"family": table.hf.model_type, "parameters": _parameters(table)}
+        about |= {"family": table.whole.model_type, "parameters": _parameters(table)}
     except InputError:
         about["family"] = unknown
     numbered = re.fullmatch(r"iter_(\d+)", folder.name)

@@ -52,7 +52,9 @@ def _load_parameter(
             f"[megatron] requires parameters that the model does not have: {error.args[0]}; "
             "remove the field that adds it"
         ) from None
-    names = ("model.embed_tokens.weight",) if mapping.tied and match.hf == ("lm_head.weight",) else match.hf
+    if mapping.tied and match.hf == ("lm_head.weight",):
+        match = mapping.find("embedding.word_embeddings.weight")
+    names = match.hf
     missing = [name for name in names if name not in source.names]
     if missing:
         raise InputError(

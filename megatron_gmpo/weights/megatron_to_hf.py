@@ -86,10 +86,10 @@ class MegatronToHF(Conversion):
             self._write_file(folder / file, entries, advance)
         if rank() == 0:
             dtype = self._most_common_dtype()
-            copy_companions(self.table.folder, folder, None if dtype == self.table.hf.dtype else dtype)
+            copy_companions(self.table.folder, folder, None if dtype == self.table.whole.dtype else dtype)
             if len(shards) > 1:
                 weight_map = {
-                    name: file for file, group in shards.items() for entry in group for name in entry.hf
+                    name: file for file, group in shards.items() for name, *_ in self._stored(group)
                 }
                 index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
                 (folder / INDEX).write_text(json.dumps(index, indent=2))
@@ -97,32 +97,46 @@ class MegatronToHF(Conversion):
 
     def _shards(self) -> dict[str, list[Entry]]:
         """Return file name -> entries. There are at least as many files as ranks."""
-        entries = {entry.name: entry for entry in self.table.entries}
+        together: dict[str, list[Entry]] = {}  # entries that one file must hold
+        for entry in self.table.entries:
+            together.setdefault(entry.stack or entry.name, []).append(entry)
         split = split_state_dict_into_shards_factory(
-            entries,
-            get_storage_size=self._nbytes,
+            together,
+            get_storage_size=lambda entries: sum(map(self._nbytes, entries)),
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=min(self._max_shard_size, -(-self.nbytes // world_size())),
         )
         return {
             # descending item size keeps all tensors aligned
-            file: sorted((entries[name] for name in names), key=lambda entry: -self._dtype(entry).itemsize)
+            file: sorted(
+                (entry for name in names for entry in together[name]),
+                key=lambda entry: -self._dtype(entry).itemsize,
+            )
             for file, names in split.filename_to_tensors.items()
         }
 
+    def _stored(self, entries: list[Entry]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Return name, dtype and shape of the tensors that a file with these entries holds."""
+        stored: dict[str, tuple[str, torch.dtype, tuple[int, ...]]] = {}
+        for entry in entries:
+            if entry.stack:
+                shape = (self.table.num_experts, *reversed(entry.shape))
+                stored[entry.stack] = (entry.stack, self._dtype(entry), shape)
+            for name, shape in zip(entry.hf, entry.hf_shapes, strict=True) if not entry.stack else ():
+                stored[name] = (name, self._dtype(entry), shape)
+        return list(stored.values())
+
     def _write_file(self, path: Path, entries: list[Entry], advance: Advance) -> None:
-        announced = [
-            (name, self._dtype(entry), shape)
-            for entry in entries
-            for name, shape in zip(entry.hf, entry.hf_shapes, strict=True)
-        ]
         with (
-            SafetensorsFile(path, announced) as file,
+            SafetensorsFile(path, self._stored(entries)) as file,
             closing(read_ahead(entries, self._read, self._nbytes)) as read,
         ):
             for entry, tensors in read:
-                for name, tensor in zip(entry.hf, tensors, strict=True):
-                    file.write(name, tensor)
+                if entry.stack:
+                    file.write(entry.stack, torch.cat(tensors).T)
+                else:
+                    for name, tensor in zip(entry.hf, tensors, strict=True):
+                        file.write(name, tensor)
                 advance(self._nbytes(entry))
 
     def _most_common_dtype(self) -> torch.dtype:

@@ -25,12 +25,12 @@ from ..distributed import rank
 from ..errors import InputError, one_line
 from ..models.folder import MAX_EXPERTS, read_json
 from ..models.fp8_blocks import BLOCK, SCALE, dequantize, scale_shape
-from ..models.hub import hub_names
+from ..models.hub import embedding_name, hub_names, stacks_experts
 from .weight_files import INDEX, weight_files
 
 logger = logging.getLogger(__name__)
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
 _DERIVED = ".rotary_emb.inv_freq"  # a buffer in old Llama folders; config.json determines it
 _MAX_TENSORS, _MAX_NAME = 400_000, 1_000  # Kimi-K2 has 140,000 tensors
 _DTYPES = {
@@ -50,13 +50,14 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in ``file`` under ``key``, or the part of it that ``part`` selects."""
+    """A tensor in ``file`` under ``key``, or the part of it that ``part`` selects, maybe transposed."""
 
     file: str
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    part: tuple[int, slice] | None = None
+    part: tuple[int | slice, ...] | None = None
+    transposed: bool = False
 
 
 class SafetensorsFolder:
@@ -93,11 +94,16 @@ class SafetensorsFolder:
         self._scales = {name: tensor for name, tensor in stored.items() if name.endswith(SCALE)}
         self._tensors: dict[str, StoredTensor] = {}
         config = read_json(self.path / "config.json")
+        model_type: str = config["model_type"]
+        text = config.get("text_config") or {}
+        width = text.get("hidden_size") if stacks_experts(model_type) else None
         for name, tensor in stored.items():
             if name not in self._scales:
-                self._tensors.update(_unfused(hub_names(name, config["model_type"]), tensor))
-        if config.get("tie_word_embeddings") and _EMBEDDING not in self._tensors and _HEAD in self._tensors:
-            self._tensors[_EMBEDDING] = self._tensors.pop(_HEAD)  # as transformers does (tie_weights)
+                self._tensors.update(_unfused(hub_names(name, model_type), tensor, width))
+        self._embedding = embedding_name(config)
+        is_tied = config.get("tie_word_embeddings")
+        if is_tied and self._embedding not in self._tensors and _HEAD in self._tensors:
+            self._tensors[self._embedding] = self._tensors.pop(_HEAD)  # as transformers does (tie_weights)
         self._check_scales(config.get("quantization_config") or {})
 
     def _stored(self, listed: dict[str, str]) -> dict[str, StoredTensor]:
@@ -163,7 +169,7 @@ class SafetensorsFolder:
         Raises:
             InputError: the folder has a different output layer, which transformers would use.
         """
-        if _HEAD in self.names and not torch.equal(self.get(_HEAD), self.get(_EMBEDDING)):
+        if _HEAD in self.names and not torch.equal(self.get(_HEAD), self.get(self._embedding)):
             raise InputError(
                 f"{str(self.path)!r}: 'lm_head.weight' differs from the embedding: "
                 "set tie_word_embeddings = false in config.json"
@@ -191,7 +197,8 @@ class SafetensorsFolder:
         try:
             if stored.part is None:
                 return self._opened[stored.file].get_tensor(stored.key)
-            return self._mapped(stored.file).get_slice(stored.key)[stored.part]
+            part = self._mapped(stored.file).get_slice(stored.key)[stored.part]
+            return part.T.contiguous() if stored.transposed else part
         except (SafetensorError, OSError) as error:  # the file changed after it was opened
             raise InputError(
                 f"{path}: {stored.key!r} cannot be read ({error}): download the model again"
@@ -227,16 +234,20 @@ class SafetensorsFile:
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._todo = [
-            (name, about["data_offsets"]) for name, about in header.items() if name != "__metadata__"
-        ]
+        del header["__metadata__"]
+        self._todo = [(name, about["data_offsets"][1]) for name, about in header.items()]
+        self._done = 0
         self._file: IO[bytes] = path.open("wb", buffering=0)
         self._write(memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
-        expected, (start, end) = self._todo.pop(0)
-        assert (name, tensor.nbytes) == (expected, end - start)
+        """Write the next tensor, or the next part of it along its first axis."""
+        expected, end = self._todo[0]
+        self._done += tensor.nbytes
+        assert name == expected
+        assert self._done <= end
+        if self._done == end:
+            self._todo.pop(0)
         self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def _write(self, data: memoryview) -> None:
@@ -254,22 +265,30 @@ class SafetensorsFile:
         assert kind or not self._todo
 
 
-def _unfused(names: tuple[str, ...], tensor: StoredTensor) -> dict[str, StoredTensor]:
-    """Return the parts of a fused expert tensor by name, one per expert, or any other tensor by its name."""
-    if "{e}" not in names[0] or len(tensor.shape) != 3 or tensor.shape[1] % len(names):
+def _unfused(names: tuple[str, ...], tensor: StoredTensor, width: int | None) -> dict[str, StoredTensor]:
+    """Return the parts of a fused expert tensor by name, one per expert, or any other tensor by its name.
+
+    Args:
+        width: size of the hidden states if the tensor may be transposed; its axis tells whether it is.
+    """
+    if "{e}" not in names[0] or len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
         return {names[0]: tensor}
     experts, rows, columns = tensor.shape
-    if experts > MAX_EXPERTS:
+    # gate and up projections have ``width`` columns, a down projection has ``width`` rows
+    transposed = width is not None and width != (columns if len(names) > 1 else rows)
+    if transposed:
+        rows, columns = columns, rows
+    if rows % len(names):
         return {names[0]: tensor}  # an unknown name
     height = rows // len(names)
+
+    def part(expert: int, place: int) -> StoredTensor:
+        of_rows = slice(place * height, (place + 1) * height)
+        part = (expert, slice(None), of_rows) if transposed else (expert, of_rows)
+        return StoredTensor(tensor.file, tensor.key, tensor.dtype, (height, columns), part, transposed)
+
     return {
-        part.replace("{e}", str(expert)): StoredTensor(
-            tensor.file,
-            tensor.key,
-            tensor.dtype,
-            (height, columns),
-            (expert, slice(place * height, (place + 1) * height)),
-        )
+        name.replace("{e}", str(expert)): part(expert, place)
         for expert in range(experts)
-        for place, part in enumerate(names)
+        for place, name in enumerate(names)
     }

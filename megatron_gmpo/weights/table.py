@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ..errors import InputError, one_line
 from ..models import FAMILIES
-from ..models.description import architecture_of, read_hf_config
+from ..models.description import architecture_of, read_hf_config, vision_of
+from ..models.family import language_config
+from ..models.hub import hub_names, stacked_name
 from ..models.mapping import Row, expand, is_expert
 from ..models.operations import Operation, padded_vocab_size
 from .torch_dist import Place, place_of
@@ -34,6 +34,8 @@ class Entry:
         shape: shape of the complete Megatron parameter.
         operation: operation that forms the parameter from the tensors.
         keys: the parameter's keys in a torch_dist checkpoint, see ``models.mapping.Row``.
+        stack: name of the tensor on the hub that holds this expert and all others, see
+            ``models.hub.stacked_name``; "" if the hub has the tensors ``hf`` themselves.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Entry:
     shape: tuple[int, ...]
     operation: Operation
     keys: tuple[str, ...]
+    stack: str
 
     @property
     def numel(self) -> int:
@@ -63,20 +66,25 @@ class ConversionTable:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.hf = read_hf_config(str(folder))
-        family = FAMILIES[self.hf.model_type]
-        self._architecture = architecture_of(self.hf)
+        self.whole = read_hf_config(str(folder))
+        self.hf = language_config(self.whole)
+        family = FAMILIES[self.whole.model_type]
+        self._architecture = architecture_of(self.whole)
         self.num_experts: int = self._architecture.get("num_moe_experts") or 0
         self._stacked = isinstance(self._architecture.get("moe_layer_freq", 1), int)
-        shapes = _hub_shapes(self.hf)
+        shapes = _hub_shapes(self.whole)
+        vision = vision_of(self.whole)
         rows = family.rows(self.hf, padded_vocab_size(self.hf.vocab_size))
-        rows = expand(rows, self.hf.num_hidden_layers, self.num_experts)
+        tower = vision.parameters() if vision else ()
+        rows = expand(rows, self.hf.num_hidden_layers, self.num_experts, tower)
         rows = [row for row in rows if shapes.keys() >= set(row.hf)]
         moe_layers = {_layer(row.megatron) for row in rows if is_expert(row.megatron)}
-        self.entries = [_entry(row, shapes, _layer(row.megatron) in moe_layers) for row in rows]
+        self.entries = [
+            _entry(row, shapes, _layer(row.megatron) in moe_layers, self.whole.model_type) for row in rows
+        ]
         self.entries.sort(key=lambda entry: _natural(entry.hf[0]))
         missing = shapes.keys() - set(self.hf_names)
-        assert not missing, f"the table of {self.hf.model_type} lacks {sorted(missing)[:3]}"
+        assert not missing, f"the table of {self.whole.model_type} lacks {sorted(missing)[:3]}"
 
     @property
     def hf_names(self) -> Iterator[str]:
@@ -126,28 +134,39 @@ class ConversionTable:
         return list(states)
 
 
-def _hub_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
+def _hub_shapes(whole: Any) -> dict[str, tuple[int, ...]]:
     """Return name on the hub -> shape of every tensor that transformers would save for this config."""
+    auto = AutoModelForImageTextToText if hasattr(whole, "vision_config") else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf, trust_remote_code=False, attn_implementation="sdpa")
+            model = auto.from_config(whole, trust_remote_code=False, attn_implementation="sdpa")
     except Exception as error:  # an odd type or value raises anything
         raise InputError(
             f"transformers cannot build a model of this config.json ({one_line(error)}): correct it"
         ) from None
-    tensors: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict())
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in tensors.items()
-        if not (hf.tie_word_embeddings and name == "lm_head.weight")
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for own_name, tensor in model.state_dict().items():
+        names, shape = hub_names(own_name, whole.model_type), tuple(tensor.shape)
+        if "{e}" in names[0]:  # stacked experts
+            experts, rows, columns = shape
+            part = (rows // len(names), columns)
+            shapes |= {name.format(e=e): part for e in range(experts) for name in names}
+        elif not (whole.tie_word_embeddings and names[0] == "lm_head.weight"):
+            shapes[names[0]] = shape
+    return shapes
 
 
-def _entry(row: Row, shapes: dict[str, tuple[int, ...]], in_moe_layer: bool) -> Entry:
+def _entry(row: Row, shapes: dict[str, tuple[int, ...]], in_moe_layer: bool, model_type: str) -> Entry:
     hf_shapes = tuple(shapes[name] for name in row.hf)
     keys = (row.moe_keys if in_moe_layer else row.dense_keys) or (row.megatron,)
     return Entry(
-        row.megatron, row.hf, hf_shapes, _joined_shape(row.operation, hf_shapes), row.operation, keys
+        row.megatron,
+        row.hf,
+        hf_shapes,
+        _joined_shape(row.operation, hf_shapes),
+        row.operation,
+        keys,
+        stacked_name(row.hf[0], model_type) if is_expert(row.megatron) else "",
     )
 
 
