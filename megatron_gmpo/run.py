@@ -18,11 +18,12 @@ import torch.distributed as dist
 
 from . import files
 from .batch.exchange import Exchange, check_folder
+from .batch.images import ImageTokens
 from .batch.samples import Prompt
 from .checkpoint import check_model, checkpoint_size, model_identity, room_to_save
 from .command_line import load_config, one_line_errors
 from .config import Config
-from .data.prompts import check_lengths, load_prompts, load_tokenizer
+from .data.prompts import check_lengths, load_images, load_prompts, load_tokenizer
 from .data.stream import PromptStream
 from .distributed import Nodes, broadcast_object, rank, world_size
 from .errors import Exit, InputError, StopRequest, printable
@@ -241,9 +242,11 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         description=description,
         tokenizer=tokenizer,
         reward=resolve_reward(cfg.reward),
-        eval_sets=_eval_sets(cfg, tokenizer, positions, reason),
+        eval_sets=_eval_sets(cfg, description.vision, tokenizer, positions, reason),
         player=player,
-        prompts=_stream(cfg, tokenizer, positions, reason, checkpoint) if samples else None,
+        prompts=_stream(cfg, description.vision, tokenizer, positions, reason, checkpoint)
+        if samples
+        else None,
         checkpoint=checkpoint,
         damage=damage,
         step=step,
@@ -260,7 +263,9 @@ def _positions(cfg: Config, hf: Any) -> tuple[int, str]:
     return positions - 2, f"max_position_embeddings = {positions}, of which SGLang needs 2"
 
 
-def _eval_sets(cfg: Config, tokenizer: Any, positions: int, reason: str) -> dict[str, list[Prompt]]:
+def _eval_sets(
+    cfg: Config, vision: ImageTokens | None, tokenizer: Any, positions: int, reason: str
+) -> dict[str, list[Prompt]]:
     """Return the prompts of every benchmark. A prompt and its response have ``positions`` tokens at most."""
     field, limit = cfg.rollout.response_limit, cfg.rollout.max_response_tokens
     if cfg.eval.max_new_tokens and not cfg.rollout.has_episodes:
@@ -268,16 +273,24 @@ def _eval_sets(cfg: Config, tokenizer: Any, positions: int, reason: str) -> dict
     eval_sets: dict[str, list[Prompt]] = {}
     tools = tool_schemas(cfg.rollout)
     for name, data in cfg.eval.sets.items():
-        eval_sets[name] = load_prompts(data, tokenizer, f"eval.sets.{name}", tools)
-        check_lengths(eval_sets[name], limit, positions, f"eval.sets.{name}", field, reason)
+        section = f"eval.sets.{name}"
+        images = load_images(cfg.model.path, data, section, vision)
+        eval_sets[name] = load_prompts(data, tokenizer, section, tools, images)
+        check_lengths(eval_sets[name], limit, positions, section, field, reason)
     return eval_sets
 
 
 def _stream(
-    cfg: Config, tokenizer: Any, positions: int, reason: str, checkpoint: Path | None
+    cfg: Config,
+    vision: ImageTokens | None,
+    tokenizer: Any,
+    positions: int,
+    reason: str,
+    checkpoint: Path | None,
 ) -> PromptStream:
     """Return the stream of training prompts, at the position in ``checkpoint``, if any."""
-    prompts = load_prompts(cfg.data, tokenizer, tools=tool_schemas(cfg.rollout))
+    images = load_images(cfg.model.path, cfg.data, "data", vision)
+    prompts = load_prompts(cfg.data, tokenizer, "data", tool_schemas(cfg.rollout), images)
     stream = PromptStream(prompts, cfg.seed, cfg.data.shuffle)
     field, limit = cfg.rollout.response_limit, cfg.rollout.max_response_tokens
     check_lengths(stream.prompts, limit, positions, "data", field, reason)

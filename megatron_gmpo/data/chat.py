@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer, and special tokens whose text is only text."""
+"""Chat messages with places for images, chat templates, and special tokens whose text is only text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
+
+PLACE = "<image>"
+"""Text that marks the place of an image, as in data sets of the hub."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,36 @@ class SpecialTokens:
             ValueError: the tokenizer makes a special token of its text although it is marked.
         """
         return encode_marked_chat(self._tokenizer, rendered)
+
+
+def is_message(message: Any, images: bool) -> bool:
+    """Return whether a value is a message: a role, and a text, or content parts if there can be images."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if isinstance(content, list) and images:
+        return bool(content) and all(map(_is_part, content))
+    return isinstance(content, str)
+
+
+def _is_part(part: Any) -> bool:
+    """Return whether a content part is a text, or the place of an image, and has no other values."""
+    if not isinstance(part, dict):
+        return False
+    values = {name: value for name, value in part.items() if value is not None}  # Arrow rows have all fields
+    is_text = values.get("type") == "text" and isinstance(values.get("text"), str)
+    return values == {"type": "image"} or (is_text and len(values) == 2)
+
+
+def content_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return content parts in which image parts replace ``PLACE``, without empty texts."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    found: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] == "image":
+            found.append({"type": "image"})
+            continue
+        for number, text in enumerate(part["text"].split(PLACE)):
+            found += [{"type": "image"}] if number else []
+            found += [{"type": "text", "text": text}] if text else []
+    return found

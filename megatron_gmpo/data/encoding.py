@@ -9,16 +9,20 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..batch.samples import Prompt
 from ..config import DataConfig
 from ..errors import InputError
-from .chat import ChatTemplate, SpecialTokens
+from .chat import PLACE, ChatTemplate, SpecialTokens, content_parts, is_message
 from .rows import LONE_SURROGATE, Row
+
+if TYPE_CHECKING:
+    from .images import ModelImages
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class PromptEncoder:
         tokenizer: the policy's tokenizer.
         section: section of ``cfg`` in the config, for error lines.
         tools: JSON schemas of tools, which the chat template describes to the model.
+        images: the image processor of a vision-language model.
 
     Attributes:
         marked: number of prompts in which the text of special tokens was encoded as text.
@@ -58,11 +63,21 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, cfg: DataConfig, tokenizer: Any, section: str, tools: Sequence[dict[str, Any]] = ()
+        self,
+        cfg: DataConfig,
+        tokenizer: Any,
+        section: str,
+        tools: Sequence[dict[str, Any]] = (),
+        images: ModelImages | None = None,
     ) -> None:
-        self._cfg, self._tokenizer, self._section = cfg, tokenizer, section
+        self._cfg, self._tokenizer, self._section, self._images = cfg, tokenizer, section, images
         self._chat = chat_template(cfg, tokenizer, section, tools)
         _check_template(cfg.template, section)
+        if cfg.image_column and not self._chat:
+            raise InputError(
+                f"{section}.image_column = {cfg.image_column!r} needs a chat template, which writes the "
+                "tokens around an image: leave use_chat_template out, and use the tokenizer of the model"
+            )
         self._special = SpecialTokens(tokenizer, self._chat.source if self._chat else cfg.template)
         self._prefix: list[int] | None = None
         self.marked = 0
@@ -89,7 +104,28 @@ class PromptEncoder:
             if not ids:
                 raise InputError(f"{draft.where}: the tokenizer gives no tokens: leave the row out")
             draft.prompt.input_ids = prefix + ids
+        if self._images:
+            self._add_images(self._images, rows, drafts)
         return [draft.prompt for draft in drafts]
+
+    def _add_images(self, images: ModelImages, rows: Sequence[Row], drafts: Sequence[_Draft]) -> None:
+        """Load the images of the prompts, and repeat each image token for the tokens of its image."""
+        loaded = iter(images.load([(row.where, source) for row in rows for source in row.images]))
+        for row, draft in zip(rows, drafts, strict=True):
+            prompt = draft.prompt
+            prompt.images = tuple(islice(loaded, len(row.images)))
+            places = prompt.input_ids.count(images.image_token)
+            if places != len(prompt.images):
+                raise InputError(
+                    f"{draft.where}: the prompt has {places} image tokens for {len(prompt.images)} images: "
+                    "use the chat template of the model, and special_tokens = 'text'"
+                )
+            sizes = iter([images.tokens(image.ref) for image in prompt.images])
+            prompt.input_ids = [
+                token
+                for id in prompt.input_ids
+                for token in ([id] * next(sizes) if id == images.image_token else [id])
+            ]
 
     def _draft(self, row: Row) -> _Draft:
         problem = row.problem
@@ -97,8 +133,8 @@ class PromptEncoder:
         marked = self._special.mark(problem) if marks else problem
         prompt = Prompt(id=row.id, answer=row.answer, labels=row.labels)
         if self._chat:
-            prompt.messages = self._messages(problem, row.where)
-            rendered = self._render(self._chat, self._messages(marked, row.where), row.where)
+            prompt.messages = self._messages(problem, row)
+            rendered = self._render(self._chat, self._messages(marked, row), row.where)
         elif isinstance(problem, str) and problem.strip():
             prompt.text, rendered = self._fill(problem), self._fill(marked)
         else:
@@ -113,11 +149,11 @@ class PromptEncoder:
     def _fill(self, problem: str) -> str:
         return self._cfg.template.format(prompt=problem) if self._cfg.template else problem
 
-    def _messages(self, problem: Any, where: str) -> list[dict[str, str]]:
-        cfg = self._cfg
+    def _messages(self, problem: Any, row: Row) -> list[dict[str, Any]]:
+        cfg, where, images = self._cfg, row.where, bool(self._cfg.image_column)
         if isinstance(problem, str) and problem.strip():
             messages = [{"role": "user", "content": self._fill(problem)}]
-        elif isinstance(problem, list) and problem and all(map(_is_message, problem)):
+        elif isinstance(problem, list) and problem and all(is_message(m, images) for m in problem):
             if cfg.template:
                 raise InputError(
                     f"{where}: column {cfg.prompt_column!r} holds messages: "
@@ -128,6 +164,7 @@ class PromptEncoder:
             raise InputError(
                 f"{where}: column {cfg.prompt_column!r} is neither text nor a list of messages: "
                 "give messages with role and content, both text"
+                + (", or content parts of text and images" if images else "")
             )
         if messages[-1]["role"].lower() in _ANSWERING_ROLES:
             raise InputError(
@@ -140,14 +177,31 @@ class PromptEncoder:
                     f"{where}: the messages have a system message already: leave system_prompt out"
                 )
             messages.insert(0, {"role": "system", "content": cfg.system_prompt})
-        return messages
+        return self._with_places(messages, row) if images else messages
 
-    def _render(self, chat: ChatTemplate, messages: list[dict[str, str]], where: str) -> str:
+    def _with_places(self, messages: list[dict[str, Any]], row: Row) -> list[dict[str, Any]]:
+        """Return messages in which content parts mark the places of the row's images."""
+        parts = [content_parts(message["content"]) for message in messages]
+        places = sum(content.count({"type": "image"}) for content in parts)
+        if places != len(row.images):
+            raise InputError(
+                f"{row.where}: the prompt has places for {places} images, and column "
+                f"{self._cfg.image_column!r} has {len(row.images)}: mark the place of each image by {PLACE} "
+                "in the text, or by an image part"
+            )
+        return [
+            message | {"content": content} if {"type": "image"} in content else message
+            for message, content in zip(messages, parts, strict=True)
+        ]
+
+    def _render(self, chat: ChatTemplate, messages: list[dict[str, Any]], where: str) -> str:
         try:
             text = chat.render(messages)
         except Exception as error:  # a template can raise any error
             raise InputError(f"{where}: the tokenizer's chat template fails: {_one_line(error)}") from None
-        if messages[-1]["content"].strip() not in text:
+        content = messages[-1]["content"]
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+        if any(part.strip() not in text for part in texts):
             raise InputError(
                 f"{where}: the tokenizer's chat template leaves out the text of the last message: "
                 f"set {self._section}.use_chat_template = false and give {self._section}.template"
@@ -248,10 +302,6 @@ def chat_template(
         if variable != "chat_template" and (variable in _TAKEN or not used):
             raise InputError(f"{field}.{variable} is no variable of the chat template: leave it out")
     return ChatTemplate(tokenizer, templates[name], variables, tools)
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _one_line(error: Exception) -> str:

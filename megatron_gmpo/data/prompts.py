@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..batch.images import ImageTokens
 from ..batch.samples import Prompt
 from ..config import DataConfig
 from ..errors import InputError, one_line
 from .encoding import PromptEncoder
 from .rows import read_rows
+
+if TYPE_CHECKING:
+    from .images import ModelImages
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +39,33 @@ def load_tokenizer(path: str, field: str = "model.path") -> Any:
         ) from None
 
 
+def load_images(path: str, cfg: DataConfig, section: str, vision: ImageTokens | None) -> ModelImages | None:
+    """Load the image processor of a vision-language model with the limits of ``cfg``; None for a text model.
+
+    Args:
+        vision: the image tokens of the model at ``path``; None for a text model.
+
+    Raises:
+        InputError: the data has images and the model takes none; see ``ModelImages``.
+    """
+    if vision:
+        from .images import ModelImages  # with Pillow, which text models do not need
+
+        return ModelImages(path, vision, cfg.min_pixels, cfg.max_pixels, section)
+    if cfg.image_column:
+        raise InputError(
+            f"{section}.image_column = {cfg.image_column!r}: the model {path!r} reads no images: "
+            "leave it out, or choose a vision-language model"
+        )
+    return None
+
+
 def load_prompts(
     cfg: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     section: str = "data",
     tools: Sequence[dict[str, Any]] = (),
+    images: ModelImages | None = None,
 ) -> list[Prompt]:
     """Read a data set, apply the templates, tokenize, and drop prompts longer than ``max_prompt_tokens``.
 
@@ -51,6 +77,7 @@ def load_prompts(
             when it has one.
         section: section of ``cfg`` in the config, for error lines: ``data`` or ``eval.sets.NAME``.
         tools: JSON schemas of tools, which the chat template describes to the model.
+        images: the image processor of a vision-language model.
 
     Returns:
         Prompts in the order of the data set, with ``id`` = ``"{name}/{row}"`` and ``input_ids``. With a chat
@@ -59,7 +86,7 @@ def load_prompts(
     Raises:
         InputError: see ``read_rows`` and ``PromptEncoder``; the length filter drops all prompts.
     """
-    encoder = PromptEncoder(cfg, tokenizer, section, tools)
+    encoder = PromptEncoder(cfg, tokenizer, section, tools, images)
     rows = read_rows(cfg, section)
     kept: list[Prompt] = []
     dropped: list[int] = []

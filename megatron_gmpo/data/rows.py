@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pyarrow.parquet
 from ..config import DataConfig, EvalSetConfig
 from ..errors import InputError
 from . import games, reasoning_gym
+from .image_columns import ImageSource, arrow_images, sources_of
 
 _BATCH = 1000
 """Rows of a Parquet file or an Arrow table that are in memory at a time."""
@@ -40,10 +42,12 @@ Record = dict[str, Any]
 
 
 class Columns(NamedTuple):
-    """The columns to read: those that every data set must have, and those that are read if it has them."""
+    """The columns to read: those that every data set must have, those that are read if it has them, and the
+    column of images, or ""."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Row:
         problem: text or a list of chat messages; not checked yet.
         answer: the answer as text.
         labels: column -> its value as text, for the columns of ``report_by``.
+        images: the images of the problem, not read yet.
     """
 
     id: str
@@ -63,6 +68,7 @@ class Row:
     problem: Any
     answer: str
     labels: dict[str, str]
+    images: tuple[ImageSource, ...] = ()
 
 
 def read_rows(cfg: DataConfig, section: str) -> Iterator[Row]:
@@ -84,9 +90,19 @@ def read_rows(cfg: DataConfig, section: str) -> Iterator[Row]:
         # the names of several files may differ in the folder only
         name = str(Path(source).with_suffix("")) if cfg.files else _name(source)
         count = 0
-        for problem, answer, labels in _selected(_records(source, cfg, section, field), cfg, section, source):
+        folder = Path(source).parent if Path(source).is_file() else Path(source)
+        for problem, answer, images, labels in _selected(
+            _records(source, cfg, section, field), cfg, section, source
+        ):
             where = f"{field}, row {count}"
-            yield Row(f"{name}/{count}", where, problem, _answer(answer, cfg.answer_column, where), labels)
+            yield Row(
+                f"{name}/{count}",
+                where,
+                problem,
+                _answer(answer, cfg.answer_column, where),
+                labels,
+                sources_of(images, folder, where, cfg.image_column),
+            )
             count += 1
         if count == 0:
             raise InputError(f"{field} has no rows: give a data set with problems")
@@ -101,16 +117,23 @@ def _name(source: str) -> str:
 def _columns(cfg: DataConfig) -> Columns:
     required = cfg.prompt_column, cfg.answer_column
     if not isinstance(cfg, EvalSetConfig):
-        return Columns(required)
-    return Columns(required, _REPORTED) if cfg.report_by is None else Columns(required + cfg.report_by)
+        return Columns(required, (), cfg.image_column)
+    if cfg.report_by is None:
+        return Columns(required, _REPORTED, cfg.image_column)
+    return Columns(required + cfg.report_by, (), cfg.image_column)
 
 
 def _selected(
     records: Iterator[Record], cfg: DataConfig, section: str, source: str
-) -> Iterator[tuple[Any, Any, dict[str, str]]]:
-    """Yield problem, answer and labels of every record; None is a value missing after the first record."""
-    required, optional = _columns(cfg)
+) -> Iterator[tuple[Any, Any, Any, dict[str, str]]]:
+    """Yield problem, answer, images and labels of every record.
+
+    None is a value missing after the first record.
+    """
+    required, optional, image_column = _columns(cfg)
     fields = ["prompt_column", "answer_column", *["report_by"] * (len(required) - 2)]
+    if image_column:
+        fields, required = [*fields, "image_column"], (*required, image_column)
     for number, record in enumerate(records):
         values = []
         for field, column in zip(fields, required, strict=True):
@@ -123,11 +146,17 @@ def _selected(
                         f"choose one of {list(_names(record))}"
                     ) from None
                 values.append(None)
+        images = values.pop() if image_column else None
         problem, answer, *reported = values
-        labels = dict(zip(required[2:], reported, strict=True)) | {
+        labels = dict(zip(required[2:], reported, strict=False)) | {
             column: record[column] for column in optional if column in record
         }
-        yield problem, answer, {column: str(label) for column, label in labels.items() if label is not None}
+        yield (
+            problem,
+            answer,
+            images,
+            {column: str(label) for column, label in labels.items() if label is not None},
+        )
 
 
 def _value(record: Record, column: str) -> Any:
@@ -208,9 +237,9 @@ def _open(source: str, cfg: DataConfig, section: str, field: str) -> Iterator[Re
     else:
         splits = datasets.load_dataset(hub, subset or None)
     if isinstance(splits, datasets.Dataset):
-        return _dataset_records(splits, columns)
+        return _dataset_records(splits, columns, path)
     _check_split(cfg, section, source, list(splits))
-    return _dataset_records(splits[cfg.split], columns)
+    return _dataset_records(splits[cfg.split], columns, path)
 
 
 def _check_split(cfg: DataConfig, section: str, source: str, splits: list[Any]) -> None:
@@ -255,6 +284,10 @@ def _csv_records(path: Path, columns: Columns) -> Iterator[Record]:
 
 
 def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
+    if columns.images:  # a Parquet file cannot give a single row later: datasets maps a copy of it
+        pattern = glob.escape(str(path.absolute()))
+        yield from _dataset_records(datasets.Dataset.from_parquet(pattern), columns, path.parent)
+        return
     # given a path, ParquetFile would read "file:x.parquet" as a URI
     with pa.OSFile(str(path)) as source, pyarrow.parquet.ParquetFile(source) as file:
         wanted = _outer_columns(columns, file.schema_arrow.names)
@@ -262,16 +295,20 @@ def _parquet_records(path: Path, columns: Columns) -> Iterator[Record]:
             yield from _arrow_records(pa.Table.from_batches([batch]))
 
 
-def _dataset_records(rows: datasets.Dataset, columns: Columns) -> Iterator[Record]:
+def _dataset_records(rows: datasets.Dataset, columns: Columns, folder: Path) -> Iterator[Record]:
     wanted = _outer_columns(columns, rows.column_names) or rows.column_names
+    images = arrow_images(rows, columns.images, folder) if columns.images in wanted else None
+    wanted = [name for name in wanted if name != columns.images]
     for table in rows.select_columns(wanted).with_format("arrow").iter(_BATCH):
         assert isinstance(table, pa.Table)
-        yield from _arrow_records(table)
+        for record in _arrow_records(table):
+            yield record | {columns.images: next(images)} if images else record
 
 
 def _outer_columns(columns: Columns, names: list[str]) -> list[str] | None:
     """Return the columns to read; None if one does not exist, so that the error line can list all of them."""
     outer = {column if column in names else column.partition(".")[0] for column in columns.required}
+    outer |= {columns.images} - {""}
     return sorted(outer.union(columns.optional).intersection(names)) if outer <= set(names) else None
 
 

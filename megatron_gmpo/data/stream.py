@@ -27,7 +27,7 @@ class Fingerprint(SavedState):
     """Hashes of a data set. They tell what has changed, not where."""
 
     prompts: str
-    """Hash of all token ids, in the order of the data set."""
+    """Hash of all token ids and images, in the order of the data set."""
     answers: str
     """Hash of all answers, in the order of the data set."""
     any_order: str
@@ -166,13 +166,20 @@ class PromptStream:
         if then.prompts == now.prompts:
             return "data has the checkpoint's prompts with other answers"
         if then.answers == now.answers:
-            return "data has the checkpoint's answers, but other prompts (texts, templates or tokenizer)"
+            return (
+                "data has the checkpoint's answers, but other prompts (texts, images, templates or tokenizer)"
+            )
         return "data has other prompts and other answers than the checkpoint's data"
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
         # 5 us for a prompt of 150 tokens; the tokenizer takes 100 us and more
-        prompts = [_hash(array("i", prompt.input_ids).tobytes()) for prompt in self.prompts]
+        prompts = [
+            _hash(
+                array("i", prompt.input_ids).tobytes() + b"".join(image.ref.digest for image in prompt.images)
+            )
+            for prompt in self.prompts
+        ]
         answers = [_hash(prompt.answer.encode()) for prompt in self.prompts]
         pairs = sorted(map(bytes.__add__, prompts, answers))
         return Fingerprint(

@@ -23,6 +23,7 @@ from megatron_gmpo.batch.columns import (
     TrainBatch,
     turn_numbers,
 )
+from megatron_gmpo.batch.images import MicrobatchImages
 from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.batch.plan import plan_step, planned
 from megatron_gmpo.batch.samples import Sample
@@ -39,7 +40,8 @@ EXTRA = {
     "teacher_topk": Column(torch.float32, "predicted", dims=("k",)),
 }
 ALL = COLUMNS | EXTRA
-SIZES = {"layers": 3, "topk": 2, "k": 5}
+SIZES = {"layers": 3, "topk": 2, "k": 5, "axes": 3, "bytes": 16}
+IMAGES = {"rope_positions", "image_counts", "image_starts", "image_grids", "image_digests"}  # test_images.py
 
 
 def content(column: Column, rows: int, generator: torch.Generator) -> Tensor:
@@ -55,16 +57,23 @@ def turns_of(lengths: list[int]) -> list[list[int]]:
     return [[t * (1 + i % 3) // length for t in range(length)] for i, length in enumerate(lengths)]
 
 
+def images_of(lengths: list[int]) -> list[int]:
+    """Return the number of images of each sequence: 0, 1 or 2."""
+    return [i % 3 for i in range(len(lengths))]
+
+
 def batch_of(lengths: list[int]) -> TrainBatch:
     """Return a batch with every column."""
     generator = torch.Generator().manual_seed(0)
     turns = turns_of(lengths)
     rows = {"sequence": len(lengths), "unit": sum(1 + of_sequence[-1] for of_sequence in turns)}
+    rows["image"] = sum(images_of(lengths))
     values = {
         name: content(column, rows.get(column.aligned_to, sum(lengths)), generator)
         for name, column in ALL.items()
     }
     values["lengths"] = torch.tensor(lengths)
+    values["image_counts"] = torch.tensor(images_of(lengths))
     values["turns"] = torch.tensor([t for of_sequence in turns for t in of_sequence], dtype=torch.int32)
     extra = {name: values.pop(name) for name in EXTRA}
     return TrainBatch(**values, extra=extra, extra_columns=EXTRA)
@@ -98,6 +107,7 @@ def test_shares_and_minibatches_cut_every_column(
         of_row = {
             "sequence": range(len(lengths)),
             "unit": [n for n, turns in enumerate(turns_of(lengths)) for _ in range(1 + turns[-1])],
+            "image": [n for n, count in enumerate(images_of(lengths)) for _ in range(count)],
         }
         of_token = [n for n, length in enumerate(lengths) for _ in range(length)]
         for name, column in ALL.items():
@@ -147,7 +157,7 @@ def test_pack_takes_and_pads_every_column(data: st.DataObject) -> None:
         assert packed.sequence_ids.min() >= 0
         assert packed.sequence_ids.max() < len(units or [-1])
         for name, column in ALL.items():
-            if name in ("lengths", "turns", "numbers", "routed_experts"):
+            if name in {"lengths", "turns", "numbers", "routed_experts"} | IMAGES:
                 continue
             found, whole = value(packed, "mask" if name == "response_mask" else name), value(batch, name)
             padding = torch.full(whole.shape[1:], column.padding, dtype=column.dtype)
@@ -159,11 +169,14 @@ def test_pack_takes_and_pads_every_column(data: st.DataObject) -> None:
 
 
 def test_every_tensor_of_a_microbatch_moves() -> None:
-    moved = pack(batch_of([3, 5]), [1, 0]).to(torch.device("meta"))
-    others = ("extra", "bounds", "routed_experts", "router_scores")
+    packed = pack(batch_of([3, 5]), [1, 0])
+    packed.images = MicrobatchImages(torch.ones(4, 2), torch.ones(1, 3), (1,), torch.ones(8))
+    moved = packed.to(torch.device("meta"))
+    others = ("extra", "bounds", "routed_experts", "router_scores", "images")
     tensors = [getattr(moved, f.name) for f in fields(moved) if f.name not in others]
     assert len(tensors) == len(fields(Microbatch)) - len(others)
-    assert all(tensor.is_meta for tensor in [*tensors, *moved.extra.values()])
+    of_images = [getattr(moved.images, name) for name in ("pixels", "grids", "feature_index")]
+    assert all(tensor.is_meta for tensor in [*tensors, *moved.extra.values(), *of_images])
     assert moved.extra.keys() == EXTRA.keys()
 
 
@@ -274,7 +287,7 @@ def test_every_optional_field_is_a_column() -> None:
     shared = {field.name for field in fields(OptionalColumns)}
     assert shared - COLUMNS.keys() == {"extra"}
     own = {"tokens", "lengths", "response_mask", "advantages", "rollout_logprobs"}
-    assert COLUMNS.keys() - shared == own | {"routed_experts", "turns", "numbers"}
+    assert COLUMNS.keys() - shared == own | {"routed_experts", "turns", "numbers"} | IMAGES
 
 
 @quick
