@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class ImageTokens(Protocol):
         ...
 
 
+@runtime_checkable
 class PromptImage(Protocol):
     """An image of a prompt, which stays in the data set."""
 
