@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..command_line import Options, parse_options
 from ..config import Positive
-from ..testing import Family, VisionFamily
+from ..testing import AnyFamily
 
 
 class TinyModel(Options):
@@ -18,7 +18,7 @@ class TinyModel(Options):
 
     out: Path
     """Folder to write."""
-    family: Family | VisionFamily = "qwen3_moe"
+    family: AnyFamily = "qwen3_moe"
     """Architecture, by its Hugging Face model_type."""
     tokenizer: Literal["arithmetic", "countdown", "text", "vision"] = "arithmetic"
     """Tokenizer of the model. ``arithmetic`` and ``countdown`` have one token per character of their task.

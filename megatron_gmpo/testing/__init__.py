@@ -9,3 +9,4 @@ Family = Literal["qwen3_moe", "qwen3", "qwen2_moe", "qwen2", "mixtral", "llama",
 
 VisionFamily = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
 """Model types of tiny vision-language models."""
+AnyFamily = Literal[Family, VisionFamily]

@@ -22,14 +22,14 @@ from transformers import (
 )
 
 from ..errors import InputError
-from . import Family, VisionFamily
+from . import AnyFamily, VisionFamily
 from .tiny_tokenizers import IMAGE, VIDEO, VISION_END, VISION_START, arithmetic_tokenizer, vision_tokenizer
 
 
 def make_tiny_model(
     out: Path,
     *,
-    family: Family | VisionFamily = "qwen3_moe",
+    family: AnyFamily = "qwen3_moe",
     tokenizer: PreTrainedTokenizerFast | None = None,
     num_layers: int = 4,
     hidden_size: int = 64,
@@ -101,7 +101,7 @@ def make_tiny_model(
 
 
 def _of_family(
-    family: Family | VisionFamily, hidden_size: int, ffn_hidden_size: int, head_dim: int, num_experts: int
+    family: AnyFamily, hidden_size: int, ffn_hidden_size: int, head_dim: int, num_experts: int
 ) -> dict[str, Any]:
     """Return the config.json fields that only some families have."""
     experts = {"num_experts_per_tok": 2, "moe_intermediate_size": ffn_hidden_size}
@@ -115,7 +115,7 @@ def _of_family(
         "num_nextn_predict_layers": 0,
     }
     moe = experts | {"head_dim": head_dim, "num_experts": num_experts}
-    fields: dict[Family | VisionFamily, dict[str, Any]] = {
+    fields: dict[AnyFamily, dict[str, Any]] = {
         "qwen3": {"head_dim": head_dim},
         "qwen3_moe": moe | {"norm_topk_prob": True},
         "qwen2_5_vl": _mrope(hidden_size // 4),
@@ -153,7 +153,7 @@ def _mrope(head_dim: int, *, interleaved: bool = False) -> dict[str, Any]:
 
 
 def _with_vision(
-    family: Family | VisionFamily,
+    family: AnyFamily,
     text: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     changes: Mapping[str, Any],
@@ -176,7 +176,7 @@ def _with_vision(
     }
 
 
-def _vision_config(family: Family | VisionFamily, text: dict[str, Any]) -> dict[str, Any]:
+def _vision_config(family: AnyFamily, text: dict[str, Any]) -> dict[str, Any]:
     """Return a tower with 3 layers of 2 heads; Qwen3-VL's gives features to the first two language layers."""
     common = {
         "depth": 3,
@@ -191,7 +191,7 @@ def _vision_config(family: Family | VisionFamily, text: dict[str, Any]) -> dict[
     return common | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
 
 
-def _write_image_processor(out: Path, family: Family | VisionFamily, vision: Any) -> None:
+def _write_image_processor(out: Path, family: AnyFamily, vision: Any) -> None:
     """Write preprocessor_config.json as Qwen's folders on the hub have it. Images have at most 64 tokens."""
     side = vision.patch_size * vision.spatial_merge_size
     processor = {
@@ -217,9 +217,7 @@ def _transpose_experts(path: Path) -> None:
 
 
 @torch.no_grad()
-def _random_model(
-    family: Family | VisionFamily, shape: dict[str, Any], randomize_norms: bool
-) -> PreTrainedModel:
+def _random_model(family: AnyFamily, shape: dict[str, Any], randomize_norms: bool) -> PreTrainedModel:
     auto = AutoModelForImageTextToText if "vision_config" in shape else AutoModelForCausalLM
     model = auto.from_config(AutoConfig.for_model(family, **shape), dtype=torch.float32)
     # transformers zeroes the padding token's embedding. If that token is sampled, the norm's gradient there

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megatron_gmpo.policy.compare_logits import compare_logits
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
@@ -53,6 +53,10 @@ def model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
     def make(name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
         family, _, variant = name.partition(" ")
+        if "_vl" in family:  # with its own tokenizer
+            return tiny_model(
+                family, hidden_size=32, ffn_hidden_size=32, tie_word_embeddings=variant == "tied", dtype=dtype
+            )
         changes = {"mixed": {"mlp_only_layers": [0, 2]}, "alike": {"first_k_dense_replace": 0}}
         if variant not in changes:
             return tiny_model(family, tie_word_embeddings=variant == "tied", dtype=dtype, **options)
@@ -103,6 +107,9 @@ def left_over(folder: Path) -> list[str]:
         ("qwen2_moe", torch.bfloat16, 2, 1),
         ("qwen2_moe mixed", torch.float32, 1, 2),
         ("mixtral", torch.bfloat16, 1, 2),
+        ("qwen2_5_vl", torch.bfloat16, 2, 1),
+        ("qwen3_vl tied", torch.float32, 1, 2),
+        ("qwen3_vl_moe", torch.bfloat16, 2, 4),
     ],
 )
 def test_there_and_back_is_bit_exact(
@@ -128,7 +135,8 @@ def test_there_and_back_is_bit_exact(
     assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= companions
     for file in companions:
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
-    _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    auto = AutoModelForImageTextToText if "_vl" in name else AutoModelForCausalLM
+    _, loading = auto.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 

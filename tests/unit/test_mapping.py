@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megatron_gmpo.models import FAMILIES
+from megatron_gmpo.models.description import read_hf_config
+from megatron_gmpo.models.family import language_config
 from megatron_gmpo.models.hub import hub_names
 from megatron_gmpo.models.mapping import (
     Mapping,
@@ -26,6 +29,7 @@ from megatron_gmpo.models.mapping import (
     with_global_numbers,
 )
 from megatron_gmpo.models.operations import GateUp, QueryKeyValue, Replicated, Split, Vocabulary
+from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 SIZES = st.sampled_from([1, 2, 4])
 SMALL = st.integers(1, 5)
@@ -191,10 +195,49 @@ def test_tables_are_one_to_one(family: str) -> None:
     assert not any("{" in name for name in ours + theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def held_by_transformers(folder: Path) -> dict[str, Tensor]:
+    with_images = (folder / "preprocessor_config.json").exists()
+    auto = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+    return auto.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"qwen3_vl_moe"}))
 def test_hub_names_are_those_transformers_saves(tiny_model: Callable[..., Path], family: str) -> None:
     saved = load_file(tiny_model(family) / "model.safetensors").keys()
-    held = AutoModelForCausalLM.from_pretrained(tiny_model(family)).state_dict()
+    held = held_by_transformers(tiny_model(family))
     assert {part.format(e=e) for name in held for part in hub_names(name, family) for e in range(8)} == saved
     for name in saved:
         assert hub_names(name, family) == (name,)
+
+
+@pytest.mark.parametrize("layout", ["of the hub", "of transformers"])
+def test_stacked_experts_are_read_in_either_layout(
+    tiny_model: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    """Qwen3-VL-MoE's experts on the hub are (E, in, out), and (E, out, in) after ``save_pretrained``."""
+    source = tiny_model("qwen3_vl_moe")
+    held = held_by_transformers(source)
+    prefix = "model.language_model.layers.2.mlp.experts."
+    up_of_5 = held[prefix + "gate_up_proj"][5, 48:]  # experts have 48 channels
+    stored = load_file(source / "model.safetensors")
+    assert torch.equal(stored[prefix + "gate_up_proj"][5].T[48:], up_of_5)
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    if layout == "of transformers":
+        save_file({name: held.get(name, stored[name]) for name in stored}, tmp_path / "model.safetensors")
+    folder = SafetensorsFolder(tmp_path)
+    assert folder.shape(prefix + "5.up_proj.weight") == (48, 64)
+    assert torch.equal(folder.get(prefix + "5.up_proj.weight"), up_of_5)
+    gate, down = folder.get(prefix + "0.gate_proj.weight"), folder.get(prefix + "7.down_proj.weight")
+    assert torch.equal(gate, held[prefix + "gate_up_proj"][0, :48])
+    assert torch.equal(down, held[prefix + "down_proj"][7])
+    assert sum(".experts." in name for name in folder.names) == 4 * 8 * 3
+
+
+def test_a_tower_is_found_by_the_names_of_its_parameters(tiny_model: Callable[..., Path]) -> None:
+    for family, prefix in (("qwen2_5_vl", ""), ("qwen3_vl", "model."), ("qwen3_vl_moe", "model.")):
+        hf = language_config(read_hf_config(str(tiny_model(family))))
+        mapping = Mapping(FAMILIES[family].rows(hf, 300), tied=False)
+        name = "visual.blocks.1.attn.qkv.weight"
+        assert mapping.find(name).hf == (prefix + name,)
+        with pytest.raises(KeyError, match="no conversion rule"):
+            mapping.find("visual")
