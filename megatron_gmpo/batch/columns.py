@@ -337,11 +337,8 @@ class Microbatch(OptionalColumns):
         flat_index: (T,) int64, index of the predicted token in the TrainBatch's flat columns, -1 on slots
             without one.
         input_index: (T,) int64, index of the input token, -1 on padding.
-        rope_positions: (C, 3) int32 position in time, height and width of the inputs in ALL C slots of
-            ``cu_seqlens``, before they are cut over the context-parallel ranks, because Megatron cuts the
-            rotary frequencies itself (``rope_utils._apply_rotary_pos_emb_thd``). Padding continues the
-            positions of its sequence. None without vision.
-        images: what this rank encodes of the microbatch's images, or None on ranks that need no images.
+        rope_positions: (T, 3) int32 position of the input in time, height and width; None without vision.
+        images: the images of the microbatch; None if no context-parallel rank has one.
         advantages: (U,) fp32. Like every column aligned to a sequence, it is repeated for its units.
         rollout_logprobs: (T,) fp32 or None.
         routed_experts: (T', MoE layers of a chunk, topk) int16 experts to replay or compare, for the slots

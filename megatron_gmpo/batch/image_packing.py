@@ -20,14 +20,17 @@ def pack_images(
     cp_size: int,
     cp_rank: int,
     pixels: PixelReader,
-) -> MicrobatchImages:
-    """Return the images of a microbatch on one context-parallel rank.
+    *,
+    encodes: bool,
+) -> MicrobatchImages | None:
+    """Return the images of a microbatch on one context-parallel rank; None if it has none on any rank.
 
     Args:
         sequences: (S,) rows of the batch; -1 is the sequence of a dummy microbatch.
         cu_seqlens: (S + 1,) boundaries of the sequences over all ranks.
         slots: index of this rank's slots in the slots of all ranks.
         pixels: reads the images.
+        encodes: whether this stage of the pipeline encodes the images.
     """
     assert batch.image_counts is not None
     assert batch.image_starts is not None
@@ -35,6 +38,8 @@ def pack_images(
     assert batch.image_digests is not None
     counts = take(batch.image_counts, sequences)
     images = ranges(take(batch.image_counts.cumsum(0) - batch.image_counts, sequences), counts)
+    if not len(images):
+        return None
     digests, grids = batch.image_digests[images], batch.image_grids[images]
     first, number = _distinct(digests)
     sizes = grids.prod(1) // pixels.merge_size**2
@@ -46,7 +51,7 @@ def pack_images(
     starts = cu_seqlens[:-1].repeat_interleave(counts) + batch.image_starts[images]
     index[ranges(starts, sizes)] = ranges(ends - sizes, sizes)
 
-    mine = first[torch.tensor(of_ranks[cp_rank], dtype=torch.int64)]
+    mine = first[torch.tensor(of_ranks[cp_rank] if encodes else [], dtype=torch.int64)]
     return MicrobatchImages(
         pixels=pixels.read(digests[mine], grids[mine]),
         grids=grids[mine],

@@ -27,7 +27,6 @@ from .schema import ranges, take
 _NOT_PACKED = {
     "routed_experts",  # ``Routing.cut`` selects the layers of a chunk
     "numbers",
-    "rope_positions",  # of all slots, see ``Microbatch``
     "image_counts",
     "image_starts",
     "image_grids",
@@ -145,6 +144,7 @@ def pack(
     sequence_multiple: int = 1,
     total_multiple: int = 1,
     pixels: PixelReader | None = None,
+    encodes: bool = True,
 ) -> Microbatch:
     """Pack ``sequences`` of ``batch``, in that order, for one context-parallel rank.
 
@@ -157,7 +157,8 @@ def pack(
         sequence_multiple: a multiple of 2 * cp_size if cp_size > 1.
         total_multiple: the number of slots over all ranks is a multiple of this (tensor_model_parallel_size *
             cp_size under sequence parallelism). The last sequence is padded to reach it.
-        pixels: reads the images; None leaves them out, for stages of the pipeline that encode none.
+        pixels: reads the images; None for a model without vision.
+        encodes: whether this stage of the pipeline encodes images. The others get their slots only.
     """
     assert cp_size == 1 or sequence_multiple % (2 * cp_size) == 0
     chosen = torch.tensor(sequences or [-1], dtype=torch.int64, device=batch.tokens.device)
@@ -169,9 +170,10 @@ def pack(
     padded[-1] += max(multiple, -(-total // multiple) * multiple) - total
 
     owner, position, cu_seqlens = _slots(padded)
-    rope = None if batch.rope_positions is None else _rope_slots(batch, firsts, lengths, owner, position)
     mine = _slots_of_rank(padded, owner, position, cp_size, cp_rank)
-    images = pack_images(batch, chosen, cu_seqlens, mine, cp_size, cp_rank, pixels) if pixels else None
+    images = None
+    if pixels:
+        images = pack_images(batch, chosen, cu_seqlens, mine, cp_size, cp_rank, pixels, encodes=encodes)
     owner, position = owner[mine], position[mine]
     first, length = firsts[owner], lengths[owner]
     input_index = torch.where(position < length, first + position, -1)
@@ -195,7 +197,6 @@ def pack(
         sequence_ids=(units.cumsum(0) - units)[owner] + turns,
         flat_index=flat_index,
         input_index=input_index,
-        rope_positions=rope,
         images=images,
         **packed,
     )
@@ -221,15 +222,3 @@ def _slots_of_rank(
         return slice(None)
     chunk = position // (padded // (2 * cp_size))[owner]
     return (chunk == cp_rank) | (chunk == 2 * cp_size - 1 - cp_rank)
-
-
-def _rope_slots(
-    batch: TrainBatch, firsts: Tensor, lengths: Tensor, owner: Tensor, position: Tensor
-) -> Tensor:
-    """Return (C, 3) int32: the rotary positions of the slots; padding continues those of its sequence."""
-    assert batch.rope_positions is not None
-    last = torch.where(lengths > 0, firsts + lengths - 1, -1)
-    free = take(batch.rope_positions, last, -1).amax(1) + 1  # an image ends with its largest position
-    after = (free - lengths)[owner] + position
-    index = torch.where(position < lengths[owner], firsts[owner] + position, -1)
-    return torch.where(index[:, None] < 0, after[:, None], take(batch.rope_positions, index)).int()

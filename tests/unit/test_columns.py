@@ -41,7 +41,7 @@ EXTRA = {
 }
 ALL = COLUMNS | EXTRA
 SIZES = {"layers": 3, "topk": 2, "k": 5, "axes": 3, "bytes": 16}
-IMAGES = {"rope_positions", "image_counts", "image_starts", "image_grids", "image_digests"}  # test_images.py
+IMAGES = {"image_counts", "image_starts", "image_grids", "image_digests"}  # see test_images.py
 
 
 def content(column: Column, rows: int, generator: torch.Generator) -> Tensor:
@@ -287,7 +287,7 @@ def test_every_optional_field_is_a_column() -> None:
     shared = {field.name for field in fields(OptionalColumns)}
     assert shared - COLUMNS.keys() == {"extra"}
     own = {"tokens", "lengths", "response_mask", "advantages", "rollout_logprobs"}
-    assert COLUMNS.keys() - shared == own | {"routed_experts", "turns", "numbers"} | IMAGES
+    assert COLUMNS.keys() - shared == own | {"routed_experts", "turns", "numbers", "rope_positions"} | IMAGES
 
 
 @quick
