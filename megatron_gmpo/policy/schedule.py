@@ -96,9 +96,18 @@ class Schedule:
         vision, language = self.description.vision, self.description.transformer
         assert vision
         tower = sum(math.prod(shape) for shape in vision.parameters().values())
-        width, experts = language.hidden_size, language.moe_router_topk if self.description.is_moe else 0
-        mlp = experts * (language.moe_ffn_hidden_size or 0) or language.ffn_hidden_size or 0
-        parameters = language.num_layers * (4 * width**2 + 3 * width * mlp)
+        moe = self.description.is_moe
+        heads = (
+            2
+            * (language.num_attention_heads + (language.num_query_groups or 0))
+            * (language.kv_channels or 0)
+        )
+        mlp = (
+            language.moe_router_topk * (language.moe_ffn_hidden_size or 0)
+            if moe
+            else language.ffn_hidden_size
+        )
+        parameters = language.num_layers * language.hidden_size * (heads + 3 * (mlp or 0))
         passes = 0.5 if self.cfg.model.freeze_vision else 1.0
         return passes * tower / parameters * self.groups.tp.size() * self.groups.pp.size()
 

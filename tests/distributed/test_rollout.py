@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gmpo.batch.images import ImageRef
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import Config, RolloutConfig
@@ -211,15 +212,31 @@ class ScoredBy:
         return 1000 * rank() + int(text)
 
 
+def images_of(number: int) -> tuple[ImageRef, ...]:
+    return tuple(ImageRef(bytes([number, i] * 8), (1, 2 + i, 300), ".png") for i in range(number % 3))
+
+
 def scored(owners: list[int]) -> tuple[dict[str, Any], int]:
     samples = iter(
-        Sample([1] * (i + 2), [False, *[True] * (i + 1)], [0.0] * (i + 2), str(i), "length", i)
+        Sample(
+            [1] * (i + 2),
+            [False, *[True] * (i + 1)],
+            [0.0] * (i + 2),
+            str(i),
+            "length",
+            i,
+            images=images_of(i),
+        )
         for i in range(15)
     )
     groups = [SampleGroup(Prompt(str(i), ""), [next(samples) for _ in range(3)]) for i in range(5)]
     mine = {i: group for i, group in enumerate(groups) if owners[i] == rank()}
     timeouts = score(mine, ScoredBy())
-    return {name: column.tolist() for name, column in vars(StepIndex.gather(mine, 5)).items()}, timeouts
+    index = vars(StepIndex.gather(mine, 5))
+    index["image_rows"] = [(row["digest"].tobytes(), tuple(row["grid"])) for row in index["image_rows"]]
+    return {
+        name: column if name == "image_rows" else column.tolist() for name, column in index.items()
+    }, timeouts
 
 
 @pytest.mark.parametrize("owners", [[0] * 5, [1, 0, 1, 1, 0], [3, 3, 0, 2, 3]])
@@ -233,6 +250,8 @@ def test_each_group_is_scored_where_it_is_and_indexed_everywhere(ranks: RankPool
         "group": [i // 3 for i in numbers],
         "length": [i + 2 for i in numbers],
         "response_length": [i + 1 for i in numbers],
+        "images": [i % 3 for i in numbers],
+        "image_rows": [(image.digest, image.grid) for i in numbers for image in images_of(i)],
         "episode_length": [i + 1 for i in numbers],
         "turns": [1] * 15,
         "reward": [1000 * owners[i // 3] + i for i in numbers],

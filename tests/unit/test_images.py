@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 from megatron_gmpo.batch.assembly import whole_batch
 from megatron_gmpo.batch.columns import Microbatch, TrainBatch
@@ -21,6 +23,9 @@ from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.packing import pack, plan_microbatches
 from megatron_gmpo.batch.pixels import PixelReader
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.config import Config
+from megatron_gmpo.models.description import describe_model
+from megatron_gmpo.policy.schedule import Schedule
 
 from ..support.groups import index_of, step_batch
 
@@ -262,6 +267,27 @@ def test_the_tower_counts_in_the_balance_of_replicas() -> None:
         [100] * 4, max_tokens=100, data_parallel_size=2, image_cost=lambda members: 100 * patches(members)
     )
     assert [sum(patches(members) for members in microbatches) > 0 for microbatches in plan] == [True, True]
+
+
+@pytest.mark.parametrize(("family", "frozen"), [("qwen2_5_vl", True), ("qwen3_vl_moe", False)])
+def test_cost_of_a_patch(tiny_model: Callable[..., Path], family: str, frozen: bool) -> None:
+    """The tower's parameters are used once a patch, as those of the layers that a token uses once a token."""
+    path = tiny_model(family)
+    tree = {"device": "cpu", "model": {"path": str(path), "dtype": "fp32", "freeze_vision": frozen}}
+    schedule: Any = object.__new__(Schedule)
+    schedule.cfg = Config.model_validate(tree)
+    schedule.description = describe_model(schedule.cfg, 1, torch.device("cpu"))
+    schedule.groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 2), pp=SimpleNamespace(size=lambda: 3))
+    model = AutoModelForImageTextToText.from_pretrained(path).model
+    used = sum(
+        p.numel() * (2 / len(p) if p.dim() == 3 else 1)  # 2 of the experts
+        for name, p in model.language_model.layers.named_parameters()
+        if p.dim() > 1 and "mlp.gate.weight" not in name
+    )
+    tower = sum(p.numel() for p in model.visual.parameters())
+    # Of 4 passes over a token (old log probabilities, forward, two of backward), a frozen tower has 2.
+    # A rank of the first of 3 stages has a sixth of the language model and the whole tower.
+    assert schedule._patch_cost() == pytest.approx(tower / used * (0.5 if frozen else 1) * 6)
 
 
 def test_an_image_of_several_sequences_is_encoded_once() -> None:
