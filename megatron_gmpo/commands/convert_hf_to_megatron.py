@@ -17,7 +17,7 @@ class ConvertHFToMegatron(Options):
     """Convert a Hugging Face folder into a Megatron checkpoint that loads in any layout."""
 
     hf: Path
-    """Hugging Face folder with safetensors weights."""
+    """Hugging Face folder with safetensors weights, or a name on the hub."""
     megatron: Path
     """Folder to write."""
     dry_run: bool = False
@@ -30,13 +30,20 @@ class ConvertHFToMegatron(Options):
 def main(argv: list[str]) -> None:
     options = parse_options(ConvertHFToMegatron, argv, "megatron-gmpo convert_hf_to_megatron")
 
+    from ..models.snapshot import local_folders
     from ..policy.compare_logits import compare_logits
     from ..weights.hf_to_megatron import HFToMegatron
     from .conversion_job import run_conversion
 
-    hf, megatron = options.hf.absolute(), options.megatron.absolute()
+    hf, megatron = options.hf, options.megatron.absolute()
+
+    def opened() -> HFToMegatron:
+        nonlocal hf
+        hf = Path(local_folders({"--hf": str(options.hf)})["--hf"]).absolute()
+        return HFToMegatron(hf)
+
     run_conversion(
-        lambda: HFToMegatron(hf),
+        opened,
         megatron,
         dry_run=options.dry_run,
         verify=options.verify,

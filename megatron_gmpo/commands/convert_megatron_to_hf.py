@@ -29,7 +29,8 @@ class ConvertMegatronToHF(Options):
     hf: Path
     """Folder to write."""
     template: Path | None = None
-    """Hugging Face folder with the config.json and the tokenizer; needed if the checkpoint has neither."""
+    """Hugging Face folder with the config.json and the tokenizer, or a name on the hub; needed if the
+    checkpoint has neither."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Precision of the weights to write; by default each tensor keeps its precision."""
     max_shard_size: str = "5GB"
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
     max_shard_size = _nbytes(options.max_shard_size)
 
     from ..distributed import agreed
+    from ..models.snapshot import TEXT_FILES, local_folders
     from ..policy.compare_logits import compare_logits
     from ..weights.megatron_to_hf import MegatronToHF
     from ..weights.run_checkpoint import check_whole
@@ -62,7 +64,10 @@ def main(argv: list[str]) -> None:
                 checkpoint = checkpoint_folder(megatron)
             skip = "skip the check with --skip_checksums"
             check_whole(checkpoint, f"give that folder as --megatron, or {skip}", skip)
-        return MegatronToHF(megatron, options.template, options.dtype, max_shard_size)
+        template = options.template
+        if template:
+            template = Path(local_folders({"--template": str(template)}, TEXT_FILES)["--template"])
+        return MegatronToHF(megatron, template, options.dtype, max_shard_size)
 
     run_conversion(
         opened,

@@ -35,7 +35,7 @@ class ExportQuantized(Options):
     """Quantize a Hugging Face model for SGLang with NVIDIA's ModelOpt."""
 
     hf: Path
-    """Hugging Face folder in bf16 or fp32."""
+    """Hugging Face folder in bf16 or fp32, or a name on the hub."""
     out: Path
     """Folder to write."""
     format: Format
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
 
     from ..data.prompts import load_prompts, load_tokenizer
     from ..models.description import read_hf_config
+    from ..models.snapshot import local_folders
 
     data = DataConfig(
         path=options.calibration,
@@ -68,10 +69,11 @@ def main(argv: list[str]) -> None:
         prompt_column=options.prompt_column,
         answer_column=options.answer_column,
     )
-    read_hf_config(str(options.hf), "--hf")
-    prompts = load_prompts(data, load_tokenizer(str(options.hf), "--hf"), "calibration")
+    hf = local_folders({"--hf": str(options.hf)})["--hf"]
+    read_hf_config(hf, "--hf")
+    prompts = load_prompts(data, load_tokenizer(hf, "--hf"), "calibration")
     tokens = [prompt.input_ids for prompt in prompts]
-    print(export_quantized(options.hf, options.out, options.format, tokens, options.python))
+    print(export_quantized(Path(hf), options.out, options.format, tokens, options.python))
 
 
 def export_quantized(

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..batch.assembly import whole_batch
@@ -22,6 +23,7 @@ from ..errors import InputError, ServerError
 from ..models.decoder import prediction_layers
 from ..models.description import describe_model, read_hf_config
 from ..models.family import language_config
+from ..models.snapshot import with_local_models
 from ..platform import choose_device, prepare_megatron, start_process_group
 from ..policy.parallel import start_model_parallel
 from ..policy.policy import Policy
@@ -75,9 +77,10 @@ def measure(
         InputError: a side is unknown, or not supported with these arguments; the rollouts do not exist.
     """
     _check(cfg, sides, layers)
+    device = choose_device(cfg.device)
+    cfg = with_local_models(cfg, device)
     vocab_size = language_config(read_hf_config(cfg.model.path)).vocab_size
     groups = load_groups(folder, step, vocab_size, slice(num_groups))
-    device = choose_device(cfg.device)
     cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"temperature": 1.0})})
     found: dict[str, Side] = {}
     if "policy" in sides:  # first, because every rank takes part
@@ -150,7 +153,8 @@ def policy_side(cfg: Config, groups: list[SampleGroup], device: torch.device, la
     """Return the result of Megatron. Collective."""
     prepare_megatron(device)
     description = describe_model(cfg, int(os.environ.get("WORLD_SIZE", "1")), device)
-    start_process_group(device, cfg.distributed_timeout_s)
+    if not dist.is_initialized():
+        start_process_group(device, cfg.distributed_timeout_s)
     parallel = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     policy = Policy(cfg, description, parallel, device, trainable=False)
     batch = whole_batch(groups)

@@ -35,7 +35,8 @@ class Plan(Options):
     limits of memory and no times."""
     config_folder: Annotated[Path | None, Field(alias="model_config")] = None
     """Folder with the model's config.json, needed only if model.path does not exist yet. The default is the
-    folder with the same name in examples/moe/model_configs."""
+    folder with the same name in examples/moe/model_configs; a name on the hub that is not there is looked up
+    on the hub."""
     prompt_tokens: Positive | None = None
     """Mean length of prompts in tokens; by default a quarter of data.max_prompt_tokens."""
     response_tokens: Positive | None = None
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
     from ..planning.layout import print_plan
 
     print_plan(
-        _with_model_config(cfg, options.config_folder),
+        with_model_config(cfg, options.config_folder),
         options.world_size,
         options.hardware or (None if cfg.device == "cpu" else "h100"),
         prompt_tokens=options.prompt_tokens or max(1, cfg.data.max_prompt_tokens // 4),
@@ -68,12 +69,17 @@ def main(argv: list[str]) -> None:
     )
 
 
-def _with_model_config(cfg: Config, folder: Path | None) -> Config:
+def with_model_config(cfg: Config, folder: Path | None) -> Config:
     """Return the config with ``model.path`` set to a folder that has the model's config.json."""
     if folder is None:
         known = MODEL_CONFIGS / Path(cfg.model.path).name
         is_there = (Path(cfg.model.path) / "config.json").is_file()
-        if not cfg.model.path or is_there or not (known / "config.json").is_file():
+        if not cfg.model.path or is_there:
             return cfg
-        folder = known
+        if (known / "config.json").is_file():
+            folder = known
+        else:
+            from ..models.snapshot import local_folders
+
+            folder = Path(local_folders({"model.path": cfg.model.path}, ["config.json"])["model.path"])
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": str(folder)})})

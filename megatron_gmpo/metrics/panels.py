@@ -64,6 +64,7 @@ class Panel:
 PANELS = (
     Panel("Reward", "mean of a step", {"reward/mean": ""}, smoothed=True),
     Panel("Evaluation", "pass@k", {"eval/*pass@*": ""}),
+    Panel("Successful episodes of an evaluation", "fraction", {"eval/*/success": ""}),
     Panel("Response length", "tokens", {"response_length/mean": "mean", "response_length/max": "longest"}),
     Panel("Truncated responses", "fraction", {"rollout/truncated_fraction": ""}),
     Panel(

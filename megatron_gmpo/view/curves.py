@@ -80,8 +80,8 @@ def curves(runs: list[Metrics], first: int, last: int) -> dict[str, Any]:
 
     Returns:
         ``panels``: title, kind, log and ``metrics`` (metric -> name in the legend) of each panel;
-        ``runs``: for each run, metric -> {x, y} and, for a pass@k, ``low`` and ``high`` of its interval, if
-        the run has logged one.
+        ``runs``: for each run, metric -> {x, y} and ``low`` and ``high`` of its interval, if the run has
+        logged one, as for pass@k.
     """
     series = [run.series(first, last) for run in runs]
     present = {name for found in series for name, (_, values) in found.items() if moves(name, values)}
@@ -105,8 +105,9 @@ def _points(series: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[
     for name, (steps, values) in series.items():
         kept = np.isin(steps, common) if name.startswith("time/") and total else thinned(values)
         points[name] = {"x": steps[kept], "y": values[kept].astype(np.float32)}
-        for end in ("low", "high") if "/pass@" in name else ():
-            if interval := series.get(name.replace("/pass@", f"/ci_{end}@")):
+        benchmark, _, figure = name.rpartition("/")
+        for end in ("low", "high"):
+            if interval := series.get(f"{benchmark}/ci_{end}@{figure.removeprefix('pass@')}"):
                 known = dict(zip(interval[0].tolist(), interval[1].tolist(), strict=True))
                 ends = [known.get(step, math.nan) for step in steps[kept].tolist()]
                 points[name][end] = np.array(ends, np.float32)

@@ -452,6 +452,7 @@ EVERYTHING = [
     "reward/mean",
     "eval/math500/pass@1",
     "eval/math500/pass@4",
+    "eval/unseen/success",
     "response_length/mean",
     "response_length/max",
     "rollout/truncated_fraction",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
 
+from megatron_gmpo.commands import convert_hf_to_megatron, convert_megatron_to_hf
+from megatron_gmpo.commands.plan import with_model_config
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import read_hf_config
@@ -25,7 +27,7 @@ NAME = "someone/tiny.Model-1"
 @pytest.fixture
 def model(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
     """Return a model folder that also has a pickle, code and weights in a subfolder."""
-    folder = copytree(tiny_model("qwen3"), tmp_path / "model")
+    folder = shutil.copytree(tiny_model("qwen3"), tmp_path / "model")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "modeling.py").write_text("raise SystemExit")
     (folder / "original").mkdir()
@@ -84,6 +86,32 @@ def test_a_folder_stays_what_it_is(model: Path, monkeypatch: pytest.MonkeyPatch)
     assert resolved(path=relative).path == relative
     assert resolved(path=str(model)).path == str(model)
     assert resolved(path="").path == ""
+
+
+def test_plan_downloads_the_config_alone(model: Path, use_hub: Callable[[str], None]) -> None:
+    cfg = Config.model_validate({"model": {"path": NAME}})
+    with hub(NAME, model) as (endpoint, _):
+        use_hub(endpoint)
+        found = Path(with_model_config(cfg, None).model.path)
+    assert contents(found) == {"config.json": (model / "config.json").read_bytes()}
+
+
+@pytest.mark.slow
+def test_conversions_take_names(
+    model: Path, use_hub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with hub(NAME, model) as (endpoint, requests):
+        use_hub(endpoint)
+        convert_hf_to_megatron.main(["--hf", f"{NAME}@v1", "--megatron", "converted"])
+        shutil.rmtree("converted/hf")
+        requests.clear()
+        command = ["--megatron", "converted", "--hf", "back", "--template", NAME]
+        convert_megatron_to_hf.main(command)
+        assert not [path for path in requests if path.endswith(".safetensors")]
+    back = saved_tensors(tmp_path / "back")
+    for name, tensor in saved_tensors(model).items():
+        assert torch.equal(back[name], tensor)
 
 
 @pytest.mark.slow

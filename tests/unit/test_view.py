@@ -113,6 +113,20 @@ def test_steps_and_intervals(folder: Path) -> None:
     assert at_10["high"] == pytest.approx([y + 0.03125 for y in at_10["y"]])
 
 
+def test_the_success_of_an_evaluation_has_a_panel_and_its_interval(tmp_path: Path) -> None:
+    figures = {"eval/unseen/success": 0.5, "eval/unseen/ci_low@success": 0.25}
+    figures |= {"eval/unseen/ci_high@success": 0.75, "eval/unseen/pass@1": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4} | figures) + "\n")
+    found = ask(tmp_path, "curves")
+    panels = {panel["title"]: list(panel["metrics"]) for panel in found["panels"]}
+    assert panels == {
+        "Evaluation, pass@k": ["eval/unseen/pass@1"],
+        "Successful episodes of an evaluation, fraction": ["eval/unseen/success"],
+    }
+    points = found["runs"][0]["eval/unseen/success"]
+    assert points == {"x": [4], "y": [0.5], "low": [0.25], "high": [0.75]}
+
+
 # samples
 
 

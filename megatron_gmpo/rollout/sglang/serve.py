@@ -27,6 +27,7 @@ from ... import files
 from ...command_line import exit_with_one_line, load_config
 from ...config import Config
 from ...errors import InputError, RunError, ServerError
+from ...models.snapshot import local_folders
 from ...platform import choose_device
 from ...supervision.records import node_name
 from .processes import LocalServers
@@ -44,7 +45,8 @@ def serve(cfg: Config) -> None:
     Raises:
         ServerError: a server does not start, the servers of another node are not ready in time, or this is
             the only node and has lost all its servers.
-        InputError: ``rollout.num_servers`` is not a multiple of the number of nodes; or see ``LocalServers``.
+        InputError: ``rollout.num_servers`` is not a multiple of the number of nodes; or see ``local_folders``
+            and ``LocalServers``.
     """
     run_dir, task, tasks = Path(cfg.run_dir), int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     share, rest = divmod(cfg.rollout.num_servers, tasks)
@@ -53,8 +55,10 @@ def serve(cfg: Config) -> None:
             f"rollout.num_servers = {cfg.rollout.num_servers} cannot be divided among {tasks} nodes: "
             f"choose a multiple of {tasks}"
         )
+    path = local_folders({"model.path": cfg.model.path})["model.path"]
     cfg = cfg.model_copy(
         update={
+            "model": cfg.model.model_copy(update={"path": path}),
             "rollout": cfg.rollout.model_copy(update={"num_servers": share}),
             "seed": cfg.seed + task * share,
         }
