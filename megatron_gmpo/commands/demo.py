@@ -1,7 +1,8 @@
-"""Train a tiny model with GMPO on the CPU.
+"""Train a small model with GMPO on the CPU.
 
 ``addition``: a tiny Qwen3-MoE, warmed up by supervised learning, learns addition in two processes with expert
 parallelism. ``household``: a tiny Qwen3, warmed up on a few expert episodes, learns tasks of several turns.
+``word_problems``: SmolLM2-135M-Instruct, a real language model, learns to answer word problems.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..command_line import Options, parse_options
 from ..errors import InputError, RunError
@@ -21,9 +22,10 @@ from .plot_metrics import plot_runs
 class Demo(Options):
     """Run a demo. The last line of the output is one JSON object."""
 
-    task: Literal["addition", "household"] = "addition"
-    """Task that the model learns: two-digit ``addition`` (examples/moe/tiny_cpu.toml), or ``household``,
-    tasks in a text game (examples/agents/household_tiny_cpu.toml)."""
+    task: Literal["addition", "household", "word_problems"] = "addition"
+    """Task that the model learns: two-digit ``addition`` (examples/moe/tiny_cpu.toml); ``household``, tasks
+    in a text game (examples/agents/household_tiny_cpu.toml); or ``word_problems``, with a real model
+    (examples/moe/smollm2_135m_cpu.toml), which ``make real`` installs first."""
     prepare_only: bool = False
     """Make only the model and the data that the config reads."""
 
@@ -32,6 +34,8 @@ def main(argv: list[str]) -> None:
     options = parse_options(Demo, argv, "megatron-gmpo demo")
 
     from ..testing.demo import TASKS
+    from ..view.folder import named_runs
+    from ..view.page import export
 
     task = TASKS[options.task]
     if not Path(task.config).is_file():
@@ -48,14 +52,17 @@ def main(argv: list[str]) -> None:
     run_dir = Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     _train(task.config, *task.options, "--run_dir", str(run_dir))
     figures = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    page = run_dir / "page.html"
+    page.write_text(export(named_runs((run_dir,))), encoding="utf-8")
     print(plot_runs((run_dir,)))
-    name = task.metric.rpartition("/")[2]
-    result = {
-        f"{name}_before": figures[0][task.metric],
-        f"{name}_after": figures[-1][task.metric],
-        "seconds": round(time.perf_counter() - start, 1),
-        "run_dir": str(run_dir),
-    }
+    print(f"{page}: open it in a browser; megatron-gmpo view {run_dir} serves it")
+    benchmark, _, name = task.metric.rpartition("/")
+    ends = [f"{benchmark}/ci_{end}@{name.removeprefix('pass@')}" for end in ("low", "high")]
+    result: dict[str, Any] = {}
+    for when, line in (("before", figures[0]), ("after", figures[-1])):
+        result[f"{name}_{when}"] = line[task.metric]
+        result[f"{name}_{when}_interval"] = [round(line[end], 4) for end in ends]
+    result |= {"seconds": round(time.perf_counter() - start, 1), "run_dir": str(run_dir)}
     print(json.dumps(result))
 
 
@@ -63,7 +70,7 @@ def _train(*arguments: str) -> None:
     """Train in two processes, and show their output."""
     launch = [
         "-m",
-        "torch.distributed.run",
+        "megatron_gmpo.supervision.torchrun",
         "--standalone",
         "--nproc-per-node",
         "2",

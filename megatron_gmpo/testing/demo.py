@@ -9,13 +9,17 @@ from pathlib import Path
 
 from .arithmetic import addition_problems, write_addition_problems
 from .household import make_household
+from .smollm2 import make_smollm2
 from .tiny_models import make_tiny_model
 from .warm_up import warm_up
+from .word_problems import write_word_problems
 
 TINY = Path("runs/tiny")
 """Folder in which the config of ``addition`` expects the model and the problems."""
 HOUSEHOLD = Path("runs/household")
 """Folder in which the config of ``household`` expects the model and the tasks."""
+SMOLLM2 = Path("runs/smollm2")
+"""Folder in which the config of ``word_problems`` expects the model and the problems."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,12 @@ def make_addition() -> None:
     (TINY / "warm_up.json").write_text(json.dumps({"loss": loss}))
 
 
+def make_word_problems() -> None:
+    """Write the word problems, and SmolLM2-135M-Instruct."""
+    write_word_problems(SMOLLM2)
+    make_smollm2(SMOLLM2 / "SmolLM2-135M-Instruct")
+
+
 TASKS = {
     "addition": Task(
         "examples/moe/tiny_cpu.toml",
@@ -59,5 +69,11 @@ TASKS = {
         lambda: make_household(HOUSEHOLD),
         HOUSEHOLD / "warm_up.json",
         "eval/unseen/success",
+    ),
+    "word_problems": Task(
+        "examples/moe/smollm2_135m_cpu.toml",
+        make_word_problems,
+        SMOLLM2 / "SmolLM2-135M-Instruct" / "README.md",
+        "eval/heldout/pass@1",
     ),
 }

@@ -96,9 +96,14 @@ def test_the_last_line_of_the_demo_is_its_result(
     monkeypatch.chdir(tmp_path)
     demo.main(["--task", "household"])
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert list(result) == ["success_before", "success_after", "seconds", "run_dir"]
+    rates = ["success_before", "success_before_interval", "success_after", "success_after_interval"]
+    assert list(result) == [*rates, "seconds", "run_dir"]
     assert re.fullmatch(r"runs/demo-\d{8}-\d{6}", result["run_dir"])
     before, _, after = json_lines(Path(result["run_dir"]) / "metrics.jsonl")
     assert result["success_before"] == before["eval/unseen/success"]
     assert result["success_after"] == after["eval/unseen/success"]
+    ends = [after[f"eval/unseen/ci_{end}@success"] for end in ("low", "high")]
+    assert result["success_after_interval"] == pytest.approx(ends, abs=1e-4)
+    page = (Path(result["run_dir"]) / "page.html").read_text()
+    assert "Successful episodes of an evaluation" in page
     assert result["seconds"] > 0

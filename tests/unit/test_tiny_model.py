@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.testing import Family, arithmetic
+from megatron_gmpo.testing import Family, arithmetic, word_problems
 from megatron_gmpo.testing.tiny_models import make_tiny_model
 from megatron_gmpo.testing.tiny_tokenizers import arithmetic_tokenizer, text_tokenizer
 from megatron_gmpo.testing.warm_up import warm_up
@@ -207,3 +208,22 @@ def test_warm_up_teaches_the_answer_its_end_and_not_the_prompt(tmp_path: Path) -
         prompt_loss = model(prompt, labels=prompt).loss
         assert prompt_loss > 2, "the prompt's own tokens were trained"
     assert 0 < loss < 0.2
+
+
+def test_word_problems_are_solved_by_adding_their_numbers(tmp_path: Path) -> None:
+    counts = word_problems.write_word_problems(tmp_path, num_train=400, num_heldout=60)
+    assert list(counts.values()) == [400, 60]
+    asked: list[set[str]] = []
+    for path in counts:
+        problems = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len({problem["problem"] for problem in problems}) == counts[path]
+        for problem in problems:
+            assert sum(map(int, re.findall(r"\d+", problem["problem"]))) == int(problem["answer"])
+        unknown = re.compile("|".join((r"\d+", *word_problems.NAMES, *word_problems.THINGS)))
+        asked.append({unknown.sub("_", problem["problem"]) for problem in problems})
+    train, heldout = asked
+    assert len(train) == len(word_problems.STORIES)
+    assert len(heldout) == len(word_problems.UNSEEN)
+    assert not train & heldout
+    again = word_problems.write_word_problems(tmp_path / "again", num_train=400, num_heldout=60)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in counts]
