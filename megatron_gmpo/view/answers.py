@@ -17,13 +17,16 @@ def answer(runs: Sequence[RunFolder], path: str, query: Mapping[str, str] | None
     """Return the data at a path.
 
     The paths are ``state`` (all runs), ``curves`` (all runs; ``?first=..&last=..`` limits the steps),
-    ``samples/RUN/STEP``, ``tokens/RUN/STEP`` and ``tokens/RUN/STEP/SAMPLE``, where RUN is the run's position.
+    ``samples/RUN/STEP``, ``images/RUN/NAME``, ``tokens/RUN/STEP`` and ``tokens/RUN/STEP/SAMPLE``, where RUN is
+    the run's position.
 
     Raises:
-        LookupError: there is no such path, run, step or sample.
+        LookupError: there is no such path, run, step, image or sample.
     """
-    kind, *numbers = path.split("/")
-    numbers = [_number(text) for text in numbers]
+    kind, *parts = path.split("/")
+    if kind == "images" and len(parts) == 2:
+        return runs[_number(parts[0])].image(parts[1])
+    numbers = [_number(text) for text in parts]
     query = query or {}
     match kind, *numbers:
         case ("state",):

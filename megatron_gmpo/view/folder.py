@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from . import tokens
+from . import images, tokens
 from .curves import Metrics
 from .samples import Transcripts
 from .snapshot import Snapshot, read
@@ -91,6 +91,10 @@ class RunFolder:
         self.transcripts.refresh()
         reward = read(self.path).setting("reward", "name") if self.transcripts.steps else ""
         return self.transcripts.groups(step, str(reward or ""))
+
+    def image(self, name: str) -> str:
+        """Return an image of the run by its file's name, see ``images.data_url``."""
+        return images.data_url(self.path / "images", name)
 
     def tokens(self, step: int) -> dict[str, Any]:
         """Return the summary of a step's record of tokens, see ``tokens.summary``."""

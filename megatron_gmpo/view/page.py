@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.resources import files
 from typing import Any
 
@@ -57,8 +58,11 @@ def export(runs: Sequence[RunFolder]) -> str:
     ]
     kept: set[tuple[int, str, int]] = set()
     for step, kind, run in sorted(steps, reverse=True):
-        found = {path: answer(runs, path) for path in _paths(runs, run, kind, step)}
-        left -= sum(len(to_json(part)) for part in found.values())
+        found: dict[str, Any] = {}
+        for path in _paths(runs, run, kind, step):
+            with suppress(LookupError):  # an image that is missing or cannot be shown
+                found[path] = data[path] if path in data else answer(runs, path)
+        left -= sum(len(to_json(part)) for path, part in found.items() if path not in data)
         if left < 0:
             break
         data |= found
@@ -77,7 +81,9 @@ def export(runs: Sequence[RunFolder]) -> str:
 def _paths(runs: Sequence[RunFolder], run: int, kind: str, step: int) -> list[str]:
     path = f"{kind}/{run}/{step}"
     if kind == "samples":
-        return [path]
+        groups = answer(runs, path)
+        names = {name for group in groups for name in group.get("images", ())}
+        return [path, *(f"images/{run}/{name}" for name in sorted(names))]
     return [path, *(f"{path}/{sample['sample']}" for sample in answer(runs, path)["samples"])]
 
 

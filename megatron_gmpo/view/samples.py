@@ -56,7 +56,8 @@ class Transcripts:
     def groups(self, step: int, reward: str) -> list[dict[str, Any]]:
         """Return the groups of a step; each sample gets ``over_mean``, ``extracted`` and ``why``.
 
-        ``over_mean`` is its reward minus the group's mean; for the others see ``explain``.
+        ``over_mean`` is its reward minus the group's mean; for the others see ``explain``. ``images`` are the
+        names of the prompt's images in the folder ``images`` of the run.
 
         Args:
             reward: ``reward.name`` of the run.
@@ -69,6 +70,7 @@ class Transcripts:
                 file.seek(offset)
                 try:
                     group = orjson.loads(file.readline(MAX_LINE))
+                    group["images"] = [str(name) for name in group.get("images", ())]
                     _explain(group, reward)
                 except (ValueError, TypeError, KeyError, AttributeError):  # InputError is a ValueError
                     group = {"problem": f"the line at byte {offset} of {self._lines.path.name} is damaged"}

@@ -3,7 +3,7 @@
 Every request needs the token, which is the first part of the address's path, so that a page of another site
 and other users of the machine cannot read the run. The name in the Host header must be one of ours, so that
 another site's name that resolves to this machine is refused too. Only GET is answered, and no file of a run
-folder is served as it is.
+folder is served as it is; an image is text in JSON.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ def _serve(secrets: dict[str, str], folder: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     _hide(secrets.values())
     _name_files(folder)
+    if "SGLANG_USE_CPU_ENGINE" in os.environ and "--enable-multimodal" in sys.argv:
+        runpy.run_path(str(Path(__file__).with_name("vision_operators.py")))
     for option in secrets.items():
         sys.argv += option
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)

@@ -60,15 +60,25 @@ function groupBox(group, recorded) {
 }
 
 function promptBox(group) {
-  return el("div", {}, el("div", { className: "facts" }, "Prompt ", el("b", { textContent: group.prompt_id }), "  truth ", el("b", { textContent: group.answer })), turns(group.prompt));
+  return el("div", {}, el("div", { className: "facts" }, "Prompt ", el("b", { textContent: group.prompt_id }), "  truth ", el("b", { textContent: group.answer })), turns(group.prompt, group.images));
 }
 
 // A prompt is text, or messages whose content is text or parts with images. An episode is messages too.
-function turns(prompt) {
-  if (!Array.isArray(prompt)) return el("pre", { className: "prompt", textContent: prompt });
+// The images without a part of their own come last.
+function turns(prompt, names = []) {
+  const left = names.map(picture);
   const kind = (turn) => `turn ${turn.role === "assistant" ? "sampled" : ""}`;
-  return el("div", {}, ...prompt.map((turn) => el("div", { className: kind(turn) },
-    el("div", { className: "facts", textContent: turn.role }), ...(Array.isArray(turn.content) ? turn.content.map(part) : [el("pre", { className: "prompt", textContent: turn.content })]))));
+  const text = (content) => el("pre", { className: "prompt", textContent: content });
+  const boxes = Array.isArray(prompt) ? prompt.map((turn) => el("div", { className: kind(turn) },
+    el("div", { className: "facts", textContent: turn.role }), ...(Array.isArray(turn.content) ? turn.content.map((content) => part(content, left)) : [text(turn.content)]))) : [text(prompt)];
+  return el("div", {}, ...boxes, ...left);
+}
+
+// An image of the run, by the name of its file.
+function picture(name) {
+  const box = el("img", { className: "picture", alt: `image ${name}` });
+  load(`images/${samples.run}/${name}`).then((url) => { box.src = url; }, (error) => box.replaceWith(nothing(`Image ${name} cannot be shown: ${error.message}`)));
+  return box;
 }
 
 // What the environment says of an episode.
@@ -82,7 +92,8 @@ function episodeFacts(sample) {
   return [...said, ["environment", `${number(seconds, 3)} s`]];
 }
 
-function part(content) {
+function part(content, pictures) {
+  if (content?.type === "image" && pictures.length) return pictures.shift();
   const url = content?.image_url?.url ?? content?.image;
   if (typeof url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(url)) return el("img", { src: url, alt: "image of the prompt" });
   return el("pre", { textContent: content?.text ?? (url ? `image ${url}` : JSON.stringify(content)) });
