@@ -19,6 +19,7 @@ import torch.distributed as dist
 from . import files
 from .batch.exchange import Exchange, check_folder
 from .batch.images import ImageTokens
+from .batch.images import ImageFolder
 from .batch.samples import Prompt
 from .checkpoint import check_model, checkpoint_size, model_identity, room_to_save
 from .command_line import load_config, one_line_errors
@@ -44,9 +45,11 @@ from .policy.fp8 import check_fp8
 from .policy.parallel import start_model_parallel
 from .policy.policy import Policy
 from .rewards import Reward, resolve_reward
-from .rollout.embedded import check_embedded_fits, make_embedded
+from .rollout.embedded import make_embedded
+from .rollout.embedded_model import check_embedded_fits
 from .rollout.engine import RolloutEngine
 from .rollout.environments.tools import tool_schemas
+from .rollout.images import RunImages
 from .rollout.player import Player, make_player
 from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
@@ -99,6 +102,11 @@ class Run:
     @property
     def transcripts(self) -> Path:
         return self.run_dir / "transcripts.jsonl"
+
+    @property
+    def images(self) -> RunImages | None:
+        """Return the images of the run; None for a model without vision."""
+        return _images(self.cfg, self.description)
 
     def headline(self, loss: str) -> str:
         """Return one line that says what the run trains, with the description of its loss."""
@@ -172,7 +180,8 @@ class Run:
         SGLang servers on their own devices load in the background while the policy is built.
         """
         if self.cfg.rollout.engine == "sglang":
-            return start_sglang(self.cfg, self.description.hf, self.tokenizer, self.device, self.player)
+            hf, images = self.description.hf, self.images
+            return start_sglang(self.cfg, hf, self.tokenizer, self.device, self.player, images)
         return make_embedded(self.cfg, self.tokenizer, self.device, self.player)
 
     def write_config(self) -> None:
@@ -231,7 +240,8 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
         if on_rank_0 and step < cfg.train.num_steps:
-            load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size, slice(1))
+            images = _images(cfg, description)
+            load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size, slice(1), images)
     samples = train and not cfg.rollout.replay_path
     player = make_player(cfg, tokenizer, positions) if generates else None
     if player and on_rank_0:
@@ -252,6 +262,11 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         step=step,
         checkpoint_bytes=checkpoint_size(parameters, DTYPES[cfg.model.dtype]),
     )
+
+
+def _images(cfg: Config, description: ModelDescription) -> RunImages | None:
+    folder, vision = ImageFolder(Path(cfg.run_dir) / "images"), description.vision
+    return vision and RunImages(folder, vision.image_token, vision.merge_size)
 
 
 def _positions(cfg: Config, hf: Any) -> tuple[int, str]:

@@ -181,7 +181,8 @@ class Loop:
         """Return the step's scored groups, sampled now or read from ``rollout.replay_path``."""
         state, replay_path = self.state, self.cfg.rollout.replay_path
         if replay_path:
-            return replayed(load_share(replay_path, state.step, self.run.description.hf.vocab_size))
+            vocab_size, images = self.run.description.hf.vocab_size, self.run.images
+            return replayed(load_share(replay_path, state.step, vocab_size, images))
         assert self.engine
         assert state.collector
         with self.timer("weight_sync"):
@@ -267,7 +268,8 @@ class Loop:
         step, cfg = self.state.step, self.cfg
         append_transcripts(self.run.transcripts, step + 1, groups, cfg.log.transcripts_per_step)
         if cfg.rollout.save_path:
-            save_groups(cfg.rollout.save_path, step, groups)
+            images = self.run.images
+            save_groups(cfg.rollout.save_path, step, groups, images and images.folder)
 
 
 def _due(interval: int, step: int) -> bool:

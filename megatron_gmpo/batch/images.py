@@ -41,6 +41,11 @@ class ImageRef:
     suffix: str
 
     @property
+    def name(self) -> str:
+        """Return the name of its file."""
+        return f"{self.digest.hex()}{self.suffix}"
+
+    @property
     def patches(self) -> int:
         """Return the number of patches; the language model sees one token for merge_size^2 of them."""
         time, height, width = self.grid
@@ -86,7 +91,7 @@ class ImageFolder:
 
     def path(self, ref: ImageRef) -> Path:
         """Return the path of an image."""
-        return self.folder / f"{ref.digest.hex()}{ref.suffix}"
+        return self.folder / ref.name
 
     def write(self, ref: ImageRef, data: bytes) -> None:
         """Write an image unless the folder has it. Several processes may write the same one."""

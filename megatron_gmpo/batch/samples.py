@@ -41,6 +41,11 @@ class Prompt:
     labels: dict[str, str] = field(default_factory=dict)
     images: Sequence[PromptImage] = ()
 
+    @property
+    def image_refs(self) -> tuple[ImageRef, ...]:
+        """Return the names of the images."""
+        return tuple(image.ref for image in self.images)
+
 
 @dataclass(frozen=True)
 class Episode:

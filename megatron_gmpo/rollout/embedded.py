@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from ..batch.samples import Prompt, Sample, SampleGroup, narrow_experts
@@ -22,35 +22,19 @@ from ..errors import InputError, NonFiniteError
 from ..metrics.figures import Metric
 from ..models import fp8_blocks
 from ..models.description import DTYPES
-from ..models.fp32_head import fp32_product
-from ..models.hub import hub_names
+from .embedded_model import load_model, tower_names, weight_slots
 from .embedded_routers import RoutedExperts, RouterNoise
+from .embedded_vision import EmbeddedVision
 from .ending import Ending, end_token_ids
 from .engine import SamplingParams, report_nothing
 from .episode import Generate
+from .images import RunImages
 from .lockstep import in_lockstep
 from .player import Player
-from .response import Response
+from .response import Context, Response
 
-
-def check_embedded_fits(cfg: Config, parameters: int, world_size: int, memory: int, *, train: bool) -> None:
-    """Check that the embedded engine's whole model has room beside this rank's share of the policy.
-
-    The share is the smallest one possible: an equal part of the weights and, for training, of fp32 gradients,
-    main weights and moments. ``megatron-gmpo plan`` counts what the layout really needs.
-
-    Args:
-        parameters: elements of the model.
-        memory: bytes of a GPU.
-    """
-    engine = parameters * DTYPES[cfg.rollout.dtype or cfg.model.dtype].itemsize
-    per_parameter = DTYPES[cfg.model.dtype].itemsize + (4 + 12 if train else 0)
-    share = parameters * per_parameter // world_size
-    if engine + share > memory:
-        raise InputError(
-            f"rollout.engine = 'embedded' holds the whole model on each GPU: {engine / 2**30:.1f} GiB and at "
-            f"least {share / 2**30:.1f} GiB of the policy, do not fit into {memory / 2**30:.1f}: use 'sglang'"
-        )
+if TYPE_CHECKING:
+    from ..batch.pixels import PixelReader
 
 
 class EmbeddedEngine:
@@ -74,6 +58,7 @@ class EmbeddedEngine:
         quantized: round new weights to their values in block-wise FP8 (see ``models.fp8_blocks``).
         fp32_head: compute the logits of a bf16 model in fp32, see ``fp32_product``.
         player: plays episodes; None samples single responses. The engine starts and closes it.
+        images: the images of the run, and what reads their pixel values; None for a model without vision.
     """
 
     def __init__(
@@ -89,14 +74,12 @@ class EmbeddedEngine:
         quantized: bool = False,
         fp32_head: bool = False,
         player: Player | None = None,
+        images: tuple[RunImages, PixelReader] | None = None,
     ) -> None:
         if player:
             with agreed():
                 player.start()
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
-        )
-        self.model: Any = model.to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
+        self.model = load_model(model_path, dtype, device, fp32_head=fp32_head, vision=bool(images))
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.batch_size = batch_size
@@ -105,13 +88,11 @@ class EmbeddedEngine:
         self._calls = self._batches = 0
         self._player, self._loop = player, asyncio.Runner()
         self._quantized = quantized
-        self._slots = _weight_slots(self.model)
+        self._slots = weight_slots(self.model)
         self._end_ids = end_token_ids(self.model.config, self.model.generation_config, tokenizer)
         self._routing = RoutedExperts(self.model) if routed_experts else None
         self._noise = RouterNoise(self.model)
-        if fp32_head and dtype == torch.bfloat16:
-            head = self.model.get_output_embeddings()
-            head.forward = partial(_fp32_logits, head)
+        self._vision = EmbeddedVision(self.model, *images) if images else None
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         """See ``RolloutEngine.generate``.
@@ -131,6 +112,9 @@ class EmbeddedEngine:
         ending = Ending(self.tokenizer, self._end_ids, sampling.stop)
         self._batches = 0
         with agreed():
+            if self._vision:
+                for group in groups.values():
+                    self._vision.images.keep(group.prompt.images)
             samples = (self._play if self._player else self._respond)(prompts, places, sampling, ending)
             for (i, _), sample in zip(places, samples, strict=True):
                 groups[i].samples.append(sample)
@@ -143,11 +127,12 @@ class EmbeddedEngine:
         """Return a response for each of ``places``: positions of prompts and numbers of samples."""
         samples: list[Sample] = []
         for start in range(0, len(places), self.batch_size):
-            batch = [prompts[i].input_ids for i, _ in places[start : start + self.batch_size]]
+            batch = [prompts[i] for i, _ in places[start : start + self.batch_size]]
+            contexts = [Context(prompt.input_ids, prompt.images) for prompt in batch]
             report = partial(_report_part, sampling.report, start, len(batch), len(places))
             of_batch = replace(sampling, report=report)
-            responses = self._decode(batch, [sampling.max_new_tokens] * len(batch), of_batch, ending)
-            samples += [r.to_sample(ids, ending) for ids, r in zip(batch, responses, strict=True)]
+            responses = self._decode(contexts, [sampling.max_new_tokens] * len(batch), of_batch, ending)
+            samples += [r.to_sample(prompt, ending) for prompt, r in zip(batch, responses, strict=True)]
         return samples
 
     def _play(
@@ -164,14 +149,14 @@ class EmbeddedEngine:
             sampling.report(next(finished) / len(places))
             return sample
 
-        def decode(contexts: list[np.ndarray], limits: list[int]) -> list[Response]:
-            return self._decode([context.tolist() for context in contexts], limits, of_turn, ending)
+        def decode(contexts: list[Context], limits: list[int]) -> list[Response]:
+            return self._decode(contexts, limits, of_turn, ending)
 
         return self._loop.run(in_lockstep(len(places), self.batch_size, play, decode))
 
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See ``RolloutEngine.update_weights``."""
+        """See ``RolloutEngine.update_weights``. The vision tower may be left out: then it stays."""
         missing = set(self._slots)
         for name, tensor in fp8_blocks.rounded(named_tensors) if self._quantized else named_tensors:
             slot = self._slots.get(name)
@@ -189,6 +174,8 @@ class EmbeddedEngine:
                 )
             slot.copy_(tensor)
             missing.remove(name)
+        if self._vision and missing >= (tower := set(tower_names(self._slots))):
+            missing -= tower
         if missing:
             raise InputError(
                 f"weight sync: {len(missing)} tensors of the rollout model were not sent: "
@@ -212,7 +199,7 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def _decode(
-        self, contexts: list[list[int]], limits: list[int], sampling: SamplingParams, ending: Ending
+        self, contexts: list[Context], limits: list[int], sampling: SamplingParams, ending: Ending
     ) -> list[Response]:
         """Decode the next batch of B responses of this ``generate``, token by token.
 
@@ -220,8 +207,7 @@ class EmbeddedEngine:
         """
         generator = self._next_generator()
         self._noise.std, self._noise.generator = sampling.router_noise, generator
-        logits, pad, cache, context_experts = self._prefill(contexts)
-        width = cache.get_seq_length()
+        logits, pad, position, cache, context_experts = self._prefill(contexts)
         rows = torch.arange(len(contexts), device=self.device)  # (b,) rows of the batch still in the cache
         limit = torch.tensor(limits, device=self.device)  # (B,)
         tokens = torch.zeros(len(contexts), max(limits), dtype=torch.int64, device=self.device)
@@ -249,8 +235,9 @@ class EmbeddedEngine:
                 break
             if len(unfinished) <= 0.75 * len(rows):  # removing rows copies the cache, as each step does
                 rows, token, pad = rows[unfinished], token[unfinished], pad[unfinished]
+                position = position[unfinished]
                 cache.batch_select_indices(unfinished)
-            logits = self._forward(token[:, None], width + step - pad, pad, cache)
+            logits = self._forward(token[:, None], position + step, pad, cache)
             if self._routing and experts is not None:
                 experts[rows, step] = self._routing.latest(len(rows))[:, 0]
 
@@ -276,45 +263,60 @@ class EmbeddedEngine:
         self._batches += 1
         return torch.Generator(self.device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
-    def _prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor, DynamicCache, list[Tensor]]:
-        """Prefill every distinct prompt once and copy its cache for each of the B responses.
+    def _prefill(self, contexts: list[Context]) -> tuple[Tensor, Tensor, Tensor, DynamicCache, list[Tensor]]:
+        """Prefill every distinct context once and copy its cache for each of the B responses.
 
         Returns:
-            (B, V) logits of the first response token; (B, 1) number of empty slots on the left; the cache of
-            B rows; (tokens, layers, topk) experts of each response's prompt, [] if they are not recorded.
+            (B, V) logits of the first response token; (B, 1) number of empty slots on the left; (B, 1)
+            position of the first response token; the cache of B rows; (tokens, layers, topk) experts of each
+            response's context, [] if they are not recorded.
         """
-        distinct = sorted({tuple(ids) for ids in prompts}, key=len)
-        place = {ids: row for row, ids in enumerate(distinct)}
-        width = len(distinct[-1])
-        assert len(distinct[0]) > 0, "a prompt without input_ids"
-        padded = [[0] * (width - len(p)) + list(p) for p in distinct]
+        keys = [
+            (tuple(np.asarray(context.tokens).tolist()), tuple(image.ref for image in context.images))
+            for context in contexts
+        ]
+        distinct = sorted(set(keys), key=lambda key: len(key[0]))
+        place = {key: row for row, key in enumerate(distinct)}
+        width = len(distinct[-1][0])
+        assert len(distinct[0][0]) > 0, "a prompt without input_ids"
+        padded = [[0] * (width - len(tokens)) + list(tokens) for tokens, _ in distinct]
         ids = torch.tensor(padded, device=self.device)  # (D, P) left-padded
-        pad = torch.tensor([width - len(p) for p in distinct], device=self.device)[:, None]  # (D, 1)
+        pad = width - torch.tensor([[len(tokens)] for tokens, _ in distinct], device=self.device)  # (D, 1)
         positions = (torch.arange(width, device=self.device)[None] - pad).clamp(min=0)  # (D, P)
+        images, after = {}, width - pad
+        if self._vision:
+            images, positions, delta = self._vision.inputs(ids, pad, [refs for _, refs in distinct])
+            after = after + delta
         cache = DynamicCache(config=self.model.config)
-        logits = self._forward(ids, positions, pad, cache)  # (D, V)
+        logits = self._forward(ids, positions, pad, cache, **images)  # (D, V)
         experts: list[Tensor] = []
         if self._routing:
             by_prompt = self._routing.latest(len(ids))  # (D, P, layers, topk)
-            experts = [by_prompt[place[tuple(p)], width - len(p) :] for p in prompts]
-        spread = torch.tensor([place[tuple(p)] for p in prompts], device=self.device)
+            experts = [by_prompt[place[key], width - len(key[0]) :] for key in keys]
+        spread = torch.tensor([place[key] for key in keys], device=self.device)
         cache.batch_select_indices(spread)
-        return logits[spread], pad[spread], cache, experts
+        return logits[spread], pad[spread], after[spread], cache, experts
 
-    def _forward(self, ids: Tensor, positions: Tensor, pad: Tensor, cache: DynamicCache) -> Tensor:
+    def _forward(
+        self, ids: Tensor, positions: Tensor, pad: Tensor, cache: DynamicCache, **images: Tensor
+    ) -> Tensor:
         """Run (B, T) new tokens after the cached ones; return (B, V) fp32 logits of the last token.
 
-        ``pad`` is (B, 1), the number of empty slots on the left.
+        Args:
+            positions: (B, T), or (3, B, T) in time, height and width.
+            pad: (B, 1) number of empty slots on the left.
+            images: arguments of the model for the images of the tokens.
         """
         slots = torch.arange(cache.get_seq_length() + ids.shape[1], device=self.device)
         mask = (slots >= pad).long() if bool(pad.any()) else None
         out = self.model(
             ids,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions.expand(3, *positions.shape[-2:]) if self._vision else positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **images,
         )
         logits = out.logits[:, -1].float()
         if not logits.isfinite().all():
@@ -329,7 +331,13 @@ def _report_part(report: Callable[[float], None], before: int, size: int, total:
     report((before + share * size) / total)
 
 
-def make_embedded(cfg: Config, tokenizer: Any, device: torch.device, player: Player | None) -> EmbeddedEngine:
+def make_embedded(
+    cfg: Config,
+    tokenizer: Any,
+    device: torch.device,
+    player: Player | None,
+    images: tuple[RunImages, PixelReader] | None = None,
+) -> EmbeddedEngine:
     """Return the engine that ``cfg`` describes; see ``EmbeddedEngine``."""
     return EmbeddedEngine(
         cfg.model.path,
@@ -342,12 +350,8 @@ def make_embedded(cfg: Config, tokenizer: Any, device: torch.device, player: Pla
         quantized=cfg.rollout.quantization == "fp8",
         fp32_head=cfg.uses_fp32_head,
         player=player,
+        images=images,
     )
-
-
-def _fp32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
-    """Return (B, T, V) fp32 logits of (B, T, H) bf16 hidden states."""
-    return fp32_product(hidden.flatten(0, 1), head.weight.T).view(*hidden.shape[:2], -1)
 
 
 def _truncation(sampling: SamplingParams) -> LogitsProcessorList:
@@ -375,26 +379,3 @@ def _sample(
         weights = truncation(None, logprobs).exp()  # pyright: ignore[reportArgumentType]
         token = torch.multinomial(weights, 1, generator=generator)
     return token[:, 0], logprobs.gather(1, token)[:, 0]
-
-
-def _weight_slots(model: Any) -> dict[str, Tensor]:
-    """Return the model's tensors by their names in the Hugging Face checkpoint.
-
-    Transformers stacks routed experts; their entries are views of the stack. Tied weights have one entry,
-    under their first name, like in checkpoints.
-    """
-    slots: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        names = hub_names(name, model.config.model_type)
-        if "{e}" not in names[0]:
-            slots[names[0]] = value
-            continue
-        for e, expert in enumerate(value):
-            slots |= {
-                part.format(e=e): slot for part, slot in zip(names, expert.chunk(len(names)), strict=True)
-            }
-    return slots

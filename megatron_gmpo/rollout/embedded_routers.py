@@ -16,9 +16,10 @@ class RoutedExperts:
     """Record the routing of a transformers MoE's latest forward pass, from the inputs of the experts."""
 
     def __init__(self, model: Any) -> None:
-        self._shape = (model.config.num_hidden_layers, model.config.num_experts_per_tok)
+        config = model.config.get_text_config()
+        self._shape = (config.num_hidden_layers, config.num_experts_per_tok)
         self._latest: dict[int, Tensor] = {}
-        for number, layer in enumerate(model.model.layers):
+        for number, layer in enumerate(model.get_decoder().layers):
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.experts.register_forward_pre_hook(partial(self._note, number))
 
@@ -52,7 +53,7 @@ class RouterNoise(TorchFunctionMode):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        for layer in model.model.layers:
+        for layer in model.get_decoder().layers:
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.gate.forward = partial(self._route, layer.mlp.gate.forward)
 

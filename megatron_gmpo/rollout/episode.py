@@ -14,10 +14,10 @@ from ..batch.samples import Episode, EpisodeEnd, FinishReason, Prompt, Sample, v
 from .ending import Ending
 from .environments import EnvironmentFault, Observation
 from .environments.pool import EnvironmentPool, Session
-from .response import Response
+from .response import Context, Response
 from .turns import TurnTemplate
 
-Generate = Callable[[np.ndarray, int], Awaitable[Response]]
+Generate = Callable[[Context, int], Awaitable[Response]]
 """Sample a turn from the (C,) int32 tokens so far and the maximum number of new tokens."""
 
 _FINISH_REASONS: dict[EpisodeEnd, FinishReason] = {
@@ -85,6 +85,7 @@ async def play(
         text="\n".join(turn[0]["content"] for turn in course.log.turns),
         finish_reason=_FINISH_REASONS[ended],
         episode=course.log.episode(ended, error, session),
+        images=prompt.image_refs,
     )
 
 
@@ -223,7 +224,8 @@ class _Course:
             )
         while True:
             room = self.limits.max_episode_tokens - self.trajectory.length
-            turn = await self.generate(self.trajectory.tokens, min(self.limits.max_new_tokens, room))
+            context = Context(self.trajectory.tokens, self.prompt.images)
+            turn = await self.generate(context, min(self.limits.max_new_tokens, room))
             self.trajectory.add_turn(turn)
             previous = self.log.turns[-1] if self.log.turns else []
             self.log.act(self.ending.text(turn.tokens))

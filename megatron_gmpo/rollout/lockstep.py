@@ -7,13 +7,11 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-import numpy as np
-
 from .episode import Generate
-from .response import Response
+from .response import Context, Response
 
 T = TypeVar("T")
-Decode = Callable[[list[np.ndarray], list[int]], list[Response]]
+Decode = Callable[[list[Context], list[int]], list[Response]]
 """Sample one turn for each of these contexts, with these maximum numbers of new tokens."""
 
 
@@ -34,7 +32,7 @@ async def in_lockstep(
     numbers = iter(range(count))
     live = min(count, together)
     played: dict[int, T] = {}
-    waiting: dict[int, tuple[np.ndarray, int, asyncio.Future[Response]]] = {}
+    waiting: dict[int, tuple[Context, int, asyncio.Future[Response]]] = {}
 
     def decode_if_all_wait() -> None:
         if not waiting or len(waiting) < live:
@@ -45,7 +43,7 @@ async def in_lockstep(
         for (*_, response), result in zip(turns, decoded, strict=True):
             response.set_result(result)
 
-    async def generate(number: int, context: np.ndarray, limit: int) -> Response:
+    async def generate(number: int, context: Context, limit: int) -> Response:
         response = asyncio.get_running_loop().create_future()
         waiting[number] = context, limit, response
         decode_if_all_wait()

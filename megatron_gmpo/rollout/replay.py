@@ -7,34 +7,60 @@ import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from .. import files
+from ..batch.images import SUFFIXES, ImageFolder, ImageRef
 from ..batch.samples import Episode, FinishReason, Prompt, Sample, SampleGroup, version_spans_of
 from ..distributed import agreed, folder_written_by_all, gather_bytes, rank, world_size
 from ..errors import InputError
+from .images import RunImages, StoredImage, copy_images
 
 _INDEX = "index.json"
-_PROMPT = TypeAdapter(Prompt)
+
+
+@dataclass
+class _SavedImage:
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    grid: tuple[PositiveInt, PositiveInt, PositiveInt]
+    suffix: Literal[SUFFIXES]  # pyright: ignore[reportInvalidTypeForm]
+
+    def to_ref(self) -> ImageRef:
+        return ImageRef(bytes.fromhex(self.digest), self.grid, self.suffix)
+
+
+@dataclass
+class _SavedPrompt(Prompt):
+    images: list[_SavedImage] = field(default_factory=list)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+_PROMPT = TypeAdapter(_SavedPrompt)
+_IMAGES = TypeAdapter(list[_SavedImage])
 _EPISODE = TypeAdapter(Episode)
 _PLACES = TypeAdapter(list[tuple[Annotated[str, Field(pattern=r"^rank_\d+\.jsonl$")], NonNegativeInt]])
 
 
-def save_groups(folder: str | Path, step: int, groups: Mapping[int, SampleGroup]) -> None:
+def save_groups(
+    folder: str | Path,
+    step: int,
+    groups: Mapping[int, SampleGroup],
+    images: ImageFolder | None = None,
+) -> None:
     """Write the groups of a step into the folder ``folder/step_000000``, without rounding. Collective.
 
     Each rank with groups writes a shard ``rank_00000.jsonl`` with a group per line. ``index.json`` has the
     shard and the offset of each group, in the order of the step. The folder appears when it is complete. All
-    nodes must see it.
+    nodes must see it. ``folder/images`` has each image of the samples once.
 
     Args:
         groups: this rank's groups by their position in the step.
+        images: the images of the run; None for a model without vision.
     """
     final, name = _step_folder(folder, step), f"rank_{rank():05d}.jsonl"
     with folder_written_by_all(final) as partial:
@@ -43,8 +69,13 @@ def save_groups(folder: str | Path, step: int, groups: Mapping[int, SampleGroup]
             if groups:
                 with (partial / name).open("wb") as file:
                     for position, group in sorted(groups.items()):
+                        if images:
+                            refs = [ref for sample in group.samples for ref in sample.images]
+                            copy_images(refs, images, _images(folder))
                         places.append((position, name, file.tell()))
-                        file.write(json.dumps(asdict(group), default=_encode_array).encode() + b"\n")
+                        prompt = replace(group.prompt, images=group.prompt.image_refs)
+                        record = asdict(SampleGroup(prompt, group.samples))
+                        file.write(json.dumps(record, default=_encode).encode() + b"\n")
         everywhere = gather_bytes(json.dumps(places).encode())
         with agreed(), files.named(partial / _INDEX):
             if rank() == 0:
@@ -72,25 +103,38 @@ def check_groups(folder: str | Path, steps: Iterable[int]) -> None:
             )
 
 
-def load_share(folder: str | Path, step: int, vocab_size: int) -> dict[int, SampleGroup]:
-    """Read this rank's share of the groups of a step, by position. Collective.
+def load_share(
+    folder: str | Path, step: int, vocab_size: int, images: RunImages | None = None
+) -> dict[int, SampleGroup]:
+    """Read this rank's share of the groups of a step, by position, with their images. Collective.
+
+    Args:
+        images: receives the images of the samples; None for a model without vision.
 
     Raises:
         InputError: see ``load_groups``. Raised on every rank.
     """
     with agreed():
-        groups = load_groups(folder, step, vocab_size, slice(rank(), None, world_size()))
+        groups = load_groups(folder, step, vocab_size, slice(rank(), None, world_size()), images)
+        if images:
+            refs = [ref for group in groups for sample in group.samples for ref in sample.images]
+            copy_images(refs, _images(folder), images.folder)
     return {rank() + number * world_size(): group for number, group in enumerate(groups)}
 
 
 def load_groups(
-    folder: str | Path, step: int, vocab_size: int, chosen: slice = slice(None)
+    folder: str | Path,
+    step: int,
+    vocab_size: int,
+    chosen: slice = slice(None),
+    images: RunImages | None = None,
 ) -> list[SampleGroup]:
     """Read groups of a step, written by ``save_groups`` or by an earlier version, on any number of nodes.
 
     Args:
         vocab_size: number of token ids of the model that is trained on the groups.
         chosen: positions of the groups to read.
+        images: the images of the run; None for a model without vision.
 
     Raises:
         InputError: the folder has no such step, it has no groups, or a line or sample of a file is broken or
@@ -102,11 +146,14 @@ def load_groups(
         place = f"line {number}"
         try:
             record = json.loads(line)
-            group = SampleGroup(_PROMPT.validate_python(record["prompt"]), [])
+            prompt = _PROMPT.validate_python(record["prompt"])
+            stored = [StoredImage(image.to_ref(), _images(folder)) for image in prompt.images]
+            group = SampleGroup(Prompt(**vars(prompt) | {"images": stored}), [])
             for i, fields in enumerate(record["samples"]):
                 place = f"line {number}, sample {i}"
                 group.samples.append(_decode_sample(fields))
                 _check_sample(group.samples[-1], vocab_size)
+                _check_images(group.samples[-1], _images(folder), images)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
@@ -175,6 +222,7 @@ def _transcript(step: int, group: SampleGroup) -> str:
         "prompt_id": group.prompt.id,
         "prompt": group.prompt.messages or group.prompt.text,
         "answer": group.prompt.answer,
+        **({"images": [ref.name for ref in group.prompt.image_refs]} if group.prompt.images else {}),
         "samples": [_transcript_of(sample) for sample in group.samples],
     }
     return json.dumps(record, ensure_ascii=False)
@@ -193,6 +241,10 @@ def _transcript_of(sample: Sample) -> dict[str, Any]:
     return record
 
 
+def _images(folder: str | Path) -> ImageFolder:
+    return ImageFolder(Path(folder) / "images")
+
+
 def _step_folder(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:06d}"
 
@@ -201,7 +253,9 @@ def _step_file(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
-def _encode_array(array: Any) -> dict[str, Any]:
+def _encode(array: Any) -> dict[str, Any] | str:
+    if isinstance(array, bytes):  # the digest of an image
+        return array.hex()
     assert isinstance(array, np.ndarray), type(array)
     data = array.astype(array.dtype.newbyteorder("<")).tobytes()
     return {"dtype": array.dtype.name, "shape": array.shape, "base64": base64.b64encode(data).decode()}
@@ -215,7 +269,7 @@ def _decode_array(record: dict[str, Any]) -> np.ndarray:
 
 
 def _decode_sample(record: dict[str, Any]) -> Sample:
-    episode = record.pop("episode", None)
+    episode, images = record.pop("episode", None), record.pop("images", [])
     fields: dict[str, Any] = {
         name: _decode_array(value) if isinstance(value, dict) else value for name, value in record.items()
     }
@@ -224,7 +278,8 @@ def _decode_sample(record: dict[str, Any]) -> Sample:
     if "token_versions" in fields:  # the format with one version per token
         versions = fields.pop("token_versions")
         fields["version_spans"] = None if versions is None else version_spans_of(versions)
-    return Sample(**fields)
+    images = tuple(image.to_ref() for image in _IMAGES.validate_python(images))
+    return Sample(**fields, images=images)
 
 
 def _check_sample(sample: Sample, vocab_size: int) -> None:
@@ -255,3 +310,17 @@ def _check_sample(sample: Sample, vocab_size: int) -> None:
         for name in ("tool_calls", "tool_errors", "seconds"):
             if not 0 <= (value := getattr(episode, name)) < 2**31:
                 raise ValueError(f"episode.{name} = {value!r} is not a number from 0 to 2^31")
+
+
+def _check_images(sample: Sample, stored: ImageFolder, images: RunImages | None) -> None:
+    """Raise a ValueError if training cannot use the images of the sample."""
+    if sample.images and not images:
+        raise ValueError("it has images, and the model has no vision")
+    if not images:
+        return
+    for ref in sample.images:
+        if not stored.path(ref).exists():
+            raise ValueError(f"its image {stored.path(ref)} is missing")
+    places = int(((sample.tokens == images.image_token) & ~sample.response_mask).sum())
+    if places != (wanted := int(images.tokens_of(sample.images).sum())):
+        raise ValueError(f"it has {places} image tokens for images of {wanted} tokens")

@@ -1,13 +1,26 @@
-"""What an engine returns for one response, or for one turn of an episode."""
+"""What an engine samples from and returns, for one response or for one turn of an episode."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..batch.samples import Sample, version_spans_of
+from ..batch.images import PromptImage
+from ..batch.samples import Prompt, Sample, version_spans_of
 from .ending import Ending
+
+
+@dataclass(frozen=True)
+class Context:
+    """The tokens after which a response is sampled, and their images."""
+
+    tokens: Sequence[int] | np.ndarray
+    images: Sequence[PromptImage] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass
@@ -29,15 +42,16 @@ class Response:
     finish_reason: str = ""
     routed_experts: np.ndarray | None = None
 
-    def to_sample(self, prompt: list[int], ending: Ending) -> Sample:
-        """Return the sample of a finished response to the prompt's token ids."""
+    def to_sample(self, prompt: Prompt, ending: Ending) -> Sample:
+        """Return the sample of a finished response."""
         return Sample.from_response(
-            prompt,
+            prompt.input_ids,
             self.tokens,
             self.logprobs,
             text=ending.text(self.tokens),
             finish_reason="stop" if self.finish_reason == "stop" else "length",
             policy_version=int(self.versions.min()),
-            version_spans=version_spans_of(self.versions, start=len(prompt)),
+            version_spans=version_spans_of(self.versions, start=len(prompt.input_ids)),
             routed_experts=self.routed_experts,
+            images=prompt.image_refs,
         )

@@ -17,8 +17,8 @@ def answer(runs: Sequence[RunFolder], path: str, query: Mapping[str, str] | None
     """Return the data at a path.
 
     The paths are ``state`` (all runs), ``curves`` (all runs; ``?first=..&last=..`` limits the steps),
-    ``samples/RUN/STEP``, ``images/RUN/NAME``, ``tokens/RUN/STEP`` and ``tokens/RUN/STEP/SAMPLE``, where RUN is
-    the run's position.
+    ``samples/RUN/STEP``, ``images/RUN/NAME``, ``tokens/RUN/STEP`` and ``tokens/RUN/STEP/SAMPLE``, where RUN
+    is the run's position.
 
     Raises:
         LookupError: there is no such path, run, step, image or sample.

@@ -26,7 +26,7 @@ from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import ModelDescription, describe_model
 from megatron_gmpo.models.fusions import FUSIONS, describe_fusions, fusions_off
 from megatron_gmpo.models.layout import check_layout
-from megatron_gmpo.rollout.embedded import check_embedded_fits
+from megatron_gmpo.rollout.embedded_model import check_embedded_fits
 
 CPU = torch.device("cpu")
 TP, PP, VPP = (

@@ -31,7 +31,8 @@ class Answer:
         versions: (T,) int32, the training step of the weights behind each token, -1 for weights of another
             run. An answer without tokens has one entry, the server's current weights.
         finish_reason: ``stop``, ``length`` or ``abort``.
-        prompt_tokens: number of tokens of the request.
+        prompt_tokens: number of tokens of the request, with those of its images.
+        prompt_ids: these tokens, if the request asked for them.
         routed_experts: flat uint8 or int16 expert ids of all tokens but the last; empty if not recorded.
     """
 
@@ -40,6 +41,7 @@ class Answer:
     versions: np.ndarray
     finish_reason: str
     prompt_tokens: int
+    prompt_ids: list[int] | None
     routed_experts: np.ndarray
 
 
@@ -48,7 +50,8 @@ def parse_answer(content: bytes, nonce: str) -> Answer:
     content, experts = _cut_experts(content)
     content, tokens = _cut(_TOKENS, content)
     content, logprobs = _cut(_LOGPROBS, content)
-    about: dict[str, Any] = orjson.loads(content)["meta_info"]
+    reply: dict[str, Any] = orjson.loads(content)
+    about: dict[str, Any] = reply["meta_info"]
     ids = np.fromstring(tokens, np.int32, sep=",")
     # one [log probability, token, text or null] a token
     rows = logprobs.translate(None, b"[] ").replace(b"null", b"nan")
@@ -58,6 +61,7 @@ def parse_answer(content: bytes, nonce: str) -> Answer:
         versions=_versions(about, len(ids), nonce),
         finish_reason=about["finish_reason"]["type"],
         prompt_tokens=about.get("prompt_tokens", 0),
+        prompt_ids=reply.get("prompt_token_ids"),
         routed_experts=experts,
     )
 

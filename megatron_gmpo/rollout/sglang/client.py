@@ -25,8 +25,9 @@ from ...config import SGLangConfig
 from ...errors import InputError
 from ..ending import Ending
 from ..engine import SamplingParams
+from ..images import RunImages
 from ..player import Player
-from ..response import Response
+from ..response import Context, Response
 from .batches import Batches, Sampled
 from .processes import LocalServers
 from .sampler import Sampler
@@ -55,6 +56,7 @@ class RolloutClient:
             versions of other runs on the same servers. Equal on all nodes.
         store: a store that all nodes reach, in which they share the prompts of a batch.
         routed_experts: (layers, topk) to record every token's experts, or None.
+        images: the images of the run; None for a model without vision.
 
     Raises:
         InputError: the system's limit on open files is too low.
@@ -68,6 +70,7 @@ class RolloutClient:
         nonce: str,
         store: dist.Store,
         routed_experts: tuple[int, int] | None = None,
+        images: RunImages | None = None,
     ) -> None:
         _allow_open_files(len(servers) * cfg.max_concurrent_requests)
         self.local = local
@@ -76,7 +79,7 @@ class RolloutClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout client", daemon=True)
         self._thread.start()
-        self._call(self._open(servers, cfg, nonce, store, routed_experts))
+        self._call(self._open(servers, cfg, nonce, store, routed_experts, images))
 
     async def _open(
         self,
@@ -85,6 +88,7 @@ class RolloutClient:
         nonce: str,
         store: dist.Store,
         routed_experts: tuple[int, int] | None,
+        images: RunImages | None,
     ) -> None:
         self._http = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=certificates()),
@@ -94,7 +98,7 @@ class RolloutClient:
             trust_env=False,  # no proxy between trainer and servers
         )
         self._watcher = Watcher(servers, self.local, cfg, nonce, self._http)
-        self._sampler = Sampler(self._watcher, self._http, cfg, nonce, routed_experts)
+        self._sampler = Sampler(self._watcher, self._http, cfg, nonce, routed_experts, images)
         # a connection of its own, because the main thread may wait in another operation
         own: dist.Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self._batches = Batches(self._watcher, own)
@@ -133,13 +137,14 @@ class RolloutClient:
     # samples
 
     def submit(
-        self, name: str, prompts: list[list[int]], sampling: SamplingParams, ending: Ending
+        self, name: str, prompts: list[Prompt], sampling: SamplingParams, ending: Ending
     ) -> Future[Sampled[Response]]:
         """Start to sample responses in a batch, see ``Batches.sample``, and return at once."""
         seeds = _seeds(sampling, len(prompts))
 
         def respond(position: int, number: int) -> Coroutine[Any, Any, Response]:
-            return self._sampler.sample(prompts[position], sampling, seeds[position][number], ending)
+            prompt, seed = prompts[position], seeds[position][number]
+            return self._sampler.sample(Context(prompt.input_ids, prompt.images), sampling, seed, ending)
 
         return self._start(self._batches.sample(name, len(prompts), sampling.n, respond, sampling.report))
 
@@ -156,7 +161,7 @@ class RolloutClient:
         async def play(position: int, number: int) -> Sample:
             home = Home()
 
-            async def generate(context: np.ndarray, limit: int) -> Response:
+            async def generate(context: Context, limit: int) -> Response:
                 turn = replace(sampling, max_new_tokens=limit)
                 return await self._sampler.sample(context, turn, seeds[position][number], ending, home)
 

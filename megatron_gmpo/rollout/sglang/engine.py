@@ -23,6 +23,7 @@ from ...errors import RunError, ServerError
 from ...metrics.figures import Metric
 from ..ending import Ending, end_token_ids
 from ..engine import SamplingParams
+from ..images import RunImages
 from ..player import Player
 from .agreement import News, Rounds, agree
 from .batches import Sampled
@@ -70,6 +71,7 @@ class SGLangEngine:
         routed_experts: (layers, topk) to record every token's experts, or None.
         player: plays episodes on ranks with a client; None samples single responses. The engine
             starts it there and closes it.
+        images: the images of the run; None for a model without vision.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class SGLangEngine:
         nodes: Nodes,
         routed_experts: tuple[int, int] | None = None,
         player: Player | None = None,
+        images: RunImages | None = None,
     ) -> None:
         self.version = -1
         self._cfg, self._servers, self._sync, self._nodes = cfg, servers, sync, nodes
@@ -96,7 +99,7 @@ class SGLangEngine:
                 if player:
                     player.start()
                 self._client = RolloutClient(
-                    servers, local, cfg.sglang, self._nonce, self._store, routed_experts
+                    servers, local, cfg.sglang, self._nonce, self._store, routed_experts, images
                 )
         self._asleep = False
         self._batches = self._submits = 0
@@ -129,7 +132,7 @@ class SGLangEngine:
         if self._client and self._player:
             future = self._client.play(name, prompts, sampling, ending, self._player)
         elif self._client:
-            future = self._client.submit(name, [p.input_ids for p in prompts], sampling, ending)
+            future = self._client.submit(name, prompts, sampling, ending)
         return Ticket(name, prompts, sampling, ending, future)
 
     def wait(self, ticket: Ticket) -> dict[int, SampleGroup]:
@@ -141,7 +144,7 @@ class SGLangEngine:
                 for position, sampled in ticket.future.result(_LAST_S).items():
                     prompt = ticket.prompts[position]
                     if not self._player:
-                        sampled = [each.to_sample(prompt.input_ids, ticket.ending) for each in sampled]
+                        sampled = [each.to_sample(prompt, ticket.ending) for each in sampled]
                     groups[position] = SampleGroup(prompt, sampled)
         if rank() == 0:
             PromptQueue(self._store, ticket.name, 0).delete()

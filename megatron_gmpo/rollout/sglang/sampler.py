@@ -16,8 +16,10 @@ from ...config import SGLangConfig
 from ...errors import InputError, ServerError
 from ..ending import Ending
 from ..engine import SamplingParams
-from ..response import Response
+from ..images import RunImages
+from ..response import Context, Response
 from .answer import Answer, parse_answer
+from .image_requests import ImageRequests
 from .server_state import ServerEvent
 from .servers import PROBE_TIMEOUT_S, Server
 from .watcher import Home, Member, Watcher
@@ -50,6 +52,7 @@ class Sampler:
         cfg: timeouts and limits.
         nonce: prefix of this run's weight versions.
         routed_experts: (layers, topk) to record every token's experts, or None.
+        images: the images of the run; None for a model without vision.
 
     Attributes:
         retries: number of requests that were sent again, since the start.
@@ -64,15 +67,18 @@ class Sampler:
         cfg: SGLangConfig,
         nonce: str,
         routed_experts: tuple[int, int] | None = None,
+        images: RunImages | None = None,
     ) -> None:
         self.retries = self.old_cache_tokens = 0
         self._watcher, self._http, self._cfg, self._nonce = watcher, http, cfg, nonce
         self._routed_experts = routed_experts
+        self._images = ImageRequests(images) if images else None
+        self._ids_compared = False
         self._timeout = f"sglang.request_timeout_s = {cfg.request_timeout_s:g}"
 
     async def sample(
         self,
-        context: list[int] | np.ndarray,
+        context: Context,
         sampling: SamplingParams,
         seed: int,
         ending: Ending,
@@ -94,24 +100,29 @@ class Sampler:
             home: of the episode of which the response is a turn; see ``Watcher.acquire``.
 
         Raises:
-            InputError: a server refuses a request or the API key, or ends a response too early.
+            InputError: a server refuses a request or the API key, ends a response too early, or gives images
+                other tokens than the context has.
             ServerError: ``ATTEMPTS`` consecutive requests brought no token, a server refused requests for
                 ``request_timeout_s``, or it recorded experts of another model.
         """
         limit, parameters = sampling.max_new_tokens, _parameters(sampling, seed, ending)
-        response = Response()
+        response, prompt = Response(), await self._prompt(context)
         failures = 0
         while not response.finish_reason:
             start, version = len(response.tokens), self._watcher.version
             body = {
                 "rid": f"{self._nonce}-{uuid.uuid4().hex}",
-                "input_ids": np.append(np.asarray(context, np.int32), response.tokens),
+                **prompt,
+                "input_ids": np.append(prompt["input_ids"], response.tokens),
                 "sampling_params": parameters | {"max_new_tokens": limit - start},
-                "return_logprob": True,
-                "return_routed_experts": bool(self._routed_experts),
             }
             try:
-                self._append(response, await self._ask(body, home), limit, ending)
+                answer = await self._ask(body, home)
+                if context.images:
+                    self._compare_tokens(answer, context, response)
+                self._append(response, answer, limit, ending)
+                if context.images and not response.finish_reason and self._has_image_token(response):
+                    response = Response()  # the next request would need an image for it
                 aborted = not response.finish_reason and version == self._watcher.version  # by no sync
                 if aborted and len(response.tokens) == start:
                     raise _RetryError(
@@ -139,6 +150,34 @@ class Sampler:
                 timeout=aiohttp.ClientTimeout(PROBE_TIMEOUT_S),
             ):
                 pass
+
+    async def _prompt(self, context: Context) -> dict[str, Any]:
+        """Return what all requests of a sample have in common."""
+        asked = {"return_logprob": True, "return_routed_experts": bool(self._routed_experts)}
+        if not context.images:
+            return asked | {"input_ids": np.asarray(context.tokens, np.int32)}
+        assert self._images, "a prompt with images for a model without vision"
+        return asked | {"return_prompt_token_ids": not self._ids_compared} | await self._images.of(context)
+
+    def _compare_tokens(self, answer: Answer, context: Context, response: Response) -> None:
+        """Check that the server's context, with the tokens of its images, is ours: its length, once its ids.
+
+        An answer without tokens may come from before the server counted them.
+        """
+        sent = np.append(context.tokens, response.tokens)
+        differs = len(answer.tokens) and answer.prompt_tokens != len(sent)
+        if answer.prompt_ids is not None:
+            self._ids_compared = True
+            differs = differs or answer.prompt_ids != sent.tolist()
+        if differs:
+            raise InputError(
+                f"the SGLang servers make {answer.prompt_tokens} tokens of a prompt with images that has "
+                f"{len(sent)}, or other tokens: give them the model and the images' limits of this run"
+            )
+
+    def _has_image_token(self, response: Response) -> bool:
+        assert self._images
+        return self._images.images.image_token in response.tokens
 
     async def _ask(self, body: dict[str, Any], home: Home | None) -> Answer:
         """Return the answer of a server with the current weights.

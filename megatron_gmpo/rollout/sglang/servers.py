@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -69,6 +70,10 @@ class Server:
         except httpx.TransportError:
             return None
         return str(reply.json().get("weight_version")) if reply.status_code == 200 else None
+
+    def info(self) -> dict[str, Any]:
+        """Return the options with which the server was started, and others."""
+        return _request("GET", f"{self.url}/server_info", self.headers, _REACH_TIMEOUT_S).json()
 
     def answers(self, timeout_s: float) -> bool:
         """Return whether the server generates a token within the timeout.

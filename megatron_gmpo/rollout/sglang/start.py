@@ -20,8 +20,10 @@ from ...errors import InputError, RunError
 from ...models import fp8_blocks
 from ...supervision.records import node_name
 from ...weights.companions import copy_companions
+from ..images import RunImages
 from ..player import Player
 from .engine import SGLangEngine
+from .image_requests import check_serves_images, image_options
 from .processes import LocalServers
 from .servers import (
     Server,
@@ -45,8 +47,8 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
 
     Raises:
         InputError: ``sglang.python`` does not exist; a server of ``rollout.server_urls`` cannot be used; the
-            model is in FP8, which servers load but the weight sync does not send; or the sync uses NCCL and
-            the NCCL versions of trainer and servers differ.
+            model is in FP8, which servers load but the weight sync does not send; running servers would read
+            images in another way; or the sync uses NCCL and the NCCL versions of trainer and servers differ.
     """
     if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
         raise InputError(
@@ -54,7 +56,7 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
             "or give the model in bf16"
         )
     if cfg.rollout.server_urls:
-        external_servers(cfg.rollout.server_urls)
+        check_serves_images(cfg, external_servers(cfg.rollout.server_urls), device)
     elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
         raise InputError(
             f"sglang.python = {cfg.sglang.python!r} does not exist: run make sglang, "
@@ -97,7 +99,12 @@ def check_colocated_gpus(num_servers: int, gpus: int, trainer_gpus: int) -> None
 
 
 def start_sglang(
-    cfg: Config, hf: Any, tokenizer: Any, device: torch.device, player: Player | None = None
+    cfg: Config,
+    hf: Any,
+    tokenizer: Any,
+    device: torch.device,
+    player: Player | None = None,
+    images: RunImages | None = None,
 ) -> SGLangEngine:
     """Start or reach the servers of ``cfg``, and return their engine. Collective.
 
@@ -109,6 +116,7 @@ def start_sglang(
         tokenizer: the model's tokenizer.
         device: device of the policy.
         player: plays episodes; None samples single responses.
+        images: the images of the run; None for a model without vision.
 
     Raises:
         InputError: see ``LocalServers``, ``make_weight_sync`` and ``WeightSync.check``; or colocated servers
@@ -148,7 +156,7 @@ def start_sglang(
     with agreed():
         sync.check([server for of_node in everywhere for server in of_node])
     routed_experts = (hf.num_hidden_layers, hf.num_experts_per_tok) if rollout.routed_experts else None
-    engine = SGLangEngine(cfg, servers, local, sync, tokenizer, nodes, routed_experts, player)
+    engine = SGLangEngine(cfg, servers, local, sync, tokenizer, nodes, routed_experts, player, images)
     if colocated_on_gpus:
         _wait_ready(engine, local)
     return engine
@@ -270,7 +278,7 @@ def local_servers(
     if address and sglang.host == SGLangConfig().host:
         sglang = sglang.model_copy(update={"host": address})
     model_path, dtype = cfg.model.path, cfg.model.dtype
-    options: dict[str, Any] = {}
+    options = image_options(cfg, device)
     if cfg.rollout.quantization == "fp8":
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0):
             # deep_gemm_wrapper/configurer.py, fp8_utils.py:requant_weight_ue8m0_inplace

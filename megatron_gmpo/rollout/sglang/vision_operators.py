@@ -1,4 +1,4 @@
-"""Declare the operators that SGLang's processor of Qwen images looks up on a CPU. Runs in the server's process.
+"""Declare operators that SGLang's processor of Qwen images looks up on a CPU. Runs in the server's process.
 
 ``sglang/srt/multimodal/processors/qwen_vl.py`` imports every model that it can serve, and two of them look up
 operators of SGLang's CPU kernels at import, which are on no package index. Without them SGLang registers no

@@ -1,0 +1,68 @@
+"""The images of a run's prompts while it samples: their files, and the tokens that the model sees of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..batch.images import ImageFolder, ImageRef, PromptImage
+
+
+@dataclass(frozen=True)
+class RunImages:
+    """The images of a run.
+
+    Attributes:
+        folder: receives every image before a response to it is sampled.
+        image_token: id of the token that stands for a part of an image.
+        merge_size: an image has one token for ``merge_size`` x ``merge_size`` patches.
+    """
+
+    folder: ImageFolder
+    image_token: int
+    merge_size: int
+
+    def keep(self, images: Iterable[PromptImage]) -> None:
+        """Write images into the folder unless it has them."""
+        for image in images:
+            if not self.folder.path(image.ref).exists():
+                self.folder.write(image.ref, image.read())
+
+    def tokens_of(self, images: Iterable[ImageRef]) -> np.ndarray:
+        """Return (I,) int64: the number of tokens of each image."""
+        return np.array([image.patches for image in images], np.int64) // self.merge_size**2
+
+    def without_repeats(self, tokens: Sequence[int] | np.ndarray, images: Iterable[ImageRef]) -> np.ndarray:
+        """Return the int32 ``tokens`` of a context with one token in the place of each image.
+
+        Raises:
+            ValueError: the tokens have more or fewer image tokens than the images.
+        """
+        ids, sizes = np.asarray(tokens, np.int32), self.tokens_of(images)
+        places = np.flatnonzero(ids == self.image_token)
+        if len(places) != sizes.sum():
+            raise ValueError(f"{len(places)} image tokens for images of {sizes.sum()} tokens")
+        kept = ids != self.image_token
+        kept[places[sizes.cumsum() - sizes]] = True
+        return ids[kept]
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image of a prompt, in the folder of another run or of saved rollouts."""
+
+    ref: ImageRef
+    folder: ImageFolder
+
+    def read(self) -> bytes:
+        """Return the encoded file."""
+        return self.folder.path(self.ref).read_bytes()
+
+
+def copy_images(images: Iterable[ImageRef], source: ImageFolder, target: ImageFolder) -> None:
+    """Copy images from one folder to another unless it has them."""
+    for ref in set(images):
+        if not target.path(ref).exists():
+            target.write(ref, source.path(ref).read_bytes())

@@ -1,0 +1,112 @@
+"""Prompts with images: the options of the servers, and what a request carries.
+
+SGLang 0.5.23 takes token ids with images. It puts the tokens of an image in the place of each image token of
+``input_ids`` and leaves the other ids as they are, if its cache of preprocessed images is on
+(multimodal/processors/qwen_vl.py:process_mm_data_async). Without it, it decodes Qwen2.5-VL's prompt and
+encodes the text again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ...batch.images import PromptImage
+from ...config import Config
+from ...errors import InputError
+from ..images import RunImages
+from ..response import Context
+from .servers import Server
+
+PREPROCESSED_MB = 256
+"""Size of a server's cache of preprocessed images: the samples of a group send the same ones."""
+_READING = ("image_processor_backend", "mm_process_config", "enable_precise_embedding_interpolation")
+"""Options that change the values of an image."""
+_KEPT = 256
+"""Number of images that a client keeps ready to send."""
+
+
+def image_options(cfg: Config, device: torch.device) -> dict[str, Any]:
+    """Return the options of servers of a vision-language model; none for a model without vision.
+
+    The servers' images then have the pixel values of the trainer's: transformers' processor with Pillow, for
+    images of the same size. Qwen3-VL's positions of patches are interpolated as transformers does.
+    """
+    if not hasattr(AutoConfig.from_pretrained(cfg.model.path, trust_remote_code=False), "vision_config"):
+        return {}
+    options: dict[str, Any] = {
+        "enable_multimodal": True,
+        "image_processor_backend": "pil",
+        "mm_process_config": {"image": {"size": image_size(cfg)}},
+        "mm_preprocess_cache_size_mb": PREPROCESSED_MB,
+        "enable_precise_embedding_interpolation": True,
+    }
+    return options if device.type == "cuda" else options | {"mm_attention_backend": "sdpa"}
+
+
+def image_size(cfg: Config) -> dict[str, int]:
+    """Return the limits of an image's pixels, as the processor takes them."""
+    from transformers import AutoImageProcessor  # imports Pillow
+
+    processor: Any = AutoImageProcessor.from_pretrained(cfg.model.path, trust_remote_code=False)
+    size = {"shortest_edge": processor.size["shortest_edge"], "longest_edge": processor.size["longest_edge"]}
+    if cfg.data.min_pixels:
+        size["shortest_edge"] = cfg.data.min_pixels
+    if cfg.data.max_pixels:
+        size["longest_edge"] = cfg.data.max_pixels
+    return size
+
+
+def check_serves_images(cfg: Config, servers: Sequence[Server], device: torch.device) -> None:
+    """Check that running servers were started with ``image_options``.
+
+    Raises:
+        InputError: an option of a server differs.
+    """
+    wanted = image_options(cfg, device)
+    for server in servers if wanted else ():
+        found = server.info()
+        for name in _READING:
+            if found.get(name) != wanted[name]:
+                raise InputError(
+                    f"{server.url} has {name} = {found.get(name)!r}, and images would differ from the "
+                    f"trainer's: start it with {wanted[name]!r}"
+                )
+        if not found.get("mm_preprocess_cache_size_mb"):
+            raise InputError(
+                f"{server.url} would encode prompts with images anew: start it with "
+                f"--mm-preprocess-cache-size-mb {PREPROCESSED_MB}"
+            )
+
+
+class ImageRequests:
+    """Make the parts of requests that carry prompts with images."""
+
+    def __init__(self, images: RunImages) -> None:
+        self.images = images
+        self._ready: dict[bytes, asyncio.Task[str]] = {}  # the newest last
+
+    async def of(self, context: Context) -> dict[str, Any]:
+        """Keep the images of a context in the run's folder, and return ``input_ids`` and ``image_data``."""
+        data = [await asyncio.shield(self._encoded(image)) for image in context.images]
+        ids = self.images.without_repeats(context.tokens, [image.ref for image in context.images])
+        return {"input_ids": ids, "image_data": data}
+
+    def _encoded(self, image: PromptImage) -> asyncio.Task[str]:
+        """Return the task that keeps an image and gives its ``data:`` URL; one for all samples of a group."""
+        digest = image.ref.digest
+        task = self._ready.pop(digest, None) or asyncio.create_task(asyncio.to_thread(self._load, image))
+        self._ready[digest] = task
+        if len(self._ready) > _KEPT:
+            del self._ready[next(iter(self._ready))]
+        return task
+
+    def _load(self, image: PromptImage) -> str:
+        self.images.keep([image])
+        content = self.images.folder.path(image.ref).read_bytes()
+        return f"data:image/{image.ref.suffix[1:]};base64,{base64.b64encode(content).decode()}"
