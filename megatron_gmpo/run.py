@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch.distributed as dist
 from . import files
 from .batch.exchange import Exchange, check_folder
 from .batch.images import ImageTokens
-from .batch.images import ImageFolder
 from .batch.samples import Prompt
 from .checkpoint import check_model, checkpoint_size, model_identity, room_to_save
 from .command_line import load_config, one_line_errors
@@ -49,7 +49,7 @@ from .rollout.embedded import make_embedded
 from .rollout.embedded_model import check_embedded_fits
 from .rollout.engine import RolloutEngine
 from .rollout.environments.tools import tool_schemas
-from .rollout.images import RunImages
+from .rollout.images import RunImages, run_images
 from .rollout.player import Player, make_player
 from .rollout.replay import check_groups, load_groups
 from .rollout.sglang.start import check_servers, start_sglang
@@ -103,10 +103,10 @@ class Run:
     def transcripts(self) -> Path:
         return self.run_dir / "transcripts.jsonl"
 
-    @property
+    @cached_property
     def images(self) -> RunImages | None:
         """Return the images of the run; None for a model without vision."""
-        return _images(self.cfg, self.description)
+        return run_images(self.cfg, self.description.vision)
 
     def headline(self, loss: str) -> str:
         """Return one line that says what the run trains, with the description of its loss."""
@@ -182,7 +182,7 @@ class Run:
         if self.cfg.rollout.engine == "sglang":
             hf, images = self.description.hf, self.images
             return start_sglang(self.cfg, hf, self.tokenizer, self.device, self.player, images)
-        return make_embedded(self.cfg, self.tokenizer, self.device, self.player)
+        return make_embedded(self.cfg, self.tokenizer, self.device, self.player, self.images)
 
     def write_config(self) -> None:
         """Write the resolved config to config.toml in the run folder. ``load_config`` can read that file."""
@@ -240,7 +240,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
         if on_rank_0 and step < cfg.train.num_steps:
-            images = _images(cfg, description)
+            images = run_images(cfg, description.vision)
             load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size, slice(1), images)
     samples = train and not cfg.rollout.replay_path
     player = make_player(cfg, tokenizer, positions) if generates else None
@@ -262,11 +262,6 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         step=step,
         checkpoint_bytes=checkpoint_size(parameters, DTYPES[cfg.model.dtype]),
     )
-
-
-def _images(cfg: Config, description: ModelDescription) -> RunImages | None:
-    folder, vision = ImageFolder(Path(cfg.run_dir) / "images"), description.vision
-    return vision and RunImages(folder, vision.image_token, vision.merge_size)
 
 
 def _positions(cfg: Config, hf: Any) -> tuple[int, str]:

@@ -31,8 +31,6 @@ class Prompt:
         images: the images, in the order of their tokens in ``input_ids``.
     """
 
-    __pydantic_config__ = {"arbitrary_types_allowed": True}  # noqa: RUF012  # saved rollouts have no images yet
-
     id: str
     answer: str
     text: str | None = None

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,6 @@ from .lockstep import in_lockstep
 from .player import Player
 from .response import Context, Response
 
-if TYPE_CHECKING:
-    from ..batch.pixels import PixelReader
-
 
 class EmbeddedEngine:
     """A ``RolloutEngine`` that samples with a transformers causal language model.
@@ -58,7 +55,7 @@ class EmbeddedEngine:
         quantized: round new weights to their values in block-wise FP8 (see ``models.fp8_blocks``).
         fp32_head: compute the logits of a bf16 model in fp32, see ``fp32_product``.
         player: plays episodes; None samples single responses. The engine starts and closes it.
-        images: the images of the run, and what reads their pixel values; None for a model without vision.
+        images: the images of the run; None for a model without vision.
     """
 
     def __init__(
@@ -74,7 +71,7 @@ class EmbeddedEngine:
         quantized: bool = False,
         fp32_head: bool = False,
         player: Player | None = None,
-        images: tuple[RunImages, PixelReader] | None = None,
+        images: RunImages | None = None,
     ) -> None:
         if player:
             with agreed():
@@ -92,7 +89,7 @@ class EmbeddedEngine:
         self._end_ids = end_token_ids(self.model.config, self.model.generation_config, tokenizer)
         self._routing = RoutedExperts(self.model) if routed_experts else None
         self._noise = RouterNoise(self.model)
-        self._vision = EmbeddedVision(self.model, *images) if images else None
+        self._vision = EmbeddedVision(self.model, images) if images else None
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         """See ``RolloutEngine.generate``.
@@ -336,7 +333,7 @@ def make_embedded(
     tokenizer: Any,
     device: torch.device,
     player: Player | None,
-    images: tuple[RunImages, PixelReader] | None = None,
+    images: RunImages | None = None,
 ) -> EmbeddedEngine:
     """Return the engine that ``cfg`` describes; see ``EmbeddedEngine``."""
     return EmbeddedEngine(

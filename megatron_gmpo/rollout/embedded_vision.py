@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch.images import ImageRef, rope_positions
 from .images import RunImages
-
-if TYPE_CHECKING:
-    from ..batch.pixels import PixelReader
 
 
 class EmbeddedVision:
@@ -24,11 +21,10 @@ class EmbeddedVision:
     Args:
         model: the model.
         images: the images of the run.
-        pixels: reads their pixel values from the run's folder.
     """
 
-    def __init__(self, model: Any, images: RunImages, pixels: PixelReader) -> None:
-        self.images, self._pixels = images, pixels
+    def __init__(self, model: Any, images: RunImages) -> None:
+        self.images = images
         self._places = torch.empty(0, dtype=torch.bool)
         model.model.get_placeholder_mask = self._mask
 
@@ -48,13 +44,16 @@ class EmbeddedVision:
         """
         refs = [ref for row in images for ref in row]
         grids = torch.tensor([ref.grid for ref in refs]).view(-1, 3)
-        counts = [sum(ref.patches for ref in row) // self.images.merge_size**2 for row in images]
+        counts = [[int(self.images.tokens_of(row).sum())] for row in images]
         filled = torch.arange(ids.shape[1], device=ids.device) >= pad
         is_image = (ids == self.images.image_token) & filled
-        wanted = torch.tensor(counts, device=ids.device)[:, None]
-        self._places = is_image & (is_image.cumsum(1) <= wanted)
+        self._places = is_image & (is_image.cumsum(1) <= torch.tensor(counts, device=ids.device))
         flat, deltas = rope_positions(
-            self._places[filled].cpu(), filled.sum(1).cpu(), grids, self.images.merge_size
+            self._places[filled].cpu(),
+            filled.sum(1).cpu(),
+            torch.tensor([len(row) for row in images]),
+            grids,
+            self.images.merge_size,
         )
         positions = ids.new_zeros(3, *ids.shape)
         positions[:, filled] = flat.T.to(ids)
@@ -67,7 +66,7 @@ class EmbeddedVision:
         distinct = {ref.digest: ref for ref in refs}
         digests = torch.tensor([list(digest) for digest in distinct], dtype=torch.uint8)
         grids = torch.tensor([ref.grid for ref in distinct.values()])
-        pixels = self._pixels.read(digests, grids).split(grids.prod(1).tolist())
+        pixels = self.images.pixels.read(digests, grids).split(grids.prod(1).tolist())
         of_image = dict(zip(distinct, pixels, strict=True))
         return torch.cat([of_image[ref.digest] for ref in refs])
 

@@ -1,13 +1,16 @@
-"""The images of a run's prompts while it samples: their files, and the tokens that the model sees of one."""
+"""The images of a run: their files, their pixel values, and the tokens that the model sees of one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ..batch.images import ImageFolder, ImageRef, PromptImage
+from ..batch.images import ImageFolder, ImageRef, ImageTokens, PromptImage
+from ..batch.pixels import PixelReader
+from ..config import Config
 
 
 @dataclass(frozen=True)
@@ -16,13 +19,15 @@ class RunImages:
 
     Attributes:
         folder: receives every image before a response to it is sampled.
-        image_token: id of the token that stands for a part of an image.
+        image_token: id of the tokens of an image.
         merge_size: an image has one token for ``merge_size`` x ``merge_size`` patches.
+        pixels: reads the pixel values of the folder's images.
     """
 
     folder: ImageFolder
     image_token: int
     merge_size: int
+    pixels: PixelReader
 
     def keep(self, images: Iterable[PromptImage]) -> None:
         """Write images into the folder unless it has them."""
@@ -47,6 +52,21 @@ class RunImages:
         kept = ids != self.image_token
         kept[places[sizes.cumsum() - sizes]] = True
         return ids[kept]
+
+
+def run_images(cfg: Config, vision: ImageTokens | None) -> RunImages | None:
+    """Return the images of a run; None for a model without vision.
+
+    Raises:
+        InputError: see ``ModelImages``.
+    """
+    if not vision:
+        return None
+    from ..data.images import ModelImages  # with Pillow, which text models do not need
+
+    processor = ModelImages(cfg.model.path, vision, cfg.data.min_pixels, cfg.data.max_pixels)
+    folder = ImageFolder(Path(cfg.run_dir) / "images")
+    return RunImages(folder, vision.image_token, vision.merge_size, PixelReader(folder, processor))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from megatron_gmpo.errors import InputError, ServerError
 from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.episode import Generate
-from megatron_gmpo.rollout.response import Response
+from megatron_gmpo.rollout.response import Context, Response
 from megatron_gmpo.rollout.sglang import client as rollout_client
 from megatron_gmpo.rollout.sglang import sampler
 from megatron_gmpo.rollout.sglang.batches import Sampled
@@ -149,7 +149,8 @@ def sample(client: RolloutClient, count: int = 1, n: int = 1, tokens: int = 4) -
 def submit(
     client: RolloutClient, prompts: list[list[int]], sampling: SamplingParams, ending: Ending = ENDLESS
 ) -> Future[Sampled[Response]]:
-    return client.submit(f"batch{next(NUMBERS)}", prompts, sampling, ending)
+    named = [Prompt(str(i), "", input_ids=ids) for i, ids in enumerate(prompts)]
+    return client.submit(f"batch{next(NUMBERS)}", named, sampling, ending)
 
 
 async def hang(body: dict[str, Any]) -> Answer:
@@ -894,7 +895,7 @@ class ThreeTurns:
         try:
             for _ in range(3):
                 contexts.append(tokens)
-                turn = await generate(np.array(tokens, np.int32), 2)
+                turn = await generate(Context(np.array(tokens, np.int32)), 2)
                 tokens = [*tokens, *turn.tokens.tolist(), 99]
                 await self.think()
         except asyncio.CancelledError:

@@ -24,7 +24,7 @@ from megatron_gmpo.rollout.environments import EnvironmentFault, Observation
 from megatron_gmpo.rollout.environments.pool import EnvironmentPool
 from megatron_gmpo.rollout.environments.worker import maker
 from megatron_gmpo.rollout.episode import EpisodeLimits, play
-from megatron_gmpo.rollout.response import Response
+from megatron_gmpo.rollout.response import Context, Response
 from megatron_gmpo.rollout.turns import TurnTemplate
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
@@ -304,7 +304,7 @@ def test_the_episode_of_an_endless_or_faulty_environment(pool: EnvironmentPool, 
     task = [{"role": "user", "content": "?"}]
     rendered = tokenizer.apply_chat_template(task, add_generation_prompt=True, tokenize=False)
 
-    async def generate(context: np.ndarray, limit: int) -> Response:
+    async def generate(context: Context, limit: int) -> Response:
         return Response(turn, np.zeros(len(turn), np.float32), np.zeros(len(turn), np.int32), "stop")
 
     sample = asyncio.run(

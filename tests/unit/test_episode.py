@@ -22,7 +22,7 @@ from megatron_gmpo.errors import ServerError
 from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.environments import EnvironmentFault, Observation
 from megatron_gmpo.rollout.episode import EpisodeLimits, play
-from megatron_gmpo.rollout.response import Response
+from megatron_gmpo.rollout.response import Context, Response
 from megatron_gmpo.rollout.turns import TurnTemplate
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
@@ -95,11 +95,12 @@ class Policy:
     given: list[np.ndarray] = field(default_factory=list)
     answered: list[Response] = field(default_factory=list)
 
-    async def generate(self, context: np.ndarray, limit: int) -> Response:
-        assert context.dtype == np.int32
+    async def generate(self, context: Context, limit: int) -> Response:
+        assert isinstance(context.tokens, np.ndarray)
+        assert context.tokens.dtype == np.int32
         number = len(self.given)
         tokens = np.array(self.turns[number][:limit], np.int32)
-        self.given.append(context.copy())
+        self.given.append(context.tokens.copy())
         response = Response(
             tokens,
             logprobs=-1 - np.arange(len(tokens), dtype=np.float32) - 10 * number,

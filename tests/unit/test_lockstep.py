@@ -10,7 +10,7 @@ import pytest
 
 from megatron_gmpo.rollout.episode import Generate
 from megatron_gmpo.rollout.lockstep import in_lockstep
-from megatron_gmpo.rollout.response import Response
+from megatron_gmpo.rollout.response import Context, Response
 
 TURNS = [3, 1, 4, 1, 5, 0, 2, 6]
 """Number of turns of each episode."""
@@ -25,8 +25,8 @@ def played(together: int, seed: int) -> tuple[list[list[int]], list[list[tuple[i
     batches: list[list[tuple[int, int]]] = []
     hurry = random.Random(seed)
 
-    def decode(contexts: list[np.ndarray], limits: list[int]) -> list[Response]:
-        batches.append([(int(context[0]), len(context)) for context in contexts])
+    def decode(contexts: list[Context], limits: list[int]) -> list[Response]:
+        batches.append([(int(context.tokens[0]), len(context)) for context in contexts])
         assert limits == [100 + len(context) for context in contexts]
         return [Response(np.array([len(batches)], np.int32)) for _ in contexts]
 
@@ -34,7 +34,7 @@ def played(together: int, seed: int) -> tuple[list[list[int]], list[list[tuple[i
         tokens = [episode]
         for _ in range(TURNS[episode]):
             await asyncio.sleep(hurry.choice([0, 0.002]))
-            response = await generate(np.array(tokens), 100 + len(tokens))
+            response = await generate(Context(tokens), 100 + len(tokens))
             tokens += response.tokens.tolist()
         return tokens
 
@@ -61,12 +61,12 @@ def test_batches_do_not_depend_on_how_long_environments_take(together: int) -> N
 def test_an_error_ends_all_episodes() -> None:
     ended: list[int] = []
 
-    def decode(contexts: list[np.ndarray], limits: list[int]) -> list[Response]:
+    def decode(contexts: list[Context], limits: list[int]) -> list[Response]:
         raise ArithmeticError("not finite")
 
     async def play(episode: int, generate: Generate) -> None:
         try:
-            await generate(np.array([episode]), 1)
+            await generate(Context([episode]), 1)
         finally:
             ended.append(episode)
 

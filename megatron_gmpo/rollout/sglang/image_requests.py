@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ...batch.images import PromptImage
 from ...config import Config
@@ -23,6 +24,8 @@ from ..images import RunImages
 from ..response import Context
 from .servers import Server
 
+TOWER = "visual."
+"""Beginning of SGLang's names of the vision tower's weights."""
 PREPROCESSED_MB = 256
 """Size of a server's cache of preprocessed images: the samples of a group send the same ones."""
 _READING = ("image_processor_backend", "mm_process_config", "enable_precise_embedding_interpolation")
@@ -37,7 +40,8 @@ def image_options(cfg: Config, device: torch.device) -> dict[str, Any]:
     The servers' images then have the pixel values of the trainer's: transformers' processor with Pillow, for
     images of the same size. Qwen3-VL's positions of patches are interpolated as transformers does.
     """
-    if not hasattr(AutoConfig.from_pretrained(cfg.model.path, trust_remote_code=False), "vision_config"):
+    config = Path(cfg.model.path) / "config.json"
+    if not config.is_file() or "vision_config" not in json.loads(config.read_text()):
         return {}
     options: dict[str, Any] = {
         "enable_multimodal": True,
@@ -60,6 +64,22 @@ def image_size(cfg: Config) -> dict[str, int]:
     if cfg.data.max_pixels:
         size["longest_edge"] = cfg.data.max_pixels
     return size
+
+
+def check_image_limits(cfg: Config) -> None:
+    """Check that all data sets have the same limits of images, because a server has one.
+
+    Raises:
+        InputError: a benchmark has other limits than the training data.
+    """
+    for name, benchmark in cfg.eval.sets.items():
+        for field in ("min_pixels", "max_pixels") if benchmark.image_column else ():
+            value, expected = getattr(benchmark, field), getattr(cfg.data, field)
+            if value != expected:
+                raise InputError(
+                    f"eval.sets.{name}.{field} = {value!r}: SGLang's servers resize all images alike, so it "
+                    f"must be data.{field} = {expected!r}"
+                )
 
 
 def check_serves_images(cfg: Config, servers: Sequence[Server], device: torch.device) -> None:

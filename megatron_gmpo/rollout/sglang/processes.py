@@ -53,6 +53,7 @@ class LocalServers:
         seed: server i samples with seed ``seed + i``.
         device: device type of the servers. GPUs have not been tested yet.
         options: additional options of ``sglang.launch_server``; ``cfg.args`` overrides them.
+        environment: additional environment variables of the servers.
         first_gpu: index of the first server's first GPU among the GPUs that this process sees.
         keys: API key and admin key; None draws them at random.
         address: this machine's address in the URLs if ``cfg.host`` is 0.0.0.0; the default is 127.0.0.1.
@@ -76,6 +77,7 @@ class LocalServers:
         seed: int,
         device: torch.device,
         options: dict[str, Any] = {},  # noqa: B006
+        environment: dict[str, str] = {},  # noqa: B006
         first_gpu: int = 0,
         keys: tuple[str, str] | None = None,
         address: str | None = None,
@@ -115,7 +117,7 @@ class LocalServers:
             }
             for i, port in enumerate(self._ports)
         ]
-        self._environment = _server_environment(device)
+        self._environment = _server_environment(device) | environment
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._started: dict[int, float] = {}
         self._changing = threading.Lock()

@@ -23,7 +23,7 @@ from ...weights.companions import copy_companions
 from ..images import RunImages
 from ..player import Player
 from .engine import SGLangEngine
-from .image_requests import check_serves_images, image_options
+from .image_requests import TOWER, check_image_limits, check_serves_images, image_options
 from .processes import LocalServers
 from .servers import (
     Server,
@@ -48,13 +48,15 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
     Raises:
         InputError: ``sglang.python`` does not exist; a server of ``rollout.server_urls`` cannot be used; the
             model is in FP8, which servers load but the weight sync does not send; running servers would read
-            images in another way; or the sync uses NCCL and the NCCL versions of trainer and servers differ.
+            images in another way; the sync uses NCCL and the NCCL versions of trainer and servers differ; or
+            see ``check_image_limits``.
     """
     if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
         raise InputError(
             f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', "
             "or give the model in bf16"
         )
+    check_image_limits(cfg)
     if cfg.rollout.server_urls:
         check_serves_images(cfg, external_servers(cfg.rollout.server_urls), device)
     elif not cfg.rollout.servers_file and not Path(cfg.sglang.python).is_file():
@@ -152,6 +154,8 @@ def start_sglang(
         nodes=nodes,
         quantized=rollout.quantization == "fp8",
     )
+    if images and cfg.model.freeze_vision and sync.verification:
+        sync.verification.left_out.append(TOWER)
     everywhere = nodes.from_leaders(servers)
     with agreed():
         sync.check([server for of_node in everywhere for server in of_node])
@@ -310,6 +314,8 @@ def local_servers(
         seed=cfg.seed,
         device=device,
         options=options,
+        # SGLang never empties its cache of features, which a trained tower changes
+        environment={} if cfg.model.freeze_vision else {"SGLANG_VLM_CACHE_SIZE_MB": "0"},
         first_gpu=first_gpu,
         keys=keys,
         address=address,

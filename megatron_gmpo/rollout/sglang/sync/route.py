@@ -79,6 +79,9 @@ class WeightSync(ABC):
         device: device on which the buckets are packed.
         quantized: send linear weights in block-wise FP8.
         reuse_buffers: see ``BucketPacker``.
+
+    Attributes:
+        verification: checks the servers' weights, if ``cfg.verify`` is set.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class WeightSync(ABC):
         self._packer = BucketPacker(
             self._bucket_bytes // 2, self._allocate, quantized=quantized, reuse_buffers=reuse_buffers
         )
-        self._verification = Verification() if cfg.verify else None
+        self.verification = Verification() if cfg.verify else None
 
     @torch.no_grad()
     def update(
@@ -133,9 +136,9 @@ class WeightSync(ABC):
                     raise problem
             complete = [each for each in everywhere if each]
             differing: list[Server] = []
-            if self._verification:
+            if self.verification:
                 digests = {server: digest for each in complete for server, digest in each.digests.items()}
-                differing = self._verification.differing(digests, version)
+                differing = self.verification.differing(digests, version)
             if session:
                 for server in differing:
                     if server in session.servers:
@@ -206,8 +209,8 @@ class WeightSync(ABC):
 
     def _open(self, session: Session, version: str) -> None:
         session.request("/pause_generation", {"mode": self._cfg.in_flight})
-        if self._verification:
-            self._verification.scramble(session)
+        if self.verification:
+            self.verification.scramble(session)
         self._begin(session, version)
 
     def _conclude(self, session: Session, version: str) -> dict[Server, str]:
@@ -219,7 +222,7 @@ class WeightSync(ABC):
         for server, reply in session.request("/model_info").items():
             if (found := reply.json()["weight_version"]) != version:
                 session.drop(server, f"has weights {found!r} after the sync, not {version!r}")
-        return self._verification.check(session) if self._verification else {}
+        return self.verification.check(session) if self.verification else {}
 
     def _begin(self, session: Session, version: str) -> None:
         """Prepare the servers for the first bucket."""
