@@ -18,7 +18,15 @@ import pytest
 
 from megatron_gmpo.metrics.token_records import Record
 
-from ..support.view_runs import MARKUP, add_episodes, add_heartbeat, add_samples, add_steps, write_run
+from ..support.view_runs import (
+    MARKUP,
+    add_episodes,
+    add_heartbeat,
+    add_pictures,
+    add_samples,
+    add_steps,
+    write_run,
+)
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make install")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
@@ -218,6 +226,40 @@ def test_an_episode_is_shown_turn_by_turn(tmp_path: Path, page: Any) -> None:
         playwright.expect(failed).to_contain_text(f"The environment failed. ValueError: {MARKUP}")
         page.wait_for_timeout(200)  # an error handler would have run
         assert "owned" not in page.title()
+
+
+def assert_pictures(page: Any, widths: list[int]) -> None:
+    """Check that the images of the tab Samples are shown in this order; ``widths`` are of their files."""
+    tab(page, "Samples")
+    pictures = page.locator("img.picture")
+    playwright.expect(pictures).to_have_count(len(widths))
+    for number, width in enumerate(widths):
+        playwright.expect(pictures.nth(number)).to_have_js_property("naturalWidth", width)
+
+
+def test_the_images_of_prompts(tmp_path: Path, page: Any) -> None:
+    """They stand at their places in a message, or after a text.
+
+    An exported page has them in it; a line takes the place of one that was missing.
+    """
+    folder = write_run(tmp_path / "vision", 12)
+    names = add_pictures(folder, 13)
+    before = sorted((file, file.stat().st_mtime_ns) for file in folder.rglob("*"))
+    target = tmp_path / "page.html"
+    command = [sys.executable, "-m", "megatron_gmpo", "view", str(folder), "--export", str(target)]
+    with viewed(folder) as address:
+        page.goto(address)
+        assert_pictures(page, [40, 50, 60])
+        parts = page.locator(".group").first.locator(".turn > *").all()
+        kinds = [part.evaluate("part => part.tagName") for part in parts]
+        assert kinds == ["DIV", "PRE", "IMG", "PRE", "IMG"]
+        assert "owned" not in page.title()
+    assert sorted((file, file.stat().st_mtime_ns) for file in folder.rglob("*")) == before
+    (folder / "images" / names[1]).unlink()
+    subprocess.run(command, check=True, timeout=TIMEOUT_S)
+    page.goto(target.as_uri())
+    assert_pictures(page, [40, 60])
+    playwright.expect(page.locator("main")).to_contain_text(f"Image {names[1]} cannot be shown")
 
 
 def test_a_run_in_progress(tmp_path: Path, page: Any) -> None:

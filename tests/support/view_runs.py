@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from megatron_gmpo.batch.images import ImageFolder, ImageRef, digest_of
 from megatron_gmpo.batch.samples import Episode, Prompt, Sample, SampleGroup
 from megatron_gmpo.metrics.token_records import Record, choose, write_records
+from megatron_gmpo.rollout.images import StoredImage
 from megatron_gmpo.rollout.replay import append_transcripts
 
 MARKUP = (
@@ -160,6 +164,31 @@ def add_episodes(folder: Path, step: int) -> None:
     ]
     group = SampleGroup(Prompt("rooms/7", "", "Leave the room."), samples)
     append_transcripts(folder / "transcripts.jsonl", step, {0: group}, 1)
+
+
+def add_pictures(folder: Path, step: int) -> list[str]:
+    """Append two groups with images to the transcripts: parts of a message, and of a text.
+
+    Returns:
+        The names of the three images, which are 40, 50 and 60 pixels wide and 20 pixels high.
+    """
+    images = []
+    for width in (40, 50, 60):
+        encoded = io.BytesIO()
+        Image.new("RGB", (width, 20), (200, 3 * width, 30)).save(encoded, "PNG")
+        ref = ImageRef(digest_of(encoded.getvalue()), (1, 2, 4), ".png")
+        images.append(StoredImage(ref, ImageFolder(folder / "images")))
+        images[-1].folder.write(ref, encoded.getvalue())
+    parts = [{"type": "text", "text": f"Is {MARKUP}"}, {"type": "image"}, {"type": "text", "text": "like"}]
+    content = [*parts, {"type": "image"}]
+    prompts = [
+        Prompt("pictures/1", "42", messages=[{"role": "user", "content": content}], images=images[:2]),
+        Prompt("pictures/2", "42", f"What? {MARKUP}", images=images[2:]),
+    ]
+    samples = [made_sample(np.random.default_rng(0), 1.0)]
+    groups = {i: SampleGroup(prompt, samples) for i, prompt in enumerate(prompts)}
+    append_transcripts(folder / "transcripts.jsonl", step, groups, 2)
+    return [image.ref.name for image in images]
 
 
 def made_sample(rng: np.random.Generator, reward: float) -> Sample:

@@ -38,7 +38,7 @@ from megatron_gmpo.view.samples import explain
 from megatron_gmpo.view.server import make_app
 from megatron_gmpo.view.tokens import recorded_steps, summary
 
-from ..support.view_runs import MARKUP, write_run
+from ..support.view_runs import MARKUP, add_pictures, write_run
 
 TOKEN = "a-token"
 
@@ -180,6 +180,52 @@ def test_why_a_response_got_its_reward(
 def test_why_a_countdown_failed(answer: str, why: str) -> None:
     sample = {"text": f"so <answer> {answer} </answer>", "reward": float(answer == "6*7")}
     assert explain("countdown", "6,7=42", sample) == (answer, why)
+
+
+def test_images_come_from_the_folder_of_images_alone(tmp_path: Path) -> None:
+    """An image is named by its digest, and its type is what its content says."""
+    folder, outside = tmp_path / "run", tmp_path / "outside.png"
+    folder.mkdir()
+    names = add_pictures(folder, 1)
+    found = ask(folder, f"images/0/{names[0]}")
+    start, _, content = found.partition(",")
+    assert start == "data:image/png;base64"
+    assert base64.b64decode(content) == (folder / "images" / names[0]).read_bytes()
+    page = export([RunFolder(folder, "run")])
+    assert all(f"images/0/{name}" in page for name in names)
+    digest = "0" * 32
+    outside.write_bytes(base64.b64decode(content))
+    (folder / "images" / f"{digest}.png").symlink_to(outside)
+    (folder / "images" / f"{digest}.gif").write_text("<svg onload=alert(1)>")
+    (folder / "images" / f"{digest}.webp").write_bytes(b"\xff\xd8\xff" + bytes(9 * 2**20))
+    (folder / "images" / f"{digest}.jpg").write_bytes(b"GIF89a")
+    (folder / "images" / f"{digest}.bmp").mkdir()
+    (folder / names[0]).write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert ask(folder, f"images/0/{digest}.jpg") == "data:image/gif;base64,R0lGODlh"
+    for name in (
+        *(f"{digest}.{suffix}" for suffix in ("png", "gif", "webp", "bmp", "tiff")),
+        f"../{names[0]}",
+        f"..%2F{names[0]}",
+        "../config.toml",
+        names[0].upper(),
+        f"{names[0]}\n",
+        "",
+    ):
+        with pytest.raises(LookupError):
+            ask(folder, f"images/0/{name}")
+    with pytest.raises(LookupError):
+        ask(folder, f"images/1/{names[0]}")
+
+
+def test_a_damaged_list_of_images_spoils_no_other_group(tmp_path: Path) -> None:
+    add_pictures(tmp_path, 1)
+    file = tmp_path / "transcripts.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(json.dumps(json.loads(first) | {"images": 7}) + "\n" + second + "\n")
+    damaged, whole = ask(tmp_path, "samples/0/1")
+    assert "is damaged" in damaged["problem"]
+    assert len(whole["images"]) == 1
+    assert "images/0/" in export([RunFolder(tmp_path, "run")])
 
 
 @pytest.mark.slow

@@ -1,0 +1,237 @@
+"""Samples with images: the embedded engine against transformers, saved rollouts, and requests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
+from megatron_gmpo.config import Config
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.models.description import read_hf_config, vision_of
+from megatron_gmpo.rollout.embedded import EmbeddedEngine
+from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.images import RunImages, run_images
+from megatron_gmpo.rollout.replay import append_transcripts, load_groups, load_share, save_groups
+from megatron_gmpo.testing.tiny_models import make_tiny_model
+
+from ..support.groups import in_order
+from ..support.vision import SIZES, VisionReference, picture
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that returns the folder of a family's tiny model, which it makes once."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            kind: Any = family
+            make_tiny_model(made[family], family=kind, num_layers=2, randomize_norms=True)
+        return made[family]
+
+    return folder
+
+
+def images_of(model: Path, run_dir: Path) -> RunImages:
+    made = run_images(
+        Config.model_validate({"model": {"path": str(model)}, "run_dir": str(run_dir)}),
+        vision_of(read_hf_config(str(model))),
+    )
+    assert made
+    return made
+
+
+def prompts_of(reference: VisionReference, folder: Path) -> list[Prompt]:
+    """Return a prompt of text, one with each of two images, and one with both, of different lengths."""
+    one, other = (picture(*size, seed=i) for i, size in enumerate(SIZES[:2]))
+    parts: list[list[str | bytes]] = [
+        ["1 + 2?"],
+        [one, "What?"],
+        [other, "Which?"],
+        ["Of ", one, " and ", other],
+    ]
+    return [reference.prompt(str(i), folder, part) for i, part in enumerate(parts)]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_vl",
+        pytest.param("qwen2_5_vl", marks=pytest.mark.slow),
+        pytest.param("qwen3_vl_moe", marks=pytest.mark.slow),
+    ],
+)
+def test_embedded_samples_with_images_are_what_transformers_says(
+    folders: Any, family: str, tmp_path: Path
+) -> None:
+    """Prompts without, with one and with two images are padded to one length and share a prefill per group.
+
+    transformers computes the positions itself, from a forward pass of the whole sample.
+    """
+    model = folders(family)
+    reference = VisionReference(model)
+    prompts = prompts_of(reference, tmp_path / "data")
+    engine = EmbeddedEngine(
+        str(model),
+        reference.tokenizer,
+        device="cpu",
+        dtype=torch.float32,
+        batch_size=10,
+        seed=1,
+        routed_experts=family == "qwen3_vl_moe",
+        images=images_of(model, tmp_path / "run"),
+    )
+    engine._end_ids = set()
+    groups = in_order(engine.generate(prompts, SamplingParams(n=4, max_new_tokens=20, temperature=1.5)))
+    stored = tmp_path / "run" / "images"
+    assert sorted(file.name for file in stored.iterdir()) == sorted(
+        {image.ref.name for prompt in prompts for image in prompt.images}
+    )
+    image_token_sampled = False
+    for group in groups:
+        for sample in group.samples:
+            assert sample.images == group.prompt.image_refs
+            expected = reference.logprobs(sample, stored, temperature=1.5)
+            found = torch.from_numpy(sample.rollout_logprobs[sample.response_mask])
+            assert_close(found, expected, atol=1e-5, rtol=0)
+            image_token_sampled |= reference.image_token in sample.tokens[sample.response_mask]
+    assert image_token_sampled  # which is then text
+    blank = reference.prompt("blank", tmp_path / "data", [picture(*SIZES[0], seed=9), "What?"])
+    sample = groups[1].samples[0]
+    others = reference.logprobs(replace(sample, images=blank.image_refs), tmp_path / "data", temperature=1.5)
+    assert (others - reference.logprobs(sample, stored, temperature=1.5)).abs().max() > 1e-2
+
+
+def test_a_weight_sync_may_leave_out_the_tower_but_no_part_of_it(folders: Any, tmp_path: Path) -> None:
+    model = folders("qwen3_vl")
+    reference = VisionReference(model)
+    engine = EmbeddedEngine(
+        str(model),
+        reference.tokenizer,
+        device="cpu",
+        dtype=torch.float32,
+        batch_size=4,
+        seed=1,
+        images=images_of(model, tmp_path / "run"),
+    )
+    doubled = {name: 2 * tensor for name, tensor in reference.hub_tensors().items()}
+    language = {name: tensor for name, tensor in doubled.items() if ".visual." not in name}
+    engine.update_weights(language.items(), 1)
+    held = dict(engine.model.named_parameters())
+    before = dict(reference.model.named_parameters())
+    for name, tensor in held.items():
+        assert torch.equal(tensor, before[name] * (1 if ".visual." in name else 2))
+    engine.update_weights(doubled.items(), 2)
+    assert all(torch.equal(tensor, 2 * before[name]) for name, tensor in held.items())
+    with pytest.raises(InputError, match="1 tensors of the rollout model were not sent: model"):
+        engine.update_weights(
+            [item for item in doubled.items() if item[0] != "model.visual.merger.norm.weight"], 3
+        )
+
+
+def saved(reference: VisionReference, folder: Path) -> SampleGroup:
+    """Return a group of two samples of a prompt with two images, whose files are in ``folder``."""
+    one, other = picture(56, 84), picture(30, 30, seed=1)
+    prompt = reference.prompt("set/1", folder, ["Of ", one, " and ", other, "?"])
+    samples = [
+        Sample.from_response(
+            prompt.input_ids,
+            [reference.image_token, 5],
+            [-1.5, -0.5],
+            text="b",
+            finish_reason="length",
+            policy_version=1,
+            reward=float(i),
+            images=prompt.image_refs,
+        )
+        for i in range(2)
+    ]
+    return SampleGroup(prompt, samples)
+
+
+def test_saved_rollouts_bring_their_images(folders: Any, tmp_path: Path) -> None:
+    reference = VisionReference(folders("qwen3_vl"))
+    group = saved(reference, tmp_path / "first/images")
+    first, second = (images_of(reference.folder, tmp_path / run) for run in ("first", "second"))
+    save_groups(tmp_path / "saved", 0, {0: group}, first.folder)
+    save_groups(tmp_path / "saved", 1, {0: group}, first.folder)
+    names = sorted(image.ref.name for image in group.prompt.images)
+    assert sorted(file.name for file in (tmp_path / "saved/images").iterdir()) == names
+    shutil.rmtree(tmp_path / "first")
+    loaded = load_share(tmp_path / "saved", 0, 2**31, second)[0]
+    assert loaded.samples == group.samples
+    assert replace(loaded.prompt, images=()) == replace(group.prompt, images=())
+    assert loaded.prompt.image_refs == group.prompt.image_refs
+    for image in loaded.prompt.images:
+        assert second.folder.path(image.ref).read_bytes() == image.read()
+    append_transcripts(tmp_path / "transcripts.jsonl", 1, {0: loaded}, 1)
+    written = json.loads((tmp_path / "transcripts.jsonl").read_text())
+    assert written["images"] == [ref.name for ref in group.prompt.image_refs]
+    assert [part["type"] for part in written["prompt"][0]["content"]] == [
+        "text",
+        "image",
+        "text",
+        "image",
+        "text",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda s: s["images"].pop(), r"it has \d+ image tokens for images of \d+ tokens"),
+        (lambda s: s["images"][0].update(digest="../../x"), "digest"),
+        (lambda s: s["images"][0].update(digest="0" * 32), "its image .*images/0{32}.png is missing"),
+        (lambda s: s["images"][0].update(suffix=".sh"), "suffix"),
+        (lambda s: s["images"][0].update(grid=[1, 0, 4]), "grid"),
+        (lambda s: s["images"][0].update(grid=[1, 2**60, 4]), "image tokens for images of"),
+        (lambda s: s.update(images=7), "list"),
+    ],
+)
+def test_a_sample_whose_images_cannot_be_trained_on_is_named(
+    folders: Any, tmp_path: Path, change: Any, line: str
+) -> None:
+    reference = VisionReference(folders("qwen3_vl"))
+    images = images_of(reference.folder, tmp_path / "run")
+    save_groups(tmp_path, 0, {0: saved(reference, images.folder.folder)}, images.folder)
+    file = tmp_path / "step_000000/rank_00000.jsonl"
+    record = json.loads(file.read_text())
+    change(record["samples"][1])
+    file.write_text(json.dumps(record) + "\n")
+    with pytest.raises(InputError, match=rf"line 1, sample 1 of .* is broken \(.*{line}.*\): ") as error:
+        load_groups(tmp_path, 0, 2**31, images=images)
+    assert "\n" not in str(error.value)
+
+
+def test_saved_images_need_a_model_with_vision(folders: Any, tmp_path: Path) -> None:
+    reference = VisionReference(folders("qwen3_vl"))
+    images = images_of(reference.folder, tmp_path / "run")
+    save_groups(tmp_path, 0, {0: saved(reference, images.folder.folder)}, images.folder)
+    with pytest.raises(InputError, match="it has images, and the model has no vision"):
+        load_groups(tmp_path, 0, 2**31)
+
+
+def test_a_request_has_one_token_for_each_image(folders: Any, tmp_path: Path) -> None:
+    """What is left is the template's text, encoded with one token for each image."""
+    reference = VisionReference(folders("qwen2_5_vl"))
+    images = images_of(reference.folder, tmp_path / "run")
+    prompt = reference.prompt(
+        "p", tmp_path, ["Of ", picture(56, 84), picture(200, 61), " and ", picture(30, 30)]
+    )
+    rendered = reference.tokenizer.apply_chat_template(
+        prompt.messages, tokenize=False, add_generation_prompt=True
+    )
+    sent = images.without_repeats(np.array(prompt.input_ids), prompt.image_refs)
+    assert sent.tolist() == reference.tokenizer(rendered)["input_ids"]
+    with pytest.raises(ValueError, match="image tokens for images of"):
+        images.without_repeats([*prompt.input_ids, reference.image_token], prompt.image_refs)
