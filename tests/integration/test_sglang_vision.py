@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
+from torch.testing import assert_close
 
 from megatron_gmpo.batch.images import ImageFolder
-from megatron_gmpo.batch.samples import Prompt, Sample
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import Nodes
+from megatron_gmpo.errors import InputError
+from megatron_gmpo.rollout.embedded_model import weight_slots
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.images import RunImages
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
+from megatron_gmpo.rollout.sglang.image_requests import TOWER, check_serves_images
 from megatron_gmpo.rollout.sglang.processes import LocalServers
 from megatron_gmpo.rollout.sglang.start import local_servers
 from megatron_gmpo.rollout.sglang.sync import make_weight_sync
@@ -81,26 +86,25 @@ def served(started: dict[str, Served], request: pytest.FixtureRequest) -> Served
 
 
 @pytest.fixture
-def engine(served: Served, tmp_path: Path) -> Iterator[SGLangEngine]:
-    reference = served.reference
-    images = RunImages(
-        ImageFolder(served.run_dir / "images"), reference.image_token, reference.merge_size, cast(Any, None)
-    )
-    sync = make_weight_sync(served.cfg.weight_sync, "disaggregated", CPU, tmp_path)
+def engine(served: Served, tmp_path: Path) -> Iterator[Callable[[str], SGLangEngine]]:
+    """Return a function that makes an engine with a route of weights on the running server."""
+    reference, made = served.reference, []
     text = reference.model.config.get_text_config()
     routed = (text.num_hidden_layers, text.num_experts_per_tok) if served.cfg.rollout.routed_experts else None
-    made = SGLangEngine(
-        served.cfg,
-        served.servers.servers,
-        None,
-        sync,
-        reference.tokenizer,
-        Nodes(node_name()),
-        routed,
-        images=images,
-    )
-    yield made
-    made.close()
+    folder = ImageFolder(served.run_dir / "images")
+    images = RunImages(folder, reference.image_token, reference.merge_size, cast(Any, None))
+
+    def make(route: str) -> SGLangEngine:
+        cfg = served.cfg.weight_sync.model_copy(update={"route": route})
+        sync = make_weight_sync(cfg, "disaggregated", CPU, tmp_path)
+        nodes, servers = Nodes(node_name()), served.servers.servers
+        tokenizer = reference.tokenizer
+        made.append(SGLangEngine(served.cfg, servers, None, sync, tokenizer, nodes, routed, images=images))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 def prompts(reference: VisionReference, folder: Path) -> list[Prompt]:
@@ -111,27 +115,55 @@ def prompts(reference: VisionReference, folder: Path) -> list[Prompt]:
     return [reference.prompt(str(i), folder, part) for i, part in enumerate(parts)]
 
 
-def samples(engine: SGLangEngine, prompts: list[Prompt], **sampling: Any) -> list[Sample]:
-    groups = in_order(engine.generate(prompts, SamplingParams(**sampling)))
-    return [sample for group in groups for sample in group.samples]
+@torch.no_grad()
+def set_weights(reference: VisionReference, seed: int, *, tower: bool) -> dict[str, Tensor]:
+    """Move the reference's weights and return them by the names of the policy's export."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = weight_slots(reference.model)
+    for name, slot in slots.items():
+        if tower or "visual." not in name:
+            slot += 0.3 * slot.std() * torch.randn(slot.shape, generator=generator)
+    return {name: slot.clone() for name, slot in slots.items()}
 
 
-def test_log_probabilities_are_those_of_transformers(engine: SGLangEngine, served: Served) -> None:
-    reference = served.reference
-    weights = dict(reference.hub_tensors())
-    engine.update_weights(weights.items(), 0)
-    drawn = samples(engine, served.prompts, n=4, max_new_tokens=12)
-    assert [len(sample.images) for sample in drawn[::4]] == [0, 1, 1, 1, 1, 5]
-    worst = 0.0
-    for sample in drawn:
-        expected = reference.logprobs(sample, served.run_dir / "images")
+def assert_as_transformers(served: Served, engine: SGLangEngine) -> None:
+    """Check samples of all prompts; their log probabilities spread by more than 0.5 nats."""
+    groups = in_order(engine.generate(served.prompts, SamplingParams(n=3, max_new_tokens=12)))
+    assert [len(group.samples[0].images) for group in groups] == [0, 1, 1, 1, 1, 5]
+    everything = []
+    for sample in (sample for group in groups for sample in group.samples):
+        expected = served.reference.logprobs(sample, served.run_dir / "images")
         found = torch.from_numpy(sample.rollout_logprobs[sample.response_mask])
-        worst = max(worst, float((found - expected).abs().max()))
-        print(
-            served.cfg.model.path.split("/")[-2],
-            len(sample.images),
-            float((found - expected).abs().max()),
-            float(expected.std()),
-            float(expected.mean()),
-        )
-    assert worst < 1e-4
+        assert_close(found, expected, atol=2e-5, rtol=0)
+        everything.append(expected)
+        if served.cfg.rollout.routed_experts:
+            served.reference.assert_experts(sample)
+    assert torch.cat(everything).std() > 0.5
+
+
+def test_samples_are_what_transformers_says_under_the_weights_of_every_route(
+    engine: Callable[[str], SGLangEngine], served: Served
+) -> None:
+    """The images stay the same while the tower changes: no features of the old weights are left.
+
+    They are resized by the server, and one prompt has five of them. The last sync leaves out the tower, and
+    the verification of all syncs finds the weights of the others replaced.
+    """
+    for number, (route, tower) in enumerate(
+        (("distributed", True), ("disk", True), ("tensor", True), ("distributed", False))
+    ):
+        made = engine(route)
+        weights = set_weights(served.reference, number, tower=tower)
+        if not tower:
+            assert made._sync.verification
+            made._sync.verification.left_out.append(TOWER)
+            weights = {name: weight for name, weight in weights.items() if "visual." not in name}
+        made.update_weights(weights.items(), number)
+        assert_as_transformers(served, made)
+
+
+def test_a_server_that_reads_images_in_another_way_is_refused(served: Served) -> None:
+    check_serves_images(served.cfg, served.servers.servers, CPU)
+    data = served.cfg.data.model_copy(update={"max_pixels": 30_000})
+    with pytest.raises(InputError, match=r"has mm_process_config = .*20000.*, and images would differ"):
+        check_serves_images(served.cfg.model_copy(update={"data": data}), served.servers.servers, CPU)

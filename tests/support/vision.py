@@ -32,7 +32,11 @@ def picture(width: int, height: int, seed: int = 0) -> bytes:
 
 @dataclass
 class VisionReference:
-    """A vision-language model folder as transformers reads it, in fp32."""
+    """A vision-language model folder as transformers reads it, in fp32.
+
+    Attributes:
+        experts: (T, topk) experts of each MoE layer in the last ``logprobs``.
+    """
 
     folder: Path
 
@@ -42,6 +46,10 @@ class VisionReference:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder)
         self.image_token: int = self.model.config.image_token_id
         self.merge_size: int = self.processor.merge_size
+        self.experts: list[Tensor] = []
+        for layer in self.model.get_decoder().layers:
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: self.experts.append(inputs[1]))
 
     def hub_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the folder."""
@@ -66,6 +74,12 @@ class VisionReference:
             ids += [token] * (next(tokens) if token == self.image_token else 1)
         return Prompt(name, "", messages=messages, input_ids=ids, images=images)
 
+    def assert_experts(self, sample: Sample) -> None:
+        """Check a sample's record of experts, after ``logprobs`` of it."""
+        recorded = np.sort(sample.routed_experts)
+        chosen = torch.stack([layer.sort().values for layer in self.experts], 1)
+        assert np.array_equal(recorded, chosen[:-1].numpy())
+
     @torch.no_grad()
     def logprobs(self, sample: Sample, folder: Path, temperature: float = 1.0) -> Tensor:
         """Return the log probability of each sampled token after the others, by transformers alone."""
@@ -80,6 +94,7 @@ class VisionReference:
         if sample.images:
             files = [Image.open(ImageFolder(folder).path(image)) for image in sample.images]
             given = dict(self.processor(files, return_tensors="pt"), mm_token_type_ids=of_image.int())
+        self.experts.clear()
         logits = self.model(ids, **given).logits[0] / temperature
         logprobs = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
         return logprobs[torch.from_numpy(sample.response_mask[1:])]

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from aiohttp import web
 from transformers import AutoTokenizer
 
+from megatron_gmpo.batch.images import ImageFolder, ImageRef, digest_of
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config, SGLangConfig
 from megatron_gmpo.distributed import Nodes
@@ -31,6 +32,7 @@ from megatron_gmpo.errors import InputError, ServerError
 from megatron_gmpo.rollout.ending import Ending
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.episode import Generate
+from megatron_gmpo.rollout.images import RunImages, StoredImage
 from megatron_gmpo.rollout.response import Context, Response
 from megatron_gmpo.rollout.sglang import client as rollout_client
 from megatron_gmpo.rollout.sglang import sampler
@@ -72,13 +74,19 @@ def fakes() -> Iterator[list[FakeServer]]:
 
 @pytest.fixture
 def client(fakes: list[FakeServer]) -> Iterator[Callable[..., RolloutClient]]:
-    """Return ``make(own=False, count=1, experts=False, **fields of SGLangConfig)``.
+    """Return ``make(own=False, count=1, experts=False, images=None, **fields of SGLangConfig)``.
 
     ``make`` starts the servers if they are external, i.e. not ``own``.
     """
     made: list[RolloutClient] = []
 
-    def make(own: bool = False, count: int = 1, experts: bool = False, **fields: Any) -> RolloutClient:
+    def make(
+        own: bool = False,
+        count: int = 1,
+        experts: bool = False,
+        images: RunImages | None = None,
+        **fields: Any,
+    ) -> RolloutClient:
         cfg = SGLangConfig(**{"health_interval_s": 0.05, "hang_timeout_s": 5.0} | fields)
         local: Any = FakeProcesses(fakes[:count]) if own else None
         if not own:
@@ -92,6 +100,7 @@ def client(fakes: list[FakeServer]) -> Iterator[Callable[..., RolloutClient]]:
                 NONCE,
                 dist.HashStore(),
                 (2, 2) if experts else None,
+                images,
             )
         )
         return made[-1]
@@ -1031,3 +1040,107 @@ def test_as_many_files_may_be_open_as_there_are_requests() -> None:
                 _allow_open_files(hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# images
+
+IMAGE = 50
+"""The image token. An image of a grid of 4 x 6 patches has 6 tokens."""
+
+
+@pytest.fixture
+def run_images(tmp_path: Path) -> RunImages:
+    return RunImages(ImageFolder(tmp_path / "images"), IMAGE, 2, cast(Any, None))
+
+
+@pytest.fixture
+def pictured(tmp_path: Path) -> Prompt:
+    """Return a prompt with an image of 6 tokens and one of 1 token, whose files are elsewhere."""
+    images = []
+    for content, grid in ((b"first", (1, 4, 6)), (b"second", (1, 2, 2))):
+        ref = ImageRef(digest_of(content), grid, ".png")
+        images.append(StoredImage(ref, ImageFolder(tmp_path / "data")))
+        images[-1].folder.write(ref, content)
+    return Prompt("p", "", input_ids=[5, *[IMAGE] * 6, 6, IMAGE, 7], images=images)
+
+
+def answers_images(fake: FakeServer, prompt: Prompt, **changes: Any) -> None:
+    """Let the server answer as SGLang does, which puts the tokens of images into the prompt."""
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        answer = answer_of(body, f"{NONCE}-0")
+        surplus = len(prompt.input_ids) - 5
+        answer["meta_info"]["prompt_tokens"] = len(body["input_ids"]) + surplus
+        if body["return_prompt_token_ids"]:
+            answer["prompt_token_ids"] = list(prompt.input_ids)
+        answer["meta_info"] |= changes.get("about", {})
+        return answer | {name: value for name, value in changes.items() if name != "about"}
+
+    fake.generate = generate
+
+
+def test_a_request_carries_the_images_of_its_prompt(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer], run_images: RunImages, pictured: Prompt
+) -> None:
+    """Their files are in the run's folder before a server gets them. The server's ids are compared once."""
+    served = client(images=run_images)
+    sync(served, fakes, 0)
+    answers_images(fakes[0], pictured)
+    whole = fakes[0].generate
+
+    async def after_the_files(body: dict[str, Any]) -> Answer:
+        names = {file.name for file in run_images.folder.folder.iterdir()}
+        assert names == {image.ref.name for image in pictured.images}
+        return await whole(body)
+
+    fakes[0].generate = after_the_files
+    sampling = SamplingParams(n=3, max_new_tokens=2)
+    for name in ("first", "second"):
+        sampled = served.submit(name, [pictured], sampling, ENDLESS).result(30)
+        assert [response.tokens.tolist() for response in sampled[0]] == [[105, 106]] * 3
+    urls = [f"data:image/png;base64,{base64.b64encode(part).decode()}" for part in (b"first", b"second")]
+    for body in fakes[0].bodies:
+        assert body["input_ids"] == [5, IMAGE, 6, IMAGE, 7]
+        assert body["image_data"] == urls
+    asked = [body["return_prompt_token_ids"] for body in fakes[0].bodies]
+    assert (asked[0], asked[3:]) == (True, [False] * 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"about": {"prompt_tokens": 11}}, {"prompt_token_ids": [5, *[IMAGE] * 7, 6, 7]}],
+    ids=["number", "ids"],
+)
+def test_a_server_that_makes_other_tokens_of_a_prompt_with_images_ends_the_run(
+    client: Callable[..., RolloutClient],
+    fakes: list[FakeServer],
+    run_images: RunImages,
+    pictured: Prompt,
+    changes: dict[str, Any],
+) -> None:
+    served = client(images=run_images)
+    sync(served, fakes, 0)
+    answers_images(fakes[0], pictured, **changes)
+    future = served.submit("batch", [pictured], SamplingParams(max_new_tokens=2), ENDLESS)
+    with pytest.raises(InputError, match=r"make 1[01] tokens of a prompt with images that has 10, or other"):
+        future.result(30)
+
+
+def test_a_sampled_image_token_is_not_sent_as_an_image(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer], run_images: RunImages, pictured: Prompt
+) -> None:
+    """A response that was aborted after one starts again. A finished one keeps it."""
+    served = client(images=run_images)
+    sync(served, fakes, 0)
+    answers = iter([([8, IMAGE], "abort"), ([9, IMAGE, 9], "length")])
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        tokens, finish = next(answers)
+        answer = answer_of(body, f"{NONCE}-0", tokens=tokens, finish=finish)
+        answer["meta_info"]["prompt_tokens"] = len(pictured.input_ids)
+        return answer
+
+    fakes[0].generate = generate
+    sampled = served.submit("batch", [pictured], SamplingParams(max_new_tokens=3), ENDLESS).result(30)
+    assert sampled[0][0].tokens.tolist() == [9, IMAGE, 9]
+    assert [body["input_ids"] for body in fakes[0].bodies] == [[5, IMAGE, 6, IMAGE, 7]] * 2

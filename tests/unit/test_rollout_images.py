@@ -104,6 +104,8 @@ def test_embedded_samples_with_images_are_what_transformers_says(
             expected = reference.logprobs(sample, stored, temperature=1.5)
             found = torch.from_numpy(sample.rollout_logprobs[sample.response_mask])
             assert_close(found, expected, atol=1e-5, rtol=0)
+            if family == "qwen3_vl_moe":
+                reference.assert_experts(sample)
             image_token_sampled |= reference.image_token in sample.tokens[sample.response_mask]
     assert image_token_sampled  # which is then text
     blank = reference.prompt("blank", tmp_path / "data", [picture(*SIZES[0], seed=9), "What?"])
