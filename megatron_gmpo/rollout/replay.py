@@ -146,9 +146,7 @@ def load_groups(
         place = f"line {number}"
         try:
             record = json.loads(line)
-            prompt = _PROMPT.validate_python(record["prompt"])
-            stored = [StoredImage(image.to_ref(), _images(folder)) for image in prompt.images]
-            group = SampleGroup(Prompt(**vars(prompt) | {"images": stored}), [])
+            group = SampleGroup(_decode_prompt(record["prompt"], _images(folder)), [])
             for i, fields in enumerate(record["samples"]):
                 place = f"line {number}, sample {i}"
                 group.samples.append(_decode_sample(fields))
@@ -266,6 +264,13 @@ def _decode_array(record: dict[str, Any]) -> np.ndarray:
     dtype = np.dtype("int16" if old else record["dtype"])
     data = base64.b64decode(record["int16" if old else "base64"])
     return np.frombuffer(data, dtype.newbyteorder("<")).reshape(record["shape"]).astype(dtype)
+
+
+def _decode_prompt(record: Any, folder: ImageFolder) -> Prompt:
+    prompt = _PROMPT.validate_python(record)
+    fields: dict[str, Any] = vars(prompt)
+    images = tuple(StoredImage(image.to_ref(), folder) for image in prompt.images)
+    return Prompt(**fields | {"images": images})
 
 
 def _decode_sample(record: dict[str, Any]) -> Sample:

@@ -76,6 +76,7 @@ class VisionReference:
 
     def assert_experts(self, sample: Sample) -> None:
         """Check a sample's record of experts, after ``logprobs`` of it."""
+        assert sample.routed_experts is not None
         recorded = np.sort(sample.routed_experts)
         chosen = torch.stack([layer.sort().values for layer in self.experts], 1)
         assert np.array_equal(recorded, chosen[:-1].numpy())
