@@ -202,6 +202,28 @@ RIGHT = [
     ("2AB", r"AB \cdot 2"),
     ("0", r"\sqrt{3+2\sqrt2}-1-\sqrt2"),
     ("x<y+1", "2x<2y+2"),
+    # angles and lengths
+    ("40", r"40^{\circ}"),
+    ("40", r"40\degree"),
+    ("40", "40˚"),
+    ("40", "40^o"),
+    ("40", r"40^{\text{o}}"),
+    ("40", r"\text{40 degrees}"),
+    ("40", r"\angle 1 = 40^\circ"),
+    ("40", "m∠1 = 40°"),
+    ("40", r"m\angle ABC = 40"),
+    ("40", r"m\widehat{AB} = 40^\circ"),
+    (r"\angle 1 = 40", "40"),
+    ("12", r"\overline{AB} = 12"),
+    ("12", r"AB = 12\,\text{m}"),
+    ("12", r"12\;\mathrm{m}^2"),
+    ("12", "12 cm²"),
+    ("12", "12 sq. cm"),
+    ("12", r"12 \text{ sq. units}"),
+    (r"2 \sqrt { 221 }", r"2\sqrt{221}\,\mathrm{m}"),
+    (r"\frac { 33 } { 2 }", r"x = 16.5 \text{ cm}"),
+    ("8.06", r"\approx 8.06"),
+    ("8.06", "= 8.06"),
 ]
 RIGHT_RESPONSES = [
     ("5", r"The final answer is $\boxed{5}$. I hope it is correct."),
@@ -344,6 +366,14 @@ WRONG = [
     (r"\sin^2 x", r"\sin x^2"),
     (r"\frac{\sin x}{2}", r"\sin x/2"),
     ("x=0", "0=0"),
+    # angles and lengths
+    ("40", "40'"),
+    ("40", r"m\angle 1 = 41^\circ"),
+    ("1", r"\angle 1 = 40^\circ"),
+    ("40", r"2 \angle 1 = 40^\circ"),
+    ("40", r"\angle 40"),
+    (r"12\text{ cm}", r"12\,\text{m}"),
+    ("8", r"8 \approx"),
 ]
 
 

@@ -194,11 +194,11 @@ def _interval(parts: tuple[str, ...], operators: tuple[str, ...]) -> Group | Non
 
 
 def is_label(text: str) -> bool:
-    r"""Return whether the left side of an equation names what the right side gives, like ``f(2)`` or ``AB``.
+    r"""Return whether the left side of an equation names what the right side gives.
 
-    ``2x`` does not: 2x = 10 says that x is 5.
+    ``f(2)``, ``AB`` and ``\angle 1`` are such names. ``2x`` is none: 2x = 10 says that x is 5.
     """
-    outside = re.sub(r"\\text\s*\{[^{}]*\}|_\{[^{}]*\}|_\w|\([^()]*\)", "", text)
+    outside = re.sub(r"\\text\s*\{[^{}]*\}|_\{[^{}]*\}|_\w|\([^()]*\)|\\angle\s*\w+", "", text)
     letters = set(re.findall(r"[A-Za-z]+", outside))
     return not re.search(r"\d", outside) or len(letters) > 1
 

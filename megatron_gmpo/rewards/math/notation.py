@@ -19,10 +19,11 @@ _SYMBOLS = str.maketrans(
     | dict.fromkeys("÷⁄∕", "/")
     | dict.fromkeys("≤⩽", r"\leq ")
     | dict.fromkeys("≥⩾", r"\geq ")
-    | dict.fromkeys("°º", r"^\circ ")
+    | dict.fromkeys("°º˚", r"^\circ ")
     | dict.fromkeys("’′", "'")
     | dict.fromkeys('\u200b\u2061€£₹"“”', "")
     | {"≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset "}
+    | {"∠": r"\angle "}
     | {"∞": r"\infty ", "±": r"\pm ", "√": r"\sqrt ", "ℝ": r"\mathbb{R}", "…": r"\ldots "}
     | {"⟨": r"\langle ", "⟩": r"\rangle ", "∨": r"\lor ", "¢": " cents"}
 )
@@ -72,9 +73,12 @@ _RULES = [
         (r"\{,\}", ","),
         (r"\\text\s*\{\s*(and|or|,|percent|degrees?|[Aa]ll real numbers)\s*\}", r" \1 "),
         (r"\\text\s*\{\s*(sin|cos|tan|cot|sec|csc|ln|log|exp)\s*\}", r"\\\1 "),
+        (r"(?<=[\d}])\s*\\text\s*\{m\}", r"\\text{ m}"),  # metres, not a variable
         (r"\\text\s*\{([A-Za-z])\}", r" \1"),
         (r"\\?%|\bpercent\b", "%"),
+        (r"(?<=\d)\s*\^\s*(?:\{\s*o\s*\}|o(?![A-Za-z]))", r"^\\circ "),  # a small o as the degree sign
         (r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\bdegrees?\b", r"^\\circ "),
+        (r"(?<=\d) sq\.", " sq"),
         (r"\b[Aa]ll real numbers\b|\\mathbb\s*\{?R\}?", _REALS),
         (r"(?<![A-Za-z\\])(infinity|pi|sqrt)(?![A-Za-z])", r"\\\1 "),
         (r"\\infinity", r"\\infty"),
@@ -91,6 +95,7 @@ _RULES = [
         (r"(?i)^(\\text\s*\{\s*)?(?:the )?(?:final )?answer(?: is)?\s*:?\s*(?(1)\})", ""),
         *((rf"(?<=\d)\s*\\text\s*\{{\s*{word}s?\b", rf" * {factor} \\text{{") for word, factor in _MULTIPLES),
         *((rf"(?<=\d)\s*{word}s?\b", rf" * {factor}") for word, factor in _MULTIPLES),
+        (r"^\s*(?:=|\\approx(?![A-Za-z]))", ""),
         (r"\\\\\s*$", ""),  # an end of line
         (r"\s+", " "),
     ]
