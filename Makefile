@@ -69,6 +69,9 @@ real: $(SMOLLM2)  ## Train SmolLM2-135M-Instruct with GMPO on word problems, on 
 demo-agents: $(INSTALLED)  ## Train a tiny model with GMPO on tasks of several turns in a text game
 	$(PY) -m megatron_gmpo demo --task household
 
+demo-vision: $(INSTALLED)  ## Train a tiny vision-language model with GMPO on geometry problems in pictures
+	$(PY) -m megatron_gmpo demo --task geometry
+
 lint: $(INSTALLED)  ## Check style, types and import layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -103,5 +106,5 @@ clean:  ## Remove the environments, builds and caches
 	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton .venv-smollm2 build dist *.egg-info \
 		.pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt triton smollm2 games demo demo-agents real lint test test-fast \
-	test-versions test-slurm test-gpu fuzz clean
+.PHONY: check-python help install sglang modelopt triton smollm2 games demo demo-agents demo-vision real lint test \
+	test-fast test-versions test-slurm test-gpu fuzz clean

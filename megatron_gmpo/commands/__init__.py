@@ -34,6 +34,7 @@ NAMES = (
     "alfworld",
     "arithmetic",
     "countdown",
+    "geometry",
     "household",
     "textworld",
     "warm_up",

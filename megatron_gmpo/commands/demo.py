@@ -3,6 +3,7 @@
 ``addition``: a tiny Qwen3-MoE, warmed up by supervised learning, learns addition in two processes with expert
 parallelism. ``household``: a tiny Qwen3, warmed up on a few expert episodes, learns tasks of several turns.
 ``word_problems``: SmolLM2-135M-Instruct, a real language model, learns to answer word problems.
+``geometry``: a tiny Qwen3-VL learns geometry problems whose numbers stand in pictures.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from .plot_metrics import plot_runs
 class Demo(Options):
     """Run a demo. The last line of the output is one JSON object."""
 
-    task: Literal["addition", "household", "word_problems"] = "addition"
+    task: Literal["addition", "household", "geometry", "word_problems"] = "addition"
     """Task that the model learns: two-digit ``addition`` (examples/moe/tiny_cpu.toml); ``household``, tasks
-    in a text game (examples/agents/household_tiny_cpu.toml); or ``word_problems``, with a real model
+    in a text game (examples/agents/household_tiny_cpu.toml); ``geometry``, problems with pictures
+    (examples/vision/geometry_tiny_cpu.toml); or ``word_problems``, with a real model
     (examples/moe/smollm2_135m_cpu.toml), which ``make real`` installs first."""
     prepare_only: bool = False
     """Make only the model and the data that the config reads."""
@@ -56,12 +58,13 @@ def main(argv: list[str]) -> None:
     page.write_text(export(named_runs((run_dir,))), encoding="utf-8")
     print(plot_runs((run_dir,)))
     print(f"{page}: open it in a browser; megatron-gmpo view {run_dir} serves it")
-    benchmark, _, name = task.metric.rpartition("/")
-    ends = [f"{benchmark}/ci_{end}@{name.removeprefix('pass@')}" for end in ("low", "high")]
+    benchmark, _, metric = task.metric.rpartition("/")
+    ends = [f"{benchmark}/ci_{end}@{metric.removeprefix('pass@')}" for end in ("low", "high")]
     result: dict[str, Any] = {}
     for when, line in (("before", figures[0]), ("after", figures[-1])):
-        result[f"{name}_{when}"] = line[task.metric]
-        result[f"{name}_{when}_interval"] = [round(line[end], 4) for end in ends]
+        result[f"{task.name}_{when}"] = line[task.metric]
+        result[f"{task.name}_{when}_interval"] = [round(line[end], 4) for end in ends]
+    result |= {name: figures[-1][metric] for name, metric in task.at_end.items()}
     result |= {"seconds": round(time.perf_counter() - start, 1), "run_dir": str(run_dir)}
     print(json.dumps(result))
 

@@ -19,16 +19,17 @@ CHATML = (
 )
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-CHATML_WITH_IMAGES = CHATML.replace(
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}",
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+_CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] in ('image', 'image_url') %}"
     f"{{{{ '{VISION_START}{IMAGE}{VISION_END}' }}}}"
     "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}",
+)
+CHATML_WITH_IMAGES = CHATML.replace(
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}",
+    f"{{{{ '<|im_start|>' + message['role'] + '\n' }}}}{_CONTENT}{{{{ '<|im_end|>\n' }}}}",
 )
 """ChatML of messages whose content is a text or a list of parts, texts and images, as in Qwen's VLMs."""
 DIALOGUE = (
@@ -36,7 +37,7 @@ DIALOGUE = (
     "{{ '<|' + message['role'] + '|>' }}"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}"
+    f"{{% else %}}{_CONTENT}{{% endif %}}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -94,14 +95,17 @@ def vision_tokenizer() -> PreTrainedTokenizerFast:
     return _byte_level_bpe([], None, specials, eos="<|im_end|>", chat_template=CHATML_WITH_IMAGES)
 
 
-def dialogue_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+def dialogue_tokenizer(texts: Iterable[str], *, images: bool = False) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE in which every word of ``texts`` is one token.
 
     Its chat template is short: a message starts with one token for its role, and only the assistant's
     messages have an end. The template marks the assistant's tokens, so ``return_assistant_tokens_mask`` of
-    ``apply_chat_template`` works. The tokenizer encodes any text without loss.
+    ``apply_chat_template`` works. The tokenizer encodes any text without loss. With ``images`` it has the
+    special tokens of Qwen's VLMs.
     """
     specials = [PAD, END, *(f"<|{role}|>" for role in ("system", "user", "assistant", "tool"))]
+    if images:
+        specials += [VISION_START, VISION_END, IMAGE, VIDEO]
     return _byte_level_bpe(texts, 2**16, specials, eos=END, chat_template=DIALOGUE)
 
 

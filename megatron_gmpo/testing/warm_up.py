@@ -11,7 +11,15 @@ import torch
 from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+
+from .tiny_tokenizers import IMAGE
 
 NO_LOSS = -100
 """Label that transformers excludes from the cross entropy."""
@@ -35,10 +43,18 @@ def warm_up(
     Args:
         rows: examples. A row with ``problem`` and ``answer`` is the text of both and an end token; the answer
             and its end are trained. A row with ``messages`` is a dialogue; the assistant's messages and
-            their ends are trained, which the chat template must mark by ``{% generation %}``.
+            their ends are trained, which the chat template must mark by ``{% generation %}``. The column
+            ``images`` has the pictures of a dialogue, in the order of its image parts.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
+    with_images = hasattr(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), "vision_config")
+    processor = (
+        AutoImageProcessor.from_pretrained(model_dir, backend="pil", trust_remote_code=False)
+        if with_images
+        else None
+    )
+    auto = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+    model = auto.from_pretrained(
         model_dir,
         dtype=torch.float32,
         trust_remote_code=False,
@@ -47,16 +63,12 @@ def warm_up(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())
-    example = cache(lambda row: _example(tokenizer, rows[row]))
+    example = cache(lambda row: _example(tokenizer, processor, rows[row]))
     for _ in track(range(steps), "supervised warm-up"):
         batch = [
             example(row) for row in torch.randint(len(rows), (batch_size,), generator=generator).tolist()
         ]
-        input_ids, labels = [list(column) for column in zip(*batch, strict=True)]
-        loss = model(
-            input_ids=pad_sequence(input_ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-            labels=pad_sequence(labels, batch_first=True, padding_value=NO_LOSS),
-        ).loss
+        loss = model(**_joined(batch, tokenizer)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -64,14 +76,45 @@ def warm_up(
     return loss.item()
 
 
-def _example(tokenizer: Any, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the (L,) token ids of a row and their labels, which are ``NO_LOSS`` for what is not trained."""
-    if "messages" in row:
-        encoded = tokenizer.apply_chat_template(
-            row["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
-        )
-        ids = encoded["input_ids"][0]
-        return ids, ids.where(encoded["assistant_masks"][0].bool(), NO_LOSS)
-    prompt = tokenizer(row["problem"])["input_ids"]
-    answer = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
-    return torch.tensor(prompt + answer), torch.tensor([NO_LOSS] * len(prompt) + answer)
+def _example(tokenizer: Any, processor: Any, row: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the (L,) token ids of a row, their labels, and the pixels of its images.
+
+    The label of a token that is not trained is ``NO_LOSS``.
+    """
+    if "messages" not in row:
+        prompt = tokenizer(row["problem"])["input_ids"]
+        answer = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+        labels = torch.tensor([NO_LOSS] * len(prompt) + answer)
+        return {"input_ids": torch.tensor(prompt + answer), "labels": labels}
+    encoded = tokenizer.apply_chat_template(
+        row["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+    )
+    ids = encoded["input_ids"][0]
+    labels = ids.where(encoded["assistant_masks"][0].bool(), NO_LOSS)
+    if not row.get("images"):
+        return {"input_ids": ids, "labels": labels}
+    pixels = processor(row["images"], return_tensors="pt")
+    copies = torch.ones_like(ids)
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    copies[ids == image] = pixels["image_grid_thw"].prod(1) // processor.merge_size**2
+    return {
+        "input_ids": ids.repeat_interleave(copies),
+        "labels": labels.repeat_interleave(copies),
+        "pixel_values": pixels["pixel_values"],
+        "image_grid_thw": pixels["image_grid_thw"],
+    }
+
+
+def _joined(examples: Sequence[dict[str, Tensor]], tokenizer: Any) -> dict[str, Tensor]:
+    """Return the model's arguments for a batch: padded sequences, and the images one after another."""
+    padding = {"input_ids": tokenizer.pad_token_id, "labels": NO_LOSS}
+    batch = {
+        name: pad_sequence([example[name] for example in examples], True, value)
+        for name, value in padding.items()
+    }
+    if "pixel_values" in examples[0]:
+        for name in ("pixel_values", "image_grid_thw"):
+            batch[name] = torch.cat([example[name] for example in examples])
+        image = tokenizer.convert_tokens_to_ids(IMAGE)
+        batch["mm_token_type_ids"] = (batch["input_ids"] == image).int()
+    return batch

@@ -89,6 +89,7 @@ def test_the_last_line_of_the_demo_is_its_result(
         lambda: pytest.fail("the model is made"),
         made / "warm_up.json",
         task.metric,
+        task.name,
         tuple(options(**settings(made, eval__interval=1))),
     )
     monkeypatch.setitem(demos.TASKS, "household", small)

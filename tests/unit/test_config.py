@@ -326,7 +326,7 @@ def test_the_readmes_example_loads(tmp_path: Path) -> None:
     assert load_config([str(tmp_path / "c.toml")]).algorithm.loss == "gmpo"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/moe/*.toml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/[mv]*/*.toml")), ids=lambda path: path.name)
 def test_every_example_loads(path: Path) -> None:
     assert load_config([str(path)]) != Config()
     assert tomllib.loads(path.read_text())

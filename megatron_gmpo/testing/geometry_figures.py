@@ -1,0 +1,117 @@
+"""Draw the figures of the geometry task with Pillow."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from io import BytesIO
+
+from PIL import Image, ImageDraw, ImageFont
+
+FONT_SIZE = 0.19
+"""Height of the letters, as a share of the picture's side."""
+SHIFT = 0.03
+"""Largest distance by which a figure is moved at random, as a share of the picture's side."""
+
+Point = tuple[float, float]
+
+
+class Figure:
+    """A white picture, drawn in black. Points are shares of its side, from the upper left corner."""
+
+    def __init__(self, side: int, generator: random.Random) -> None:
+        self.picture = Image.new("L", (side, side), 255)
+        self._draw = ImageDraw.Draw(self.picture)
+        self._font = ImageFont.load_default(FONT_SIZE * side)
+        self._width = max(1, side // 80)
+        self._shift = [generator.uniform(-SHIFT, SHIFT) for _ in range(2)]
+
+    def path(self, *points: Point) -> None:
+        self._draw.line([self._pixel(point) for point in points], 0, self._width)
+
+    def circle(self, centre: Point, radius: float) -> None:
+        x, y = centre
+        corners = [self._pixel((x - radius, y - radius)), self._pixel((x + radius, y + radius))]
+        self._draw.ellipse(corners, outline=0, width=self._width)
+
+    def label(self, centre: Point, text: str) -> None:
+        self._draw.text(self._pixel(centre), text, 0, self._font, "mm")
+
+    def png(self) -> bytes:
+        file = BytesIO()
+        self.picture.save(file, "PNG")
+        return file.getvalue()
+
+    def _pixel(self, point: Point) -> Point:
+        x, y = ((share + shift) * self.picture.width for share, shift in zip(point, self._shift, strict=True))
+        return x, y
+
+
+def draw(kind: str, labels: Sequence[str], side: int, generator: random.Random) -> bytes:
+    """Return the figure of a problem as a PNG file. Figures are not to scale.
+
+    Args:
+        kind: a key of ``FIGURES``.
+        labels: texts at the figure's angles or sides, in the order of the function in ``FIGURES``.
+        side: width and height in pixels.
+        generator: moves the figure and its corners a little.
+    """
+    figure = Figure(side, generator)
+    FIGURES[kind](figure, labels, generator)
+    return figure.png()
+
+
+def _angle_sum(figure: Figure, labels: Sequence[str], generator: random.Random) -> None:
+    """Draw a triangle; the labels are its angles at the left, at the right and at the top."""
+    left, right, top = (0.06, 0.92), (0.94, 0.92), (generator.uniform(0.4, 0.6), 0.07)
+    figure.path(left, right, top, left)
+    for centre, label in zip([(0.31, 0.8), (0.71, 0.8), (0.51, 0.44)], labels, strict=True):
+        figure.label(centre, label)
+
+
+def _straight_angle(figure: Figure, labels: Sequence[str], generator: random.Random) -> None:
+    """Draw a ray that starts on a line; the labels are the angles on its left and its right."""
+    foot = (0.5, 0.75)
+    figure.path((0.06, 0.75), (0.94, 0.75))
+    figure.path(foot, (generator.uniform(0.35, 0.65), 0.12))
+    for centre, label in zip([(0.24, 0.6), (0.75, 0.6)], labels, strict=True):
+        figure.label(centre, label)
+
+
+def _right_triangle(figure: Figure, labels: Sequence[str], generator: random.Random) -> None:
+    """Draw a right triangle; the labels are the vertical leg, the horizontal leg and the hypotenuse."""
+    corner = (0.3, 0.73)
+    top, right = (0.3, generator.uniform(0.08, 0.14)), (generator.uniform(0.88, 0.94), 0.73)
+    figure.path(top, corner, right, top)
+    figure.path((0.4, 0.73), (0.4, 0.63), (0.3, 0.63))
+    for centre, label in zip([(0.15, 0.45), (0.6, 0.86), (0.76, 0.32)], labels, strict=True):
+        figure.label(centre, label)
+
+
+def _rectangle(figure: Figure, labels: Sequence[str], generator: random.Random) -> None:
+    """Draw a rectangle; the labels are its height and its width."""
+    left, upper, right, lower = 0.3, generator.uniform(0.1, 0.2), generator.uniform(0.85, 0.95), 0.72
+    figure.path((left, upper), (right, upper), (right, lower), (left, lower), (left, upper))
+    for centre, label in zip([(0.15, 0.45), (0.6, 0.86)], labels, strict=True):
+        figure.label(centre, label)
+
+
+def _circle(figure: Figure, labels: Sequence[str], generator: random.Random) -> None:
+    """Draw a circle with a radius or a diameter; the labels are the two lengths, one of them empty."""
+    radius, diameter = labels
+    size = generator.uniform(0.4, 0.45)
+    figure.circle((0.5, 0.5), size)
+    figure.path((0.5 if radius else 0.5 - size, 0.5), (0.5 + size, 0.5))
+    figure.path((0.5, 0.49), (0.5, 0.51))
+    figure.label((0.7, 0.38), radius)
+    figure.label((0.5, 0.38), diameter)
+
+
+FIGURES: dict[str, Callable[[Figure, Sequence[str], random.Random], None]] = {
+    "angle_sum": _angle_sum,
+    "straight_angle": _straight_angle,
+    "right_triangle": _right_triangle,
+    "rectangle": _rectangle,
+    "circle": _circle,
+}
+"""Kind of problem -> function that draws its figure."""
