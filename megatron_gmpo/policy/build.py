@@ -122,24 +122,37 @@ def build_chunks(
     for vp_stage in range(virtual or 1):
         stage = vp_stage * groups.pp.size() + groups.pp.rank()
         stage_number = vp_stage if virtual else None
-        model = GPTModel(
-            config,
-            decoder_spec(
-                config, use_transformer_engine=description.use_transformer_engine, vp_stage=stage_number
-            ),  # pyright: ignore[reportArgumentType]
-            vocab_size=description.padded_vocab_size,
-            max_sequence_length=description.hf.max_position_embeddings,
-            pre_process=stage == 0,
-            post_process=stage == stages - 1,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=description.mapping.tied,
-            parallel_output=True,
-            pg_collection=groups,
-            vp_stage=stage_number,
+        layers = decoder_spec(
+            config, use_transformer_engine=description.use_transformer_engine, vp_stage=stage_number
+        )
+        options: dict[str, Any] = {
+            "vocab_size": description.padded_vocab_size,
+            "max_sequence_length": description.hf.max_position_embeddings,
+            "pre_process": stage == 0,
+            "post_process": stage == stages - 1,
+            "share_embeddings_and_output_weights": description.mapping.tied,
+            "parallel_output": True,
+            "pg_collection": groups,
+            "vp_stage": stage_number,
             **description.rope,
-        ).to(device)
-        chunks.append(model)  # without Float16Module, which would copy the logits to fp32
+        }
+        if description.vision:
+            from ..models.vision_language import (
+                VisionLanguageModel,
+            )  # text models do not load transformers' code
+
+            model = VisionLanguageModel(config, layers, description.vision, **options)
+        else:
+            model = GPTModel(config, layers, position_embedding_type="rope", **options)  # pyright: ignore[reportArgumentType]
+        chunks.append(model.to(device))  # without Float16Module, which would copy the logits to fp32
     return chunks
+
+
+def train_tower(chunks: list[torch.nn.Module]) -> None:
+    """Train the vision tower, which is frozen otherwise. Must run before the gradient buffers are built."""
+    for chunk in chunks:
+        if hasattr(chunk, "visual"):
+            chunk.visual.requires_grad_()  # pyright: ignore[reportCallIssue]
 
 
 def make_trainable(

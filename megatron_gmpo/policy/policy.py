@@ -18,6 +18,7 @@ from torch import Tensor
 from ..batch.columns import Microbatch, RoutingShape, TrainBatch
 from ..batch.images import patches_of
 from ..batch.index import StepIndex
+from ..batch.pixels import PixelReader
 from ..batch.plan import StepPlan, computed_metrics, planned
 from ..checkpoint import Save, check_model, model_identity, start_save
 from ..config import Config
@@ -31,7 +32,7 @@ from ..weights.load import load_hf
 from ..weights.random_states import restore_random_states
 from ..weights.run_checkpoint import RunState, read_state
 from .auxiliary_losses import AuxiliaryLosses
-from .build import build_chunks, make_trainable, move_to_host, on_device, without_logits
+from .build import build_chunks, make_trainable, move_to_host, on_device, train_tower, without_logits
 from .fp8 import drop_initial_values
 from .observed import Observed
 from .optimizer_state import load_training_state, load_weights, tensors_to_save
@@ -64,13 +65,14 @@ class Policy:
         groups: ProcessGroupCollection,
         device: torch.device,
         trainable: bool = True,
+        pixels: PixelReader | None = None,
     ) -> None:
         assert (cfg.fp8.recipe is not None) == bool(description.transformer.fp8), (
             "cfg and description disagree about FP8"
         )
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.trainable = trainable
-        self.schedule = Schedule(cfg, description, groups, device)
+        self.schedule = Schedule(cfg, description, groups, device, pixels)
         self._over_ranks = RankReduction(device)
         self._needs = needed_columns(cfg.algorithm)
         self._num_minibatches = cfg.train.minibatches_per_step
@@ -82,15 +84,14 @@ class Policy:
         if trainable:
             if cfg.train.freeze_router:
                 freeze_routers(self.chunks)
+            if not cfg.model.freeze_vision:
+                train_tower(self.chunks)
             total = cfg.train.num_steps * cfg.train.minibatches_per_step
             self.model = make_trainable(self.chunks, cfg.optimizer, total, groups)
             self.updates = 0
             self.chunks = self.model.chunks
-            self.reference = (
-                self._load(cfg.model.reference_path or cfg.model.path)
-                if "ref_logprobs" in self._needs
-                else None
-            )
+            reference = cfg.model.reference_path or cfg.model.path
+            self.reference = self._load(reference) if "ref_logprobs" in self._needs else None
             if self.reference:
                 drop_initial_values(self.reference)
                 if cfg.model.reference_offload:

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..batch.columns import Microbatch, TrainBatch
 from ..batch.packing import pack, plan_microbatches
+from ..batch.pixels import PixelReader
 from ..batch.plan import StepPlan, plan_step
 from ..config import Config
 from ..models.attention import packing_of
 from ..models.description import ModelDescription
+from ..weights.parameters import unwrapped
 from .build import output_weight
 from .fp8 import total_multiple
 from .logprobs import vocab_parallel_logprobs
@@ -48,12 +50,19 @@ class Schedule:
         description: the model.
         groups: the process groups.
         device: device of the model; batches are on the host.
+        pixels: reads the images of a vision-language model's batches.
     """
 
     def __init__(
-        self, cfg: Config, description: ModelDescription, groups: ProcessGroupCollection, device: torch.device
+        self,
+        cfg: Config,
+        description: ModelDescription,
+        groups: ProcessGroupCollection,
+        device: torch.device,
+        pixels: PixelReader | None,
     ) -> None:
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
+        self._pixels = pixels
 
     def plan(
         self,
@@ -200,6 +209,7 @@ class Schedule:
         routing: RoutingPass | None,
     ) -> Iterator[tuple[int, Microbatch]]:
         cp = self.groups.cp
+        encodes = hasattr(unwrapped(chunk), "visual")
 
         def packed(place: int) -> Microbatch:
             microbatch = pack(
@@ -209,6 +219,8 @@ class Schedule:
                 cp_rank=cp.rank(),
                 sequence_multiple=self.cfg.parallel.sequence_multiple,
                 total_multiple=total_multiple(self.cfg),
+                pixels=self._pixels,
+                encodes=encodes,
             )
             return routing.routing.cut(batch, microbatch, chunk, places[place]) if routing else microbatch
 
@@ -229,9 +241,10 @@ class Schedule:
         ):
             output = model(
                 microbatch.tokens[None],
-                microbatch.position_ids[None],
+                _positions(microbatch),
                 None,  # attention is causal within each sequence, which packed_seq_params delimit
                 packed_seq_params=packing_of(microbatch.bounds, microbatch.cu_seqlens),
+                **({"images": microbatch.images} if self.description.vision else {}),
             )
 
         def loss_of_hidden(hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -252,3 +265,10 @@ class Schedule:
             return loss(logprobs, entropy, microbatch)
 
         return output, loss_of_hidden
+
+
+def _positions(microbatch: Microbatch) -> Tensor:
+    """Return the positions of the slots, (1, T), or (3, 1, T) in time, height and width."""
+    if microbatch.rope_positions is None:
+        return microbatch.position_ids[None]
+    return microbatch.rope_positions.T[:, None]

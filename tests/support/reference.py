@@ -12,14 +12,34 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+ImagesBySequence = dict[tuple[int, ...], dict[str, Tensor]]
+"""Tokens of a sequence -> ``pixel_values`` and ``image_grid_thw`` from transformers' image processor."""
 
 
-def load_float64(path: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(
+def load_float64(path: Path, images: ImagesBySequence | None = None) -> Any:
+    """Return the model of a folder; ``images`` are those of a vision-language model's sequences."""
+    vision = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+    model = (AutoModelForImageTextToText if vision else AutoModelForCausalLM).from_pretrained(
         path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
+    if images:
+
+        def with_images(
+            _: Any, args: tuple[Tensor], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Tensor], dict[str, Any]]:
+            kinds = (args[0] == model.config.image_token_id).int()
+            inputs = images.get(tuple(args[0][0].tolist()), {})
+            return args, kwargs | inputs | {"mm_token_type_ids": kinds}
+
+        model.register_forward_pre_hook(with_images, with_kwargs=True)
     return model.train()
+
+
+def layers_of(model: Any) -> Any:
+    """Return the decoder layers, also of a vision-language model."""
+    return getattr(model.model, "language_model", model.model).layers
 
 
 def saved_tensors(folder: Path) -> dict[str, Tensor]:
@@ -74,7 +94,7 @@ def force_experts(model: Any, experts_of: Callable[[int], Tensor]) -> None:
         chosen = experts_of(layer)
         return output[0], output[0].gather(1, chosen).softmax(-1), chosen
 
-    for layer, module in enumerate(model.model.layers):
+    for layer, module in enumerate(layers_of(model)):
         if hasattr(module.mlp, "gate"):
             module.mlp.gate.register_forward_hook(lambda _, __, output, layer=layer: replace(layer, output))
 
@@ -83,8 +103,8 @@ def force_experts(model: Any, experts_of: Callable[[int], Tensor]) -> None:
 def own_routing(path: Path, batch: Any) -> Tensor:
     """Return the (L, layers, topk) experts of every token."""
     model = load_float64(path)
-    routed: list[list[Tensor]] = [[] for _ in model.model.layers]
-    for layer, module in enumerate(model.model.layers):
+    routed: list[list[Tensor]] = [[] for _ in layers_of(model)]
+    for layer, module in enumerate(layers_of(model)):
         module.mlp.gate.register_forward_hook(
             lambda _, __, output, layer=layer: routed[layer].append(output[2])
         )
@@ -99,7 +119,7 @@ def router_log_probs(model: Any, batch: Any) -> Tensor:
 
     For routers of DeepSeek's kind, the distribution is the sigmoids divided by their sum.
     """
-    gates = [module.mlp.gate for module in model.model.layers if hasattr(module.mlp, "gate")]
+    gates = [module.mlp.gate for module in layers_of(model) if hasattr(module.mlp, "gate")]
     found: list[list[Tensor]] = [[] for _ in gates]
 
     def note(gate: Any, args: tuple[Tensor], _: Any) -> None:
@@ -126,9 +146,15 @@ def router_shift(model: Any, batch: Any, old: Tensor, experts: Tensor) -> Tensor
 
 
 @torch.no_grad()
-def batch_logprobs(path: Path, batch: Any, temperature: float = 1.0, experts: Tensor | None = None) -> Tensor:
+def batch_logprobs(
+    path: Path,
+    batch: Any,
+    temperature: float = 1.0,
+    experts: Tensor | None = None,
+    images: ImagesBySequence | None = None,
+) -> Tensor:
     """Return (L,) float64 log probabilities, which are 0 outside the response mask."""
-    model = load_float64(path)
+    model = load_float64(path, images)
     if experts is not None:
         force_routing(model, batch.tokens, experts)
     logprobs = torch.cat(
@@ -209,6 +235,8 @@ def train(
     min_router_shift: float = 0.0,
     auxiliary: Callable[[list[list[Tensor]]], Tensor] | None = None,
     freeze_router: bool = False,
+    images: ImagesBySequence | None = None,
+    freeze_vision: bool = False,
     **loss: Any,
 ) -> dict[str, Any]:
     """Run ``steps`` AdamW steps; return losses, unclipped gradient norms and the weights.
@@ -220,11 +248,13 @@ def train(
         auxiliary: makes a term that is added to the loss from the routers' logits, a (tokens, experts)
             tensor for each sequence in a list for each MoE layer. ``losses`` do not contain this term.
     """
-    ref_logprobs = batch_logprobs(ref_path or path, batch, temperature)
-    model = load_float64(path)
+    ref_logprobs = batch_logprobs(ref_path or path, batch, temperature, images=images)
+    model = load_float64(path, images)
+    if freeze_vision:
+        model.model.visual.requires_grad_(False)
     if experts is not None:
         force_routing(model, batch.tokens, experts)
-    gates = [module.mlp.gate for module in model.model.layers if hasattr(module.mlp, "gate")]
+    gates = [module.mlp.gate for module in layers_of(model) if hasattr(module.mlp, "gate")]
     logits: list[list[Tensor]] = [[] for _ in gates]
     for of_layer, gate in zip(logits, gates, strict=True):
         gate.weight.requires_grad_(not freeze_router)
