@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from megatron_gmpo.testing import Family
+from megatron_gmpo.testing import AnyFamily
 from megatron_gmpo.testing.tiny_models import make_tiny_model
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
 
@@ -46,7 +46,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """
     made: dict[tuple[Any, ...], Path] = {}
 
-    def make(family: Family = "qwen3_moe", **options: Any) -> Path:
+    def make(family: AnyFamily = "qwen3_moe", **options: Any) -> Path:
         key = (family, *sorted(options.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family)

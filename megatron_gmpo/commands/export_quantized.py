@@ -92,8 +92,8 @@ def export_quantized(
         One line that describes the folder.
 
     Raises:
-        InputError: ModelOpt is not installed; the model does not exist or is already quantized; a width is
-            not a multiple of NVFP4's group; ``out`` exists.
+        InputError: ModelOpt is not installed; the model does not exist, is already quantized or has a vision
+            tower; a width is not a multiple of NVFP4's group; ``out`` exists.
         RunError: ModelOpt failed, or quantized other tensors than expected.
     """
     from ..models.decoder import prediction_layers
@@ -109,6 +109,11 @@ def export_quantized(
     config = read_hf_config(str(hf), "--hf")
     if getattr(config, "quantization_config", None):
         raise InputError(f"--hf {str(hf)!r} is quantized already: give the model in bf16")
+    if hasattr(config, "vision_config"):
+        raise InputError(
+            f"--hf {str(hf)!r} is a vision-language model, and the activation scales are measured on text: "
+            "serve it in bf16"
+        )
     source = SafetensorsFolder(hf, left_out=prediction_layers(config))
     linear = {name for name in source.names if is_quantized(name)}
     odd = sorted(name for name in linear if source.shape(name)[1] % _GROUP)

@@ -191,6 +191,17 @@ class Config(Section):
             return self.model.dtype == "bf16" and not self.rollout.server_urls
         return self.model.fp32_head
 
+    @property
+    def servers_keep_weights(self) -> bool:
+        """Return whether servers start with the weights of ``model.path`` and keep what a sync leaves out."""
+        rollout = self.rollout
+        started_by_us = rollout.engine == "sglang" and not (rollout.server_urls or rollout.servers_file)
+        loses_them = (
+            rollout.placement == "colocated" or self.weight_sync.verify
+        )  # which overwrites all weights
+        from_folder = rollout.quantization == "none" and "load_format" not in self.sglang.args
+        return started_by_us and from_folder and not loses_them
+
     def rollout_ratio_warning(self, *, is_moe: bool) -> str:
         """Return one line about settings with which ratios to the rollout engine start away from 1, or ""."""
         rollout, in_flight = self.rollout, self.weight_sync.in_flight

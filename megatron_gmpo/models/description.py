@@ -120,6 +120,13 @@ def architecture_of(whole: HFConfig) -> dict[str, Any]:
         return FAMILIES[whole.model_type].architecture(language_config(whole))
 
 
+def auto_class(whole: HFConfig) -> Any:
+    """Return transformers' class that builds or loads the whole model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow, and rarely needed
+
+    return AutoModelForImageTextToText if hasattr(whole, "vision_config") else AutoModelForCausalLM
+
+
 def vision_of(whole: HFConfig) -> VisionDescription | None:
     """Return the vision part of a model, or None.
 

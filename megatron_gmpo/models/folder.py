@@ -166,7 +166,8 @@ def _check_links(folder: Path, name: str) -> None:
 
 
 def _check_code(folder: Path, name: str, config: dict[str, Any], ignored: frozenset[str]) -> None:
-    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+    of_processor = ("preprocessor_config.json", "processor_config.json") if "vision_config" in config else ()
+    for file in ("config.json", "tokenizer_config.json", *of_processor):
         if not (folder / file).exists():
             continue
         named = (config if file == "config.json" else read_json(folder / file, name)).get("auto_map")

@@ -17,6 +17,9 @@ from .operations import Operation
 ROUTER_BIAS = "mlp.router.expert_bias"
 """End of the canonical name of a router's bias, which is an fp32 buffer in every Megatron model."""
 
+TOWER = "visual."
+"""Beginning of the canonical names of a vision tower's parameters."""
+
 _FUSED_NORMS = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",

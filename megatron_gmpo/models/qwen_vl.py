@@ -11,11 +11,11 @@ from typing import Any
 
 from .decoder import head_dim
 from .family import Family, HFConfig, refuse
-from .mapping import Row
+from .mapping import TOWER, Row
 from .operations import Replicated
 from .qwen import QWEN2, QWEN3, QWEN3_MOE
 
-_TOWER = "visual.{n}"
+_TOWER = TOWER + "{n}"
 
 
 def _qwen2_5_rows(hf: HFConfig, padded_vocab_size: int) -> list[Row]:

@@ -10,12 +10,12 @@ import torch
 import transformers
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..config import Config
 from ..errors import InputError
 from ..models.attention import packing_of
-from ..models.description import DTYPES, ModelDescription, describe_model
+from ..models.description import DTYPES, ModelDescription, auto_class, describe_model, read_hf_config
 from ..platform import prepare_megatron
 from ..weights.pickles import plain_records_only
 from ..weights.torch_dist import checkpoint_folder
@@ -54,9 +54,11 @@ def compare_logits(hf: Path, megatron: Path, dtype: str | None = None) -> str:
         return "logits: not compared, because there is no tokenizer"
     tokens = torch.tensor(_encode(tokenizer))
     transformers.logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa"
-    ).float()  # FP8 weights come as bf16
+    model = (
+        auto_class(read_hf_config(str(hf), "--hf"))
+        .from_pretrained(hf, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa")
+        .float()
+    )  # FP8 weights come as bf16
     theirs = model(tokens[None]).logits[0]
     prepare_megatron(_CPU)
     cfg = Config.model_validate({"model": {"path": str(hf), "dtype": "fp32"}, "device": "cpu"})

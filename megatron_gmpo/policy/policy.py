@@ -28,7 +28,7 @@ from ..metrics.across_ranks import RankReduction
 from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
 from ..weights.export import Export
-from ..weights.load import load_hf
+from ..weights.load import has_tower_of, load_hf
 from ..weights.random_states import restore_random_states
 from ..weights.run_checkpoint import RunState, read_state
 from .auxiliary_losses import AuxiliaryLosses
@@ -329,6 +329,7 @@ class Policy:
     def export_hf(self) -> Export:
         """Return an iterable of (Hugging Face name, full tensor) that gathers the current weights.
 
+        It leaves out a frozen vision tower if the rollout servers have it, see ``_servers_have_tower``.
         Colocated servers need memory from then on, so the gradient buffers are freed until ``train_step``.
         """
         if self.trainable and self.cfg.rollout.placement == "colocated":
@@ -338,7 +339,26 @@ class Policy:
     @cached_property
     def _export(self) -> Export:
         finish = self.model.finish_update if self.trainable else nullcontext
-        return Export(self.chunks, self.description.mapping, self.groups, prepare=finish)
+        return Export(
+            self.chunks,
+            self.description.mapping,
+            self.groups,
+            prepare=finish,
+            with_tower=not self._servers_have_tower(),
+        )
+
+    def _servers_have_tower(self) -> bool:
+        """Return whether every rollout server starts with the weights of this policy's frozen vision tower.
+
+        The weights are compared with those of ``model.path``: those of a resumed run may have been trained.
+        """
+        cfg = self.cfg
+        return (
+            self.description.vision is not None
+            and cfg.model.freeze_vision
+            and cfg.servers_keep_weights
+            and has_tower_of(cfg.model.path, self.chunks, self.description.mapping, self.groups)
+        )
 
     def start_save(
         self, folder: Path, step: int, state: dict[str, Any], keep_last: int, **options: Any

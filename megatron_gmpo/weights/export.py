@@ -23,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from ..distributed import broadcast_object
-from ..models.mapping import Mapping
+from ..models.mapping import TOWER, Mapping
 from .parameters import LocalParameter, local_parameters
 
 BATCH_BYTES = 256 * 2**20
@@ -44,6 +44,7 @@ class Export:
         groups: the process groups.
         batch_bytes: bytes of complete tensors to gather at once. Two such batches are in memory.
         prepare: called before each iteration.
+        with_tower: whether the parameters of a vision tower are yielded.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Export:
         groups: ProcessGroupCollection,
         batch_bytes: int = BATCH_BYTES,
         prepare: Callable[[], object] = nullcontext,
+        *,
+        with_tower: bool = True,
     ) -> None:
         self._chunks, self._mapping, self._groups = chunks, mapping, groups
-        self._batch_bytes, self._prepare = batch_bytes, prepare
+        self._batch_bytes, self._prepare, self._with_tower = batch_bytes, prepare, with_tower
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self._tensors(self._batches, self._groups.pp)
@@ -101,6 +104,8 @@ class Export:
         if self._mapping.tied:
             head = ("lm_head.weight",)
             owners = {name: o for name, o in owners.items() if self._mapping.find(name).hf != head}
+        if not self._with_tower:
+            owners = {name: owner for name, owner in owners.items() if not name.startswith(TOWER)}
         return list(_batches(owners, self._groups, self._batch_bytes))
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ..distributed import agreed, all_gather_objects, rank
+from ..distributed import agreed, all_gather_objects, broadcast_object, rank
 from ..errors import InputError
-from ..models.mapping import Mapping
+from ..models.mapping import TOWER, Mapping
 from .parameters import LocalParameter, local_parameters
 from .safetensors_folder import SafetensorsFolder
 
@@ -38,6 +38,27 @@ def load_hf(
             f"{path!r} has {len(extra)} tensors that no Megatron parameter takes, the first {extra[0]!r}: "
             "use the config.json of these weights"
         )
+
+
+def has_tower_of(
+    path: str, chunks: list[torch.nn.Module], mapping: Mapping, groups: ProcessGroupCollection
+) -> bool:
+    """Return whether the vision tower has exactly the weights of a Hugging Face folder. Collective.
+
+    Rank 0, which has the tower like all ranks of the first stage, reads and compares.
+
+    Raises:
+        InputError: the folder cannot be read. Raised on every rank.
+    """
+    equal = True
+    with agreed():
+        if rank() == 0:
+            source = SafetensorsFolder(path, left_out=mapping.left_out)
+            for parameter in local_parameters(chunks, groups):
+                if equal and parameter.name.startswith(TOWER):
+                    (name,) = mapping.find(parameter.name).hf
+                    equal = torch.equal(parameter.tensor, source.get(name).to(parameter.tensor))
+    return broadcast_object(equal)
 
 
 def _load_parameter(

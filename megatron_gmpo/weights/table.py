@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ..errors import InputError, one_line
 from ..models import FAMILIES
-from ..models.description import architecture_of, read_hf_config, vision_of
+from ..models.description import architecture_of, auto_class, read_hf_config, vision_of
 from ..models.family import language_config
 from ..models.hub import hub_names, stacked_name
 from ..models.mapping import Row, expand, is_expert
@@ -136,10 +135,9 @@ class ConversionTable:
 
 def _hub_shapes(whole: Any) -> dict[str, tuple[int, ...]]:
     """Return name on the hub -> shape of every tensor that transformers would save for this config."""
-    auto = AutoModelForImageTextToText if hasattr(whole, "vision_config") else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model = auto.from_config(whole, trust_remote_code=False, attn_implementation="sdpa")
+            model = auto_class(whole).from_config(whole, trust_remote_code=False, attn_implementation="sdpa")
     except Exception as error:  # an odd type or value raises anything
         raise InputError(
             f"transformers cannot build a model of this config.json ({one_line(error)}): correct it"

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_gmpo.errors import InputError
-from megatron_gmpo.testing import Family
+from megatron_gmpo.testing import AnyFamily
 from megatron_gmpo.testing.tiny_models import make_tiny_model
 
 CPU_S, MEMORY_BYTES = 10.0, 10**9
@@ -58,7 +58,7 @@ SINGLE = "model.safetensors"
 
 
 @functools.cache
-def model(family: Family) -> Path:
+def model(family: AnyFamily) -> Path:
     """Return the folder of a tiny model with two layers. That of Qwen3 is tied and stores its head too."""
     folder = FOLDER / family
     tied = family == "qwen3"

@@ -144,6 +144,34 @@ def test_code_that_transformers_replaces_is_ignored(tiny_model: Callable[..., Pa
     assert type(read_hf_config(str(folder))).__module__.startswith("transformers.")
 
 
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_code_of_a_processor_is_refused(tiny_model: Callable[..., Path], tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(tiny_model("qwen3_vl"), tmp_path / "model"))
+    edit(folder / file, auto_map={"AutoImageProcessor": "evil.Processor"})
+    assert f"{file} names code of the folder to run" in refusal(lambda: read_hf_config(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "expected"),
+    [
+        ("text_config", "num_hidden_layers", 10**12, "num_hidden_layers = 1000000000000, which is no number"),
+        ("vision_config", "depth", 10**12, "depth = 1000000000000, which is no number from 1 to 1000"),
+        ("vision_config", "num_position_embeddings", 10**12, "which is no number from 1 to"),
+        ("vision_config", "spatial_merge_size", 0, "which is no number from 1 to"),
+        ("vision_config", "patch_size", [14, 14], "which is no number from 1 to"),
+        ("vision_config", "attn_implementation", "someone/kernel", "names the kernel attn_implementation"),
+        ("text_config", "_experts_implementation", "a/b", "names the kernel _experts_implementation"),
+    ],
+)
+def test_the_parts_of_a_vision_language_model_have_the_same_checks(
+    tiny_model: Callable[..., Path], tmp_path: Path, part: str, field: str, value: Any, expected: str
+) -> None:
+    about = json.loads((tiny_model("qwen3_vl_moe") / "config.json").read_text())
+    about[part][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert expected in refusal(lambda: read_hf_config(str(tmp_path)))
+
+
 @pytest.mark.parametrize("prefix", ["", "_"])
 @pytest.mark.parametrize("field", ["attn_implementation", "experts_implementation"])
 @pytest.mark.parametrize(
@@ -155,19 +183,28 @@ def test_a_kernel_to_fetch_is_refused(folder: Path, prefix: str, field: str, val
 
 
 def test_every_call_of_transformers_refuses_code_and_names_the_attention() -> None:
-    loaders = {"AutoConfig": set(), "AutoTokenizer": set(), "AutoModelForCausalLM": {"attn_implementation"}}
+    loaders = {
+        "AutoConfig": set(),
+        "AutoTokenizer": set(),
+        "AutoImageProcessor": set(),
+        "AutoModel": {"attn_implementation"},
+        "AutoModelForCausalLM": {"attn_implementation"},
+        "AutoModelForImageTextToText": {"attn_implementation"},
+        "auto_class": {"attn_implementation"},
+    }
     seen = 0
     for file in Path(megatron_gmpo.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(file.read_text())):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
-                name, function = getattr(call.func.value, "id", None), call.func.attr
+                of, function = call.func.value, call.func.attr
+                name = getattr(of.func if isinstance(of, ast.Call) else of, "id", None)
                 made_here = file.name == "tiny_models.py"  # from_config of a config that no folder holds
                 if name in loaders and function in ("from_pretrained", "from_config") and not made_here:
                     arguments = {word.arg: ast.unparse(word.value) for word in call.keywords}
                     assert arguments.get("trust_remote_code") == "False", (file, call.lineno)
                     assert arguments.keys() >= loaders[name], (file, call.lineno)
                     seen += 1
-    assert seen >= 10
+    assert seen >= 12
 
 
 # Which files hold the weights
