@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..command_line import Options, parse_options_and_config
-from ..config import Config, Positive
+from ..config import Config, NonNegative, Positive
 from ..errors import InputError
 
 MODEL_CONFIGS = Path("examples/moe/model_configs")
@@ -42,6 +42,9 @@ class Plan(Options):
     response_tokens: Positive | None = None
     """Mean length of responses in tokens; by default half of rollout.max_new_tokens. The length of an episode
     includes its observations, and its limit is rollout.max_episode_tokens."""
+    image_tokens: NonNegative | None = None
+    """Mean tokens of a prompt's image, which are among prompt_tokens; by default half of them if
+    data.image_column is set, else 0."""
 
 
 def main(argv: list[str]) -> None:
@@ -51,6 +54,14 @@ def main(argv: list[str]) -> None:
         raise InputError(
             f"response_tokens = {options.response_tokens} is above {cfg.rollout.response_limit} = {longest}: "
             f"choose a smaller one"
+        )
+    prompt_tokens = options.prompt_tokens or max(1, cfg.data.max_prompt_tokens // 4)
+    image_tokens = options.image_tokens
+    if image_tokens is None:
+        image_tokens = prompt_tokens // 2 if cfg.data.image_column else 0
+    if image_tokens > prompt_tokens:
+        raise InputError(
+            f"image_tokens = {image_tokens} is above prompt_tokens = {prompt_tokens}: choose a smaller one"
         )
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -63,7 +74,8 @@ def main(argv: list[str]) -> None:
         with_model_config(cfg, options.config_folder),
         options.world_size,
         options.hardware or (None if cfg.device == "cpu" else "h100"),
-        prompt_tokens=options.prompt_tokens or max(1, cfg.data.max_prompt_tokens // 4),
+        prompt_tokens=prompt_tokens,
+        image_tokens=image_tokens,
         response_tokens=options.response_tokens or max(1, longest // 2),
         console=Console(width=None if sys.stdout.isatty() else 150),
     )

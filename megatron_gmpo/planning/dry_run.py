@@ -31,6 +31,7 @@ from ..config import Config, OptimizerConfig
 from ..losses.objective import needed_columns
 from ..models.attention import PackedAttention, RMSNorm, packing_of
 from ..models.description import DTYPES, ModelDescription
+from ..models.mapping import TOWER
 from ..platform import prepare_megatron
 from ..platform.cpu import on_meta
 from ..policy.build import build_chunks, make_trainable, output_weight, without_logits
@@ -62,6 +63,7 @@ def dry_run(
     stage: int,
     lengths: list[int],
     num_microbatches: int,
+    image_tokens: int = 0,
 ) -> RankPlan:
     """Return the plan of the first rank of ``stage`` in a world of ``world_size`` ranks.
 
@@ -71,19 +73,30 @@ def dry_run(
         description: result of ``describe_model`` for ``cfg`` with the CPU as the device.
         lengths: padded sequence lengths of the microbatch.
         num_microbatches: microbatches of an optimizer step on a rank.
+        image_tokens: tokens of the image of each sequence of a vision-language model's microbatch; 0 without
+            images.
     """
     prepare_megatron(torch.device("cpu"))
     description = _with_even_routing(description)
     with _groups(cfg, world_size, stage) as groups, on_meta():
         observer = Observer(groups)
         chunks = _build(cfg, description, groups, observer)
+        for chunk in chunks:
+            if hasattr(chunk, "visual"):
+                chunk.visual.requires_grad_(not cfg.model.freeze_vision)  # pyright: ignore[reportCallIssue]
         trainable = make_trainable(chunks, cfg.optimizer.model_copy(update=_ANYWHERE), 1, groups)
         chunks = trainable.chunks
         gradients = [buffer.grad_data for buffer in _buffers(chunks)]
         observer.resident = {*_storages(_tensors(chunks)), *_storages(gradients)}
-        passes = [_microbatch(cfg, description, groups, chunk, lengths, observer) for chunk in chunks]
+        with _frozen_tower(chunks):
+            passes = [_microbatch(cfg, description, groups, chunk, lengths, observer) for chunk in chunks]
+        towers = [
+            _encoding(chunk.module.visual, -(-len(lengths) // groups.cp.size()), image_tokens, observer)
+            for chunk in chunks
+            if image_tokens and hasattr(chunk.module, "visual")
+        ]
         counts = _in_flight(len(chunks), groups, num_microbatches)
-        in_backward = max(one.peak - one.kept for one in passes)
+        in_backward = max(one.peak - one.kept for one in passes + towers)
         has_reference = "ref_logprobs" in needed_columns(cfg.algorithm) and not cfg.model.reference_offload
         reference = _build(cfg, description, groups, observer) if has_reference else []
         totals = [_stage_parameters(chunk, groups) for chunk in chunks]
@@ -97,14 +110,33 @@ def dry_run(
             gradients=_nbytes(gradients),
             optimizer=_optimizer_nbytes(trainable.optimizer, chunks, cfg.optimizer),
             reference=_nbytes(_tensors(reference)),
-            activations=sum(count * one.kept for count, one in zip(counts, passes, strict=True)),
+            activations=sum(count * one.kept for count, one in zip(counts, passes, strict=True))
+            # the tower is in the first chunk
+            + sum(counts[0] * tower.kept for tower in towers),
             temporaries=max(0, in_backward),
             in_flight=sum(counts),
             boundary=max(one.boundary for one in passes),
-            forward=total_work(one.forward for one in passes),
-            training=total_work(one.training for one in passes),
+            forward=total_work(one.forward for one in passes + towers),
+            training=total_work(one.training for one in passes + towers),
             gradient_sync=tuple(observer.gradient_sync(_buffers(chunks))),
+            tower=sum(tower.forward.flops for tower in towers),
         )
+
+
+@contextmanager
+def _frozen_tower(chunks: list[Any]) -> Iterator[None]:
+    """Let the chunks pass over their trained vision tower, which ``_encoding`` runs by itself."""
+    trained = [
+        parameter
+        for chunk in chunks
+        for name, parameter in chunk.module.named_parameters()
+        if name.startswith(TOWER) and parameter.requires_grad
+    ]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in trained:
+        parameter.requires_grad_()
 
 
 @contextmanager
@@ -144,7 +176,7 @@ def _build(
 
 @dataclass(frozen=True)
 class _Pass:
-    """The cost of one microbatch in one chunk.
+    """The cost of one microbatch in one chunk, or in the vision tower.
 
     Attributes:
         kept: bytes that autograd keeps until the backward pass.
@@ -202,6 +234,21 @@ def _microbatch(
         forward = observer.work()
         output.backward(torch.empty_like(output))
     return _Pass(kept, observer.peak, boundary, forward, observer.work())
+
+
+def _encoding(tower: Any, images: int, image_tokens: int, observer: Observer) -> _Pass:
+    """Return the cost of the images of a microbatch. Only a trained tower has a backward pass."""
+    from .tower import encode  # not for text models
+
+    tower.train()
+    observer.start()
+    with observer:
+        with torch.autograd.graph.saved_tensors_hooks(observer.note_saved, lambda tensor: tensor):
+            features = encode(tower, images, image_tokens, observer)
+        kept, forward = observer.saved, observer.work()
+        if features.requires_grad:
+            features.backward(torch.empty_like(features))
+    return _Pass(kept, observer.peak, 0, forward, observer.work())
 
 
 def _in_flight(chunks: int, groups: ProcessGroupCollection, num_microbatches: int) -> list[int]:

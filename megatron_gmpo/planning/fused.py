@@ -62,7 +62,24 @@ class FusedAttention(torch.nn.Module):
         squares = int(((bounds[1:] - bounds[:-1]).long() ** 2).sum()) // self.cp_group.size()
         # two matrix products; the causal mask halves their FLOPs
         flops = squares * query.shape[1] * (query.shape[2] + value.shape[2])
-        return _FusedAttentionFunction.apply(query, key, value, self.cp_group, self.observer, flops)  # pyright: ignore[reportReturnType]
+        return fused_attention(query, key, value, self.observer, flops, self.cp_group)
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    observer: Observer,
+    flops: int,
+    cp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Return the output (T, heads * e) of (T, heads, d), (T, groups, d) and (T, groups, e).
+
+    Args:
+        flops: FLOPs of the two matrix products.
+        cp_group: ranks that gather keys and values.
+    """
+    return _FusedAttentionFunction.apply(query, key, value, cp_group, observer, flops)  # pyright: ignore[reportReturnType]
 
 
 class _FusedAttentionFunction(torch.autograd.Function):
@@ -72,7 +89,7 @@ class _FusedAttentionFunction(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        cp_group: dist.ProcessGroup,
+        cp_group: dist.ProcessGroup | None,
         observer: Observer,
         flops: int,
     ) -> Tensor:
@@ -82,7 +99,7 @@ class _FusedAttentionFunction(torch.autograd.Function):
         ctx.cp_group, ctx.observer, ctx.flops = cp_group, observer, flops
         observer.flops += flops
         for x in (key, value):
-            if cp_group.size() > 1:
+            if cp_group and cp_group.size() > 1:
                 whole = x.new_empty(cp_group.size() * len(x), *x.shape[1:])
                 dist.all_gather_into_tensor(whole, x.contiguous(), group=cp_group)
         return out
@@ -92,7 +109,7 @@ class _FusedAttentionFunction(torch.autograd.Function):
         query, key, value, _, _ = ctx.saved_tensors
         ctx.observer.flops += ctx.flops * 5 // 2  # one product for the scores, four for the gradients
         for x in (key, value):
-            if ctx.cp_group.size() > 1:
+            if ctx.cp_group and ctx.cp_group.size() > 1:
                 whole = x.new_empty(ctx.cp_group.size() * len(x), *x.shape[1:])
                 dist.reduce_scatter_tensor(torch.empty_like(x), whole, group=ctx.cp_group)
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None, None

@@ -29,6 +29,7 @@ def print_plan(
     *,
     prompt_tokens: int,
     response_tokens: int,
+    image_tokens: int = 0,
     console: Console,
 ) -> None:
     """Print the plan of a layout.
@@ -38,6 +39,7 @@ def print_plan(
         hardware: a key of ``HARDWARE``; None means CPUs, for which nothing depends on a machine's figures.
         prompt_tokens: mean length of prompts.
         response_tokens: mean length of responses.
+        image_tokens: mean tokens of the image of a prompt, which are among ``prompt_tokens``.
 
     Raises:
         InputError: training would refuse the config, or a rank or a server needs too much memory.
@@ -58,6 +60,7 @@ def print_plan(
             stage=stage,
             lengths=lengths,
             num_microbatches=max(batch.microbatches),
+            image_tokens=image_tokens,
         )
         for stage in range(cfg.parallel.pipeline_model_parallel_size)
     ]
@@ -65,11 +68,11 @@ def print_plan(
     console.print(headline(cfg, description, model, world_size, hardware or "CPUs"), soft_wrap=True)
     gpu = HARDWARE[hardware] if hardware else None
     console.print(memory_table(plans, gpu))
-    step = StepTraffic(cfg, model, plans, batch, world_size, sum(lengths))
+    step = StepTraffic(cfg, model, plans, batch, world_size, lengths)
     if gpu:
         check_trainer(plans, gpu)
         servers = plan_servers(cfg, world_size, model, plans, gpu)
-        step = StepEstimate(cfg, model, plans, batch, world_size, sum(lengths), servers, gpu)
+        step = StepEstimate(cfg, model, plans, batch, world_size, lengths, servers, gpu)
     print_step(console, cfg, step)
 
 
@@ -92,4 +95,6 @@ def _model(cfg: Config, description: ModelDescription, plans: list[RankPlan]) ->
     tables = 1 if hf.tie_word_embeddings else 2
     padding = tables * (description.padded_vocab_size - hf.vocab_size) * hf.hidden_size
     quantized = cfg.rollout.quantization == "fp8"
-    return model_of(plans, hf, description.transformer, padding, quantized=quantized)
+    shapes = description.vision.parameters().values() if description.vision else ()
+    tower = sum(map(math.prod, shapes))
+    return model_of(plans, hf, description.transformer, padding, quantized=quantized, tower=tower)

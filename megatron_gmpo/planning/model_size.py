@@ -24,6 +24,7 @@ class Model:
         num_experts: experts per MoE layer; 0 for a dense model.
         topk: experts per token; 0 for a dense model.
         served_weights: bytes of the weights on a server, and of a weight sync.
+        tower_parameters: elements of the vision tower, which no token of text uses.
     """
 
     parameters: int
@@ -36,6 +37,7 @@ class Model:
     num_experts: int
     topk: int
     served_weights: int
+    tower_parameters: int = 0
 
     @property
     def weights(self) -> int:
@@ -55,12 +57,15 @@ class Model:
         return self.kv_head_bytes * max(self.kv_heads, gpus)
 
 
-def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, quantized: bool) -> Model:
+def model_of(
+    plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, quantized: bool, tower: int = 0
+) -> Model:
     """Return the size of the whole model from the plans of its stages.
 
     Args:
         padding: number of elements that pad the vocabulary.
         quantized: whether the servers hold the weights in block-wise FP8.
+        tower: number of elements of the vision tower.
     """
     parameters = sum(plan.stage_parameters for plan in plans) - padding
     experts = sum(plan.stage_expert_parameters for plan in plans)
@@ -79,7 +84,7 @@ def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, 
     served = 2 * wide + (parameters - wide) * (1 + 4 / BLOCK**2) if quantized else 2 * parameters
     return Model(
         parameters=parameters,
-        active_parameters=parameters - idle,
+        active_parameters=parameters - idle - tower,
         expert_parameters=experts,
         kv_heads=kv_heads,
         kv_head_bytes=kv * layers,
@@ -88,4 +93,5 @@ def model_of(plans: list[RankPlan], hf: Any, transformer: Any, padding: int, *, 
         num_experts=count,
         topk=topk,
         served_weights=round(served),
+        tower_parameters=tower,
     )

@@ -62,6 +62,8 @@ class RankPlan:
         forward: work of a forward pass with log probabilities.
         training: work of forward pass, backward pass and recomputation.
         gradient_sync: collectives of an optimizer step.
+        tower: FLOPs of the vision tower in a forward pass. They are part of ``forward`` and, with those of a
+            trained tower's backward pass, of ``training``.
     """
 
     stage: int
@@ -80,6 +82,7 @@ class RankPlan:
     forward: Work
     training: Work
     gradient_sync: tuple[Traffic, ...]
+    tower: int = 0
 
     @property
     def resident(self) -> int:

@@ -83,6 +83,10 @@ def batch_table(cfg: Config, step: StepTraffic) -> Table:
     groups = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt}"
     table.add_row("sequences", f"{sequences:,}", groups)
     table.add_row("tokens", f"{batch.tokens:,}", f"{batch.tokens / sequences:,.0f} per sequence (assumed)")
+    if step.image_flops:
+        kind = "frozen" if cfg.model.freeze_vision else "trained"
+        tower = f"{kind} tower of {step.model.tower_parameters / 1e9:.2f} B"
+        table.add_row("images", f"{sequences:,}", f"{step.image_flops / 1e12:.2f} TFLOP each in the {tower}")
     table.add_row("optimizer steps", str(len(updates)), f"{max(updates)} microbatches per rank in each")
     if rollout.engine == "embedded":
         about = f"{rollout.batch_size} responses at a time on each rank"
@@ -114,7 +118,7 @@ def traffic_table(step: StepTraffic) -> Table:
         table.add_row("send and receive", "pp", str(len(step.plans)), "", f"{boundary / 1e9:.2f}")
     data = step.data_path
     table.add_row("data, over a node", "", "", "", f"{data.nbytes / 1e9:.2f}")
-    sent = f"{step.model.served_weights / 1e9:.2f}"
+    sent = f"{step.synced / 1e9:.2f}"
     table.add_row("weight sync", "world", str(step.world_size), "", sent)
     return table
 

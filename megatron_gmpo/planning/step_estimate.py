@@ -104,7 +104,7 @@ class StepTraffic:
     """The batch of a step, and the bytes that one rank sends in a step.
 
     Args:
-        slots: number of tokens in the microbatch of the dry run.
+        lengths: lengths of the sequences in the microbatch of the dry run.
     """
 
     def __init__(
@@ -114,13 +114,20 @@ class StepTraffic:
         plans: list[RankPlan],
         batch: Batch,
         world_size: int,
-        slots: int,
+        lengths: list[int],
     ) -> None:
         self.cfg, self.model, self.plans, self.batch, self.world_size = cfg, model, plans, batch, world_size
         replicas = world_size // cfg.parallel.model_parallel_size
+        slots = sum(lengths)
         # ratio of the tokens of a microbatch to the tokens of the dry run's microbatch
         self._filled = batch.tokens / (replicas * sum(batch.microbatches) * slots)
         self._slots = slots
+        images = -(-len(lengths) // cfg.parallel.context_parallel_size)
+        self.image_flops = plans[0].tower / images if plans else 0.0
+        """FLOPs of the vision tower for the image of a prompt."""
+        sent_tower = not (cfg.model.freeze_vision and cfg.servers_keep_weights)
+        self.synced = model.served_weights - (0 if sent_tower else 2 * model.tower_parameters)
+        """Bytes of a weight sync."""
         minibatches, is_moe = cfg.train.minibatches_per_step, model.num_experts > 0
         without = minibatches_without_pass(cfg.algorithm, minibatches, is_moe=is_moe)
         self.passes = 1 - without / minibatches
@@ -160,7 +167,7 @@ class StepEstimate(StepTraffic):
     """Seconds of each phase of a step on GPUs.
 
     Args:
-        slots: number of tokens in the microbatch of the dry run.
+        lengths: lengths of the sequences in the microbatch of the dry run.
         servers: rollout servers; for the embedded engine the ranks.
     """
 
@@ -171,11 +178,11 @@ class StepEstimate(StepTraffic):
         plans: list[RankPlan],
         batch: Batch,
         world_size: int,
-        slots: int,
+        lengths: list[int],
         servers: Servers,
         hardware: Hardware,
     ) -> None:
-        super().__init__(cfg, model, plans, batch, world_size, slots)
+        super().__init__(cfg, model, plans, batch, world_size, lengths)
         self.servers, self.hardware = servers, hardware
         self.seconds = {
             "rollout": self._rollout(),
@@ -208,12 +215,15 @@ class StepEstimate(StepTraffic):
     def mfu(self) -> float:
         """Return the MFU of the training phase.
 
-        It is the FLOPs of three forward passes, without recomputation, divided by the GPU's peak FLOPs.
+        It is the FLOPs of three forward passes, without recomputation, divided by the GPU's peak FLOPs. A
+        frozen vision tower has one forward pass.
         """
-        forward = sum(plan.forward.flops for plan in self.plans) / len(self.plans)
+        passes = sum(3 * plan.forward.flops for plan in self.plans)
+        if self.cfg.model.freeze_vision:
+            passes -= sum(2 * plan.tower for plan in self.plans)
         return (
-            3
-            * forward
+            passes
+            / len(self.plans)
             * self._filled
             * sum(self.batch.microbatches)
             / (self.seconds["train"] * self.hardware.flops)
@@ -296,7 +306,9 @@ class StepEstimate(StepTraffic):
         the weights within their GPUs.
         """
         link = self.hardware.network if self.world_size > GPUS_PER_NODE else self.hardware.nvlink
-        gathered, served = self.model.weights / (link * LINK_EFFICIENCY), self.model.served_weights
+        served = self.synced
+        unsent = self.model.served_weights - served
+        gathered = (self.model.weights - unsent) / (link * LINK_EFFICIENCY)
         if self.cfg.rollout.engine == "embedded":
             return gathered
         buckets = served / ((self.cfg.weight_sync.bucket_bytes or BUCKET_BYTES["cuda"]) / 2)
@@ -320,7 +332,9 @@ class StepEstimate(StepTraffic):
         ][:: servers.count]
         # the prefix cache holds a group's prompt
         unique = sum(prompts) / self.cfg.rollout.samples_per_prompt
-        prefill = 2 * model.active_parameters * unique / (servers.gpus * hardware.flops * PREFILL_EFFICIENCY)
+        images = len(prompts) / self.cfg.rollout.samples_per_prompt
+        flops = 2 * model.active_parameters * unique + self.image_flops * images
+        prefill = flops / (servers.gpus * hardware.flops * PREFILL_EFFICIENCY)
         mean_prompt, mean_response = sum(prompts) / len(prompts), sum(responses) / len(responses)
         slots = max(
             1,

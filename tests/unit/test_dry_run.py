@@ -42,7 +42,12 @@ Plan = Callable[..., RankPlan]
 @pytest.fixture
 def plan(tiny_model: Callable[..., Path]) -> Plan:
     def make(
-        family: str = "qwen3", world_size: int = 1, stage: int = 0, num_microbatches: int = 8, **sections: Any
+        family: str = "qwen3",
+        world_size: int = 1,
+        stage: int = 0,
+        num_microbatches: int = 8,
+        image_tokens: int = 0,
+        **sections: Any,
     ) -> RankPlan:
         model = {"path": str(tiny_model(family)), "dtype": "bf16"} | sections.pop("model", {})
         cfg = Config.model_validate({"model": model, **sections})
@@ -54,6 +59,7 @@ def plan(tiny_model: Callable[..., Path]) -> Plan:
             stage=stage,
             lengths=LENGTHS,
             num_microbatches=num_microbatches,
+            image_tokens=image_tokens,
         )
 
     return make
@@ -154,6 +160,24 @@ def test_fp8_is_planned_without_its_kernels(plan: Plan) -> None:
     assert plan("qwen3_moe", fp8={"recipe": "mxfp8"}).training == plan("qwen3_moe").training
 
 
+def test_a_weight_sync_without_the_frozen_tower() -> None:
+    def synced(**sections: Any) -> int:
+        model = Model(*[1] * 7, num_experts=0, topk=0, served_weights=100, tower_parameters=10)
+        cfg = Config.model_validate({"rollout": {"engine": "sglang"}} | sections)
+        return StepTraffic(cfg, model, [], Batch([8], [4], [1]), 1, [8]).synced
+
+    assert synced() == 80
+    for sections in (
+        {"model": {"freeze_vision": False}},
+        {"rollout": {"engine": "sglang", "placement": "colocated"}},
+        {"rollout": {"engine": "sglang", "server_urls": ["http://localhost:1"]}},
+        {"rollout": {"engine": "embedded"}},
+        {"weight_sync": {"verify": True}},
+        {"sglang": {"args": {"load_format": "dummy"}}},
+    ):
+        assert synced(**sections) == 100
+
+
 @pytest.mark.parametrize(
     ("old_logprobs", "kl_coef", "minibatches", "passes"),
     [
@@ -173,4 +197,4 @@ def test_forward_passes_before_the_updates(
         }
     )
     model = Model(*[1] * 7, num_experts=0, topk=0, served_weights=1)
-    assert StepTraffic(cfg, model, [], Batch([8], [4], [1]), 1, 8).passes == passes
+    assert StepTraffic(cfg, model, [], Batch([8], [4], [1]), 1, [8]).passes == passes
