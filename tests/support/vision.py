@@ -23,10 +23,14 @@ SIZES = ((56, 84), (200, 61), (1000, 333), (30, 30))
 
 
 def picture(width: int, height: int, seed: int = 0) -> bytes:
-    """Return a PNG of smooth random colours, so that another filter of resizing gives other pixel values."""
+    """Return smooth random colours, so that another filter of resizing gives other pixel values.
+
+    Every third seed gives a JPEG, the others a PNG.
+    """
     noise = np.random.default_rng(seed).integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
     encoded = io.BytesIO()
-    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(encoded, "PNG")
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(encoded, "PNG" if seed % 3 else "JPEG")
     return encoded.getvalue()
 
 
@@ -58,7 +62,8 @@ class VisionReference:
     def stored(self, data: bytes, folder: Path) -> StoredImage:
         """Write an image into ``folder`` and return it as an image of a prompt."""
         grid = self.processor(Image.open(io.BytesIO(data)), return_tensors="pt")["image_grid_thw"][0].tolist()
-        image = StoredImage(ImageRef(digest_of(data), tuple(grid), ".png"), ImageFolder(folder))
+        suffix = ".jpg" if data.startswith(b"\xff\xd8") else ".png"
+        image = StoredImage(ImageRef(digest_of(data), tuple(grid), suffix), ImageFolder(folder))
         image.folder.write(image.ref, data)
         return image
 

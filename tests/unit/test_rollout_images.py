@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
@@ -21,6 +24,7 @@ from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
 from megatron_gmpo.rollout.images import RunImages, run_images
 from megatron_gmpo.rollout.replay import append_transcripts, load_groups, load_share, save_groups
+from megatron_gmpo.rollout.sglang.image_requests import ImageRequests
 from megatron_gmpo.testing.tiny_models import make_tiny_model
 
 from ..support.groups import in_order
@@ -193,7 +197,7 @@ def test_saved_rollouts_bring_their_images(folders: Any, tmp_path: Path) -> None
     [
         (lambda s: s["images"].pop(), r"it has \d+ image tokens for images of \d+ tokens"),
         (lambda s: s["images"][0].update(digest="../../x"), "digest"),
-        (lambda s: s["images"][0].update(digest="0" * 32), "its image .*images/0{32}.png is missing"),
+        (lambda s: s["images"][0].update(digest="0" * 32), "its image .*images/0{32}.jpg is missing"),
         (lambda s: s["images"][0].update(suffix=".sh"), "suffix"),
         (lambda s: s["images"][0].update(grid=[1, 0, 4]), "grid"),
         (lambda s: s["images"][0].update(grid=[1, 2**60, 4]), "image tokens for images of"),
@@ -237,3 +241,15 @@ def test_a_request_has_one_token_for_each_image(folders: Any, tmp_path: Path) ->
     assert sent.tolist() == reference.tokenizer(rendered)["input_ids"]
     with pytest.raises(ValueError, match="image tokens for images of"):
         images.without_repeats([*prompt.input_ids, reference.image_token], prompt.image_refs)
+
+
+def test_a_jpeg_with_a_byte_behind_it_is_the_same_image(folders: Any, tmp_path: Path) -> None:
+    """With a GPU, SGLang takes only files that end as a JPEG does away from Pillow."""
+    images = images_of(folders("qwen2_5_vl"), tmp_path / "run")
+    image = VisionReference(folders("qwen2_5_vl")).stored(picture(200, 61), tmp_path)
+    url = ImageRequests(images)._load(image)
+    assert url.startswith("data:image/jpeg;base64,")
+    sent = base64.b64decode(url.partition(",")[2])
+    assert not sent.endswith(b"\xff\xd9")
+    plain, padded = (np.asarray(Image.open(io.BytesIO(data))) for data in (image.read(), sent))
+    assert np.array_equal(plain, padded)

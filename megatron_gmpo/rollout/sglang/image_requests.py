@@ -129,4 +129,9 @@ class ImageRequests:
     def _load(self, image: PromptImage) -> str:
         self.images.keep([image])
         content = self.images.folder.path(image.ref).read_bytes()
-        return f"data:image/{image.ref.suffix[1:]};base64,{base64.b64encode(content).decode()}"
+        if image.ref.suffix == ".jpg":
+            # a byte after the end of a JPEG: with a GPU, SGLang decodes it in another way unless it ends with
+            # its own last bytes (utils/common.py:is_jpeg_with_cuda)
+            content += b"\0"
+        kind = image.ref.suffix[1:].replace("jpg", "jpeg")
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
