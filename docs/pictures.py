@@ -1,8 +1,8 @@
-"""Make the pictures of docs/view.md with headless Chromium.
+"""Make the pictures of docs/view.md and docs/tutorial.md with headless Chromium.
 
 Usage::
 
-    python docs/pictures.py RUN_DIR
+    python docs/pictures.py RUN_DIR [view|tutorial]
 
 RUN_DIR is a run with ``log.tokens_per_step`` above 0. The pictures are written to docs/pictures/.
 """
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).with_name("pictures")
 SIZE = {"width": 1200, "height": 720}
 
 
-def main(run_dir: str) -> None:
+def main(run_dir: str, page_of: str = "view") -> None:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as made, sync_playwright() as started:
         exported = Path(made) / "page.html"
@@ -35,26 +35,26 @@ def main(run_dir: str) -> None:
         page = browser.new_page(viewport=SIZE)
         page.goto(exported.as_uri())
         page.wait_for_selector(".panel canvas")
-        take(page, "curves")
+        take(page, page_of, "curves")
         for name in ("Samples", "Machine", "Tokens"):
             page.get_by_role("tab", name=name).click()
             if name == "Tokens":  # the largest ratios are those of the first updates
                 page.get_by_label("Step", exact=True).fill("1")
                 page.get_by_label("Step", exact=True).press("Enter")
             page.wait_for_timeout(300)
-            take(page, name.lower())
+            take(page, page_of, name.lower())
         page.locator("#worst tr.pick").first.click()
         page.locator(".tokens span.pinned").hover()
-        take(page, "sample_tokens")
+        take(page, page_of, "sample_tokens")
         browser.close()
 
 
-def take(page: Any, name: str) -> None:
+def take(page: Any, page_of: str, name: str) -> None:
     """Write a picture with 64 colours, which is a third of the size."""
-    file = FOLDER / f"view_{name}.png"
+    file = FOLDER / f"{page_of}_{name}.png"
     page.screenshot(path=file)
     Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

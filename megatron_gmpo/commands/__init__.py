@@ -29,6 +29,7 @@ NAMES = (
     "convert_megatron_to_hf",
     "inspect_checkpoint",
     "export_quantized",
+    "push",
     "demo",
     "make_tiny_model",
     "alfworld",

@@ -75,7 +75,7 @@ def run_conversion(
         conversion = opened()
         lines = list(conversion.lines()) if dry_run else []
         if not dry_run:
-            with _progress(conversion.nbytes) as advance:
+            with progress(conversion.nbytes) as advance:
                 lines = [f"{target}: {conversion.convert(target, verify=verify, advance=advance)}"]
         first = rank() == 0
     if first:
@@ -86,7 +86,7 @@ def run_conversion(
 
 
 @contextmanager
-def _progress(nbytes: int) -> Iterator[Callable[[int], None]]:
+def progress(nbytes: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar over the bytes of this rank's share, on rank 0 and only in a terminal."""
     console = Console(stderr=True)
     columns = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,15 +15,19 @@ import pandas
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import ModelCard, constants
 
 from megatron_gmpo.batch.samples import Episode, Prompt
 from megatron_gmpo.command_line import load_config
+from megatron_gmpo.commands.push import main as push
+from megatron_gmpo.errors import InputError, RunError
 from megatron_gmpo.metrics.token_records import Record
 from megatron_gmpo.rewards.countdown import countdown_reward
 from megatron_gmpo.rollout.replay import load_groups, save_groups
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 
 from ..support.commands import CONFIG, error_lines, json_lines, last_of_report, options, run_module
+from ..support.hub import Repository, uploads
 
 pytestmark = pytest.mark.distributed
 
@@ -213,6 +217,104 @@ def test_plot_metrics_draws_the_run(two_steps: Path, tmp_path: Path) -> None:
     done = run_module("tools.plot_metrics", two_steps, "--out", tmp_path / "curves.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+TOKEN = "hf_a-token"
+
+
+@pytest.fixture
+def on_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, Repository]]:
+    """Point the hub's client at a hub on loopback, and yield its repositories."""
+    with uploads(TOKEN) as (endpoint, repositories):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage has another protocol
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield repositories
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_push_uploads_the_folder_that_it_can_also_write(
+    two_steps: Path, tmp_path: Path, on_hub: dict[str, Repository], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(two_steps.rglob("*"))
+    push(["--folder", str(tmp_path / "model"), str(two_steps), "me/tiny-gmpo"])
+    assert on_hub == {}
+    expected = files_of(tmp_path / "model")
+    push([str(two_steps), "me/tiny-gmpo", "--private"])
+    repository = on_hub["me/tiny-gmpo"]
+    assert repository.visibility == "private"
+    assert repository.files == expected | {".gitattributes": b""}
+    push([str(two_steps), "me/tiny-gmpo", "--step", "2"])  # the same run again
+    assert repository.messages == ["iter_0000002"] * 2
+    listed = capsys.readouterr().out
+    assert all(f"MB  {name}\n" in listed for name in expected)
+    assert sorted(two_steps.rglob("*")) == before
+    direct = run_module(
+        "tools.convert_megatron_to_hf", *options(megatron=two_steps / "checkpoints", hf=tmp_path / "direct")
+    )
+    assert direct.returncode == 0, direct.stderr
+    assert expected.keys() == {*files_of(tmp_path / "direct"), "README.md", "curves.png"}
+    assert expected["model.safetensors"] == (tmp_path / "direct" / "model.safetensors").read_bytes()
+    assert expected["curves.png"].startswith(b"\x89PNG")
+
+
+def test_the_card_has_what_the_run_did(two_steps: Path, tmp_path: Path) -> None:
+    push(["--folder", str(tmp_path / "model"), str(two_steps), "me/tiny-gmpo"])
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.get("gmpo_run") == two_steps.name
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("transformers", None, None)
+    first, _, last = json_lines(two_steps / "metrics.jsonl")
+    assert "| benchmark | figure | step 0 | step 2 |\n| --- | --- | --- | --- |\n" in card.text
+    for k in (1, 2, 4):
+        cells = [
+            f"{line[f'eval/heldout/pass@{k}']:.3f} [{line[f'eval/heldout/ci_low@{k}']:.3f}, "
+            f"{line[f'eval/heldout/ci_high@{k}']:.3f}]"
+            for line in (first, last)
+        ]
+        assert f"| heldout | pass@{k} | {cells[0]} | {cells[1]} |" in card.text
+    for row in ("`optimizer.lr` | 0.001", "`data.path` | train.jsonl", "`seed` | 1234"):
+        assert f"| {row} |" in card.text
+    assert "zhao2025gmpo" in card.text
+    assert "curves.png" in card.text
+    assert str(two_steps.parent) not in card.content  # no path of this machine
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["me/tiny", "--step", "1"], "--step 1: .* has no such checkpoint, only 2"),
+        (["me/other"], r"me/other exists and holds 1 files that are not of run 'two_steps': choose another"),
+        (["tiny"], "REPO 'tiny' is no name on the hub: give owner/name"),
+        (["me/{model}"], "has the name of the base model .*, for which it would be mistaken"),
+        (["me/tiny", "--folder", "."], r"--folder \. exists: choose another folder or remove it"),
+    ],
+)
+def test_push_refuses(two_steps: Path, on_hub: dict[str, Repository], argv: list[str], line: str) -> None:
+    model = Path(load_config([str(two_steps / "config.toml")]).model.path).name
+    on_hub["me/other"] = Repository(None, {"README.md": b"mine"})
+    with pytest.raises(InputError, match=line):
+        push([str(two_steps), *(word.format(model=model) for word in argv)])
+    assert on_hub.keys() == {"me/other"}
+
+
+def test_push_needs_a_token_and_a_checkpoint(
+    two_steps: Path, tmp_path: Path, on_hub: dict[str, Repository], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.toml").write_text('[model]\npath = "some/model"\n')
+    with pytest.raises(InputError, match="has no checkpoint: give the folder of a run that has saved one"):
+        push([str(tmp_path), "me/tiny"])
+    monkeypatch.setenv("HF_TOKEN", "hf_of-another")
+    with pytest.raises(RunError, match=r"the upload to me/tiny failed \(.*401.*run the command again, or"):
+        push([str(two_steps), "me/tiny"])
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="no token for the hub: run 'hf auth login', or set HF_TOKEN"):
+        push([str(two_steps), "me/tiny"])
+    assert on_hub == {}
 
 
 def test_watch_shows_the_run(two_steps: Path) -> None:
