@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +68,7 @@ class Run:
 
     Attributes:
         eval_sets: benchmarks by name.
+        images: the images of the run; None for a model without vision.
         player: plays episodes, if the config has an environment or tools and samples.
         prompts: stream of training problems, where ``checkpoint`` left it; None when saved rollouts are
             replayed.
@@ -84,6 +84,7 @@ class Run:
     tokenizer: Any
     reward: Reward
     eval_sets: dict[str, list[Prompt]]
+    images: RunImages | None
     player: Player | None
     prompts: PromptStream | None
     checkpoint: Path | None
@@ -102,11 +103,6 @@ class Run:
     @property
     def transcripts(self) -> Path:
         return self.run_dir / "transcripts.jsonl"
-
-    @cached_property
-    def images(self) -> RunImages | None:
-        """Return the images of the run; None for a model without vision."""
-        return run_images(self.cfg, self.description.vision)
 
     def headline(self, loss: str) -> str:
         """Return one line that says what the run trains, with the description of its loss."""
@@ -236,14 +232,15 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     tokenizer = load_tokenizer(cfg.model.path)
     _check_vocabulary(cfg.model.path, tokenizer, description.hf.vocab_size)
     positions, reason = _positions(cfg, description.hf)
+    vision = description.vision
+    images = run_images(cfg, vision)
     step = step_of(checkpoint) if checkpoint else 0
     if train and cfg.rollout.replay_path:
         check_groups(cfg.rollout.replay_path, range(step, cfg.train.num_steps))
         if on_rank_0 and step < cfg.train.num_steps:
-            images = run_images(cfg, description.vision)
             load_groups(cfg.rollout.replay_path, step, description.hf.vocab_size, slice(1), images)
     samples = train and not cfg.rollout.replay_path
-    player = make_player(cfg, tokenizer, positions) if generates else None
+    player = make_player(cfg, tokenizer, positions, images) if generates else None
     if player and on_rank_0:
         player.start()
     return Run(
@@ -252,11 +249,10 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         description=description,
         tokenizer=tokenizer,
         reward=resolve_reward(cfg.reward),
-        eval_sets=_eval_sets(cfg, description.vision, tokenizer, positions, reason),
+        eval_sets=_eval_sets(cfg, vision, tokenizer, positions, reason),
+        images=images,
         player=player,
-        prompts=_stream(cfg, description.vision, tokenizer, positions, reason, checkpoint)
-        if samples
-        else None,
+        prompts=_stream(cfg, vision, tokenizer, positions, reason, checkpoint) if samples else None,
         checkpoint=checkpoint,
         damage=damage,
         step=step,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..batch.images import ImageRef, PromptImage
 from ..batch.samples import Episode, EpisodeEnd, FinishReason, Prompt, Sample, version_spans_of
 from .ending import Ending
 from .environments import EnvironmentFault, Observation
 from .environments.pool import EnvironmentPool, Session
+from .episode_images import with_names
+from .images import RunImages, StoredImage
 from .response import Context, Response
 from .turns import TurnTemplate
 
@@ -55,6 +58,7 @@ async def play(
     limits: EpisodeLimits,
     ending: Ending,
     generate: Generate,
+    images: RunImages | None = None,
 ) -> Sample:
     """Play one episode and return its sample, with ``Sample.episode`` set.
 
@@ -70,8 +74,10 @@ async def play(
         limits: end the episode.
         ending: gives the text of a turn, which is the environment's action.
         generate: samples a turn; its errors end the episode without a sample.
+        images: the images of the run; None for a model without vision.
     """
-    course = _Course(prompt, template, limits, ending, generate, _Trajectory(prompt.input_ids))
+    start = _Trajectory(prompt.input_ids, list(prompt.images))
+    course = _Course(prompt, template, limits, ending, generate, images, start)
     session, error = None, ""
     try:
         session = await pool.open(prompt, number, draw)
@@ -85,7 +91,6 @@ async def play(
         text="\n".join(turn[0]["content"] for turn in course.log.turns),
         finish_reason=_FINISH_REASONS[ended],
         episode=course.log.episode(ended, error, session),
-        images=prompt.image_refs,
     )
 
 
@@ -145,9 +150,11 @@ class _Trajectory:
 
     Attributes:
         start: P tokens before the first turn.
+        images: the images of the tokens.
     """
 
     start: Sequence[int] | np.ndarray
+    images: list[PromptImage]
     _parts: list[_Part] = field(default_factory=list)
     _experts: list[np.ndarray] = field(default_factory=list)
 
@@ -190,6 +197,7 @@ class _Trajectory:
             policy_version=int(versions.min()) if len(versions) else -1,
             version_spans=version_spans_of(versions, start) if len(versions) else None,
             routed_experts=np.concatenate(self._experts) if self._experts else None,
+            images=tuple(image.ref for image in self.images),
             **others,
         )
 
@@ -203,6 +211,7 @@ class _Course:
     limits: EpisodeLimits
     ending: Ending
     generate: Generate
+    images: RunImages | None
     trajectory: _Trajectory
     log: _Log = field(default_factory=_Log)
 
@@ -212,11 +221,13 @@ class _Course:
         Raises:
             EnvironmentFault: the environment failed, or its messages do not fit prompt or chat template.
         """
-        observation = self.log.observe(await session.reset())
+        observation, images = await self._observed(session.reset())
         if observation.done:
             raise EnvironmentFault("reset returned an episode that is done")
         start = [*(self.prompt.messages or ()), *observation.messages]
-        self.trajectory.start = self.template.first(self.prompt, observation.messages)
+        first = self.template.first(self.prompt, observation.messages)
+        self.trajectory.start = self._with_images(first, images, self.prompt.image_refs)
+        self.trajectory.images += images
         if (length := len(self.trajectory.start)) > self.limits.max_prompt_tokens:
             raise EnvironmentFault(
                 f"prompt {self.prompt.id} and reset's messages have {length} tokens: raise max_prompt_tokens "
@@ -224,12 +235,12 @@ class _Course:
             )
         while True:
             room = self.limits.max_episode_tokens - self.trajectory.length
-            context = Context(self.trajectory.tokens, self.prompt.images)
+            context = Context(self.trajectory.tokens, self.trajectory.images)
             turn = await self.generate(context, min(self.limits.max_new_tokens, room))
             self.trajectory.add_turn(turn)
             previous = self.log.turns[-1] if self.log.turns else []
             self.log.act(self.ending.text(turn.tokens))
-            observation = self.log.observe(await session.step(self.ending.action(turn.tokens)))
+            observation, images = await self._observed(session.step(self.ending.action(turn.tokens)))
             if observation.done:
                 cut = turn.finish_reason == "length" and observation.info.get("answered", False)
                 return "tokens" if cut else "done"
@@ -237,9 +248,37 @@ class _Course:
                 return "turns"
             if not observation.messages:
                 raise EnvironmentFault("step returned no messages although the episode is not done")
+            if self.images and self.images.image_token in turn.tokens:
+                raise EnvironmentFault("the policy sampled the image token, which stands for an image later")
             following = self.template.following(
                 start, previous, turn.tokens, observation.messages, self.ending.end_ids
             )
+            following = self._with_images(following, images)
             if self.trajectory.length + len(following) >= self.limits.max_episode_tokens:
                 return "tokens"
             self.trajectory.add_observation(following)
+            self.trajectory.images += images
+
+    async def _observed(self, call: Awaitable[Observation]) -> tuple[Observation, list[StoredImage]]:
+        """Return an observation with the names of its images, and these."""
+        observation = await call
+        messages, images = await with_names(observation.messages, self.images)
+        return self.log.observe(replace(observation, messages=messages)), images
+
+    def _with_images(
+        self, tokens: np.ndarray, images: list[StoredImage], before: Sequence[ImageRef] = ()
+    ) -> np.ndarray:
+        """Return the tokens of an observation with all tokens of its images.
+
+        Args:
+            before: images whose tokens are the first image tokens, and complete.
+        """
+        if not self.images or not images:
+            return tokens
+        complete = int(self.images.tokens_of(before).sum())
+        try:
+            return self.images.with_repeats(tokens, [image.ref for image in images], complete)
+        except ValueError as error:
+            raise EnvironmentFault(
+                f"the chat template does not show the images of the messages: {error}"
+            ) from None

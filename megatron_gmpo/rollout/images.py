@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..batch.images import ImageFolder, ImageRef, ImageTokens, PromptImage
 from ..batch.pixels import PixelReader
 from ..config import Config
+
+if TYPE_CHECKING:
+    from ..data.images import ModelImages
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,14 @@ class RunImages:
         folder: receives every image before a response to it is sampled.
         image_token: id of the tokens of an image.
         merge_size: an image has one token for ``merge_size`` x ``merge_size`` patches.
+        processor: the image processor of the model.
         pixels: reads the pixel values of the folder's images.
     """
 
     folder: ImageFolder
     image_token: int
     merge_size: int
+    processor: ModelImages
     pixels: PixelReader
 
     def keep(self, images: Iterable[PromptImage]) -> None:
@@ -34,6 +40,17 @@ class RunImages:
         for image in images:
             if not self.folder.path(image.ref).exists():
                 self.folder.write(image.ref, image.read())
+
+    def take(self, data: bytes) -> StoredImage:
+        """Write an image that an environment shows into the folder, and return it.
+
+        Raises:
+            InputError, ValueError, OSError: it cannot be decoded, or the processor refuses its size.
+        """
+        (image,) = self.processor.load([("it", _Held(data))])
+        self.processor.pixels(data, image.ref.grid)  # decodes it
+        self.folder.write(image.ref, data)
+        return StoredImage(image.ref, self.folder)
 
     def tokens_of(self, images: Iterable[ImageRef]) -> np.ndarray:
         """Return (I,) int64: the number of tokens of each image."""
@@ -53,6 +70,22 @@ class RunImages:
         kept[places[sizes.cumsum() - sizes]] = True
         return ids[kept]
 
+    def with_repeats(self, tokens: np.ndarray, images: Iterable[ImageRef], after: int = 0) -> np.ndarray:
+        """Return the int32 ``tokens`` with all tokens of each image in the place of its one token.
+
+        Args:
+            after: number of image tokens at the start that have been repeated already.
+
+        Raises:
+            ValueError: there are more or fewer image tokens than images.
+        """
+        sizes, places = self.tokens_of(images), np.flatnonzero(tokens == self.image_token)[after:]
+        if len(places) != len(sizes):
+            raise ValueError(f"{len(places)} image tokens for {len(sizes)} images")
+        counts = np.ones(len(tokens), np.int64)
+        counts[places] = sizes
+        return np.repeat(tokens, counts)
+
 
 def run_images(cfg: Config, vision: ImageTokens | None) -> RunImages | None:
     """Return the images of a run; None for a model without vision.
@@ -66,7 +99,16 @@ def run_images(cfg: Config, vision: ImageTokens | None) -> RunImages | None:
 
     processor = ModelImages(cfg.model.path, vision, cfg.data.min_pixels, cfg.data.max_pixels)
     folder = ImageFolder(Path(cfg.run_dir) / "images")
-    return RunImages(folder, vision.image_token, vision.merge_size, PixelReader(folder, processor))
+    pixels = PixelReader(folder, processor)
+    return RunImages(folder, vision.image_token, vision.merge_size, processor, pixels)
+
+
+@dataclass(frozen=True)
+class _Held:
+    data: bytes
+
+    def read(self) -> bytes:
+        return self.data
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .engine import SamplingParams
 from .environments.pool import EnvironmentPool
 from .environments.tools import tool_schemas
 from .episode import EpisodeLimits, Generate, play
+from .images import RunImages
 from .turns import TurnTemplate
 
 
@@ -25,10 +26,18 @@ class Player:
         seed: the run's seed.
         template: gives the tokens between turns.
         limits: those of training; sampling parameters replace ``max_new_tokens``.
+        images: the images of the run; None for a model without vision.
     """
 
-    def __init__(self, cfg: RolloutConfig, seed: int, template: TurnTemplate, limits: EpisodeLimits) -> None:
-        self._cfg, self._seed = cfg, seed
+    def __init__(
+        self,
+        cfg: RolloutConfig,
+        seed: int,
+        template: TurnTemplate,
+        limits: EpisodeLimits,
+        images: RunImages | None = None,
+    ) -> None:
+        self._cfg, self._seed, self._images = cfg, seed, images
         self.template, self.limits = template, limits
         self._pool: EnvironmentPool | None = None
 
@@ -65,6 +74,7 @@ class Player:
             limits=replace(self.limits, max_new_tokens=sampling.max_new_tokens),
             ending=ending,
             generate=generate,
+            images=self._images,
         )
 
     def close(self) -> None:
@@ -73,12 +83,15 @@ class Player:
             self._pool.close()
 
 
-def make_player(cfg: Config, tokenizer: Any, positions: int) -> Player | None:
+def make_player(
+    cfg: Config, tokenizer: Any, positions: int, images: RunImages | None = None
+) -> Player | None:
     """Return the player of the config's episodes, not started; None without an environment and tools.
 
     Args:
         tokenizer: the policy's tokenizer.
         positions: maximum tokens of a prompt and its episode together.
+        images: the images of the run; None for a model without vision.
 
     Raises:
         InputError: see ``TurnTemplate`` and ``tool_schemas``; or a benchmark has a chat template of its
@@ -103,4 +116,4 @@ def make_player(cfg: Config, tokenizer: Any, positions: int) -> Player | None:
         max_prompt_tokens=min(longest, positions - rollout.max_response_tokens),
     )
     template = TurnTemplate(tokenizer, data, tools=tool_schemas(rollout), keep_thinking=rollout.keep_thinking)
-    return Player(rollout, cfg.seed, template, limits)
+    return Player(rollout, cfg.seed, template, limits, images)

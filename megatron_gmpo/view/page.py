@@ -15,6 +15,7 @@ from typing import Any
 
 from .answers import answer, to_json
 from .folder import RunFolder
+from .samples import image_names
 
 SCRIPTS = ("uPlot.iife.min.js", "page.js", "curves.js", "samples.js", "tokens.js", "machine.js", "start.js")
 STYLES = ("uPlot.min.css", "page.css")
@@ -82,7 +83,7 @@ def _paths(runs: Sequence[RunFolder], run: int, kind: str, step: int) -> list[st
     path = f"{kind}/{run}/{step}"
     if kind == "samples":
         groups = answer(runs, path)
-        names = {name for group in groups for name in group.get("images", ())}
+        names = {name for group in groups for name in image_names(group)}
         return [path, *(f"images/{run}/{name}" for name in sorted(names))]
     return [path, *(f"{path}/{sample['sample']}" for sample in answer(runs, path)["samples"])]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -76,6 +77,18 @@ class Transcripts:
                     group = {"problem": f"the line at byte {offset} of {self._lines.path.name} is damaged"}
                 groups.append(group)
         return groups
+
+
+def image_names(group: dict[str, Any]) -> Iterator[str]:
+    """Yield the names of the images of a group: those of its prompt, and those of observations."""
+    yield from group.get("images", ())
+    for sample in group.get("samples", ()):
+        turns = sample.get("turns", ())
+        for turn in turns if isinstance(turns, list) else ():
+            content = turn.get("content") if isinstance(turn, dict) else None
+            for part in content if isinstance(content, list) else ():
+                if isinstance(part, dict) and isinstance(part.get("image"), str):
+                    yield part["image"]
 
 
 def _explain(group: dict[str, Any], reward: str) -> None:

@@ -92,7 +92,8 @@ def engine(served: Served, tmp_path: Path) -> Iterator[Callable[[str], SGLangEng
     text = reference.model.config.get_text_config()
     routed = (text.num_hidden_layers, text.num_experts_per_tok) if served.cfg.rollout.routed_experts else None
     folder = ImageFolder(served.run_dir / "images")
-    images = RunImages(folder, reference.image_token, reference.merge_size, cast(Any, None))
+    unused = cast(Any, None)
+    images = RunImages(folder, reference.image_token, reference.merge_size, unused, unused)
 
     def make(route: str) -> SGLangEngine:
         cfg = served.cfg.weight_sync.model_copy(update={"route": route})

@@ -1050,7 +1050,7 @@ IMAGE = 50
 
 @pytest.fixture
 def run_images(tmp_path: Path) -> RunImages:
-    return RunImages(ImageFolder(tmp_path / "images"), IMAGE, 2, cast(Any, None))
+    return RunImages(ImageFolder(tmp_path / "images"), IMAGE, 2, cast(Any, None), cast(Any, None))
 
 
 @pytest.fixture

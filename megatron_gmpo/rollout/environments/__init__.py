@@ -6,6 +6,7 @@ live episode has a worker process of its own; see ``pool``.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -31,7 +32,8 @@ class Observation:
 
     Attributes:
         messages: chat messages that the policy reads next, each with the texts ``role`` and ``content``. What
-            ``reset`` returns follows the prompt's messages; without any, the prompt stays as it is.
+            ``reset`` returns follows the prompt's messages; without any, the prompt stays as it is. For a
+            vision-language model the content may also be a list of ``text_part`` and ``image_part``.
         reward: reward of the step; the reward of an episode is the sum.
         done: whether the episode is over.
         info: values that JSON can hold. These are read, others are ignored: ``name`` (text) splits metrics by
@@ -52,11 +54,13 @@ class Observation:
 
     def __post_init__(self) -> None:
         for message in self.messages:
-            if not isinstance(message, dict) or not all(
-                isinstance(message.get(key), str) for key in ("role", "content")
-            ):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise ValueError(f"message {message!r} has no texts 'role' and 'content'")
-            message["content"].encode()  # no half of a surrogate pair, which no tokenizer can encode
+            content = message.get("content")
+            for text in map(_checked, content) if isinstance(content, list) else [content]:
+                if not isinstance(text, str):
+                    raise ValueError(f"message {message!r} has no texts 'role' and 'content'")
+                text.encode()  # no half of a surrogate pair, which no tokenizer can encode
         if not isfinite(self.reward):
             raise ValueError(f"reward = {self.reward!r} is not finite")
         if not isinstance(self.done, bool | np.bool_):
@@ -75,6 +79,24 @@ class Observation:
     def text(cls, content: str, **others: Any) -> Observation:
         """Return an observation of one user message; ``others`` are the other fields."""
         return cls([{"role": "user", "content": content}], **others)
+
+
+def text_part(text: str) -> dict[str, str]:
+    """Return a part of a message's content."""
+    return {"type": "text", "text": text}
+
+
+def image_part(data: bytes) -> dict[str, str]:
+    """Return a part of a message's content that shows an encoded image, such as the bytes of a PNG file."""
+    return {"type": "image", "image": base64.b64encode(data).decode()}
+
+
+def _checked(part: Any) -> str:
+    """Return the text or the encoded image of a content part."""
+    for kind in ("text", "image"):
+        if isinstance(part, dict) and part.get("type") == kind and isinstance(part.get(kind), str):
+            return part[kind]
+    raise ValueError("a content part is neither a text_part nor an image_part")
 
 
 class Environment(Protocol):

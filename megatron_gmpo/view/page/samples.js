@@ -94,6 +94,7 @@ function episodeFacts(sample) {
 
 function part(content, pictures) {
   if (content?.type === "image" && pictures.length) return pictures.shift();
+  if (/^[0-9a-f]{32}\.[a-z]+$/.test(content?.image)) return picture(content.image); // of an observation
   const url = content?.image_url?.url ?? content?.image;
   if (typeof url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(url)) return el("img", { src: url, alt: "image of the prompt" });
   return el("pre", { textContent: content?.text ?? (url ? `image ${url}` : JSON.stringify(content)) });
