@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import ModelCardData, metadata_load
 
 from ..errors import InputError
-from ..metrics.plots import read_metrics
+from ..metrics.plots import Series, read_metrics
+from ..models.folder import read_json
 from ..view.snapshot import Snapshot
 
 _SETTINGS = (
@@ -24,8 +26,6 @@ _SETTINGS = (
     "rollout.max_new_tokens",
     "rollout.temperature",
     "algorithm.loss",
-    "algorithm.clip_low",
-    "algorithm.clip_high",
     "algorithm.advantage",
     "algorithm.kl_coef",
     "train.minibatches_per_step",
@@ -85,20 +85,23 @@ def model_card(run: Snapshot, repo: str, step: int, base: str) -> str:
         base: see ``base_of``.
     """
     name, loss = repo.rpartition("/")[2], str(run.setting("algorithm", "loss")).upper()
-    licence = _licence(Path(run.setting("model", "path")))
+    folder = Path(run.setting("model", "path"))
+    series = read_metrics(run.run_dir / "metrics.jsonl")
+    licence = _licence(folder)
+    sees = "vision_config" in read_json(folder / "config.json")
+    reader, model = ("Processor", "ImageTextToText") if sees else ("Tokenizer", "CausalLM")
     data = ModelCardData(
         base_model=base if "/" in base else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if sees else "text-generation",
         tags=["gmpo", "reinforcement-learning", "megatron_gmpo"],
         gmpo_run=run.run_dir.absolute().name,
         **licence,
     )
-    known = (
-        f"`{licence['license']}`"
-        if "license" in licence
-        else "not stated in its folder; look it up before you use it"
-    )
+    if "license" in licence:
+        terms = f"The base model has the licence `{licence['license']}`, which applies to this model too."
+    else:
+        terms = "The licence of the base model applies. Its folder does not state it: look it up."
     link = f"[{base}](https://huggingface.co/{base})" if "/" in base else base
     return f"""---
 {data.to_yaml()}
@@ -109,30 +112,30 @@ def model_card(run: Snapshot, repo: str, step: int, base: str) -> str:
 {link}, trained with reinforcement learning for {step} steps. The loss is {loss}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import Auto{reader}, AutoModelFor{model}
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-model = AutoModelForCausalLM.from_pretrained("{repo}")
+{reader.lower()} = Auto{reader}.from_pretrained("{repo}")
+model = AutoModelFor{model}.from_pretrained("{repo}")
 ```
 
 ## Training
 
 | setting | value |
 |---|---|
-{_settings(run)}
+{_settings(run, series, step)}
 
 ![Curves of the training](curves.png)
 
 ## Evaluation
 
-{_evaluations(run.run_dir, step)}
+{_evaluations(run.run_dir, series, step)}
 
 Rates are shares of the problems, with 95 % intervals over problems in brackets. The model was not evaluated
 for any other use.
 
 ## Licence
 
-The licence of the base model is {known}. It applies to this model too.
+{terms}
 
 ## Citation
 
@@ -140,7 +143,7 @@ The licence of the base model is {known}. It applies to this model too.
 """
 
 
-def _settings(run: Snapshot) -> str:
+def _settings(run: Snapshot, series: Series, step: int) -> str:
     rows = []
     for key in _SETTINGS:
         section, _, field = key.rpartition(".")
@@ -148,6 +151,9 @@ def _settings(run: Snapshot) -> str:
         if value not in (None, ""):
             shown = _data_name(value) if key == "data.path" else value
             rows.append(f"| `{key}` | {shown} |")
+    for name in ("policy/clip_low", "policy/clip_high"):  # a default of the loss and the model, or adapted
+        steps, values = series.get(name, (np.empty(0), np.empty(0)))
+        rows += [f"| `{name}` | {value:.3g} |" for value in values[steps == step]]
     return "\n".join(rows)
 
 
@@ -157,16 +163,16 @@ def _data_name(path: Any) -> str:
     return text if re.fullmatch(r"[\w.-]+/[\w.:-]+", text) and not Path(text).suffix else Path(text).name
 
 
-def _evaluations(run_dir: Path, step: int) -> str:
+def _evaluations(run_dir: Path, series: Series, step: int) -> str:
     """Return a table: the first evaluation, the last until ``step``, and that of the command ``evaluate``."""
-    series = {
+    evaluated = {
         name: dict(zip(steps.tolist(), values.tolist(), strict=True))
-        for name, (steps, values) in read_metrics(run_dir / "metrics.jsonl").items()
+        for name, (steps, values) in series.items()
         if name.startswith("eval/")
     }
-    steps = sorted({at for values in series.values() for at in values if at <= step})
+    steps = sorted({at for values in evaluated.values() for at in values if at <= step})
     columns = {
-        f"step {at}": {name: values[at] for name, values in series.items() if at in values}
+        f"step {at}": {name: values[at] for name, values in evaluated.items() if at in values}
         for at in steps[:1] + steps[-1:]
     }
     file, sampling = run_dir / "evaluation.json", ""
@@ -197,7 +203,7 @@ def _with_interval(figures: Mapping[str, float], name: str) -> str:
     return f"{figures[name]:.3f}" + ("" if None in ends else f" [{ends[0]:.3f}, {ends[1]:.3f}]")
 
 
-def _licence(folder: Path) -> dict[str, str]:
+def _licence(folder: Path) -> dict[str, Any]:
     """Return the entries about the licence in the README.md of a model's folder."""
     readme = folder / "README.md"
     found = (metadata_load(readme) if readme.is_file() else None) or {}

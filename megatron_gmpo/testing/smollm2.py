@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.integrations.gguf import get_gguf_tokenizer
 from transformers.utils import logging
 
@@ -43,7 +43,7 @@ def make_smollm2(out: Path, gguf: Path = GGUF) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    read = LlamaForCausalLM.from_pretrained(**where, dtype=torch.float32)
     model = LlamaForCausalLM(read.config)  # save_pretrained refuses a model that was read from a GGUF file
     model.load_state_dict(read.state_dict())
     model.save_pretrained(out)

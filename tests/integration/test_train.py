@@ -19,12 +19,14 @@ from huggingface_hub import ModelCard, constants
 
 from megatron_gmpo.batch.samples import Episode, Prompt
 from megatron_gmpo.command_line import load_config
+from megatron_gmpo.commands.model_card import model_card
 from megatron_gmpo.commands.push import main as push
 from megatron_gmpo.errors import InputError, RunError
 from megatron_gmpo.metrics.token_records import Record
 from megatron_gmpo.rewards.countdown import countdown_reward
 from megatron_gmpo.rollout.replay import load_groups, save_groups
 from megatron_gmpo.testing.arithmetic import write_addition_problems
+from megatron_gmpo.view.snapshot import read
 
 from ..support.commands import CONFIG, error_lines, json_lines, last_of_report, options, run_module
 from ..support.hub import Repository, uploads
@@ -277,6 +279,7 @@ def test_the_card_has_what_the_run_did(two_steps: Path, tmp_path: Path) -> None:
             for line in (first, last)
         ]
         assert f"| heldout | pass@{k} | {cells[0]} | {cells[1]} |" in card.text
+    assert f"| `policy/clip_low` | {last['policy/clip_low']:.3g} |" in card.text  # adapted in this run
     for row in ("`optimizer.lr` | 0.001", "`data.path` | train.jsonl", "`seed` | 1234"):
         assert f"| {row} |" in card.text
     assert "zhao2025gmpo" in card.text
@@ -338,6 +341,11 @@ def test_evaluate_judges_the_newest_checkpoint(argv: list[str], two_steps: Path,
         {name: value for name, value in expected.items() if name.startswith("eval/")}
     )
     assert len(json_lines(run_dir / "evaluation_heldout.jsonl")) == 8
+    card = model_card(read(run_dir), "me/tiny", 2, "base")  # the file's column is beside those of the run
+    assert "| benchmark | figure | step 0 | step 2 | step 2, `evaluate` |\n" in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| heldout | pass@4 |"))
+    assert f"| {result['eval/heldout/pass@4']:.3f} [{result['eval/heldout/ci_low@4']:.3f}, " in row
+    assert model_card(read(run_dir), "me/tiny", 1, "base").count("`evaluate`") == 0  # of another checkpoint
 
 
 @pytest.mark.parametrize(
