@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import ctypes
 import os
 import random
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_gmpo.batch.samples import Prompt
-from megatron_gmpo.rollout.environments import Observation
+from megatron_gmpo.rollout.environments import Observation, image_part, text_part
 
 
 def write_to_sockets(line: bytes) -> None:
@@ -218,3 +219,24 @@ class NoSteps:
 
 def no_class(seed: int = 0) -> Obedient:
     return Obedient(seed=seed)
+
+
+class ShowsPictures:
+    """Show one picture at the reset and one after each turn; the last turn has none. Words are not read.
+
+    Args:
+        pictures: encoded files in base64.
+    """
+
+    def __init__(self, pictures: list[str]) -> None:
+        self.pictures = [base64.b64decode(picture) for picture in pictures]
+
+    def reset(self, prompt: Prompt) -> Observation:
+        return self._shown("Look")
+
+    def step(self, action: str) -> Observation:
+        return self._shown("Again") if self.pictures else Observation(done=True, reward=1.0)
+
+    def _shown(self, word: str) -> Observation:
+        content = [text_part(f"{word}: "), image_part(self.pictures.pop(0)), text_part("?")]
+        return Observation([{"role": "user", "content": content}])

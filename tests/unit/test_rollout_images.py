@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import read_hf_config, vision_of
 from megatron_gmpo.rollout.embedded import EmbeddedEngine
 from megatron_gmpo.rollout.engine import SamplingParams
+from megatron_gmpo.rollout.environments import EnvironmentFault, Observation, image_part, text_part
+from megatron_gmpo.rollout.episode_images import with_names
 from megatron_gmpo.rollout.images import RunImages, run_images
+from megatron_gmpo.rollout.player import make_player
 from megatron_gmpo.rollout.replay import append_transcripts, load_groups, load_share, save_groups
 from megatron_gmpo.rollout.sglang.image_requests import ImageRequests
 from megatron_gmpo.testing.tiny_models import make_tiny_model
@@ -253,3 +258,98 @@ def test_a_jpeg_with_a_byte_behind_it_is_the_same_image(folders: Any, tmp_path: 
     assert not sent.endswith(b"\xff\xd9")
     plain, padded = (np.asarray(Image.open(io.BytesIO(data))) for data in (image.read(), sent))
     assert np.array_equal(plain, padded)
+
+
+def play(folders: Any, tmp_path: Path, pictures: list[bytes]) -> tuple[VisionReference, Prompt, list[Sample]]:
+    """Return samples of episodes that ``ShowsPictures`` plays, of a prompt with a picture of its own."""
+    model = folders("qwen3_vl")
+    reference = VisionReference(model)
+    prompt = reference.prompt("p", tmp_path / "data", ["Begin ", picture(*SIZES[0], seed=5), "."])
+    encoded = [base64.b64encode(data).decode() for data in pictures]
+    rollout = {
+        "environment": "tests.support.environments:ShowsPictures",
+        "environment_args": {"pictures": encoded},
+        "max_new_tokens": 5,
+        "max_episode_tokens": 600,
+    }
+    cfg = Config.model_validate({"model": {"path": str(model)}, "rollout": rollout})
+    images = images_of(model, tmp_path / "run")
+    player = make_player(cfg, reference.tokenizer, 2048, images)
+    engine = EmbeddedEngine(
+        str(model),
+        reference.tokenizer,
+        device="cpu",
+        dtype=torch.float32,
+        batch_size=4,
+        seed=1,
+        player=player,
+        images=images,
+    )
+    with closing(engine):
+        (group,) = in_order(engine.generate([prompt], SamplingParams(n=6, max_new_tokens=5)))
+    return reference, prompt, group.samples
+
+
+@pytest.mark.slow
+def test_observations_show_images(folders: Any, tmp_path: Path) -> None:
+    """The tokens are those of transformers' template for the whole conversation, and so are the numbers."""
+    pictures = [picture(*size, seed=i) for i, size in enumerate((*SIZES[:2], SIZES[3]))]
+    reference, prompt, samples = play(folders, tmp_path, pictures)
+    stored = tmp_path / "run/images"
+    refs = [*prompt.image_refs, *(reference.stored(data, tmp_path / "others").ref for data in pictures)]
+    whole = [sample for sample in samples if sample.finish_reason == "stop"]
+    assert len(whole) >= 3, [sample.episode for sample in samples]
+    for sample in whole:
+        assert list(sample.images) == refs
+        assert_close(
+            torch.from_numpy(sample.rollout_logprobs[sample.response_mask]),
+            reference.logprobs(sample, stored),
+            atol=1e-5,
+            rtol=0,
+        )
+        assert sample.episode
+        shown = [part["image"] for turn in sample.episode.messages for part in parts_of(turn)]
+        assert shown == [ref.name for ref in refs[1:]]
+        # what lies between the turns, with an image token for each image
+        between = np.flatnonzero(~sample.response_mask[1:] & sample.response_mask[:-1]) + 1
+        ends = np.flatnonzero(sample.response_mask[1:] & ~sample.response_mask[:-1]) + 1
+        for start, end, ref in zip(between, ends[1:], refs[2:], strict=True):
+            text = reference.tokenizer.decode(sample.tokens[start:end])
+            pads = "<|image_pad|>" * (ref.patches // reference.merge_size**2)
+            user = f"<|im_start|>user\nAgain: <|vision_start|>{pads}<|vision_end|>?<|im_end|>\n"
+            assert text.removeprefix("<|im_end|>") == f"\n{user}<|im_start|>assistant\n"
+    for sample in samples:
+        if sample not in whole:
+            assert sample.episode
+            assert sample.episode.error.startswith("the policy sampled the image token")
+
+
+def parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    content = turn["content"]
+    return [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
+
+
+@pytest.mark.parametrize(
+    "data", [b"no image", picture(40, 40)[:-90], picture(4000, 8)], ids=["noise", "cut", "strip"]
+)
+def test_an_observation_with_a_broken_image_is_a_fault(folders: Any, tmp_path: Path, data: bytes) -> None:
+    images = images_of(folders("qwen3_vl"), tmp_path)
+    message = {"role": "user", "content": [image_part(data)]}
+    with pytest.raises(EnvironmentFault, match="an observation has an image that cannot be used: ") as fault:
+        asyncio.run(with_names([message], images))
+    assert "\n" not in str(fault.value)
+    with pytest.raises(EnvironmentFault, match="an observation has an image, and the model"):
+        asyncio.run(with_names([message], None))
+
+
+def test_content_parts_of_observations_are_checked() -> None:
+    Observation([{"role": "user", "content": [text_part("a"), image_part(b"b")]}])
+    for part in (
+        {"type": "video", "video": "x"},
+        {"type": "image"},
+        {"type": "text", "text": 3},
+        "text",
+        None,
+    ):
+        with pytest.raises(ValueError, match="neither a text_part nor an image_part"):
+            Observation([{"role": "user", "content": [part]}])
