@@ -41,6 +41,15 @@ def mrope_section(hf: HFConfig) -> list[int]:
     )
 
 
+def _qwen2_5_architecture(hf: HFConfig) -> dict[str, Any]:
+    width = hf.hidden_size // hf.num_attention_heads
+    other = head_dim(hf) != width
+    refuse(
+        hf, "head_dim", other, f"transformers' attention has heads of {width} channels, its rotation others"
+    )
+    return QWEN2.architecture(hf)
+
+
 def _with_mrope(architecture: dict[str, Any], hf: HFConfig, *, interleaved: bool) -> dict[str, Any]:
     rope, section, pairs = hf.rope_parameters, mrope_section(hf), head_dim(hf) // 2
     other = rope.get("mrope_interleaved", interleaved) != interleaved
@@ -63,7 +72,7 @@ def _qwen3_moe_architecture(hf: HFConfig) -> dict[str, Any]:
     return QWEN3_MOE.architecture(hf)
 
 
-QWEN2_5_VL = Family(_qwen2_5_rows, lambda hf: _with_mrope(QWEN2.architecture(hf), hf, interleaved=False))
+QWEN2_5_VL = Family(_qwen2_5_rows, lambda hf: _with_mrope(_qwen2_5_architecture(hf), hf, interleaved=False))
 QWEN3_VL = Family(
     lambda hf, vocab: _qwen3_rows(QWEN3.rows(hf, vocab)),
     lambda hf: _with_mrope(QWEN3.architecture(hf), hf, interleaved=True),

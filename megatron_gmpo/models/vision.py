@@ -59,7 +59,8 @@ def describe_vision(whole: HFConfig) -> VisionDescription:
     config, text = whole.vision_config, whole.get_text_config()
     width, features = config.out_hidden_size, text.hidden_size
     refuse(config, "out_hidden_size", width != features, f"the language model's hidden_size is {features}")
-    deepstack = len(getattr(config, "deepstack_visual_indexes", ()))
+    is_qwen3 = whole.model_type != "qwen2_5_vl"
+    deepstack = len(config.deepstack_visual_indexes) if is_qwen3 else 0
     layers = text.num_hidden_layers
     refuse(
         config,
@@ -75,5 +76,5 @@ def describe_vision(whole: HFConfig) -> VisionDescription:
         feature_size=features,
         deepstack=tuple(range(deepstack)),
         mrope_section=tuple(mrope_section(text)),
-        mrope_interleaved=whole.model_type != "qwen2_5_vl",
+        mrope_interleaved=is_qwen3,
     )

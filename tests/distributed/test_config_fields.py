@@ -17,14 +17,14 @@ import pytest
 import torch
 import transformers
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import megatron_gmpo.models
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models import FAMILIES
-from megatron_gmpo.models.description import describe_model
+from megatron_gmpo.models.description import auto_class, describe_model
 
 from ..support import cases, reference
 from ..support.ranks import RankPool
@@ -93,6 +93,9 @@ REFUSED: dict[str, set[str]] = {
     # transformers itself fails for such head_dim and num_key_value_heads
     "deepseek_v3": {"attention_bias", "rope_interleave", "head_dim", "num_key_value_heads"},
     "glm4_moe": set(),
+    "qwen2_5_vl": {"head_dim"},
+    "qwen3_vl": {"attention_bias"},
+    "qwen3_vl_moe": {"attention_bias"},
 }
 """Family -> fields whose value in VALUES is refused."""
 
@@ -134,10 +137,52 @@ OURS_ALONE = {
     "model_type": "chooses the family",
     "is_heterogeneous": "transformers' name for a config with per_layer_config",
     "num_nextn_predict_layers": "names tensors that are not part of the model",
+    "get_text_config": "returns the language model's part of a config",
+    "vision_config": "tells a vision-language model",
+    "image_token_id": "transformers reads it in prompts with images",
+    "norm_topk_prob": "transformers' Qwen3-VL-MoE ignores it; false is refused",
 }
 """Attribute that our code reads and transformers' does not -> reason."""
 
-ROPE_KINDS = {"deepseek_v3": {"default", "yarn"}}
+TOWER = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": VALUES["hidden_size"],
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+}
+"""``vision_config`` of the vision-language models here."""
+
+OF_VISION = {
+    *TOWER,
+    "in_channels",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "window_size",
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "text_config",
+    "vision_config",
+    "init_std",  # like the next one, other names of initializer_range
+    "initializer_factor",
+    "use_sliding_window",  # if false, the config has sliding_window = None
+}
+"""Attributes of vision-language models; transformers' own module reads those of the tower."""
+
+MROPE = {
+    "qwen2_5_vl": {"mrope_section": [1, 1, 2]},
+    "qwen3_vl": {"mrope_section": [4, 4, 4], "mrope_interleaved": True},
+    "qwen3_vl_moe": {"mrope_section": [4, 4, 4], "mrope_interleaved": True},
+}
+"""Family -> further rotary fields."""
+
+ROPE_KINDS = {"deepseek_v3": {"default", "yarn"}, **{family: {"default"} for family in MROPE}}
 """Family -> supported kinds of rotary embeddings; {"default", "llama3"} for the other families."""
 
 ROPE = {
@@ -185,12 +230,17 @@ def changed(family: str, *left_out: str) -> Any:
         values["partial_rotary_factor"] = 0.25  # the default is 0.5
     if family == "deepseek_v3":
         values["num_key_value_heads"] = values["num_attention_heads"]
-    return AutoConfig.for_model(family, **copy.deepcopy(values))  # transformers fills the dictionaries
+    values = copy.deepcopy(values)  # transformers fills the dictionaries
+    if family in MROPE:
+        values["rope_parameters"] |= MROPE[family]
+        whole = {"tie_word_embeddings": values["tie_word_embeddings"], "vision_config": dict(TOWER)}
+        return AutoConfig.for_model(family, text_config=values, **whole)
+    return AutoConfig.for_model(family, **values)
 
 
 def model_of(hf: Any) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation="sdpa")
+    model = auto_class(hf).from_config(hf, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad():
         for tensor in model.state_dict().values():
             torch.nn.init.normal_(tensor, float(tensor.ndim == 1), 0.3 if tensor.ndim > 1 else 0.1)
@@ -211,10 +261,11 @@ def test_the_table_has_every_field(family: str, recorder: Recorder, tmp_path: Pa
     model.eval()(tokens)
     model.train()(tokens)
     theirs -= PLUMBING
-    assert theirs - {"num_experts", "n_routed_experts"} <= VALUES.keys()
+    of_vision = OF_VISION if family in MROPE else set()
+    assert theirs - {"num_experts", "n_routed_experts"} - of_vision <= VALUES.keys()
     ours = recorder(str(Path(megatron_gmpo.models.__file__).parent))
     describe(hf, tmp_path)
-    assert ours - theirs - REFUSED_EVERYWHERE == OURS_ALONE.keys() & ours
+    assert ours - theirs - REFUSED_EVERYWHERE <= OURS_ALONE.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,9 +290,9 @@ def test_the_values_give_what_transformers_computes(family: str, ranks: RankPool
 def test_refused_fields(family: str, field: str, tmp_path: Path) -> None:
     hf = changed(family, field)
     if field == "sliding_window" and family.startswith("qwen"):
-        hf.use_sliding_window = True
-    setattr(hf, field, VALUES[field])
-    with pytest.raises(InputError, match=f"config.json of this {family} model has {field} = "):
+        hf.get_text_config().use_sliding_window = True
+    setattr(hf.get_text_config(), field, VALUES[field])
+    with pytest.raises(InputError, match=f"config.json of this {family}(_text)? model has {field} = "):
         describe(hf, tmp_path)
 
 
@@ -251,12 +302,16 @@ def test_partial_rotation_where_transformers_ignores_it(family: str, written: st
     hf = changed(family)
     model, tokens = model_of(hf).eval(), torch.arange(30)[None]
     about = hf.to_dict()
-    (about if written == "beside" else about["rope_parameters"])["partial_rotary_factor"] = 0.5
+    language = about.get("text_config", about)
+    (language if written == "beside" else language["rope_parameters"])["partial_rotary_factor"] = 0.5
     hf = AutoConfig.for_model(**about)
     other = model_of(hf).eval()
     assert torch.equal(model(tokens).logits, other(tokens).logits)
+    if "partial_rotary_factor" not in hf.get_text_config().rope_parameters:
+        assert (family, written) == ("qwen2_5_vl", "beside")  # transformers does not read it there
+        return
     with pytest.raises(
-        InputError, match=rf"this {family} model has partial_rotary_factor = 0\.5, which this"
+        InputError, match=rf"this {family}(_text)? model has partial_rotary_factor = 0\.5, which this"
     ):
         describe(hf, tmp_path)
 
@@ -268,9 +323,11 @@ def test_other_kinds_of_rotary_embeddings_are_refused(family: str, tmp_path: Pat
     supported = ROPE_KINDS.get(family, {"default", "llama3"})
     for kind in sorted(kinds):
         hf = changed(family)
-        hf.rope_parameters = {"rope_type": kind, **ROPE}
+        hf.get_text_config().rope_parameters = {"rope_type": kind, **ROPE, **MROPE.get(family, {})}
         if kind in supported:
             describe(hf, tmp_path)
         else:
-            with pytest.raises(InputError, match=f"this {family} model has rope_parameters = .*'{kind}'"):
+            with pytest.raises(
+                InputError, match=f"this {family}(_text)? model has rope_parameters = .*'{kind}'"
+            ):
                 describe(hf, tmp_path)
