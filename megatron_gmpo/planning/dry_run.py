@@ -34,7 +34,7 @@ from ..models.description import DTYPES, ModelDescription
 from ..models.mapping import TOWER
 from ..platform import prepare_megatron
 from ..platform.cpu import on_meta
-from ..policy.build import build_chunks, make_trainable, output_weight, without_logits
+from ..policy.build import build_chunks, make_trainable, output_weight, train_tower, without_logits
 from ..policy.logprobs import vocab_parallel_logprobs
 from ..policy.parallel import start_model_parallel, stop_model_parallel
 from .fused import FusedAttention, FusedNorm
@@ -81,9 +81,8 @@ def dry_run(
     with _groups(cfg, world_size, stage) as groups, on_meta():
         observer = Observer(groups)
         chunks = _build(cfg, description, groups, observer)
-        for chunk in chunks:
-            if hasattr(chunk, "visual"):
-                chunk.visual.requires_grad_(not cfg.model.freeze_vision)  # pyright: ignore[reportCallIssue]
+        if not cfg.model.freeze_vision:
+            train_tower(chunks)
         trainable = make_trainable(chunks, cfg.optimizer.model_copy(update=_ANYWHERE), 1, groups)
         chunks = trainable.chunks
         gradients = [buffer.grad_data for buffer in _buffers(chunks)]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from megatron_gmpo.config import Config
 from megatron_gmpo.models.description import describe_model
@@ -158,6 +159,47 @@ def test_a_reference_in_host_memory(plan: Plan) -> None:
 
 def test_fp8_is_planned_without_its_kernels(plan: Plan) -> None:
     assert plan("qwen3_moe", fp8={"recipe": "mxfp8"}).training == plan("qwen3_moe").training
+
+
+def flops_of_tower(family: str) -> int:
+    """Return the FLOPs of the tiny towers for an image of 4 x 6 tokens, each of 2 x 2 patches.
+
+    The towers have 3 layers of width 32, with MLPs of width 48. Qwen3-VL's have two more mergers. Attention
+    is over the image, in Qwen2.5-VL's first and last layer over windows of 4 x 4 patches.
+    """
+    width, mlp, tokens, patches = 32, 48, 24, 96
+    merger = (4 * width) ** 2 + 4 * width * HIDDEN
+    if family == "qwen2_5_vl":
+        pixels, matrices, mergers, pairs = 3 * 2 * 14**2, 3, 1, patches**2 + 2 * 6 * 16**2
+    else:
+        pixels, matrices, mergers, pairs = 3 * 2 * 16**2, 2, 3, 3 * patches**2
+    block = 4 * width**2 + matrices * width * mlp
+    products = patches * (pixels * width + 3 * block) + tokens * mergers * merger
+    return 2 * products + 4 * width * pairs
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_vision_tower(plan: Plan, tiny_model: Callable[..., Path], family: str) -> None:
+    text, frozen = plan(family), plan(family, image_tokens=24)
+    assert frozen.tower == len(LENGTHS) * flops_of_tower(family)
+    assert frozen.forward.flops - text.forward.flops == frozen.tower
+    assert frozen.training.flops - text.training.flops == frozen.tower  # it has no backward pass
+    assert frozen.activations == pytest.approx(text.activations, rel=0.01)
+    stored = load_file(tiny_model(family) / "model.safetensors")
+    tower = sum(tensor.numel() for name, tensor in stored.items() if "visual." in name)
+    padding = 2 * (384 - 263) * HIDDEN
+    assert frozen.stage_parameters - padding == sum(tensor.numel() for tensor in stored.values())
+    assert frozen.gradients == pytest.approx(4 * (frozen.parameters - tower), rel=0.01)
+    trained = plan(family, image_tokens=24, model={"freeze_vision": False})
+    assert trained.gradients == pytest.approx(4 * trained.parameters, rel=0.01)
+    # two products backward for each one forward, except for the gradient of the pixels
+    more = trained.training.flops - frozen.training.flops
+    assert frozen.tower < more < 2.5 * frozen.tower
+    assert trained.activations > 1.05 * frozen.activations
+    # the first stage alone holds the tower, and each context-parallel rank encodes one of the two images
+    first, last = (plan(family, 4, stage, image_tokens=24, parallel={PP: 2, CP: 2}) for stage in (0, 1))
+    assert (first.tower, last.tower) == (frozen.tower // 2, 0)
+    assert first.stage_parameters + last.stage_parameters == frozen.stage_parameters
 
 
 def test_a_weight_sync_without_the_frozen_tower() -> None:
