@@ -238,7 +238,7 @@ def assert_pictures(page: Any, widths: list[int]) -> None:
 
 
 def test_the_images_of_prompts(tmp_path: Path, page: Any) -> None:
-    """They stand at their places in a message, or after a text.
+    """They stand at their places in a message or an observation, or after a text.
 
     An exported page has them in it; a line takes the place of one that was missing.
     """
@@ -249,7 +249,7 @@ def test_the_images_of_prompts(tmp_path: Path, page: Any) -> None:
     command = [sys.executable, "-m", "megatron_gmpo", "view", str(folder), "--export", str(target)]
     with viewed(folder) as address:
         page.goto(address)
-        assert_pictures(page, [40, 50, 60])
+        assert_pictures(page, [40, 50, 60, 40])
         parts = page.locator(".group").first.locator(".turn > *").all()
         kinds = [part.evaluate("part => part.tagName") for part in parts]
         assert kinds == ["DIV", "PRE", "IMG", "PRE", "IMG"]
@@ -258,7 +258,7 @@ def test_the_images_of_prompts(tmp_path: Path, page: Any) -> None:
     (folder / "images" / names[1]).unlink()
     subprocess.run(command, check=True, timeout=TIMEOUT_S)
     page.goto(target.as_uri())
-    assert_pictures(page, [40, 60])
+    assert_pictures(page, [40, 60, 40])
     playwright.expect(page.locator("main")).to_contain_text(f"Image {names[1]} cannot be shown")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,9 @@ def add_episodes(folder: Path, step: int) -> None:
 
 
 def add_pictures(folder: Path, step: int) -> list[str]:
-    """Append two groups with images to the transcripts: parts of a message, and of a text.
+    """Append two groups with images to the transcripts: two in a message; one after a text.
+
+    The response to the latter is an episode in which the first image is shown again.
 
     Returns:
         The names of the three images, which are 40, 50 and 60 pixels wide and 20 pixels high.
@@ -185,8 +188,13 @@ def add_pictures(folder: Path, step: int) -> list[str]:
         Prompt("pictures/1", "42", messages=[{"role": "user", "content": content}], images=images[:2]),
         Prompt("pictures/2", "42", f"What? {MARKUP}", images=images[2:]),
     ]
-    samples = [made_sample(np.random.default_rng(0), 1.0)]
-    groups = {i: SampleGroup(prompt, samples) for i, prompt in enumerate(prompts)}
+    said = [
+        {"role": "assistant", "content": "look"},
+        {"role": "user", "content": [{"type": "image", "image": images[0].ref.name}]},
+    ]
+    sample = made_sample(np.random.default_rng(0), 1.0)
+    episode = replace(sample, episode=Episode("done", messages=said))
+    groups = {0: SampleGroup(prompts[0], [sample]), 1: SampleGroup(prompts[1], [episode])}
     append_transcripts(folder / "transcripts.jsonl", step, groups, 2)
     return [image.ref.name for image in images]
 
