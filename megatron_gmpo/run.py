@@ -108,11 +108,9 @@ class Run:
         """Return one line that says what the run trains, with the description of its loss."""
         kind = "MoE" if self.description.is_moe else "dense"
         data = self.cfg.data.path or ", ".join(self.cfg.data.files)
-        problems = (
-            f"{len(self.prompts)} problems of {data}"
-            if self.prompts
-            else f"replay of {self.cfg.rollout.replay_path}"
-        )
+        problems = f"replay of {self.cfg.rollout.replay_path}"
+        if self.prompts:
+            problems = f"{len(self.prompts)} problems of {data}"
         resumed = f"; resumed at step {self.step}" if self.step else ""
         fusions = f"; {self.description.fusions}" if self.description.fusions else ""
         return (
@@ -161,7 +159,8 @@ class Run:
     def policy(self, *, trainable: bool = True) -> Policy:
         """Make the model-parallel groups and return the policy with the weights of ``model.path``."""
         groups = start_model_parallel(self.cfg.parallel, self.cfg.seed, self.cfg.distributed_timeout_s)
-        return Policy(self.cfg, self.description, groups, self.device, trainable)
+        pixels = self.images and self.images.pixels
+        return Policy(self.cfg, self.description, groups, self.device, trainable, pixels)
 
     def exchange(self, replica: int) -> Exchange:
         """Return what moves a step's tokens to the ranks that train them. Collective."""

@@ -21,7 +21,7 @@ from ..data.prompts import load_tokenizer
 from ..distributed import rank
 from ..errors import InputError, ServerError
 from ..models.decoder import prediction_layers
-from ..models.description import describe_model, read_hf_config
+from ..models.description import describe_model, read_hf_config, vision_of
 from ..models.family import language_config
 from ..models.snapshot import with_local_models
 from ..platform import choose_device, prepare_megatron, start_process_group
@@ -79,7 +79,10 @@ def measure(
     _check(cfg, sides, layers)
     device = choose_device(cfg.device)
     cfg = with_local_models(cfg, device)
-    vocab_size = language_config(read_hf_config(cfg.model.path)).vocab_size
+    whole = read_hf_config(cfg.model.path)
+    if vision_of(whole):
+        raise InputError(f"model.path = {cfg.model.path!r} has vision: only models of text can be compared")
+    vocab_size = language_config(whole).vocab_size
     groups = load_groups(folder, step, vocab_size, slice(num_groups))
     cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"temperature": 1.0})})
     found: dict[str, Side] = {}
