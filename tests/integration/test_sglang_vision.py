@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,18 +128,22 @@ def set_weights(reference: VisionReference, seed: int, *, tower: bool) -> dict[s
 
 
 def assert_as_transformers(served: Served, engine: SGLangEngine) -> None:
-    """Check samples of all prompts; their log probabilities spread by more than 0.5 nats."""
+    """Check samples of all prompts, and that another image would give other log probabilities."""
     groups = in_order(engine.generate(served.prompts, SamplingParams(n=3, max_new_tokens=12)))
     assert [len(group.samples[0].images) for group in groups] == [0, 1, 1, 1, 1, 5]
-    everything = []
+    stored = served.run_dir / "images"
     for sample in (sample for group in groups for sample in group.samples):
-        expected = served.reference.logprobs(sample, served.run_dir / "images")
+        expected = served.reference.logprobs(sample, stored)
         found = torch.from_numpy(sample.rollout_logprobs[sample.response_mask])
         assert_close(found, expected, atol=2e-5, rtol=0)
-        everything.append(expected)
         if served.cfg.rollout.routed_experts:
             served.reference.assert_experts(sample)
-    assert torch.cat(everything).std() > 0.5
+    shown = groups[1].samples[0]
+    other = served.reference.stored(picture(*SIZES[0], seed=9), stored).ref
+    here, there = (
+        served.reference.logprobs(each, stored) for each in (shown, replace(shown, images=(other,)))
+    )
+    assert (here - there).abs().max() > 1e-2
 
 
 def test_samples_are_what_transformers_says_under_the_weights_of_every_route(
