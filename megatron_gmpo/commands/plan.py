@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..command_line import Options, parse_options_and_config
-from ..config import Config, NonNegative, Positive
+from ..config import Config, Positive
 from ..errors import InputError
 
 MODEL_CONFIGS = Path("examples/moe/model_configs")
@@ -42,7 +42,7 @@ class Plan(Options):
     response_tokens: Positive | None = None
     """Mean length of responses in tokens; by default half of rollout.max_new_tokens. The length of an episode
     includes its observations, and its limit is rollout.max_episode_tokens."""
-    image_tokens: NonNegative | None = None
+    image_tokens: Annotated[int | None, Field(ge=0)] = None
     """Mean tokens of a prompt's image, which are among prompt_tokens; by default half of them if
     data.image_column is set, else 0."""
 

@@ -79,6 +79,11 @@ def test_a_big_model_fits_and_has_the_published_size(
         ),
         (
             CONFIG,
+            {"world_size": 1, "prompt_tokens": 8, "image_tokens": 9},
+            r"image_tokens = 9 is above prompt_tokens = 8",
+        ),
+        (
+            CONFIG,
             {"world_size": 1, "algorithm__clip": "adaptive", "train__minibatches_per_step": 1},
             r"adaptive",
         ),
