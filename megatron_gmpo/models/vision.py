@@ -59,22 +59,24 @@ def describe_vision(whole: HFConfig) -> VisionDescription:
     config, text = whole.vision_config, whole.get_text_config()
     width, features = config.out_hidden_size, text.hidden_size
     refuse(config, "out_hidden_size", width != features, f"the language model's hidden_size is {features}")
+    heads, side = config.num_heads, config.patch_size * config.spatial_merge_size
+    refuse(config, "num_heads", config.hidden_size % (4 * heads), "a head needs a multiple of 4 channels")
     is_qwen3 = whole.model_type != "qwen2_5_vl"
-    deepstack = len(config.deepstack_visual_indexes) if is_qwen3 else 0
-    layers = text.num_hidden_layers
+    indexes = tuple(config.deepstack_visual_indexes) if is_qwen3 else ()
+    least = min(text.num_hidden_layers, config.depth)
+    wrong = len({*indexes} & {*range(config.depth)}) < len(indexes) or len(indexes) > least
     refuse(
-        config,
-        "deepstack_visual_indexes",
-        deepstack > layers,
-        f"the language model has only {layers} layers",
+        config, "deepstack_visual_indexes", wrong, f"there may be {least} different ones below {config.depth}"
     )
+    small = not is_qwen3 and config.window_size < side
+    refuse(config, "window_size", small, f"an image token has {side} pixels on a side")
     return VisionDescription(
         config=config,
         whole=whole,
         merge_size=config.spatial_merge_size,
         image_token=whole.image_token_id,
         feature_size=features,
-        deepstack=tuple(range(deepstack)),
+        deepstack=tuple(range(len(indexes))),
         mrope_section=tuple(mrope_section(text)),
         mrope_interleaved=is_qwen3,
     )

@@ -184,12 +184,10 @@ def test_embeddings_are_tied_as_in_transformers(
             {"out_hidden_size": 48},
             "has out_hidden_size = 48: the language model's hidden_size",
         ),
-        (
-            "qwen3_vl",
-            {},
-            {"deepstack_visual_indexes": [0, 1, 2, 0, 1]},
-            "the language model has only 4 layers",
-        ),
+        ("qwen3_vl", {}, {"deepstack_visual_indexes": [0, 1, 2, 0, 1]}, "there may be 3 different ones"),
+        ("qwen3_vl", {}, {"deepstack_visual_indexes": [0, 3]}, "there may be 3 different ones below 3"),
+        ("qwen3_vl", {}, {"num_heads": 5}, "has num_heads = 5: a head needs a multiple of 4 channels"),
+        ("qwen2_5_vl", {}, {"window_size": 27}, "has window_size = 27: an image token has 28 pixels"),
         ("qwen3_vl_moe", {"norm_topk_prob": False}, {}, "has norm_topk_prob = False"),
         (
             "qwen3_vl_moe",
