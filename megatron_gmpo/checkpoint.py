@@ -119,9 +119,14 @@ def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def checkpoint_size(num_parameters: int, dtype: torch.dtype) -> int:
-    """Return the bytes of weights, Adam moments in fp32 and, if ``dtype`` is not fp32, fp32 main weights."""
-    return num_parameters * (3 * 4 if dtype is torch.float32 else dtype.itemsize + 3 * 4)
+def checkpoint_size(num_parameters: int, dtype: torch.dtype, frozen: int = 0) -> int:
+    """Return the bytes of weights, Adam moments in fp32 and, if ``dtype`` is not fp32, fp32 main weights.
+
+    Args:
+        frozen: number of the parameters that are not trained; of these only the weights are saved.
+    """
+    trained = num_parameters - frozen
+    return num_parameters * dtype.itemsize + trained * 4 * (2 if dtype is torch.float32 else 3)
 
 
 class Save:

@@ -232,6 +232,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
     _check_vocabulary(cfg.model.path, tokenizer, description.hf.vocab_size)
     positions, reason = _positions(cfg, description.hf)
     vision = description.vision
+    frozen = vision.numel if vision and cfg.model.freeze_vision else 0
     images = run_images(cfg, vision)
     step = step_of(checkpoint) if checkpoint else 0
     if train and cfg.rollout.replay_path:
@@ -255,7 +256,7 @@ def prepare(cfg: Config, *, train: bool) -> Run:
         checkpoint=checkpoint,
         damage=damage,
         step=step,
-        checkpoint_bytes=checkpoint_size(parameters, DTYPES[cfg.model.dtype]),
+        checkpoint_bytes=checkpoint_size(parameters, DTYPES[cfg.model.dtype], frozen),
     )
 
 

@@ -5,6 +5,7 @@ Only runs with such a model import this module.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,11 @@ class VisionDescription:
         """Return the tower's parameters, name -> shape."""
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in self.build().named_parameters()}
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements of the tower's parameters."""
+        return sum(map(math.prod, self.parameters().values()))
 
 
 def describe_vision(whole: HFConfig) -> VisionDescription:

@@ -95,6 +95,5 @@ def _model(cfg: Config, description: ModelDescription, plans: list[RankPlan]) ->
     tables = 1 if hf.tie_word_embeddings else 2
     padding = tables * (description.padded_vocab_size - hf.vocab_size) * hf.hidden_size
     quantized = cfg.rollout.quantization == "fp8"
-    shapes = description.vision.parameters().values() if description.vision else ()
-    tower = sum(map(math.prod, shapes))
+    tower = description.vision.numel if description.vision else 0
     return model_of(plans, hf, description.transformer, padding, quantized=quantized, tower=tower)

@@ -98,7 +98,8 @@ def batch_table(cfg: Config, step: StepTraffic) -> Table:
     else:
         table.add_row("rollout servers", str(number_of_servers(cfg)), "on CPUs")
     if cfg.checkpoint.async_save:  # each rank keeps what it writes, and the ranks write equal shares
-        nbytes = checkpoint_size(step.model.parameters, DTYPES[cfg.model.dtype])
+        frozen = step.model.tower_parameters if cfg.model.freeze_vision else 0
+        nbytes = checkpoint_size(step.model.parameters, DTYPES[cfg.model.dtype], frozen)
         nodes = -(-step.world_size // GPUS_PER_NODE)
         about = "in the host memory of each node until it is written"
         table.add_row("a save", f"{nbytes / nodes / 1e9:.1f} GB", about)

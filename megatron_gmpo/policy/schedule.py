@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -104,7 +103,7 @@ class Schedule:
         """
         vision, language = self.description.vision, self.description.transformer
         assert vision
-        tower = sum(math.prod(shape) for shape in vision.parameters().values())
+        tower = vision.numel
         moe = self.description.is_moe
         heads = (
             2

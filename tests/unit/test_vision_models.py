@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from megatron_gmpo.checkpoint import model_identity
+from megatron_gmpo.checkpoint import checkpoint_size, model_identity
 from megatron_gmpo.commands.export_quantized import export_quantized
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
@@ -154,6 +154,7 @@ def test_the_tower_is_that_of_transformers(
     assert vision.parameters() == names
     assert {name: tuple(x.shape) for name, x in vision.build().state_dict().items()} == names
     assert (vision.merge_size, vision.feature_size) == (2, 64)
+    assert vision.numel == sum(x.numel() for name, x in stored.items() if "visual." in name)
     tokenizer = json.loads((tiny_model(family) / "tokenizer.json").read_text())
     (token,) = (each["id"] for each in tokenizer["added_tokens"] if each["content"] == "<|image_pad|>")
     assert vision.image_token == token
@@ -243,6 +244,12 @@ def test_identity_tells_towers_apart(describe: Describe) -> None:
     assert identity("qwen3_vl", depth=2) != same
     assert identity("qwen3_vl", deepstack_visual_indexes=[1, 2]) != same
     assert identity("qwen2_5_vl")["model_type"] != same["model_type"]
+
+
+def test_a_frozen_tower_takes_only_its_weights_in_a_checkpoint() -> None:
+    # trained: fp32 main weights and two moments, and the bf16 weights beside them
+    assert checkpoint_size(100, torch.bfloat16, frozen=10) == 90 * (2 + 3 * 4) + 10 * 2
+    assert checkpoint_size(100, torch.float32, frozen=10) == 90 * 3 * 4 + 10 * 4
 
 
 def test_every_part_of_config_tells_the_dtype(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
