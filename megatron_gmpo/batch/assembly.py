@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,16 @@ def make_train_batch(
     if mask[~kept].any():
         mask, logprobs = mask & kept, np.where(kept, logprobs, np.float32(0))
     response_mask, lengths = torch.from_numpy(mask), torch.from_numpy(lengths.astype(np.int64))
+    images: dict[str, Any] = {}
+    if vision:
+        images = image_columns(
+            torch.from_numpy(columns.tokens),
+            torch.from_numpy(columns.response_mask),
+            lengths,
+            torch.from_numpy(index.images[numbers].astype(np.int64)),
+            index.image_rows[np.repeat(plan.replica_of == replica, index.images)],
+            vision,
+        )
     return TrainBatch(
         tokens=torch.from_numpy(columns.tokens),
         lengths=lengths,
@@ -64,16 +75,7 @@ def make_train_batch(
         routed_experts=None if columns.routed_experts is None else torch.from_numpy(columns.routed_experts),
         numbers=torch.from_numpy(numbers),
         plan=plan.minibatches(replica),
-        **image_columns(
-            torch.from_numpy(columns.tokens),
-            torch.from_numpy(columns.response_mask),
-            lengths,
-            torch.from_numpy(index.images[numbers].astype(np.int64)),
-            index.image_rows[np.repeat(plan.replica_of == replica, index.images)],
-            vision,
-        )
-        if vision
-        else {},
+        **images,
     )
 
 
@@ -92,8 +94,11 @@ def whole_batch(groups: Iterable[SampleGroup], vision: ImageTokens | None = None
     tokens = joined([sample.tokens for sample in samples])
     mask = joined([sample.response_mask for sample in samples])
     lengths = torch.tensor([len(sample.tokens) for sample in samples])
-    counts = torch.tensor([len(sample.images) for sample in samples])
-    images = image_rows([image for sample in samples for image in sample.images])
+    images: dict[str, Any] = {}
+    if vision:
+        counts = torch.tensor([len(sample.images) for sample in samples])
+        rows = image_rows([image for sample in samples for image in sample.images])
+        images = image_columns(tokens, mask, lengths, counts, rows, vision)
     return TrainBatch(
         tokens=tokens,
         lengths=lengths,
@@ -105,5 +110,5 @@ def whole_batch(groups: Iterable[SampleGroup], vision: ImageTokens | None = None
         )
         if all(record is not None for record in records)
         else None,
-        **image_columns(tokens, mask, lengths, counts, images, vision) if vision else {},
+        **images,
     )

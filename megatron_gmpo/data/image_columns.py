@@ -52,9 +52,8 @@ class ArrowImage:
     folder: Path
 
     def read(self) -> bytes:
-        table = self.column[self.row]
-        assert isinstance(table, pa.Table)
-        cell: Any = table.column(0)[0]
+        row: Any = self.column[self.row]
+        cell = row.column(0)[0]
         value = (cell if self.place is None else cell[self.place]).as_py()
         if isinstance(value, dict):
             value = value["bytes"] or value["path"]
@@ -99,7 +98,8 @@ def arrow_images(rows: datasets.Dataset, column: str, folder: Path) -> Iterator[
     for table in images.iter(_BATCH):
         assert isinstance(table, pa.Table)
         cells = table.column(0)
-        for count in (pa.compute.list_value_length(cells) if several else cells.is_valid()).to_pylist():
+        counts: Any = pyarrow.compute.list_value_length(cells) if several else cells.is_valid()
+        for count in counts.to_pylist():
             places = range(count or 0) if several else [None] * count
             yield tuple(ArrowImage(images, row, place, folder) for place in places)
             row += 1

@@ -137,6 +137,7 @@ class Schedule:
         Returns:
             On the last pipeline stage, the second result of ``loss`` for each microbatch; [] on other stages.
         """
+        assert self._pixels or batch.image_counts is None, "the policy has no reader of the batch's images"
         schedule = get_forward_backward_func()
         steps = batch.plan[first:]
         plan = [members for step in steps for members in step.microbatches]
