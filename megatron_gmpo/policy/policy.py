@@ -67,18 +67,16 @@ class Policy:
         trainable: bool = True,
         pixels: PixelReader | None = None,
     ) -> None:
-        assert (cfg.fp8.recipe is not None) == bool(description.transformer.fp8), (
-            "cfg and description disagree about FP8"
-        )
+        agree = (cfg.fp8.recipe is not None) == bool(description.transformer.fp8)
+        assert agree, "cfg and description disagree about FP8"
         self.cfg, self.description, self.groups, self.device = cfg, description, groups, device
         self.trainable = trainable
         self.schedule = Schedule(cfg, description, groups, device, pixels)
         self._over_ranks = RankReduction(device)
         self._needs = needed_columns(cfg.algorithm)
         self._num_minibatches = cfg.train.minibatches_per_step
-        self._without_pass = minibatches_without_pass(
-            cfg.algorithm, self._num_minibatches, is_moe=description.is_moe
-        )
+        is_moe, minibatches = description.is_moe, self._num_minibatches
+        self._without_pass = minibatches_without_pass(cfg.algorithm, minibatches, is_moe=is_moe)
         self.chunks = self._load(cfg.model.path)
         self.routing: Routing | None = None
         if trainable:
@@ -138,9 +136,8 @@ class Policy:
             computed = np.ones(len(index), np.bool_)
         units = index.units(self.cfg.algorithm.unit)
         patches = patches_of(index.images, index.image_rows) if index.images.any() else None
-        return self.schedule.plan(
-            index.length, index.response_length, units, computed, self._num_minibatches, patches
-        )
+        lengths = index.length, index.response_length
+        return self.schedule.plan(*lengths, units, computed, self._num_minibatches, patches)
 
     def share(self, batch: TrainBatch, minibatches: int = 1) -> TrainBatch:
         """Return this replica's share of a batch that every rank holds whole; every sequence is computed."""
@@ -302,9 +299,8 @@ class Policy:
         metrics, host = self._over_ranks(mine, summed, fetched)
         # every context-parallel rank has the whole loss of its sequences
         metrics["loss"] = Metric(metrics["loss"].total / self.groups.cp.size(), count)
-        metrics |= pass_metrics(
-            host, routing, routers, "moe/routing_differs" if is_old else "moe/routing_drift"
-        )
+        kind = "differs" if is_old else "drift"
+        metrics |= pass_metrics(host, routing, routers, f"moe/routing_{kind}")
         metrics |= self.auxiliary.metrics(host["auxiliary"], len(part.microbatches))
         if is_old:
             minibatch.old_logprobs = host["old_logprobs"]
@@ -329,7 +325,7 @@ class Policy:
     def export_hf(self) -> Export:
         """Return an iterable of (Hugging Face name, full tensor) that gathers the current weights.
 
-        It leaves out a frozen vision tower if the rollout servers have it, see ``_servers_have_tower``.
+        It leaves out a frozen vision tower if every rollout server has started with its weights.
         Colocated servers need memory from then on, so the gradient buffers are freed until ``train_step``.
         """
         if self.trainable and self.cfg.rollout.placement == "colocated":
@@ -339,26 +335,11 @@ class Policy:
     @cached_property
     def _export(self) -> Export:
         finish = self.model.finish_update if self.trainable else nullcontext
-        return Export(
-            self.chunks,
-            self.description.mapping,
-            self.groups,
-            prepare=finish,
-            with_tower=not self._servers_have_tower(),
-        )
-
-    def _servers_have_tower(self) -> bool:
-        """Return whether every rollout server starts with the weights of this policy's frozen vision tower.
-
-        The weights are compared with those of ``model.path``: those of a resumed run may have been trained.
-        """
-        cfg = self.cfg
-        return (
-            self.description.vision is not None
-            and cfg.model.freeze_vision
-            and cfg.servers_keep_weights
-            and has_tower_of(cfg.model.path, self.chunks, self.description.mapping, self.groups)
-        )
+        cfg, mapping, vision = self.cfg, self.description.mapping, self.description.vision
+        frozen = vision and cfg.model.freeze_vision and cfg.servers_keep_weights
+        # the tower of a resumed run may have been trained
+        left_out = frozen and has_tower_of(cfg.model.path, self.chunks, mapping, self.groups)
+        return Export(self.chunks, mapping, self.groups, prepare=finish, with_tower=not left_out)
 
     def start_save(
         self, folder: Path, step: int, state: dict[str, Any], keep_last: int, **options: Any

@@ -210,6 +210,7 @@ class Schedule:
     ) -> Iterator[tuple[int, Microbatch]]:
         cp = self.groups.cp
         encodes = hasattr(unwrapped(chunk), "visual")
+        assert self._pixels or not batch.image_sizes.any(), "nothing reads the images of this batch"
 
         def packed(place: int) -> Microbatch:
             microbatch = pack(
