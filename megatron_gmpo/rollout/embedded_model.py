@@ -46,12 +46,12 @@ def load_model(
         fp32_head: compute the logits of a bf16 model in fp32, see ``fp32_product``.
         vision: load a vision-language model with its tower.
     """
-    auto: Any = AutoModelForCausalLM
+    auto_class: Any = AutoModelForCausalLM
     if vision:
         from transformers import AutoModelForImageTextToText  # not for text models
 
-        auto = AutoModelForImageTextToText
-    model = auto.from_pretrained(path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa")
+        auto_class = AutoModelForImageTextToText
+    model = auto_class.from_pretrained(path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa")
     model = model.to(device).eval().requires_grad_(False)
     if fp32_head and dtype == torch.bfloat16:
         head = model.get_output_embeddings()

@@ -268,9 +268,9 @@ def _decode_array(record: dict[str, Any]) -> np.ndarray:
 
 def _decode_prompt(record: Any, folder: ImageFolder) -> Prompt:
     prompt = _PROMPT.validate_python(record)
-    fields: dict[str, Any] = vars(prompt)
     images = tuple(StoredImage(image.to_ref(), folder) for image in prompt.images)
-    return Prompt(**fields | {"images": images})
+    fields: dict[str, Any] = vars(prompt) | {"images": images}
+    return Prompt(**fields)
 
 
 def _decode_sample(record: dict[str, Any]) -> Sample:
