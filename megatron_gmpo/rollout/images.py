@@ -12,6 +12,7 @@ import numpy as np
 from ..batch.images import ImageFolder, ImageRef, ImageTokens, PromptImage
 from ..batch.pixels import PixelReader
 from ..config import Config
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from ..data.images import ModelImages
@@ -91,10 +92,15 @@ def run_images(cfg: Config, vision: ImageTokens | None) -> RunImages | None:
     """Return the images of a run; None for a model without vision.
 
     Raises:
-        InputError: see ``ModelImages``.
+        InputError: rollouts are in FP8, which no tower has; or see ``ModelImages``.
     """
     if not vision:
         return None
+    if cfg.rollout.quantization != "none":
+        raise InputError(
+            f"rollout.quantization = {cfg.rollout.quantization!r}: the model has a vision tower, "
+            "which is not synced in FP8: set it to 'none'"
+        )
     from ..data.images import ModelImages  # with Pillow, which text models do not need
 
     processor = ModelImages(cfg.model.path, vision, cfg.data.min_pixels, cfg.data.max_pixels)

@@ -37,9 +37,11 @@ from megatron_gmpo.testing.tiny_models import make_tiny_model
 from ..support.groups import in_order
 from ..support.vision import SIZES, VisionReference, picture
 
+References = Callable[[str], VisionReference]
+
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], VisionReference]:
+def references(tmp_path_factory: pytest.TempPathFactory) -> References:
     """Return a function that returns the tiny model of a family, which it makes once."""
 
     @cache
@@ -82,7 +84,7 @@ def prompts_of(reference: VisionReference, folder: Path) -> list[Prompt]:
     ],
 )
 def test_embedded_samples_with_images_are_what_transformers_says(
-    references: Callable[[str], VisionReference], family: str, n: int, tmp_path: Path
+    references: References, family: str, n: int, tmp_path: Path
 ) -> None:
     """Prompts without, with one and with two images are padded to one length and share a prefill per group.
 
@@ -125,7 +127,7 @@ def test_embedded_samples_with_images_are_what_transformers_says(
 
 
 def test_a_weight_sync_may_leave_out_the_tower_but_no_part_of_it(
-    references: Callable[[str], VisionReference], tmp_path: Path
+    references: References, tmp_path: Path
 ) -> None:
     reference = references("qwen3_vl")
     model = reference.folder
@@ -173,9 +175,7 @@ def saved(reference: VisionReference, folder: Path) -> SampleGroup:
     return SampleGroup(prompt, samples)
 
 
-def test_saved_rollouts_bring_their_images(
-    references: Callable[[str], VisionReference], tmp_path: Path
-) -> None:
+def test_saved_rollouts_bring_their_images(references: References, tmp_path: Path) -> None:
     reference = references("qwen3_vl")
     group = saved(reference, tmp_path / "first/images")
     first, second = (images_of(reference.folder, tmp_path / run) for run in ("first", "second"))
@@ -215,7 +215,7 @@ def test_saved_rollouts_bring_their_images(
     ],
 )
 def test_a_sample_whose_images_cannot_be_trained_on_is_named(
-    references: Callable[[str], VisionReference], tmp_path: Path, change: Any, line: str
+    references: References, tmp_path: Path, change: Any, line: str
 ) -> None:
     reference = references("qwen3_vl")
     images = images_of(reference.folder, tmp_path / "run")
@@ -229,9 +229,7 @@ def test_a_sample_whose_images_cannot_be_trained_on_is_named(
     assert "\n" not in str(error.value)
 
 
-def test_saved_images_need_a_model_with_vision(
-    references: Callable[[str], VisionReference], tmp_path: Path
-) -> None:
+def test_saved_images_need_a_model_with_vision(references: References, tmp_path: Path) -> None:
     reference = references("qwen3_vl")
     images = images_of(reference.folder, tmp_path / "run")
     save_groups(tmp_path, 0, {0: saved(reference, images.folder.folder)}, images.folder)
@@ -239,9 +237,7 @@ def test_saved_images_need_a_model_with_vision(
         load_groups(tmp_path, 0, 2**31)
 
 
-def test_a_request_has_one_token_for_each_image(
-    references: Callable[[str], VisionReference], tmp_path: Path
-) -> None:
+def test_a_request_has_one_token_for_each_image(references: References, tmp_path: Path) -> None:
     """What is left is the template's text, encoded with one token for each image."""
     reference = references("qwen2_5_vl")
     images = images_of(reference.folder, tmp_path / "run")
@@ -257,9 +253,7 @@ def test_a_request_has_one_token_for_each_image(
         images.without_repeats([*prompt.input_ids, reference.image_token], prompt.image_refs)
 
 
-def test_a_jpeg_with_a_byte_behind_it_is_the_same_image(
-    references: Callable[[str], VisionReference], tmp_path: Path
-) -> None:
+def test_a_jpeg_with_a_byte_behind_it_is_the_same_image(references: References, tmp_path: Path) -> None:
     """With a GPU, SGLang takes only files that end as a JPEG does away from Pillow."""
     images = images_of(references("qwen2_5_vl").folder, tmp_path / "run")
     image = references("qwen2_5_vl").stored(picture(200, 61), tmp_path)
@@ -272,7 +266,7 @@ def test_a_jpeg_with_a_byte_behind_it_is_the_same_image(
 
 
 def play(
-    references: Callable[[str], VisionReference], tmp_path: Path, pictures: list[bytes]
+    references: References, tmp_path: Path, pictures: list[bytes]
 ) -> tuple[VisionReference, Prompt, list[Sample]]:
     """Return samples of episodes that ``ShowsPictures`` plays, of a prompt with a picture of its own."""
     reference = references("qwen3_vl")
@@ -304,7 +298,7 @@ def play(
 
 
 @pytest.mark.slow
-def test_observations_show_images(references: Callable[[str], VisionReference], tmp_path: Path) -> None:
+def test_observations_show_images(references: References, tmp_path: Path) -> None:
     """The tokens are those of transformers' template for the whole conversation, and so are the numbers."""
     pictures = [picture(*size, seed=i) for i, size in enumerate((*SIZES[:2], SIZES[3]))]
     reference, prompt, samples = play(references, tmp_path, pictures)
@@ -346,7 +340,7 @@ def parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
     "data", [b"no image", picture(40, 40)[:-90], picture(4000, 8)], ids=["noise", "cut", "strip"]
 )
 def test_an_observation_with_a_broken_image_is_a_fault(
-    references: Callable[[str], VisionReference], tmp_path: Path, data: bytes
+    references: References, tmp_path: Path, data: bytes
 ) -> None:
     images = images_of(references("qwen3_vl").folder, tmp_path)
     message = {"role": "user", "content": [image_part(data)]}
@@ -368,3 +362,11 @@ def test_content_parts_of_observations_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match="neither a text_part nor an image_part"):
             Observation([{"role": "user", "content": [part]}])
+
+
+def test_rollouts_in_fp8_have_no_tower(references: References, tmp_path: Path) -> None:
+    """Servers in FP8 start without weights, and a frozen tower is not sent."""
+    model = references("qwen3_vl").folder
+    cfg = Config.model_validate({"model": {"path": str(model)}, "rollout": {"quantization": "fp8"}})
+    with pytest.raises(InputError, match="quantization = 'fp8': the model has a vision tower"):
+        run_images(cfg, vision_of(read_hf_config(str(model))))
