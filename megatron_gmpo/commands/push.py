@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
             model.rename(options.folder)
             print(options.folder)
         elif uploads:
+            print(uploads.destination)
             print(uploads.upload(model, checkpoint.name))
 
 
@@ -139,6 +140,12 @@ class Uploads:
                 f"{repo} exists and holds {len(files)} files that are not of run {run!r}: choose another name"
             )
         self.parent = found.sha
+
+    @property
+    def destination(self) -> str:
+        """Return a line that says where an upload goes."""
+        kind = "a new commit" if self.parent else f"a new {'private ' if self.private else ''}repository"
+        return f"uploading to {self.api.endpoint}/{self.repo}, {kind}"
 
     def upload(self, folder: Path, message: str) -> str:
         """Upload the files of a folder in one commit and return its address.

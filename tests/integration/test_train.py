@@ -255,6 +255,9 @@ def test_push_uploads_the_folder_that_it_can_also_write(
     assert repository.messages == ["iter_0000002"] * 2
     listed = capsys.readouterr().out
     assert all(f"MB  {name}\n" in listed for name in expected)
+    assert re.search(
+        r"/me/tiny-gmpo, a new private repository\n.*/me/tiny-gmpo, a new commit\n", listed, re.DOTALL
+    )
     assert sorted(two_steps.rglob("*")) == before
     direct = run_module(
         "tools.convert_megatron_to_hf", *options(megatron=two_steps / "checkpoints", hf=tmp_path / "direct")
