@@ -291,7 +291,7 @@ def test_the_card_has_what_the_run_did(two_steps: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "line"),
+    ("given", "line"),
     [
         (["me/tiny", "--step", "1"], "--step 1: .* has no such checkpoint, only 2"),
         (["me/other"], r"me/other exists and holds 1 files that are not of run 'two_steps': choose another"),
@@ -300,11 +300,11 @@ def test_the_card_has_what_the_run_did(two_steps: Path, tmp_path: Path) -> None:
         (["me/tiny", "--folder", "."], r"--folder \. exists: choose another folder or remove it"),
     ],
 )
-def test_push_refuses(two_steps: Path, on_hub: dict[str, Repository], argv: list[str], line: str) -> None:
+def test_push_refuses(two_steps: Path, on_hub: dict[str, Repository], given: list[str], line: str) -> None:
     model = Path(load_config([str(two_steps / "config.toml")]).model.path).name
     on_hub["me/other"] = Repository(None, {"README.md": b"mine"})
     with pytest.raises(InputError, match=line):
-        push([str(two_steps), *(word.format(model=model) for word in argv)])
+        push([str(two_steps), *(word.format(model=model) for word in given)])
     assert on_hub.keys() == {"me/other"}
 
 
