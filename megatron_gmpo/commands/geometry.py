@@ -30,6 +30,8 @@ class GeometryOptions(Options):
     """Number of problems in train.parquet."""
     num_heldout: Positive = 200
     """Number of problems in heldout.parquet. Neither train.parquet nor the warm-up contains them."""
+    num_solved: Positive = 8000
+    """Number of solved problems for the warm-up."""
     side: Annotated[int, Field(ge=56, le=4096)] = 84
     """Width and height of a picture in pixels."""
     problems_only: bool = False
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> None:
         options.out,
         num_train=options.num_train,
         num_heldout=options.num_heldout,
+        num_solved=options.num_solved,
         side=options.side,
         warm_up_steps=None if options.problems_only else options.warm_up_steps,
         seed=options.seed,

@@ -10,8 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT_SIZE = 0.19
 """Height of the letters, as a share of the picture's side."""
-SHIFT = 0.03
-"""Largest distance by which a figure is moved at random, as a share of the picture's side."""
 
 Point = tuple[float, float]
 
@@ -19,12 +17,11 @@ Point = tuple[float, float]
 class Figure:
     """A white picture, drawn in black. Points are shares of its side, from the upper left corner."""
 
-    def __init__(self, side: int, generator: random.Random) -> None:
+    def __init__(self, side: int) -> None:
         self.picture = Image.new("L", (side, side), 255)
         self._draw = ImageDraw.Draw(self.picture)
         self._font = ImageFont.load_default(FONT_SIZE * side)
         self._width = max(1, side // 80)
-        self._shift = [generator.uniform(-SHIFT, SHIFT) for _ in range(2)]
 
     def path(self, *points: Point) -> None:
         self._draw.line([self._pixel(point) for point in points], 0, self._width)
@@ -43,8 +40,8 @@ class Figure:
         return file.getvalue()
 
     def _pixel(self, point: Point) -> Point:
-        x, y = ((share + shift) * self.picture.width for share, shift in zip(point, self._shift, strict=True))
-        return x, y
+        x, y = point
+        return x * self.picture.width, y * self.picture.width
 
 
 def draw(kind: str, labels: Sequence[str], side: int, generator: random.Random) -> bytes:
@@ -54,9 +51,9 @@ def draw(kind: str, labels: Sequence[str], side: int, generator: random.Random) 
         kind: a key of ``FIGURES``.
         labels: texts at the figure's angles or sides, in the order of the function in ``FIGURES``.
         side: width and height in pixels.
-        generator: moves the figure and its corners a little.
+        generator: moves the figure's lines a little.
     """
-    figure = Figure(side, generator)
+    figure = Figure(side)
     FIGURES[kind](figure, labels, generator)
     return figure.png()
 
@@ -70,11 +67,12 @@ def _angle_sum(figure: Figure, labels: Sequence[str], generator: random.Random) 
 
 
 def _straight_angle(figure: Figure, labels: Sequence[str], generator: random.Random) -> None:
-    """Draw a ray that starts on a line; the labels are the angles on its left and its right."""
-    foot = (0.5, 0.75)
-    figure.path((0.06, 0.75), (0.94, 0.75))
-    figure.path(foot, (generator.uniform(0.35, 0.65), 0.12))
-    for centre, label in zip([(0.24, 0.6), (0.75, 0.6)], labels, strict=True):
+    """Draw two rays that start on a line; the labels are the angles at the left, between and at the right."""
+    foot = (0.5, 0.85)
+    figure.path((0.04, 0.85), (0.96, 0.85))
+    for tip in (generator.uniform(0.12, 0.2), generator.uniform(0.8, 0.88)):
+        figure.path(foot, (tip, 0.08))
+    for centre, label in zip([(0.17, 0.7), (0.5, 0.25), (0.82, 0.7)], labels, strict=True):
         figure.label(centre, label)
 
 

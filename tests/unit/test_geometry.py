@@ -63,8 +63,8 @@ def test_the_numbers_are_only_in_the_picture(kind: str) -> None:
         shown = pixels(draw(kind, one.labels, side, random.Random(0)))
         assert shown.shape == (side, side)
         assert (shown != pixels(draw(kind, other.labels, side, random.Random(0)))).any()
-        # without labels, the same figure
-        lines = pixels(draw(kind, ["", *[""] * (len(one.labels) - 1)], side, random.Random(0)))
+        unlabelled = [" " if label else "" for label in one.labels]
+        lines = pixels(draw(kind, unlabelled, side, random.Random(0)))
         assert ((lines == 0) <= (shown == 0)).all()
 
 
@@ -80,7 +80,7 @@ def test_held_out_problems_are_in_no_other_set() -> None:
     seen, unseen = split_problems(random.Random(0))
     for known, held_out in zip(seen, unseen, strict=True):
         assert not set(known) & set(held_out)
-        assert len(held_out) == pytest.approx(0.2 * len({*known, *held_out}), abs=1)
+        assert len(held_out) == pytest.approx(0.1 * len({*known, *held_out}), abs=1)
     drawn = draw_problems(10, [[problems[0]] for problems in unseen], 56, random.Random(0))
     assert [problem for problem, _ in drawn] == 2 * [problems[0] for problems in unseen]
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.testing import Family, arithmetic, word_problems
 from megatron_gmpo.testing.tiny_models import make_tiny_model
-from megatron_gmpo.testing.tiny_tokenizers import arithmetic_tokenizer, text_tokenizer
+from megatron_gmpo.testing.tiny_tokenizers import arithmetic_tokenizer, dialogue_tokenizer, text_tokenizer
 from megatron_gmpo.testing.warm_up import warm_up
 
 FAMILIES = get_args(Family)
@@ -208,6 +209,23 @@ def test_warm_up_teaches_the_answer_its_end_and_not_the_prompt(tmp_path: Path) -
         prompt_loss = model(prompt, labels=prompt).loss
         assert prompt_loss > 2, "the prompt's own tokens were trained"
     assert 0 < loss < 0.2
+
+
+@pytest.mark.slow
+def test_warm_up_reads_the_pictures(tmp_path: Path) -> None:
+    """Equal questions about two pictures of different sizes have different answers."""
+    tokenizer = dialogue_tokenizer(["Which colour?", "black", "white"], images=True)
+    make_tiny_model(tmp_path, family="qwen3_vl", tokenizer=tokenizer, num_layers=2)
+    question = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
+    rows = [
+        {
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": colour}],
+            "images": [Image.new("L", (side, 64), colour)],
+        }
+        for colour, side in (("black", 64), ("white", 96))
+    ]
+    # without the pictures the loss is at least log(2) / 2: the colour and an end token
+    assert 0 < warm_up(tmp_path, rows, steps=40, batch_size=8) < 0.1
 
 
 def test_word_problems_are_solved_by_adding_their_numbers(tmp_path: Path) -> None:
