@@ -144,11 +144,10 @@ def _of_family(
 def _mrope(head_dim: int, *, interleaved: bool = False) -> dict[str, Any]:
     """Return rotary fields with the proportions of Qwen2.5-VL-7B, or of Qwen3-VL if ``interleaved``."""
     pairs = head_dim // 2
+    side = pairs * (20 if interleaved else 24) // 64
+    rope: dict[str, Any] = {"mrope_section": [pairs - 2 * side, side, side]}
     if interleaved:
-        side = pairs * 20 // 64
-        rope = {"mrope_section": [pairs - 2 * side, side, side], "mrope_interleaved": True}
-    else:
-        rope = {"mrope_section": [pairs // 4, pairs * 3 // 8, pairs * 3 // 8]}
+        rope["mrope_interleaved"] = True
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6} | rope}
 
 

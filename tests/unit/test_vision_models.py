@@ -24,6 +24,7 @@ from megatron_gmpo.models.description import ModelDescription, describe_model, r
 from megatron_gmpo.models.family import language_config
 from megatron_gmpo.rollout.sglang.start import check_servers
 from megatron_gmpo.testing import VisionFamily
+from megatron_gmpo.testing.tiny_models import make_tiny_model
 from megatron_gmpo.weights.companions import copy_companions
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 from megatron_gmpo.weights.table import ConversionTable
@@ -158,6 +159,23 @@ def test_the_tower_is_that_of_transformers(
     tokenizer = json.loads((tiny_model(family) / "tokenizer.json").read_text())
     (token,) = (each["id"] for each in tokenizer["added_tokens"] if each["content"] == "<|image_pad|>")
     assert vision.image_token == token
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("hidden_size", [16, 32, 48, 64, 96, 128])
+def test_tiny_models_of_any_width_are_described(
+    tmp_path: Path, family: VisionFamily, hidden_size: int
+) -> None:
+    make_tiny_model(
+        tmp_path,
+        family=family,
+        num_layers=2,
+        hidden_size=hidden_size,
+        ffn_hidden_size=hidden_size,
+        head_dim=16,
+    )
+    cfg = Config.model_validate({"device": "cpu", "model": {"path": str(tmp_path)}})
+    assert describe_model(cfg, 1, CPU).vision
 
 
 @pytest.mark.parametrize("family", FAMILIES)
