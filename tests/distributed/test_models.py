@@ -195,6 +195,31 @@ def test_each_stage_exports_its_own_tensors(
     assert all(found == senders and calls == [] for found, _, calls in results)
 
 
+@pytest.mark.parametrize(
+    ("rollout", "model", "change_tower", "sent"),
+    [
+        ({"engine": "sglang"}, {}, False, False),
+        ({"engine": "sglang"}, {}, True, True),
+        ({"engine": "sglang"}, {"freeze_vision": False}, False, True),
+        ({"engine": "sglang", "server_urls": ["http://localhost:1"]}, {}, False, True),
+        ({"engine": "embedded"}, {}, False, True),
+    ],
+)
+def test_a_frozen_tower_is_sent_to_servers_that_lack_it(
+    ranks: RankPool,
+    tiny_model: Callable[..., Path],
+    rollout: dict[str, Any],
+    model: dict[str, Any],
+    change_tower: bool,
+    sent: bool,
+) -> None:
+    path = tiny_model("qwen3_vl", num_layers=2)
+    cfg = config(path, {PP: 2}, max_tokens=64, rollout=rollout, model=model)
+    results = ranks.run(2, cases.exported_names, cfg, change_tower)
+    stored = load_file(path / "model.safetensors").keys()
+    assert results == [{name for name in stored if sent or "visual." not in name}] * 2
+
+
 def test_a_stage_without_tensors_of_its_own_sends_none(
     ranks: RankPool, model_folder: Callable[[str], Path]
 ) -> None:

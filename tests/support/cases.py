@@ -45,6 +45,7 @@ from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_paral
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.weights.background_files import BackgroundFiles
 from megatron_gmpo.weights.export import Export
+from megatron_gmpo.weights.parameters import unwrapped
 from megatron_gmpo.weights.run_checkpoint import RunState, stored_checkpoints
 
 from .batches import lean_share, recorded_experts, split, whole
@@ -480,6 +481,19 @@ def exports_of_stages(cfg: Config) -> tuple[list[int], dict[str, Tensor], list[s
         for name in ("broadcast", "all_gather_object"):
             patch.setattr(dist, name, counted(name))
         return senders, {name: tensor.clone() for name, tensor in export.of_stage()}, calls
+
+
+def exported_names(cfg: Config, change_tower: bool) -> set[str]:
+    """Return the names that a weight sync sends.
+
+    Args:
+        change_tower: whether the tower's weights differ from those of the folder, as after earlier training.
+    """
+    with opened(cfg) as policy:
+        for chunk in map(unwrapped, policy.chunks):
+            if change_tower and hasattr(chunk, "visual"):
+                chunk.visual.patch_embed.proj.weight.data[0] += 1
+        return {name for name, _ in policy.export_hf()}
 
 
 def failure(cfg: Config, batch: TrainBatch) -> str:
