@@ -196,11 +196,9 @@ class Config(Section):
         """Return whether servers start with the weights of ``model.path`` and keep what a sync leaves out."""
         rollout = self.rollout
         started_by_us = rollout.engine == "sglang" and not (rollout.server_urls or rollout.servers_file)
-        loses_them = (
-            rollout.placement == "colocated" or self.weight_sync.verify
-        )  # which overwrites all weights
         from_folder = rollout.quantization == "none" and "load_format" not in self.sglang.args
-        return started_by_us and from_folder and not loses_them
+        # colocated servers lose them when they release their memory
+        return started_by_us and from_folder and rollout.placement == "disaggregated"
 
     def rollout_ratio_warning(self, *, is_moe: bool) -> str:
         """Return one line about settings with which ratios to the rollout engine start away from 1, or ""."""

@@ -25,6 +25,7 @@ PUBLISHED = [
     ("moe/deepseek_r1_distill_qwen_7b", 8, 7.6, None),
     ("agents/alfworld_qwen2_5_1_5b", 8, 1.54, None),
     ("vision/qwen2_5_vl_7b_geometry3k", 8, 8.29, None),
+    ("vision/qwen2_5_vl_7b_geometry3k", 8, 8.29, None),
 ]
 SAVED_BYTES = 2 + 4 + 4 + 4
 """Of a parameter: the weight in bf16, and in fp32 the main weight and both moments."""

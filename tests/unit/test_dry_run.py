@@ -214,7 +214,6 @@ def test_a_weight_sync_without_the_frozen_tower() -> None:
         {"rollout": {"engine": "sglang", "placement": "colocated"}},
         {"rollout": {"engine": "sglang", "server_urls": ["http://localhost:1"]}},
         {"rollout": {"engine": "embedded"}},
-        {"weight_sync": {"verify": True}},
         {"sglang": {"args": {"load_format": "dummy"}}},
     ):
         assert synced(**sections) == 100

@@ -47,19 +47,14 @@ def check_servers(cfg: Config, hf: Any, device: torch.device) -> None:
 
     Raises:
         InputError: ``sglang.python`` does not exist; a server of ``rollout.server_urls`` cannot be used; the
-            model is in FP8, which servers load but the weight sync does not send; a vision-language model
-            would be served in FP8; running servers would read images in another way; the sync uses NCCL and
-            the NCCL versions of trainer and servers differ; or see ``check_image_limits``.
+            model is in FP8, which servers load but the weight sync does not send; running servers would read
+            images in another way; the sync uses NCCL and the NCCL versions of trainer and servers differ; or
+            see ``check_image_limits``.
     """
     if getattr(hf, "quantization_config", None) and cfg.rollout.quantization == "none":
         raise InputError(
             f"model.path = {cfg.model.path!r} is in FP8: set rollout.quantization = 'fp8', "
             "or give the model in bf16"
-        )
-    if hasattr(hf, "vision_config") and cfg.rollout.quantization != "none":
-        raise InputError(
-            f"rollout.quantization = {cfg.rollout.quantization!r}: the servers would quantize this model's "
-            "vision tower too: set it to 'none'"
         )
     check_image_limits(cfg)
     if cfg.rollout.server_urls:
