@@ -17,7 +17,7 @@ from ..models import FAMILIES
 from ..models.description import architecture_of, auto_class, read_hf_config, vision_of
 from ..models.family import language_config
 from ..models.hub import hub_names, stacked_name
-from ..models.mapping import Row, expand, is_expert
+from ..models.mapping import TOWER, Row, expand, is_expert
 from ..models.operations import Operation, padded_vocab_size
 from .torch_dist import Place, place_of
 
@@ -96,11 +96,14 @@ class ConversionTable:
 
     @property
     def active_numel(self) -> int:
-        """Return the number of parameters that process one token, without experts that are not chosen."""
+        """Return the number of parameters that process one token of text.
+
+        These are all without the experts that are not chosen and the vision tower.
+        """
         routed = sum(entry.numel for entry in self.entries if is_expert(entry.name))
-        if not routed:
-            return self.numel
-        return self.numel - routed + routed * self._architecture["moe_router_topk"] // self.num_experts
+        tower = sum(entry.numel for entry in self.entries if entry.name.startswith(TOWER))
+        chosen = routed * self._architecture["moe_router_topk"] // self.num_experts if routed else 0
+        return self.numel - tower - routed + chosen
 
     def places(self, entry: Entry, *, stacked: bool | None = None) -> tuple[Place, ...]:
         """Return the places where Megatron's layer specs look for a parameter, Transformer Engine's first.
