@@ -48,15 +48,20 @@ class VisionLanguageModel(GPTModel):
         visual: the tower, on the first stage only. ``requires_grad_`` trains it.
     """
 
+    visual: Any
+    rotary_axes: Tensor
+    rotary_frequencies: Tensor
+
     def __init__(self, config: Any, layers: Any, vision: VisionDescription, **options: Any) -> None:
         super().__init__(config, layers, position_embedding_type="none", **options)
-        numbers = [layer.layer_number - 1 for layer in self.decoder.layers]
+        decoder: Any = self.decoder
+        numbers: list[int] = [layer.layer_number - 1 for layer in decoder.layers]
         self._num_features = 1 + len(vision.deepstack)
         # features of deepstack layers that enter this chunk, and that leave it
         waiting = [layer for layer in vision.deepstack if layer >= numbers[0]]
         self._leaving = sum(layer > numbers[-1] for layer in waiting)
         self._entering = len(waiting)
-        for number, layer in zip(numbers, self.decoder.layers, strict=True):
+        for number, layer in zip(numbers, decoder.layers, strict=True):
             layer.self_attention.core_attention.register_forward_pre_hook(_rotate, with_kwargs=True)
             if number in waiting:
                 add = partial(_add_features, waiting.index(number))
@@ -70,7 +75,7 @@ class VisionLanguageModel(GPTModel):
             for parameter in self.visual.parameters():
                 parameter.data = parameter.data.to(config.params_dtype)  # buffers stay in fp32
                 # each rank has the gradients of the features in its part of the slots; Megatron adds them
-                parameter.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+                parameter.sequence_parallel = config.sequence_parallel
             if config.recompute_granularity == "full":
                 self.visual.gradient_checkpointing_enable({"use_reentrant": False})
 

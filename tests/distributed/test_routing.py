@@ -334,7 +334,7 @@ def test_router_gradients_of_one_layer(ranks: RankPool, batch: TrainBatch, tiny_
     _, cfg = replaying(path, "one rank", "rollout", max_tokens=40, optimizer={"clip_grad": 0.0})
     (gradients,) = ranks.run(1, cases.router_gradients, cfg, recorded)
     model = reference.load_float64(path)
-    reference.force_routing(model, batch.tokens, experts)
+    reference.force_routing(model, batch, experts)
     settings = {
         "loss": "gmpo",
         "clip_low": CLIP,

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +30,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.batch.images import ImageFolder
+from megatron_gmpo.batch.pixels import PixelReader
 from megatron_gmpo.checkpoint import Save
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import barrier, rank, world_size
@@ -38,9 +41,11 @@ from megatron_gmpo.losses.correction import rollout_mismatch
 from megatron_gmpo.losses.objective import Objective, make_objective
 from megatron_gmpo.metrics.across_ranks import RankReduction
 from megatron_gmpo.metrics.figures import Metric, value_of
-from megatron_gmpo.models.description import describe_model
+from megatron_gmpo.models.description import ModelDescription, describe_model
 from megatron_gmpo.platform import seed_everything
+from megatron_gmpo.policy import build
 from megatron_gmpo.policy.build import build_chunks
+from megatron_gmpo.policy.optimizer_state import optimizer_slots
 from megatron_gmpo.policy.parallel import start_model_parallel, stop_model_parallel
 from megatron_gmpo.policy.policy import Policy
 from megatron_gmpo.weights.background_files import BackgroundFiles
@@ -62,11 +67,21 @@ def opened(cfg: Config) -> Iterator[Policy]:
     description = describe_model(cfg, world_size(), CPU)
     groups = start_model_parallel(cfg.parallel, cfg.seed, cfg.distributed_timeout_s)
     try:
-        policy = Policy(cfg, description, groups, CPU)
+        policy = Policy(cfg, description, groups, CPU, pixels=_pixels(cfg, description))
         yield policy
         _let_go(policy)
     finally:
         stop_model_parallel()
+
+
+def _pixels(cfg: Config, description: ModelDescription) -> PixelReader | None:
+    """Return a reader of the images in the model's folder."""
+    if not description.vision:
+        return None
+    from megatron_gmpo.data.images import ModelImages
+
+    folder = ImageFolder(Path(cfg.model.path) / "images")
+    return PixelReader(folder, ModelImages(cfg.model.path, description.vision))
 
 
 def _let_go(policy: Policy) -> None:
@@ -94,6 +109,13 @@ def train(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
             share.ref_logprobs = policy.reference_logprobs(share)
         history = _steps(policy, share, steps)
         return {"logprobs": logprobs, "history": history, "weights": weights_on_rank_0(policy)}
+
+
+def train_in_small_buckets(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
+    """Do the same with buckets of gradients for about 2,000 parameters."""
+    small = partial(build.DistributedDataParallelConfig, bucket_size=2000)
+    with patch.object(build, "DistributedDataParallelConfig", small):
+        return train(cfg, batch, steps)
 
 
 def train_beside_servers(
@@ -494,6 +516,29 @@ def exported_names(cfg: Config, change_tower: bool) -> set[str]:
             if change_tower and hasattr(chunk, "visual"):
                 chunk.visual.patch_embed.proj.weight.data[0] += 1
         return {name for name, _ in policy.export_hf()}
+
+
+def tower(cfg: Config, batch: TrainBatch, steps: int) -> dict[str, Any]:
+    """Train, and return what this rank then has of the vision tower.
+
+    ``weights`` has its parameters by name, {} on a stage without a tower. ``trained`` counts the parameters
+    with a gradient buffer, and ``with_state`` those with optimizer state.
+    """
+    with opened(cfg) as policy:
+        _steps(policy, policy.share(batch), steps)
+        policy.model.finish_update()
+        weights = {
+            name: parameter
+            for chunk in policy.chunks
+            for name, parameter in chunk.named_parameters()
+            if ".visual." in name
+        }
+        slots = {id(slot.parameter) for slot in optimizer_slots(policy.model.optimizer)}
+        return {
+            "weights": {name: parameter.detach().clone() for name, parameter in weights.items()},
+            "trained": sum(hasattr(parameter, "main_grad") for parameter in weights.values()),
+            "with_state": sum(id(parameter) in slots for parameter in weights.values()),
+        }
 
 
 def failure(cfg: Config, batch: TrainBatch) -> str:

@@ -43,8 +43,20 @@ def layers_of(model: Any) -> Any:
 
 
 def saved_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return every tensor of a Hugging Face folder by its name in the folder."""
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    """Return every tensor of a Hugging Face folder by its name in the folder.
+
+    The experts that Qwen3-VL-MoE has in one tensor get a name each, like those of other families.
+    """
+    found = {
+        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    for name in [name for name in found if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        stacked, prefix = found.pop(name), name.rpartition(".")[0]
+        kinds = ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
+        for expert, tensor in enumerate(stacked):
+            for kind, part in zip(kinds, tensor.chunk(len(kinds)), strict=True):
+                found[f"{prefix}.{expert}.{kind}.weight"] = part.contiguous()
+    return found
 
 
 def sequence_logprobs(model: Any, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -69,19 +81,16 @@ def loss_places(mask: Tensor, unit: str) -> list[Tensor]:
     return [places]
 
 
-def force_routing(model: Any, tokens: Tensor, experts: Tensor) -> None:
-    """Route each token to its row of ``experts`` (L, layers, topk).
+def force_routing(model: Any, batch: Any, experts: Tensor) -> None:
+    """Route each token of a batch to its row of ``experts`` (L, layers, topk).
 
-    The weights are the softmax over these experts. The (L,) tokens must all differ. ``layers`` counts all
-    layers of the model; layers without experts do not change.
+    The weights are the softmax over these experts. The sequences must differ. ``layers`` counts all layers of
+    the model; layers without experts do not change.
     """
-    place = {token: i for i, token in enumerate(tokens.tolist())}
-    rows: list[list[int]] = []
-    model.register_forward_pre_hook(
-        lambda _, args: rows.append([place[token] for token in args[0][0].tolist()])
-    )
-
-    force_experts(model, lambda layer: experts[rows[-1], layer].long())
+    places = {tuple(batch.tokens[span].tolist()): span for span in spans(batch)}
+    running: list[slice] = []
+    model.register_forward_pre_hook(lambda _, args: running.append(places[tuple(args[0][0].tolist())]))
+    force_experts(model, lambda layer: experts[running[-1], layer].long())
 
 
 def force_experts(model: Any, experts_of: Callable[[int], Tensor]) -> None:
@@ -100,9 +109,9 @@ def force_experts(model: Any, experts_of: Callable[[int], Tensor]) -> None:
 
 
 @torch.no_grad()
-def own_routing(path: Path, batch: Any) -> Tensor:
+def own_routing(path: Path, batch: Any, images: ImagesBySequence | None = None) -> Tensor:
     """Return the (L, layers, topk) experts of every token."""
-    model = load_float64(path)
+    model = load_float64(path, images)
     routed: list[list[Tensor]] = [[] for _ in layers_of(model)]
     for layer, module in enumerate(layers_of(model)):
         module.mlp.gate.register_forward_hook(
@@ -156,7 +165,7 @@ def batch_logprobs(
     """Return (L,) float64 log probabilities, which are 0 outside the response mask."""
     model = load_float64(path, images)
     if experts is not None:
-        force_routing(model, batch.tokens, experts)
+        force_routing(model, batch, experts)
     logprobs = torch.cat(
         [sequence_logprobs(model, batch.tokens[span], temperature)[0] for span in spans(batch)]
     )
@@ -253,7 +262,7 @@ def train(
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     if experts is not None:
-        force_routing(model, batch.tokens, experts)
+        force_routing(model, batch, experts)
     gates = [module.mlp.gate for module in layers_of(model) if hasattr(module.mlp, "gate")]
     logits: list[list[Tensor]] = [[] for _ in gates]
     for of_layer, gate in zip(logits, gates, strict=True):
