@@ -7,7 +7,7 @@ travel between ranks. The pixels of the images that a rank encodes come from the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -125,12 +125,24 @@ class MicrobatchImages:
         grids: (J, 3) int64 patches in time, height and width of these images.
         features: number of features of each context-parallel rank, F in all.
         feature_index: (T,) int64 row in the F features of each slot's input token, -1 for tokens of text.
+        slots, rows: slots of images and their rows in the F features, each int64, see ``cut``.
     """
 
     pixels: Tensor
     grids: Tensor
     features: tuple[int, ...]
     feature_index: Tensor
+    slots: Tensor | None = None
+    rows: Tensor | None = None
+
+    def cut(self, part: int, parts: int) -> MicrobatchImages:
+        """Add ``slots`` and ``rows`` of one of several equal parts of the slots; slots count from its start.
+
+        Call it on the host, where a size needs no wait for the device.
+        """
+        index = self.feature_index.chunk(parts)[part]
+        slots = (index >= 0).nonzero()[:, 0]
+        return replace(self, slots=slots, rows=index[slots])
 
 
 def image_rows(images: Sequence[ImageRef]) -> np.ndarray:

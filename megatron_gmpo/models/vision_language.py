@@ -127,17 +127,13 @@ class VisionLanguageModel(GPTModel):
         return any(parameter.requires_grad for parameter in self.visual.parameters())
 
     def _places(self, images: MicrobatchImages | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (F,) rows of this rank's hidden states that belong to images, and (F,) rows of the features.
-
-        With sequence parallelism, a rank has a contiguous part of the slots.
-        """
+        """Return the rows of this rank's hidden states that belong to images, and those of the features."""
         if images is None:
-            return torch.zeros(2, 0, dtype=torch.int64, device=device).unbind(0)
-        index, tp = images.feature_index, self.pg_collection.tp
-        if self.config.sequence_parallel:
-            index = index.chunk(tp.size())[tp.rank()]
-        slots = (index >= 0).nonzero()[:, 0]
-        return slots, index[slots]
+            none = torch.zeros(0, dtype=torch.int64, device=device)
+            return none, none
+        assert images.slots is not None
+        assert images.rows is not None
+        return images.slots, images.rows
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         positions = positions.expand(3, 1, -1)[:, 0].T

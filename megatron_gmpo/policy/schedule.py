@@ -210,6 +210,9 @@ class Schedule:
     ) -> Iterator[tuple[int, Microbatch]]:
         cp = self.groups.cp
         encodes = hasattr(unwrapped(chunk), "visual")
+        # with sequence parallelism, a rank has the hidden states of one part of the slots
+        split = self.description.transformer.sequence_parallel
+        part = (self.groups.tp.rank(), self.groups.tp.size()) if split else (0, 1)
         assert self._pixels or not batch.image_sizes.any(), "nothing reads the images of this batch"
 
         def packed(place: int) -> Microbatch:
@@ -223,6 +226,8 @@ class Schedule:
                 pixels=self._pixels,
                 encodes=encodes,
             )
+            if microbatch.images:
+                microbatch.images = microbatch.images.cut(*part)
             return routing.routing.cut(batch, microbatch, chunk, places[place]) if routing else microbatch
 
         return zip(places, prefetched(packed, len(plan), self.device), strict=True)
