@@ -79,7 +79,7 @@ class VisionLanguageModel(GPTModel):
             if config.recompute_granularity == "full":
                 self.visual.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
         position_ids: Tensor,
