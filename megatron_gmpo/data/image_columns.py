@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute
+from pyarrow.compute import list_value_length  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..errors import InputError
 
@@ -97,8 +97,8 @@ def arrow_images(rows: datasets.Dataset, column: str, folder: Path) -> Iterator[
     row = 0
     for table in images.iter(_BATCH):
         assert isinstance(table, pa.Table)
-        cells = table.column(0)
-        counts: Any = pyarrow.compute.list_value_length(cells) if several else cells.is_valid()
+        cells: Any = table.column(0)
+        counts = list_value_length(cells) if several else cells.is_valid()
         for count in counts.to_pylist():
             places = range(count or 0) if several else [None] * count
             yield tuple(ArrowImage(images, row, place, folder) for place in places)
