@@ -26,8 +26,9 @@ from .schema import ranges, take
 
 _NOT_PACKED = {
     "routed_experts",  # ``Routing.cut`` selects the layers of a chunk
+    "lengths",  # ``cu_seqlens`` and ``position_ids`` replace it
     "numbers",
-    "image_counts",
+    "image_counts",  # ``MicrobatchImages`` replaces these
     "image_starts",
     "image_grids",
     "image_digests",
@@ -164,16 +165,12 @@ def pack(
     chosen = torch.tensor(sequences or [-1], dtype=torch.int64, device=batch.tokens.device)
     lengths, firsts = take(batch.lengths, chosen), take(batch.starts, chosen)
     units, first_units = take(batch.units, chosen, 1), take(batch.first_units, chosen, -1)
-    padded = (lengths + sequence_multiple - 1) // sequence_multiple * sequence_multiple
-    total = int(padded.sum())
-    multiple = math.lcm(sequence_multiple, total_multiple)
-    padded[-1] += max(multiple, -(-total // multiple) * multiple) - total
-
+    padded = _padded(lengths, sequence_multiple, total_multiple)
     owner, position, cu_seqlens = _slots(padded)
     mine = _slots_of_rank(padded, owner, position, cp_size, cp_rank)
-    images = None
-    if pixels:
-        images = pack_images(batch, chosen, cu_seqlens, mine, cp_size, cp_rank, pixels, encodes=encodes)
+    images = pixels and pack_images(
+        batch, chosen, cu_seqlens, mine, cp_size, cp_rank, pixels, encodes=encodes
+    )
     owner, position = owner[mine], position[mine]
     first, length = firsts[owner], lengths[owner]
     input_index = torch.where(position < length, first + position, -1)
@@ -185,7 +182,6 @@ def pack(
         return take(values, index[column.aligned_to], column.padding).to(column.dtype)
 
     packed = batch.mapped(slots, leave_out=_NOT_PACKED)
-    del packed["lengths"]  # cu_seqlens and position_ids replace it
     mask, turns = packed.pop("response_mask"), packed.pop("turns", 0)
     return Microbatch(
         labels=take(batch.tokens, flat_index).long(),
@@ -200,6 +196,15 @@ def pack(
         images=images,
         **packed,
     )
+
+
+def _padded(lengths: Tensor, sequence_multiple: int, total_multiple: int) -> Tensor:
+    """Return (S,) int64: the slots of each sequence."""
+    padded = (lengths + sequence_multiple - 1) // sequence_multiple * sequence_multiple
+    total = int(padded.sum())
+    multiple = math.lcm(sequence_multiple, total_multiple)
+    padded[-1] += max(multiple, -(-total // multiple) * multiple) - total
+    return padded
 
 
 def _slots(padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,9 +95,9 @@ def arrow_images(rows: datasets.Dataset, column: str, folder: Path) -> Iterator[
     if not (_is_file(item) or (pa.types.is_struct(item) and {"bytes", "path"} == {f.name for f in item})):
         raise ValueError(f"column {column!r} has the type {kind}, not {_IMAGES}")
     row = 0
-    for table in images.iter(_BATCH):
-        assert isinstance(table, pa.Table)
-        cells: Any = table.column(0)
+    tables: Any = images.iter(_BATCH)
+    for table in tables:
+        cells = table.column(0)
         counts = list_value_length(cells) if several else cells.is_valid()
         for count in counts.to_pylist():
             places = range(count or 0) if several else [None] * count
