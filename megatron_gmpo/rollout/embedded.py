@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from ..models import fp8_blocks
 from ..models.description import DTYPES
 from .embedded_model import load_model, tower_names, weight_slots
 from .embedded_routers import RoutedExperts, RouterNoise
-from .embedded_vision import EmbeddedVision
 from .ending import Ending, end_token_ids
 from .engine import SamplingParams, report_nothing
 from .episode import Generate
@@ -32,6 +31,9 @@ from .images import RunImages
 from .lockstep import in_lockstep
 from .player import Player
 from .response import Context, Response
+
+if TYPE_CHECKING:
+    from .embedded_vision import EmbeddedVision
 
 
 class EmbeddedEngine:
@@ -89,7 +91,11 @@ class EmbeddedEngine:
         self._end_ids = end_token_ids(self.model.config, self.model.generation_config, tokenizer)
         self._routing = RoutedExperts(self.model) if routed_experts else None
         self._noise = RouterNoise(self.model)
-        self._vision = EmbeddedVision(self.model, images) if images else None
+        self._vision: EmbeddedVision | None = None
+        if images:
+            from .embedded_vision import EmbeddedVision  # not for text models
+
+            self._vision = EmbeddedVision(self.model, images)
 
     def generate(self, prompts: list[Prompt], sampling: SamplingParams) -> dict[int, SampleGroup]:
         """See ``RolloutEngine.generate``.
