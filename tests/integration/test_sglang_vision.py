@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_gmpo.batch.images import ImageFolder
 from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.config import Config
 from megatron_gmpo.distributed import Nodes
 from megatron_gmpo.errors import InputError
+from megatron_gmpo.models.description import read_hf_config, vision_of
 from megatron_gmpo.rollout.embedded_model import weight_slots
 from megatron_gmpo.rollout.engine import SamplingParams
-from megatron_gmpo.rollout.images import RunImages
+from megatron_gmpo.rollout.images import run_images
+from megatron_gmpo.rollout.player import make_player
 from megatron_gmpo.rollout.sglang.engine import SGLangEngine
 from megatron_gmpo.rollout.sglang.image_requests import TOWER, check_serves_images
 from megatron_gmpo.rollout.sglang.processes import LocalServers
@@ -34,6 +35,8 @@ from ..support.vision import SIZES, VisionReference, picture
 
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 
+SHOWN = [picture(*size, seed=4 + i) for i, size in enumerate(SIZES[:2])]
+"""What the environment shows: at its reset, and after the first turn."""
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
@@ -62,7 +65,14 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
                     "run_dir": str(folder / "run"),
                     "model": {"path": str(folder / "model"), "dtype": "fp32", "freeze_vision": False},
                     "data": {"path": "none", "image_column": "images", "max_pixels": 20_000},
-                    "rollout": {"engine": "sglang", "routed_experts": family == "qwen3_vl_moe"},
+                    "rollout": {
+                        "engine": "sglang",
+                        "routed_experts": family == "qwen3_vl_moe",
+                        "environment": "tests.support.environments:ShowsPictures",
+                        "environment_args": {"pictures": list(map(encoded, SHOWN))},
+                        "max_new_tokens": 5,
+                        "max_episode_tokens": 600,
+                    },
                     "sglang": {"python": str(PYTHON), "start_timeout_s": 400.0},
                     "weight_sync": {"verify": True},
                 }
@@ -86,26 +96,32 @@ def served(started: dict[str, Served], request: pytest.FixtureRequest) -> Served
 
 
 @pytest.fixture
-def engine(served: Served, tmp_path: Path) -> Iterator[Callable[[str], SGLangEngine]]:
-    """Return a function that makes an engine with a route of weights on the running server."""
+def engine(served: Served, tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
+    """Return ``make(route, plays=False)``, which makes an engine on the running server."""
     reference, made = served.reference, []
     text = reference.model.config.get_text_config()
     routed = (text.num_hidden_layers, text.num_experts_per_tok) if served.cfg.rollout.routed_experts else None
-    folder = ImageFolder(served.run_dir / "images")
-    unused = cast(Any, None)
-    images = RunImages(folder, reference.image_token, reference.merge_size, unused, unused)
+    images = run_images(served.cfg, vision_of(read_hf_config(served.cfg.model.path)))
+    player = make_player(served.cfg, reference.tokenizer, 2048, images)
 
-    def make(route: str) -> SGLangEngine:
+    def make(route: str, plays: bool = False) -> SGLangEngine:
         cfg = served.cfg.weight_sync.model_copy(update={"route": route})
         sync = make_weight_sync(cfg, "disaggregated", CPU, tmp_path)
         nodes, servers = Nodes(node_name()), served.servers.servers
         tokenizer = reference.tokenizer
-        made.append(SGLangEngine(served.cfg, servers, None, sync, tokenizer, nodes, routed, images=images))
+        plays_with = player if plays else None
+        made.append(
+            SGLangEngine(served.cfg, servers, None, sync, tokenizer, nodes, routed, plays_with, images)
+        )
         return made[-1]
 
     yield make
     for one in made:
         one.close()
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def prompts(reference: VisionReference, folder: Path) -> list[Prompt]:
@@ -165,6 +181,20 @@ def test_samples_are_what_transformers_says_under_the_weights_of_every_route(
             weights = {name: weight for name, weight in weights.items() if "visual." not in name}
         made.update_weights(weights.items(), number)
         assert_as_transformers(served, made)
+
+
+def test_observations_show_images(engine: Callable[..., SGLangEngine], served: Served) -> None:
+    """The second turn's request has the images of the prompt and of both observations."""
+    made = engine("tensor", plays=True)
+    made.update_weights(set_weights(served.reference, 9, tower=True).items(), 1)
+    (group,) = in_order(made.generate(served.prompts[1:2], SamplingParams(n=6, max_new_tokens=5)))
+    stored = served.run_dir / "images"
+    whole = [sample for sample in group.samples if sample.finish_reason == "stop"]
+    assert len(whole) >= 3, [sample.episode for sample in group.samples]
+    for sample in whole:
+        assert (len(sample.images), sample.num_turns) == (3, 2)
+        found = torch.from_numpy(sample.rollout_logprobs[sample.response_mask])
+        assert_close(found, served.reference.logprobs(sample, stored), atol=2e-5, rtol=0)
 
 
 def test_a_server_that_reads_images_in_another_way_is_refused(served: Served) -> None:
