@@ -44,6 +44,7 @@ def make_smollm2(out: Path, gguf: Path = GGUF) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     read = LlamaForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    vars(read.config).pop("quantization_config")  # the weights are fp32 now
     model = LlamaForCausalLM(read.config)  # save_pretrained refuses a model that was read from a GGUF file
     model.load_state_dict(read.state_dict())
     model.save_pretrained(out)

@@ -168,6 +168,7 @@ def test_a_tiny_file(gguf: Any, tiny: tuple[LlamaForCausalLM, list[str]], tmp_pa
     back, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert back.config.tie_word_embeddings
+    assert not hasattr(back.config, "quantization_config")
     for name, tensor in back.state_dict().items():
         expected = model.state_dict()[name]
         if "down_proj" in name:  # 16 levels between the extremes of 32 values; offset and step are fp16
