@@ -90,9 +90,9 @@ def dry_run(
         with _frozen_tower(chunks):
             passes = [_microbatch(cfg, description, groups, chunk, lengths, observer) for chunk in chunks]
         towers = [
-            _encoding(chunk.module.visual, -(-len(lengths) // groups.cp.size()), image_tokens, observer)
+            _encoding(tower, -(-len(lengths) // groups.cp.size()), image_tokens, observer)
             for chunk in chunks
-            if image_tokens and hasattr(chunk.module, "visual")
+            if image_tokens and (tower := getattr(chunk.module, "visual", None))
         ]
         counts = _in_flight(len(chunks), groups, num_microbatches)
         in_backward = max(one.peak - one.kept for one in passes + towers)

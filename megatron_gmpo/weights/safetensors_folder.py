@@ -273,14 +273,14 @@ def _unfused(names: tuple[str, ...], tensor: StoredTensor, width: int | None) ->
     """
     if "{e}" not in names[0] or len(tensor.shape) != 3 or tensor.shape[0] > MAX_EXPERTS:
         return {names[0]: tensor}
-    experts, rows, columns = tensor.shape
+    parts, (experts, rows, columns) = len(names), tensor.shape
     # gate and up projections have ``width`` columns, a down projection has ``width`` rows
-    transposed = width is not None and width != (columns if len(names) > 1 else rows)
+    transposed = width is not None and width != (columns if parts > 1 else rows)
     if transposed:
         rows, columns = columns, rows
-    if rows % len(names):
+    if rows % parts:
         return {names[0]: tensor}  # an unknown name
-    height = rows // len(names)
+    height = rows // parts
 
     def part(expert: int, place: int) -> StoredTensor:
         of_rows = slice(place * height, (place + 1) * height)
