@@ -15,16 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from megatron_gmpo.batch.assembly import whole_batch
 from megatron_gmpo.batch.columns import Microbatch, TrainBatch
-from megatron_gmpo.batch.images import ImageFolder, ImageRef, digest_of, patches_of, rope_positions
+from megatron_gmpo.batch.images import (
+    ImageFolder,
+    ImageRef,
+    MicrobatchImages,
+    digest_of,
+    patches_of,
+    rope_positions,
+)
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.packing import pack, plan_microbatches
 from megatron_gmpo.batch.pixels import PixelReader
 from megatron_gmpo.batch.samples import Prompt, Sample, SampleGroup
 from megatron_gmpo.config import Config
 from megatron_gmpo.models.description import describe_model
+from megatron_gmpo.models.vision_language import rotary_axes
 from megatron_gmpo.policy.schedule import Schedule
 
 from ..support.groups import index_of, step_batch
@@ -304,3 +314,24 @@ def test_a_folder_holds_each_image_once(tmp_path: Path) -> None:
     assert folder.read(REFS[0].digest) == FILES[0] == folder.path(REFS[0]).read_bytes()
     with pytest.raises(FileNotFoundError, match=REFS[1].digest.hex()):
         folder.read(REFS[1].digest)
+
+
+def test_slots_of_a_part_of_a_microbatch() -> None:
+    index = torch.tensor([-1, 4, 5, -1, -1, 0])
+    images = MicrobatchImages(torch.empty(0, 2), torch.empty(0, 3).long(), (6,), index)
+    found = [images.cut(part, 2) for part in (0, 1)]
+    assert [(part.slots.tolist(), part.rows.tolist()) for part in found] == [([1, 2], [4, 5]), ([2], [0])]
+    assert images.cut(0, 1).slots.tolist() == [1, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("rotary", "sections", "interleaved"),
+    [  # of Qwen2.5-VL-7B and Qwen3-VL-8B
+        (Qwen2_5_VLRotaryEmbedding, [16, 24, 24], False),
+        (Qwen3VLTextRotaryEmbedding, [24, 20, 20], True),
+    ],
+)
+def test_axis_of_each_rotary_pair(rotary: Any, sections: list[int], interleaved: bool) -> None:
+    axes = torch.arange(3.0)[:, None].expand(3, 64).clone()
+    expected = rotary.recomposition_frequencies(SimpleNamespace(mrope_section=sections), axes)
+    assert rotary_axes(tuple(sections), interleaved=interleaved) * 2 == expected.tolist()
