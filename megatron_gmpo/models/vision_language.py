@@ -99,6 +99,8 @@ class VisionLanguageModel(GPTModel):
         """
         slots, rows = self._places(images, input_ids.device)
         embedded = features = None
+        decoder: Any = self.decoder
+        language: Any = super().forward
         if self.pre_process:
             embedded = self.embedding(input_ids=input_ids, position_ids=None)
             if images is not None or self._trains_tower:
@@ -106,9 +108,9 @@ class VisionLanguageModel(GPTModel):
                 embedded = embedded.index_copy(0, slots, features[:, :1])
                 features = features[:, 1:]
         elif self._entering:
-            hidden, features = _unstacked(self.decoder.input_tensor, len(slots), self._entering)
-            self.decoder.set_input_tensor(hidden)
-        output = super().forward(
+            hidden, features = _unstacked(decoder.input_tensor, len(slots), self._entering)
+            decoder.set_input_tensor(hidden)
+        output = language(
             input_ids,
             position_ids,
             attention_mask,
