@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .columns import TrainBatch
-from .images import MicrobatchImages
+from .images import ROW, MicrobatchImages, distinct_rows
 from .pixels import PixelReader
 from .schema import ranges, take
 
@@ -41,7 +41,7 @@ def pack_images(
     if not len(images):
         return None
     digests, grids = batch.image_digests[images], batch.image_grids[images]
-    first, number = _distinct(digests)
+    first, number = _distinct(digests, grids)
     sizes = grids.prod(1) // pixels.merge_size**2
 
     of_ranks = _split(grids[first].prod(1).tolist(), cp_size)
@@ -60,10 +60,12 @@ def pack_images(
     )
 
 
-def _distinct(digests: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first place of each distinct row of (I, 16), and (I,) the number of each row in these."""
-    _, first, number = np.unique(digests.numpy(), axis=0, return_index=True, return_inverse=True)
-    return torch.from_numpy(first), torch.from_numpy(number.reshape(-1))
+def _distinct(digests: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what ``distinct_rows`` does."""
+    rows = np.zeros(len(digests), ROW)
+    rows["digest"], rows["grid"] = digests.numpy(), grids.numpy()
+    first, number = distinct_rows(rows)
+    return torch.from_numpy(first), torch.from_numpy(number)
 
 
 def _split(patches: list[int], parts: int) -> list[list[int]]:

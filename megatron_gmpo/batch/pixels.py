@@ -20,6 +20,10 @@ The samples of a group share an image, and the passes for old log probabilities 
 _THREADS = 4
 
 
+_Key = tuple[bytes, tuple[int, ...]]
+"""The digest and the grid of an image."""
+
+
 class ImageProcessor(Protocol):
     """Makes pixel values of encoded files (``data.images.ModelImages``)."""
 
@@ -51,7 +55,8 @@ class PixelReader:
         self, folder: ImageFolder, processor: ImageProcessor, cached_bytes: int = _CACHED_BYTES
     ) -> None:
         self._folder, self._processor, self._cached_bytes = folder, processor, cached_bytes
-        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()  # the last used ones at the end
+        self._cache: OrderedDict[_Key, Tensor] = OrderedDict()  # the last used ones at the end
+        self._bytes = 0  # of the cache
         self._lock = threading.Lock()  # each chunk of a model prefetches in a thread of its own
 
     @property
@@ -63,25 +68,29 @@ class PixelReader:
         """Return (P, D) fp32: the pixel values of the patches of these images, one after another.
 
         Args:
-            digests: (J, 16) uint8, without duplicates.
+            digests: (J, 16) uint8.
             grids: (J, 3) patches in time, height and width.
 
         Raises:
             FileNotFoundError: the folder does not have an image.
         """
-        names = [row.numpy().tobytes() for row in digests]
+        images = [
+            (row.numpy().tobytes(), tuple(grid.tolist())) for row, grid in zip(digests, grids, strict=True)
+        ]
         with self._lock:
-            missing = {n: g for n, g in zip(names, grids.tolist(), strict=True) if n not in self._cache}
+            missing = [image for image in dict.fromkeys(images) if image not in self._cache]
             if missing:
                 with ThreadPoolExecutor(_THREADS, "pixels") as threads:
-                    pixels = threads.map(self._pixels, missing, missing.values())
-                    self._cache.update(zip(missing, pixels, strict=True))
-            for name in names:
-                self._cache.move_to_end(name)
-            found = [self._cache[name] for name in names]
-            while self._cache and sum(pixels.nbytes for pixels in self._cache.values()) > self._cached_bytes:
-                self._cache.popitem(last=False)
+                    for image, pixels in zip(missing, threads.map(self._pixels, missing), strict=True):
+                        self._cache[image] = pixels
+                        self._bytes += pixels.nbytes
+            for image in images:
+                self._cache.move_to_end(image)
+            found = [self._cache[image] for image in images]
+            while self._bytes > self._cached_bytes:
+                self._bytes -= self._cache.popitem(last=False)[1].nbytes
         return torch.cat([torch.empty(0, self._processor.patch_values), *found])
 
-    def _pixels(self, digest: bytes, grid: list[int]) -> Tensor:
+    def _pixels(self, image: _Key) -> Tensor:
+        digest, grid = image
         return self._processor.pixels(self._folder.read(digest), grid)

@@ -259,6 +259,10 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         one("<image><|image_pad|>", [FILES[0]], special_tokens="token"),
         "row 1: the prompt has 2 image tokens for 1 images: .* special_tokens = 'text'",
     ),
+    "forged in text": (
+        one("What is <|image_pad|>?", [FILES[0]], image_column="", special_tokens="token"),
+        "row 1: the prompt has 1 image tokens for 0 images",
+    ),
     "type": (one("<image>", 5), r"column 'images' has the type int64, not bytes"),
     "column": (
         one("<image>", [FILES[0]], image_column="image"),

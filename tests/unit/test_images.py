@@ -46,24 +46,29 @@ quick = settings(deadline=None, max_examples=25)
 
 @dataclass(frozen=True)
 class Processor:
-    """Makes pixel values that name their image and patch."""
+    """Makes pixel values that name their image and patch: the file, and the number of its patches."""
 
     image_token: int = IMAGE
     merge_size: int = MERGE
     patch_values: int = 2
 
     def pixels(self, data: bytes, grid: Sequence[int]) -> Tensor:
-        patches = torch.arange(int(np.prod(grid)), dtype=torch.float32)
-        return torch.stack([torch.full_like(patches, float(data)), patches], 1)
+        count = int(np.prod(grid))
+        return torch.tensor([int(data), count]).float().repeat(count, 1)
 
 
-GRIDS = [(1, 2, 2), (1, 4, 6), (1, 6, 2), (1, 2, 10), (1, 4, 4)]
-FILES = [str(number).encode() for number in range(len(GRIDS))]
+GRIDS = [(1, 2, 2), (1, 4, 6), (1, 6, 2), (1, 2, 10), (1, 4, 4), (1, 2, 4)]
+FILES = [b"0", b"1", b"2", b"3", b"4", b"4"]  # the last two are one file, resized to two grids
 REFS = [ImageRef(digest_of(data), grid, ".png") for data, grid in zip(FILES, GRIDS, strict=True)]
 
 
 def tokens_of(ref: ImageRef) -> int:
     return ref.patches // MERGE**2
+
+
+def name_of(ref: ImageRef) -> tuple[float, ...]:
+    """Return the pixel values of each patch."""
+    return float(FILES[REFS.index(ref)]), float(ref.patches)
 
 
 @st.composite
@@ -139,13 +144,13 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> PixelReader:
     return PixelReader(folder, Processor(), cached_bytes=200)  # smaller than two of the images
 
 
-def features_of(microbatches: list[Microbatch]) -> list[tuple[float, int]]:
+def features_of(microbatches: list[Microbatch]) -> list[tuple[tuple[float, ...], int]]:
     """Return (image, number of the token in the image) of every feature, over all context-parallel ranks."""
-    found: list[tuple[float, int]] = []
+    found: list[tuple[tuple[float, ...], int]] = []
     for rank, microbatch in enumerate(microbatches):
         images = microbatch.images
         assert images
-        names = images.pixels[:: MERGE**2, 0].tolist()
+        names = [tuple(patch) for patch in images.pixels[:: MERGE**2].tolist()]
         sizes = (images.grids.prod(1) // MERGE**2).tolist()
         found += zip(names, [token for size in sizes for token in range(size)], strict=True)
         assert images.features[rank] == len(names)
@@ -169,10 +174,10 @@ def test_every_image_token_finds_its_feature(
     distinct = {image for i in chosen for image in found[i].images}
     assert len(features) == len(set(features)) == sum(map(tokens_of, distinct))
     # each token's image and number in it, by index in the batch
-    expected: dict[int, tuple[float, int]] = {}
+    expected: dict[int, tuple[tuple[float, ...], int]] = {}
     for i in chosen:
         places = np.flatnonzero((found[i].tokens == IMAGE) & ~found[i].response_mask) + int(batch.starts[i])
-        of_images = [(float(REFS.index(ref)), k) for ref in found[i].images for k in range(tokens_of(ref))]
+        of_images = [(name_of(ref), k) for ref in found[i].images for k in range(tokens_of(ref))]
         expected |= dict(zip(places.tolist(), of_images, strict=True))
     seen = {}
     for microbatch in microbatches:
