@@ -79,7 +79,8 @@ def samples(draw: st.DrawFn) -> Sample:
         tokens += [IMAGE] * tokens_of(REFS[number]) + [2] * draw(st.integers(1, 4))
         images.append(REFS[number])
     response = draw(st.lists(st.sampled_from([3, IMAGE]), max_size=5))
-    others: dict[str, Any] = {"text": "", "finish_reason": "stop", "policy_version": 0}
+    reason = draw(st.sampled_from(["stop", "length"]))
+    others: dict[str, Any] = {"text": "", "finish_reason": reason, "policy_version": 0}
     return Sample.from_response(tokens, response, [-1.0] * len(response), images=tuple(images), **others)
 
 
@@ -241,7 +242,8 @@ def test_rows_of_images_follow_their_sequences(found: list[Sample], data: st.Dat
     chosen = data.draw(st.lists(st.integers(0, count - 1), min_size=1))
     taken, alone = batch.take(torch.tensor(chosen)), batch_of([found[i] for i in chosen])
     groups = [SampleGroup(Prompt("p", "a"), [sample]) for sample in found]
-    step = step_batch(groups, torch.ones(count), vision=Processor()).minibatch(0)
+    # without the mask of truncated responses, a sampled image token in them is still text
+    step = step_batch(groups, torch.ones(count), mask_truncated=True, vision=Processor()).minibatch(0)
     for name in ("rope_positions", "image_counts", "image_starts", "image_grids", "image_digests"):
         assert torch.equal(getattr(taken, name), getattr(alone, name)), name
         assert torch.equal(getattr(step, name), getattr(batch, name)), name
