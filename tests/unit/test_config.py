@@ -132,6 +132,7 @@ MAY_BE_EMPTY = {
     "model.path": "a conversion needs no path; a run refuses it by name",
     "model.reference_path": "model.path",
     "data.path": "a replay needs no data; a run refuses it by name",
+    "data.image_column": "no images",
     "data.template": "no text around the prompt",
     "data.system_prompt": "no system message",
     "rollout.servers_file": "no file",
@@ -145,8 +146,9 @@ MAY_BE_EMPTY = {
 }
 """Text that may be empty -> what that means."""
 NO_PATHS = {
-    *("data.split", "data.prompt_column", "data.answer_column", "data.template", "data.system_prompt"),
-    *("rollout.environment", "sglang.host", "reward.name", "algorithm.loss", "log.wandb_project"),
+    *("data.split", "data.prompt_column", "data.answer_column", "data.image_column", "data.template"),
+    *("data.system_prompt", "rollout.environment", "sglang.host", "reward.name", "algorithm.loss"),
+    "log.wandb_project",
 }
 
 
