@@ -32,11 +32,11 @@ class GeometryOptions(Options):
     """Number of problems in heldout.parquet. Neither train.parquet nor the warm-up contains them."""
     num_solved: Positive = 8000
     """Number of solved problems for the warm-up."""
-    side: Annotated[int, Field(ge=56, le=4096)] = 84
+    side: Annotated[int, Field(ge=56, le=4096)] = 56
     """Width and height of a picture in pixels."""
     problems_only: bool = False
     """Write the problems and make no model."""
-    warm_up_steps: Positive = 1500
+    warm_up_steps: Positive = 600
     """Number of batches of solved problems on which the model is trained."""
     seed: int = 0
     """Seed of problems, weights and order."""

@@ -23,7 +23,7 @@ from .warm_up import warm_up
 
 UNSEEN_SHARE = 0.1
 """Share of the problems of each kind that only the held-out set has."""
-SIDE = 84
+SIDE = 56
 """Width and height of a picture in pixels."""
 
 
@@ -63,7 +63,7 @@ def make_geometry(
     num_heldout: int = 200,
     num_solved: int = 8000,
     side: int = SIDE,
-    warm_up_steps: int | None = 1500,
+    warm_up_steps: int | None = 600,
     seed: int = 0,
 ) -> tuple[dict[Path, int], float | None]:
     """Write train.parquet, heldout.parquet and blank.parquet, then the folder model, then warm_up.json.
@@ -98,11 +98,11 @@ def make_geometry(
         out / "model",
         family="qwen3_vl",
         tokenizer=dialogue_tokenizer((problem.question for kind in seen for problem in kind), images=True),
-        num_layers=3,
+        num_layers=2,
         hidden_size=96,
-        ffn_hidden_size=256,
+        ffn_hidden_size=192,
         vision={
-            "depth": 2,
+            "depth": 1,
             "deepstack_visual_indexes": [0],
             "hidden_size": 64,
             "intermediate_size": 128,
