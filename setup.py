@@ -31,7 +31,7 @@ setup(
         "numpy>=2.0",
         "orjson>=3.10",
         "pandas>=2.2",
-        "pillow>=10",
+        "pillow>=10.1",  # the size of its own font
         "psutil>=6.0",
         "pybase64>=1.4",
         "pydantic>=2.12",
