@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -169,6 +170,19 @@ class ModelImages:
             ) from None
         # Pillow calls a JPEG file with a second picture MPO
         return DataImage(ImageRef(digest, grid, _SUFFIXES.get(image.format or "", ".jpg")), source)
+
+
+def on_white(data: bytes) -> bytes:
+    """Return an encoded image as it is, or as a PNG file on white if it has a transparent colour or alpha.
+
+    Transformers' processors put white behind such an image (image_transforms.py:convert_to_rgb).
+    """
+    image = _opened(data)
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return data
+    file = BytesIO()
+    Image.fromarray(convert_to_rgb(image, return_numpy=True)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def _opened(data: bytes) -> Image.Image:

@@ -25,9 +25,10 @@ SIZES = ((56, 84), (200, 61), (1000, 333), (30, 30))
 def picture(width: int, height: int, seed: int = 0) -> bytes:
     """Return smooth random colours, so that another filter of resizing gives other pixel values.
 
-    Every third seed gives a JPEG, the others a PNG.
+    Of three seeds, the first gives a JPEG, the second a PNG, and the third a PNG that is partly transparent.
     """
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
+    bands = 4 if seed % 3 == 2 else 3
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 9 + 2, width // 9 + 2, bands), np.uint8)
     encoded = io.BytesIO()
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     image.save(encoded, "PNG" if seed % 3 else "JPEG")

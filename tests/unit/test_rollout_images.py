@@ -265,6 +265,43 @@ def test_a_jpeg_with_a_byte_behind_it_is_the_same_image(references: References, 
     assert np.array_equal(plain, padded)
 
 
+def in_mode(mode: str, kind: str = "PNG", transparency: bool = False) -> bytes:
+    """Return a picture in a mode of Pillow.
+
+    Args:
+        transparency: make the colour of a pixel transparent.
+    """
+    image = Image.open(io.BytesIO(picture(40, 30, seed=2))).convert(mode)
+    file = io.BytesIO()
+    image.save(file, kind, **({"transparency": image.getpixel((0, 0))} if transparency else {}))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        in_mode("RGBA"),
+        in_mode("RGBA", "WEBP"),
+        in_mode("LA"),
+        in_mode("P", transparency=True),
+        in_mode("P", "GIF", transparency=True),
+        in_mode("RGB", transparency=True),
+        in_mode("P"),
+        in_mode("L"),
+        in_mode("CMYK", "TIFF"),
+    ],
+)
+def test_servers_see_the_colours_of_the_trainer(references: References, tmp_path: Path, data: bytes) -> None:
+    """SGLang drops alpha and transparent colours: ``_load_single_item`` converts what is not RGB to RGB."""
+    reference = references("qwen2_5_vl")
+    image = reference.stored(data, tmp_path)
+    url = ImageRequests(images_of(reference.folder, tmp_path / "run"))._load(image)
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    there = sent if sent.mode == "RGB" else sent.convert("RGB")
+    here = reference.processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"]
+    assert np.array_equal(reference.processor(there, return_tensors="np")["pixel_values"], here)
+
+
 def play(
     references: References, tmp_path: Path, pictures: list[bytes]
 ) -> tuple[VisionReference, Prompt, list[Sample]]:

@@ -127,8 +127,11 @@ class ImageRequests:
         return task
 
     def _load(self, image: PromptImage) -> str:
+        from ...data.images import on_white  # with Pillow, which text models do not need
+
         self.images.keep([image])
-        content = self.images.folder.path(image.ref).read_bytes()
+        # SGLang would drop the alpha channel (multimodal/processors/base_processor.py:_load_single_item)
+        content = on_white(self.images.folder.path(image.ref).read_bytes())
         if image.ref.suffix == ".jpg":
             # a byte after the end of a JPEG: with a GPU, SGLang decodes it in another way unless it ends with
             # its own last bytes (utils/common.py:is_jpeg_with_cuda)
