@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import tempfile
 import tracemalloc
@@ -200,6 +201,7 @@ def test_images_come_from_the_folder_of_images_alone(tmp_path: Path) -> None:
     (folder / "images" / f"{digest}.webp").write_bytes(b"\xff\xd8\xff" + bytes(9 * 2**20))
     (folder / "images" / f"{digest}.jpg").write_bytes(b"GIF89a")
     (folder / "images" / f"{digest}.bmp").mkdir()
+    os.mkfifo(folder / "images" / f"{digest}.tiff")
     (folder / names[0]).write_bytes(b"\x89PNG\r\n\x1a\n")
     assert ask(folder, f"images/0/{digest}.jpg") == "data:image/gif;base64,R0lGODlh"
     for name in (
