@@ -47,6 +47,7 @@ from benchmarks.episodes import measure_episodes
 from benchmarks.export import Choices, measure_export
 from benchmarks.served import CONCURRENT, served_client
 from benchmarks.weight_sync import measure_nodes, measure_senders
+from megatron_gmpo.batch.samples import Prompt
 from megatron_gmpo.command_line import Options, one_line_errors, parse_options
 from megatron_gmpo.config import Positive, SGLangConfig, WeightSyncConfig
 from megatron_gmpo.rollout.ending import Ending
@@ -151,7 +152,7 @@ def measure_routes(folder: Path, bucket_bytes: int) -> dict[str, Any]:
 
 
 def measure_client(folder: Path) -> None:
-    prompts = [[5 + i % 11, 6, 7, *range(5, 15)] for i in range(4 * CONCURRENT)]
+    prompts = [Prompt(str(i), "", input_ids=[5 + i % 11, 6, 7, *range(5, 15)]) for i in range(4 * CONCURRENT)]
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
     ending = Ending(text_tokenizer(), set())
     with served_client(folder) as client:
