@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..batch.images import ImageFolder, ImageRef, ImageTokens, PromptImage
+from ..batch.images import ImageFolder, ImageRef, ImageTokens, PromptImage, digest_of
 from ..batch.pixels import PixelReader
 from ..config import Config
 from ..errors import InputError
@@ -130,7 +130,17 @@ class StoredImage:
 
 
 def copy_images(images: Iterable[ImageRef], source: ImageFolder, target: ImageFolder) -> None:
-    """Copy images from one folder to another unless it has them."""
+    """Copy images from one folder to another unless it has them.
+
+    Raises:
+        InputError: a file is not the image that its name says.
+    """
     for ref in set(images):
         if not target.path(ref).exists():
-            target.write(ref, source.path(ref).read_bytes())
+            data = source.path(ref).read_bytes()
+            if digest_of(data) != ref.digest:
+                raise InputError(
+                    f"{source.path(ref)} is damaged: its content is not that of the image with this name. "
+                    "Copy it again"
+                )
+            target.write(ref, data)

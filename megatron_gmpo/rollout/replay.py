@@ -326,6 +326,9 @@ def _check_images(sample: Sample, stored: ImageFolder, images: RunImages | None)
     for ref in sample.images:
         if not stored.path(ref).exists():
             raise ValueError(f"its image {stored.path(ref)} is missing")
+        time, height, width = ref.grid
+        if time != 1 or height % images.merge_size or width % images.merge_size:
+            raise ValueError(f"the model has no image of {time} x {height} x {width} patches")
     places = int(((sample.tokens == images.image_token) & ~sample.response_mask).sum())
     if places != (wanted := int(images.tokens_of(sample.images).sum())):
         raise ValueError(f"it has {places} image tokens for images of {wanted} tokens")

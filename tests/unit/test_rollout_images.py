@@ -211,6 +211,8 @@ def test_saved_rollouts_bring_their_images(references: References, tmp_path: Pat
         (lambda s: s["images"][0].update(suffix=".sh"), "suffix"),
         (lambda s: s["images"][0].update(grid=[1, 0, 4]), "grid"),
         (lambda s: s["images"][0].update(grid=[1, 2**60, 4]), "image tokens for images of"),
+        (lambda s: s["images"][0].update(grid=[1, 1, 24]), "the model has no image of 1 x 1 x 24 patches"),
+        (lambda s: s["images"][0].update(grid=[6, 2, 2]), "the model has no image of 6 x 2 x 2 patches"),
         (lambda s: s.update(images=7), "list"),
     ],
 )
@@ -227,6 +229,17 @@ def test_a_sample_whose_images_cannot_be_trained_on_is_named(
     with pytest.raises(InputError, match=rf"line 1, sample 1 of .* is broken \(.*{line}.*\): ") as error:
         load_groups(tmp_path, 0, 2**31, images=images)
     assert "\n" not in str(error.value)
+
+
+def test_a_saved_image_that_has_changed_is_refused(references: References, tmp_path: Path) -> None:
+    reference = references("qwen3_vl")
+    first, second = (images_of(reference.folder, tmp_path / run) for run in ("first", "second"))
+    group = saved(reference, first.folder.folder)
+    save_groups(tmp_path, 0, {0: group}, first.folder)
+    changed = tmp_path / "images" / group.samples[0].images[0].name
+    changed.write_bytes(picture(56, 84, seed=3))
+    with pytest.raises(InputError, match=rf"{changed} is damaged: .*\. Copy it again"):
+        load_share(tmp_path, 0, 2**31, second)
 
 
 def test_saved_images_need_a_model_with_vision(references: References, tmp_path: Path) -> None:
