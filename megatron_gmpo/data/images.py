@@ -126,22 +126,22 @@ class ModelImages:
         """Return the number of tokens of an image."""
         return ref.patches // self.merge_size**2
 
-    def load(self, sources: Iterable[tuple[str, ImageSource]]) -> list[DataImage]:
+    def load(self, sources: Iterable[tuple[str, ImageSource]], *, share: bool = True) -> list[DataImage]:
         """Read and check images, in threads.
-
-        Every rank reads every image, for its digest and size. Each rank decodes its share of them.
 
         Args:
             sources: start of an error line, and place, of each image.
+            share: every rank loads these images. Each reads all of them, for digest and size, and decodes its
+                share. Without it, this rank decodes all.
 
         Raises:
             InputError: an image cannot be read or decoded, is too large, or has a size that the processor
                 refuses. It names the first such image.
         """
         with ThreadPoolExecutor() as threads:
-            return list(threads.map(lambda item: self._loaded(*item), sources))
+            return list(threads.map(lambda item: self._loaded(*item, share), sources))
 
-    def _loaded(self, where: str, source: ImageSource) -> DataImage:
+    def _loaded(self, where: str, source: ImageSource, share: bool) -> DataImage:
         try:
             data = source.read()
         except FileNotFoundError as error:
@@ -156,7 +156,7 @@ class ModelImages:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             grid = self.grid(image.width, image.height)
             digest = digest_of(data)
-            if digest[0] % _ranks() == _rank():
+            if not share or digest[0] % _ranks() == _rank():
                 image.load()
         except Image.DecompressionBombError as error:
             raise InputError(

@@ -8,7 +8,7 @@ import binascii
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import one_line
+from ..errors import InputError, one_line
 from .environments import EnvironmentFault
 from .images import RunImages, StoredImage
 
@@ -51,7 +51,7 @@ async def _taken(encoded: str, images: RunImages | None) -> StoredImage:
         raise EnvironmentFault("an observation has an image, and the model of model.path has no vision")
     try:
         return await asyncio.to_thread(images.take, base64.b64decode(encoded, validate=True))
-    except (ValueError, OSError, binascii.Error) as error:
+    except (InputError, binascii.Error) as error:
         raise EnvironmentFault(
             f"an observation has an image that cannot be used: {one_line(error)}"
         ) from None

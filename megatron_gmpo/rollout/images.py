@@ -46,10 +46,9 @@ class RunImages:
         """Write an image that an environment shows into the folder, and return it.
 
         Raises:
-            InputError, ValueError, OSError: it cannot be decoded, or the processor refuses its size.
+            InputError: it cannot be decoded, or the processor refuses its size.
         """
-        (image,) = self.processor.load([("it", _Held(data))])
-        self.processor.pixels(data, image.ref.grid)  # decodes it
+        (image,) = self.processor.load([("it", _Held(data))], share=False)
         self.folder.write(image.ref, data)
         return StoredImage(image.ref, self.folder)
 

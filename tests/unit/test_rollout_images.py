@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -386,12 +387,31 @@ def parts_of(turn: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for part in content if part["type"] == "image"] if isinstance(content, list) else []
 
 
+def with_a_bad_chunk(data: bytes) -> bytes:
+    """Return a PNG file with a chunk between its pixels whose name is not text."""
+    start = data.index(b"IDAT") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    pixels = data[start + 8 : end - 4]
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
+
+    middle = chunk(b"IDAT", pixels[:500]) + chunk(b"\1\2\3\4", b"") + chunk(b"IDAT", pixels[500:])
+    return data[:start] + middle + data[end:]
+
+
 @pytest.mark.parametrize(
-    "data", [b"no image", picture(40, 40)[:-90], picture(4000, 8)], ids=["noise", "cut", "strip"]
+    "data",
+    [b"no image", picture(40, 40)[:-90], picture(4000, 8), with_a_bad_chunk(picture(40, 40, seed=1))],
+    ids=["noise", "cut", "strip", "chunk"],
 )
+@pytest.mark.parametrize("ranks", ["1", "1000"])
 def test_an_observation_with_a_broken_image_is_a_fault(
-    references: References, tmp_path: Path, data: bytes
+    references: References, tmp_path: Path, data: bytes, ranks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The rank that plays an episode decodes its images, whatever its share of the data set."""
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("RANK", str(int(ranks) - 1))
     images = images_of(references("qwen3_vl").folder, tmp_path)
     message = {"role": "user", "content": [image_part(data)]}
     with pytest.raises(EnvironmentFault, match="an observation has an image that cannot be used: ") as fault:
