@@ -76,19 +76,20 @@ def check_name(repo: str, base: str) -> None:
         )
 
 
-def model_card(run: Snapshot, repo: str, step: int, base: str) -> str:
+def model_card(run: Snapshot, model: Path, repo: str, step: int, base: str) -> str:
     """Return the content of README.md.
 
     Args:
+        model: folder of the converted model. That of the base model, which may have the licence, may be gone.
         repo: name on the hub, owner/name.
         step: step of the checkpoint.
         base: see ``base_of``.
     """
-    name, loss = repo.rpartition("/")[2], str(run.setting("algorithm", "loss")).upper()
-    folder = Path(run.setting("model", "path"))
+    name, loss = repo.rpartition("/")[2], str(run.setting("algorithm", "loss"))
+    loss = f"`{loss}`" if ":" in loss else loss.upper()  # the name of a function, or a built-in loss
     series = read_metrics(run.run_dir / "metrics.jsonl")
-    licence = _licence(folder)
-    sees = "vision_config" in read_json(folder / "config.json")
+    licence = _licence(Path(run.setting("model", "path")))
+    sees = "vision_config" in read_json(model / "config.json")
     reader, model = ("Processor", "ImageTextToText") if sees else ("Tokenizer", "CausalLM")
     data = ModelCardData(
         base_model=base if "/" in base else None,

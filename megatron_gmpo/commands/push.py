@@ -43,20 +43,21 @@ def main(argv: list[str]) -> None:
     from .model_card import base_of, check_name, model_card
     from .plot_metrics import plot_runs
 
-    run, checkpoint = read(options.run_dir), find_checkpoint(options.run_dir, options.step)
+    # resolved, because its name goes into the card: "." has none
+    run, checkpoint = read(options.run_dir.resolve()), find_checkpoint(options.run_dir, options.step)
     base = base_of(run)
     check_name(options.repo, base)
     uploads = None if options.folder else Uploads(options.repo, run.run_dir.name, options.private)
     if options.folder and options.folder.exists():
         raise InputError(f"--folder {options.folder} exists: choose another folder or remove it")
     # beside the result, because the disk of temporary files may be small
-    beside = options.folder.absolute().parent if options.folder else options.run_dir
+    beside = options.folder.absolute().parent if options.folder else run.run_dir
     beside.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=beside, prefix=".partial_push_") as made:
         model = Path(made) / "model"
         _convert(checkpoint, model)
         plot_runs((options.run_dir,), model / "curves.png")
-        card = model_card(run, options.repo, step_of(checkpoint), base)
+        card = model_card(run, model, options.repo, step_of(checkpoint), base)
         (model / "README.md").write_text(card, encoding="utf-8")
         files = sorted(file for file in model.rglob("*") if file.is_file())
         for file in files:

@@ -241,7 +241,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_push_uploads_the_folder_that_it_can_also_write(
-    two_steps: Path, tmp_path: Path, on_hub: dict[str, Repository], capsys: pytest.CaptureFixture[str]
+    two_steps: Path,
+    tmp_path: Path,
+    on_hub: dict[str, Repository],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = sorted(two_steps.rglob("*"))
     push(["--folder", str(tmp_path / "model"), str(two_steps), "me/tiny-gmpo"])
@@ -251,7 +255,8 @@ def test_push_uploads_the_folder_that_it_can_also_write(
     repository = on_hub["me/tiny-gmpo"]
     assert repository.visibility == "private"
     assert repository.files == expected | {".gitattributes": b""}
-    push([str(two_steps), "me/tiny-gmpo", "--step", "2"])  # the same run again
+    monkeypatch.chdir(two_steps)
+    push([".", "me/tiny-gmpo", "--step", "2"])  # the same run again
     assert repository.messages == ["iter_0000002"] * 2
     listed = capsys.readouterr().out
     assert all(f"MB  {name}\n" in listed for name in expected)
@@ -344,11 +349,13 @@ def test_evaluate_judges_the_newest_checkpoint(argv: list[str], two_steps: Path,
         {name: value for name, value in expected.items() if name.startswith("eval/")}
     )
     assert len(json_lines(run_dir / "evaluation_heldout.jsonl")) == 8
-    card = model_card(read(run_dir), "me/tiny", 2, "base")  # the file's column is beside those of the run
+    model = run_dir / "checkpoints/hf"
+    card = model_card(read(run_dir), model, "me/tiny", 2, "base")  # a column beside those of the run
     assert "| benchmark | figure | step 0 | step 2 | step 2, `evaluate` |\n" in card
     (row,) = (line for line in card.splitlines() if line.startswith("| heldout | pass@4 |"))
     assert f"| {result['eval/heldout/pass@4']:.3f} [{result['eval/heldout/ci_low@4']:.3f}, " in row
-    assert model_card(read(run_dir), "me/tiny", 1, "base").count("`evaluate`") == 0  # of another checkpoint
+    other = model_card(read(run_dir), model, "me/tiny", 1, "base")  # of another checkpoint
+    assert "`evaluate`" not in other
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,10 @@ def write_run(folder: Path, model: Path, readme: str = "", config: str = "{}") -
     if readme:
         (model / "README.md").write_text(readme)
     folder.mkdir()
-    (folder / "config.toml").write_text(f'[model]\npath = "{model}"\n[data]\npath = "{folder}/mine.jsonl"\n')
+    (folder / "config.toml").write_text(
+        f'[model]\npath = "{model}"\n[data]\npath = "{folder}/mine.jsonl"\n'
+        '[algorithm]\nloss = "my_losses:Sharp"\n'
+    )
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "reward/mean": 0.5}) + "\n")
     return folder
 
@@ -31,7 +34,7 @@ def test_a_base_model_of_the_hub_with_a_licence(tmp_path: Path) -> None:
     readme = "---\nlicense: other\nlicense_name: qwen\nlicense_link: LICENSE\n---\ntext"
     run = read(write_run(tmp_path / "run", tmp_path / CACHED, readme, '{"vision_config": {}}'))
     assert base_of(run) == "Qwen/Qwen3-VL-2B"
-    card = ModelCard(model_card(run, "me/mine", 3, base_of(run)))
+    card = ModelCard(model_card(run, tmp_path / CACHED, "me/mine", 3, base_of(run)))
     data = card.data.to_dict()
     assert (data["base_model"], data["license"]) == ("Qwen/Qwen3-VL-2B", "other")
     assert (data["license_name"], data["license_link"]) == ("qwen", "LICENSE")
@@ -46,9 +49,11 @@ def test_a_base_model_of_the_hub_with_a_licence(tmp_path: Path) -> None:
 def test_a_base_model_of_a_folder(tmp_path: Path) -> None:
     run = read(write_run(tmp_path / "run", tmp_path / "models" / "Tiny-1"))
     assert base_of(run) == "Tiny-1"
-    card = ModelCard(model_card(run, "me/mine", 3, "Tiny-1"))
+    model = (tmp_path / "models").rename(tmp_path / "converted") / "Tiny-1"  # the base model may be gone
+    card = ModelCard(model_card(run, model, "me/mine", 3, "Tiny-1"))
     assert card.data.base_model is None
     assert "Its folder does not state it: look it up." in card.text
+    assert "The loss is `my_losses:Sharp`." in card.text
 
 
 @pytest.mark.parametrize("repo", ["me/Tiny-1", "me/tiny-1", "tiny", "me/a/b", "/a", "me/", "me/a b"])
