@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ class ImageFile:
     path: Path
 
     def read(self) -> bytes:
-        return self.path.read_bytes()
+        return _content(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class ArrowImage:
             value = value["bytes"] or value["path"]
         if not value:
             raise ValueError("it is empty")
-        return value if isinstance(value, bytes) else (self.folder / value).read_bytes()
+        return value if isinstance(value, bytes) else _content(self.folder / value)
 
 
 def sources_of(value: Any, folder: Path, where: str, column: str) -> tuple[ImageSource, ...]:
@@ -103,6 +105,14 @@ def arrow_images(rows: datasets.Dataset, column: str, folder: Path) -> Iterator[
             places = range(count or 0) if several else [None] * count
             yield tuple(ArrowImage(images, row, place, folder) for place in places)
             row += 1
+
+
+def _content(path: Path) -> bytes:
+    """Return the content of a regular file; a data set may name a pipe or a device, which has no end."""
+    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{str(path)!r} is no regular file")
+        return file.read()
 
 
 def _is_file(kind: pa.DataType) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,6 +230,11 @@ def with_paths(images: Any) -> Callable[[Path], dict[str, Any]]:
     return write
 
 
+def with_a_pipe(folder: Path) -> dict[str, Any]:
+    os.mkfifo(folder / "pipe")
+    return with_paths("pipe")(folder)
+
+
 def bomb(width: int, height: int) -> bytes:
     """Return a small PNG file of a large image."""
     file = io.BytesIO()
@@ -242,6 +248,11 @@ BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
         "row 0: the image file '.*no.png' does not exist: correct the path",
     ),
     "url": (with_paths("https://host/a.png"), "row 0: the image file .* does not exist"),
+    "device": (
+        with_paths("/dev/zero"),
+        "row 0: an image cannot be read .'/dev/zero' is no regular file.: corr",
+    ),
+    "pipe": (with_a_pipe, "row 0: an image cannot be read .*pipe' is no regular file"),
     "no path": (with_paths([5]), "row 0: column 'images' holds '5', not the path of an image file"),
     "cut off": (one("<image>", [FILES[0][:-900]]), "row 1: an image cannot be used .*truncated"),
     "no image": (one("<image>", [b"GIF89a"]), "row 1: an image cannot be used .*: give a sound file"),
