@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_gmpo.batch.columns import TrainBatch
+from megatron_gmpo.batch.images import ROW, image_columns
 from megatron_gmpo.batch.index import StepIndex
 from megatron_gmpo.batch.packing import pack
 from megatron_gmpo.batch.plan import planned
@@ -78,3 +80,11 @@ def _packing(policy: Policy) -> dict[str, Any]:
         "sequence_multiple": policy.cfg.parallel.sequence_multiple,
         "total_multiple": total_multiple(policy.cfg),
     }
+
+
+def without_images(batch: TrainBatch) -> TrainBatch:
+    """Return a batch of text for a vision-language model."""
+    of = SimpleNamespace(image_token=-1, merge_size=1)
+    counts, rows = torch.zeros_like(batch.lengths), np.zeros(0, ROW)
+    columns = image_columns(batch.tokens, batch.response_mask, batch.lengths, counts, rows, of)
+    return replace(batch, **columns)
