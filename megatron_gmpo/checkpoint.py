@@ -42,7 +42,6 @@ from torch import Tensor
 from . import files
 from .distributed import agreed, all_gather_objects, rank, world_size
 from .errors import DiskFullError, InputError, disk_full
-from .models.family import language_config
 from .supervision.records import LATEST, newest_step
 from .weights.background_files import BackgroundFiles
 from .weights.checksums import checksums_of
@@ -58,50 +57,6 @@ from .weights.run_checkpoint import (
     write_state,
 )
 from .weights.torch_dist_writer import Chunk, OpenFile, open_to_write, write_chunks, write_companions
-
-_IDENTITY = [
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "n_routed_experts",
-    "n_shared_experts",
-    "first_k_dense_replace",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "tie_word_embeddings",
-]
-
-
-_VISION_IDENTITY = [
-    "depth",
-    "hidden_size",
-    "intermediate_size",
-    "num_heads",
-    "patch_size",
-    "spatial_merge_size",
-    "temporal_patch_size",
-    "num_position_embeddings",
-    "deepstack_visual_indexes",
-]
-
-
-def model_identity(whole: Any, dtype: str) -> dict[str, Any]:
-    """Return the fields of a Hugging Face config that determine the weights' shapes, and the dtype."""
-    hf, vision = language_config(whole), getattr(whole, "vision_config", None)
-    fields = {field: getattr(hf, field, None) for field in _IDENTITY}
-    tower = {f"vision.{field}": getattr(vision, field, None) for field in _VISION_IDENTITY if vision}
-    return {**fields, **tower, "dtype": dtype}
 
 
 def check_model(checkpoint: Path, identity: dict[str, Any]) -> None:

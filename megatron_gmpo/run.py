@@ -20,7 +20,7 @@ from . import files
 from .batch.exchange import Exchange, check_folder
 from .batch.images import ImageTokens
 from .batch.samples import Prompt
-from .checkpoint import check_model, checkpoint_size, model_identity, room_to_save
+from .checkpoint import check_model, checkpoint_size, room_to_save
 from .command_line import load_config, one_line_errors
 from .config import Config
 from .data.prompts import check_lengths, load_images, load_prompts, load_tokenizer
@@ -30,6 +30,7 @@ from .errors import Exit, InputError, StopRequest, printable
 from .metrics.logger import check_wandb
 from .metrics.messages import set_up_messages
 from .models.description import DTYPES, ModelDescription, describe_model, read_hf_config
+from .models.identity import model_identity
 from .models.snapshot import with_local_models
 from .platform import (
     check_deterministic,

@@ -20,13 +20,14 @@ from ..batch.images import patches_of
 from ..batch.index import StepIndex
 from ..batch.pixels import PixelReader
 from ..batch.plan import StepPlan, computed_metrics, planned
-from ..checkpoint import Save, check_model, model_identity, start_save
+from ..checkpoint import Save, check_model, start_save
 from ..config import Config
 from ..errors import NonFiniteError
 from ..losses.objective import Objective, minibatches_without_pass, needed_columns
 from ..metrics.across_ranks import RankReduction
 from ..metrics.figures import Metric, reduce_metrics, value_of
 from ..models.description import ModelDescription
+from ..models.identity import model_identity
 from ..weights.export import Export
 from ..weights.load import has_tower_of, load_hf
 from ..weights.random_states import restore_random_states

@@ -55,7 +55,7 @@ class RunState(SavedState):
         world_size: number of ranks that wrote the checkpoint.
         updates: optimizer steps that the weights contain. Earlier versions stored it in the state of the
             learning-rate schedule.
-        model: ``checkpoint.model_identity`` of the model.
+        model: ``models.identity.model_identity`` of the model.
         prompts: position in the training data; None if saved rollouts were replayed.
         clip: the adaptive clips; None if the clips were fixed.
         collapse: state of the collapse detector; None in checkpoints of earlier versions.

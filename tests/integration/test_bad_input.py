@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from megatron_gmpo.batch.samples import Prompt
-from megatron_gmpo.checkpoint import model_identity
 from megatron_gmpo.data.prompts import load_tokenizer
 from megatron_gmpo.data.stream import PromptStream
 from megatron_gmpo.models.description import read_hf_config
+from megatron_gmpo.models.identity import model_identity
 from megatron_gmpo.testing.arithmetic import write_addition_problems
 from megatron_gmpo.weights.run_checkpoint import write_state
 

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from megatron_gmpo.checkpoint import checkpoint_size, model_identity
+from megatron_gmpo.checkpoint import checkpoint_size
 from megatron_gmpo.commands.export_quantized import export_quantized
 from megatron_gmpo.config import Config
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.models.description import ModelDescription, describe_model, read_hf_config
 from megatron_gmpo.models.family import language_config
+from megatron_gmpo.models.identity import model_identity
 from megatron_gmpo.testing import VisionFamily
 from megatron_gmpo.testing.tiny_models import make_tiny_model
 from megatron_gmpo.weights.companions import copy_companions
