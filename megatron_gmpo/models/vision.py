@@ -5,14 +5,22 @@ Only runs with such a model import this module.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .family import HFConfig, refuse
 from .qwen_vl import mrope_section
+
+_ATTENTION = "flash_by_length"
+"""Name of ``_attention``. transformers passes boundaries to a function with "flash" in its name only."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +51,17 @@ class VisionDescription:
 
     def build(self) -> torch.nn.Module:
         """Return transformers' tower with random weights, on torch's default device in its default dtype."""
-        return AutoModel.from_config(self.config, attn_implementation="sdpa", trust_remote_code=False)
+        config = copy.deepcopy(self.config)  # transformers and the next line change it
+        tower = AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+        tower.config._attn_implementation = _ATTENTION
+        return tower
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Return the tower's parameters, name -> shape."""
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in self.build().named_parameters()}
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Return the number of elements of the tower's parameters."""
         return sum(map(math.prod, self.parameters().values()))
@@ -86,3 +97,33 @@ def describe_vision(whole: HFConfig) -> VisionDescription:
         mrope_section=tuple(mrope_section(text)),
         mrope_interleaved=is_qwen3,
     )
+
+
+def _attention(
+    _: Any, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, cu_seq_lens_q: Tensor, **__: Any
+) -> tuple[Tensor, None]:
+    """Return the attention within images or windows, with one kernel for all that have the same length.
+
+    transformers' "sdpa" starts a kernel for each of them. Qwen2.5-VL has a window for every 64 patches.
+
+    Args:
+        query, key, value: (1, heads, P, d).
+        cu_seq_lens_q: boundaries of the images or windows in the P patches.
+
+    Returns:
+        (1, P, heads, d), and no weights.
+    """
+    lengths = cu_seq_lens_q.diff()
+    order = lengths.repeat_interleave(lengths, output_size=query.shape[2]).argsort(stable=True)
+    sizes, counts = (values.tolist() for values in lengths.unique(return_counts=True))
+    taken = [size * count for size, count in zip(sizes, counts, strict=True)]
+    parts = [x[0].index_select(1, order).split(taken, 1) for x in (query, key, value)]
+    found: list[Tensor] = []
+    for count, *inputs in zip(counts, *parts, strict=True):
+        batch = [x.unflatten(1, (count, -1)).transpose(0, 1) for x in inputs]
+        out = torch.nn.functional.scaled_dot_product_attention(*batch, scale=scaling)
+        found.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(found).index_select(0, order.argsort())[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)

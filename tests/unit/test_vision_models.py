@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -161,6 +162,35 @@ def test_the_tower_is_that_of_transformers(
     tokenizer = json.loads((tiny_model(family) / "tokenizer.json").read_text())
     (token,) = (each["id"] for each in tokenizer["added_tokens"] if each["content"] == "<|image_pad|>")
     assert vision.image_token == token
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_of_the_tower(describe: Describe, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Features and gradients are those of transformers' own attention, with fewer kernels."""
+    vision = describe(family).vision
+    assert vision
+    torch.manual_seed(0)
+    tower: Any = vision.build().double()
+    # two equal images; windows of Qwen2.5-VL at the edges are smaller than the others
+    grids = torch.tensor([[1, 6, 10], [1, 4, 4], [1, 6, 10], [1, 10, 14]])
+    weight = tower.patch_embed.proj.weight
+    pixels = torch.randn(int(grids.prod(1).sum()), weight[0].numel(), dtype=weight.dtype)
+    kernel = Mock(wraps=torch.nn.functional.scaled_dot_product_attention)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+
+    def found() -> tuple[int, list[torch.Tensor]]:
+        kernel.reset_mock()
+        tower.zero_grad()
+        features = tower(pixels, grid_thw=grids).pooler_output
+        (features * torch.arange(features.shape[1])).sum().backward()
+        gradients = [x.grad.clone() for x in tower.parameters() if x.grad is not None]
+        return kernel.call_count, [features.detach(), *gradients]
+
+    kernels, ours = found()
+    tower.config._attn_implementation = "sdpa"
+    before, theirs = found()
+    assert kernels < before
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
