@@ -90,7 +90,7 @@ def model_card(run: Snapshot, model: Path, repo: str, step: int, base: str) -> s
     series = read_metrics(run.run_dir / "metrics.jsonl")
     licence = _licence(Path(run.setting("model", "path")))
     sees = "vision_config" in read_json(model / "config.json")
-    reader, model = ("Processor", "ImageTextToText") if sees else ("Tokenizer", "CausalLM")
+    reader, kind = ("Processor", "ImageTextToText") if sees else ("Tokenizer", "CausalLM")
     data = ModelCardData(
         base_model=base if "/" in base else None,
         library_name="transformers",
@@ -113,10 +113,10 @@ def model_card(run: Snapshot, model: Path, repo: str, step: int, base: str) -> s
 {link}, trained with reinforcement learning for {step} steps. The loss is {loss}.
 
 ```python
-from transformers import Auto{reader}, AutoModelFor{model}
+from transformers import Auto{reader}, AutoModelFor{kind}
 
 {reader.lower()} = Auto{reader}.from_pretrained("{repo}")
-model = AutoModelFor{model}.from_pretrained("{repo}")
+model = AutoModelFor{kind}.from_pretrained("{repo}")
 ```
 
 ## Training

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from typing import cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -139,7 +141,7 @@ class ModelImages:
                 refuses. It names the first such image.
         """
         with ThreadPoolExecutor() as threads:
-            return list(threads.map(lambda item: self._loaded(*item, share), sources))
+            return list(threads.map(lambda item: self._loaded(item[0], item[1], share), sources))
 
     def _loaded(self, where: str, source: ImageSource, share: bool) -> DataImage:
         try:
@@ -180,8 +182,8 @@ def on_white(data: bytes) -> bytes:
     image = _opened(data)
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return data
-    file = BytesIO()
-    Image.fromarray(convert_to_rgb(image, return_numpy=True)).save(file, "PNG", compress_level=1)
+    file, colours = BytesIO(), cast(np.ndarray, convert_to_rgb(image, return_numpy=True))
+    Image.fromarray(colours).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
