@@ -61,9 +61,10 @@ def export(runs: Sequence[RunFolder]) -> str:
     for step, kind, run in sorted(steps, reverse=True):
         found: dict[str, Any] = {}
         for path in _paths(runs, run, kind, step):
-            with suppress(LookupError):  # an image that is missing or cannot be shown
-                found[path] = data[path] if path in data else answer(runs, path)
-        left -= sum(len(to_json(part)) for path, part in found.items() if path not in data)
+            if left >= 0 and path not in data:
+                with suppress(LookupError):  # an image that is missing or cannot be shown
+                    found[path] = answer(runs, path)
+                    left -= len(to_json(found[path]))
         if left < 0:
             break
         data |= found
