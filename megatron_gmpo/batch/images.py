@@ -53,7 +53,7 @@ class ImageRef:
 
 
 class ImageTokens(Protocol):
-    """What a vision-language model makes of an image (``models.vision.VisionDescription``)."""
+    """The tokens of an image in a vision-language model (``models.vision.VisionDescription``)."""
 
     @property
     def image_token(self) -> int:

@@ -1,4 +1,4 @@
-"""What an engine samples from and returns, for one response or for one turn of an episode."""
+"""The context that an engine samples from, and the response or turn of an episode that it returns."""
 
 from __future__ import annotations
 
