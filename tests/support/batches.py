@@ -84,7 +84,7 @@ def _packing(policy: Policy) -> dict[str, Any]:
 
 def without_images(batch: TrainBatch) -> TrainBatch:
     """Return a batch of text for a vision-language model."""
-    of = SimpleNamespace(image_token=-1, merge_size=1)
+    of: Any = SimpleNamespace(image_token=-1, merge_size=1)
     counts, rows = torch.zeros_like(batch.lengths), np.zeros(0, ROW)
     columns = image_columns(batch.tokens, batch.response_mask, batch.lengths, counts, rows, of)
     return replace(batch, **columns)
