@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import itertools
 import random
 import resource
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from aiohttp import web
+from PIL import Image
 from transformers import AutoTokenizer
 
 from megatron_gmpo.batch.images import ImageFolder, ImageRef, digest_of
@@ -1044,8 +1046,16 @@ def test_as_many_files_may_be_open_as_there_are_requests() -> None:
 
 # images
 
+
+def png(width: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.new("RGB", (width, 1)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
 IMAGE = 50
 """The image token. An image of a grid of 4 x 6 patches has 6 tokens."""
+FILES = [png(1), png(2)]
 
 
 @pytest.fixture
@@ -1057,7 +1067,7 @@ def run_images(tmp_path: Path) -> RunImages:
 def pictured(tmp_path: Path) -> Prompt:
     """Return a prompt with an image of 6 tokens and one of 1 token, whose files are elsewhere."""
     images = []
-    for content, grid in ((b"first", (1, 4, 6)), (b"second", (1, 2, 2))):
+    for content, grid in zip(FILES, ((1, 4, 6), (1, 2, 2)), strict=True):
         ref = ImageRef(digest_of(content), grid, ".png")
         images.append(StoredImage(ref, ImageFolder(tmp_path / "data")))
         images[-1].folder.write(ref, content)
@@ -1098,7 +1108,7 @@ def test_a_request_carries_the_images_of_its_prompt(
     for name in ("first", "second"):
         sampled = served.submit(name, [pictured], sampling, ENDLESS).result(30)
         assert [response.tokens.tolist() for response in sampled[0]] == [[105, 106]] * 3
-    urls = [f"data:image/png;base64,{base64.b64encode(part).decode()}" for part in (b"first", b"second")]
+    urls = [f"data:image/png;base64,{base64.b64encode(part).decode()}" for part in FILES]
     for body in fakes[0].bodies:
         assert body["input_ids"] == [5, IMAGE, 6, IMAGE, 7]
         assert body["image_data"] == urls
