@@ -80,7 +80,7 @@ def dry_run(
     description = _with_even_routing(description)
     with _groups(cfg, world_size, stage) as groups, on_meta():
         observer = Observer(groups)
-        chunks = _build(cfg, description, groups, observer)
+        chunks: list[Any] = _build(cfg, description, groups, observer)
         if not cfg.model.freeze_vision:
             train_tower(chunks)
         trainable = make_trainable(chunks, cfg.optimizer.model_copy(update=_ANYWHERE), 1, groups)

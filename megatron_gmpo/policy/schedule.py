@@ -213,7 +213,6 @@ class Schedule:
         # with sequence parallelism, a rank has the hidden states of one part of the slots
         split = self.description.transformer.sequence_parallel
         part = (self.groups.tp.rank(), self.groups.tp.size()) if split else (0, 1)
-        assert self._pixels or not batch.image_sizes.any(), "nothing reads the images of this batch"
 
         def packed(place: int) -> Microbatch:
             microbatch = pack(
