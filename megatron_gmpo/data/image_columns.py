@@ -75,7 +75,7 @@ def sources_of(value: Any, folder: Path, where: str, column: str) -> tuple[Image
     """
     if isinstance(value, tuple):  # of ``arrow_images``
         return value
-    paths = [] if value is None else value if isinstance(value, list) else [value]
+    paths = value if isinstance(value, list) else [] if value in (None, "") else [value]  # "" in CSV
     for path in paths:
         if not isinstance(path, str) or not path:
             raise InputError(

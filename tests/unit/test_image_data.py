@@ -157,6 +157,13 @@ def test_one_image_that_is_no_list(
     assert [prompt.images[0].read() for prompt in prompts] == FILES[: len(prompts)]
 
 
+def test_a_csv_file_names_an_image_or_none(model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(FILES[0])
+    (tmp_path / "rows.csv").write_text("problem,images,answer\n<image>?,a.png,1\n2+2,,4\n")
+    prompts = loaded(model, path=str(tmp_path / "rows.csv"))
+    assert [[image.read() for image in prompt.images] for prompt in prompts] == [FILES[:1], []]
+
+
 def test_pixels_equal_the_processors(model: str, tmp_path: Path) -> None:
     tokens = vision_of(read_hf_config(model))
     assert tokens
