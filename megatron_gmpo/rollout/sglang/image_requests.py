@@ -99,7 +99,7 @@ def check_serves_images(cfg: Config, servers: Sequence[Server], device: torch.de
                 )
         if not found.get("mm_preprocess_cache_size_mb"):
             raise InputError(
-                f"{server.url} would encode prompts with images anew: start it with "
+                f"{server.url} would preprocess an image for each sample: start it with "
                 f"--mm-preprocess-cache-size-mb {PREPROCESSED_MB}"
             )
 
