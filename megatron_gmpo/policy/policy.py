@@ -87,8 +87,7 @@ class Policy:
                 train_tower(self.chunks)
             total = cfg.train.num_steps * cfg.train.minibatches_per_step
             self.model = make_trainable(self.chunks, cfg.optimizer, total, groups)
-            self.updates = 0
-            self.chunks = self.model.chunks
+            self.updates, self.chunks = 0, self.model.chunks
             reference = cfg.model.reference_path or cfg.model.path
             self.reference = self._load(reference) if "ref_logprobs" in self._needs else None
             if self.reference:
