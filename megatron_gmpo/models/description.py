@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import LayerType
 from transformers import AutoConfig
 
 from ..batch.columns import RoutingShape
@@ -106,7 +107,20 @@ def describe_model(cfg: Config, world_size: int, device: torch.device) -> ModelD
         mapping = Mapping(rows, tied=hf.tie_word_embeddings, left_out=prediction_layers(hf))
         rope = _rope(hf, architecture, partial=family.partial_rotary)
         vision = vision_of(whole)
+    if vision:
+        _check_stages_have_layers(transformer)
     return ModelDescription(hf, transformer, mapping, vocab_size, rope, use_te, vision)
+
+
+def _check_stages_have_layers(transformer: TransformerConfig) -> None:
+    """Check that every pipeline stage has a decoder layer, to which deepstack features can be added."""
+    layout: Any = transformer.pipeline_model_parallel_layout
+    stages = layout.layout if layout else ()
+    if any(LayerType.decoder not in chunk for stage in stages for chunk in stage):
+        raise InputError(
+            f"megatron.pipeline_model_parallel_layout = {layout.input_data!r} has a stage without decoder "
+            "layers, which a vision-language model cannot have: give each stage a layer"
+        )
 
 
 def architecture_of(whole: HFConfig) -> dict[str, Any]:

@@ -76,8 +76,6 @@ class VisionLanguageModel(GPTModel):
                 parameter.data = parameter.data.to(config.params_dtype)  # buffers stay in fp32
                 # each rank has the gradients of the features in its part of the slots; Megatron adds them
                 parameter.sequence_parallel = config.sequence_parallel
-            if config.recompute_granularity == "full":
-                self.visual.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -104,7 +102,9 @@ class VisionLanguageModel(GPTModel):
         if self.pre_process:
             embedded = self.embedding(input_ids=input_ids, position_ids=None)
             if images is not None or self._trains_tower:
-                features = self._encoded(images)[rows]
+                features = self._encoded(images)[rows].to(
+                    embedded.dtype
+                )  # fp32 with fp32_residual_connection
                 embedded = embedded.index_copy(0, slots, features[:, :1])
                 features = features[:, 1:]
         elif self._entering:

@@ -152,7 +152,9 @@ def train_tower(chunks: list[torch.nn.Module]) -> None:
     """Train the vision tower, which is frozen otherwise. Must run before the gradient buffers are built."""
     for chunk in chunks:
         if hasattr(chunk, "visual"):
-            chunk.visual.requires_grad_()  # pyright: ignore[reportCallIssue]
+            tower: Any = chunk.visual.requires_grad_()  # pyright: ignore[reportCallIssue]
+            if chunk.config.recompute_granularity == "full":  # pyright: ignore[reportAttributeAccessIssue]
+                tower.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def make_trainable(

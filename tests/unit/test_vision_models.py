@@ -284,6 +284,22 @@ def test_refused_models(describe: Describe, family: str, text: Changes, tower: C
     assert "\n" not in str(caught.value)
 
 
+def test_every_pipeline_stage_has_a_layer(tiny_model: Callable[..., Path]) -> None:
+    """A stage without decoder layers could not pass deepstack features on."""
+
+    def described(layout: str) -> ModelDescription:
+        options = {
+            "model": {"path": str(tiny_model("qwen3_vl"))},
+            "parallel": {"pipeline_model_parallel_size": 2},
+            "megatron": {"pipeline_model_parallel_layout": layout},
+        }
+        return describe_model(Config.model_validate(options), 2, CPU)
+
+    with pytest.raises(InputError, match=r"^megatron\.pipeline_model_parallel_layout = .* without decoder l"):
+        described("E|ttttL")
+    assert described("Et|tttL").transformer.num_layers == 4
+
+
 def test_identity_tells_towers_apart(describe: Describe) -> None:
     def identity(family: str, **tower: Any) -> Changes:
         return model_identity(copy.copy(describe(family, tower=tower).whole), "bf16")
