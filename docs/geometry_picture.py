@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 PICTURE = Path(__file__).with_name("pictures") / "geometry.png"
-SIDE, TEXT, GAP = 168, 22, 12
+SIDE, TEXT, GAP = 236, 22, 12
 
 
 def main(run_dir: str) -> None:

@@ -8,12 +8,10 @@ The model and the problems are those of examples/vision/geometry_tiny_cpu.toml. 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from ..command_line import Options, parse_options
 from ..config import Positive
+from ..errors import InputError
 
 
 class GeometryOptions(Options):
@@ -32,11 +30,11 @@ class GeometryOptions(Options):
     """Number of problems in heldout.parquet. Neither train.parquet nor the warm-up contains them."""
     num_solved: Positive = 8000
     """Number of solved problems for the warm-up."""
-    side: Annotated[int, Field(ge=56, le=4096)] = 56
-    """Width and height of a picture in pixels."""
+    side: Positive = 56
+    """Width and height of a picture in pixels, 56 at least."""
     problems_only: bool = False
     """Write the problems and make no model."""
-    warm_up_steps: Positive = 600
+    warm_up_steps: Positive = 350
     """Number of batches of solved problems on which the model is trained."""
     seed: int = 0
     """Seed of problems, weights and order."""
@@ -44,6 +42,8 @@ class GeometryOptions(Options):
 
 def main(argv: list[str]) -> None:
     options = parse_options(GeometryOptions, argv, "megatron-gmpo geometry")
+    if not 56 <= options.side <= 4096:
+        raise InputError(f"--side {options.side}: give a number of pixels from 56 to 4096")
 
     from transformers.utils import logging
 

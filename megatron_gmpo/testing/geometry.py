@@ -63,7 +63,7 @@ def make_geometry(
     num_heldout: int = 200,
     num_solved: int = 8000,
     side: int = SIDE,
-    warm_up_steps: int | None = 600,
+    warm_up_steps: int | None = 350,
     seed: int = 0,
 ) -> tuple[dict[Path, int], float | None]:
     """Write train.parquet, heldout.parquet and blank.parquet, then the folder model, then warm_up.json.
@@ -164,7 +164,7 @@ def _dialogue(problem: Problem, picture: bytes) -> dict[str, Any]:
 
 def _angles() -> Iterator[Problem]:
     """Yield problems on the sum of the angles of a triangle, and of the angles at a line."""
-    angles = range(20, 81)
+    angles = range(20, 81, 5)
     for kind, a, b, place in product(("angle_sum", "straight_angle"), angles, angles, range(3)):
         labels = [f"{a}°", f"{b}°"]
         labels.insert(place, "x")
@@ -183,13 +183,14 @@ def _right_triangles() -> Iterator[Problem]:
 
 
 def _rectangles() -> Iterator[Problem]:
-    for a, b in product(range(2, 30), repeat=2):
-        yield Problem("rectangle", (str(a), str(b)), "Find the perimeter.", f"2*({a}+{b})={2 * (a + b)}")
+    """Yield problems on the perimeter and the area of a rectangle; the labels are its sides."""
     for a, b in product(range(2, 13), repeat=2):
+        yield Problem("rectangle", (str(a), str(b)), "Find the perimeter.", f"2*({a}+{b})={2 * (a + b)}")
         yield Problem("rectangle", (str(a), str(b)), "Find the area.", f"{a}*{b}={a * b}")
 
 
 def _circles() -> Iterator[Problem]:
-    for r in range(2, 100):
-        yield Problem("circle", (str(r), ""), "Find the diameter.", f"2*{r}={2 * r}")
-        yield Problem("circle", ("", str(2 * r)), "Find the radius.", f"{2 * r}/2={r}")
+    """Yield problems on two circles that touch; the labels are their radii."""
+    for a, b in product(range(2, 13), repeat=2):
+        question = "Find the distance of the centres."
+        yield Problem("circles", (str(a), str(b)), question, f"{a}+{b}={a + b}")

@@ -94,15 +94,13 @@ def _rectangle(figure: Figure, labels: Sequence[str], generator: random.Random) 
         figure.label(centre, label)
 
 
-def _circle(figure: Figure, labels: Sequence[str], generator: random.Random) -> None:
-    """Draw a circle with a radius or a diameter; the labels are the two lengths, one of them empty."""
-    radius, diameter = labels
-    size = generator.uniform(0.4, 0.45)
-    figure.circle((0.5, 0.5), size)
-    figure.path((0.5 if radius else 0.5 - size, 0.5), (0.5 + size, 0.5))
-    figure.path((0.5, 0.49), (0.5, 0.51))
-    figure.label((0.7, 0.38), radius)
-    figure.label((0.5, 0.38), diameter)
+def _circles(figure: Figure, labels: Sequence[str], generator: random.Random) -> None:
+    """Draw two circles that touch; the labels are the radii of the left and of the right one."""
+    size = generator.uniform(0.2, 0.24)
+    for middle, place, label in zip((0.5 - size, 0.5 + size), (-1, 1), labels, strict=True):
+        figure.circle((middle, 0.55), size)
+        figure.path((middle, 0.55), (middle + place * size, 0.55))
+        figure.label((0.5 + place * 0.3, 0.43), label)
 
 
 FIGURES: dict[str, Callable[[Figure, Sequence[str], random.Random], None]] = {
@@ -110,6 +108,6 @@ FIGURES: dict[str, Callable[[Figure, Sequence[str], random.Random], None]] = {
     "straight_angle": _straight_angle,
     "right_triangle": _right_triangle,
     "rectangle": _rectangle,
-    "circle": _circle,
+    "circles": _circles,
 }
 """Kind of problem -> function that draws its figure."""

@@ -574,7 +574,7 @@ TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if path.stem 
 
 
 def test_tools_are_commands() -> None:
-    assert len(TOOLS) == 20
+    assert len(TOOLS) == 21
     assert set(TOOLS) <= set(commands.NAMES)
     entry = re.search(r'"megatron-gmpo = (\S+):(\w+)"', (ROOT / "setup.py").read_text())
     assert entry
