@@ -57,7 +57,9 @@ def image_size(cfg: Config) -> dict[str, int]:
     """Return the limits of an image's pixels, as the processor takes them."""
     from transformers import AutoImageProcessor  # imports Pillow
 
-    processor: Any = AutoImageProcessor.from_pretrained(cfg.model.path, trust_remote_code=False)
+    processor: Any = AutoImageProcessor.from_pretrained(
+        cfg.model.path, backend="pil", trust_remote_code=False
+    )
     size = {"shortest_edge": processor.size["shortest_edge"], "longest_edge": processor.size["longest_edge"]}
     if cfg.data.min_pixels:
         size["shortest_edge"] = cfg.data.min_pixels
