@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,10 @@ def test_faults_end_the_episode_and_its_process(pool: EnvironmentPool, action: s
 
 def gone(*pids: int) -> bool:
     """Return whether the processes have ended after a while."""
-    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    processes = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):  # it has ended already
+            processes.append(psutil.Process(pid))
     _, alive = psutil.wait_procs(processes, timeout=30)
     return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
