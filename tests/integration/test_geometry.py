@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from megatron_gmpo.commands import demo
-from megatron_gmpo.testing import demo as demos
 from megatron_gmpo.testing.geometry import make_geometry
 
 from ..support.commands import json_lines, options
+from ..support.demos import demo_result
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-CONFIG = "examples/vision/geometry_tiny_cpu.toml"
 
 
 def test_the_last_line_of_the_demo_is_its_result(
@@ -32,21 +28,7 @@ def test_the_last_line_of_the_demo_is_its_result(
         "log__transcripts_per_step": 8,
         "train__num_steps": 1,
     }
-    task = demos.TASKS["geometry"]
-    small = demos.Task(
-        str(Path(CONFIG).resolve()),
-        lambda: pytest.fail("the model is made"),
-        made / "warm_up.json",
-        task.metric,
-        task.name,
-        tuple(options(**chosen)),
-        task.at_end,
-    )
-    monkeypatch.setitem(demos.TASKS, "geometry", small)
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    monkeypatch.chdir(tmp_path)
-    demo.main(["--task", "geometry"])
-    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    result = demo_result("geometry", made, options(**chosen), tmp_path, monkeypatch, capfd)
     rates = ["accuracy_before", "accuracy_before_interval", "accuracy_after", "accuracy_after_interval"]
     assert list(result) == [*rates, "accuracy_blank", "seconds", "run_dir"]
     run_dir = Path(result["run_dir"])

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from megatron_gmpo.batch.samples import Prompt
-from megatron_gmpo.commands import demo
 from megatron_gmpo.rollout.environments.household import Household
-from megatron_gmpo.testing import demo as demos
 from megatron_gmpo.testing.household import make_household
 
 from ..support.commands import json_lines, options, run_module
+from ..support.demos import demo_result
 
 pytestmark = pytest.mark.distributed
 
@@ -83,20 +82,8 @@ def test_the_figures_of_a_run_are_those_of_its_episodes_played_anew(made: Path, 
 def test_the_last_line_of_the_demo_is_its_result(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    task = demos.TASKS["household"]
-    small = demos.Task(
-        str(Path(CONFIG).resolve()),
-        lambda: pytest.fail("the model is made"),
-        made / "warm_up.json",
-        task.metric,
-        task.name,
-        tuple(options(**settings(made, eval__interval=1))),
-    )
-    monkeypatch.setitem(demos.TASKS, "household", small)
-    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    monkeypatch.chdir(tmp_path)
-    demo.main(["--task", "household"])
-    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    words = options(**settings(made, eval__interval=1))
+    result = demo_result("household", made, words, tmp_path, monkeypatch, capfd)
     rates = ["success_before", "success_before_interval", "success_after", "success_after_interval"]
     assert list(result) == [*rates, "seconds", "run_dir"]
     assert re.fullmatch(r"runs/demo-\d{8}-\d{6}", result["run_dir"])

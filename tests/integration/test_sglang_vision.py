@@ -36,7 +36,7 @@ from ..support.vision import SIZES, VisionReference, picture
 pytestmark = [needs_sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SHOWN = [picture(*size, seed=4 + i) for i, size in enumerate(SIZES[:2])]
-"""What the environment shows: at its reset, and after the first turn."""
+"""Pictures in the environment's observations: that of its reset, and that after the first turn."""
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 

@@ -25,7 +25,7 @@ SIZES = ((56, 84), (200, 61), (1000, 333), (30, 30))
 def picture(width: int, height: int, seed: int = 0) -> bytes:
     """Return smooth random colours, so that another filter of resizing gives other pixel values.
 
-    Of three seeds, the first gives a JPEG, the second a PNG, and the third a PNG that is partly transparent.
+    The file is a JPEG, a PNG or a partly transparent PNG if ``seed % 3`` is 0, 1 or 2.
     """
     bands = 4 if seed % 3 == 2 else 3
     noise = np.random.default_rng(seed).integers(0, 256, (height // 9 + 2, width // 9 + 2, bands), np.uint8)

@@ -53,6 +53,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> str:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # datasets reads the variable of this name once, when it is imported
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 

@@ -63,6 +63,20 @@ def images_of(model: Path, run_dir: Path) -> RunImages:
     return made
 
 
+def engine_of(reference: VisionReference, images: RunImages, **others: Any) -> EmbeddedEngine:
+    """Return an engine in fp32; ``others`` are further arguments."""
+    return EmbeddedEngine(
+        str(reference.folder),
+        reference.tokenizer,
+        device="cpu",
+        dtype=torch.float32,
+        batch_size=10,
+        seed=1,
+        images=images,
+        **others,
+    )
+
+
 def prompts_of(reference: VisionReference, folder: Path) -> list[Prompt]:
     """Return a prompt of text, one with each of two images, and one with both, of different lengths."""
     one, other = (picture(*size, seed=i) for i, size in enumerate(SIZES[:2]))
@@ -94,16 +108,8 @@ def test_embedded_samples_with_images_are_what_transformers_says(
     reference = references(family)
     model = reference.folder
     prompts = prompts_of(reference, tmp_path / "data")
-    engine = EmbeddedEngine(
-        str(model),
-        reference.tokenizer,
-        device="cpu",
-        dtype=torch.float32,
-        batch_size=10,
-        seed=1,
-        routed_experts=family == "qwen3_vl_moe",
-        images=images_of(model, tmp_path / "run"),
-    )
+    images = images_of(model, tmp_path / "run")
+    engine = engine_of(reference, images, routed_experts=family == "qwen3_vl_moe")
     engine._end_ids = set()
     groups = in_order(engine.generate(prompts, SamplingParams(n=n, max_new_tokens=20, temperature=1.5)))
     stored = tmp_path / "run" / "images"
@@ -132,15 +138,7 @@ def test_a_weight_sync_may_leave_out_the_tower_but_no_part_of_it(
 ) -> None:
     reference = references("qwen3_vl")
     model = reference.folder
-    engine = EmbeddedEngine(
-        str(model),
-        reference.tokenizer,
-        device="cpu",
-        dtype=torch.float32,
-        batch_size=4,
-        seed=1,
-        images=images_of(model, tmp_path / "run"),
-    )
+    engine = engine_of(reference, images_of(model, tmp_path / "run"))
     doubled = {name: 2 * tensor for name, tensor in reference.hub_tensors().items()}
     language = {name: tensor for name, tensor in doubled.items() if ".visual." not in name}
     engine.update_weights(language.items(), 1)
@@ -252,7 +250,7 @@ def test_saved_images_need_a_model_with_vision(references: References, tmp_path:
 
 
 def test_a_request_has_one_token_for_each_image(references: References, tmp_path: Path) -> None:
-    """What is left is the template's text, encoded with one token for each image."""
+    """The request's ids are those of the template's text, which has one token for each image."""
     reference = references("qwen2_5_vl")
     images = images_of(reference.folder, tmp_path / "run")
     prompt = reference.prompt(
@@ -333,16 +331,7 @@ def play(
     cfg = Config.model_validate({"model": {"path": str(model)}, "rollout": rollout})
     images = images_of(model, tmp_path / "run")
     player = make_player(cfg, reference.tokenizer, 2048, images)
-    engine = EmbeddedEngine(
-        str(model),
-        reference.tokenizer,
-        device="cpu",
-        dtype=torch.float32,
-        batch_size=4,
-        seed=1,
-        player=player,
-        images=images,
-    )
+    engine = engine_of(reference, images, player=player)
     with closing(engine):
         (group,) = in_order(engine.generate([prompt], SamplingParams(n=6, max_new_tokens=5)))
     return reference, prompt, group.samples

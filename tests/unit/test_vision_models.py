@@ -175,7 +175,7 @@ def test_attention_of_the_tower(describe: Describe, monkeypatch: pytest.MonkeyPa
     grids = torch.tensor([[1, 6, 10], [1, 4, 4], [1, 6, 10], [1, 10, 14]])
     weight = tower.patch_embed.proj.weight
     pixels = torch.randn(int(grids.prod(1).sum()), weight[0].numel(), dtype=weight.dtype)
-    kernel = Mock(wraps=torch.nn.functional.scaled_dot_product_attention)
+    kernel = Mock(wraps=torch.nn.functional.scaled_dot_product_attention)  # counts calls of the real kernel
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
 
     def found() -> tuple[int, list[torch.Tensor]]:

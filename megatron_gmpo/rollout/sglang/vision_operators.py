@@ -5,7 +5,7 @@ operators of SGLang's CPU kernels at import, which are on no package index. With
 processor. Qwen2.5-VL and Qwen3-VL call none of them.
 """
 
-import torch
+from torch import library
 
 for _name in (
     "fused_gdn_gating",
@@ -17,4 +17,4 @@ for _name in (
     "fused_sigmoid_gating_delta_rule_update",
     "fused_sigmoid_mul",
 ):
-    torch.library.define(f"sgl_kernel::{_name}_cpu", "(Tensor a) -> Tensor")
+    library.define(f"sgl_kernel::{_name}_cpu", "(Tensor a) -> Tensor")

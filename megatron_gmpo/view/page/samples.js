@@ -60,7 +60,9 @@ function groupBox(group, recorded) {
 }
 
 function promptBox(group) {
-  return el("div", {}, el("div", { className: "facts" }, "Prompt ", el("b", { textContent: group.prompt_id }), "  truth ", el("b", { textContent: group.answer })), turns(group.prompt, group.images));
+  const bold = (content) => el("b", { textContent: content });
+  const facts = el("div", { className: "facts" }, "Prompt ", bold(group.prompt_id), "  truth ", bold(group.answer));
+  return el("div", {}, facts, turns(group.prompt, group.images));
 }
 
 // A prompt is text, or messages whose content is text or parts with images. An episode is messages too.
@@ -69,15 +71,18 @@ function turns(prompt, names = []) {
   const left = names.map(picture);
   const kind = (turn) => `turn ${turn.role === "assistant" ? "sampled" : ""}`;
   const text = (content) => el("pre", { className: "prompt", textContent: content });
-  const boxes = Array.isArray(prompt) ? prompt.map((turn) => el("div", { className: kind(turn) },
-    el("div", { className: "facts", textContent: turn.role }), ...(Array.isArray(turn.content) ? turn.content.map((content) => part(content, left)) : [text(turn.content)]))) : [text(prompt)];
+  const parts = (content) => Array.isArray(content) ? content.map((each) => part(each, left)) : [text(content)];
+  const box = (turn) => el("div", { className: kind(turn) },
+    el("div", { className: "facts", textContent: turn.role }), ...parts(turn.content));
+  const boxes = Array.isArray(prompt) ? prompt.map(box) : [text(prompt)];
   return el("div", {}, ...boxes, ...left);
 }
 
 // An image of the run, by the name of its file.
 function picture(name) {
   const box = el("img", { className: "picture", alt: `image ${name}` });
-  load(`images/${samples.run}/${name}`).then((url) => { box.src = url; }, (error) => box.replaceWith(nothing(`Image ${name} cannot be shown: ${error.message}`)));
+  const failed = (error) => box.replaceWith(nothing(`Image ${name} cannot be shown: ${error.message}`));
+  load(`images/${samples.run}/${name}`).then((url) => { box.src = url; }, failed);
   return box;
 }
 
@@ -96,7 +101,8 @@ function part(content, pictures) {
   if (content?.type === "image" && pictures.length) return pictures.shift();
   if (/^[0-9a-f]{32}\.[a-z]+$/.test(content?.image)) return picture(content.image); // of an observation
   const url = content?.image_url?.url ?? content?.image;
-  if (typeof url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(url)) return el("img", { src: url, alt: "image of the prompt" });
+  const shown = typeof url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(url);
+  if (shown) return el("img", { src: url, alt: "image of the prompt" });
   return el("pre", { textContent: content?.text ?? (url ? `image ${url}` : JSON.stringify(content)) });
 }
 
