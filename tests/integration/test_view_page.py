@@ -213,6 +213,7 @@ def test_an_episode_is_shown_turn_by_turn(tmp_path: Path, page: Any) -> None:
     with viewed(folder) as address:
         page.goto(address)
         tab(page, "Samples")
+        playwright.expect(page.locator(".sample")).to_have_count(2)  # all() does not wait for the page
         done, failed = page.locator(".sample").all()
         roles = [box.inner_text() for box in done.locator(".turn .facts").all()]
         assert roles == ["assistant", "user", "assistant", "tool"]
