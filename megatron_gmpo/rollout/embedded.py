@@ -256,7 +256,8 @@ class EmbeddedEngine:
                 "length" if end is None else "stop",
             )
             if context_experts and experts is not None:
-                routed = torch.cat([context_experts[i], experts[i, : len(sampled) - 1]])
+                known = contexts[i].recorded
+                routed = torch.cat([context_experts[i][known:], experts[i, : len(sampled) - 1]])
                 response.routed_experts = narrow_experts(routed.cpu().numpy())
             responses.append(response)
         return responses

@@ -169,14 +169,19 @@ class _Trajectory:
         """Return the number of tokens after the start."""
         return sum(len(part.tokens) for part in self._parts)
 
+    @property
+    def context(self) -> Context:
+        """Return the context of the next turn.
+
+        Experts that an earlier turn recorded are not recorded again: a server has these tokens in its cache.
+        """
+        return Context(self.tokens, self.images, recorded=sum(map(len, self._experts)))
+
     def add_turn(self, turn: Response) -> None:
-        """Append a turn that was sampled after ``tokens``."""
+        """Append a turn that was sampled after ``context``."""
         self._parts.append(_Part(turn.tokens, True, turn.logprobs, turn.versions))
         if turn.routed_experts is not None:
-            # of rows that an earlier turn recorded, the earlier ones count: the server had them in its cache
-            known = sum(map(len, self._experts))
-            # a view would keep the rows of the whole context in memory, for every turn
-            self._experts.append(turn.routed_experts[known:].copy())
+            self._experts.append(turn.routed_experts)
 
     def add_observation(self, tokens: np.ndarray) -> None:
         """Append tokens that were not sampled. They have the version of the token before them."""
@@ -235,8 +240,7 @@ class _Course:
             )
         while True:
             room = self.limits.max_episode_tokens - self.trajectory.length
-            context = Context(self.trajectory.tokens, self.trajectory.images)
-            turn = await self.generate(context, min(self.limits.max_new_tokens, room))
+            turn = await self.generate(self.trajectory.context, min(self.limits.max_new_tokens, room))
             self.trajectory.add_turn(turn)
             previous = self.log.turns[-1] if self.log.turns else []
             self.log.act(self.ending.text(turn.tokens))

@@ -14,10 +14,15 @@ from .ending import Ending
 
 @dataclass(frozen=True)
 class Context:
-    """The tokens after which a response is sampled, and their images."""
+    """The tokens after which a response is sampled, and their images.
+
+    Attributes:
+        recorded: number of first tokens whose routed experts are known, so that the response leaves them out.
+    """
 
     tokens: Sequence[int] | np.ndarray
     images: Sequence[PromptImage] = ()
+    recorded: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -32,8 +37,9 @@ class Response:
         logprobs: R log probabilities, after temperature and before top-p and top-k.
         versions: R training steps, one per token: the step whose weights sampled the token.
         finish_reason: ``stop``, ``length``, or empty while the response is unfinished.
-        routed_experts: (C + R - 1, layers, topk) uint8 or int16 expert ids, if requested: a row for each
-            token of the context of C tokens and of the response, but the last.
+        routed_experts: (C + R - 1 - recorded, layers, topk) uint8 or int16 expert ids, if requested: a row
+            for each token of the context of C tokens and of the response, but for the first ``recorded`` and
+            the last.
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))

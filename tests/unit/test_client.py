@@ -918,6 +918,14 @@ class ThreeTurns:
         return turn
 
 
+class LaterTurn(ThreeTurns):
+    """Player of a turn after tokens of which two have known experts."""
+
+    async def play(self, *arguments: Any) -> Response:
+        prompt, *_, generate = arguments
+        return await generate(Context(np.array(prompt.input_ids, np.int32), recorded=2), 4)
+
+
 def play(client: RolloutClient, player: ThreeTurns, count: int, n: int = 1) -> Future[Sampled[Any]]:
     prompts = [Prompt(str(i), "", input_ids=[*PROMPT, i]) for i in range(count)]
     sampling, of_turns = SamplingParams(n=n, max_new_tokens=7), cast(Any, player)
@@ -927,6 +935,24 @@ def play(client: RolloutClient, player: ThreeTurns, count: int, n: int = 1) -> F
 def prompts_of(fake: FakeServer) -> list[int]:
     """Return the position of the prompt of each request."""
     return [body["input_ids"][3] for body in fake.bodies]
+
+
+def test_known_experts_are_not_requested(
+    client: Callable[..., RolloutClient], fakes: list[FakeServer]
+) -> None:
+    served = client(experts=True)
+    sync(served, fakes, 0)
+    record = np.arange((len(PROMPT) + 1 + 4 - 1 - 2) * 4, dtype="<i4")  # play appends a token to the prompt
+
+    async def generate(body: dict[str, Any]) -> Answer:
+        answer = answer_of(body, f"{NONCE}-0")
+        answer["meta_info"]["routed_experts"] = base64.b64encode(record.tobytes()).decode()
+        return answer
+
+    fakes[0].generate = generate
+    ((response,),) = play(served, LaterTurn(), count=1).result(20).values()
+    assert fakes[0].bodies[0]["routed_experts_start_len"] == 2
+    assert np.array_equal(response.routed_experts, record.reshape(-1, 2, 2))
 
 
 def test_the_turns_of_an_episode_stay_on_one_server(

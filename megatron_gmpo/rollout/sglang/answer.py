@@ -33,7 +33,7 @@ class Answer:
         finish_reason: ``stop``, ``length`` or ``abort``.
         prompt_tokens: number of tokens of the request, with those of its images.
         prompt_ids: these tokens, if the request asked for them.
-        routed_experts: flat uint8 or int16 expert ids of all tokens but the last; empty if not recorded.
+        routed_experts: flat uint8 or int16 expert ids of the requested tokens; empty if not recorded.
     """
 
     tokens: np.ndarray

@@ -120,7 +120,7 @@ class Sampler:
                 answer = await self._ask(body, home)
                 if context.images:
                     self._compare_tokens(answer, context, response)
-                self._append(response, answer, limit, ending)
+                self._append(response, answer, context, limit, ending)
                 if context.images and not response.finish_reason and self._has_image_token(response):
                     response = Response()  # the next request would need an image for it
                 aborted = not response.finish_reason and version == self._watcher.version  # by no sync
@@ -153,7 +153,11 @@ class Sampler:
 
     async def _prompt(self, context: Context) -> dict[str, Any]:
         """Return what all requests of a sample have in common."""
-        asked = {"return_logprob": True, "return_routed_experts": bool(self._routed_experts)}
+        asked = {
+            "return_logprob": True,
+            "return_routed_experts": bool(self._routed_experts),
+            "routed_experts_start_len": context.recorded,
+        }
         if not context.images:
             return asked | {"input_ids": np.asarray(context.tokens, np.int32)}
         assert self._images, "a prompt with images for a model without vision"
@@ -266,7 +270,9 @@ class Sampler:
         ) as reply:
             return _Reply(reply.status, await reply.read())
 
-    def _append(self, response: Response, answer: Answer, limit: int, ending: Ending) -> None:
+    def _append(
+        self, response: Response, answer: Answer, context: Context, limit: int, ending: Ending
+    ) -> None:
         """Add the tokens of ``answer`` up to the end of the response, and set its ``finish_reason``."""
         tokens = np.append(response.tokens, answer.tokens)
         finish_reason, end = answer.finish_reason, ending.length(tokens)
@@ -282,7 +288,7 @@ class Sampler:
             )
         # an unfinished response is routed again as a longer prompt, under the newer weights
         if self._routed_experts and finish_reason:
-            rows = answer.prompt_tokens + len(answer.tokens) - 1
+            rows = answer.prompt_tokens + len(answer.tokens) - 1 - context.recorded
             surplus = 0 if end is None else len(tokens) - end
             response.routed_experts = self._routing(answer.routed_experts, rows)[: rows - surplus]
         response.tokens = tokens[:end]
@@ -294,7 +300,7 @@ class Sampler:
         """Return (rows, layers, topk) expert ids of an answer's record."""
         assert self._routed_experts
         layers, topk = self._routed_experts
-        if not len(flat) or len(flat) % rows:
+        if not len(flat) or rows < 1 or len(flat) % rows:
             raise _RetryError(f"the record has {len(flat)} routed experts for {rows} tokens")
         if len(flat) != rows * layers * topk:
             raise ServerError(
