@@ -1,6 +1,6 @@
 """Fixtures for all tests: tiny models of every family and a pool of processes that serve as gloo ranks.
 
-This module also turns off the Hugging Face hub and limits torch to one thread.
+This module also turns off the Hugging Face hub and torch's compiler, and limits torch to one thread.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from .support.orphans import mark_this_run
 from .support.ranks import RankPool
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # no run on a CPU uses torch's compiler, and a rank that does not import it needs a sixth less to start
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # A loaded machine must not fail a test. Every run draws the same inputs, except make fuzz.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("tests", UNHURRIED, derandomize=True)

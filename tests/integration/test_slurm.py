@@ -138,8 +138,7 @@ def jobs(
                 *sbatch,
                 *what,
                 *argv,
-                # Without torch's compiler, which no job here uses, a rank needs a fifth less to start.
-                env={"PYTHON": sys.executable, "TORCHDYNAMO_DISABLE": "1", **chosen},
+                env={"PYTHON": sys.executable, **chosen},
             )
             return Job(cluster, int(answer.splitlines()[-1]), log, run_dir)
 
