@@ -27,6 +27,7 @@ from megatron_gmpo.config import Config
 from megatron_gmpo.testing import VisionFamily
 
 from ..support import cases, reference
+from ..support.batches import split
 from ..support.ranks import RankPool
 from .test_layouts import (
     BUDGETS,
@@ -250,6 +251,53 @@ def test_ranks_without_images_take_part_in_overlapped_communication(
     overlap = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
     cfg = training(known["path"], parallel, "a sequence each", optimizer=overlap)
     check(ranks.run(4, cases.train_in_small_buckets, cfg, known["batch"], STEPS), known)
+
+
+@pytest.mark.parametrize("layout", ["cp2", "tp2 pp2"])
+def test_minibatches_without_and_with_images_and_a_reference_policy(
+    ranks: RankPool, seen: VisionReference, tiny_model: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    """Two updates with a KL penalty equal float64 updates; only the sequences of the second have images."""
+    path = seen.model("qwen3_vl")
+    other = tiny_model("qwen3_vl", hidden_size=32, seed=1, **SMALL)
+    batch, images = make_problem(path)
+    batch = batch.take(torch.tensor([1, 6, 0, 2]))
+    own = reference.batch_logprobs(path, batch, images=images)
+    noise = 0.4 * torch.randn(len(own), generator=torch.Generator().manual_seed(2))
+    batch.rollout_logprobs = torch.where(batch.response_mask, own.float() + noise, 0.0)
+    known: list[dict[str, Any]] = []
+    start = path
+    for number, minibatch in enumerate(split(batch, 2)):
+        minibatch.old_logprobs = minibatch.rollout_logprobs
+        result = reference.train(
+            start,
+            minibatch,
+            1,
+            start := tmp_path / str(number),
+            ref_path=other,
+            lr=LR,
+            eps=EPS,
+            clip_grad=CLIP_GRAD,
+            images=images,
+            loss="gmpo",
+            clip_low=CLIP,
+            clip_high=CLIP,
+            kl_coef=0.2,
+            entropy_coef=0.0,
+        )
+        known.append(result)
+    world_size, parallel = LAYOUTS[layout]
+    cfg = training(
+        path,
+        parallel,
+        train={"minibatches_per_step": 2},
+        algorithm={"old_logprobs": "rollout", "kl_coef": 0.2},
+        model={"reference_path": str(other)},
+    )
+    for result in ranks.run(world_size, cases.learn, cfg, batch, 1, False):
+        for update, wanted in zip(result["history"], known, strict=True):
+            assert update["loss"] == pytest.approx(wanted["losses"][0], rel=1e-4)
+            assert update["grad_norm"] == pytest.approx(wanted["norms"][0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("family", "layout"), [("qwen2_5_vl", "one rank"), ("qwen3_vl_moe", "tp2 pp2 ep2")])
