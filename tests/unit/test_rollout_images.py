@@ -277,6 +277,24 @@ def test_a_jpeg_with_a_byte_behind_it_is_the_same_image(references: References, 
     assert np.array_equal(plain, padded)
 
 
+def test_a_client_keeps_the_images_that_it_used_last(
+    references: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = references("qwen2_5_vl")
+    requests = ImageRequests(images_of(reference.folder, tmp_path / "run"))
+    first, second, third = (reference.stored(picture(80, 61, seed=seed), tmp_path) for seed in range(3))
+
+    async def kept_after(*images: Any) -> set[bytes]:
+        for image in images:
+            await requests._encoded(image)
+        return set(requests._ready)
+
+    room = sum(len(requests._load(image)) for image in (first, second, third)) - 1  # not for all three
+    monkeypatch.setattr("megatron_gmpo.rollout.sglang.image_requests.KEPT_BYTES", room)
+    kept = asyncio.run(kept_after(first, second, first, third))
+    assert kept == {first.ref.digest, third.ref.digest}
+
+
 def in_mode(mode: str, kind: str = "PNG", transparency: bool = False) -> bytes:
     """Return a picture in a mode of Pillow.
 

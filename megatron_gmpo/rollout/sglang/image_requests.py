@@ -30,8 +30,8 @@ PREPROCESSED_MB = 256
 """Size of a server's cache of preprocessed images: the samples of a group send the same ones."""
 _READING = ("image_processor_backend", "mm_process_config", "enable_precise_embedding_interpolation")
 """Options that change the values of an image."""
-_KEPT = 256
-"""Number of images that a client keeps ready to send."""
+KEPT_BYTES = 256 << 20
+"""Size of the images that a client keeps ready to send."""
 
 
 def image_options(cfg: Config, device: torch.device) -> dict[str, Any]:
@@ -111,7 +111,8 @@ class ImageRequests:
 
     def __init__(self, images: RunImages) -> None:
         self.images = images
-        self._ready: dict[bytes, asyncio.Task[str]] = {}  # the newest last
+        self._ready: dict[bytes, asyncio.Task[str]] = {}  # the image that was used last is the last one
+        self._sizes: dict[bytes, int] = {}  # bytes of the images that are ready
 
     async def of(self, context: Context) -> dict[str, Any]:
         """Keep the images of a context in the run's folder, and return ``input_ids`` and ``image_data``."""
@@ -122,11 +123,18 @@ class ImageRequests:
     def _encoded(self, image: PromptImage) -> asyncio.Task[str]:
         """Return the task that keeps an image and gives its ``data:`` URL; one for all samples of a group."""
         digest = image.ref.digest
-        task = self._ready.pop(digest, None) or asyncio.create_task(asyncio.to_thread(self._load, image))
-        self._ready[digest] = task
-        if len(self._ready) > _KEPT:
-            del self._ready[next(iter(self._ready))]
+        self._ready[digest] = task = self._ready.pop(digest, None) or asyncio.create_task(self._keep(image))
         return task
+
+    async def _keep(self, image: PromptImage) -> str:
+        """Return the ``data:`` URL, and drop the URLs that were used least recently beyond ``KEPT_BYTES``."""
+        url = await asyncio.to_thread(self._load, image)
+        self._sizes[image.ref.digest] = len(url)
+        for digest in [digest for digest in self._ready if digest in self._sizes]:
+            if sum(self._sizes.values()) <= KEPT_BYTES:
+                break
+            del self._ready[digest], self._sizes[digest]
+        return url
 
     def _load(self, image: PromptImage) -> str:
         from ...data.images import on_white  # with Pillow, which text models do not need
