@@ -21,11 +21,20 @@ from typing import IO, Any, Literal
 
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .. import files
 from ..command_line import load_config
 from ..errors import InputError, printable
+from ..metrics.progress import duration
 from .study import Trial, flatten
 
 POLL_S = 0.5
@@ -259,19 +268,22 @@ class _Board:
     """Show the progress of the trials.
 
     A terminal shows one bar for all trials and one bar per running trial. Other outputs get one line per
-    ended trial.
+    ended trial, with the time left.
     """
 
     def __init__(self, total: int, console: Console) -> None:
         self._console, self._total, self._ended = console, total, 0
+        self._start = time.monotonic()
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("[cyan]{task.fields[figures]}"),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=console,
             expand=True,
+            speed_estimate_period=24 * 3600,  # a trial may take hours
             disable=not console.is_terminal,
         )
         self._all = self._bars.add_task("[bold]trials", total=total, figures="")
@@ -301,7 +313,9 @@ class _Board:
         self._bars.update(self._all, completed=self._ended)
         reason = f": {record.reason}" if record.reason else ""
         place, name = f"{self._ended}/{self._total}", _name(process.trial)
-        line = f"{place} {name} {record.outcome} after {record.seconds:.0f} s{reason}"
+        spent = time.monotonic() - self._start
+        left = duration(spent / self._ended * (self._total - self._ended))
+        line = f"{place} {name} {record.outcome} after {record.seconds:.0f} s{reason}; {left} left"
         self._console.out(printable(line), highlight=False)
 
 

@@ -101,7 +101,7 @@ class Progress:
         elif self._enabled:
             if seconds := figures.get("time/step"):
                 self._recent.append(seconds)
-                left = _duration(fmean(self._recent) * (self._total - step))
+                left = duration(fmean(self._recent) * (self._total - step))
                 texts += [f"{seconds:.2f} s", f"{left} left"]
             self._console.out(f"step {step}/{self._total}  " + "  ".join(texts), highlight=False)
         if any("/pass@" in name for name in figures):
@@ -129,8 +129,8 @@ class Progress:
                 self._bar.update(task, completed=int(share * total))
             elif self._enabled and 0 < share < 1 and now - said >= _LINE_S:
                 said, spent = now, now - started
-                left = _duration(spent * (1 / share - 1))
-                done = f"{what}: {int(share * total)}/{total}, {_duration(spent)}, {left} left"
+                left = duration(spent * (1 / share - 1))
+                done = f"{what}: {int(share * total)}/{total}, {duration(spent)}, {left} left"
                 self._console.out(done, highlight=False)
 
         try:
@@ -159,7 +159,7 @@ SILENT = Progress(enabled=False)
 """Prints nothing."""
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return e.g. ``0:03:20``."""
     return str(timedelta(seconds=round(seconds)))
 
