@@ -1,9 +1,11 @@
 PYTHON ?= python3.11
 # The interpreter itself if it runs, else pyenv's newest interpreter of that name.
 FOUND := $(shell $(PYTHON) -c "" 2>/dev/null && echo $(PYTHON) || \
-	ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(PYTHON:python%=%)*/bin/$(PYTHON) 2>/dev/null | sort -V | tail -n 1)
+	ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(PYTHON:python%=%)*/bin/$(PYTHON) 2>/dev/null | \
+	sort -V | tail -n 1)
 # Python 3.12 and later use another version of megatron-core: see setup.py.
-CONSTRAINTS := $(if $(FOUND),$(shell $(FOUND) -c "import sys; print('constraints' + '-py312' * (sys.version_info >= (3, 12)) + '.txt')" 2>/dev/null))
+NEWER := import sys; print('-py312' * (sys.version_info >= (3, 12)))
+CONSTRAINTS := $(if $(FOUND),constraints$(shell $(FOUND) -c "$(NEWER)" 2>/dev/null).txt)
 VENV := .venv$(addprefix -,$(filter-out python3.11,$(notdir $(PYTHON))))
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -21,7 +23,8 @@ help:  ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 check-python:
-	@test -n "$(FOUND)" || { echo "error: PYTHON = $(PYTHON) is not found: install Python 3.11 or 3.12, or choose another interpreter, e.g. make PYTHON=python3.12"; exit 2; }
+	@test -n "$(FOUND)" || { echo "error: PYTHON = $(PYTHON) is not found: install Python 3.11 or 3.12," \
+		"or choose another interpreter, e.g. make PYTHON=python3.12"; exit 2; }
 
 $(INSTALLED): $(CONSTRAINTS) setup.py | check-python
 	test -x $(PY) || $(FOUND) -m venv $(VENV)
