@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_gmpo.batch.samples import Sample, version_spans_of
 from megatron_gmpo.config import SGLangConfig
 from megatron_gmpo.rollout.ending import Ending
-from megatron_gmpo.rollout.response import Response
+from megatron_gmpo.rollout.response import Context, Response
 from megatron_gmpo.rollout.sglang.answer import parse_answer
 from megatron_gmpo.rollout.sglang.sampler import Sampler
 from megatron_gmpo.testing.tiny_tokenizers import text_tokenizer
@@ -106,7 +106,7 @@ def test_the_objects_of_a_response_do_not_grow_with_its_tokens(
         answer["meta_info"]["routed_experts"] = base64.b64encode(bytes(16 * (2 + count))).decode()
         content, response = json.dumps(answer).encode(), Response()
         tracemalloc.start()
-        sampler._append(response, parse_answer(content, NONCE), count, ending)
+        sampler._append(response, parse_answer(content, NONCE), Context(PROMPT), count, ending)
         assert response.routed_experts is not None
         sample = Sample.from_response(
             PROMPT,
