@@ -1,7 +1,24 @@
 // The tab Curves: one uPlot chart a panel.
 
-const curves = { smooth: 0, log: false, first: null, last: null, marks: true, data: null, plots: [], seen: "" };
-const STRONG = { collapse: "#b3261e", rollback: "#b3261e", nonfinite: "#b3261e", hang: "#b3261e", restart: "#7b5ea7", resume: "#7b5ea7", fall_back: "#7b5ea7" };
+const curves = {
+  smooth: 0,
+  log: false,
+  first: null,
+  last: null,
+  marks: true,
+  data: null,
+  plots: [],
+  seen: "",
+};
+const STRONG = {
+  collapse: "#b3261e",
+  rollback: "#b3261e",
+  nonfinite: "#b3261e",
+  hang: "#b3261e",
+  restart: "#7b5ea7",
+  resume: "#7b5ea7",
+  fall_back: "#7b5ea7",
+};
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
 
 tabs.Curves = {
@@ -16,12 +33,17 @@ tabs.Curves = {
 };
 
 function curveBar() {
-  const slider = el("input", { type: "range", min: 0, max: 100, value: curves.smooth, ariaLabel: "Smoothing" });
-  slider.oninput = () => { curves.smooth = Number(slider.value); drawCurves(); };
+  const apply = (change) => {
+    Object.assign(curves, change);
+    drawCurves();
+  };
+  const range = { type: "range", min: 0, max: 100, value: curves.smooth, ariaLabel: "Smoothing" };
+  const slider = el("input", range);
+  slider.oninput = () => apply({ smooth: Number(slider.value) });
   return el("div", { className: "bar" },
     el("label", {}, "Smoothing ", slider),
-    toggle("log scale", curves.log, (on) => { curves.log = on; drawCurves(); }),
-    toggle("event marks", curves.marks, (on) => { curves.marks = on; drawCurves(); }),
+    toggle("log scale", curves.log, (on) => apply({ log: on })),
+    toggle("event marks", curves.marks, (on) => apply({ marks: on })),
     el("button", { textContent: "All steps", onclick: () => zoom(null, null) }),
     el("span", { className: "note", textContent: "Drag over a chart to zoom in on steps." }));
 }
@@ -76,9 +98,11 @@ function linesOf(panel) {
       if (!p) return;
       const color = COLORS[(alone ? i : run) % COLORS.length];
       const dash = alone ? [] : DASHES[i % DASHES.length];
-      const label = [alone ? "" : state.runs[run]?.name, name || metric.split("/").at(-1)].filter(Boolean).join(" ");
+      const names = [alone ? "" : state.runs[run]?.name, name || metric.split("/").at(-1)];
+      const label = names.filter(Boolean).join(" ");
       if (p.low) {
-        found.push({ x: p.x, y: p.low, label: "", color, edge: "low" }, { x: p.x, y: p.high, label: "", color, edge: "high" });
+        found.push({ x: p.x, y: p.low, label: "", color, edge: "low" });
+        found.push({ x: p.x, y: p.high, label: "", color, edge: "high" });
       }
       const smooth = curves.smooth > 0 && panel.kind === "lines" && p.y.length > 20;
       if (smooth) found.push({ x: p.x, y: p.y, label: "", color: color + "40", dash, width: 1 });
@@ -100,7 +124,11 @@ function drawPanel(into, panel) {
   const raw = data;
   if (log) data = [data[0], ...data.slice(1).map((ys) => ys.map((y) => (y > 0 ? y : null)))];
   const series = lines.map((line) => ({
-    stroke: line.color, dash: line.dash, width: line.edge ? 0.01 : line.width, spanGaps: true, points: { show: line.x.length < 30 && !line.edge, size: 5 },
+    stroke: line.color,
+    dash: line.dash,
+    width: line.edge ? 0.01 : line.width,
+    spanGaps: true,
+    points: { show: line.x.length < 30 && !line.edge, size: 5 },
   }));
   const bands = [];
   if (stack) {
@@ -112,18 +140,33 @@ function drawPanel(into, panel) {
       else bands.push({ series: [i + 1, i], fill: lines[i].color + "d0" });
     });
   } else if (panel.kind === "band" && lines.length % 2 === 0) {
-    for (let i = 0; i < lines.length; i += 2) bands.push({ series: [i + 2, i + 1], fill: lines[i].color + "30" });
-    lines.forEach((line, i) => { series[i].stroke = lines[i - (i % 2)].color; });
+    for (let i = 0; i < lines.length; i += 2) {
+      bands.push({ series: [i + 2, i + 1], fill: lines[i].color + "30" });
+    }
+    lines.forEach((line, i) => {
+      series[i].stroke = lines[i - (i % 2)].color;
+    });
   }
   lines.forEach((line, i) => {
     if (line.edge === "high") bands.push({ series: [i + 1, i], fill: line.color + "30" });
   });
   const show = (at) => writeLegend(legend, lines, raw, at);
+  const stepLabels = (_, ticks) => ticks.map((t) => (Number.isInteger(t) ? String(t) : ""));
+  const valueLabels = (_, ticks) => ticks.map((t) => (t === null ? "" : number(t, 3)));
   const plot = new uPlot({
-    width: Math.max(200, box.clientWidth), height: 190, legend: { show: false }, series: [{}, ...series], bands,
-    scales: { x: { time: false }, y: log ? { distr: 3 } : { range: (_, low, high) => span(low, high, stack) } },
-    axes: [{ size: 28, stroke: "#66707b", grid: { show: false }, values: (_, ticks) => ticks.map((t) => (Number.isInteger(t) ? String(t) : "")) },
-      { size: 56, stroke: "#66707b", grid: { stroke: "#e8ebee", width: 1 }, values: (_, ticks) => ticks.map((t) => (t === null ? "" : number(t, 3))) }],
+    width: Math.max(200, box.clientWidth),
+    height: 190,
+    legend: { show: false },
+    series: [{}, ...series],
+    bands,
+    scales: {
+      x: { time: false },
+      y: log ? { distr: 3 } : { range: (_, low, high) => span(low, high, stack) },
+    },
+    axes: [
+      { size: 28, stroke: "#66707b", grid: { show: false }, values: stepLabels },
+      { size: 56, stroke: "#66707b", grid: { stroke: "#e8ebee", width: 1 }, values: valueLabels },
+    ],
     cursor: { sync: { key: "steps" }, drag: { x: true, y: false, setScale: false }, points: { show: false } },
     hooks: { draw: [drawMarks], setCursor: [(u) => show(u.cursor.idx)], setSelect: [(u) => select(u)] },
   }, data, box);
@@ -149,7 +192,7 @@ function writeLegend(legend, lines, data, at) {
     if (!line.label) return;
     const value = isNumber(at) ? data[i + 1][at] : undefined;
     const newest = value === undefined || value === null ? line.y.findLast(isNumber) : value;
-    parts.push(el("span", {}, el("i", { className: "chip", style: { background: line.color } }), `${line.label} ${number(newest)}`));
+    parts.push(el("span", {}, chip(line.color), `${line.label} ${number(newest)}`));
   });
   legend.replaceChildren(...parts);
 }
@@ -167,7 +210,10 @@ function marks() {
   const found = [];
   state.runs.forEach((run, i) => {
     if (state.hidden.has(i)) return;
-    for (const event of run.events || []) if (isNumber(event.step)) found.push({ step: event.step, name: String(event.event), event, run });
+    for (const event of run.events || []) {
+      if (!isNumber(event.step)) continue;
+      found.push({ step: event.step, name: String(event.event), event, run });
+    }
   });
   return found;
 }
@@ -197,5 +243,9 @@ function drawMarks(plot) {
 function tipMark(plot, event) {
   const near = marks().filter((mark) => Math.abs(plot.valToPos(mark.step, "x") - plot.cursor.left) < 4);
   if (!curves.marks || !near.length) return hideTip();
-  tip(event, near.slice(0, 6).map((mark) => `${mark.name} at step ${mark.step}${mark.event.reason ? `: ${mark.event.reason}` : ""}`).join("\n"));
+  const lines = near.slice(0, 6).map((mark) => {
+    const reason = mark.event.reason ? `: ${mark.event.reason}` : "";
+    return `${mark.name} at step ${mark.step}${reason}`;
+  });
+  tip(event, lines.join("\n"));
 }

@@ -36,7 +36,8 @@ function number(value, digits = 4) {
   if (typeof value !== "number") return value === null || value === undefined ? "–" : String(value);
   if (Number.isInteger(value)) return Math.abs(value) < 1e6 ? String(value) : value.toLocaleString("en");
   const size = Math.abs(value);
-  return size >= 1e5 || size < 1e-3 ? value.toExponential(digits - 2) : String(Number(value.toPrecision(digits)));
+  if (size >= 1e5 || size < 1e-3) return value.toExponential(digits - 2);
+  return String(Number(value.toPrecision(digits)));
 }
 
 function duration(seconds) {
@@ -54,25 +55,34 @@ function tip(event, text) {
   box.hidden = false;
   const wide = box.offsetWidth, high = box.offsetHeight;
   box.style.left = `${clamp(event.clientX + 14, 0, innerWidth - wide - 4)}px`;
-  box.style.top = `${event.clientY + 18 + high > innerHeight ? event.clientY - high - 10 : event.clientY + 18}px`;
+  const below = event.clientY + 18, above = event.clientY - high - 10;
+  box.style.top = `${below + high > innerHeight ? above : below}px`;
 }
-const hideTip = () => { byId("tip").hidden = true; };
+
+const hideTip = () => {
+  byId("tip").hidden = true;
+};
 
 function table(heads, rows) {
-  const head = el("tr", {}, ...heads.map((h) => (h instanceof Node ? el("th", {}, h) : el("th", { textContent: h }))));
+  const cells = heads.map((h) => (h instanceof Node ? el("th", {}, h) : el("th", { textContent: h })));
+  const head = el("tr", {}, ...cells);
   return el("div", { className: "wide" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
 }
 
 function row(cells, properties = {}) {
   return el("tr", properties, ...cells.map((cell) => {
     if (cell instanceof Node) return el("td", {}, cell);
-    return el("td", { textContent: typeof cell === "number" ? number(cell) : cell, className: typeof cell === "number" ? "n" : "" });
+    if (typeof cell === "number") return el("td", { textContent: number(cell), className: "n" });
+    return el("td", { textContent: cell, className: "" });
   }));
 }
 
 function choice(label, values, value, change) {
   const select = el("select", { ariaLabel: label, onchange: () => change(select.value) });
-  for (const [name, shown] of values) select.append(el("option", { value: name, textContent: shown, selected: String(name) === String(value) }));
+  for (const [name, shown] of values) {
+    const selected = String(name) === String(value);
+    select.append(el("option", { value: name, textContent: shown, selected }));
+  }
   return el("label", {}, label + " ", select);
 }
 
@@ -85,22 +95,30 @@ function toggle(label, on, change) {
 function stepChoice(steps, step, change) {
   const at = steps.indexOf(step);
   const go = (where) => change(steps[clamp(where, 0, steps.length - 1)]);
-  const field = el("input", { type: "number", value: step, ariaLabel: "Step", min: steps[0], max: steps.at(-1) });
+  const range = { min: steps[0], max: steps.at(-1) };
+  const field = el("input", { type: "number", value: step, ariaLabel: "Step", ...range });
   field.onchange = () => {
     const wanted = Number(field.value);
     change(steps.reduce((best, s) => (Math.abs(s - wanted) < Math.abs(best - wanted) ? s : best)));
   };
-  return el("span", {}, el("label", {}, "Step ", field), " ",
+  const there = `  ${steps.length} steps, ${steps[0]} to ${steps.at(-1)}`;
+  return el("span", {},
+    el("label", {}, "Step ", field), " ",
     el("button", { textContent: "‹", ariaLabel: "Step before", onclick: () => go(at - 1) }), " ",
     el("button", { textContent: "›", ariaLabel: "Step after", onclick: () => go(at + 1) }), " ",
     el("button", { textContent: "Newest", onclick: () => go(steps.length - 1) }),
-    el("span", { className: "note", textContent: `  ${steps.length} steps, ${steps[0]} to ${steps.at(-1)}` }));
+    el("span", { className: "note", textContent: there }));
 }
 
-const runChoice = (at, change) =>
-  state.runs.length > 1 ? choice("Run", state.runs.map((run, i) => [i, run.name]), at, (value) => change(Number(value))) : null;
+function runChoice(at, change) {
+  if (state.runs.length < 2) return null;
+  const names = state.runs.map((run, i) => [i, run.name]);
+  return choice("Run", names, at, (value) => change(Number(value)));
+}
 
 const nothing = (line) => el("p", { className: "empty", textContent: line });
+const bold = (content) => el("b", { textContent: content });
+const chip = (color) => el("i", { className: "chip", style: { background: color } });
 
 async function shown(into, make) {
   try {

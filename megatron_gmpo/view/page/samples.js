@@ -12,7 +12,9 @@ const SORTS = {
 
 tabs.Samples = {
   open: () => showSamples(),
-  update: () => { if (!byId("groups")) showSamples(); else if (samples.follows) showSamples(); },
+  update: () => {
+    if (!byId("groups") || samples.follows) showSamples();
+  },
 };
 
 async function showSamples() {
@@ -20,37 +22,61 @@ async function showSamples() {
   const steps = run?.samples || [];
   const main = byId("main");
   if (!steps.length) {
-    main.replaceChildren(...[runBar(samples, showSamples), nothing("There are no samples: the run has written no transcripts.jsonl (log.transcripts_per_step).")].filter(Boolean));
+    const line = "There are no samples: the run has written no transcripts.jsonl (log.transcripts_per_step).";
+    main.replaceChildren(...[runBar(samples, showSamples), nothing(line)].filter(Boolean));
     return;
   }
   const newest = steps.at(-1);
   if (samples.step === null || !steps.includes(samples.step)) samples.step = newest;
   const groups = el("div", { id: "groups" });
-  const bar = el("div", { className: "bar" }, runChoice(samples.run, (at) => { samples.run = at; samples.step = null; showSamples(); }),
-    stepChoice(steps, samples.step, (step) => { samples.step = step; showSamples(); }),
-    choice("Sort by", Object.entries(SORTS).map(([name, [shown]]) => [name, shown]), samples.sort, (by) => { samples.sort = by; showSamples(); }));
+  const go = (place) => {
+    Object.assign(samples, place);
+    showSamples();
+  };
+  const sorts = Object.entries(SORTS).map(([name, [shown]]) => [name, shown]);
+  const bar = el("div", { className: "bar" },
+    runChoice(samples.run, (at) => go({ run: at, step: null })),
+    stepChoice(steps, samples.step, (step) => go({ step })),
+    choice("Sort by", sorts, samples.sort, (by) => go({ sort: by })));
   main.replaceChildren(bar, groups);
   await shown(groups, async () => {
     const found = await load(`samples/${samples.run}/${samples.step}`);
-    const recorded = run.tokens?.includes(samples.step) ? (await load(`tokens/${samples.run}/${samples.step}`)).samples : [];
-    return samples.sort === "group" ? found.map((group) => groupBox(group, recorded)) : sorted(found, recorded);
+    const recorded = await stepRecords(run);
+    if (samples.sort !== "group") return sorted(found, recorded);
+    return found.map((group) => groupBox(group, recorded));
   });
 }
 
-const runBar = (tab, again) => (state.runs.length > 1
-  ? el("div", { className: "bar" }, runChoice(tab.run, (at) => { tab.run = at; tab.step = null; again(); })) : null);
+// Returns the records of the step that is shown; a step without recorded tokens has none.
+async function stepRecords(run) {
+  if (!run.tokens?.includes(samples.step)) return [];
+  const found = await load(`tokens/${samples.run}/${samples.step}`);
+  return found.samples;
+}
+
+function runBar(tab, again) {
+  if (state.runs.length < 2) return null;
+  const change = (at) => {
+    Object.assign(tab, { run: at, step: null });
+    again();
+  };
+  return el("div", { className: "bar" }, runChoice(tab.run, change));
+}
 
 function recordOf(group, sample, recorded) {
   return recorded.find((r) => r.prompt_id === group.prompt_id && r.index === sample.index);
 }
 
 function sorted(groups, recorded) {
-  const flat = groups.filter((group) => group.samples).flatMap((group) => group.samples.map((sample, index) => {
+  const readable = groups.filter((group) => group.samples);
+  const flat = readable.flatMap((group) => group.samples.map((sample, index) => {
     const record = recordOf(group, { index }, recorded);
     return { ...sample, index, group, record, largest: record?.largest };
   }));
   flat.sort((a, b) => SORTS[samples.sort][1](a) - SORTS[samples.sort][1](b));
-  return flat.map((sample) => el("div", { className: "group" }, promptBox(sample.group), el("div", { className: "samples" }, sampleBox(sample, sample.record))));
+  return flat.map((sample) => el("div", { className: "group" },
+    promptBox(sample.group),
+    el("div", { className: "samples" }, sampleBox(sample, sample.record))));
 }
 
 function groupBox(group, recorded) {
@@ -60,8 +86,8 @@ function groupBox(group, recorded) {
 }
 
 function promptBox(group) {
-  const bold = (content) => el("b", { textContent: content });
-  const facts = el("div", { className: "facts" }, "Prompt ", bold(group.prompt_id), "  truth ", bold(group.answer));
+  const facts = el("div", { className: "facts" },
+    "Prompt ", bold(group.prompt_id), "  truth ", bold(group.answer));
   return el("div", {}, facts, turns(group.prompt, group.images));
 }
 
@@ -71,9 +97,11 @@ function turns(prompt, names = []) {
   const left = names.map(picture);
   const kind = (turn) => `turn ${turn.role === "assistant" ? "sampled" : ""}`;
   const text = (content) => el("pre", { className: "prompt", textContent: content });
-  const parts = (content) => Array.isArray(content) ? content.map((each) => part(each, left)) : [text(content)];
+  const parts = (content) =>
+    Array.isArray(content) ? content.map((each) => part(each, left)) : [text(content)];
   const box = (turn) => el("div", { className: kind(turn) },
-    el("div", { className: "facts", textContent: turn.role }), ...parts(turn.content));
+    el("div", { className: "facts", textContent: turn.role }),
+    ...parts(turn.content));
   const boxes = Array.isArray(prompt) ? prompt.map(box) : [text(prompt)];
   return el("div", {}, ...boxes, ...left);
 }
@@ -82,7 +110,10 @@ function turns(prompt, names = []) {
 function picture(name) {
   const box = el("img", { className: "picture", alt: `image ${name}` });
   const failed = (error) => box.replaceWith(nothing(`Image ${name} cannot be shown: ${error.message}`));
-  load(`images/${samples.run}/${name}`).then((url) => { box.src = url; }, failed);
+  const loaded = (url) => {
+    box.src = url;
+  };
+  load(`images/${samples.run}/${name}`).then(loaded, failed);
   return box;
 }
 
@@ -107,16 +138,31 @@ function part(content, pictures) {
 }
 
 function sampleBox(sample, record) {
-  const facts = [["reward", number(sample.reward)], ["over the mean", number(sample.over_mean)], ["tokens", number(sample.length)], ["end", sample.finish_reason]];
+  const facts = [
+    ["reward", number(sample.reward)],
+    ["over the mean", number(sample.over_mean)],
+    ["tokens", number(sample.length)],
+    ["end", sample.finish_reason],
+  ];
   if (sample.episode) facts.push(...episodeFacts(sample));
-  if (record) facts.push(["largest |log ratio|", number(record.largest)], ["advantage", number(record.advantage)]);
+  if (record) {
+    facts.push(["largest |log ratio|", number(record.largest)]);
+    facts.push(["advantage", number(record.advantage)]);
+  }
   const line = el("div", { className: "facts" });
-  for (const [name, value] of facts) line.append(`${name} `, el("b", { textContent: value }), "   ");
+  for (const [name, value] of facts) line.append(`${name} `, bold(value), "   ");
+  const answer = sample.extracted ?? null;
   const reasons = [sample.why, sample.episode?.error].filter(Boolean);
-  const box = el("div", { className: `sample ${sample.reward > 0 ? "right" : "wrong"}` }, line,
-    Array.isArray(sample.turns) ? turns(sample.turns) : el("pre", { className: "response", textContent: sample.text }),
-    sample.extracted === null || sample.extracted === undefined ? null : el("div", { className: "facts" }, "extracted answer ", el("b", { textContent: sample.extracted })),
+  const box = el("div", { className: `sample ${sample.reward > 0 ? "right" : "wrong"}` },
+    line,
+    Array.isArray(sample.turns)
+      ? turns(sample.turns)
+      : el("pre", { className: "response", textContent: sample.text }),
+    answer === null ? null : el("div", { className: "facts" }, "extracted answer ", bold(answer)),
     el("div", { className: "facts", textContent: reasons.join(" ") }));
-  if (record) box.append(el("button", { textContent: "Tokens", onclick: () => openTab("Tokens", { run: samples.run, step: samples.step, sample: record.sample }) }));
+  if (record) {
+    const show = () => openTab("Tokens", { run: samples.run, step: samples.step, sample: record.sample });
+    box.append(el("button", { textContent: "Tokens", onclick: show }));
+  }
   return box;
 }

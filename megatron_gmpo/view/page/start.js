@@ -2,18 +2,36 @@
 
 const REFRESH_MS = 3000;
 
+// Returns how a run ended, or how much time it has left.
+function ending(run) {
+  if (run.outcome) return run.outcome.code === 0 ? "finished" : `ended with exit code ${run.outcome.code}`;
+  return isNumber(run.seconds_left) ? `${duration(run.seconds_left)} left` : "";
+}
+
 function drawHeader() {
+  const several = state.runs.length > 1;
   byId("tabs").replaceChildren(...Object.keys(tabs).map((name) => el("button", {
-    textContent: name, role: "tab", ariaSelected: String(name === state.tab), onclick: () => openTab(name),
+    textContent: name,
+    role: "tab",
+    ariaSelected: String(name === state.tab),
+    onclick: () => openTab(name),
   })));
   byId("runs").replaceChildren(...state.runs.map((run, i) => {
-    const box = el("input", { type: "checkbox", checked: !state.hidden.has(i), hidden: state.runs.length < 2 });
-    box.onchange = () => { state.hidden[box.checked ? "delete" : "add"](i); redraw(); };
-    const left = run.outcome ? (run.outcome.code === 0 ? "finished" : `ended with exit code ${run.outcome.code}`) : isNumber(run.seconds_left) ? `${duration(run.seconds_left)} left` : "";
-    return el("label", {}, box, state.runs.length > 1 ? el("i", { className: "chip", style: { background: COLORS[i % COLORS.length] } }) : null,
-      el("strong", { textContent: run.name }), run.now === undefined ? "" : `  step ${run.done} of ${run.num_steps ?? "?"}  ${left}`);
+    const box = el("input", { type: "checkbox", checked: !state.hidden.has(i), hidden: !several });
+    box.onchange = () => {
+      state.hidden[box.checked ? "delete" : "add"](i);
+      redraw();
+    };
+    const done = `  step ${run.done} of ${run.num_steps ?? "?"}  ${ending(run)}`;
+    return el("label", {},
+      box,
+      several ? chip(COLORS[i % COLORS.length]) : null,
+      el("strong", { textContent: run.name }),
+      run.now === undefined ? "" : done);
   }));
-  byId("problems").replaceChildren(...state.runs.flatMap((run) => run.problems.map((line) => el("p", { textContent: state.runs.length > 1 ? `${run.name}: ${line}` : line }))));
+  const lines = state.runs.flatMap((run) =>
+    run.problems.map((line) => (several ? `${run.name}: ${line}` : line)));
+  byId("problems").replaceChildren(...lines.map((line) => el("p", { textContent: line })));
 }
 
 function redraw() {
@@ -35,7 +53,8 @@ async function refresh() {
     drawHeader();
     await tabs[state.tab].update();
   } catch (error) {
-    byId("problems").replaceChildren(el("p", { textContent: `The server does not answer (${error.message}). The page shows its last data.` }));
+    const line = `The server does not answer (${error.message}). The page shows its last data.`;
+    byId("problems").replaceChildren(el("p", { textContent: line }));
   }
   setTimeout(refresh, REFRESH_MS);
 }
@@ -50,7 +69,10 @@ async function start() {
   document.title = `${state.runs.map((run) => run.name).join(", ")} – megatron_gmpo`;
   await openTab("Curves");
   if (!EMBEDDED) setTimeout(refresh, REFRESH_MS);
-  addEventListener("resize", () => { clearTimeout(state.resize); state.resize = setTimeout(() => state.tab === "Curves" && drawCurves(), 200); });
+  addEventListener("resize", () => {
+    clearTimeout(state.resize);
+    state.resize = setTimeout(() => state.tab === "Curves" && drawCurves(), 200);
+  });
 }
 
 start();
