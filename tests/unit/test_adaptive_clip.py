@@ -63,6 +63,7 @@ def fraction(metrics: list[dict[str, Metric]], side: str) -> float:
     return float(merged.total / merged.count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "target", "gain"),
     [("gmpo", 0.01, 0.1), ("gmpo", 0.002, 0.1), ("rspo", 0.01, 0.1), ("grpo", 0.01, 0.1), ("gspo", 0.1, 0.3)],

@@ -90,6 +90,7 @@ def test_healthy_noisy_runs_do_not_fire(
     assert run(curve, 200) == []
 
 
+@pytest.mark.slow
 def test_false_alarms_of_the_reward_are_rare() -> None:
     """None of 500 runs most at risk fires: the bound of 3e-4 per run allows 0.15 alarms.
 

@@ -326,6 +326,7 @@ def cases(name: str, form: str) -> Iterator[list[str]]:
         yield {"INT": ["1", "3"], "FLOAT": ["0.25", "0.5"], "TEXT": ["a", "b"]}[form]
 
 
+@pytest.mark.slow
 def test_every_option_that_help_prints_parses(printed: dict[str, tuple[str, str]]) -> None:
     for name, (form, _) in printed.items():
         for words in cases(name, form):

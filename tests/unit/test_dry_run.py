@@ -88,6 +88,7 @@ def test_flops_of_a_dense_model(plan: Plan) -> None:
     assert recomputed.activations < whole.activations / 5
 
 
+@pytest.mark.slow
 def test_experts_meet_their_share_of_tokens(plan: Plan) -> None:
     layer = TOPK * 3 * HIDDEN * FFN + EXPERTS * HIDDEN  # the experts of a token and the router
     dense = 3 * HIDDEN * FFN
@@ -96,6 +97,7 @@ def test_experts_meet_their_share_of_tokens(plan: Plan) -> None:
     )
 
 
+@pytest.mark.slow
 def test_traffic_of_expert_and_context_parallelism(plan: Plan) -> None:
     tokens = 2 * TOKENS * TOPK * HIDDEN // 2  # bytes in bf16; one half stays on the rank
     weights = 4 * TOKENS * TOPK // 2  # each token is sent with its fp32 weight, which is not sent back
@@ -117,6 +119,7 @@ def test_traffic_of_tensor_parallelism(plan: Plan) -> None:
     assert sent(tensor, "all_reduce", "tp") == 2 * 4 * 4 * TOKENS // 2
 
 
+@pytest.mark.slow
 def test_the_optimizer_is_shared_by_the_replicas(plan: Plan) -> None:
     alone = plan("qwen3", 1)
     assert alone.weights == pytest.approx(2 * alone.parameters, rel=0.01)
@@ -129,6 +132,7 @@ def test_the_optimizer_is_shared_by_the_replicas(plan: Plan) -> None:
     assert sent(sync, "reduce_scatter", "dp_cp") == 2 * sent(sync, "all_gather", "dp_cp")
 
 
+@pytest.mark.slow
 def test_a_layout_of_many_ranks(plan: Plan) -> None:
     """The parameters of all stages add up to the model's, for a layout larger than any available machine."""
     parallel = {TP: 2, PP: 4, CP: 2, EP: 4}
@@ -142,6 +146,7 @@ def test_a_layout_of_many_ranks(plan: Plan) -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_fewer_bytes(plan: Plan) -> None:
     """A parameter takes 4 bytes of main weight and two moments of 4 bytes each.
 
@@ -157,6 +162,7 @@ def test_a_reference_in_host_memory(plan: Plan) -> None:
     assert plan(algorithm={"kl_coef": 0.1}, model={"reference_offload": True}).reference == 0
 
 
+@pytest.mark.slow
 def test_fp8_is_planned_without_its_kernels(plan: Plan) -> None:
     assert plan("qwen3_moe", fp8={"recipe": "mxfp8"}).training == plan("qwen3_moe").training
 
@@ -178,6 +184,7 @@ def flops_of_tower(family: str) -> int:
     return 2 * products + 4 * width * pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_a_vision_tower(plan: Plan, tiny_model: Callable[..., Path], family: str) -> None:
     text, frozen = plan(family), plan(family, image_tokens=24)

@@ -256,6 +256,7 @@ def test_the_logits_of_a_few_tiles_exist_at_a_time() -> None:
     assert largest.elements == 60 * 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
 def test_memory_of_head_and_loss(entropy_coef: float) -> None:
     """Beyond the inputs and their gradients it is below 0.02 of the logits.

@@ -578,6 +578,7 @@ def off_policy(batch: Packed, rollout: Tensor, max_kl: float) -> Tensor:
     return torch.tensor([float(A) < 0 and kl > max_kl for A, kl in zip(batch.advantages, means, strict=True)])
 
 
+@pytest.mark.slow
 @all_losses
 @quick
 @given(batch=packed(), max_kl=st.sampled_from([0.0, 0.1, 0.5]))

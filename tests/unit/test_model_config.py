@@ -296,6 +296,7 @@ def settable(describe: Describe) -> dict[str, Any]:
     return {name: kinds[name] for name, line in refusals.items() if "Input should be" in line}
 
 
+@pytest.mark.slow
 def test_text_has_the_type_of_its_field(describe: Describe) -> None:
     """The text of each value in Megatron's config gives this value again, and not a text."""
     kinds, transformer = settable(describe), describe().transformer
@@ -350,6 +351,7 @@ WRONG = {
 """Type -> values that do not have it. Text has the type that it can be parsed as."""
 
 
+@pytest.mark.slow
 def test_values_of_a_wrong_type_are_refused(describe: Describe) -> None:
     one_of_each = {str(kind): (name, kind) for name, kind in settable(describe).items()}
     refused = set()

@@ -228,6 +228,7 @@ def test_truncated_sampling_reports_the_whole_distribution(
     assert torch.cat(cut).min() > 0.05  # every step removed tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (6, 0.8)])
 def test_samples_follow_the_distribution(top_k: int, top_p: float, folder_of: Callable[..., Path]) -> None:
     folder = folder_of("qwen3")

@@ -257,6 +257,7 @@ def test_a_name_is_exactly_that_file(
     assert answers_of(f"{name}{suffix}") == answers_of(tmp_path / f"{name}{suffix}") == ["itself"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["*", ".", "json", "parquet", "text", "~", "$HOME", "hf://datasets/a/b", "s3://a/b"]
 )
