@@ -277,7 +277,16 @@ def test_a_run_in_progress(tmp_path: Path, page: Any) -> None:
             add_heartbeat(folder, rank, 20, now=time.time())
         playwright.expect(header).to_contain_text("step 20 of 50")
         tab(page, "Samples")
-        playwright.expect(page.locator(".bar").first).to_contain_text("10 to 20")
+        bar, step = page.locator("#bar"), page.get_by_label("Step", exact=True)
+        playwright.expect(bar).to_contain_text("10 to 20")
+        for name, number in (("Samples", 30), ("Tokens", 40)):  # an open tab offers new steps, and stays
+            tab(page, name)
+            playwright.expect(step).to_have_value(str(number - 10))
+            add_samples(folder, number, rng)
+            playwright.expect(bar).to_contain_text(f"10 to {number}")
+            playwright.expect(step).to_have_value(str(number - 10))
+            page.get_by_role("button", name="Newest").click()
+            playwright.expect(step).to_have_value(str(number))
         tab(page, "Machine")
         playwright.expect(page.locator("main")).to_contain_text("running")
 

@@ -9,6 +9,7 @@ const curves = {
   data: null,
   plots: [],
   seen: "",
+  call: null,
 };
 const STRONG = {
   collapse: "#b3261e",
@@ -51,8 +52,11 @@ function curveBar() {
 async function loadCurves() {
   curves.seen = JSON.stringify(state.runs.map((run) => [run.done, (run.events || []).length]));
   const range = curves.first === null ? "" : `?first=${curves.first}&last=${curves.last}`;
+  const call = (curves.call = {});
   try {
-    curves.data = await load("curves" + range);
+    const data = await load("curves" + range);
+    if (curves.call !== call) return; // a later one has begun
+    curves.data = data;
   } catch (error) {
     byId("panels")?.replaceChildren(nothing(`The curves cannot be shown: ${error.message}`));
     return;

@@ -2,11 +2,20 @@
 
 const SILENT_S = 60;
 
-tabs.Machine = { open: () => showMachine(), update: () => showMachine() };
+tabs.Machine = {
+  open: () => showMachine(),
+  update: () => {
+    if (!getSelection().toString()) showMachine(); // selected text stays, to be copied
+  },
+};
 
 function showMachine() {
+  const main = byId("main");
+  const logs = () => [...main.querySelectorAll("pre")];
+  const places = logs().map((log) => [log.scrollLeft, log.scrollTop]);
   const boxes = state.runs.map((run, i) => (state.hidden.has(i) ? null : runBox(run))).filter(Boolean);
-  byId("main").replaceChildren(...boxes);
+  main.replaceChildren(...boxes);
+  logs().forEach((log, i) => log.scrollTo(...(places[i] ?? [0, 0])));
 }
 
 function runBox(run) {

@@ -120,10 +120,22 @@ const nothing = (line) => el("p", { className: "empty", textContent: line });
 const bold = (content) => el("b", { textContent: content });
 const chip = (color) => el("i", { className: "chip", style: { background: color } });
 
+// Shows the parts that `make` returns, unless a later call for the same element has begun meanwhile.
 async function shown(into, make) {
-  try {
-    into.replaceChildren(...await make());
-  } catch (error) {
-    into.replaceChildren(nothing(`This cannot be shown: ${error.message}`));
-  }
+  const call = (into.call = {});
+  const failed = (error) => [nothing(`This cannot be shown: ${error.message}`)];
+  const parts = await make().catch(failed);
+  if (into.call === call) into.replaceChildren(...parts);
+}
+
+// Returns the bar of a tab that shows one step of a run.
+function stepBar(steps, ...children) {
+  return el("div", { className: "bar", id: "bar", "data-newest": steps.at(-1) }, ...children);
+}
+
+// Replaces the bar if the run has new steps, unless someone uses it. What the tab shows stays.
+function renewBar(steps, make) {
+  const bar = byId("bar");
+  if (bar.dataset.newest === String(steps.at(-1)) || bar.contains(document.activeElement)) return;
+  bar.replaceWith(make(steps));
 }

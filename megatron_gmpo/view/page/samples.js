@@ -13,9 +13,23 @@ const SORTS = {
 tabs.Samples = {
   open: () => showSamples(),
   update: () => {
-    if (!byId("groups") || samples.follows) showSamples();
+    const steps = state.runs[samples.run]?.samples;
+    if (!byId("groups") || !steps?.length) return showSamples();
+    renewBar(steps, samplesBar);
   },
 };
+
+function samplesBar(steps) {
+  const go = (place) => {
+    Object.assign(samples, place);
+    showSamples();
+  };
+  const sorts = Object.entries(SORTS).map(([name, [shown]]) => [name, shown]);
+  return stepBar(steps,
+    runChoice(samples.run, (at) => go({ run: at, step: null })),
+    stepChoice(steps, samples.step, (step) => go({ step })),
+    choice("Sort by", sorts, samples.sort, (by) => go({ sort: by })));
+}
 
 async function showSamples() {
   const run = state.runs[samples.run];
@@ -29,16 +43,7 @@ async function showSamples() {
   const newest = steps.at(-1);
   if (samples.step === null || !steps.includes(samples.step)) samples.step = newest;
   const groups = el("div", { id: "groups" });
-  const go = (place) => {
-    Object.assign(samples, place);
-    showSamples();
-  };
-  const sorts = Object.entries(SORTS).map(([name, [shown]]) => [name, shown]);
-  const bar = el("div", { className: "bar" },
-    runChoice(samples.run, (at) => go({ run: at, step: null })),
-    stepChoice(steps, samples.step, (step) => go({ step })),
-    choice("Sort by", sorts, samples.sort, (by) => go({ sort: by })));
-  main.replaceChildren(bar, groups);
+  main.replaceChildren(samplesBar(steps), groups);
   await shown(groups, async () => {
     const found = await load(`samples/${samples.run}/${samples.step}`);
     const recorded = await stepRecords(run);

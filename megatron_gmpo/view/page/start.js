@@ -50,13 +50,17 @@ async function openTab(name, place) {
 async function refresh() {
   try {
     state.runs = await load("state");
-    drawHeader();
-    await tabs[state.tab].update();
   } catch (error) {
     const line = `The server does not answer (${error.message}). The page shows its last data.`;
     byId("problems").replaceChildren(el("p", { textContent: line }));
+    return;
   }
-  setTimeout(refresh, REFRESH_MS);
+  drawHeader();
+  await tabs[state.tab].update();
+}
+
+function refreshLater() {
+  setTimeout(() => refresh().finally(refreshLater), REFRESH_MS);
 }
 
 async function start() {
@@ -68,7 +72,7 @@ async function start() {
   }
   document.title = `${state.runs.map((run) => run.name).join(", ")} – megatron_gmpo`;
   await openTab("Curves");
-  if (!EMBEDDED) setTimeout(refresh, REFRESH_MS);
+  if (!EMBEDDED) refreshLater();
   addEventListener("resize", () => {
     clearTimeout(state.resize);
     state.resize = setTimeout(() => state.tab === "Curves" && drawCurves(), 200);

@@ -34,9 +34,21 @@ tabs.Tokens = {
     return showTokens();
   },
   update: () => {
-    if (!byId("step")) return showTokens();
+    const steps = state.runs[tokens.run]?.tokens;
+    if (!byId("step") || !steps?.length) return showTokens();
+    renewBar(steps, tokensBar);
   },
 };
+
+function tokensBar(steps) {
+  const go = (place) => {
+    Object.assign(tokens, { sample: null, at: null, page: 0 }, place);
+    showTokens();
+  };
+  return stepBar(steps,
+    runChoice(tokens.run, (run) => go({ run, step: null })),
+    stepChoice(steps, tokens.step, (step) => go({ step })));
+}
 
 async function showTokens() {
   const steps = state.runs[tokens.run]?.tokens || [];
@@ -47,15 +59,8 @@ async function showTokens() {
     return;
   }
   if (tokens.step === null || !steps.includes(tokens.step)) tokens.step = steps.at(-1);
-  const go = (place) => {
-    Object.assign(tokens, { sample: null, at: null, page: 0 }, place);
-    showTokens();
-  };
-  const bar = el("div", { className: "bar" },
-    runChoice(tokens.run, (run) => go({ run, step: null })),
-    stepChoice(steps, tokens.step, (step) => go({ step })));
   const body = el("div", { id: "step" });
-  main.replaceChildren(bar, body);
+  main.replaceChildren(tokensBar(steps), body);
   await shown(body, async () => stepParts(await load(`tokens/${tokens.run}/${tokens.step}`)));
   if (tokens.sample !== null) await showSample();
 }
