@@ -27,7 +27,7 @@ from .support.ranks import RankPool
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # no run on a CPU uses torch's compiler, and a rank that does not import it needs a sixth less to start
+    # runs on a CPU do not use torch's compiler (platform/cpu.py), and ranks start faster without its import
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # A loaded machine must not fail a test. Every run draws the same inputs, except make fuzz.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -55,6 +55,9 @@ def install() -> None:
         )
     _redirect_tensors()
     _patch_megatron()
+    # Megatron compiles small functions with torch.compile (jit.py), e.g. in routers. On a CPU, this takes
+    # longer than it saves, and needs a C++ compiler.
+    torch.compiler.set_stance("force_eager")
     _installed = True
 
 
