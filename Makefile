@@ -87,7 +87,7 @@ test: lint  ## Run lint, then every test that needs no GPU
 	$(PY) -m pytest $(WORKERS) -m "not gpu"
 
 test-fast: export HF_HUB_OFFLINE = 1
-test-fast: $(INSTALLED)  ## Run the unit tests, in less than a minute
+test-fast: $(INSTALLED)  ## Run the unit tests that are not slow, in less than a minute
 	$(PY) -m pytest $(WORKERS) tests/unit -m "not slow and not distributed and not gpu"
 
 test-versions: export HF_HUB_OFFLINE = 1

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import IO, Any, Literal
 
 from pydantic import BaseModel
@@ -105,7 +106,7 @@ def run_trials(
     running: list[_Running] = []
     with ExitStack() as locks:
         waiting = deque((trial, locks.enter_context(_lock(trial))) for trial in trials)
-        with _Board(len(trials), console) as board:
+        with _Board(len(trials), at_once, console) as board:
             try:
                 while waiting or running:
                     while waiting and len(running) < at_once:
@@ -268,12 +269,13 @@ class _Board:
     """Show the progress of the trials.
 
     A terminal shows one bar for all trials and one bar per running trial. Other outputs get one line per
-    ended trial, with the time left.
+    ended trial. The time left in it is the mean time of the ended trials, for each of the others, divided by
+    ``at_once``.
     """
 
-    def __init__(self, total: int, console: Console) -> None:
-        self._console, self._total, self._ended = console, total, 0
-        self._start = time.monotonic()
+    def __init__(self, total: int, at_once: int, console: Console) -> None:
+        self._console, self._total, self._at_once = console, total, at_once
+        self._seconds: list[float] = []  # of the ended trials
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -309,12 +311,12 @@ class _Board:
     def ended(self, process: _Running, record: Record) -> None:
         assert process.task is not None
         self._bars.remove_task(process.task)
-        self._ended += 1
-        self._bars.update(self._all, completed=self._ended)
+        self._seconds.append(record.seconds)
+        ended = len(self._seconds)
+        self._bars.update(self._all, completed=ended)
         reason = f": {record.reason}" if record.reason else ""
-        place, name = f"{self._ended}/{self._total}", _name(process.trial)
-        spent = time.monotonic() - self._start
-        left = duration(spent / self._ended * (self._total - self._ended))
+        place, name = f"{ended}/{self._total}", _name(process.trial)
+        left = duration(fmean(self._seconds) * (self._total - ended) / self._at_once)
         line = f"{place} {name} {record.outcome} after {record.seconds:.0f} s{reason}; {left} left"
         self._console.out(printable(line), highlight=False)
 

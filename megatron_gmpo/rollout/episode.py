@@ -173,7 +173,7 @@ class _Trajectory:
     def context(self) -> Context:
         """Return the context of the next turn.
 
-        Experts that an earlier turn recorded are not recorded again: a server has these tokens in its cache.
+        Each token keeps the experts of its first record, so a turn requests only those of later tokens.
         """
         return Context(self.tokens, self.images, recorded=sum(map(len, self._experts)))
 

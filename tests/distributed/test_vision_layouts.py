@@ -269,11 +269,12 @@ def test_minibatches_without_and_with_images_and_a_reference_policy(
     start = path
     for number, minibatch in enumerate(split(batch, 2)):
         minibatch.old_logprobs = minibatch.rollout_logprobs
-        result = reference.train(
+        saved = tmp_path / str(number)
+        wanted = reference.train(
             start,
             minibatch,
             1,
-            start := tmp_path / str(number),
+            saved,
             ref_path=other,
             lr=LR,
             eps=EPS,
@@ -285,7 +286,8 @@ def test_minibatches_without_and_with_images_and_a_reference_policy(
             kl_coef=0.2,
             entropy_coef=0.0,
         )
-        known.append(result)
+        known.append(wanted)
+        start = saved
     world_size, parallel = LAYOUTS[layout]
     cfg = training(
         path,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -90,7 +89,6 @@ def test_a_study_goes_on_where_it_was_interrupted(tiny_model: Callable[..., Path
     # Neither the finished nor the broken trial runs again.
     assert (runs / "grpo/seed_0/trial.json").read_bytes() == finished
     assert "study: 1 of 3 trials to run" in errors
-    assert re.search(r"1/1 gmpo seed 0 finished after \d+ s; 0:00:00 left", errors), errors
     for arm in ("grpo", "gmpo"):  # the interruption saved both
         assert "resume" in [
             json.loads(line)["event"]

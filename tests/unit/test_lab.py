@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import tomli_w
 from matplotlib.text import Text
+from rich.console import Console
 
 from megatron_gmpo.errors import InputError
 from megatron_gmpo.lab import trials
 from megatron_gmpo.lab.figures import Panel, draw
 from megatron_gmpo.lab.results import POINTS, Curve, Measure, curve
 from megatron_gmpo.lab.statistics import estimate, paired_difference, t_quantile
-from megatron_gmpo.lab.study import Study, load_study
-from megatron_gmpo.lab.trials import Record, check_folders, unfinished
+from megatron_gmpo.lab.study import Study, flatten, load_study
+from megatron_gmpo.lab.trials import Record, _Board, check_folders, unfinished
 from megatron_gmpo.metrics.plots import verbatim
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted((ROOT / "examples/moe/stability").glob("*.toml"))
+HOUSEHOLD = ROOT / "examples/agents/household.toml"
+STUDIES = sorted([*(ROOT / "examples/moe/stability").glob("*.toml"), HOUSEHOLD])
+PUBLISHED = sorted((ROOT / "docs/studies").glob("*/numbers.json"))
 
 FILE = {
     "title": "Two losses",
@@ -208,8 +215,39 @@ def test_the_studies_are_valid(path: Path) -> None:
     assert load_study(path).trials
 
 
-def test_the_comparison_with_grpo_has_five_seeds() -> None:
-    assert len(load_study(ROOT / "examples/moe/stability/gmpo_vs_grpo.toml").file.seeds) >= 5
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_published_results_are_those_of_the_study(path: Path) -> None:
+    numbers = json.loads(path.read_text())
+    (file,) = (ROOT / "examples").rglob(f"{path.parent.name}.toml")
+    study = load_study(file)
+    assert numbers["about"]["overrides"] == flatten(study.file.overrides)
+    assert {name: arm["overrides"] for name, arm in numbers["arms"].items()} == {
+        arm.name: arm.overrides for arm in study.arms
+    }
+    trials = [(trial["arm"], trial["seed"]) for trial in numbers["trials"]]
+    assert sorted(trials) == sorted((trial.arm.name, trial.seed) for trial in study.trials)
+
+
+def test_the_time_left_is_that_of_trials_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = io.StringIO()
+    process = cast(Any, SimpleNamespace(trial=study(tmp_path).trials[0], task=None))
+    with _Board(4, 2, Console(file=shown, width=100)) as board:
+        for seconds in (60, 120):
+            board.started(process)
+            outcome = {
+                "outcome": "finished",
+                "seconds": seconds,
+                "started": "",
+                "machine": "",
+                "versions": {},
+            }
+            board.ended(process, Record.model_validate(outcome))
+    first, second = shown.getvalue().splitlines()
+    assert first.endswith("finished after 60 s; 0:01:30 left")  # 3 trials of 60 s, 2 at a time
+    assert second.endswith("finished after 120 s; 0:01:30 left")  # 2 trials of 90 s
 
 
 def test_half_a_line_of_a_run_that_died_is_passed_over(tmp_path: Path) -> None:

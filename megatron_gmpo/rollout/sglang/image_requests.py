@@ -31,7 +31,7 @@ PREPROCESSED_MB = 256
 _READING = ("image_processor_backend", "mm_process_config", "enable_precise_embedding_interpolation")
 """Options that change the values of an image."""
 KEPT_BYTES = 256 << 20
-"""Size of the images that a client keeps ready to send."""
+"""Largest total size of the ``data:`` URLs that a client keeps ready to send."""
 
 
 def image_options(cfg: Config, device: torch.device) -> dict[str, Any]:
@@ -111,8 +111,9 @@ class ImageRequests:
 
     def __init__(self, images: RunImages) -> None:
         self.images = images
-        self._ready: dict[bytes, asyncio.Task[str]] = {}  # the image that was used last is the last one
-        self._sizes: dict[bytes, int] = {}  # bytes of the images that are ready
+        self._ready: dict[bytes, asyncio.Task[str]] = {}  # in the order of their last use
+        self._sizes: dict[bytes, int] = {}  # of the URLs of finished tasks
+        self._bytes = 0  # their sum
 
     async def of(self, context: Context) -> dict[str, Any]:
         """Keep the images of a context in the run's folder, and return ``input_ids`` and ``image_data``."""
@@ -128,12 +129,17 @@ class ImageRequests:
 
     async def _keep(self, image: PromptImage) -> str:
         """Return the ``data:`` URL, and drop the URLs that were used least recently beyond ``KEPT_BYTES``."""
-        url = await asyncio.to_thread(self._load, image)
+        try:
+            url = await asyncio.to_thread(self._load, image)
+        except BaseException:
+            del self._ready[image.ref.digest]  # the next request tries again
+            raise
         self._sizes[image.ref.digest] = len(url)
-        for digest in [digest for digest in self._ready if digest in self._sizes]:
-            if sum(self._sizes.values()) <= KEPT_BYTES:
-                break
-            del self._ready[digest], self._sizes[digest]
+        self._bytes += len(url)
+        while self._bytes > KEPT_BYTES:
+            oldest = next(digest for digest in self._ready if digest in self._sizes)
+            self._bytes -= self._sizes.pop(oldest)
+            del self._ready[oldest]
         return url
 
     def _load(self, image: PromptImage) -> str:

@@ -53,14 +53,14 @@ async function loadCurves() {
   curves.seen = JSON.stringify(state.runs.map((run) => [run.done, (run.events || []).length]));
   const range = curves.first === null ? "" : `?first=${curves.first}&last=${curves.last}`;
   const call = (curves.call = {});
-  try {
-    const data = await load("curves" + range);
-    if (curves.call !== call) return; // a later one has begun
-    curves.data = data;
-  } catch (error) {
-    byId("panels")?.replaceChildren(nothing(`The curves cannot be shown: ${error.message}`));
+  const answer = await load("curves" + range).catch((error) => error);
+  if (curves.call !== call) return; // a later call has begun
+  if (answer instanceof Error) {
+    curves.seen = ""; // the next refresh tries again
+    byId("panels")?.replaceChildren(nothing(`The curves cannot be shown: ${answer.message}`));
     return;
   }
+  curves.data = answer;
   drawCurves();
 }
 

@@ -5,17 +5,19 @@ const SILENT_S = 60;
 tabs.Machine = {
   open: () => showMachine(),
   update: () => {
-    if (!getSelection().toString()) showMachine(); // selected text stays, to be copied
+    const selection = getSelection();
+    const selected = !selection.isCollapsed && selection.containsNode(byId("main"), true);
+    if (!selected) showMachine(); // selected text stays, to be copied
   },
 };
 
 function showMachine() {
   const main = byId("main");
-  const logs = () => [...main.querySelectorAll("pre")];
-  const places = logs().map((log) => [log.scrollLeft, log.scrollTop]);
+  const logs = () => [...main.querySelectorAll("pre[data-log]")];
+  const places = new Map(logs().map((log) => [log.dataset.log, [log.scrollLeft, log.scrollTop]]));
   const boxes = state.runs.map((run, i) => (state.hidden.has(i) ? null : runBox(run))).filter(Boolean);
   main.replaceChildren(...boxes);
-  logs().forEach((log, i) => log.scrollTo(...(places[i] ?? [0, 0])));
+  for (const log of logs()) log.scrollTo(...(places.get(log.dataset.log) ?? [0, 0]));
 }
 
 function runBox(run) {
@@ -75,7 +77,7 @@ function runBox(run) {
     right.append(
       el("h2", { textContent: `Server ${server.name}` }),
       el("div", { className: "facts", textContent: `log written ${age(server.changed)}` }),
-      el("pre", { textContent: server.tail }),
+      el("pre", { textContent: server.tail, "data-log": `${run.name} ${server.name}` }),
     );
   }
   return box;

@@ -4,7 +4,7 @@
 const COLORS = ["#2f6fb2", "#d9772b", "#3a9a5c", "#b8405e", "#7b5ea7", "#8a6d3b", "#3aa6a6", "#6b6b6b"];
 const EMBEDDED = JSON.parse(document.getElementById("data").textContent);
 const state = { runs: [], hidden: new Set(), tab: "Curves" };
-const tabs = {}; // name -> {open(place), update(changed)}
+const tabs = {}; // name -> {open(place), update()}
 
 async function load(path) {
   if (EMBEDDED) {
@@ -73,7 +73,7 @@ function row(cells, properties = {}) {
   return el("tr", properties, ...cells.map((cell) => {
     if (cell instanceof Node) return el("td", {}, cell);
     if (typeof cell === "number") return el("td", { textContent: number(cell), className: "n" });
-    return el("td", { textContent: cell, className: "" });
+    return el("td", { textContent: cell });
   }));
 }
 
@@ -93,14 +93,13 @@ function toggle(label, on, change) {
 
 // A field for a step with buttons to the step before and after, over the steps that exist.
 function stepChoice(steps, step, change) {
-  const at = steps.indexOf(step);
+  const nearest = (wanted) =>
+    steps.reduce((best, s) => (Math.abs(s - wanted) < Math.abs(best - wanted) ? s : best));
+  const at = steps.indexOf(nearest(step)); // a rollback may have removed the step
   const go = (where) => change(steps[clamp(where, 0, steps.length - 1)]);
   const range = { min: steps[0], max: steps.at(-1) };
   const field = el("input", { type: "number", value: step, ariaLabel: "Step", ...range });
-  field.onchange = () => {
-    const wanted = Number(field.value);
-    change(steps.reduce((best, s) => (Math.abs(s - wanted) < Math.abs(best - wanted) ? s : best)));
-  };
+  field.onchange = () => change(nearest(Number(field.value)));
   const there = `  ${steps.length} steps, ${steps[0]} to ${steps.at(-1)}`;
   return el("span", {},
     el("label", {}, "Step ", field), " ",

@@ -37,7 +37,7 @@ function drawHeader() {
 function redraw() {
   drawHeader();
   if (state.tab === "Curves") drawCurves();
-  else tabs[state.tab].update();
+  else if (state.tab === "Machine") showMachine();
 }
 
 async function openTab(name, place) {
