@@ -291,6 +291,32 @@ def test_a_run_in_progress(tmp_path: Path, page: Any) -> None:
         playwright.expect(page.locator("main")).to_contain_text("running")
 
 
+def test_the_end_of_a_log_can_be_read_and_copied(tmp_path: Path, page: Any) -> None:
+    """A refresh keeps the place in a log, and waits while text is selected."""
+    folder = write_run(tmp_path / "live", 12, num_steps=50)
+    (folder / "servers").mkdir()
+    log = folder / "servers/node0-30000.log"
+    log.write_text("\n".join(f"line {i}" for i in range(100)))
+    with viewed(folder) as address:
+        page.goto(address)
+        tab(page, "Machine")
+        end = page.locator("pre[data-log]")
+        playwright.expect(end).to_contain_text("line 99")
+        end.evaluate("(log) => log.scrollTo(0, 300)")
+        log.write_text(log.read_text() + "\nline 100")
+        playwright.expect(end).to_contain_text("line 100")
+        assert end.evaluate("(log) => log.scrollTop") == 300
+        end.evaluate("(log) => getSelection().selectAllChildren(log)")
+        log.write_text(log.read_text() + "\nline 101")
+        for _ in range(3):  # when the third answer comes, the page has dealt with the second one
+            with page.expect_response("**/data/state"):
+                pass
+        assert "line 101" not in end.text_content()
+        assert "line 100" in page.evaluate("getSelection().toString()")
+        page.evaluate("getSelection().empty()")
+        playwright.expect(end).to_contain_text("line 101")
+
+
 def test_a_long_run_beside_a_short_one(tmp_path: Path, page: Any) -> None:
     long, short = write_run(tmp_path / "long", 10_000), write_run(tmp_path / "short", 200, seed=1)
     with viewed(long, short) as address, page.expect_response("**/data/curves") as answer:
