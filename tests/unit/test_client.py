@@ -919,7 +919,7 @@ class ThreeTurns:
 
 
 class LaterTurn(ThreeTurns):
-    """Player of a turn after tokens of which two have known experts."""
+    """Player of one turn. The experts of the first two tokens of its context are known."""
 
     async def play(self, *arguments: Any) -> Response:
         prompt, *_, generate = arguments
@@ -940,18 +940,21 @@ def prompts_of(fake: FakeServer) -> list[int]:
 def test_known_experts_are_not_requested(
     client: Callable[..., RolloutClient], fakes: list[FakeServer]
 ) -> None:
+    """A server aborts the turn after two of four tokens; the record comes with the last answer."""
     served = client(experts=True)
     sync(served, fakes, 0)
     record = np.arange((len(PROMPT) + 1 + 4 - 1 - 2) * 4, dtype="<i4")  # play appends a token to the prompt
 
     async def generate(body: dict[str, Any]) -> Answer:
+        if len(fakes[0].bodies) == 1:
+            return answer_of(body, f"{NONCE}-0", finish="abort", tokens=[A, B])
         answer = answer_of(body, f"{NONCE}-0")
         answer["meta_info"]["routed_experts"] = base64.b64encode(record.tobytes()).decode()
         return answer
 
     fakes[0].generate = generate
     ((response,),) = play(served, LaterTurn(), count=1).result(20).values()
-    assert fakes[0].bodies[0]["routed_experts_start_len"] == 2
+    assert [body["routed_experts_start_len"] for body in fakes[0].bodies] == [2, 2]
     assert np.array_equal(response.routed_experts, record.reshape(-1, 2, 2))
 
 
