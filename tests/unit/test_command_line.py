@@ -150,6 +150,7 @@ def test_text_that_looks_like_another_type_stays_text(text: str) -> None:
     assert load_config(["--run_dir", text, "--data.path", text]).data.path == text
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])))
 def test_any_quoted_string_survives(text: str) -> None:

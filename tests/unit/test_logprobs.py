@@ -108,6 +108,7 @@ def test_a_loss_of_one_output(used: int) -> None:
         assert_close(got.double(), wanted, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradcheck_in_float64() -> None:
     hidden, weight, labels = make(5, torch.float64)
     assert torch.autograd.gradcheck(

@@ -558,6 +558,7 @@ def left_out(batch: Packed, kept: Tensor, drifted: Tensor, name: str) -> tuple[T
     return loss.detach(), gradient
 
 
+@pytest.mark.slow
 @all_losses
 @quick
 @given(batch=packed(), seed=st.integers(0, 9))

@@ -164,6 +164,7 @@ def children() -> set[psutil.Process]:
     }
 
 
+@pytest.mark.slow
 def test_a_reward_starts_again_after_close(math_reward: MathReward) -> None:
     prompt = Prompt("t/0", answer="72")
     assert math_reward(prompt, "\\boxed{72}") == 1.0

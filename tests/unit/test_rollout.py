@@ -119,6 +119,7 @@ def without_logprobs(sample: Sample) -> Sample:
 # --- the embedded engine: samples and their probabilities ---
 
 
+@pytest.mark.slow
 @families
 def test_logprobs_are_those_of_a_full_forward(family: str, folder_of: Callable[..., Path]) -> None:
     folder = folder_of(family)

@@ -103,6 +103,7 @@ QWEN3_VL_30B_A3B: Changes = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "nbytes"),
     [
