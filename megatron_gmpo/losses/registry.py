@@ -94,7 +94,7 @@ class Loss:
 _MOE_CLIP = DefaultClip(
     0.2,
     0.2,
-    "MoE: the GMPO authors lower the clip and publish no value; 0.2 was the steadiest of "
+    "MoE: the GMPO authors lower the clip and publish no value; 0.2 had the pass@1 of 0.4 and less KL in "
     "docs/studies/clip_sweep",
 )
 
