@@ -4,8 +4,8 @@ FOUND := $(shell $(PYTHON) -c "" 2>/dev/null && echo $(PYTHON) || \
 	ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(PYTHON:python%=%)*/bin/$(PYTHON) 2>/dev/null | \
 	sort -V | tail -n 1)
 # Python 3.12 and later use another version of megatron-core: see setup.py.
-NEWER := import sys; print('-py312' * (sys.version_info >= (3, 12)))
-CONSTRAINTS := $(if $(FOUND),constraints$(shell $(FOUND) -c "$(NEWER)" 2>/dev/null).txt)
+PY312_SUFFIX := import sys; print('-py312' * (sys.version_info >= (3, 12)))
+CONSTRAINTS := $(if $(FOUND),constraints$(shell $(FOUND) -c "$(PY312_SUFFIX)" 2>/dev/null).txt)
 VENV := .venv$(addprefix -,$(filter-out python3.11,$(notdir $(PYTHON))))
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed

@@ -37,9 +37,9 @@ class Response:
         logprobs: R log probabilities, after temperature and before top-p and top-k.
         versions: R training steps, one per token: the step whose weights sampled the token.
         finish_reason: ``stop``, ``length``, or empty while the response is unfinished.
-        routed_experts: (C + R - 1 - recorded, layers, topk) uint8 or int16 expert ids, if requested: a row
-            for each token of the context of C tokens and of the response, but for the first ``recorded`` and
-            the last.
+        routed_experts: (C + R - 1 - recorded, layers, topk) uint8 or int16 expert ids, if requested. The C
+            tokens of the context and the R of the response have a row each. The first ``recorded`` tokens
+            and the last one have none.
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))

@@ -62,6 +62,16 @@ SEQUENCES: list[tuple[list[int | str], int, float]] = [
 """The parts of each prompt (numbers of text tokens, and images), number of response tokens, and advantage.
 
 Some sequences have no image, and one image is in several sequences."""
+SETTINGS: dict[str, Any] = {
+    "lr": LR,
+    "eps": EPS,
+    "clip_grad": CLIP_GRAD,
+    "loss": "gmpo",
+    "clip_low": CLIP,
+    "clip_high": CLIP,
+    "entropy_coef": 0.0,
+}
+"""Optimizer and loss of the reference."""
 SMALL = {"ffn_hidden_size": 32, "head_dim": 16, "num_experts": 4}
 
 
@@ -154,16 +164,10 @@ class VisionReference:
                 batch,
                 STEPS,
                 folder,
-                lr=LR,
-                eps=EPS,
-                clip_grad=CLIP_GRAD,
                 images=images,
                 freeze_vision=freeze_vision,
-                loss="gmpo",
-                clip_low=CLIP,
-                clip_high=CLIP,
                 kl_coef=0.0,
-                entropy_coef=0.0,
+                **SETTINGS,
             )
             assert min(known["norms"]) > CLIP_GRAD
             reference.load_float64(path).save_pretrained(folder / "before")
@@ -270,23 +274,11 @@ def test_minibatches_without_and_with_images_and_a_reference_policy(
     for number, minibatch in enumerate(split(batch, 2)):
         minibatch.old_logprobs = minibatch.rollout_logprobs
         saved = tmp_path / str(number)
-        wanted = reference.train(
-            start,
-            minibatch,
-            1,
-            saved,
-            ref_path=other,
-            lr=LR,
-            eps=EPS,
-            clip_grad=CLIP_GRAD,
-            images=images,
-            loss="gmpo",
-            clip_low=CLIP,
-            clip_high=CLIP,
-            kl_coef=0.2,
-            entropy_coef=0.0,
+        known.append(
+            reference.train(
+                start, minibatch, 1, saved, ref_path=other, images=images, kl_coef=0.2, **SETTINGS
+            )
         )
-        known.append(wanted)
         start = saved
     world_size, parallel = LAYOUTS[layout]
     cfg = training(

@@ -237,14 +237,9 @@ def test_the_time_left_is_that_of_trials_side_by_side(
     with _Board(4, 2, Console(file=shown, width=100)) as board:
         for seconds in (60, 120):
             board.started(process)
-            outcome = {
-                "outcome": "finished",
-                "seconds": seconds,
-                "started": "",
-                "machine": "",
-                "versions": {},
-            }
-            board.ended(process, Record.model_validate(outcome))
+            board.ended(
+                process, Record(outcome="finished", seconds=seconds, started="", machine="", versions={})
+            )
     first, second = shown.getvalue().splitlines()
     assert first.endswith("finished after 60 s; 0:01:30 left")  # 3 trials of 60 s, 2 at a time
     assert second.endswith("finished after 120 s; 0:01:30 left")  # 2 trials of 90 s

@@ -290,6 +290,7 @@ def test_a_client_keeps_the_images_that_it_used_last(
         return set(requests._ready)
 
     room = sum(len(requests._load(image)) for image in (first, second, third)) - 1  # not for all three
+    # to reach the real limit, the test would have to make 256 MiB of images
     monkeypatch.setattr("megatron_gmpo.rollout.sglang.image_requests.KEPT_BYTES", room)
     kept = asyncio.run(kept_after(first, second, first, third))
     assert kept == {first.ref.digest, third.ref.digest}

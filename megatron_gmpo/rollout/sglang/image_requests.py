@@ -112,8 +112,7 @@ class ImageRequests:
     def __init__(self, images: RunImages) -> None:
         self.images = images
         self._ready: dict[bytes, asyncio.Task[str]] = {}  # in the order of their last use
-        self._sizes: dict[bytes, int] = {}  # of the URLs of finished tasks
-        self._bytes = 0  # their sum
+        self._bytes = 0  # of the URLs in it
 
     async def of(self, context: Context) -> dict[str, Any]:
         """Keep the images of a context in the run's folder, and return ``input_ids`` and ``image_data``."""
@@ -134,12 +133,13 @@ class ImageRequests:
         except BaseException:
             del self._ready[image.ref.digest]  # the next request tries again
             raise
-        self._sizes[image.ref.digest] = len(url)
         self._bytes += len(url)
-        while self._bytes > KEPT_BYTES:
-            oldest = next(digest for digest in self._ready if digest in self._sizes)
-            self._bytes -= self._sizes.pop(oldest)
-            del self._ready[oldest]
+        for digest, task in list(self._ready.items()):
+            if self._bytes <= KEPT_BYTES:
+                break
+            if task.done():
+                self._bytes -= len(task.result())
+                del self._ready[digest]
         return url
 
     def _load(self, image: PromptImage) -> str:

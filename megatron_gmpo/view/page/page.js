@@ -132,9 +132,11 @@ function stepBar(steps, ...children) {
   return el("div", { className: "bar", id: "bar", "data-newest": steps.at(-1) }, ...children);
 }
 
-// Replaces the bar if the run has new steps, unless someone uses it. What the tab shows stays.
-function renewBar(steps, make) {
+// Replaces the bar if the run has new steps, unless someone uses it. What the tab shows stays. A tab that
+// shows no step is shown anew.
+function renewBar(steps, make, show) {
   const bar = byId("bar");
+  if (!bar || !steps?.length) return show();
   if (bar.dataset.newest === String(steps.at(-1)) || bar.contains(document.activeElement)) return;
   bar.replaceWith(make(steps));
 }

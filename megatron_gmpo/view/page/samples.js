@@ -12,11 +12,7 @@ const SORTS = {
 
 tabs.Samples = {
   open: () => showSamples(),
-  update: () => {
-    const steps = state.runs[samples.run]?.samples;
-    if (!byId("groups") || !steps?.length) return showSamples();
-    renewBar(steps, samplesBar);
-  },
+  update: () => renewBar(state.runs[samples.run]?.samples, samplesBar, showSamples),
 };
 
 function samplesBar(steps) {

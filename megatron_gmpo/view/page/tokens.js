@@ -33,11 +33,7 @@ tabs.Tokens = {
     if (place) Object.assign(tokens, { at: null, page: 0 }, place);
     return showTokens();
   },
-  update: () => {
-    const steps = state.runs[tokens.run]?.tokens;
-    if (!byId("step") || !steps?.length) return showTokens();
-    renewBar(steps, tokensBar);
-  },
+  update: () => renewBar(state.runs[tokens.run]?.tokens, tokensBar, showTokens),
 };
 
 function tokensBar(steps) {
