@@ -31,7 +31,7 @@ from megatron_gmpo.rollout.sglang.sync.route import INCOMPLETE
 from megatron_gmpo.weights.safetensors_folder import SafetensorsFolder
 
 from ..support.ranks import RankPool
-from ..support.sglang_servers import generate, local_servers, needs_sglang, process_group, wait_for
+from ..support.sglang_servers import LONG, generate, local_servers, needs_sglang, process_group, wait_for
 
 pytestmark = needs_sglang
 
@@ -186,10 +186,10 @@ def test_verification_finds_the_server_with_a_wrong_tensor(
 
 
 def long_response(server: Server, sync: Callable[[], None]) -> dict[str, Any]:
-    """Stream a response of 300 tokens, call ``sync`` after the tenth, return the last message."""
+    """Stream a response of ``LONG`` tokens, call ``sync`` after the tenth, return the last message."""
     body = {
         "input_ids": PROMPT,
-        "sampling_params": {"temperature": 0, "ignore_eos": True, "max_new_tokens": 300},
+        "sampling_params": {"temperature": 0, "ignore_eos": True, "max_new_tokens": LONG},
         "return_logprob": True,
         "stream": True,
     }
@@ -222,12 +222,12 @@ def test_an_unfinished_response(
     about = answer["meta_info"]
     if in_flight == "abort":
         assert about["finish_reason"]["type"] == "abort"
-        assert 10 <= about["completion_tokens"] < 300
+        assert 10 <= about["completion_tokens"] < LONG
     else:
         assert about["finish_reason"]["type"] == "length"
         first, second = about["weight_versions"]
         assert (first["version"], second["version"]) == ("flight-0", "flight-1")
-        assert first["start"] == 0 < first["end"] == second["start"] < second["end"] == 300
+        assert first["start"] == 0 < first["end"] == second["start"] < second["end"] == LONG
     if in_flight == "retract":
         # The remaining tokens are sampled from the new weights, with a new cache.
         cut, tokens = about["weight_versions"][1]["start"], answer["output_ids"]

@@ -27,6 +27,8 @@ from .commands import ROOT
 
 PYTHON = ROOT / ".venv-sglang/bin/python"
 CPU = torch.device("cpu")
+LONG = 1000
+"""Tokens of a response that takes seconds, so that a sync on a loaded machine starts before its end."""
 
 needs_sglang = pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-sglang: run make sglang")
 
