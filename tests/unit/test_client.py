@@ -721,6 +721,9 @@ def test_an_error_keeps_nothing_from_ending(
     released.set()
     one._thread.join(30)
     assert not one._thread.is_alive()
+    if tasks := asyncio.all_tasks(one._loop):  # of a loop that was blocked
+        one._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        one._loop.close()
     one.close = lambda: None  # the fixture must not close it again
 
 
