@@ -172,13 +172,16 @@ def disturbed(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(submit: Submit) -> Job:
+def undisturbed(submit: Submit, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Return a finished run on two nodes; a second submission to its run folder was refused while it ran."""
-    job = submit("undisturbed", "examples/moe/tiny.sbatch")
+    hold = tmp_path_factory.mktemp("slurm") / "hold"
+    job = submit("undisturbed", "examples/moe/tiny.sbatch", HOLD=str(hold))
     job.wait_for_progress()
+    hold.touch()
     second = submit("undisturbed", "examples/moe/tiny.sbatch", sbatch=(f"--output={job.log}.second",))
     second.log = Path(f"{job.log}.second")
     code, log = second.end()
+    hold.unlink()
     assert code == 2
     assert re.search(
         rf"error: run_dir = .* is in use by process \d+ of job {job.id} on node1 since .*: wait for its end",
@@ -218,7 +221,10 @@ def disturb(submit: Submit, hold: Path) -> Job:
     job.wait_for_attempt(4)
 
     job.wait_for_progress()
+    hold.touch()
     important = submit("important", "sleep 2", sbatch=("--partition=high", "--nodes=2", "--exclusive"))
+    job.wait_for_log("SIGUSR1", times=3)
+    hold.unlink()
     assert important.end()[0] == 0
     job.wait_for_attempt(5)
 
@@ -360,7 +366,8 @@ def test_sbatch_refuses_a_wrong_partition(submit: Submit) -> None:
 
 @needs_sglang
 @pytest.mark.parametrize("place", ["other component", "other node"])
-def test_trainers_and_sglang_servers_apart(place: str, submit: Submit) -> None:
+def test_trainers_and_sglang_servers_apart(place: str, submit: Submit, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
     sglang = options(
         train__num_steps=3,
         sglang__python=PYTHON,
@@ -369,12 +376,15 @@ def test_trainers_and_sglang_servers_apart(place: str, submit: Submit) -> None:
         weight_sync__route="distributed",
     )
     if place == "other component":
-        job = submit("het", "examples/moe/tiny_het.sbatch", *sglang)
+        job = submit("het", "examples/moe/tiny_het.sbatch", *sglang, HOLD=str(hold))
     else:
         job = submit("nodes", "examples/moe/tiny.sbatch", *sglang, ROLLOUT_NODES="1", RANKS_PER_NODE="2")
     if interrupted := place == "other component":
         job.wait_for_progress()
+        hold.touch()
         job.cluster.run("scancel", "--signal=USR1", "--batch", job.id)
+        job.wait_for_log("SIGUSR1", times=1)
+        hold.unlink()
         job.wait_for_attempt(2)  # the new attempt has other servers and keys
     code, log = job.end()
     assert code == 0, log

@@ -270,12 +270,15 @@ def test_a_run_in_progress(tmp_path: Path, page: Any) -> None:
         header = page.locator("header")
         playwright.expect(header).to_contain_text("step 12 of 50")
         playwright.expect(header).to_contain_text("left")
+        focused = page.get_by_role("tab", name="Tokens")
+        focused.focus()
         rng = np.random.default_rng(5)
         add_steps(folder, 13, 20, rng)
         add_samples(folder, 20, rng)
         for rank in range(4):
             add_heartbeat(folder, rank, 20, now=time.time())
         playwright.expect(header).to_contain_text("step 20 of 50")
+        playwright.expect(focused).to_be_focused()  # a refresh replaces no tab, which would also lose clicks
         tab(page, "Samples")
         bar, step = page.locator("#bar"), page.get_by_label("Step", exact=True)
         playwright.expect(bar).to_contain_text("10 to 20")

@@ -17,7 +17,7 @@ from .forks import ROOT, TORCHRUN, Command, Fork
 
 OUR_TORCHRUN = "megatron_gmpo.supervision.torchrun"
 CONFIG = "examples/moe/tiny_cpu.toml"
-_TIMEOUT_S = 240
+_TIMEOUT_S = 600
 
 
 def command_line(module: str, *argv: object, ranks: int | None = None, launcher: str = TORCHRUN) -> list[str]:

@@ -8,29 +8,38 @@ function ending(run) {
   return isNumber(run.seconds_left) ? `${duration(run.seconds_left)} left` : "";
 }
 
-function drawHeader() {
+// Makes the tabs and the names of the runs once, so that a refresh takes neither a click nor the focus.
+function makeHeader() {
   const several = state.runs.length > 1;
-  byId("tabs").replaceChildren(...Object.keys(tabs).map((name) => el("button", {
+  byId("tabs").append(...Object.keys(tabs).map((name) => el("button", {
     textContent: name,
     role: "tab",
-    ariaSelected: String(name === state.tab),
     onclick: () => openTab(name),
   })));
-  byId("runs").replaceChildren(...state.runs.map((run, i) => {
-    const box = el("input", { type: "checkbox", checked: !state.hidden.has(i), hidden: !several });
+  byId("runs").append(...state.runs.map((run, i) => {
+    const box = el("input", { type: "checkbox", checked: true, hidden: !several });
     box.onchange = () => {
       state.hidden[box.checked ? "delete" : "add"](i);
       redraw();
     };
-    const done = `  step ${run.done} of ${run.num_steps ?? "?"}  ${ending(run)}`;
     return el("label", {},
       box,
       several ? chip(COLORS[i % COLORS.length]) : null,
       el("strong", { textContent: run.name }),
-      run.now === undefined ? "" : done);
+      el("span"));
   }));
+}
+
+function drawHeader() {
+  for (const tab of byId("tabs").children) {
+    tab.setAttribute("aria-selected", tab.textContent === state.tab);
+  }
+  state.runs.forEach((run, i) => {
+    const done = `  step ${run.done} of ${run.num_steps ?? "?"}  ${ending(run)}`;
+    byId("runs").children[i].lastChild.textContent = run.now === undefined ? "" : done;
+  });
   const lines = state.runs.flatMap((run) =>
-    run.problems.map((line) => (several ? `${run.name}: ${line}` : line)));
+    run.problems.map((line) => (state.runs.length > 1 ? `${run.name}: ${line}` : line)));
   byId("problems").replaceChildren(...lines.map((line) => el("p", { textContent: line })));
 }
 
@@ -71,6 +80,7 @@ async function start() {
     return;
   }
   document.title = `${state.runs.map((run) => run.name).join(", ")} – megatron_gmpo`;
+  makeHeader();
   await openTab("Curves");
   if (!EMBEDDED) refreshLater();
   addEventListener("resize", () => {
