@@ -30,7 +30,7 @@ def test_no_process_outlives_a_killed_pytest(tmp_path: Path) -> None:
         run = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | {"SPINNING": str(spinning)}, stdout=output, stderr=output
         )
-    wait_for(lambda: run.poll() is not None or len(list(spinning.iterdir())) == 6, 600)
+    wait_for(lambda: run.poll() is not None or len(list(spinning.iterdir())) == 6, timeout_s=600)
     assert run.poll() is None, log.read_text()
     processes = psutil.Process(run.pid).children(recursive=True)
     assert {int(file.name) for file in spinning.iterdir()} <= {process.pid for process in processes}

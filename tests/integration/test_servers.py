@@ -361,7 +361,7 @@ def test_a_rollout_node_starts_again_what_hangs_and_says_when_nothing_is_left(
             os.killpg(hung, signal.SIGSTOP)
             wait_for(lambda: log.read_text().count("=== started") == 2)
             assert not wait_until_gone(hung)
-            wait_for(lambda: server.answers(20), 300)
+            wait_for(lambda: server.answers(20), timeout_s=300)
             os.killpg(psutil.Process(node.pid).children()[0].children()[0].pid, signal.SIGKILL)
             _, said = node.communicate(timeout=60)
         finally:

@@ -503,7 +503,7 @@ def test_a_sync_in_episodes(
     tmp_path: Path,
     in_flight: str,
 ) -> None:
-    """One group is within a turn at the sync, another one in its environments after its second.
+    """One group samples a turn at the sync, another one in its environments after its second.
 
     The turns before the sync stay as they are. The turns after it attend to no cache of the old weights,
     except in place in the turn that was not finished.
@@ -514,7 +514,7 @@ def test_a_sync_in_episodes(
     served.update_weights(weights[0].items(), 0)
     held = served.submit(PROMPTS[:1], SamplingParams(n=2, max_new_tokens=20))
     wait_for(lambda: len(list(tmp_path.glob("go.*"))) == 2)
-    prompt = Prompt("1", "go", input_ids=PROMPTS[1].input_ids)
+    prompt = Prompt("1", "go", input_ids=PROMPTS[1].input_ids)  # "go": its environments do not wait
     sampling = served.submit([prompt], SamplingParams(n=2, max_new_tokens=400))
     wait_for(lambda: running(served) == 2)
     served.update_weights(weights[1].items(), 1)
@@ -529,7 +529,7 @@ def test_a_sync_in_episodes(
             if ticket is held:
                 assert versions == [{0}, {0}, {1}]
             else:
-                cut = versions.index({0, 1})  # 0, or later if the machine was slow to start the sync
+                cut = versions.index({0, 1})  # on a loaded machine the sync may begin after the first turn
                 assert versions == [{0}] * cut + [{0, 1}] + [{1}] * (2 - cut)
                 assert (np.diff(sample.token_versions[turns[cut]]) >= 0).all()
                 if in_flight == "in_place":

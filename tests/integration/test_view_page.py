@@ -278,7 +278,7 @@ def test_a_run_in_progress(tmp_path: Path, page: Any) -> None:
         for rank in range(4):
             add_heartbeat(folder, rank, 20, now=time.time())
         playwright.expect(header).to_contain_text("step 20 of 50")
-        playwright.expect(focused).to_be_focused()  # a refresh replaces no tab, which would also lose clicks
+        playwright.expect(focused).to_be_focused()  # a refresh keeps the tabs
         tab(page, "Samples")
         bar, step = page.locator("#bar"), page.get_by_label("Step", exact=True)
         playwright.expect(bar).to_contain_text("10 to 20")

@@ -8,7 +8,7 @@ function ending(run) {
   return isNumber(run.seconds_left) ? `${duration(run.seconds_left)} left` : "";
 }
 
-// Makes the tabs and the names of the runs once, so that a refresh takes neither a click nor the focus.
+// Makes the tabs and the names of the runs. A refresh that replaced them would lose a click and the focus.
 function makeHeader() {
   const several = state.runs.length > 1;
   byId("tabs").append(...Object.keys(tabs).map((name) => el("button", {
